@@ -1,0 +1,1 @@
+"""taskpack: one frozen vision backbone, hundreds of tasks, a few kilobytes each."""

@@ -1,0 +1,1 @@
+"""What is trained beside the frozen backbone: connections, biases, norms, the SMoA bank and the head."""

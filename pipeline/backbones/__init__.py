@@ -1,0 +1,1 @@
+"""Unmodified timm backbones: loading, preprocessing, fingerprint."""

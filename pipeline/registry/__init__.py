@@ -1,0 +1,1 @@
+"""Packs in the MLflow model registry: register, look up, load."""

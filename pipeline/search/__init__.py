@@ -1,0 +1,1 @@
+"""A Ray Tune study over accuracy and bytes."""

@@ -1,0 +1,1 @@
+"""Packs at work: predictions from a file on a resident backbone."""
