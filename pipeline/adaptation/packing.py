@@ -1,0 +1,130 @@
+"""From an adapted model to a pack and back: the only place where trained tensors meet the file's parts."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from pipeline.adaptation.attach import AdaptedModel, attach
+from pipeline.adaptation.plan import PlannedTensor, plan
+from pipeline.adaptation.quantiser import encode
+from pipeline.backbones import LoadedBackbone
+from pipeline.errors import PackBackboneMismatch, PackDamaged
+from pipeline.packs import Pack, PackBackbone, PackInput, PackMetadata, Part, PartBits, PartName, TensorSpec, predict_size_bytes, zero_part
+from pipeline.spec import Recipe, Task
+
+PROBE_IMAGES = 2
+PROBE_TOLERANCE = 0.02
+"""Largest difference of a probe logit, relative to the largest logit, that other hardware may cause."""
+
+
+def describe(task: Task, recipe: Recipe, backbone: LoadedBackbone, classes: Sequence[str]) -> PackMetadata:
+    """What a pack says of itself. Everything in it is known before training."""
+    return PackMetadata(
+        task=task.name,
+        classes=list(classes),
+        metric=task.metric,
+        input=PackInput(size_px=backbone.size_px, mean=backbone.mean, std=backbone.std, interpolation="bicubic"),
+        recipe=recipe.model_dump(exclude_none=True),
+        backbone=PackBackbone(model=task.backbone.model, arguments=dict(task.backbone.arguments), fingerprint=backbone.fingerprint),
+        selection=task.selection.model_dump() if recipe.connections else {},
+        seed=task.seed,
+    )
+
+
+def planned_size_bytes(task: Task, recipe: Recipe, backbone: LoadedBackbone, classes: Sequence[str]) -> int:
+    """Size of the pack this recipe will give, to the byte, before anything is trained."""
+    parts = [zero_part(*_specs(group)) for group in _groups(plan(backbone, recipe, len(classes)))]
+    return predict_size_bytes(describe(task, recipe, backbone, classes), parts, probe_images=PROBE_IMAGES)
+
+
+def to_pack(model: AdaptedModel, metadata: PackMetadata) -> Pack:
+    """Encode every trained tensor, and the logits of the probe images to check a reload by."""
+    parts = [_part(group, model) for group in _groups(tuple(model.trained))]
+    return Pack(metadata, tuple(parts), probe_logits(model, metadata.input.size_px))
+
+
+def from_pack(pack: Pack, backbone: LoadedBackbone) -> AdaptedModel:
+    """Rebuild the model a pack describes on its backbone.
+
+    Raises:
+        PackBackboneMismatch: the backbone's tensors are not those the pack was trained on.
+        PackDamaged: the pack's parts are not those its recipe plans, or its probe logits are not reproduced.
+    """
+    meta = pack.metadata
+    if meta.backbone["fingerprint"] != backbone.fingerprint:
+        raise PackBackboneMismatch(
+            f"this pack of task {meta.task!r} needs the backbone {meta.backbone['model']} with fingerprint {meta.backbone['fingerprint'][:16]}..., "
+            f"given one with {backbone.fingerprint[:16]}...; give the checkpoint it was trained on"
+        )
+    recipe = Recipe.model_validate(meta.recipe)
+    stored = {(part.name, spec.name): (part, spec) for part in pack.parts for spec in part.tensors}
+    planned = plan(backbone, recipe, len(meta.classes))
+    _compare(planned, {key: (spec.shape, part.bits) for key, (part, spec) in stored.items()})
+    selected = {
+        spec.name: torch.from_numpy(index)
+        for part in pack.parts
+        if part.positions
+        for spec, index in zip(part.tensors, part.positions, strict=True)
+    }
+    model = attach(backbone, recipe, len(meta.classes), selected=selected)
+    values = {(part.name, name): array for part in pack.parts for name, array in part.values().items()}
+    for tensor, handle in model.trained.items():
+        handle.load_stored(torch.from_numpy(values[tensor.part, tensor.name].copy()).reshape(tensor.shape))
+    _check_probe(model, pack)
+    return model
+
+
+@torch.inference_mode()
+def probe_logits(model: AdaptedModel, size_px: int) -> np.ndarray:
+    """Logits [P, C] of fixed pseudo-random images: what a reloaded pack must reproduce."""
+    images = np.random.default_rng(0).integers(0, 256, (PROBE_IMAGES, 3, size_px, size_px), dtype=np.uint8)
+    return model.eval()(torch.from_numpy(images)).float().numpy()
+
+
+def _groups(tensors: Sequence[PlannedTensor]) -> list[list[PlannedTensor]]:
+    """Neighbours of one part and one width share a part of the file."""
+    return [list(group) for _, group in itertools.groupby(tensors, key=lambda tensor: (tensor.part, tensor.bits))]
+
+
+def _specs(group: list[PlannedTensor]) -> tuple[PartName, PartBits, tuple[TensorSpec, ...], tuple[int, ...]]:
+    specs = tuple(TensorSpec(tensor.name, tensor.shape) for tensor in group)
+    columns = tuple(tensor.columns for tensor in group if tensor.columns is not None)
+    return group[0].part, group[0].bits, specs, columns
+
+
+def _part(group: list[PlannedTensor], model: AdaptedModel) -> Part:
+    name, bits, specs, columns = _specs(group)
+    encoded = [encode(model.trained[tensor].latent, tensor.bits) for tensor in group]
+    scales = [scale for _, scale in encoded if scale is not None]
+    return Part(
+        name=name,
+        bits=bits,
+        tensors=specs,
+        codes=np.concatenate([codes for codes, _ in encoded]),
+        scales=np.concatenate(scales) if scales else None,
+        positions=tuple(model.positions[tensor.name].cpu().numpy().astype(np.int32) for tensor in group) if columns else (),
+        columns=columns,
+    )
+
+
+def _compare(planned: Sequence[PlannedTensor], stored: dict[tuple[str, str], tuple[tuple[int, ...], int]]) -> None:
+    wanted = {(tensor.part, tensor.name): (tensor.shape, int(tensor.bits)) for tensor in planned}
+    if wanted == stored:
+        return
+    missing, surplus = sorted(wanted.keys() - stored.keys()), sorted(stored.keys() - wanted.keys())
+    changed = [key for key in sorted(wanted.keys() & stored.keys()) if wanted[key] != stored[key]]
+    kind, (part, name) = next((kind, keys[0]) for kind, keys in (("missing", missing), ("surplus", surplus), ("ill-shaped", changed)) if keys)
+    raise PackDamaged(f"the pack's parts are not those of its recipe: {kind} {part} {name!r}; it was written by other code or changed afterwards")
+
+
+def _check_probe(model: AdaptedModel, pack: Pack) -> None:
+    now = probe_logits(model, pack.metadata.input.size_px)
+    worst = float(np.abs(now - pack.probe_logits).max())
+    if worst > PROBE_TOLERANCE * max(1.0, float(np.abs(pack.probe_logits).max())):
+        raise PackDamaged(f"the reloaded model's probe logits differ by {worst:.3g} from those stored; this build computes something else than the writer")
+
+

@@ -1,0 +1,96 @@
+"""SMoA, the sharing mixture of adapters: one router and one set of experts serve every block (Adapter-X, arXiv 2406.03051).
+
+    p = softmax(cos(R x, e) / temperature)      R: projection to a few dimensions, e: expert embeddings (X-MoE, arXiv 2204.09179)
+    y = scale * p[c] * up_c(relu(down_c(x)))    c = argmax p, chosen for each token alone
+
+Tokens are grouped by expert, so a step costs the same for any number of experts. The load-balance term is Switch's (arXiv 2101.03961):
+E * sum_e f_e P_e, f the share of tokens routed to e, P the mean probability of e; it is 1 when the load is even.
+Shapes: T tokens, D width of the backbone, H width of an expert, R router width, E experts.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from pipeline.adaptation.quantiser import Quantised
+from pipeline.spec import Smoa
+
+
+class SmoaBank(nn.Module):
+    """The experts and the router for blocks of one width. Call `begin_step` once before each forward pass of the network."""
+
+    def __init__(self, width: int, spec: Smoa, generator: torch.Generator) -> None:
+        super().__init__()
+        self.spec = spec
+        bound = width**-0.5  # nn.Linear's own
+        down = torch.empty(spec.experts, spec.width, width).uniform_(-bound, bound, generator=generator)
+        up = torch.empty(spec.experts, width, spec.width).normal_(0, 1e-3, generator=generator)
+        self.tensors = nn.ModuleDict({"down": Quantised(down, spec.bits), "up": Quantised(up, spec.bits)})
+        if spec.experts > 1:
+            router = torch.empty(spec.router_width, width).normal_(0, width**-0.5, generator=generator)
+            embeddings = torch.empty(spec.experts, spec.router_width).normal_(0, 1, generator=generator)
+            self.tensors.update({"router": Quantised(router, spec.bits), "embeddings": Quantised(embeddings, spec.bits)})
+        self._values: dict[str, torch.Tensor] = {}
+        self.balance_terms: list[torch.Tensor] = []
+        self.expert_load = torch.zeros(spec.experts, dtype=torch.long)
+
+    def begin_step(self) -> None:
+        """Quantise the shared tensors once for all blocks, and forget the last step's balance terms."""
+        self._values = {name: tensor() for name, tensor in self.tensors.items()}
+        self.balance_terms = []
+
+    def route(self, x_TD: torch.Tensor) -> torch.Tensor:
+        """Probabilities [T, E] of each expert for each token."""
+        projected_TR = F.normalize(x_TD.float() @ self._values["router"].T, dim=-1)
+        embeddings_ER = F.normalize(self._values["embeddings"], dim=-1)
+        return torch.softmax(projected_TR @ embeddings_ER.T / self.spec.temperature, dim=-1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x_TD = x.reshape(-1, x.shape[-1])
+        y_TD = self._single(x_TD) if self.spec.experts == 1 else self._mixture(x_TD)
+        return (self.spec.scale * y_TD).reshape(x.shape)
+
+    def _single(self, x_TD: torch.Tensor) -> torch.Tensor:
+        return F.linear(F.relu(F.linear(x_TD, self._values["down"][0])), self._values["up"][0])
+
+    def _mixture(self, x_TD: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(x_TD.device.type, enabled=False):
+            probabilities_TE = self.route(x_TD)
+        gate_T, choice_T = probabilities_TE.max(dim=1)
+        order_T = choice_T.argsort(stable=True)
+        counts_E = torch.bincount(choice_T, minlength=self.spec.experts)
+        if self.training:
+            share_E = counts_E.to(probabilities_TE.dtype) / len(choice_T)
+            self.balance_terms.append(self.spec.experts * (share_E * probabilities_TE.mean(dim=0)).sum())
+            self.expert_load += counts_E.cpu()
+        groups = x_TD[order_T].split(counts_E.tolist())
+        outputs = [
+            F.linear(F.relu(F.linear(group, down)), up)
+            for group, down, up in zip(groups, self._values["down"], self._values["up"], strict=True)
+        ]
+        y_TD = torch.cat(outputs)[order_T.argsort()]
+        return y_TD * gate_T[:, None].to(y_TD.dtype)
+
+    def balance_loss(self) -> torch.Tensor:
+        """Mean load-balance term of the blocks passed since `begin_step`; zero with a single expert."""
+        return torch.stack(self.balance_terms).mean() if self.balance_terms else torch.zeros(())
+
+
+class ParallelToMlp(nn.Module):
+    """A block's MLP with the shared bank beside it: both read the second norm's output, their outputs are summed.
+
+    Where a backbone scales its MLP branch (LayerScale, ConvNeXt's gamma), the bank's output is scaled with it.
+    """
+
+    def __init__(self, mlp: nn.Module, bank: SmoaBank, channels_first: bool) -> None:
+        super().__init__()
+        self.mlp = mlp
+        self.bank = [bank]  # in a list: the bank is registered once, in the model, not once a block
+        self.channels_first = channels_first
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.channels_first:
+            return self.mlp(x) + self.bank[0](x.movedim(1, -1)).movedim(-1, 1)
+        return self.mlp(x) + self.bank[0](x)

@@ -1,0 +1,126 @@
+"""Loading an unmodified timm model as a frozen feature extractor.
+
+The model is built at its native resolution, its weights are read and fingerprinted, and only then is it set to the task's input size, so that one
+checkpoint keeps one fingerprint at every resolution.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import functools
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import timm
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+
+from pipeline.backbones.fingerprint import fingerprint
+from pipeline.errors import BackboneError
+from pipeline.spec import Backbone, Input
+
+RANDOM_WEIGHTS_SEED = 0
+
+
+@dataclass(frozen=True)
+class LoadedBackbone:
+    """A frozen network that maps images [B, 3, S, S] to features [B, `width`]."""
+
+    model: nn.Module
+    fingerprint: str
+    width: int
+    size_px: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+    def fresh_model(self) -> nn.Module:
+        """A copy whose modules can be replaced freely; it shares every tensor with the original, so nothing may be written in place."""
+        shared = {id(tensor): tensor for tensor in (*self.model.parameters(), *self.model.buffers())}
+        return copy.deepcopy(self.model, memo=shared)
+
+
+def load_backbone(spec: Backbone, task_input: Input) -> LoadedBackbone:
+    """Load `spec` for square inputs of `task_input.size_px`; one copy is kept for each configuration and process.
+
+    Raises:
+        BackboneError: unknown model or arguments, missing or misfitting checkpoint, or a size the model cannot take.
+    """
+    return _load_cached(spec.model_dump_json(), task_input.model_dump_json())
+
+
+@functools.lru_cache(maxsize=4)
+def _load_cached(spec_json: str, input_json: str) -> LoadedBackbone:
+    spec, task_input = Backbone.model_validate_json(spec_json), Input.model_validate_json(input_json)
+    model = _create(spec)
+    if spec.weights not in ("pretrained", "random"):
+        _read_checkpoint(model, Path(spec.weights))
+    digest = fingerprint(model.state_dict())
+    _set_input_size(model, spec.model, task_input.size_px)
+    model.requires_grad_(False).eval()
+    config = model.pretrained_cfg
+    return LoadedBackbone(
+        model=model,
+        fingerprint=digest,
+        width=int(model.head_hidden_size),
+        size_px=task_input.size_px,
+        mean=tuple(task_input.mean or spec.mean or config["mean"]),
+        std=tuple(task_input.std or spec.std or config["std"]),
+    )
+
+
+def _create(spec: Backbone) -> nn.Module:
+    if not timm.is_model(spec.model):
+        near = difflib.get_close_matches(spec.model.split(".")[0], timm.list_models(), n=3, cutoff=0.5)
+        hint = f"did you mean {', '.join(near)}?" if near else "timm.list_models() lists them"
+        raise BackboneError(f"backbone.model: given {spec.model!r}, which timm {timm.__version__} does not know; {hint}")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(RANDOM_WEIGHTS_SEED)
+        try:
+            return timm.create_model(spec.model, pretrained=spec.weights == "pretrained", num_classes=0, **spec.arguments)
+        except (TypeError, AssertionError, ValueError) as error:
+            raise BackboneError(f"backbone.arguments: {json.dumps(spec.arguments)} do not fit {spec.model}: {error}") from None
+        except Exception as error:
+            if spec.weights != "pretrained":
+                raise
+            raise BackboneError(
+                f"backbone.weights: 'pretrained' weights of {spec.model} could not be fetched ({type(error).__name__}: {str(error)[:200]}); "
+                "check the connection, or download a safetensors checkpoint and give its path as `weights`"
+            ) from None
+
+
+def _read_checkpoint(model: nn.Module, path: Path) -> None:
+    if not path.is_file():
+        raise BackboneError(f"backbone.weights: given {str(path)!r}, no such file; give a safetensors checkpoint, 'pretrained' or 'random'")
+    try:
+        state = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise BackboneError(f"backbone.weights: {path} is not a readable safetensors file ({error}); download it again") from None
+    classifier = model.pretrained_cfg.get("classifier") or ()
+    prefixes = tuple(f"{name}." for name in ((classifier,) if isinstance(classifier, str) else classifier))
+    state = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in state.items() if not name.startswith(prefixes)}
+    faults = _misfits(model.state_dict(), state)
+    if faults:
+        raise BackboneError(f"backbone.weights: {path} does not fit {type(model).__name__} as configured: {'; '.join(faults)}")
+    model.load_state_dict(state)
+
+
+def _misfits(expected: dict[str, torch.Tensor], given: dict[str, torch.Tensor]) -> list[str]:
+    missing, surplus = sorted(expected.keys() - given.keys()), sorted(given.keys() - expected.keys())
+    reshaped = [name for name in sorted(expected.keys() & given.keys()) if expected[name].shape != given[name].shape]
+    faults = [f"{len(names)} {kind} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})" for kind, names in (("missing", missing), ("unknown", surplus)) if names]
+    return faults + [f"{name} is {tuple(given[name].shape)}, expected {tuple(expected[name].shape)}" for name in reshaped[:3]]
+
+
+def _set_input_size(model: nn.Module, name: str, size_px: int) -> None:
+    if not hasattr(model, "set_input_size"):
+        return
+    try:
+        model.set_input_size(img_size=(size_px, size_px))
+        with torch.inference_mode():
+            model(torch.zeros(1, 3, size_px, size_px))
+    except (AssertionError, ValueError, RuntimeError) as error:
+        raise BackboneError(f"input.size_px: given {size_px}, which {name} cannot take ({error}); choose a multiple of its patch size") from None

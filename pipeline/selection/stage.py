@@ -1,0 +1,123 @@
+"""The shared selection stage: once per task, on a Ray Train worker group, kept under its content's hash.
+
+Workers sum the gradients of the batches dealt to them by index; the sums are all-reduced; rank 0 ranks the connections and writes the file. The
+result does not depend on the number of workers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+
+from pipeline.data import shard_batches
+from pipeline.errors import ClusterError, TaskpackError
+from pipeline.selection.gradient import NumberedBatch, gradient_sums
+from pipeline.selection.topk import top_connections
+from pipeline.spec import Task
+from pipeline.training.inputs import Inputs, open_inputs
+
+ALGORITHM_VERSION = 1
+
+
+def selection_key(inputs: Inputs, top_k: int) -> str:
+    """SHA-256 hex over everything the selection depends on."""
+    task = inputs.task
+    content = {
+        "algorithm": ALGORITHM_VERSION,
+        "backbone": inputs.backbone.fingerprint,
+        "data": inputs.index.digest,
+        "input": [inputs.backbone.size_px, inputs.backbone.mean, inputs.backbone.std, task.input.flip],
+        "split": [task.val_fraction, task.seed],
+        "selection": task.selection.model_dump(),
+        "top_k": top_k,
+    }
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def read_selection(path: Path) -> dict[str, torch.Tensor]:
+    """For each layer, the chosen columns of every neuron, int32 [O, K], strongest first."""
+    return load_file(path)
+
+
+def select(task: Task, data_folder: Path, top_k: int, path: Path, *, workers: int, use_gpu: bool = False) -> Path:
+    """Write the selection to `path` unless it is there. Needs a running Ray.
+
+    Raises:
+        DataError, BackboneError: from any worker.
+        ClusterError: the worker group died more than twice.
+    """
+    if path.exists():
+        return path
+    import ray.train
+    from ray.train.torch import TorchTrainer
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=".selection-", dir=path.parent))
+    trainer = TorchTrainer(
+        _worker,
+        train_loop_config={"task": task.model_dump_json(), "data_folder": str(data_folder), "top_k": top_k, "path": str(path)},
+        scaling_config=ray.train.ScalingConfig(num_workers=workers, use_gpu=use_gpu, resources_per_worker={"CPU": 1}),
+        run_config=ray.train.RunConfig(
+            name="selection",
+            storage_path=str(scratch.resolve()),
+            failure_config=ray.train.FailureConfig(max_failures=2, controller_failure_limit=3),
+        ),
+    )
+    try:
+        error = trainer.fit().return_value
+    except ray.train.TrainingFailedError as failure:
+        raise ClusterError(f"{task.name}: the selection's workers died three times; last: {str(failure).splitlines()[-1][:300]}") from None
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    if error is not None:
+        raise error
+    return path
+
+
+def select_here(inputs: Inputs, top_k: int) -> dict[str, torch.Tensor]:
+    """The same selection in this process, without Ray."""
+    sums = _share_of_sums(inputs, rank=0, world=1)
+    return {name: top_connections(sum_OI, top_k) for name, sum_OI in sums.items()}
+
+
+def _share_of_sums(inputs: Inputs, rank: int, world: int) -> dict[str, torch.Tensor]:
+    task = inputs.task
+    batches: list[NumberedBatch] = list(enumerate(shard_batches(inputs.splits["train"], task.selection.batch_size, seed=task.seed)))
+    return gradient_sums(inputs.backbone, inputs.reader("train"), batches[rank::world], task.selection, seed=task.seed, flip=task.input.flip)
+
+
+def _worker(config: dict[str, Any]) -> TaskpackError | None:
+    """One rank. A named error on any rank is told to all, so that none waits for sums that never come."""
+    torch.set_num_threads(1)
+    rank, world = dist.get_rank(), dist.get_world_size()
+    sums: dict[str, torch.Tensor] = {}
+    error: TaskpackError | None = None
+    try:
+        inputs = open_inputs(Task.model_validate_json(config["task"]), Path(config["data_folder"]))
+        sums = _share_of_sums(inputs, rank, world)
+    except TaskpackError as fault:
+        error = fault
+    errors: list[TaskpackError | None] = [None] * world
+    dist.all_gather_object(errors, error)
+    first = next((fault for fault in errors if fault is not None), None)
+    if first is None:
+        for sum_OI in sums.values():
+            dist.all_reduce(sum_OI)
+        if rank == 0:
+            _write({name: top_connections(sum_OI, config["top_k"]) for name, sum_OI in sums.items()}, Path(config["path"]))
+    return first
+
+
+def _write(selected: dict[str, torch.Tensor], path: Path) -> None:
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    save_file(selected, scratch)
+    os.replace(scratch, path)
