@@ -1,23 +1,17 @@
 """What a user writes: tasks, backbones, recipes, search spaces and budgets, validated.
 
-All models are frozen and refuse unknown keys. A section of a task file may be replaced by the path of a YAML file that holds it, relative to the
-task file, so that a hundred tasks can share one backbone and one recipe. Errors name file, key, given value and what was expected.
+All models are frozen and refuse unknown keys; `pipeline.task_files` reads them from YAML and puts faults into words.
 """
 
 from __future__ import annotations
 
-import difflib
 import itertools
-import json
 import re
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from collections.abc import Iterator, Mapping
+from fractions import Fraction
+from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
-
-from pipeline.errors import SpecError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
 
 BITS = (1, 2, 4, 8, 16, 32)
 Bits = Literal[1, 2, 4, 8, 16, 32]
@@ -32,7 +26,7 @@ def parse_bytes(text: str | int) -> int:
     match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", str(text))
     if match is None or match[2].upper() not in _BYTE_UNITS:
         raise ValueError("expected a size in bytes such as 65536, 64KiB or 1.5MB")
-    return int(float(match[1]) * _BYTE_UNITS[match[2].upper()])
+    return int(Fraction(match[1]) * _BYTE_UNITS[match[2].upper()])
 
 
 Bytes = Annotated[int, BeforeValidator(parse_bytes), Field(gt=0)]
@@ -41,7 +35,12 @@ Bytes = Annotated[int, BeforeValidator(parse_bytes), Field(gt=0)]
 class Spec(BaseModel):
     """A frozen section of configuration."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+Channels = tuple[float, float, float]
+Deviations = tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]]
+Paths = Annotated[tuple[str, ...], Field(min_length=1)] | str
 
 
 # --- data -----------------------------------------------------------------------------------------------------------------------------------
@@ -51,9 +50,9 @@ class ShardsData(Spec):
     """WebDataset tars (`key.jpg|png|webp`, `key.cls`), local or behind any fsspec URL; globs are expanded in sorted order."""
 
     format: Literal["shards"] = "shards"
-    train: tuple[str, ...] | str
-    val: tuple[str, ...] | str | None = None
-    test: tuple[str, ...] | str
+    train: Paths
+    val: Paths | None = None
+    test: Paths
     classes: tuple[str, ...] | str | None = Field(None, description="names, or a file with one name a line; default: the labels' numbers")
 
 
@@ -82,7 +81,7 @@ class DigitsData(Spec):
     format: Literal["digits"]
     train_samples: int = Field(800, ge=20)
     test_samples: int = Field(800, ge=20)
-    seed: int = 0
+    seed: int = Field(0, ge=0)
 
 
 class DrawnData(Spec):
@@ -93,7 +92,7 @@ class DrawnData(Spec):
     train_samples: int = Field(800, ge=20)
     test_samples: int = Field(800, ge=20)
     size_px: int = Field(32, ge=16)
-    seed: int = 0
+    seed: int = Field(0, ge=0)
 
 
 Data = Annotated[ShardsData | FolderData | CsvData | DigitsData | DrawnData, Field(discriminator="format")]
@@ -103,8 +102,8 @@ class Input(Spec):
     """Preprocessing: images are resized to a square, scaled to [0, 1], normalised. mean/std default to the backbone's own."""
 
     size_px: int = Field(64, ge=8, le=1024)
-    mean: tuple[float, float, float] | None = None
-    std: tuple[float, float, float] | None = None
+    mean: Channels | None = None
+    std: Deviations | None = None
     flip: bool = Field(True, description="whether a mirrored image keeps its label (false for digits); used by augmentation only")
 
 
@@ -117,8 +116,8 @@ class Backbone(Spec):
     model: str
     arguments: dict[str, int | float | str | bool | list[int]] = Field(default_factory=dict)
     weights: str = "pretrained"
-    mean: tuple[float, float, float] | None = None
-    std: tuple[float, float, float] | None = None
+    mean: Channels | None = None
+    std: Deviations | None = None
 
 
 # --- recipe ---------------------------------------------------------------------------------------------------------------------------------
@@ -175,7 +174,10 @@ class Training(Spec):
 
 
 class Recipe(Spec):
-    """How a task is adapted and trained. A part left out is off; the head is always there."""
+    """How a task is adapted and trained. A part left out is off; the head is always there.
+
+    In a task file, a recipe that names no part at all keeps the house parts; `connections: null` alone is a linear probe.
+    """
 
     connections: Connections | None = None
     biases: Biases | None = None
@@ -185,18 +187,30 @@ class Recipe(Spec):
     training: Training = Training()
 
 
-HOUSE_RECIPE = Recipe(connections=Connections(), biases=Biases(), smoa=Smoa(), norms=Norms())
+HOUSE_PARTS: dict[str, Spec] = {"connections": Connections(), "biases": Biases(), "smoa": Smoa(), "norms": Norms()}
+HOUSE_RECIPE = Recipe(**HOUSE_PARTS)  # type: ignore[arg-type]
+
+
+def _with_house_parts(recipe: Any) -> Any:
+    """A task's recipe that names no part (only head or training, say) keeps the house parts."""
+    if isinstance(recipe, Mapping) and not recipe.keys() & HOUSE_PARTS.keys():
+        return {**HOUSE_PARTS, **recipe}
+    return recipe
 
 
 # --- search ---------------------------------------------------------------------------------------------------------------------------------
 
 
 def _as_tuple(value: Any) -> Any:
+    if isinstance(value, (list, tuple)) and not value:
+        raise ValueError("expected at least one value to try; leave the key out to keep the recipe's value")
+    if isinstance(value, (list, tuple)) and any(value.count(item) > 1 for item in value):
+        raise ValueError("a value is written twice; each is tried once")
     return value if value is None or isinstance(value, (list, tuple)) else (value,)
 
 
 def _axis(kind: Any) -> Any:
-    return Annotated[tuple[kind, ...] | None, BeforeValidator(_as_tuple), Field(min_length=1)]
+    return Annotated[tuple[kind, ...] | None, BeforeValidator(_as_tuple)]
 
 
 Positive = Annotated[float, Field(gt=0)]
@@ -261,8 +275,30 @@ class SearchSpace(Spec):
             return int(max(self.top_k))
         return base.connections.top_k if base.connections is not None else 0
 
+    def idle_axes(self, base: Recipe) -> list[str]:
+        """Axes that change nothing, because no recipe of the space has the part they belong to."""
+        has_smoa = any(self.experts) if self.experts is not None else base.smoa is not None
+        has_connections = self.max_top_k(base) > 0
+        needed = {
+            "bits": (has_connections and self.connection_bits is None) or (has_smoa and self.adapter_bits is None),
+            "connection_bits": has_connections,
+            "adapter_bits": has_smoa,
+            "width": has_smoa,
+            "scale": has_smoa,
+        }
+        return [name for name in self.axes() if not needed.get(name, True)]
 
-HOUSE_SPACE = SearchSpace(bits=(1, 4), experts=(0, 4), top_k=(1, 3))
+
+def house_space(recipe: Recipe) -> SearchSpace:
+    """What is searched where a task does not say: bits, experts and K, of the parts its recipe has."""
+    axes: dict[str, Any] = {}
+    if recipe.connections is not None or recipe.smoa is not None:
+        axes["bits"] = (1, 4)
+    if recipe.smoa is not None:
+        axes["experts"] = (0, 4)
+    if recipe.connections is not None:
+        axes["top_k"] = (1, 3)
+    return SearchSpace(**axes)
 
 
 class Selection(Spec):
@@ -289,139 +325,25 @@ class Task(Spec):
     val_fraction: float = Field(0.2, gt=0, lt=1, description="share of train held out for validation where the task brings no val split")
     metric: Literal["accuracy"] = "accuracy"
     backbone: Backbone
-    recipe: Recipe = HOUSE_RECIPE
-    search: SearchSpace = HOUSE_SPACE
+    recipe: Annotated[Recipe, BeforeValidator(_with_house_parts)] = HOUSE_RECIPE
+    search: SearchSpace = Field(default_factory=lambda validated: house_space(validated.get("recipe", HOUSE_RECIPE)))
     selection: Selection = Selection()
     budget: Budget = Budget()
     seed: int = Field(0, ge=0)
 
-    @model_validator(mode="after")
-    def _name_is_not_reserved(self) -> Task:
-        if self.name == "latest" or re.fullmatch(r"v[0-9]+", self.name):
-            raise ValueError(f"the name {self.name!r} is reserved by the MLflow registry; choose another")
-        return self
+    @field_validator("name")
+    @classmethod
+    def _is_not_reserved(cls, name: str) -> str:
+        if name == "latest" or re.fullmatch(r"v[0-9]+", name):
+            raise ValueError(f"the name {name!r} is reserved by the MLflow registry; choose another")
+        return name
 
-
-# --- reading --------------------------------------------------------------------------------------------------------------------------------
-
-_SHARED_SECTIONS = ("backbone", "recipe", "search", "budget", "selection")
-_DATA_PATHS = ("train", "val", "test", "root")
-SpecType = TypeVar("SpecType", bound=Spec)
-
-
-def load_tasks(paths: list[Path], *, overrides: dict[str, Any] | None = None) -> list[Task]:
-    """Read task files, or folders of them, as one batch. Names must differ.
-
-    Relative paths inside a task file are resolved against its folder. `overrides` replaces whole sections (values: a mapping or a YAML path).
-    """
-    files = [file for path in paths for file in _task_files(path)]
-    tasks: dict[str, tuple[Task, Path]] = {}
-    for file in files:
-        task = load_task(file, overrides=overrides)
-        if task.name in tasks:
-            raise SpecError(f"{file}: name: given {task.name!r}, which {tasks[task.name][1]} has too; give each task of a batch its own name")
-        tasks[task.name] = (task, file)
-    return [task for task, _ in tasks.values()]
-
-
-def _task_files(path: Path) -> list[Path]:
-    if not path.exists():
-        raise SpecError(f"{path}: no such task file or folder; give a .yaml file or a folder that holds some")
-    if path.is_file():
-        return [path]
-    files = [file for file in sorted(path.glob("*.y*ml")) if "data" in _read_mapping(file)]
-    if not files:
-        raise SpecError(f"{path}: this folder holds no task file (a .yaml with a `data` section)")
-    return files
-
-
-def load_task(path: Path, *, overrides: dict[str, Any] | None = None) -> Task:
-    """Read one task file. Raises SpecError."""
-    content = _read_mapping(path)
-    for section in _SHARED_SECTIONS:
-        if isinstance(content.get(section), str):
-            shared = (path.parent / content[section]).resolve()
-            content[section] = _resolve_paths(section, _read_mapping(shared), shared.parent)
-        elif isinstance(content.get(section), dict):
-            content[section] = _resolve_paths(section, content[section], path.parent)
-    for section, value in (overrides or {}).items():
-        if isinstance(value, (str, Path)):
-            value = _resolve_paths(section, _read_mapping(Path(value)), Path(value).parent)
-        base = content.get(section, {}) if section in ("search", "budget") else {}
-        content[section] = {**base, **value}
-    if isinstance(content.get("data"), dict):
-        content["data"] = _resolve_paths("data", {"format": "shards", **content["data"]}, path.parent)
-    return validate(Task, content, source=str(path))
-
-
-def load_spec(kind: type[SpecType], path: Path) -> SpecType:
-    """Read a YAML file as `kind`. Raises SpecError."""
-    return validate(kind, _read_mapping(path), source=str(path))
-
-
-def _read_mapping(path: Path) -> dict[str, Any]:
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise SpecError(f"{path}: cannot be read ({error.strerror}); check the path") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise SpecError(f"{path}: not valid YAML: {error}") from None
-    if not isinstance(content, dict):
-        raise SpecError(f"{path}: expected a mapping of keys to values, found {type(content).__name__}")
-    return content
-
-
-def _resolve_paths(section: str, content: dict[str, Any], folder: Path) -> dict[str, Any]:
-    def resolve(value: Any) -> Any:
-        if isinstance(value, list):
-            return [resolve(item) for item in value]
-        return value if not isinstance(value, str) or "://" in value else str((folder / value).resolve())
-
-    keys: tuple[str, ...] = ()
-    if section == "data":
-        keys = _DATA_PATHS + (("classes",) if isinstance(content.get("classes"), str) else ())
-    elif section == "backbone" and content.get("weights") not in (None, "pretrained", "random"):
-        keys = ("weights",)
-    return {key: resolve(value) if key in keys else value for key, value in content.items()}
-
-
-def validate(kind: type[SpecType], content: dict[str, Any], *, source: str) -> SpecType:
-    """Build `kind` from plain data. Raises SpecError with one line per fault: source, key, given, expected."""
-    try:
-        return kind.model_validate(content)
-    except ValidationError as error:
-        lines = [_explain(kind, fault, source) for fault in error.errors()]
-        raise SpecError("\n".join(lines)) from None
-
-
-def _explain(kind: type[Spec], fault: Any, source: str) -> str:
-    key = ".".join(str(part) for part in fault["loc"] if not (isinstance(part, str) and part.startswith("function-")))
-    given = json.dumps(fault.get("input"), default=str)
-    given = given if len(given) <= 80 else given[:77] + "..."
-    if fault["type"] == "extra_forbidden":
-        known = _known_keys(kind, fault["loc"][:-1])
-        near = difflib.get_close_matches(str(fault["loc"][-1]), known, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
-        return f"{source}: {key}: unknown key, given {given}; {hint}"
-    if fault["type"] == "missing":
-        return f"{source}: {key}: missing; this key is required"
-    return f"{source}: {key}: given {given}; {fault['msg']}"
-
-
-def _known_keys(kind: type[Spec], location: tuple[Any, ...]) -> list[str]:
-    kinds: list[Any] = [kind]
-    for part in location:
-        nested = [argument for known in kinds for name, field in known.model_fields.items() if name == part for argument in _specs_in(field.annotation)]
-        tagged = [known for known in kinds if "format" in known.model_fields and part in _literal_values(known)]
-        kinds = nested or tagged or kinds
-    return sorted({name for known in kinds for name in known.model_fields})
-
-
-def _literal_values(kind: type[Spec]) -> tuple[Any, ...]:
-    return getattr(kind.model_fields["format"].annotation, "__args__", ())
-
-
-def _specs_in(annotation: Any) -> list[type[Spec]]:
-    if isinstance(annotation, type) and issubclass(annotation, Spec):
-        return [annotation]
-    return [spec for argument in getattr(annotation, "__args__", ()) for spec in _specs_in(argument)]
+    @field_validator("search")
+    @classmethod
+    def _changes_something(cls, search: SearchSpace, info: ValidationInfo) -> SearchSpace:
+        idle = search.idle_axes(info.data.get("recipe", HOUSE_RECIPE))
+        if idle:
+            raise ValueError(
+                f"{', '.join(idle)} would change nothing: no recipe of this space has the part; leave it out, or add the part to `recipe`"
+            )
+        return search

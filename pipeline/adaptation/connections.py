@@ -25,9 +25,7 @@ def dense_weight_gradient(layer: TunableLayer, x: torch.Tensor, gradient: torch.
     """Gradient of the layer's weight as [O, I], from its input and its output's gradient."""
     if isinstance(layer, nn.Linear):
         return gradient.reshape(-1, gradient.shape[-1]).T @ x.reshape(-1, x.shape[-1])
-    weight_gradient = torch.nn.grad.conv2d_weight(
-        x, list(layer.weight.shape), gradient, layer.stride, layer.padding, layer.dilation, layer.groups
-    )
+    weight_gradient = torch.nn.grad.conv2d_weight(x, list(layer.weight.shape), gradient, layer.stride, layer.padding, layer.dilation, layer.groups)
     return weight_gradient.reshape(layer.weight.shape[0], -1)
 
 
@@ -48,7 +46,9 @@ class _ConnectedProduct(torch.autograd.Function):
     """W_eff x, where only the values at `index_OK` have a gradient: dv[o, k] = sum_t g[t, o] * x[t, index[o, k]]."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, values_OK: torch.Tensor, weight: torch.Tensor, index_OK: torch.Tensor, layer: TunableLayer) -> torch.Tensor:  # type: ignore[override]
+    def forward(
+        ctx: Any, x: torch.Tensor, values_OK: torch.Tensor, weight: torch.Tensor, index_OK: torch.Tensor, layer: TunableLayer
+    ) -> torch.Tensor:  # type: ignore[override]
         ctx.layer = layer
         ctx.values_dtype = values_OK.dtype
         ctx.save_for_backward(x, weight, index_OK)

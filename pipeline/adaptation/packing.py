@@ -65,10 +65,7 @@ def from_pack(pack: Pack, backbone: LoadedBackbone) -> AdaptedModel:
     planned = plan(backbone, recipe, len(meta.classes))
     _compare(planned, {key: (spec.shape, part.bits) for key, (part, spec) in stored.items()})
     selected = {
-        spec.name: torch.from_numpy(index)
-        for part in pack.parts
-        if part.positions
-        for spec, index in zip(part.tensors, part.positions, strict=True)
+        spec.name: torch.from_numpy(index) for part in pack.parts if part.positions for spec, index in zip(part.tensors, part.positions, strict=True)
     }
     model = attach(backbone, recipe, len(meta.classes), selected=selected)
     values = {(part.name, name): array for part in pack.parts for name, array in part.values().items()}
@@ -125,6 +122,6 @@ def _check_probe(model: AdaptedModel, pack: Pack) -> None:
     now = probe_logits(model, pack.metadata.input.size_px)
     worst = float(np.abs(now - pack.probe_logits).max())
     if worst > PROBE_TOLERANCE * max(1.0, float(np.abs(pack.probe_logits).max())):
-        raise PackDamaged(f"the reloaded model's probe logits differ by {worst:.3g} from those stored; this build computes something else than the writer")
-
-
+        raise PackDamaged(
+            f"the reloaded model's probe logits differ by {worst:.3g} from those stored; this build computes something else than the writer"
+        )

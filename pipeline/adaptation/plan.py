@@ -15,6 +15,7 @@ from torch import nn
 from pipeline.adaptation.connections import TunableLayer
 from pipeline.backbones import LoadedBackbone
 from pipeline.errors import BackboneError
+from pipeline.packs import PartName
 from pipeline.spec import Bits, Recipe
 
 HEAD_BIAS_BITS: Bits = 16
@@ -24,7 +25,7 @@ HEAD_BIAS_BITS: Bits = 16
 class PlannedTensor:
     """One trained tensor. `columns` is the number of inputs a connection can come from, None for other parts."""
 
-    part: str
+    part: PartName
     name: str
     shape: tuple[int, ...]
     bits: Bits

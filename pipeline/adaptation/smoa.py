@@ -67,8 +67,7 @@ class SmoaBank(nn.Module):
             self.expert_load += counts_E.cpu()
         groups = x_TD[order_T].split(counts_E.tolist())
         outputs = [
-            F.linear(F.relu(F.linear(group, down)), up)
-            for group, down, up in zip(groups, self._values["down"], self._values["up"], strict=True)
+            F.linear(F.relu(F.linear(group, down)), up) for group, down, up in zip(groups, self._values["down"], self._values["up"], strict=True)
         ]
         y_TD = torch.cat(outputs)[order_T.argsort()]
         return y_TD * gate_T[:, None].to(y_TD.dtype)

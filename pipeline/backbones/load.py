@@ -111,7 +111,11 @@ def _read_checkpoint(model: nn.Module, path: Path) -> None:
 def _misfits(expected: dict[str, torch.Tensor], given: dict[str, torch.Tensor]) -> list[str]:
     missing, surplus = sorted(expected.keys() - given.keys()), sorted(given.keys() - expected.keys())
     reshaped = [name for name in sorted(expected.keys() & given.keys()) if expected[name].shape != given[name].shape]
-    faults = [f"{len(names)} {kind} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})" for kind, names in (("missing", missing), ("unknown", surplus)) if names]
+    faults = [
+        f"{len(names)} {kind} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+        for kind, names in (("missing", missing), ("unknown", surplus))
+        if names
+    ]
     return faults + [f"{name} is {tuple(given[name].shape)}, expected {tuple(expected[name].shape)}" for name in reshaped[:3]]
 
 

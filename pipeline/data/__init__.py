@@ -1,1 +1,30 @@
 """From what people have to shards, and from shards to batches."""
+
+from pipeline.data.augment import augment, two_views
+from pipeline.data.decode import decode_image
+from pipeline.data.index import DataIndex, ShardEntry, read_index, write_index
+from pipeline.data.plan import evaluation_batches, shard_batches, training_batches
+from pipeline.data.prepare import check, prepare
+from pipeline.data.reader import Reader
+from pipeline.data.shards import read_shard, write_shards
+from pipeline.data.splits import Split, split_samples
+
+__all__ = [
+    "DataIndex",
+    "Reader",
+    "ShardEntry",
+    "Split",
+    "augment",
+    "check",
+    "decode_image",
+    "evaluation_batches",
+    "prepare",
+    "read_index",
+    "read_shard",
+    "shard_batches",
+    "split_samples",
+    "training_batches",
+    "two_views",
+    "write_index",
+    "write_shards",
+]

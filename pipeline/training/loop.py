@@ -21,9 +21,7 @@ def learning_rate_factor(step: int, steps: int, warmup_steps: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(steps - warmup_steps, 1)))
 
 
-def train_epochs(
-    model: AdaptedModel, reader: Reader, split: Split, spec: Training, *, seed: int, flip: bool, device: str = "cpu"
-) -> Iterator[float]:
+def train_epochs(model: AdaptedModel, reader: Reader, split: Split, spec: Training, *, seed: int, flip: bool, device: str = "cpu") -> Iterator[float]:
     """Train epoch by epoch; yields each epoch's mean loss, so that the caller decides whether to go on.
 
     Raises:

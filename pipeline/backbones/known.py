@@ -1,0 +1,36 @@
+"""Where this machine's backbones are: a note, per user, of which checkpoint has which fingerprint.
+
+A pack names its backbone by fingerprint, never by a path. Every run notes the checkpoints it used, so that a pack can be loaded later by name alone.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+from pipeline.storage import read_json, write_json
+
+
+def demo_folder() -> Path:
+    """The folder with the demo's tasks and the embedded backbone: in a clone beside the package, otherwise where it was installed."""
+    clone = Path(__file__).resolve().parents[2] / "tasks" / "demo"
+    return clone if clone.is_dir() else Path(sys.prefix) / "share" / "taskpack" / "demo"
+
+
+def remember(fingerprint: str, weights: str) -> None:
+    """Note that `weights` (a path, `pretrained` or `random`) has this fingerprint."""
+    known = read_json(_note()) or {}
+    if known.get(fingerprint) != weights:
+        write_json(_note(), {**known, fingerprint: weights})
+
+
+def recall(fingerprint: str) -> str | None:
+    """The weights noted for a fingerprint, if they are still there."""
+    weights = (read_json(_note()) or {}).get(fingerprint)
+    return weights if weights in ("pretrained", "random") or (weights and Path(weights).is_file()) else None
+
+
+def _note() -> Path:
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(cache) / "taskpack" / "backbones.json"

@@ -1,0 +1,218 @@
+"""Prepare: what people have becomes shards with an index, checked against the task.
+
+Shards that exist are scanned and indexed where they lie; everything else is written as shards. Writing goes to a sibling folder that is renamed into
+place when it is complete, so a folder that has an index is whole. A folder that was prepared from the same source, and is intact, is used as it is.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from uuid import uuid4
+
+import numpy as np
+
+from pipeline.data.decode import decode_image
+from pipeline.data.drawn import drawn_source
+from pipeline.data.index import INDEX_NAME, DataIndex, ShardEntry, SplitName, read_index, write_index
+from pipeline.data.shards import Sample, samples_in, write_shards
+from pipeline.data.sources import Source, SourceSample, csv_source, digits_source, folder_source
+from pipeline.data.splits import split_samples
+from pipeline.data.urls import expand, fetch, is_url, resolve, sha256_hex, stamp
+from pipeline.errors import DataError, StorageError
+from pipeline.spec import CsvData, DigitsData, DrawnData, FolderData, ShardsData, Task
+
+_VERSION = 1  # part of every source digest: raise it when the same source would give other shards
+_MAX_INFERRED_CLASSES = 65536
+_CHECK_SIZE_PX = 8
+
+
+def prepare(task: Task, folder: Path) -> DataIndex:
+    """Make `folder` the prepared dataset of `task`, unless it is already, and check that it suits the task.
+
+    Raises DataError where the data is missing, damaged or unfit, StorageError where the folder cannot be written or holds something else.
+    """
+    folder = Path(os.path.abspath(folder))
+    data = task.data
+    try:
+        index = _index_in_place(data, folder) if isinstance(data, ShardsData) else _write(_source(data), data.model_dump_json(), folder)
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        advice = "free some space, or choose another folder" if full else "check the path and the permissions"
+        raise StorageError(f"{error.filename or folder}: cannot be used ({error.strerror or error}); {advice}") from None
+    check(index, task)
+    return index
+
+
+def _source(data: FolderData | CsvData | DigitsData | DrawnData) -> Source:
+    match data:
+        case FolderData():
+            return folder_source(data)
+        case CsvData():
+            return csv_source(data)
+        case DigitsData():
+            return digits_source(data)
+        case DrawnData():
+            return drawn_source(data)
+
+
+def _current(folder: Path, source_digest: str) -> DataIndex | None:
+    """The index in `folder` if it was made from this source and its local shards are the ones it lists."""
+    if not (folder / INDEX_NAME).exists():
+        return None
+    index = read_index(folder)
+    if index.source_digest != source_digest:
+        return None
+    urls = ((resolve(folder, shard.path), shard) for shard in index.shards)
+    return index if all(is_url(url) or _intact(Path(url), shard) for url, shard in urls) else None
+
+
+def _intact(path: Path, shard: ShardEntry) -> bool:
+    return path.is_file() and path.stat().st_size == shard.size_bytes and sha256_hex(path.read_bytes()) == shard.sha256
+
+
+# --- shards where they lie ------------------------------------------------------------------------------------------------------------------
+
+
+def _index_in_place(data: ShardsData, folder: Path) -> DataIndex:
+    splits: dict[SplitName, list[str]] = {"train": expand(data.train)}
+    if data.val is not None:
+        splits["val"] = expand(data.val)
+    splits["test"] = expand(data.test)
+    names = _class_names(data.classes)
+    stamps = [f"{split} {url} {stamp(url)}" for split, urls in splits.items() for url in urls]
+    source_digest = sha256_hex("\n".join([f"shards {_VERSION} {names!r}", *stamps]).encode())
+    if (index := _current(folder, source_digest)) is not None:
+        return index
+    entries = {split: [_scan(url, names) for url in urls] for split, urls in splits.items()}
+    _check_shards_differ(entries)
+    classes = names if names is not None else _inferred_classes(entries)
+    index = DataIndex(classes=classes, splits=entries, source_digest=source_digest)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_index(folder, index)
+    return index
+
+
+def _class_names(classes: tuple[str, ...] | str | None) -> list[str] | None:
+    if not isinstance(classes, str):
+        return None if classes is None else list(classes)
+    try:
+        text = fetch(classes).decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise DataError(f"{classes}: not UTF-8 text; expected one class name a line") from None
+    return [line.strip() for line in text.splitlines() if line.strip()]
+
+
+def _inferred_classes(entries: dict[SplitName, list[ShardEntry]]) -> list[str]:
+    largest, path = max((max(shard.labels), shard.path) for shards in entries.values() for shard in shards)
+    if largest >= _MAX_INFERRED_CLASSES:
+        raise DataError(f"{path}: label {largest} is too large to count classes by; number the classes from 0")
+    return [str(label) for label in range(largest + 1)]
+
+
+def _scan(url: str, classes: list[str] | None) -> ShardEntry:
+    """Read every sample of a shard once, so that no fault is left to be found during training."""
+    content = fetch(url)
+    labels: list[int] = []
+    for key, image, label in samples_in(content, url):
+        if classes is not None and label >= len(classes):
+            raise DataError(f"{url}: {key}.cls: label {label} is outside the {len(classes)} classes; expected 0 to {len(classes) - 1}")
+        decode_image(image, _CHECK_SIZE_PX, f"{url}: {key}")
+        labels.append(label)
+    return ShardEntry(path=url, samples=len(labels), size_bytes=len(content), sha256=sha256_hex(content), labels=labels)
+
+
+def _check_shards_differ(entries: dict[SplitName, list[ShardEntry]]) -> None:
+    first_use: dict[str, str] = {}
+    for split, shards in entries.items():
+        for shard in shards:
+            use = f"{split} {shard.path}"
+            if shard.sha256 in first_use:
+                raise DataError(f"{use}: has the same content as {first_use[shard.sha256]}; the splits must not share samples")
+            first_use[shard.sha256] = use
+
+
+# --- everything else: written as shards -----------------------------------------------------------------------------------------------------
+
+
+def _write(source: Source, description: str, folder: Path) -> DataIndex:
+    source_digest = source.digest(f"{_VERSION} {description}")
+    if (index := _current(folder, source_digest)) is not None:
+        return index
+    _check_replaceable(folder)
+    building = _sibling(folder)
+    building.mkdir(parents=True)
+    try:
+        splits = {split: write_shards(building, split, _shuffled(samples)) for split, samples in source.splits.items()}
+        index = DataIndex(classes=source.classes, splits=splits, source_digest=source_digest)
+        write_index(building, index)
+        _publish(building, folder, lambda: _current(folder, source_digest) is not None)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+    return index
+
+
+def _sibling(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.{uuid4().hex[:8]}")
+
+
+def _shuffled(samples: list[SourceSample]) -> Iterator[Sample]:
+    """Classes mixed, always in the same way: a shard must not hold one class alone."""
+    for number, row in enumerate(np.random.default_rng(0).permutation(len(samples))):
+        image = samples[row].load()
+        decode_image(image, _CHECK_SIZE_PX, samples[row].name)
+        yield f"{number:06d}", image, samples[row].label
+
+
+def _check_replaceable(folder: Path) -> None:
+    """Raise StorageError where `folder` holds anything that an earlier preparation did not write."""
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise StorageError(f"{folder}: is a file; choose another folder for the prepared dataset")
+    index = read_index(folder) if (folder / INDEX_NAME).exists() else None
+    own = {INDEX_NAME} | ({shard.path for shard in index.shards} if index is not None else set())
+    foreign = sorted(path.name for path in folder.iterdir() if path.name not in own)
+    if foreign:
+        raise StorageError(f"{folder}: holds {foreign[0]}, which is no part of a prepared dataset; choose another folder, or empty this one")
+
+
+def _publish(building: Path, folder: Path, is_current: Callable[[], bool]) -> None:
+    """Rename `building` to `folder`; a dataset that is there gives way, unless another process has just written the same one."""
+    try:
+        os.rename(building, folder)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        if is_current():
+            return
+        former = _sibling(folder)
+        os.rename(folder, former)
+        os.rename(building, folder)
+        shutil.rmtree(former)
+
+
+# --- does it suit the task ------------------------------------------------------------------------------------------------------------------
+
+
+def check(index: DataIndex, task: Task) -> None:
+    """Raise DataError unless a study of `task` can be run on the dataset: classes, and samples enough in each split."""
+    if len(set(index.classes)) < max(2, len(index.classes)):
+        raise DataError(f"{task.name}: classes are {', '.join(index.classes)}; expected at least two, with different names")
+    if not index.splits.get("train") or not index.splits.get("test"):
+        raise DataError(f"{task.name}: train or test is empty; each needs samples")
+    trained = {label for shard in index.splits["train"] for label in shard.labels}
+    if len(trained) < 2:
+        raise DataError(f"{task.name}: all training samples are of one class; expected at least two classes")
+    for split, shards in index.splits.items():
+        missing = sorted({label for shard in shards for label in shard.labels} - trained)
+        if missing:
+            names = ", ".join(index.classes[label] for label in missing)
+            raise DataError(f"{task.name}: {split} has classes without a training sample: {names}; every class needs training samples")
+    train_samples = len(split_samples(index, task.val_fraction, task.seed)["train"])
+    for key, batch_size in (("recipe.training.batch_size", task.recipe.training.batch_size), ("selection.batch_size", task.selection.batch_size)):
+        if train_samples < batch_size:
+            raise DataError(f"{task.name}: {train_samples} training samples are fewer than {key} = {batch_size}; lower it, or add samples")

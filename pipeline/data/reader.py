@@ -1,0 +1,94 @@
+"""Samples as tensors: decoded shards, kept in memory as long as they fit.
+
+Random access to single members of a tar, over and over, would decode each image once an epoch. A whole shard is decoded once instead and kept; the
+least recently used goes first. The cache belongs to the process: trials that follow one another in a process, and tasks that share shards, find them
+decoded. Its key is the content's SHA-256, never the file's name: WebDataset's own cache confuses shards of the same name.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from pipeline.data.decode import decode_image
+from pipeline.data.index import ShardEntry
+from pipeline.data.shards import samples_in
+from pipeline.data.splits import Split
+from pipeline.data.urls import fetch, resolve, sha256_hex
+from pipeline.errors import DataError
+
+CACHE_BYTES = 1024**3
+Key = tuple[str, int]  # sha256, size_px
+
+
+class ShardCache:
+    """Decoded shards, uint8 [N, 3, S, S], least recently used first. Safe to share between threads."""
+
+    def __init__(self) -> None:
+        self._images: OrderedDict[Key, torch.Tensor] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, key: Key, load: Callable[[], torch.Tensor], limit_bytes: int) -> torch.Tensor:
+        """The shard under `key`, from `load` where it is not held. Afterwards no more than `limit_bytes` are held, or this one shard alone."""
+        with self._lock:
+            if key not in self._images:
+                self._images[key] = load()
+            self._images.move_to_end(key)
+            while len(self._images) > 1 and self.size_bytes() > limit_bytes:
+                self._images.popitem(last=False)
+            return self._images[key]
+
+    def size_bytes(self) -> int:
+        """Bytes held."""
+        return sum(images.nbytes for images in self._images.values())
+
+    def clear(self) -> None:
+        """Let everything go."""
+        with self._lock:
+            self._images.clear()
+
+
+CACHE = ShardCache()
+
+
+class Reader:
+    """Reads batches of the shards of one split."""
+
+    def __init__(self, index_folder: Path, shards: Split | Sequence[ShardEntry], size_px: int, cache_bytes: int = CACHE_BYTES) -> None:
+        self.index_folder = index_folder
+        self.shards = tuple(shards.shards if isinstance(shards, Split) else shards)
+        self.size_px = size_px
+        self.cache_bytes = cache_bytes
+        self._labels = [np.array(shard.labels, np.int64) for shard in self.shards]
+
+    def read(self, samples: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        """Images uint8 [B, 3, S, S] and labels int64 [B] of `samples`, int [B, 2] rows of (shard, position), in their order.
+
+        Raises DataError where a shard is missing, or is not the one that was indexed.
+        """
+        images = torch.empty(len(samples), 3, self.size_px, self.size_px, dtype=torch.uint8)
+        labels = torch.empty(len(samples), dtype=torch.int64)
+        for number in np.unique(samples[:, 0]):
+            rows = np.flatnonzero(samples[:, 0] == number)
+            positions = samples[rows, 1]
+            images[torch.from_numpy(rows)] = self._shard(self.shards[number])[torch.from_numpy(positions.astype(np.int64))]
+            labels[torch.from_numpy(rows)] = torch.from_numpy(self._labels[number][positions])
+        return images, labels
+
+    def _shard(self, shard: ShardEntry) -> torch.Tensor:
+        return CACHE.get((shard.sha256, self.size_px), lambda: self._decode(shard), self.cache_bytes)
+
+    def _decode(self, shard: ShardEntry) -> torch.Tensor:
+        url = resolve(self.index_folder, shard.path)
+        content = fetch(url)
+        if sha256_hex(content) != shard.sha256:
+            raise DataError(f"{url}: damaged, or changed since it was indexed (its SHA-256 differs); prepare the dataset again")
+        images = np.empty((shard.samples, 3, self.size_px, self.size_px), np.uint8)
+        for position, (key, image, _) in enumerate(samples_in(content, url)):
+            images[position] = decode_image(image, self.size_px, f"{url}: {key}")
+        return torch.from_numpy(images)

@@ -1,0 +1,173 @@
+"""Shards: WebDataset tars of `key.jpg|png|webp|bmp` and `key.cls`, written byte for byte the same, read without losing a sample or running code.
+
+Python's tar reader stops without a word at a damaged header, and at a file that was cut between two members; both would lose samples. So a shard is
+read whole, and counts as whole only where its members are followed by the end mark of two zero blocks and by nothing else. Labels are read as decimal
+numbers; members that only a pickle loader could read are refused by name, and WebDataset's decoders, which would load them, are never called.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import tarfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+os.environ["WDS_SECURE"] = "1"  # read by webdataset when it is imported
+
+from webdataset.tariterators import group_by_keys, tar_file_expander
+from webdataset.writer import TarWriter
+
+from pipeline.data.index import ShardEntry
+from pipeline.data.urls import fetch, sha256_hex
+from pipeline.errors import DataError
+
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp")
+REFUSED_EXTENSIONS = ("pkl", "pickle", "pyd", "npy", "npz", "pt", "pth", "joblib", "dill")
+LABEL_EXTENSION = "cls"
+SAMPLES_PER_SHARD = 1000
+SHARD_SIZE_BYTES = 64 * 1024**2
+_BLOCK_BYTES = tarfile.BLOCKSIZE
+_SIGNATURES = ((b"\x89PNG\r\n", "png"), (b"\xff\xd8\xff", "jpg"), (b"BM", "bmp"))
+
+Sample = tuple[str, bytes, int]  # key, encoded image, label
+
+
+# --- reading --------------------------------------------------------------------------------------------------------------------------------
+
+
+def read_shard(url: str) -> Iterator[Sample]:
+    """The samples of the shard at a path or URL, in order: key, encoded image, label. Raises DataError naming the shard and the member at fault."""
+    return samples_in(fetch(url), url)
+
+
+def samples_in(content: bytes, url: str) -> Iterator[Sample]:
+    """The samples of a shard whose bytes are `content`; `url` is used in errors. Raises DataError."""
+    _check_tar(content, url)
+    keys: set[str] = set()
+    for members in _groups(content, url):
+        key = str(members["__key__"])
+        image_extension = _image_extension(members, f"{url}: {key}")
+        if image_extension is None:
+            continue
+        if key in keys:
+            raise DataError(f"{url}: {key}: this key occurs twice; give each sample its own key, and keep its members next to each other")
+        keys.add(key)
+        yield key, members[image_extension], _label(members[LABEL_EXTENSION], f"{url}: {key}.{LABEL_EXTENSION}")
+    if not keys:
+        raise DataError(f"{url}: the shard holds no samples; expected members such as 000000.jpg and 000000.{LABEL_EXTENSION}")
+
+
+def _groups(content: bytes, url: str) -> Iterator[dict[str, bytes]]:
+    """The members of each key, by extension in lower case, and WebDataset's own entries such as `__key__`."""
+    try:
+        yield from group_by_keys(tar_file_expander([{"url": url, "stream": io.BytesIO(content)}]))
+    except ValueError as error:  # two extensions that differ in case alone
+        raise DataError(f"{url}: {error.args[0]}; give each sample its own key") from None
+
+
+def _check_tar(content: bytes, url: str) -> None:
+    """Raise DataError unless `content` is one whole, plain tar of ordinary files that may all be read safely."""
+    if not content:
+        raise DataError(f"{url}: the shard is empty (0 bytes); copy or prepare it again")
+    names: set[str] = set()
+    try:
+        with tarfile.open(fileobj=io.BytesIO(content), mode="r:") as archive:
+            for member in archive:
+                _check_member(member, names, url)
+            end = int(archive.offset)
+    except tarfile.ReadError as error:
+        raise DataError(f"{url}: truncated, damaged or not an uncompressed tar ({error}); copy or prepare it again") from None
+    after = content[end:]
+    if len(after) < 2 * _BLOCK_BYTES or after.strip(b"\0"):
+        reason = "a damaged header or a second tar" if after.strip(b"\0") else "no end mark: the file was cut short"
+        raise DataError(f"{url}: damaged at byte {end} after {len(names)} members ({reason}); copy or prepare it again")
+
+
+def _check_member(member: tarfile.TarInfo, names: set[str], url: str) -> None:
+    if member.isdir():
+        return
+    if not member.isreg():
+        raise DataError(f"{url}: {member.name}: not an ordinary file (a link or device); write the shard with the files themselves")
+    if member.name.lower().rpartition(".")[2] in REFUSED_EXTENSIONS:
+        raise DataError(
+            f"{url}: {member.name}: refused, members of this kind can run code when they are loaded; expected images and .{LABEL_EXTENSION}"
+        )
+    if member.name.rpartition(".")[2].startswith("__"):
+        raise DataError(f"{url}: {member.name}: refused, WebDataset gives extensions that begin with two underscores another meaning; rename it")
+    if member.name in names:
+        raise DataError(f"{url}: {member.name}: this member occurs twice; give each sample its own key")
+    names.add(member.name)
+
+
+def _image_extension(members: dict[str, bytes], sample: str) -> str | None:
+    """Which member is the sample's image; None where the group has nothing to do with images or labels (a README). Raises DataError."""
+    extensions = [name for name in members if not name.startswith("__")]
+    images = [name for name in extensions if name in IMAGE_EXTENSIONS]
+    if len(images) == 1 and LABEL_EXTENSION in members:
+        return images[0]
+    if not any(name.rpartition(".")[2] in (*IMAGE_EXTENSIONS, LABEL_EXTENSION) for name in extensions):
+        return None
+    found = ", ".join(extensions)
+    if len(images) > 1:
+        raise DataError(f"{sample}: more than one image ({found}); keep one for each key")
+    if images:
+        raise DataError(f"{sample}.{images[0]}: an image without a label; expected a member {sample.rpartition(' ')[2]}.{LABEL_EXTENSION} next to it")
+    # The key ends at the name's first dot, so `a.v2.jpg` is not the image of `a`.
+    raise DataError(f"{sample}: no image, only {found}; expected one of {', '.join(IMAGE_EXTENSIONS)} right after the key, which may have no dot")
+
+
+def _label(content: bytes, member: str) -> int:
+    text = content.strip()
+    if not text.isdigit() or len(text) > 9:
+        raise DataError(f"{member}: the label is {content[:40]!r}; expected a class number such as 3")
+    return int(text)
+
+
+# --- writing --------------------------------------------------------------------------------------------------------------------------------
+
+
+def write_shards(folder: Path, split: str, samples: Iterable[Sample], samples_per_shard: int = SAMPLES_PER_SHARD) -> list[ShardEntry]:
+    """Write `samples` to `folder` as `split-000000.tar` and so on, each of at most `samples_per_shard` samples and about SHARD_SIZE_BYTES.
+
+    The same samples give the same bytes. The paths of the entries are relative to `folder`. Raises OSError where the disk does.
+    """
+    entries: list[ShardEntry] = []
+    for batch in _batches(samples, samples_per_shard):
+        content = _tar(batch)
+        path = f"{split}-{len(entries):06d}.tar"
+        (folder / path).write_bytes(content)
+        labels = [label for _, _, label in batch]
+        entries.append(ShardEntry(path=path, samples=len(batch), size_bytes=len(content), sha256=sha256_hex(content), labels=labels))
+    return entries
+
+
+def _batches(samples: Iterable[Sample], samples_per_shard: int) -> Iterator[list[Sample]]:
+    batch: list[Sample] = []
+    size_bytes = 0
+    for sample in samples:
+        batch.append(sample)
+        size_bytes += len(sample[1])
+        if len(batch) == samples_per_shard or size_bytes >= SHARD_SIZE_BYTES:
+            yield batch
+            batch, size_bytes = [], 0
+    if batch:
+        yield batch
+
+
+def _tar(samples: list[Sample]) -> bytes:
+    stream = io.BytesIO()
+    with TarWriter(stream, user="", group="", mode=0o444, mtime=0, encoder=False, compress=False) as writer:
+        for key, image, label in samples:
+            writer.write({"__key__": key, _extension_of(image, key): image, LABEL_EXTENSION: str(label).encode()})
+    return stream.getvalue()
+
+
+def _extension_of(image: bytes, name: str) -> str:
+    """The extension that fits an encoded image's first bytes, whatever its file was called. Raises DataError."""
+    for signature, extension in _SIGNATURES:
+        if image.startswith(signature):
+            return extension
+    if image[:4] == b"RIFF" and image[8:12] == b"WEBP":
+        return "webp"
+    raise DataError(f"{name}: not an image that can be read; expected one of {', '.join(IMAGE_EXTENSIONS)}")

@@ -1,0 +1,81 @@
+"""Who is in train, validation and test: by the index, or with a stratified validation set held out of train.
+
+Of a class with n samples, about `val_fraction * n` go to validation: quotas by largest remainder, at least one sample of each class on both sides,
+chosen by a seed. `trainval` is everything but test, for the final fit.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from pipeline.data.index import DataIndex, ShardEntry, SplitName
+from pipeline.errors import DataError
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """A set of samples of some shards.
+
+    samples: int32 [N, 2], rows of (number of the shard in `shards`, position in that shard). labels: int64 [N].
+    """
+
+    name: str
+    shards: tuple[ShardEntry, ...]
+    samples: np.ndarray
+    labels: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+
+def split_samples(index: DataIndex, val_fraction: float, seed: int) -> dict[str, Split]:
+    """The splits `train`, `val`, `trainval` and `test`. Raises DataError where a class has too few samples to hold one out."""
+    train, test = _whole("train", index, "train"), _whole("test", index, "test")
+    if index.splits.get("val"):
+        return {"train": train, "val": _whole("val", index, "val"), "trainval": _whole("trainval", index, "train", "val"), "test": test}
+    held_out = held_out_samples(train.labels, val_fraction, seed, index.classes)
+    return {"train": _subset("train", train, ~held_out), "val": _subset("val", train, held_out), "trainval": _subset("trainval", train), "test": test}
+
+
+def _whole(name: str, index: DataIndex, *parts: SplitName) -> Split:
+    shards = tuple(shard for part in parts for shard in index.splits.get(part, []))
+    rows = [np.stack([np.full(shard.samples, number), np.arange(shard.samples)], axis=1) for number, shard in enumerate(shards)]
+    samples = np.concatenate(rows).astype(np.int32) if rows else np.zeros((0, 2), np.int32)
+    labels = np.array([label for shard in shards for label in shard.labels], np.int64)
+    return Split(name, shards, samples, labels)
+
+
+def _subset(name: str, split: Split, chosen: np.ndarray | slice = slice(None)) -> Split:
+    return Split(name, split.shards, split.samples[chosen], split.labels[chosen])
+
+
+def held_out_samples(labels: np.ndarray, fraction: float, seed: int, classes: list[str]) -> np.ndarray:
+    """Which of the samples with `labels` (int [N]) to hold out, as bool [N]. Raises DataError where a class has a single sample."""
+    counts = np.bincount(labels, minlength=len(classes))
+    single = [classes[number] for number in np.flatnonzero(counts == 1)]
+    if single:
+        raise DataError(f"only one training sample of {', '.join(single)}: a validation set cannot be held out; add samples, or give a val split")
+    quotas = class_quotas(counts, round(fraction * len(labels)))
+    quotas = np.clip(quotas, np.minimum(counts, 1), np.maximum(counts - 1, 0))
+    return choose_by_class(labels, quotas, np.random.default_rng([seed, 0]))
+
+
+def class_quotas(counts: np.ndarray, total: int) -> np.ndarray:
+    """How many samples to take of each class so that `total` are shared out in proportion to `counts` (int [C]): largest remainder, int [C]."""
+    shares = counts * (total / max(1, counts.sum()))
+    quotas = np.floor(shares).astype(np.int64)
+    neediest = np.argsort(quotas - shares, kind="stable")
+    quotas[neediest[: total - quotas.sum()]] += 1
+    return quotas
+
+
+def choose_by_class(labels: np.ndarray, quotas: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Choose at random `quotas[c]` of the samples with label c, as bool [N]."""
+    shuffled = rng.permutation(len(labels))
+    by_class = shuffled[np.argsort(labels[shuffled], kind="stable")]
+    first_of_class = np.searchsorted(labels[by_class], labels[by_class], side="left")
+    chosen = np.zeros(len(labels), bool)
+    chosen[by_class[np.arange(len(labels)) - first_of_class < quotas[labels[by_class]]]] = True
+    return chosen

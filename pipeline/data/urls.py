@@ -1,0 +1,116 @@
+"""Where shards lie: local paths and fsspec URLs, and nothing that could start a program.
+
+WebDataset's own opener sends `pipe:` URLs to a shell, runs `curl` for http and expands variables and braces in names. Shards are opened here
+instead: a plain path with `open`, a URL of a known object store or web protocol with fsspec. Every other scheme, and every chained URL (`a::b`),
+is refused by name.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import os
+import re
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import fsspec
+
+from pipeline.errors import DataError
+
+PROTOCOLS = ("abfs", "abfss", "az", "file", "gcs", "gs", "hf", "http", "https", "memory", "s3", "s3a")
+_STAMP_KEYS = ("mtime", "created", "ETag", "etag", "LastModified", "last_modified", "Last-Modified", "md5Hash", "Content-MD5", "blob_id")
+_SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]+):")
+
+
+def is_url(path: str) -> bool:
+    """Whether `path` has a URL scheme. Raises DataError for one that is not in PROTOCOLS, such as `pipe:`."""
+    scheme = _SCHEME.match(path)
+    if scheme is None or os.path.isabs(path):
+        return False
+    if scheme[1].lower() not in PROTOCOLS or not path.startswith(f"{scheme[1]}://") or "::" in path:
+        known = ", ".join(PROTOCOLS)
+        raise DataError(f"{path}: refused; expected a file's path or a URL of one of these protocols, not chained and not a command: {known}")
+    return True
+
+
+def resolve(folder: Path, path: str) -> str:
+    """A shard's path as written in an index, made openable: URLs and absolute paths stay, others are relative to the index's `folder`."""
+    return path if is_url(path) else str(folder / path)
+
+
+def fetch(url: str) -> bytes:
+    """The whole content of a local file or URL. Raises DataError where it cannot be read."""
+    with _named_errors(url):
+        if not is_url(url):
+            return Path(url).read_bytes()
+        filesystem, path = fsspec.core.url_to_fs(url)
+        return bytes(filesystem.cat_file(path))
+
+
+@contextmanager
+def _named_errors(url: str) -> Iterator[None]:
+    """Turn what goes wrong while `url` is read into a DataError that names it."""
+    try:
+        yield
+    except DataError:
+        raise
+    except FileNotFoundError:
+        raise DataError(f"{url}: no such file; check the path in the task's data section") from None
+    except ImportError as error:
+        raise DataError(f"{url}: this protocol needs a package that is not installed ({error})") from None
+    except Exception as error:  # each store's client has errors of its own, many of which are not OSErrors
+        reason = str(error) or type(error).__name__
+        raise DataError(f"{url}: cannot be read ({reason}); check the path, the permissions and the connection") from None
+
+
+def sha256_hex(content: bytes) -> str:
+    """SHA-256 of `content`, 64 hex digits."""
+    return hashlib.sha256(content).hexdigest()
+
+
+def expand(patterns: tuple[str, ...] | str) -> list[str]:
+    """Paths and globs as the list of shards they name, each glob in sorted order. Raises DataError where one matches nothing, or a shard repeats."""
+    shards: list[str] = []
+    for pattern in (patterns,) if isinstance(patterns, str) else patterns:
+        shards += _expand_url(pattern) if is_url(pattern) else _expand_local(pattern)
+    if not shards:
+        raise DataError("no shards given; expected the path of at least one tar file")
+    most_given, times = Counter(shards).most_common(1)[0]
+    if times > 1:
+        raise DataError(f"{most_given}: this shard is given more than once; list each shard once")
+    return shards
+
+
+def _expand_local(pattern: str) -> list[str]:
+    path = os.path.abspath(pattern)
+    # A file that exists is taken by its name even where the name holds glob characters.
+    found = [path] if os.path.exists(path) else sorted(glob.glob(path))
+    if not found:
+        raise DataError(f"{pattern}: no such shard; expected a tar file, or a glob (*, ?, [..]) that matches some")
+    return found
+
+
+def _expand_url(pattern: str) -> list[str]:
+    if not glob.has_magic(pattern):
+        return [pattern]
+    with _named_errors(pattern):
+        filesystem, path = fsspec.core.url_to_fs(pattern)
+        found = sorted(str(filesystem.unstrip_protocol(match)) for match in filesystem.glob(path))
+    if not found:
+        raise DataError(f"{pattern}: no such shard; expected a tar file, or a glob (*, ?, [..]) that matches some")
+    return found
+
+
+def stamp(url: str) -> str:
+    """What changes when a shard changes: size and time of modification, the store's own tag, or else the content's SHA-256. Raises DataError."""
+    with _named_errors(url):
+        if not is_url(url):
+            status = os.stat(url)
+            return f"{status.st_size}:{status.st_mtime_ns}"
+        filesystem, path = fsspec.core.url_to_fs(url)
+        details = filesystem.info(path)
+        tags = [f"{key}={details[key]}" for key in _STAMP_KEYS if details.get(key)]
+    return f"{details.get('size')}:{':'.join(tags)}" if tags else sha256_hex(fetch(url))

@@ -1,0 +1,74 @@
+"""What a pack says about itself: enough to rebuild the model from the backbone, and to say how it was made.
+
+No paths and no times, and one canonical JSON text: the same run writes the same bytes anywhere.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Final, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, with_config
+from typing_extensions import TypedDict
+
+from pipeline.errors import PackDamaged, PackError
+
+FORMAT_VERSION: Final = 1
+
+Channels = tuple[float, float, float]
+Positive = Annotated[float, Field(gt=0)]
+
+
+class PackInput(BaseModel):
+    """Preprocessing: resize to a square of `size_px`, scale to [0, 1], subtract `mean`, divide by `std` (R, G, B)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    size_px: int = Field(ge=1)
+    mean: Channels
+    std: tuple[Positive, Positive, Positive]
+    interpolation: str
+
+
+@with_config(ConfigDict(extra="forbid"))
+class PackBackbone(TypedDict):
+    """Which backbone the pack belongs to: timm model name, its arguments, SHA-256 over its tensors (64 hex digits)."""
+
+    model: str
+    arguments: dict[str, int | float | str | bool | list[int]]
+    fingerprint: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class PackMetadata(BaseModel):
+    """The pack's own description. `recipe` and `selection` are the resolved configuration as plain JSON values."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    format_version: Literal[1] = FORMAT_VERSION
+    task: str = Field(min_length=1)
+    description: str = ""
+    classes: list[str] = Field(min_length=1)
+    metric: str
+    input: PackInput
+    recipe: dict[str, JsonValue]
+    backbone: PackBackbone
+    selection: dict[str, JsonValue] = Field(default_factory=dict)
+    seed: int = Field(ge=0)
+
+    def to_json(self) -> str:
+        """Compact canonical JSON: sorted keys, no spaces. Raises PackError for a number that JSON cannot hold."""
+        try:
+            return json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+        except ValueError as error:
+            raise PackError(f"metadata of {self.task}: {error}; a pack stores finite numbers only") from None
+
+    @classmethod
+    def from_json(cls, text: str) -> PackMetadata:
+        """Read `to_json`'s text. Raises PackDamaged, naming the first key at fault."""
+        try:
+            return cls.model_validate_json(text)
+        except ValidationError as error:
+            fault = error.errors(include_url=False)[0]
+            raise PackDamaged(f"metadata: {'.'.join(str(key) for key in fault['loc']) or 'JSON'}: {fault['msg']}") from None
+        except ValueError as error:
+            raise PackDamaged(f"metadata: {error}") from None

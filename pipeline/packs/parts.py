@@ -1,0 +1,153 @@
+"""A part: the trained tensors of one kind that share a bit width, as the codes that the file stores.
+
+Up to 8 bits a tensor is codes of the fixed codebook with one (mean, sd) for each trailing 2-D matrix: a bank of experts [E, h, D] has E pairs, a
+matrix or a vector one. At 16 and 32 bits the codes are the values themselves. Connections also carry their positions: tensor n, of shape [O, K],
+holds the values at `positions[n]` [O, K] in a weight matrix of `columns[n]` inputs.
+
+A conceptual part may mix widths (a head's weight at 1 bit, its bias at 16): it is then several Parts of one name.
+
+Legend: G groups (pairs of scales), O output neurons, K connections kept per neuron.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.errors import PackDamaged
+from pipeline.packs.codebook import MAX_CODE_BITS, dequantise
+from pipeline.packs.positions import LayerShape, check_positions
+
+PartName = Literal["connections", "biases", "norms", "adapters", "head"]
+PartBits = Literal[1, 2, 4, 8, 16, 32]
+PART_NAMES: tuple[PartName, ...] = get_args(PartName)
+PART_BITS: tuple[PartBits, ...] = get_args(PartBits)
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Name and shape of one tensor, in the module naming of the adapted model."""
+
+    name: str
+    shape: tuple[int, ...]
+
+    @property
+    def count(self) -> int:
+        """Number of values."""
+        return math.prod(self.shape)
+
+    @property
+    def groups(self) -> int:
+        """Number of (mean, sd) pairs: one for each trailing 2-D matrix."""
+        return math.prod(self.shape[:-2])
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """Codes of the tensors, flat and in order; checked when built. Raises PackDamaged for anything that contradicts itself.
+
+    codes: uint8 below 2^bits for bits <= 8, float16 for 16, float32 for 32. scales: float32 [G, 2] of (mean, sd) for bits <= 8, otherwise None.
+    positions: int32 [O, K] a tensor, and columns: inputs of its layer; for connections only.
+    """
+
+    name: PartName
+    bits: PartBits
+    tensors: tuple[TensorSpec, ...]
+    codes: NDArray[Any]
+    scales: NDArray[np.float32] | None = None
+    positions: tuple[NDArray[np.int32], ...] = ()
+    columns: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        self._require(self.name in PART_NAMES, f"expected one of {', '.join(PART_NAMES)}")
+        self._require(self.bits in PART_BITS, f"given {self.bits} bits; expected one of {PART_BITS}")
+        self._check_tensors()
+        self._check_codes()
+        self._check_scales()
+        self._check_positions()
+
+    @property
+    def count(self) -> int:
+        """Number of values of all tensors."""
+        return sum(tensor.count for tensor in self.tensors)
+
+    @property
+    def groups(self) -> int:
+        """Number of (mean, sd) pairs of all tensors: G."""
+        return sum(tensor.groups for tensor in self.tensors)
+
+    @property
+    def layer_shapes(self) -> tuple[LayerShape, ...]:
+        """(rows, top_k, columns) of each layer of connections; empty for other parts."""
+        return tuple((*tensor.shape[:2], columns) for tensor, columns in zip(self.tensors, self.columns, strict=False))  # type: ignore[misc]
+
+    def values(self) -> dict[str, NDArray[np.float32]]:
+        """The tensors by name in float32, dequantised; new arrays on every call."""
+        return {tensor.name: values for tensor, values in self._dequantised()}
+
+    def _dequantised(self) -> Iterator[tuple[TensorSpec, NDArray[np.float32]]]:
+        value, group = 0, 0
+        for tensor in self.tensors:
+            codes = self.codes[value : value + tensor.count]
+            scales = None if self.scales is None else self.scales[group : group + tensor.groups]
+            values = codes.astype(np.float32) if scales is None else dequantise(codes, scales, self.bits)
+            yield tensor, values.reshape(tensor.shape)
+            value, group = value + tensor.count, group + tensor.groups
+
+    def _require(self, condition: bool, message: str) -> None:
+        if not condition:
+            raise PackDamaged(f"part {self.name!r}: {message}")
+
+    def _check_tensors(self) -> None:
+        names = [tensor.name for tensor in self.tensors]
+        self._require(len(names) > 0, "holds no tensor; leave the part out")
+        self._require(len(set(names)) == len(names), "two of its tensors have the same name")
+        for tensor in self.tensors:
+            self._require(all(size >= 1 for size in tensor.shape), f"tensor {tensor.name!r} of shape {list(tensor.shape)} holds no value")
+
+    def _check_codes(self) -> None:
+        kind = np.dtype(code_dtype(self.bits))
+        self._require(self.codes.dtype == kind, f"codes of {self.bits} bits are {kind}; given {self.codes.dtype}")
+        self._require(self.codes.shape == (self.count,), f"its tensors hold {self.count} values; given codes of shape {list(self.codes.shape)}")
+        if self.bits <= MAX_CODE_BITS:
+            self._require(int(self.codes.max()) < 2**self.bits, f"code {int(self.codes.max())} does not fit in {self.bits} bits")
+        else:
+            self._require(bool(np.isfinite(self.codes).all()), f"a value is not finite at {self.bits} bits")
+
+    def _check_scales(self) -> None:
+        if self.bits > MAX_CODE_BITS:
+            self._require(self.scales is None, f"values of {self.bits} bits have no scales")
+            return
+        expected = (self.groups, 2)
+        given = None if self.scales is None else (self.scales.dtype, self.scales.shape)
+        self._require(given == (np.dtype(np.float32), expected), f"expected float32 scales of shape {list(expected)}; given {given}")
+        assert self.scales is not None
+        self._require(bool(np.isfinite(self.scales).all() and (self.scales[:, 1] >= 0).all()), "scales must be finite, and each sd at least 0")
+
+    def _check_positions(self) -> None:
+        expected = len(self.tensors) if self.name == "connections" else 0
+        given = (len(self.positions), len(self.columns))
+        self._require(given == (expected, expected), f"expected {expected} layers of positions and columns; given {given[0]} and {given[1]}")
+        for layer, (tensor, index_OK, columns) in enumerate(zip(self.tensors, self.positions, self.columns, strict=False)):
+            found = f"{index_OK.dtype} {list(index_OK.shape)}"
+            fits = index_OK.dtype == np.int32 and index_OK.shape == tensor.shape
+            self._require(fits, f"positions of {tensor.name!r}: expected int32 {list(tensor.shape)}, found {found}")
+            check_positions(index_OK, columns, layer)
+
+
+def zero_part(name: PartName, bits: PartBits, tensors: tuple[TensorSpec, ...], columns: tuple[int, ...] = ()) -> Part:
+    """A part of these shapes with codes and scales 0 and connections at the first K columns; it takes as many bytes as the trained one."""
+    count, groups = sum(tensor.count for tensor in tensors), sum(tensor.groups for tensor in tensors)
+    scales = np.zeros((groups, 2), np.float32) if bits <= MAX_CODE_BITS else None
+    positions = tuple(np.broadcast_to(np.arange(tensor.shape[-1], dtype=np.int32), tensor.shape).copy() for tensor in tensors) if columns else ()
+    return Part(name, bits, tensors, np.zeros(count, code_dtype(bits)), scales, positions, columns)
+
+
+def code_dtype(bits: int) -> type[np.generic]:
+    """What a part's codes are in memory: uint8 up to 8 bits, then float16 and float32."""
+    return np.float32 if bits == 32 else np.float16 if bits == 16 else np.uint8

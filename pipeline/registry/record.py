@@ -1,0 +1,81 @@
+"""What goes into the registry and what comes out of it.
+
+A `Champion` is a finished pack with everything measured on it; a `RegisteredPack` is what a look-up returns. Both are plain data: nothing here
+knows MLflow, so reports and the command line can use them without importing it.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import RegistryError
+
+TASK_TAG = "task"
+DIGEST_TAG = "pack_digest"
+MODEL_ID_TAG = "model_id"
+OWN_TAGS = (TASK_TAG, DIGEST_TAG, MODEL_ID_TAG)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Champion:
+    """A pack to register.
+
+    `ledger` holds bytes by part and sums to `size_bytes`; `metrics` such as test_accuracy (0 to 1), test_accuracy_stderr, val_accuracy,
+    trained_parameters; `params` the recipe, flattened; `tags` fingerprints, batch, backbone weights; `front` one row a trial.
+    """
+
+    task: str
+    pack_path: Path
+    pack_digest: str
+    size_bytes: int
+    ledger: dict[str, int]
+    metrics: dict[str, float]
+    params: dict[str, str] = field(default_factory=dict)
+    tags: dict[str, str] = field(default_factory=dict)
+    front: list[dict[str, Any]] = field(default_factory=list)
+    front_figure: Path | None = None
+
+    def check(self) -> None:
+        """Refuse a record that contradicts its file or itself. Raises RegistryError."""
+        if not self.pack_path.is_file():
+            raise RegistryError(f"{self.pack_path}: no such pack file; register the path that packing returned")
+        found_bytes = self.pack_path.stat().st_size
+        if found_bytes != self.size_bytes:
+            raise RegistryError(f"{self.pack_path}: given size_bytes {self.size_bytes}, the file has {found_bytes}; pack the task again")
+        if sum(self.ledger.values()) != self.size_bytes:
+            raise RegistryError(f"{self.task}: the byte ledger sums to {sum(self.ledger.values())}, the pack has {self.size_bytes} bytes")
+        not_finite = sorted(name for name, value in self.metrics.items() if not math.isfinite(value))
+        if not_finite:
+            raise RegistryError(f"{self.task}: metrics not finite: {', '.join(not_finite)}; leave out what was not measured")
+        reserved = sorted(set(OWN_TAGS) & self.tags.keys())
+        if reserved:
+            raise RegistryError(f"{self.task}: tags {', '.join(reserved)} are written by the registry itself; rename yours")
+
+    def all_metrics(self) -> dict[str, float]:
+        """`metrics` with the bytes beside them: `size_bytes` and `bytes_<part>`."""
+        return {**self.metrics, "size_bytes": self.size_bytes, **{f"bytes_{part}": size for part, size in self.ledger.items()}}
+
+    def all_tags(self) -> dict[str, str]:
+        """`tags` with the two by which the registry finds this pack again."""
+        return {**self.tags, TASK_TAG: self.task, DIGEST_TAG: self.pack_digest}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RegisteredPack:
+    """One version of a task's pack, as the registry holds it. `name` is the task's; `model_id` names the MLflow LoggedModel with the metrics."""
+
+    name: str
+    version: int
+    aliases: tuple[str, ...]
+    model_id: str
+    task: str
+    metrics: dict[str, float]
+    params: dict[str, str]
+    tags: dict[str, str]
+    size_bytes: int
+    pack_digest: str
+    created: datetime

@@ -1,0 +1,322 @@
+"""The registry: packs as versions of an MLflow registered model, found again by numbers.
+
+One registered model a task, one version a pack, the alias `champion` on the version that was registered last. A version alone cannot be searched by
+number (MLflow compares tags as text), so each belongs to a LoggedModel whose metrics (accuracy, `size_bytes`, `bytes_<part>`) the server filters and
+orders; the LoggedModel's files are the pack and an MLmodel that names our loader, hence neither pickle nor stored code.
+
+Writing happens in one process, the driver. Creating the version, with the pack's digest as its tag, is the one step that commits: what an interrupted
+`register` left before it is discarded by the next, what was missing after it is made good.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+import shutil
+import tempfile
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import RegistryError, StorageError
+from pipeline.registry.connection import (
+    import_mlflow,
+    import_pyfunc,
+    initialise_sqlite,
+    registry_errors,
+    resolve_tracking_uri,
+    short_patience,
+    sqlite_path,
+)
+from pipeline.registry.record import DIGEST_TAG, MODEL_ID_TAG, TASK_TAG, Champion, RegisteredPack
+
+EXPERIMENT = "taskpack"
+CHAMPION_ALIAS = "champion"
+PACK_FILE = "pack.safetensors"
+# The tag by which MLflow itself links a LoggedModel to its registered versions; having it is what makes a LoggedModel "registered" here.
+_VERSIONS_TAG = "mlflow.modelVersions"
+_REFERENCE = re.compile(r"(?P<name>[^/@:'\"`%\\]+)(?:@(?P<alias>[\w.-]+)|/(?P<version>[0-9]+))?")
+_PAGE = 50
+
+
+def open_registry(uri: str | None, workdir: Path) -> Registry:
+    """The registry at `uri`, else at MLFLOW_TRACKING_URI, else in a SQLite file under `workdir`, made on first use with artifacts beside it.
+
+    Raises RegistryError where the server cannot be reached (within about 10 s), StorageError where the database cannot be written.
+    """
+    tracking_uri = resolve_tracking_uri(uri, workdir)
+    database = sqlite_path(tracking_uri)
+    if database is None:
+        return Registry(tracking_uri, None)
+    artifact_root = database.parent / "artifacts"
+    with registry_errors(tracking_uri):
+        initialise_sqlite(database, artifact_root)
+    return Registry(tracking_uri, artifact_root)
+
+
+class Registry:
+    """The only writer to MLflow. `artifact_root` is where files go for a store without a server; a server decides for itself (None)."""
+
+    def __init__(self, tracking_uri: str, artifact_root: Path | None) -> None:
+        self.tracking_uri = tracking_uri
+        with registry_errors(tracking_uri), short_patience():
+            self.client: Any = import_mlflow().MlflowClient(tracking_uri=tracking_uri, registry_uri=tracking_uri)
+            self._experiment_id: str = self._find_or_create_experiment(artifact_root)
+
+    # --- writing ----------------------------------------------------------------------------------------------------------------------------
+
+    def register(self, champion: Champion) -> RegisteredPack:
+        """Make `champion` the newest version of its task and point the alias `champion` at it.
+
+        A pack already registered for the task (same digest) is not written again; the alias returns to it. Raises RegistryError.
+        """
+        champion.check()
+        with registry_errors(self.tracking_uri):
+            version = self._find_version(champion) or self._create_version(champion)
+            self._publish(version)
+            return self._complete(self.client.get_model_version(version.name, str(version.version)))
+
+    def _find_version(self, champion: Champion) -> Any:
+        found = self.client.search_model_versions(f"name = '{champion.task}' AND tags.{DIGEST_TAG} = '{champion.pack_digest}'", max_results=1)
+        return found[0] if found else None
+
+    def _create_version(self, champion: Champion) -> Any:
+        self._discard_unfinished(champion)
+        model = self._log(champion)
+        self._ensure_registered_model(champion.task)
+        # The location rather than `models:/m-...`: MLflow's SQL store resolves the latter through the process-wide tracking URI, not the client's.
+        return self.client.create_model_version(
+            champion.task,
+            source=model.artifact_location,
+            run_id=model.source_run_id,
+            tags={DIGEST_TAG: champion.pack_digest, MODEL_ID_TAG: model.model_id, "size_bytes": str(champion.size_bytes)},
+            model_id=model.model_id,
+        )
+
+    def _discard_unfinished(self, champion: Champion) -> None:
+        mine = f"tags.{TASK_TAG} = '{champion.task}' AND tags.{DIGEST_TAG} = '{champion.pack_digest}'"
+        for model in self.client.search_logged_models([self._experiment_id], filter_string=mine):
+            self.client.delete_logged_model(model.model_id)
+        for run in self.client.search_runs([self._experiment_id], filter_string=mine):
+            self.client.delete_run(run.info.run_id)
+
+    def _log(self, champion: Champion) -> Any:
+        """One run and one LoggedModel with the champion's files and numbers."""
+        from mlflow.entities import LoggedModelOutput, LoggedModelStatus
+
+        run_id = self.client.create_run(self._experiment_id, run_name=champion.task, tags=champion.all_tags()).info.run_id
+        model = self.client.create_logged_model(
+            self._experiment_id,
+            name=champion.task,
+            source_run_id=run_id,
+            tags=champion.all_tags(),
+            params=champion.params,
+            model_type=EXPERIMENT,
+        )
+        with tempfile.TemporaryDirectory(prefix="taskpack-") as folder:
+            self.client.log_model_artifacts(model.model_id, str(_write_model(champion, Path(folder), model.model_id)))
+            self.client.log_artifacts(run_id, str(_write_front(champion, Path(folder))), "front")
+        self._log_numbers(champion, run_id, model.model_id)
+        self.client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step=0)])
+        self.client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
+        self.client.set_terminated(run_id)
+        return model
+
+    def _log_numbers(self, champion: Champion, run_id: str, model_id: str) -> None:
+        from mlflow.entities import Metric, Param
+
+        now_ms = int(datetime.now(UTC).timestamp() * 1000)
+        metrics = [Metric(key, float(value), now_ms, 0, model_id=model_id) for key, value in sorted(champion.all_metrics().items())]
+        self.client.log_batch(run_id, metrics=metrics, params=[Param(key, value) for key, value in sorted(champion.params.items())])
+
+    def _ensure_registered_model(self, name: str) -> None:
+        if _absent_as_none(self.client.get_registered_model, name) is None:
+            _existing_as_none(self.client.create_registered_model, name)
+
+    def _publish(self, version: Any) -> None:
+        """Mark the LoggedModel as registered and move the alias, where that is not done yet."""
+        model_id, number = version.tags[MODEL_ID_TAG], int(version.version)
+        if _VERSIONS_TAG not in self.client.get_logged_model(model_id).tags:
+            self.client.set_logged_model_tags(model_id, {_VERSIONS_TAG: json.dumps([{"name": version.name, "version": number}])})
+        if CHAMPION_ALIAS not in self.client.get_model_version(version.name, str(number)).aliases:
+            self.client.set_registered_model_alias(version.name, CHAMPION_ALIAS, str(number))
+
+    def _find_or_create_experiment(self, artifact_root: Path | None) -> str:
+        location = None if artifact_root is None else artifact_root.resolve().as_uri()
+        experiment = self.client.get_experiment_by_name(EXPERIMENT)
+        if experiment is None:
+            # Two processes may both get here; the one that comes second finds the other's.
+            _existing_as_none(self.client.create_experiment, EXPERIMENT, artifact_location=location)
+            experiment = self.client.get_experiment_by_name(EXPERIMENT)
+        if experiment.lifecycle_stage != "active":
+            raise RegistryError(
+                f"the MLflow experiment {EXPERIMENT!r} is deleted; restore it: mlflow experiments restore -x {experiment.experiment_id}"
+            )
+        return str(experiment.experiment_id)
+
+    # --- looking up -------------------------------------------------------------------------------------------------------------------------
+
+    def search(self, task: str | None = None, max_bytes: int | None = None, min_metric: float | None = None, limit: int = 50) -> list[RegisteredPack]:
+        """Registered packs within `max_bytes` and of at least `min_metric` test accuracy (0 to 1): best first, then smallest, at most `limit`.
+
+        The server filters and orders by number; versions deleted since are left out. Raises RegistryError.
+        """
+        filter_string = _search_filter(task, max_bytes, min_metric, limit)
+        order = [{"field_name": "metrics.test_accuracy", "ascending": False}, {"field_name": "metrics.size_bytes", "ascending": True}]
+        found: list[RegisteredPack] = []
+        page_token: str | None = None
+        with registry_errors(self.tracking_uri):
+            while len(found) < limit:
+                page = self.client.search_logged_models([self._experiment_id], filter_string, None, min(limit, _PAGE), order, page_token)
+                found += [pack for pack in map(self._registered_from_model, page) if pack is not None]
+                page_token = page.token
+                if not page_token:
+                    break
+        return found[:limit]
+
+    def get(self, reference: str) -> RegisteredPack:
+        """The pack at `name` (its champion), `name@alias` or `name/3`. Raises RegistryError with near names where there is none."""
+        match = _REFERENCE.fullmatch(reference)
+        if match is None:
+            raise RegistryError(f"{reference!r}: not a reference to a pack; give NAME, NAME@ALIAS or NAME/VERSION")
+        with registry_errors(self.tracking_uri):
+            model = _absent_as_none(self.client.get_registered_model, match["name"])
+            if model is None:
+                raise RegistryError(f"{reference}: no task of this name is registered; {self._near_names(match['name'])}")
+            number = match["version"] or model.aliases.get(match["alias"] or CHAMPION_ALIAS)
+            version = None if number is None else _absent_as_none(self.client.get_model_version, model.name, str(int(number)))
+            if version is None:
+                raise RegistryError(f"{reference}: no such version; {self._known_versions(model)}")
+            return self._complete(version)
+
+    def download(self, registered: RegisteredPack, folder: Path) -> Path:
+        """Copy the pack file into `folder` as NAME-VERSION.safetensors. Raises RegistryError where the copy is not whole."""
+        target = folder / f"{registered.name}-{registered.version}.safetensors"
+        with tempfile.TemporaryDirectory(prefix="taskpack-") as temporary:
+            copy = self._fetch(self._model(registered).artifact_location, f"data/{PACK_FILE}", temporary)
+            if copy.stat().st_size != registered.size_bytes:
+                raise RegistryError(
+                    f"{registered.name}/{registered.version}: the stored pack has {copy.stat().st_size} bytes, registered were "
+                    f"{registered.size_bytes}; the artifact store is damaged, delete this version and register the pack again"
+                )
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(copy, target)
+            except OSError as error:
+                raise StorageError(f"{target}: the pack cannot be written ({error.strerror}); choose another folder") from None
+        return target
+
+    def front(self, registered: RegisteredPack) -> list[dict[str, Any]]:
+        """The study's rows, one a trial, as they were when the pack was registered. Raises RegistryError."""
+        with registry_errors(self.tracking_uri):
+            location = self.client.get_run(self._model(registered).source_run_id).info.artifact_uri
+        with tempfile.TemporaryDirectory(prefix="taskpack-") as temporary:
+            rows: list[dict[str, Any]] = json.loads(self._fetch(location, "front/front.json", temporary).read_text(encoding="utf-8"))
+        return rows
+
+    def _model(self, registered: RegisteredPack) -> Any:
+        with registry_errors(self.tracking_uri):
+            return self.client.get_logged_model(registered.model_id)
+
+    def _fetch(self, location: str, path: str, folder: str) -> Path:
+        # By location, for the same reason as in `_create_version`: `models:/` and `runs:/` would look in the process-wide store.
+        uri = f"{location.rstrip('/')}/{path}"
+        with registry_errors(self.tracking_uri):
+            return Path(import_mlflow().artifacts.download_artifacts(uri, dst_path=folder, tracking_uri=self.tracking_uri))
+
+    def _complete(self, version: Any) -> RegisteredPack:
+        if MODEL_ID_TAG not in version.tags or DIGEST_TAG not in version.tags:
+            raise RegistryError(f"{version.name}/{version.version}: a model that taskpack did not register; `taskpack ls` lists those it did")
+        return _merge(version, self.client.get_logged_model(version.tags[MODEL_ID_TAG]))
+
+    def _registered_from_model(self, model: Any) -> RegisteredPack | None:
+        link = json.loads(model.tags[_VERSIONS_TAG])[0]
+        version = _absent_as_none(self.client.get_model_version, link["name"], str(link["version"]))
+        return None if version is None else _merge(version, model)
+
+    def _near_names(self, name: str) -> str:
+        # The first two letters are enough for the server to leave out most of the registry.
+        candidates = [found.name for found in self.client.search_registered_models(f"name ILIKE '{name[:2]}%'", max_results=500)]
+        near = difflib.get_close_matches(name.lower(), candidates, n=3, cutoff=0.5)
+        return f"did you mean {' or '.join(near)}?" if near else "`taskpack ls` lists what there is"
+
+    def _known_versions(self, model: Any) -> str:
+        newest = self.client.search_model_versions(f"name = '{model.name}'", max_results=1, order_by=["version_number DESC"])
+        return f"newest version: {newest[0].version if newest else 'none'}, aliases: {', '.join(sorted(model.aliases)) or 'none'}"
+
+
+def _merge(version: Any, model: Any) -> RegisteredPack:
+    metrics = {metric.key: float(metric.value) for metric in model.metrics or ()}
+    return RegisteredPack(
+        name=version.name,
+        version=int(version.version),
+        aliases=tuple(sorted(version.aliases)),
+        model_id=model.model_id,
+        task=model.tags[TASK_TAG],
+        metrics=metrics,
+        params=dict(model.params or {}),
+        tags={key: value for key, value in model.tags.items() if not key.startswith("mlflow.")},
+        size_bytes=int(metrics["size_bytes"]),
+        pack_digest=version.tags[DIGEST_TAG],
+        created=datetime.fromtimestamp(version.creation_timestamp / 1000, tz=UTC),
+    )
+
+
+def _search_filter(task: str | None, max_bytes: int | None, min_metric: float | None, limit: int) -> str:
+    if limit < 1:
+        raise RegistryError(f"limit: given {limit}, expected 1 or more")
+    if task is not None and re.search(r"['\"`\\]", task):
+        raise RegistryError(f"task: given {task!r}, which no task can be called; quotes and backslashes are not part of names")
+    if min_metric is not None and not 0 <= min_metric <= 1:
+        raise RegistryError(f"min_metric: given {min_metric}, expected an accuracy between 0 and 1")
+    clauses = [f"tags.`{_VERSIONS_TAG}` != ''"]
+    clauses += [] if task is None else [f"tags.{TASK_TAG} = '{task}'"]
+    clauses += [] if max_bytes is None else [f"metrics.size_bytes <= {max_bytes}"]
+    clauses += [] if min_metric is None else [f"metrics.test_accuracy >= {min_metric:.12f}"]
+    return " AND ".join(clauses)
+
+
+def _write_model(champion: Champion, folder: Path, model_id: str) -> Path:
+    """A pyfunc model folder whose data is the pack and whose code is this package, installed."""
+    from mlflow.models import Model
+
+    pack, target = folder / PACK_FILE, folder / "model"
+    shutil.copyfile(champion.pack_path, pack)
+    import_pyfunc().save_model(
+        str(target),
+        loader_module="pipeline.registry.pyfunc",
+        data_path=str(pack),
+        mlflow_model=Model(model_id=model_id),
+        # Given, because MLflow otherwise imports the model in a subprocess to find out what it needs.
+        pip_requirements=["taskpack"],
+    )
+    return target
+
+
+def _write_front(champion: Champion, folder: Path) -> Path:
+    target = folder / "front"
+    target.mkdir()
+    (target / "front.json").write_text(json.dumps(champion.front, sort_keys=True, allow_nan=False, indent=1) + "\n", encoding="utf-8")
+    if champion.front_figure is not None:
+        shutil.copyfile(champion.front_figure, target / f"front{champion.front_figure.suffix}")
+    return target
+
+
+def _absent_as_none(call: Any, *arguments: Any) -> Any:
+    return _error_as_none(("RESOURCE_DOES_NOT_EXIST", "NOT_FOUND"), call, *arguments)
+
+
+def _existing_as_none(call: Any, *arguments: Any, **options: Any) -> Any:
+    return _error_as_none(("RESOURCE_ALREADY_EXISTS",), call, *arguments, **options)
+
+
+def _error_as_none(codes: tuple[str, ...], call: Any, *arguments: Any, **options: Any) -> Any:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return call(*arguments, **options)
+    except MlflowException as error:
+        if error.error_code not in codes:
+            raise
+        return None

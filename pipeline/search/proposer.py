@@ -1,0 +1,134 @@
+"""Which configuration a study tries next.
+
+A study is a fixed sequence of slots. What slot i tries depends only on the results of slots up to i - LAG, told in order, never on which trial
+happened to finish first: so the same seed gives the same study on any number of workers, and an interrupted study is replayed from its journal.
+A space no larger than the number of trials is enumerated; a larger one is sampled by Optuna's TPE with the byte budget as a constraint.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from pipeline.search.record import TrialRecord
+from pipeline.search.trial import recipe_key
+from pipeline.spec import Recipe, SearchSpace, Task
+
+LAG = 4
+"""Trials of one study in flight at most."""
+ATTEMPTS_PER_TRIAL = 50
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """A configuration within budget, and the bytes its pack will have."""
+
+    id: str
+    point: dict[str, Any]
+    recipe: Recipe
+    size_bytes: int
+
+
+SizeOf = Callable[[Recipe], int]
+
+
+class Proposer(Protocol):
+    """Gives the slots' configurations in order."""
+
+    rejected: list[TrialRecord]
+
+    def propose(self) -> Proposal | None:
+        """The next slot's configuration, None when there are no more."""
+
+    def tell(self, record: TrialRecord) -> None:
+        """The result of the earliest slot not told yet."""
+
+
+def make_proposer(task: Task, size_of: SizeOf) -> Proposer:
+    """Enumerate a small space, sample a large one."""
+    return Enumerated(task, size_of) if task.search.size() <= task.search.trials else Sampled(task, size_of)
+
+
+def _proposal(space: SearchSpace, base: Recipe, point: dict[str, Any], size_of: SizeOf) -> Proposal:
+    recipe = space.recipe(base, point)
+    return Proposal(recipe_key(recipe), point, recipe, size_of(recipe))
+
+
+def _rejection(proposal: Proposal) -> TrialRecord:
+    return TrialRecord(id=proposal.id, point=proposal.point, size_bytes=proposal.size_bytes, state="rejected", message="over budget, not run")
+
+
+class Enumerated:
+    """Every point of the space once, smallest pack first; points that lead to the same recipe are one."""
+
+    def __init__(self, task: Task, size_of: SizeOf) -> None:
+        distinct: dict[str, Proposal] = {}
+        for point in task.search.points():
+            proposal = _proposal(task.search, task.recipe, point, size_of)
+            distinct.setdefault(proposal.id, proposal)
+        ordered = sorted(distinct.values(), key=lambda proposal: (proposal.size_bytes, proposal.id))
+        self._waiting = [proposal for proposal in ordered if proposal.size_bytes <= task.budget.max_bytes]
+        self.rejected = [_rejection(proposal) for proposal in ordered if proposal.size_bytes > task.budget.max_bytes]
+
+    def propose(self) -> Proposal | None:
+        return self._waiting.pop(0) if self._waiting else None
+
+    def tell(self, record: TrialRecord) -> None:
+        """Nothing to learn from."""
+
+
+class Sampled:
+    """Optuna's multi-objective TPE over the axes: metric up, bytes down, over-budget points told as infeasible without being run."""
+
+    def __init__(self, task: Task, size_of: SizeOf) -> None:
+        import optuna
+
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            sampler = optuna.samplers.TPESampler(seed=task.seed, n_startup_trials=max(4, task.search.trials // 3))
+            self._study = optuna.create_study(directions=["maximize", "minimize"], sampler=sampler)
+        self._task, self._size_of = task, size_of
+        self._asked: dict[str, Any] = {}
+        self._remaining = task.search.trials
+        self.rejected: list[TrialRecord] = []
+
+    def propose(self) -> Proposal | None:
+        if self._remaining == 0:
+            return None
+        for _ in range(ATTEMPTS_PER_TRIAL):
+            trial = self._study.ask()
+            point = {name: trial.suggest_categorical(name, values) for name, values in self._task.search.axes().items()}
+            proposal = _proposal(self._task.search, self._task.recipe, point, self._size_of)
+            if proposal.size_bytes > self._task.budget.max_bytes:
+                self._refuse(trial, proposal)
+            elif proposal.id in self._asked:
+                self._study.tell(trial, state=_state("FAIL"))
+            else:
+                self._asked[proposal.id] = trial
+                self._remaining -= 1
+                return proposal
+        return None
+
+    def tell(self, record: TrialRecord) -> None:
+        trial = self._asked[record.id]
+        if record.val_metric is None and not record.curve:
+            self._study.tell(trial, state=_state("FAIL"))
+            return
+        metric = record.val_metric if record.val_metric is not None else record.curve[-1]
+        trial.set_constraint("bytes", float(record.size_bytes - self._task.budget.max_bytes))
+        self._study.tell(trial, [metric, float(record.size_bytes)])
+
+    def _refuse(self, trial: Any, proposal: Proposal) -> None:
+        trial.set_constraint("bytes", float(proposal.size_bytes - self._task.budget.max_bytes))
+        self._study.tell(trial, [0.0, float(proposal.size_bytes)])
+        if proposal.id not in {record.id for record in self.rejected}:
+            self.rejected.append(_rejection(proposal))
+
+
+def _state(name: str) -> Any:
+    from optuna.trial import TrialState
+
+    return TrialState[name]

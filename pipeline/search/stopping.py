@@ -1,0 +1,30 @@
+"""Early stopping that keeps the front: a trial ends when an earlier, no larger one was clearly better at the same epoch.
+
+Comparing accuracies alone, as successive halving does, would end every small pack in favour of large ones. Here a trial competes only with trials
+that cost no more bytes. "Clearly" is two binomial standard errors of the validation set. Only trials that had ended before this one was proposed
+count, so the outcome does not depend on timing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+from pipeline.search.record import TrialRecord
+
+FIRST_SHARE = 1 / 3
+"""No trial ends before this share of its epochs."""
+
+
+def is_dominated(curve: Sequence[float], epochs: int, size_bytes: int, earlier: Iterable[TrialRecord], val_samples: int) -> bool:
+    """Whether a trial with this validation curve so far should end.
+
+    Args:
+        curve: validation metric in [0, 1] after each epoch.
+        earlier: trials to compare with; those larger than `size_bytes`, or that ended before this epoch, do not count.
+    """
+    epoch = len(curve)
+    if epoch < math.ceil(epochs * FIRST_SHARE) or epoch == epochs:
+        return False
+    margin = 2 * math.sqrt(curve[-1] * (1 - curve[-1]) / val_samples)
+    return any(record.size_bytes <= size_bytes and len(record.curve) >= epoch and record.curve[epoch - 1] > curve[-1] + margin for record in earlier)

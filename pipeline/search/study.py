@@ -1,0 +1,189 @@
+"""A study: all trials of one task, as a Ray Tune run that forgets nothing.
+
+Tune supplies the workers, their placement, retries and stopping; which configuration comes next, what is kept and when a trial ends are decided here,
+from records alone (see `proposer`). Trials run in reused worker processes, so backbone and decoded images are loaded once a process.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline import errors
+from pipeline.errors import BudgetError, TaskpackError
+from pipeline.search.proposer import LAG, Proposal, Proposer, make_proposer
+from pipeline.search.record import TrialJournal, TrialRecord
+from pipeline.search.stopping import is_dominated
+from pipeline.search.trial import run_trial
+from pipeline.selection import read_selection
+from pipeline.spec import Recipe, Task
+from pipeline.training import open_inputs
+
+WORKER_RETRIES = 2
+
+
+@dataclass(frozen=True)
+class TrialResources:
+    """What each trial is given. `gpus` may be a fraction: trials are single-rank."""
+
+    cpus: float = 1
+    gpus: float = 0
+
+
+class Study:
+    """The slots of a study, what each gave, and what may start next. Knows nothing of Ray."""
+
+    def __init__(self, task: Task, proposer: Proposer, journal: TrialJournal, val_samples: int) -> None:
+        self.task = task
+        self.slots: list[Proposal] = []
+        self.records: dict[int, TrialRecord] = {}
+        self._proposer, self._journal, self._val_samples = proposer, journal, val_samples
+        self._remembered = journal.read()
+        self._told = 0
+        self._curves: dict[int, list[float]] = {}
+        self._stopped: set[int] = set()
+        self.is_exhausted = False
+
+    def next_slot(self) -> int | None:
+        """The next slot to run, None when it must wait for earlier ones or when nothing is left (`is_exhausted`)."""
+        while not self.is_exhausted:
+            slot = len(self.slots)
+            if any(earlier not in self.records for earlier in range(slot - LAG + 1)):
+                return None
+            while self._told <= slot - LAG:
+                self._proposer.tell(self.records[self._told])
+                self._told += 1
+            proposal = self._proposer.propose()
+            if proposal is None:
+                self.is_exhausted = True
+                return None
+            self.slots.append(proposal)
+            if proposal.id not in self._remembered:
+                return slot
+            self.records[slot] = self._remembered[proposal.id]
+        return None
+
+    def report(self, slot: int, epoch: int, metric: float) -> bool:
+        """Take a trial's metric after an epoch (counted from 1); whether the trial should go on."""
+        curve = self._curves[slot] = [*self._curves.get(slot, [])[: epoch - 1], metric]
+        earlier = [self.records[other] for other in range(slot - LAG + 1)]
+        proposal = self.slots[slot]
+        if is_dominated(curve, proposal.recipe.training.epochs, proposal.size_bytes, earlier, self._val_samples):
+            self._stopped.add(slot)
+            return False
+        return True
+
+    def finish(self, slot: int, seconds: float, failure: str | None, *, is_final: bool = True) -> None:
+        """Keep a trial's outcome; a failure that may pass (`is_final` false) is not written to the journal, so a later run tries again."""
+        curve, proposal = tuple(self._curves.get(slot, ())), self.slots[slot]
+        state: Any = "failed" if failure is not None else "stopped" if slot in self._stopped else "complete"
+        record = TrialRecord(
+            id=proposal.id,
+            point=proposal.point,
+            size_bytes=proposal.size_bytes,
+            state=state,
+            val_metric=curve[-1] if state == "complete" else None,
+            curve=curve,
+            seconds=round(seconds, 2),
+            message=failure or "",
+        )
+        self.records[slot] = record
+        if is_final:
+            self._journal.write(record)
+
+    def all_records(self) -> list[TrialRecord]:
+        """Every trial, in order of slots, then those rejected unrun."""
+        return [*(self.records[slot] for slot in sorted(self.records)), *self._proposer.rejected]
+
+
+OnRecord = Callable[[Study], None]
+
+
+def run_study(
+    task: Task,
+    data_folder: Path,
+    selection_path: Path | None,
+    journal: TrialJournal,
+    *,
+    size_of: Callable[[Recipe], int],
+    val_samples: int,
+    resources: TrialResources = TrialResources(),
+    on_progress: OnRecord = lambda study: None,
+) -> list[TrialRecord]:
+    """Run every trial that the journal does not hold yet. Needs a running Ray.
+
+    Raises:
+        BudgetError: no configuration fits `max_bytes`.
+        TaskpackError: what every trial failed of, where none came to an end.
+    """
+    study = Study(task, make_proposer(task, size_of), journal, val_samples)
+    first = study.next_slot()
+    if not study.slots:
+        raise _nothing_fits(task, study)
+    if first is not None:
+        _run_with_tune(study, first, data_folder, selection_path, resources, on_progress)
+    records = study.all_records()
+    if not any(record.state == "complete" for record in records):
+        reasons = sorted({record.message for record in records if record.state == "failed"})
+        raise errors.TrainingError(f"{task.name}: no trial came to an end; {'; '.join(reasons)[:500]}")
+    return records
+
+
+def _nothing_fits(task: Task, study: Study) -> BudgetError:
+    smallest = min((record.size_bytes for record in study.all_records()), default=0)
+    return BudgetError(
+        f"{task.name}: nothing in the search space fits the budget of {task.budget.max_bytes} bytes; the smallest pack would take {smallest}. "
+        "Raise budget.max_bytes, or add smaller values of bits, top_k or experts"
+    )
+
+
+def _run_with_tune(
+    study: Study, first: int, data_folder: Path, selection_path: Path | None, resources: TrialResources, on_progress: OnRecord
+) -> None:
+    os.environ.update(TUNE_DISABLE_SIGINT_HANDLER="1", TUNE_DISABLE_AUTO_CALLBACK_LOGGERS="1", RAY_AIR_NEW_OUTPUT="0")
+    from ray import tune
+
+    from pipeline.search.tune import StoppingScheduler, StudySearcher
+
+    context = {
+        "task": study.task.model_dump_json(),
+        "data_folder": str(data_folder),
+        "selection": str(selection_path) if selection_path is not None else None,
+        "threads": max(1, int(resources.cpus)),
+    }
+    searcher = StudySearcher(study, first, on_progress)
+    request = {"CPU": resources.cpus, **({"GPU": resources.gpus} if resources.gpus else {})}
+    scratch = Path(tempfile.mkdtemp(prefix="taskpack-study-"))
+    try:
+        tune.Tuner(
+            tune.with_resources(tune.with_parameters(_trainable, context=context), request),
+            tune_config=tune.TuneConfig(search_alg=searcher, scheduler=StoppingScheduler(study), num_samples=-1, reuse_actors=True),
+            run_config=tune.RunConfig(
+                name=study.task.name, storage_path=str(scratch), verbose=0, failure_config=tune.FailureConfig(max_failures=WORKER_RETRIES)
+            ),
+        ).fit()
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    if searcher.fatal is not None:
+        raise searcher.fatal
+
+
+def _trainable(config: dict[str, Any], context: dict[str, Any]) -> None:
+    """One trial in a worker. A named error is reported, not raised: trying again would not help."""
+    import torch
+    from ray import tune
+
+    torch.set_num_threads(context["threads"])
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    selected = read_selection(Path(context["selection"])) if context["selection"] else None
+    try:
+        inputs = open_inputs(Task.model_validate_json(context["task"]), Path(context["data_folder"]))
+        for epoch, score in enumerate(run_trial(inputs, Recipe.model_validate_json(config["recipe"]), selected, device=device), start=1):
+            tune.report({"epoch": epoch, "metric": score.accuracy})
+    except TaskpackError as error:
+        tune.report({"error": type(error).__name__, "message": str(error)})

@@ -1,0 +1,70 @@
+"""The two places where Ray Tune asks a study what to do: which trial next, and whether a trial goes on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ray.tune.schedulers import FIFOScheduler, TrialScheduler
+from ray.tune.search import Searcher
+
+from pipeline import errors
+from pipeline.errors import TaskpackError, TrainingError
+from pipeline.search.study import OnRecord, Study
+
+
+class StudySearcher(Searcher):
+    """Hands Tune the study's slots and brings back their outcomes. `fatal` is an error that no other trial would escape."""
+
+    def __init__(self, study: Study, first: int, on_progress: OnRecord) -> None:
+        super().__init__(metric="metric", mode="max")
+        self.fatal: TaskpackError | None = None
+        self._study, self._on_progress = study, on_progress
+        self._next: int | None = first
+        self._slots: dict[str, int] = {}
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+        if self.fatal is not None:
+            return Searcher.FINISHED
+        slot = self._next if self._next is not None else self._study.next_slot()
+        self._next = None
+        if slot is None:
+            return Searcher.FINISHED if self._study.is_exhausted else None
+        self._slots[trial_id] = slot
+        return {"slot": slot, "recipe": self._study.slots[slot].recipe.model_dump_json()}
+
+    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+        self._on_progress(self._study)
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        result = result or {}
+        slot, seconds = self._slots[trial_id], float(result.get("time_total_s", 0.0))
+        if error:
+            self._study.finish(slot, seconds, "its worker died more than twice, out of memory perhaps", is_final=False)
+        elif "error" in result:
+            fault = getattr(errors, result["error"])(result["message"])
+            if not isinstance(fault, TrainingError):
+                self.fatal = self.fatal or fault
+            self._study.finish(slot, seconds, result["message"], is_final=isinstance(fault, TrainingError))
+        else:
+            self._study.finish(slot, seconds, None)
+        self._on_progress(self._study)
+
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing: the study's journal is its memory."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Nothing: the study's journal is its memory."""
+
+
+class StoppingScheduler(FIFOScheduler):
+    """Runs trials first come, first served, and ends those the study gives up."""
+
+    def __init__(self, study: Study) -> None:
+        super().__init__()
+        self._study = study
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        if "error" in result or "epoch" not in result:
+            return TrialScheduler.CONTINUE
+        goes_on = self._study.report(trial.config["slot"], result["epoch"], result["metric"])
+        return TrialScheduler.CONTINUE if goes_on else TrialScheduler.STOP

@@ -1,0 +1,83 @@
+"""Predictions from one pack."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from pipeline.adaptation import AdaptedModel
+from pipeline.adaptation.packing import from_pack
+from pipeline.backbones import LoadedBackbone, load_backbone
+from pipeline.backbones.known import demo_folder, recall
+from pipeline.data import decode_image
+from pipeline.errors import BackboneError
+from pipeline.packs import Pack, PackMetadata, read_pack
+from pipeline.spec import Backbone, Input
+from pipeline.task_files import load_spec
+
+PREDICT_BATCH = 64
+ImageSource = Path | str | bytes | Image.Image | np.ndarray
+
+
+class Predictor:
+    """A pack on its backbone, ready to classify images."""
+
+    def __init__(self, pack: Pack, backbone: LoadedBackbone) -> None:
+        self.metadata: PackMetadata = pack.metadata
+        self.backbone = backbone
+        self.model: AdaptedModel = from_pack(pack, backbone)
+
+    def logits(self, images: Sequence[ImageSource]) -> torch.Tensor:
+        """Logits [N, C] of images given as paths, encoded bytes, PIL images or uint8 arrays [H, W, 3]."""
+        size_px = self.metadata.input.size_px
+        decoded = [decode_image(Image.fromarray(image) if isinstance(image, np.ndarray) else image, size_px) for image in images]
+        with torch.inference_mode():
+            chunks = [torch.from_numpy(np.stack(decoded[start : start + PREDICT_BATCH])) for start in range(0, len(decoded), PREDICT_BATCH)]
+            return torch.cat([self.model(chunk) for chunk in chunks]) if chunks else torch.zeros(0, len(self.metadata.classes))
+
+    def predict(self, images: Sequence[ImageSource]) -> list[dict[str, Any]]:
+        """The most probable class of each image: `label` and `probability` (0 to 1). Raises DataError for what is not an image."""
+        probabilities, choices = self.logits(images).softmax(dim=1).max(dim=1)
+        pairs = zip(choices.tolist(), probabilities.tolist(), strict=True)
+        return [{"label": self.metadata.classes[choice], "probability": probability} for choice, probability in pairs]
+
+
+def load_predictor(pack_path: Path, weights: str | None = None) -> Predictor:
+    """Open a pack on its backbone.
+
+    Args:
+        weights: the backbone's checkpoint; default: the one this machine used for that fingerprint, or the embedded one.
+
+    Raises:
+        PackError: the file is not a sound pack, or the backbone is another.
+        BackboneError: no backbone was given and none with the pack's fingerprint is known here.
+    """
+    pack = read_pack(pack_path)
+    return Predictor(pack, load_backbone_of(pack.metadata, weights))
+
+
+def load_backbone_of(metadata: PackMetadata, weights: str | None = None) -> LoadedBackbone:
+    """The backbone a pack belongs to; see `load_predictor`."""
+    fingerprint = metadata.backbone["fingerprint"]
+    weights = weights or recall(fingerprint) or _embedded(metadata)
+    if weights is None:
+        raise BackboneError(
+            f"the pack of task {metadata.task!r} needs the backbone {metadata.backbone['model']} with fingerprint {fingerprint[:16]}..., which is not "
+            "known on this machine; give its checkpoint (--backbone FILE, or TASKPACK_BACKBONE=FILE)"
+        )
+    spec = Backbone(model=metadata.backbone["model"], arguments=metadata.backbone["arguments"], weights=weights)  # type: ignore[arg-type]
+    return load_backbone(spec, Input(size_px=metadata.input.size_px, mean=metadata.input.mean, std=metadata.input.std))
+
+
+def _embedded(metadata: PackMetadata) -> str | None:
+    path = demo_folder() / "backbone.yaml"
+    if not path.is_file():
+        return None
+    spec = load_spec(Backbone, path)
+    same = (spec.model, spec.arguments) == (metadata.backbone["model"], metadata.backbone["arguments"])
+    return str(path.parent / spec.weights) if same else None

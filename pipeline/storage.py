@@ -1,0 +1,48 @@
+"""Small files written whole or not at all, and one lock for a folder."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import StorageError
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON atomically, making its folder. Raises StorageError where the disk is full or the folder cannot be written."""
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        scratch.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        os.replace(scratch, path)
+    except OSError as error:
+        raise StorageError(f"{path}: cannot be written ({error.strerror}); free space, or choose another folder") from None
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file; None where it is missing or not JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+@contextlib.contextmanager
+def exclusive(folder: Path) -> Iterator[None]:
+    """Hold a folder alone: the lock ends with the process, however that ends. Raises StorageError where another process holds it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / ".lock", "w")  # noqa: SIM115
+    except OSError as error:
+        raise StorageError(f"{folder}: cannot be written ({error.strerror}); choose another folder") from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise StorageError(f"{folder}: another taskpack run is using this folder; wait for it, or give another --workdir") from None
+        yield

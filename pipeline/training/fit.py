@@ -1,0 +1,92 @@
+"""The final fit: the champion's recipe trained on train and validation, packed, reloaded from the file, and tested once.
+
+The result file is written last. A pack without one was interrupted between training and testing: it is tested, not trained again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from pipeline.adaptation import SelectedIndex, attach
+from pipeline.adaptation.packing import describe, from_pack, to_pack
+from pipeline.packs import ledger, read_pack, write_pack
+from pipeline.spec import Recipe
+from pipeline.storage import read_json, write_json
+from pipeline.training.evaluate import evaluate
+from pipeline.training.inputs import Inputs
+from pipeline.training.loop import train_epochs
+
+PACK_FILE = "pack.safetensors"
+RESULT_FILE = "result.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitResult:
+    """A finished pack and what was measured on it. `test_correct` of `test_samples` were classified correctly by the reloaded pack."""
+
+    pack_digest: str
+    size_bytes: int
+    ledger: dict[str, int]
+    trained_values: int
+    test_correct: int
+    test_samples: int
+    test_accuracy: float
+    test_accuracy_stderr: float
+    train_seconds: float
+
+
+def read_fit(folder: Path) -> FitResult | None:
+    """The finished fit in `folder`, or None."""
+    content = read_json(folder / RESULT_FILE)
+    return FitResult(**content) if content is not None and (folder / PACK_FILE).exists() else None
+
+
+def fit(inputs: Inputs, recipe: Recipe, selected: SelectedIndex | None, folder: Path, *, device: str = "cpu") -> FitResult:
+    """Train, pack and test in `folder`, unless that is done.
+
+    Raises:
+        TrainingError: the loss diverges.
+        StorageError: the disk is full.
+    """
+    done = read_fit(folder)
+    if done is not None:
+        return done
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / PACK_FILE).exists():
+        _train_and_pack(inputs, recipe, selected, folder, device)
+    result = _test(inputs, folder, device)
+    write_json(folder / RESULT_FILE, asdict(result))
+    return result
+
+
+def _train_and_pack(inputs: Inputs, recipe: Recipe, selected: SelectedIndex | None, folder: Path, device: str) -> None:
+    task, started = inputs.task, time.monotonic()
+    model = attach(inputs.backbone, recipe, len(inputs.index.classes), selected=selected, seed=task.seed).to(device)
+    for _ in train_epochs(
+        model, inputs.reader("trainval"), inputs.splits["trainval"], recipe.training, seed=task.seed, flip=task.input.flip, device=device
+    ):
+        pass
+    write_json(folder / "training.json", {"seconds": round(time.monotonic() - started, 2)})
+    write_pack(folder / PACK_FILE, to_pack(model.to("cpu"), describe(task, recipe, inputs.backbone, inputs.index.classes)))
+
+
+def _test(inputs: Inputs, folder: Path, device: str) -> FitResult:
+    content = (folder / PACK_FILE).read_bytes()
+    pack = read_pack(content)
+    model = from_pack(pack, inputs.backbone).to(device)
+    score = evaluate(model, inputs.reader("test"), inputs.splits["test"], device=device)
+    return FitResult(
+        pack_digest=hashlib.sha256(content).hexdigest(),
+        size_bytes=len(content),
+        ledger=ledger(pack),
+        trained_values=model.trained_values(),
+        test_correct=score.correct,
+        test_samples=score.samples,
+        test_accuracy=score.accuracy,
+        test_accuracy_stderr=score.standard_error,
+        train_seconds=json.loads((folder / "training.json").read_text())["seconds"],
+    )

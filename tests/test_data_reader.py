@@ -1,0 +1,187 @@
+"""The reader against decoding sample by sample; the cache; augmentation against its own bounds."""
+
+from __future__ import annotations
+
+import importlib
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline.data import DataIndex, Reader, augment, decode_image, read_shard, split_samples, two_views, write_shards
+from pipeline.data.reader import CACHE, ShardCache
+from pipeline.data.sources import encode_png
+from pipeline.errors import DataError
+
+SIZE_PX = 8
+SHARD_BYTES = 10 * 3 * SIZE_PX * SIZE_PX
+
+
+@pytest.fixture(autouse=True)
+def _empty_cache() -> Iterator[None]:
+    torch.set_num_threads(1)
+    CACHE.clear()
+    yield
+    CACHE.clear()
+
+
+def dataset(folder: Path, shards: int = 3, seed: int = 0) -> DataIndex:
+    rng = np.random.default_rng(seed)
+    samples = [(f"{number:06d}", encode_png(rng.integers(0, 256, (9, 7, 3), np.uint8)), number % 2) for number in range(10 * shards)]
+    folder.mkdir(exist_ok=True)
+    return DataIndex(
+        classes=["a", "b"], splits={"train": write_shards(folder, "train", samples, 10), "test": write_shards(folder, "test", samples[:2])}
+    )
+
+
+def test_batches_are_the_decoded_samples(tmp_path: Path) -> None:
+    split = split_samples(dataset(tmp_path), 0.3, 0)["train"]
+    chosen = np.random.default_rng(1).permutation(split.samples)[:13]
+    images, labels = Reader(tmp_path, split, SIZE_PX).read(chosen)
+    assert (images.dtype, images.shape, labels.dtype) == (torch.uint8, (13, 3, SIZE_PX, SIZE_PX), torch.int64)
+    stored = [list(read_shard(str(tmp_path / shard.path))) for shard in split.shards]
+    for row, (number, position) in enumerate(chosen):
+        _, content, label = stored[number][position]
+        assert np.array_equal(images[row].numpy(), decode_image(content, SIZE_PX))
+        assert labels[row] == label
+
+
+def test_the_cache_is_bounded_and_drops_the_least_recently_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    index = dataset(tmp_path)
+    loaded: list[int] = []
+    reader = Reader(tmp_path, index.splits["train"], SIZE_PX, cache_bytes=2 * SHARD_BYTES)
+    decode = reader._decode
+    monkeypatch.setattr(reader, "_decode", lambda shard: (loaded.append(index.splits["train"].index(shard)), decode(shard))[1])
+    for number in (0, 1, 0, 2, 0, 1):
+        reader.read(np.array([[number, 0]]))
+        assert CACHE.size_bytes() <= 2 * SHARD_BYTES
+    assert loaded == [0, 1, 2, 1]
+
+
+def test_a_shard_larger_than_the_bound_is_still_read(tmp_path: Path) -> None:
+    index = dataset(tmp_path)
+    reader = Reader(tmp_path, index.splits["train"], SIZE_PX, cache_bytes=1)
+    assert len(reader.read(np.array([[0, 0], [1, 0], [2, 9]]))[0]) == 3
+    assert CACHE.size_bytes() == SHARD_BYTES
+
+
+def test_same_names_in_two_folders_are_not_confused_and_same_content_is_shared(tmp_path: Path) -> None:
+    chosen = np.array([[0, 0]])
+    first, second, copy = dataset(tmp_path / "a"), dataset(tmp_path / "b", seed=1), dataset(tmp_path / "c")
+    images = [
+        Reader(tmp_path / name, index.splits["train"], SIZE_PX).read(chosen)[0] for name, index in zip("abc", (first, second, copy), strict=True)
+    ]
+    assert not torch.equal(images[0], images[1])
+    assert torch.equal(images[0], images[2])
+    assert CACHE.size_bytes() == 2 * SHARD_BYTES
+    assert Reader(tmp_path / "a", first.splits["train"], 4).read(chosen)[0].shape == (1, 3, 4, 4)
+
+
+def test_what_a_batch_holds_is_its_own(tmp_path: Path) -> None:
+    reader = Reader(tmp_path, dataset(tmp_path).splits["train"], SIZE_PX)
+    chosen = np.array([[0, 0], [0, 1]])
+    before = reader.read(chosen)[0].clone()
+    reader.read(chosen)[0].zero_()
+    assert torch.equal(reader.read(chosen)[0], before)
+
+
+def test_changed_and_missing_shards_are_refused(tmp_path: Path) -> None:
+    index = dataset(tmp_path)
+    reader = Reader(tmp_path, index.splits["train"], SIZE_PX)
+    path = tmp_path / index.splits["train"][0].path
+    content = bytearray(path.read_bytes())
+    content[700] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"train-000000\.tar: damaged.*prepare the dataset again"):
+        reader.read(np.array([[0, 0]]))
+    path.unlink()
+    with pytest.raises(DataError, match=r"train-000000\.tar: no such file"):
+        reader.read(np.array([[0, 0]]))
+
+
+def test_a_failed_load_leaves_the_cache_usable() -> None:
+    cache = ShardCache()
+
+    def fail() -> torch.Tensor:
+        raise DataError("damaged")
+
+    with pytest.raises(DataError):
+        cache.get(("x", 8), fail, 100)
+    assert cache.get(("x", 8), lambda: torch.zeros(5, dtype=torch.uint8), 100).shape == (5,)
+
+
+def test_threads_share_one_load() -> None:
+    cache, loads = ShardCache(), []
+    threads = [threading.Thread(target=cache.get, args=(("x", 8), lambda: (loads.append(1), torch.zeros(3))[1], 100)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(loads) == 1
+
+
+# --- augmentation ---------------------------------------------------------------------------------------------------------------------------
+
+
+def batch(count: int = 6, seed: int = 0) -> torch.Tensor:
+    return torch.randint(0, 256, (count, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+
+
+def test_augmentation_repeats_with_the_generator() -> None:
+    first, again, other = (augment(batch(), torch.Generator().manual_seed(seed), True) for seed in (1, 1, 2))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert (first.dtype, first.shape) == (torch.float32, (6, 3, 16, 16))
+    assert first.min() >= 0
+    assert first.max() <= 1
+
+
+def test_bytes_and_floats_agree_and_the_input_stays() -> None:
+    images = batch()
+    before = images.clone()
+    floats = augment(images.float() / 255, torch.Generator().manual_seed(0), True)
+    assert torch.equal(augment(images, torch.Generator().manual_seed(0), True), floats)
+    assert torch.equal(images, before)
+
+
+def test_two_views_of_each_image() -> None:
+    images = batch()
+    views = two_views(images, torch.Generator().manual_seed(0), False)
+    assert views.shape == (12, 3, 16, 16)
+    first, second = views.chunk(2)
+    assert not torch.equal(first, second)
+    # Smooth images survive crop and jitter: view i of both halves is closest to image i.
+    levels = torch.linspace(40, 200, 6).view(6, 1, 1, 1).expand(6, 3, 16, 16) * torch.tensor([1.0, 0.5, 0.2]).view(1, 3, 1, 1)
+    plain = two_views(levels.to(torch.uint8), torch.Generator().manual_seed(0), False)
+    assert torch.allclose(plain.std(dim=(2, 3)), torch.zeros(12, 3), atol=1e-4)
+
+
+def horizontal_slopes(flip: bool) -> torch.Tensor:
+    ramp = torch.linspace(0.2, 0.6, 16).expand(200, 3, 16, 16)
+    views = augment(ramp, torch.Generator().manual_seed(0), flip)
+    return views[:, 0, :, -1].mean(1) - views[:, 0, :, 0].mean(1)
+
+
+def test_mirrors_only_where_allowed() -> None:
+    assert (horizontal_slopes(flip=False) > 0).all()
+    mirrored = (horizontal_slopes(flip=True) < 0).float().mean()
+    assert 0.35 < mirrored < 0.65
+
+
+def test_crops_cover_half_to_all_of_the_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.import_module("pipeline.data.augment"), "JITTER", 0.0)
+    columns = torch.linspace(0, 1, 64).expand(64, 64)
+    coordinates = torch.stack([columns, columns.T, columns]).expand(300, 3, 64, 64)
+    views = augment(coordinates, torch.Generator().manual_seed(0), True)
+    widths = (views[:, 0, 0, -1] - views[:, 0, 0, 0]).abs() * 64 / 63
+    heights = (views[:, 1, -1, 0] - views[:, 1, 0, 0]) * 64 / 63
+    area = widths * heights
+    assert area.min() > 0.45
+    assert area.max() > 0.85
+    assert (widths / heights).min() > 0.7
+    assert (widths / heights).max() < 1.4
+    centres = views[:, :2].mean(dim=(2, 3))
+    assert centres.std() > 0.03

@@ -1,0 +1,282 @@
+"""The file: round trips, sizes known beforehand, the ledger, atomic writes, and other readers."""
+
+import errno
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+from safetensors.numpy import load, save
+
+from pipeline.errors import PackDamaged, PackError, StorageError
+from pipeline.packs import (
+    LEDGER_KEYS,
+    PART_BITS,
+    Pack,
+    PackInput,
+    PackMetadata,
+    Part,
+    TensorSpec,
+    ledger,
+    pack_to_bytes,
+    positions_size_bytes,
+    predict_size_bytes,
+    read_pack,
+    write_pack,
+    zero_part,
+)
+
+LAYERS = ((TensorSpec("blocks.0.attn.qkv", (9, 2)), 16), (TensorSpec("blocks.0.mlp.fc1", (7, 3)), 20))
+SHAPES: dict[str, tuple[TensorSpec, ...]] = {
+    "connections": tuple(tensor for tensor, _ in LAYERS),
+    "biases": (TensorSpec("blocks.0.attn.qkv", (9,)), TensorSpec("blocks.0.mlp.fc1", (7,))),
+    "norms": (TensorSpec("blocks.0.norm2.weight", (16,)),),
+    "adapters": (TensorSpec("smoa.down", (2, 3, 16)), TensorSpec("smoa.up", (2, 16, 3))),
+    "head": (TensorSpec("head.weight", (5, 16)),),
+}
+
+
+def example_metadata(**changes: Any) -> PackMetadata:
+    arguments: dict[str, Any] = {"task": "birds", "description": 'Fünf "Vögel"', "classes": list("abcde"), "metric": "accuracy", "seed": 3}
+    arguments["input"] = PackInput(size_px=64, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), interpolation="bicubic")
+    arguments["recipe"] = {"connections": {"top_k": 2, "bits": 4}, "training": {"learning_rate": 3e-3, "augment": False}, "smoa": None}
+    arguments["backbone"] = {"model": "vit_tiny", "arguments": {"depth": 1, "window": [4, 4]}, "fingerprint": "0f" * 32}
+    return PackMetadata(**{**arguments, **changes})
+
+
+def zero_example(name: str, bits: Any) -> Part:
+    columns = tuple(columns for _, columns in LAYERS) if name == "connections" else ()
+    return zero_part(name, bits, SHAPES[name], columns)  # type: ignore[arg-type]
+
+
+def random_part(name: str, bits: Any, rng: np.random.Generator) -> Part:
+    empty = zero_example(name, bits)
+    codes = rng.integers(0, 2**bits, empty.count).astype(np.uint8) if bits <= 8 else rng.normal(size=empty.count).astype(empty.codes.dtype)
+    scales = None if empty.scales is None else np.abs(rng.normal(size=empty.scales.shape)).astype(np.float32)
+    positions = tuple(
+        np.stack([rng.permutation(columns)[:top_k] for _ in range(rows)]).astype(np.int32) for rows, top_k, columns in empty.layer_shapes
+    )
+    return Part(empty.name, bits, empty.tensors, codes, scales, positions, empty.columns)
+
+
+def example_pack(bits: dict[str, Any] | None = None, seed: int = 0) -> Pack:
+    """A small pack with every kind of part, and two that share a name."""
+    rng = np.random.default_rng(seed)
+    bits = bits or {"connections": 4, "biases": 8, "norms": 32, "adapters": 1, "head": 2}
+    parts = [random_part(name, width, rng) for name, width in bits.items()]
+    parts.append(Part("head", 16, (TensorSpec("head.bias", (5,)),), rng.normal(size=5).astype(np.float16)))
+    return Pack(example_metadata(), tuple(parts), rng.normal(size=(3, 5)).astype(np.float32))
+
+
+def assert_same(left: Pack, right: Pack) -> None:
+    assert left.metadata == right.metadata
+    np.testing.assert_array_equal(left.probe_logits, right.probe_logits)
+    assert len(left.parts) == len(right.parts)
+    for one, other in zip(left.parts, right.parts, strict=True):
+        assert (one.name, one.bits, one.tensors, one.columns) == (other.name, other.bits, other.tensors, other.columns)
+        for name in ("codes", "scales"):
+            np.testing.assert_array_equal(getattr(one, name), getattr(other, name), strict=True)
+        for index_OK, other_OK in zip(one.positions, other.positions, strict=True):
+            np.testing.assert_array_equal(index_OK, other_OK, strict=True)
+
+
+# --- round trips ----------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bits", PART_BITS)
+def test_every_part_survives_at_every_width(bits: int) -> None:
+    pack = example_pack(dict.fromkeys(SHAPES, bits))
+    assert_same(read_pack(pack_to_bytes(pack)), pack)
+
+
+@settings(max_examples=40, derandomize=True, deadline=None)
+@given(bits=st.dictionaries(st.sampled_from(sorted(SHAPES)), st.sampled_from(PART_BITS), min_size=1), seed=st.integers(0, 999))
+def test_any_mix_survives_and_its_size_and_ledger_are_known(bits: dict[str, Any], seed: int) -> None:
+    pack = example_pack(bits, seed)
+    data = pack_to_bytes(pack)
+    assert_same(read_pack(data), pack)
+    zeros = [*(zero_example(name, width) for name, width in bits.items()), zero_part("head", 16, (TensorSpec("head.bias", (5,)),))]
+    assert predict_size_bytes(pack.metadata, zeros, probe_images=3) == len(data)
+    assert sum(ledger(pack).values()) == len(data)
+
+
+def test_a_pack_may_hold_no_part_and_no_probe() -> None:
+    pack = Pack(example_metadata(), (), np.zeros((0, 5), np.float32))
+    assert_same(read_pack(pack_to_bytes(pack)), pack)
+    assert set(read_pack(pack_to_bytes(pack)).metadata.classes) == set("abcde")
+
+
+def test_arrays_of_a_read_pack_can_be_written_to() -> None:
+    for part in read_pack(pack_to_bytes(example_pack())).parts:
+        arrays = [part.codes, *part.positions, *part.values().values(), *([] if part.scales is None else [part.scales])]
+        assert all(array.flags.writeable for array in arrays)
+
+
+def test_probe_logits_are_those_of_the_file_from_the_start() -> None:
+    pack = Pack(example_metadata(), (), np.full((1, 5), 0.1, np.float32))
+    np.testing.assert_array_equal(pack.probe_logits, np.full((1, 5), np.float16(0.1), np.float32))
+
+
+def test_deeply_nested_but_sane_metadata_survives() -> None:
+    nested: Any = 1.5
+    for _ in range(50):
+        nested = [nested]
+    pack = Pack(example_metadata(recipe={"nested": nested}), (), np.zeros((0, 5), np.float32))
+    assert read_pack(pack_to_bytes(pack)).metadata == pack.metadata
+
+
+# --- determinism ----------------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_same_pack_is_the_same_bytes_in_another_process() -> None:
+    code = "import hashlib; from test_packs_file import *; print(hashlib.sha256(pack_to_bytes(example_pack())).hexdigest())"
+    runs = {
+        subprocess.run(
+            [sys.executable, "-c", code], env={**os.environ, "PYTHONHASHSEED": seed}, cwd=Path(__file__).parent, capture_output=True
+        ).stdout
+        for seed in ("1", "2")
+    }
+    assert len(runs) == 1
+    assert len(next(iter(runs)).strip()) == 64
+
+
+def test_the_order_in_which_metadata_is_given_does_not_matter() -> None:
+    one = example_metadata(recipe={"a": 1, "b": {"c": 2, "d": 3}})
+    other = example_metadata(recipe={"b": {"d": 3, "c": 2}, "a": 1})
+    assert one.to_json() == other.to_json()
+
+
+# --- other readers and writers --------------------------------------------------------------------------------------------------------------
+
+
+def test_the_safetensors_library_reads_the_file() -> None:
+    pack = example_pack()
+    tensors = load(pack_to_bytes(pack))
+    assert tensors["adapters.codes"].nbytes == pack.parts[3].count // 8
+    np.testing.assert_array_equal(tensors["adapters.scales"], pack.parts[3].scales)
+    np.testing.assert_array_equal(tensors["norms.codes"], pack.parts[2].codes)
+    np.testing.assert_array_equal(tensors["head.2.codes"], pack.parts[5].codes)
+    np.testing.assert_array_equal(tensors["probe"], pack.probe_logits)
+
+
+def test_a_file_that_the_library_wrote_anew_is_the_same_pack() -> None:
+    data = pack_to_bytes(example_pack())
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    assert_same(read_pack(save(load(data), header["__metadata__"])), example_pack())
+
+
+def test_tensors_are_aligned_to_their_type() -> None:
+    data = pack_to_bytes(example_pack())
+    start = 8 + int.from_bytes(data[:8], "little")
+    widths = {"F32": 4, "F16": 2, "U8": 1}
+    header = json.loads(data[8:start])
+    assert all((start + entry["data_offsets"][0]) % widths[entry["dtype"]] == 0 for name, entry in header.items() if name != "__metadata__")
+
+
+# --- the ledger -----------------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_ledger_charges_each_part_what_it_takes() -> None:
+    pack = example_pack()
+    spent = ledger(pack)
+    assert tuple(spent) == LEDGER_KEYS
+    assert spent["positions"] == positions_size_bytes([(9, 2, 16), (7, 3, 20)]) == 9 + 14
+    assert spent["values"] == (9 * 2 + 7 * 3 + 1) // 2 + 2 * 8
+    assert spent["adapters"] == 192 // 8 + 4 * 8
+    assert spent["biases"] == 16 + 2 * 8
+    assert spent["norms"] == 16 * 4
+    assert spent["head"] == (5 * 16 // 4 + 8) + 5 * 2
+    assert spent["probe"] == 3 * 5 * 2
+    assert sum(spent.values()) == len(pack_to_bytes(pack))
+
+
+# --- the file system ------------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_written_pack_is_read_back_and_its_size_returned(tmp_path: Path) -> None:
+    path = tmp_path / "birds.safetensors"
+    path.write_bytes(b"an older file")
+    size_bytes = write_pack(path, example_pack())
+    assert size_bytes == path.stat().st_size
+    assert_same(read_pack(str(path)), example_pack())
+    assert os.listdir(tmp_path) == [path.name]
+
+
+def test_a_full_disk_is_a_storage_error_and_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "birds.safetensors"
+    path.write_bytes(b"an older file")
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(StorageError, match="No space left"):
+        write_pack(path, example_pack())
+    assert path.read_bytes() == b"an older file"
+    assert os.listdir(tmp_path) == [path.name]
+
+
+def test_folders_that_cannot_be_written_are_storage_errors(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    for path in (tmp_path / "none" / "pack", tmp_path / "file" / "pack"):
+        with pytest.raises(StorageError, match="cannot write"):
+            write_pack(path, example_pack())
+
+
+def test_missing_and_unreadable_files_are_named(tmp_path: Path) -> None:
+    with pytest.raises(PackError, match="birds: no such file"):
+        read_pack(tmp_path / "birds")
+    with pytest.raises(PackError, match="cannot be read"):
+        read_pack(tmp_path)
+    (tmp_path / "short").write_bytes(pack_to_bytes(example_pack())[:-1])
+    with pytest.raises(PackError, match="short: the tensors take"):
+        read_pack(tmp_path / "short")
+
+
+# --- contradictions -------------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_tensor_may_be_stored_once_only() -> None:
+    head = zero_example("head", 4)
+    with pytest.raises(PackDamaged, match=r"stored twice: head: head\.weight"):
+        Pack(example_metadata(), (head, zero_example("biases", 4), head), np.zeros((1, 5), np.float32))
+
+
+@pytest.mark.parametrize("logits", [np.zeros((2, 4)), np.zeros(5), np.full((1, 5), 7e4), np.full((1, 5), np.nan)])
+def test_probe_logits_must_fit_the_classes_and_float16(logits: np.ndarray) -> None:
+    with pytest.raises(PackDamaged, match="probe logits"):
+        Pack(example_metadata(), (), logits.astype(np.float32))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"created": "today"},
+        {"classes": []},
+        {"backbone": {"model": "vit_tiny", "arguments": {}, "fingerprint": "short"}},
+        {"backbone": {"model": "vit_tiny", "arguments": {}, "fingerprint": "0f" * 32, "path": "/tmp"}},
+        {"input": {"size_px": 64, "mean": (0, 0, 0), "std": (1, 0, 1), "interpolation": "bicubic"}},
+        {"recipe": {"callback": print}},
+        {"seed": -1},
+    ],
+)
+def test_metadata_is_checked_when_built(changes: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError):
+        example_metadata(**changes)
+
+
+def test_metadata_that_json_cannot_hold_is_refused() -> None:
+    with pytest.raises((PackError, ValidationError)):
+        example_metadata(recipe={"learning_rate": float("nan")}).to_json()
+
+
+def test_metadata_that_no_reader_would_accept_is_not_written() -> None:
+    with pytest.raises(PackError, match="shorten the description"):
+        pack_to_bytes(Pack(example_metadata(description="x" * 1_000_000), (), np.zeros((0, 5), np.float32)))

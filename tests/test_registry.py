@@ -1,0 +1,323 @@
+"""Registering and finding packs, on a SQLite store: round trips, look-ups by number, every way to be interrupted, every way to ask wrongly."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.errors import RegistryError
+from pipeline.registry.connection import initialise_sqlite
+from pipeline.registry.record import Champion
+from pipeline.registry.store import EXPERIMENT, Registry, open_registry
+
+FRONT = [{"id": "t0", "point": {"bits": 4}, "size_bytes": 100, "state": "complete", "val_metric": 0.9, "epochs": 2, "seconds": 1.5}]
+
+
+@pytest.fixture(scope="session")
+def template(tmp_path_factory) -> Path:
+    """A migrated, empty store: migrations take seconds, a copy none."""
+    folder = tmp_path_factory.mktemp("template")
+    initialise_sqlite(folder / "mlflow.db", folder / "artifacts")
+    return folder / "mlflow.db"
+
+
+@pytest.fixture
+def workdir(template, tmp_path, monkeypatch) -> Path:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    folder = tmp_path / "work"
+    folder.mkdir()
+    shutil.copyfile(template, folder / "mlflow.db")
+    return folder
+
+
+@pytest.fixture
+def registry(workdir) -> Registry:
+    return open_registry(None, workdir)
+
+
+def champion(folder: Path, task: str = "digits", size_bytes: int = 100, accuracy: float = 0.9, seed: int = 0) -> Champion:
+    content = hashlib.shake_256(f"{task} {seed} {accuracy}".encode()).digest(size_bytes)
+    digest = hashlib.sha256(content).hexdigest()
+    path = folder / f"{digest[:12]}.bin"
+    path.write_bytes(content)
+    figure = folder / "figure.png"
+    figure.write_bytes(b"\x89PNG")
+    return Champion(
+        task=task,
+        pack_path=path,
+        pack_digest=digest,
+        size_bytes=size_bytes,
+        ledger={"positions": 30, "head": size_bytes - 30},
+        metrics={"test_accuracy": accuracy, "test_accuracy_stderr": 0.01, "trained_parameters": 1234},
+        params={"smoa.bits": "4", "connections.top_k": "3"},
+        tags={"batch": "b1", "backbone": "f" * 64},
+        front=FRONT,
+        front_figure=figure,
+    )
+
+
+# --- round trips ----------------------------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_registered_is_found_again(registry, tmp_path) -> None:
+    given = champion(tmp_path)
+    registered = registry.register(given)
+    assert registered == registry.get("digits") == registry.get("digits@champion") == registry.get("digits/1")
+    assert registry.search() == [registered]
+    assert (registered.name, registered.task, registered.version, registered.aliases) == ("digits", "digits", 1, ("champion",))
+    assert registered.metrics == {**given.metrics, "size_bytes": 100, "bytes_positions": 30, "bytes_head": 70}
+    assert registered.params == given.params
+    assert registered.tags == {**given.tags, "task": "digits", "pack_digest": given.pack_digest}
+    assert (registered.size_bytes, registered.pack_digest) == (100, given.pack_digest)
+    assert abs((datetime.now(UTC) - registered.created).total_seconds()) < 60
+    copy = registry.download(registered, tmp_path / "new" / "folder")
+    assert copy == tmp_path / "new" / "folder" / "digits-1.safetensors"
+    assert copy.read_bytes() == given.pack_path.read_bytes()
+    assert registry.front(registered) == FRONT
+    assert os.listdir() == [], "nothing may appear in the current folder"
+
+
+def test_what_is_stored_holds_neither_code_nor_pickle_nor_the_users_paths(registry, workdir, tmp_path) -> None:
+    registry.register(champion(tmp_path))
+    stored = {path.relative_to(workdir / "artifacts").parts[-1]: path for path in (workdir / "artifacts").rglob("*") if path.is_file()}
+    assert stored.keys() == {"MLmodel", "conda.yaml", "python_env.yaml", "requirements.txt", "pack.safetensors", "front.json", "front.png"}
+    for name in ("MLmodel", "conda.yaml", "python_env.yaml", "requirements.txt", "front.json"):
+        assert str(tmp_path) not in stored[name].read_text()
+    run = registry.client.search_runs([registry.client.get_experiment_by_name(EXPERIMENT).experiment_id])[0]
+    assert run.info.status == "FINISHED"
+    assert "mlflow.source.name" not in run.data.tags
+    assert run.data.params == {"smoa.bits": "4", "connections.top_k": "3"}
+
+
+def test_a_second_pack_is_a_second_version_and_the_alias_moves(registry, tmp_path) -> None:
+    registry.register(champion(tmp_path, accuracy=0.8))
+    second = registry.register(champion(tmp_path, accuracy=0.9))
+    assert second.version == 2
+    assert registry.get("digits") == second
+    assert registry.get("digits/1").aliases == ()
+
+
+def counts(registry: Registry) -> dict[str, int]:
+    experiment_id = registry.client.get_experiment_by_name(EXPERIMENT).experiment_id
+    return {
+        "runs": len(registry.client.search_runs([experiment_id])),
+        "models": len(registry.client.search_logged_models([experiment_id])),
+        "versions": len(registry.client.search_model_versions("")),
+    }
+
+
+def test_the_same_pack_is_written_once(registry, workdir, tmp_path) -> None:
+    first = registry.register(champion(tmp_path))
+    database = (workdir / "mlflow.db").read_bytes()
+    assert registry.register(champion(tmp_path)) == first
+    assert (workdir / "mlflow.db").read_bytes() == database
+
+
+def test_registering_an_older_pack_again_returns_the_alias_to_it(registry, tmp_path) -> None:
+    registry.register(champion(tmp_path, accuracy=0.8))
+    registry.register(champion(tmp_path, accuracy=0.9))
+    again = registry.register(champion(tmp_path, accuracy=0.8))
+    assert (again.version, again.aliases, registry.get("digits").version) == (1, ("champion",), 1)
+    assert counts(registry) == {"runs": 2, "models": 2, "versions": 2}
+
+
+def test_equal_packs_of_two_tasks_stay_apart(registry, tmp_path) -> None:
+    one = champion(tmp_path)
+    registry.register(one)
+    other = registry.register(replace(one, task="letters"))
+    assert (other.name, other.version) == ("letters", 1)
+    assert counts(registry)["versions"] == 2
+
+
+# --- interruption ---------------------------------------------------------------------------------------------------------------------------
+
+
+class Crash(Exception):
+    pass
+
+
+class CrashingClient:
+    """Lets `calls` calls through and dies before the next."""
+
+    def __init__(self, client: Any, calls: int) -> None:
+        self._client, self._left = client, calls
+
+    def __getattr__(self, name: str) -> Any:
+        method = getattr(self._client, name)
+
+        def call(*arguments: Any, **options: Any) -> Any:
+            self._left -= 1
+            if self._left < 0:
+                raise Crash(name)
+            return method(*arguments, **options)
+
+        return call
+
+
+def test_a_crash_at_any_step_is_mended_by_the_next_registration(registry, tmp_path) -> None:
+    client = registry.client
+    registry.register(champion(tmp_path, accuracy=0.5))
+    for calls in range(100):
+        given = champion(tmp_path, seed=calls)
+        registry.client = CrashingClient(client, calls)
+        try:
+            registry.register(given)
+            break
+        except Crash:
+            registry.client = client
+        registered = registry.register(given)
+        assert [found.version for found in client.search_model_versions(f"tags.pack_digest = '{given.pack_digest}'")] == [registered.version]
+        assert registry.get("digits") == registered
+        assert registered in registry.search(task="digits", limit=1000)
+        assert registered.version == calls + 2
+    assert calls > 12, "the loop must have walked through every step"
+    registry.client = client
+    assert counts(registry) == {"runs": calls + 2, "models": calls + 2, "versions": calls + 2}
+
+
+def test_an_unfinished_registration_is_not_found(registry, tmp_path) -> None:
+    client = registry.client
+    for calls in range(9):
+        registry.client = CrashingClient(client, calls)
+        with pytest.raises(Crash):
+            registry.register(champion(tmp_path))
+    registry.client = client
+    assert registry.search() == []
+    with pytest.raises(RegistryError, match="digits"):
+        registry.get("digits")
+
+
+# --- looking up -----------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def stocked(template, tmp_path_factory) -> Registry:
+    """A registry with four tasks, for tests that only read."""
+    tmp_path = tmp_path_factory.mktemp("stocked")
+    shutil.copyfile(template, tmp_path / "mlflow.db")
+    registry = open_registry(None, tmp_path)
+    for task, size_bytes, accuracy in [("cars", 9000, 0.70), ("pets", 30000, 0.93), ("flowers", 9, 0.99), ("dtd", 10000, 0.70)]:
+        registry.register(champion(tmp_path, task, max(size_bytes, 31), accuracy))
+    return registry
+
+
+def test_numbers_are_compared_as_numbers(stocked) -> None:
+    def names(**limits: Any) -> list[str]:
+        return [pack.name for pack in stocked.search(**limits)]
+
+    assert names() == ["flowers", "pets", "cars", "dtd"], "best first, of equals the smallest"
+    assert names(max_bytes=9999) == ["flowers", "cars"], "as text, '10000' and '30000' would come before '9999'"
+    assert names(max_bytes=10000) == ["flowers", "cars", "dtd"]
+    assert names(min_metric=0.93) == ["flowers", "pets"]
+    assert names(min_metric=0.9, max_bytes=20000) == ["flowers"]
+    assert names(min_metric=1e-9) == names()
+    assert names(task="pets") == ["pets"]
+    assert names(task="pets", max_bytes=100) == []
+    assert names(limit=1) == ["flowers"]
+
+
+def test_a_deleted_version_is_left_out_without_shortening_the_answer(registry, tmp_path) -> None:
+    registry.register(champion(tmp_path, "flowers", accuracy=0.99))
+    registry.register(champion(tmp_path, "pets", accuracy=0.93))
+    registry.client.delete_registered_model("flowers")
+    assert [pack.name for pack in registry.search(limit=1)] == ["pets"]
+
+
+@pytest.mark.parametrize(
+    ("limits", "message"),
+    [
+        ({"limit": 0}, "limit"),
+        ({"min_metric": 93.0}, "between 0 and 1"),
+        ({"min_metric": float("nan")}, "between 0 and 1"),
+        ({"task": "x' OR '1'='1"}, "quotes"),
+    ],
+)
+def test_a_look_up_that_makes_no_sense_is_refused(registry, limits, message) -> None:
+    with pytest.raises(RegistryError, match=message):
+        registry.search(**limits)
+
+
+@pytest.mark.parametrize(
+    ("reference", "message"),
+    [
+        ("flowres", "did you mean flowers"),
+        ("FLOWERS", "did you mean flowers"),
+        ("zebra", "taskpack ls"),
+        ("flowers/7", "newest version: 1"),
+        ("flowers@best", "aliases: champion"),
+        ("flowers/0", "newest version: 1"),
+        ("flowers/x", "NAME/VERSION"),
+        ("", "NAME/VERSION"),
+        ("a'b", "NAME/VERSION"),
+        ("models:/flowers/1", "NAME/VERSION"),
+        ("../flowers", "NAME/VERSION"),
+    ],
+)
+def test_an_absent_pack_is_named_with_what_there_is(stocked, reference, message) -> None:
+    with pytest.raises(RegistryError, match=message):
+        stocked.get(reference)
+
+
+def test_a_model_of_someone_else_is_refused(registry, tmp_path) -> None:
+    registry.client.create_registered_model("theirs")
+    registry.client.create_model_version("theirs", (tmp_path / "theirs").as_uri())
+    with pytest.raises(RegistryError, match="did not register"):
+        registry.get("theirs/1")
+    with pytest.raises(RegistryError, match="newest version: 1, aliases: none"):
+        registry.get("theirs")
+
+
+# --- damage and bad input -------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"size_bytes": 99}, "size_bytes 99, the file has 100"),
+        ({"ledger": {"head": 99}}, "ledger sums to 99"),
+        ({"pack_path": Path("absent.bin")}, "no such pack"),
+        ({"metrics": {"test_accuracy": float("nan")}}, "test_accuracy"),
+        ({"tags": {"pack_digest": "x"}}, "pack_digest"),
+    ],
+)
+def test_a_champion_that_contradicts_itself_is_refused_and_leaves_nothing(registry, tmp_path, change, message) -> None:
+    with pytest.raises(RegistryError, match=message):
+        registry.register(replace(champion(tmp_path), **change))
+    assert counts(registry) == {"runs": 0, "models": 0, "versions": 0}
+
+
+def test_a_damaged_artifact_store_is_noticed(registry, workdir, tmp_path) -> None:
+    registered = registry.register(champion(tmp_path))
+    (stored,) = (workdir / "artifacts").rglob("pack.safetensors")
+    stored.write_bytes(stored.read_bytes()[:-1])
+    with pytest.raises(RegistryError, match="99 bytes, registered were 100"):
+        registry.download(registered, tmp_path / "copies")
+    assert not (tmp_path / "copies").exists()
+    shutil.rmtree(workdir / "artifacts")
+    with pytest.raises(RegistryError, match="artifact store"):
+        registry.download(registered, tmp_path / "copies")
+    with pytest.raises(RegistryError, match="artifact store"):
+        registry.front(registered)
+
+
+def test_a_deleted_experiment_is_explained(registry, workdir) -> None:
+    registry.client.delete_experiment(registry.client.get_experiment_by_name(EXPERIMENT).experiment_id)
+    with pytest.raises(RegistryError, match="mlflow experiments restore"):
+        open_registry(None, workdir)
+
+
+def test_front_json_is_deterministic(registry, workdir, tmp_path) -> None:
+    registry.register(replace(champion(tmp_path), front=[dict(reversed(FRONT[0].items()))]))
+    (stored,) = (workdir / "artifacts").rglob("front.json")
+    assert stored.read_text() == json.dumps(FRONT, sort_keys=True, indent=1) + "\n"
