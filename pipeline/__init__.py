@@ -1,1 +1,8 @@
 """taskpack: one frozen vision backbone, hundreds of tasks, a few kilobytes each."""
+
+from pipeline.api import fetch, find, load, run
+from pipeline.errors import TaskpackError
+from pipeline.spec import Backbone, Budget, Recipe, SearchSpace, Task
+from pipeline.task_files import load_task, load_tasks
+
+__all__ = ["Backbone", "Budget", "Recipe", "SearchSpace", "Task", "TaskpackError", "fetch", "find", "load", "load_task", "load_tasks", "run"]

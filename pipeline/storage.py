@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from pipeline.errors import StorageError
 
@@ -37,12 +38,10 @@ def exclusive(folder: Path) -> Iterator[None]:
     """Hold a folder alone: the lock ends with the process, however that ends. Raises StorageError where another process holds it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / ".lock", "w")  # noqa: SIM115
+        lock = FileLock(folder / ".lock", timeout=0).acquire()
+    except Timeout:
+        raise StorageError(f"{folder}: another taskpack run is using this folder; wait for it, or give another --workdir") from None
     except OSError as error:
-        raise StorageError(f"{folder}: cannot be written ({error.strerror}); choose another folder") from None
+        raise StorageError(f"{folder}: cannot be written ({error.strerror}); choose another --workdir") from None
     with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise StorageError(f"{folder}: another taskpack run is using this folder; wait for it, or give another --workdir") from None
         yield

@@ -45,7 +45,7 @@ def _task_files(path: Path) -> list[Path]:
         raise SpecError(f"{path}: no such task file or folder; give a .yaml file or a folder that holds some")
     if path.is_file():
         return [path]
-    files = [file for file in sorted(path.glob("*.y*ml")) if "data" in _read_mapping(file)]
+    files = [file for file in sorted(path.glob("*.y*ml")) if "data" in read_mapping(file)]
     if not files:
         raise SpecError(f"{path}: this folder holds no task file (a .yaml with a `data` section)")
     return files
@@ -53,7 +53,7 @@ def _task_files(path: Path) -> list[Path]:
 
 def load_task(path: Path, *, overrides: dict[str, Any] | None = None) -> Task:
     """Read one task file. Raises SpecError."""
-    content = _read_mapping(path)
+    content = read_mapping(path)
     for section, kind in _SHARED_SECTIONS.items():
         if isinstance(content.get(section), str):
             shared = (path.parent / content[section]).resolve()
@@ -61,13 +61,13 @@ def load_task(path: Path, *, overrides: dict[str, Any] | None = None) -> Task:
                 raise SpecError(
                     f"{path}: {section}: given {content[section]!r}; expected a mapping, or the path of a YAML file: there is no {shared}"
                 )
-            content[section] = _resolve_paths(section, _read_mapping(shared), shared.parent)
+            content[section] = _resolve_paths(section, read_mapping(shared), shared.parent)
             validate(kind, content[section], source=str(shared))  # so that a fault is reported under the file that holds it
         elif isinstance(content.get(section), dict):
             content[section] = _resolve_paths(section, content[section], path.parent)
     for section, value in (overrides or {}).items():
         if isinstance(value, (str, Path)):
-            value = _resolve_paths(section, _read_mapping(Path(value)), Path(value).parent)
+            value = _resolve_paths(section, read_mapping(Path(value)), Path(value).parent)
         base = content.get(section)
         if section in ("search", "budget") and isinstance(base, dict) and isinstance(value, dict):
             value = {**base, **value}
@@ -79,7 +79,7 @@ def load_task(path: Path, *, overrides: dict[str, Any] | None = None) -> Task:
 
 def load_spec(kind: type[SpecType], path: Path) -> SpecType:
     """Read a YAML file as `kind`. Raises SpecError."""
-    return validate(kind, _read_mapping(path), source=str(path))
+    return validate(kind, read_mapping(path), source=str(path))
 
 
 class _UniqueKeys(yaml.SafeLoader):
@@ -93,7 +93,8 @@ class _UniqueKeys(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _read_mapping(path: Path) -> dict[str, Any]:
+def read_mapping(path: Path) -> dict[str, Any]:
+    """The mapping a YAML file holds. Raises SpecError."""
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys)
     except OSError as error:

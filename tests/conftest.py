@@ -3,13 +3,23 @@
 All of it is environment, set before torch, ray or mlflow is first imported, so that tests that need none of them stay fast.
 """
 
+from __future__ import annotations
+
 import os
 import secrets
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
-from pipeline.spec import Backbone
+from pipeline.spec import Backbone, Biases, Connections, DrawnData, Input, Norms, Recipe, Selection, Smoa, Task, Training
+
+if TYPE_CHECKING:
+    import torch
+
+    from pipeline.backbones import LoadedBackbone
+    from pipeline.training import Inputs
 
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
 
@@ -53,3 +63,73 @@ def tiny_backbone() -> Backbone:
     """A random ViT of width 64 and depth 2 for 32 px images (16 patches): every kind of layer that a real one has, in 0.1 M parameters."""
     arguments: dict[str, int | float | str | bool | list[int]] = {"img_size": 32, "patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 2}
     return Backbone(model="vit_tiny_patch16_224", arguments=arguments, weights="random")
+
+
+@pytest.fixture(scope="session")
+def families(tiny_backbone: Backbone) -> dict[str, Backbone]:
+    """One tiny random backbone a family: tokens, windows of channels-last tokens, and ConvNeXt with its MLP as convolutions and as Linear layers."""
+    stages: dict[str, int | float | str | bool | list[int]] = {"depths": [1, 1, 1, 1], "dims": [8, 16, 24, 32]}
+    swin: dict[str, int | float | str | bool | list[int]] = {
+        **{"img_size": 32, "patch_size": 2, "window_size": 4, "embed_dim": 16},
+        **{"depths": [1, 1], "num_heads": [1, 2]},
+    }
+    return {
+        "vit": tiny_backbone,
+        "swin": Backbone(model="swin_tiny_patch4_window7_224", arguments=swin, weights="random"),
+        "convnext": Backbone(model="convnext_atto", arguments=stages, weights="random"),
+        "convnext_linear": Backbone(model="convnext_tiny", arguments=stages, weights="random"),
+    }
+
+
+@pytest.fixture(scope="session")
+def random_selection() -> Callable[..., dict[str, torch.Tensor]]:
+    """A function (backbone, top_k, seed) -> a selection [O, K] of each layer, distinct columns of every row in random order."""
+    import torch
+
+    from pipeline.adaptation.plan import tunable_layers
+
+    def draw(backbone: LoadedBackbone, top_k: int, seed: int = 0) -> dict[str, torch.Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        shapes = {name: (layer.weight.shape[0], layer.weight[0].numel()) for name, layer in tunable_layers(backbone.model).items()}
+        return {name: torch.rand(shape, generator=generator).argsort(dim=1)[:, :top_k].int() for name, shape in shapes.items()}
+
+    return draw
+
+
+@pytest.fixture(scope="session")
+def tiny_task(tiny_backbone: Backbone) -> Task:
+    """Which of 8 ways a bar lies, 96 drawn samples to learn from: the tiny backbone beats chance at it within seconds."""
+    return Task(
+        name="tiny",
+        data=DrawnData(format="drawn", kind="orientation", train_samples=96, test_samples=40),
+        input=Input(size_px=32, flip=False),
+        backbone=tiny_backbone,
+        recipe=Recipe(
+            connections=Connections(top_k=2),
+            biases=Biases(),
+            smoa=Smoa(experts=2, width=4),
+            norms=Norms(),
+            training=Training(epochs=2, batch_size=16, precision="fp32"),
+        ),
+        selection=Selection(batch_size=16),
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tiny_task: Task, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The prepared dataset of `tiny_task`, in several shards."""
+    from pipeline.data import prepare, shards
+
+    folder = tmp_path_factory.mktemp("tiny") / "data"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shards, "SHARD_SIZE_BYTES", 60_000)
+        prepare(tiny_task, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_inputs(tiny_task: Task, tiny_data: Path) -> Inputs:
+    """`tiny_task`, opened."""
+    from pipeline.training import open_inputs
+
+    return open_inputs(tiny_task, tiny_data)

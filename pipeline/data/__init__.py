@@ -6,6 +6,7 @@ from pipeline.data.index import DataIndex, ShardEntry, read_index, write_index
 from pipeline.data.plan import evaluation_batches, shard_batches, training_batches
 from pipeline.data.prepare import check, prepare
 from pipeline.data.reader import Reader
+from pipeline.data.samples import save_samples
 from pipeline.data.shards import read_shard, write_shards
 from pipeline.data.splits import Split, split_samples
 
@@ -21,6 +22,7 @@ __all__ = [
     "prepare",
     "read_index",
     "read_shard",
+    "save_samples",
     "shard_batches",
     "split_samples",
     "training_batches",

@@ -60,15 +60,20 @@ def _rejection(proposal: Proposal) -> TrialRecord:
     return TrialRecord(id=proposal.id, point=proposal.point, size_bytes=proposal.size_bytes, state="rejected", message="over budget, not run")
 
 
+def distinct_proposals(task: Task, size_of: SizeOf) -> list[Proposal]:
+    """Every point of the space, smallest pack first; points that lead to the same recipe are one."""
+    distinct: dict[str, Proposal] = {}
+    for point in task.search.points():
+        proposal = _proposal(task.search, task.recipe, point, size_of)
+        distinct.setdefault(proposal.id, proposal)
+    return sorted(distinct.values(), key=lambda proposal: (proposal.size_bytes, proposal.id))
+
+
 class Enumerated:
-    """Every point of the space once, smallest pack first; points that lead to the same recipe are one."""
+    """Every distinct point of the space once."""
 
     def __init__(self, task: Task, size_of: SizeOf) -> None:
-        distinct: dict[str, Proposal] = {}
-        for point in task.search.points():
-            proposal = _proposal(task.search, task.recipe, point, size_of)
-            distinct.setdefault(proposal.id, proposal)
-        ordered = sorted(distinct.values(), key=lambda proposal: (proposal.size_bytes, proposal.id))
+        ordered = distinct_proposals(task, size_of)
         self._waiting = [proposal for proposal in ordered if proposal.size_bytes <= task.budget.max_bytes]
         self.rejected = [_rejection(proposal) for proposal in ordered if proposal.size_bytes > task.budget.max_bytes]
 

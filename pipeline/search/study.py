@@ -96,6 +96,18 @@ class Study:
         if is_final:
             self._journal.write(record)
 
+    def epochs_done(self) -> float:
+        """Trials' worth of epochs behind us: a finished trial counts as one."""
+        running = {slot: len(curve) / self.slots[slot].recipe.training.epochs for slot, curve in self._curves.items() if slot not in self.records}
+        return len(self.records) + sum(running.values())
+
+    def remark(self) -> str:
+        """The best complete trial so far, in a few words."""
+        scored = [(record.val_metric, record.size_bytes) for record in self.records.values() if record.val_metric is not None]
+        best = max(scored, key=lambda pair: (pair[0], -pair[1]), default=None)
+        counted = f"{len(self.records)} trials"
+        return counted if best is None else f"{counted}, best {best[0]:.1%} at {best[1] / 1024:.1f} KiB"
+
     def all_records(self) -> list[TrialRecord]:
         """Every trial, in order of slots, then those rejected unrun."""
         return [*(self.records[slot] for slot in sorted(self.records)), *self._proposer.rejected]
@@ -114,8 +126,9 @@ def run_study(
     val_samples: int,
     resources: TrialResources = TrialResources(),
     on_progress: OnRecord = lambda study: None,
+    before_running: Callable[[], None] = lambda: None,
 ) -> list[TrialRecord]:
-    """Run every trial that the journal does not hold yet. Needs a running Ray.
+    """Run every trial that the journal does not hold yet, on the Ray that runs once `before_running` was called.
 
     Raises:
         BudgetError: no configuration fits `max_bytes`.
@@ -126,6 +139,7 @@ def run_study(
     if not study.slots:
         raise _nothing_fits(task, study)
     if first is not None:
+        before_running()
         _run_with_tune(study, first, data_folder, selection_path, resources, on_progress)
     records = study.all_records()
     if not any(record.state == "complete" for record in records):

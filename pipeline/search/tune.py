@@ -49,6 +49,10 @@ class StudySearcher(Searcher):
             self._study.finish(slot, seconds, None)
         self._on_progress(self._study)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Tune pickles its parts to resume by; a study resumes by its journal."""
+        return {}
+
     def save(self, checkpoint_path: str) -> None:
         """Nothing: the study's journal is its memory."""
 
@@ -68,3 +72,7 @@ class StoppingScheduler(FIFOScheduler):
             return TrialScheduler.CONTINUE
         goes_on = self._study.report(trial.config["slot"], result["epoch"], result["metric"])
         return TrialScheduler.CONTINUE if goes_on else TrialScheduler.STOP
+
+    def __getstate__(self) -> dict[str, Any]:
+        """As the searcher's."""
+        return {}

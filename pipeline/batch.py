@@ -1,0 +1,275 @@
+"""A batch: every task through prepare, select, search, fit and register, on one Ray.
+
+One task's failure never stops the others. Every stage leaves its result on disk before the next begins, so the same command after an interruption
+redoes nothing that was finished.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pipeline.adaptation.packing import planned_size_bytes
+from pipeline.backbones.known import remember
+from pipeline.cluster import cluster_resources, ray_session
+from pipeline.data import prepare
+from pipeline.errors import ClusterError, StorageError, TaskpackError
+from pipeline.registry.record import Champion, RegisteredPack
+from pipeline.registry.store import open_registry
+from pipeline.reports.front import draw_front
+from pipeline.search.champion import choose_champion
+from pipeline.search.record import TrialRecord
+from pipeline.search.study import Study, TrialResources, run_study
+from pipeline.selection import read_selection, select
+from pipeline.spec import Recipe, Task
+from pipeline.storage import exclusive
+from pipeline.training import Inputs, open_inputs
+from pipeline.training.fit import PACK_FILE, FitResult, fit, read_fit
+from pipeline.workspace import StudyFolder, Workspace
+
+if TYPE_CHECKING:
+    from pipeline.registry.store import Registry
+
+Stage = Literal["prepare", "select", "search", "fit", "register", "done", "failed"]
+OnProgress = Callable[[str, Stage, float, str], None]
+"""Called with task, stage, share of the stage done (0 to 1) and a short remark."""
+
+
+def no_progress(task: str, stage: Stage, share: float, remark: str) -> None:
+    """Report nothing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskOutcome:
+    """What became of one task: a registered pack, or an error and the stage it came from."""
+
+    task: str
+    registered: RegisteredPack | None = None
+    trials: tuple[TrialRecord, ...] = ()
+    champion_id: str | None = None
+    front_figure: Path | None = None
+    stage: Stage = "done"
+    error: TaskpackError | None = None
+
+
+def run_batch(
+    tasks: Sequence[Task],
+    workdir: Path,
+    *,
+    address: str | None = None,
+    registry_uri: str | None = None,
+    selection_workers: int | None = None,
+    resources: TrialResources = TrialResources(),  # noqa: B008
+    on_progress: OnProgress = no_progress,
+) -> list[TaskOutcome]:
+    """Run every task to a registered pack.
+
+    Args:
+        workdir: keeps all intermediate results; on a cluster it must be a folder that every node sees.
+        address: of a Ray cluster; None starts a private one here, and only when a stage needs it.
+        registry_uri: MLflow tracking server; None takes MLFLOW_TRACKING_URI, else a SQLite file in `workdir`.
+        selection_workers: ranks of the selection's worker group; None takes the cluster's CPUs, or its GPUs where it has some.
+
+    Raises:
+        StorageError: the work folder cannot be used.
+        RegistryError: the registry cannot be reached.
+        ClusterError: no cluster answers at `address`.
+    """
+    workspace = Workspace(workdir.resolve())
+    with exclusive(workspace.root), contextlib.ExitStack() as stack:
+        registry = open_registry(registry_uri, workspace.root)
+        ray_is_up = _once(lambda: stack.enter_context(ray_session(address)))
+        if address is not None:
+            ray_is_up()
+        driver = _Driver(workspace, registry, ray_is_up, selection_workers, resources, on_progress)
+        return [driver.run(task) for task in tasks]
+
+
+def _once(action: Callable[[], None]) -> Callable[[], None]:
+    done: list[bool] = []
+
+    def run() -> None:
+        if not done:
+            action()
+            done.append(True)
+
+    return run
+
+
+@dataclass
+class _Driver:
+    workspace: Workspace
+    registry: Registry
+    ray_is_up: Callable[[], None]
+    selection_workers: int | None
+    resources: TrialResources
+    on_progress: OnProgress
+    stage: Stage = "prepare"
+
+    def run(self, task: Task) -> TaskOutcome:
+        """One task through all stages; its error is part of the outcome."""
+        try:
+            with _named_errors(self.workspace.root / "logs" / f"{task.name}.txt"):
+                outcome = self._stages(task)
+        except TaskpackError as error:
+            self.on_progress(task.name, "failed", 1.0, str(error))
+            return TaskOutcome(task=task.name, stage=self.stage, error=error)
+        self.on_progress(task.name, "done", 1.0, "")
+        return outcome
+
+    def _enter(self, task: Task, stage: Stage) -> None:
+        self.stage = stage
+        self.on_progress(task.name, stage, 0.0, "")
+
+    def _stages(self, task: Task) -> TaskOutcome:
+        self._enter(task, "prepare")
+        data_folder = self.workspace.data(task.name)
+        prepare(task, data_folder)
+        inputs = open_inputs(task, data_folder)
+        remember(inputs.backbone.fingerprint, task.backbone.weights)
+        top_k = task.search.max_top_k(task.recipe)
+        folder = self.workspace.study(inputs, top_k)
+        selection = self._select(inputs, data_folder, top_k) if top_k else None
+        trials = self._search(inputs, data_folder, selection, folder)
+        champion = choose_champion(trials, task.budget)
+        draw_front(
+            [trial.row() for trial in trials],
+            folder.figure,
+            title=f"{task.name}: validation accuracy against the pack's size",
+            max_bytes=task.budget.max_bytes,
+            champion=champion.id,
+        )
+        fitted = self._fit(inputs, data_folder, champion, selection, folder)
+        self._enter(task, "register")
+        registered = self.registry.register(_describe(inputs, champion, trials, fitted, folder))
+        return TaskOutcome(task=task.name, registered=registered, trials=tuple(trials), champion_id=champion.id, front_figure=folder.figure)
+
+    def _select(self, inputs: Inputs, data_folder: Path, top_k: int) -> Path:
+        self._enter(inputs.task, "select")
+        path = self.workspace.selection(inputs, top_k)
+        if not path.exists():
+            self.ray_is_up()
+            cpus, gpus = cluster_resources()
+            select(inputs.task, data_folder, top_k, path, workers=self.selection_workers or gpus or cpus, use_gpu=gpus > 0)
+        return path
+
+    def _search(self, inputs: Inputs, data_folder: Path, selection: Path | None, folder: StudyFolder) -> list[TrialRecord]:
+        task = inputs.task
+        self._enter(task, "search")
+
+        def report(study: Study) -> None:
+            total = min(task.search.trials, task.search.size())
+            self.on_progress(task.name, "search", min(1.0, study.epochs_done() / total), study.remark())
+
+        return run_study(
+            task,
+            data_folder,
+            selection,
+            folder.journal,
+            size_of=lambda recipe: planned_size_bytes(task, recipe, inputs.backbone, inputs.index.classes),
+            val_samples=len(inputs.splits["val"]),
+            resources=self.resources,
+            on_progress=report,
+            before_running=self.ray_is_up,
+        )
+
+    def _fit(self, inputs: Inputs, data_folder: Path, champion: TrialRecord, selection: Path | None, folder: StudyFolder) -> FitResult:
+        task = inputs.task
+        self._enter(task, "fit")
+        done = read_fit(folder.fit(champion.id))
+        if done is not None:
+            return done
+        self.ray_is_up()
+        recipe = task.search.recipe(task.recipe, champion.point)
+        return _fit_on_ray(task, recipe, data_folder, selection, folder.fit(champion.id), self.resources)
+
+
+@contextlib.contextmanager
+def _named_errors(log: Path) -> Iterator[None]:
+    """Turn what is not named yet into a named error whose details are in `log`."""
+    try:
+        yield
+    except TaskpackError:
+        raise
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+            raise StorageError(f"{error.filename or 'the work folder'}: {error.strerror}; free space, or choose another --workdir") from None
+        raise _unexpected(error, log) from error
+    except Exception as error:
+        raise _unexpected(error, log) from error
+
+
+def _unexpected(error: Exception, log: Path) -> ClusterError:
+    with contextlib.suppress(OSError):
+        log.parent.mkdir(parents=True, exist_ok=True)
+        log.write_text(traceback.format_exc())
+    first = (str(error).strip().splitlines() or [""])[0][:200]
+    return ClusterError(f"unexpected {type(error).__name__}: {first}; details in {log}. The same command tries again from the last finished stage")
+
+
+def _fit_on_ray(task: Task, recipe: Recipe, data_folder: Path, selection: Path | None, folder: Path, resources: TrialResources) -> FitResult:
+    import ray
+
+    remote = ray.remote(num_cpus=resources.cpus, num_gpus=resources.gpus, max_retries=2)(_fit_worker)
+    result = ray.get(
+        remote.remote(task.model_dump_json(), recipe.model_dump_json(), str(data_folder), selection, folder, max(1, int(resources.cpus)))
+    )
+    if isinstance(result, TaskpackError):
+        raise result
+    return result
+
+
+def _fit_worker(task_json: str, recipe_json: str, data_folder: str, selection: Path | None, folder: Path, threads: int) -> FitResult | TaskpackError:
+    import torch
+
+    torch.set_num_threads(threads)
+    try:
+        inputs = open_inputs(Task.model_validate_json(task_json), Path(data_folder))
+        recipe = Recipe.model_validate_json(recipe_json)
+        selected = read_selection(selection) if selection is not None else None
+        return fit(inputs, recipe, selected, folder, device="cuda" if torch.cuda.is_available() else "cpu")
+    except TaskpackError as error:
+        return error
+
+
+def _describe(inputs: Inputs, champion: TrialRecord, trials: Sequence[TrialRecord], fitted: FitResult, folder: StudyFolder) -> Champion:
+    task = inputs.task
+    assert champion.val_metric is not None
+    return Champion(
+        task=task.name,
+        pack_path=folder.fit(champion.id) / PACK_FILE,
+        pack_digest=fitted.pack_digest,
+        size_bytes=fitted.size_bytes,
+        ledger=fitted.ledger,
+        metrics={
+            "test_accuracy": fitted.test_accuracy,
+            "test_accuracy_stderr": fitted.test_accuracy_stderr,
+            "val_accuracy": champion.val_metric,
+            "trained_values": fitted.trained_values,
+            "search_seconds": sum(trial.seconds for trial in trials),
+            "fit_seconds": fitted.train_seconds,
+        },
+        params=flatten(task.search.recipe(task.recipe, champion.point).model_dump(exclude_none=True)),
+        tags={
+            "backbone": task.backbone.model,
+            "backbone_fingerprint": inputs.backbone.fingerprint,
+            "data_digest": inputs.index.digest,
+            "description": task.description,
+            "trial": champion.id,
+        },
+        front=[trial.row() for trial in trials],
+        front_figure=folder.figure,
+    )
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, str]:
+    """Nested mappings as `part.key` to text, for parameters of a run."""
+    flat: dict[str, str] = {}
+    for key, value in tree.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": str(value)}
+    return flat

@@ -1,0 +1,333 @@
+"""The command line: thin, every command a few calls into the package."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from pipeline import api
+from pipeline.errors import TaskpackError
+
+app = typer.Typer(
+    help="One frozen vision backbone, hundreds of tasks, a few kilobytes each.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+out = Console()
+INTERRUPTED = 130
+
+Tasks = Annotated[list[Path], typer.Argument(help="Task files, or folders of them.", metavar="TASK.yaml...")]
+Reference = Annotated[str, typer.Argument(help="NAME, NAME@ALIAS or NAME/VERSION in the registry, or a pack file.", metavar="PACK")]
+Workdir = Annotated[Path, typer.Option(help="Folder that keeps every result; its registry is used where MLFLOW_TRACKING_URI is not set.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+BackboneFile = Annotated[Path | None, typer.Option("--backbone", help="Checkpoint of the pack's backbone, where this machine does not know it.")]
+RecipeFile = Annotated[Path | None, typer.Option("--recipe", help="YAML file that replaces the tasks' recipe.")]
+SearchFile = Annotated[Path | None, typer.Option("--search", help="YAML file that replaces keys of the tasks' search space.")]
+MaxBytes = Annotated[str | None, typer.Option(help="Largest pack, such as 32KiB.")]
+Trials = Annotated[int | None, typer.Option(min=1, help="Configurations to try for each task.")]
+Address = Annotated[str | None, typer.Option(help="Ray cluster to use (auto: the one this machine belongs to); default: a private one here.")]
+
+
+def main() -> None:
+    """Entry point: a named error becomes one message and its exit code."""
+    try:
+        app()
+    except TaskpackError as error:
+        Console(stderr=True).print(f"[bold red]error:[/] {_escaped(error)}", highlight=False, soft_wrap=True)
+        sys.exit(error.exit_code)
+
+
+def _escaped(error: object) -> str:
+    from rich.markup import escape
+
+    return escape(str(error))
+
+
+def _overrides(recipe: Path | None, search: Path | None, max_bytes: str | None, trials: int | None) -> dict[str, Any]:
+    from pipeline.task_files import read_mapping
+
+    overrides: dict[str, Any] = {}
+    if recipe is not None:
+        overrides["recipe"] = read_mapping(recipe)
+    if search is not None:
+        overrides["search"] = read_mapping(search)
+    if trials is not None:
+        overrides["search"] = {**overrides.get("search", {}), "trials": trials}
+    if max_bytes is not None:
+        overrides["budget"] = {"max_bytes": max_bytes}
+    return overrides
+
+
+def _print_json(content: Any) -> None:
+    typer.echo(json.dumps(content, indent=2, default=str))
+
+
+@app.command()
+def run(
+    tasks: Tasks,
+    recipe: RecipeFile = None,
+    search: SearchFile = None,
+    max_bytes: MaxBytes = None,
+    trials: Trials = None,
+    workdir: Workdir = api.WORKDIR,
+    address: Address = None,
+    as_json: AsJson = False,
+) -> None:
+    """Run tasks to registered packs: prepare, select, search, fit, register. Interrupt it anywhere; the same command goes on."""
+    from pipeline.task_files import load_tasks
+
+    _run_tasks(load_tasks(tasks, overrides=_overrides(recipe, search, max_bytes, trials)), workdir, address, as_json)
+
+
+def _run_tasks(tasks: list[Any], workdir: Path, address: str | None, as_json: bool) -> list[Any]:
+    from pipeline.reports.progress import BatchProgress
+    from pipeline.reports.tables import champions_table
+
+    console = Console(stderr=True) if as_json else out
+    try:
+        with BatchProgress(console, [task.name for task in tasks]) as progress:
+            outcomes = api.run(tasks, workdir=workdir, address=address, on_progress=progress.update)
+    except KeyboardInterrupt:
+        Console(stderr=True).print(f"interrupted; what was finished is kept in {workdir}, the same command goes on from there")
+        raise typer.Exit(INTERRUPTED) from None
+    failed = [outcome for outcome in outcomes if outcome.error is not None]
+    if as_json:
+        _print_json([_outcome_as_json(outcome) for outcome in outcomes])
+    else:
+        if len(failed) < len(outcomes):
+            out.print(champions_table(outcomes))
+            for outcome in outcomes:
+                if outcome.front_figure is not None:
+                    out.print(f"front of {outcome.task}: {outcome.front_figure}", soft_wrap=True, highlight=False)
+        for outcome in failed:
+            Console(stderr=True).print(
+                f"[bold red]{outcome.task} failed in {outcome.stage}:[/] {_escaped(outcome.error)}", soft_wrap=True, highlight=False
+            )
+    if failed:
+        if len(outcomes) > 1:
+            Console(stderr=True).print(f"{len(outcomes) - len(failed)} of {len(outcomes)} tasks registered, {len(failed)} failed", highlight=False)
+        raise typer.Exit(failed[0].error.exit_code)
+    return outcomes
+
+
+def _outcome_as_json(outcome: Any) -> dict[str, Any]:
+    return {
+        "task": outcome.task,
+        "registered": asdict(outcome.registered) if outcome.registered else None,
+        "front_figure": outcome.front_figure,
+        "error": str(outcome.error) if outcome.error else None,
+        "trials": [trial.row() for trial in outcome.trials],
+    }
+
+
+@app.command()
+def demo(workdir: Workdir = api.WORKDIR, max_bytes: MaxBytes = None, trials: Trials = None) -> None:
+    """The whole pipeline on three small embedded tasks, on this machine."""
+    from pipeline.backbones.known import demo_folder
+    from pipeline.data import save_samples
+    from pipeline.task_files import load_tasks
+    from pipeline.workspace import Workspace
+
+    tasks = load_tasks([demo_folder()], overrides=_overrides(None, None, max_bytes, trials))
+    out.print(
+        f"{len(tasks)} tasks on one frozen backbone: {', '.join(task.name for task in tasks)}; everything is kept in {workdir}/", highlight=False
+    )
+    _run_tasks(tasks, workdir, None, False)
+    first = tasks[0].name
+    image = save_samples(Workspace(workdir.resolve()).data(first), workdir / "samples" / first, count=4)[0]
+    option = "" if workdir == api.WORKDIR else f" --workdir {workdir}"
+    out.print("\nTry next:")
+    for line in (
+        f"taskpack ls --max-bytes 32KiB{option}",
+        f"taskpack show {first}@champion{option}",
+        f"taskpack predict {first}@champion {image}{option}",
+    ):
+        out.print(f"  {line}", soft_wrap=True, highlight=False, style="bold")
+
+
+@app.command(name="ls")
+def list_packs(
+    task: Annotated[str | None, typer.Option(help="Only this task's packs.")] = None,
+    max_bytes: MaxBytes = None,
+    min_metric: Annotated[float | None, typer.Option(help="Smallest test accuracy, in [0, 1].", min=0, max=1)] = None,
+    limit: Annotated[int, typer.Option(min=1, help="Rows at most.")] = 50,
+    workdir: Workdir = api.WORKDIR,
+    as_json: AsJson = False,
+) -> None:
+    """Look packs up in the registry by numbers, best first."""
+    from pipeline.reports.tables import packs_table
+
+    packs = api.find(task, max_bytes=_size(max_bytes), min_metric=min_metric, limit=limit, workdir=workdir)
+    if as_json:
+        _print_json([asdict(pack) for pack in packs])
+    elif packs:
+        out.print(packs_table(packs))
+    else:
+        out.print("no pack matches")
+
+
+def _size(text: str | None) -> int | None:
+    from pipeline.errors import SpecError
+    from pipeline.spec import parse_bytes
+
+    try:
+        return None if text is None else parse_bytes(text)
+    except ValueError as error:
+        raise SpecError(f"--max-bytes: given {text!r}; {error}") from None
+
+
+@app.command()
+def show(reference: Reference, workdir: Workdir = api.WORKDIR, as_json: AsJson = False) -> None:
+    """What a registered pack is, what it costs byte by byte, and how it was found."""
+    from pipeline.registry.store import open_registry
+    from pipeline.reports.tables import ledger_table, percent_with_error, table, trials_table
+
+    registry = open_registry(None, workdir.resolve())
+    pack = registry.get(reference)
+    trials = registry.front(pack)
+    if as_json:
+        _print_json({**asdict(pack), "trials": trials})
+        return
+    facts = table("", "", numbers_from=9)
+    facts.add_row("pack", f"{pack.name}/{pack.version}  {', '.join(pack.aliases)}")
+    for label, text in (
+        ("task", pack.tags.get("description") or pack.task),
+        ("test accuracy %", percent_with_error(pack.metrics)),
+        ("size", f"{pack.size_bytes:,} bytes, {pack.metrics['trained_values']:,.0f} trained values"),
+        ("backbone", f"{pack.tags['backbone']}  {pack.tags['backbone_fingerprint'][:16]}..."),
+        ("digest", pack.pack_digest),
+        ("recipe", "  ".join(f"{key}={value}" for key, value in sorted(pack.params.items()))),
+    ):
+        facts.add_row(label, text)
+    facts.show_header = False
+    out.print(facts)
+    out.print()
+    out.print(ledger_table({name.removeprefix("bytes_"): int(size) for name, size in pack.metrics.items() if name.startswith("bytes_")}))
+    out.print()
+    out.print(trials_table(trials, pack.tags.get("trial")))
+
+
+@app.command()
+def predict(
+    reference: Reference,
+    images: Annotated[list[Path], typer.Argument(help="Image files.")],
+    backbone: BackboneFile = None,
+    workdir: Workdir = api.WORKDIR,
+    as_json: AsJson = False,
+) -> None:
+    """Classify images with a pack."""
+    from pipeline.reports.tables import table
+
+    predictor = api.load(reference, backbone=backbone, workdir=workdir)
+    rows = [{"image": str(image), **row} for image, row in zip(images, predictor.predict(images), strict=True)]
+    if as_json:
+        _print_json(rows)
+        return
+    built = table("image", "label", "probability")
+    for row in rows:
+        built.add_row(row["image"], row["label"], f"{row['probability']:.3f}")
+    out.print(built)
+
+
+@app.command()
+def evaluate(
+    reference: Reference,
+    task: Annotated[Path | None, typer.Option(help="Task file, where the data was not prepared in this work folder.")] = None,
+    backbone: BackboneFile = None,
+    workdir: Workdir = api.WORKDIR,
+    as_json: AsJson = False,
+) -> None:
+    """Measure a pack on its task's test set again."""
+    from pipeline.serving.check import evaluate_pack
+
+    score, registered = evaluate_pack(reference, workdir=workdir, task_file=task, weights=backbone)
+    content = {
+        "test_accuracy": score.accuracy,
+        "test_accuracy_stderr": score.standard_error,
+        "correct": score.correct,
+        "samples": score.samples,
+        "registered_test_accuracy": registered,
+    }
+    if as_json:
+        _print_json(content)
+        return
+    out.print(f"test accuracy {score.accuracy!r} ({score.correct} of {score.samples}), standard error {score.standard_error:.4f}", highlight=False)
+    if registered is not None:
+        out.print(f"registered    {registered!r}: {'the same' if registered == score.accuracy else 'NOT the same'}", highlight=False)
+
+
+@app.command()
+def verify(reference: Reference, backbone: BackboneFile = None, workdir: Workdir = api.WORKDIR) -> None:
+    """Check that a pack is whole, belongs to its backbone and computes what it did when it was written."""
+    from pipeline.packs import ledger, read_pack
+    from pipeline.reports.tables import ledger_table
+
+    path = api.fetch(reference, workdir=workdir)
+    predictor = api.load(path, backbone=backbone, workdir=workdir)
+    out.print(f"{reference}: sound. Digest, layout, backbone fingerprint and probe logits agree", highlight=False, soft_wrap=True)
+    out.print(
+        f"task {predictor.metadata.task}, {len(predictor.metadata.classes)} classes, backbone {predictor.metadata.backbone['model']}", highlight=False
+    )
+    out.print(ledger_table(ledger(read_pack(path))))
+
+
+@app.command()
+def plan(
+    task: Annotated[Path, typer.Argument(help="Task file.")],
+    recipe: RecipeFile = None,
+    search: SearchFile = None,
+    max_bytes: MaxBytes = None,
+    modules: Annotated[bool, typer.Option("--modules", help="One row a module.")] = False,
+    workdir: Workdir = api.WORKDIR,
+    as_json: AsJson = False,
+) -> None:
+    """What a recipe attaches, and what every point of the search space would cost, before anything is trained."""
+    from pipeline.reports.plan import plan_task
+    from pipeline.reports.tables import ledger_table, plan_table, space_table
+    from pipeline.task_files import load_task
+
+    loaded = load_task(task, overrides=_overrides(recipe, search, max_bytes, None))
+    planned = plan_task(loaded, workdir.resolve())
+    if as_json:
+        _print_json({"tensors": [asdict(tensor) for tensor in planned.tensors], "ledger": planned.ledger, "space": planned.space})
+        return
+    out.print(plan_table(planned.tensors, by_module=modules))
+    out.print()
+    out.print(ledger_table(planned.ledger))
+    out.print()
+    out.print(space_table(planned.space, loaded.budget.max_bytes))
+
+
+@app.command()
+def prepare(
+    task: Annotated[Path, typer.Argument(help="Task file.")],
+    folder: Annotated[
+        Path | None, typer.Option("--out", help="Where to write shards and index; default: the task's place in the work folder.")
+    ] = None,
+    workdir: Workdir = api.WORKDIR,
+) -> None:
+    """Turn a task's data into WebDataset shards with an index, and check it."""
+    from pipeline.data import prepare as prepare_data
+    from pipeline.reports.tables import table
+    from pipeline.task_files import load_task
+    from pipeline.workspace import Workspace
+
+    loaded = load_task(task)
+    target = folder or Workspace(workdir.resolve()).data(loaded.name)
+    index = prepare_data(loaded, target)
+    built = table("split", "samples", "shards", "bytes")
+    for name, shards in index.splits.items():
+        built.add_row(name, f"{sum(shard.samples for shard in shards):,}", str(len(shards)), f"{sum(shard.size_bytes for shard in shards):,}")
+    out.print(f"{target}: {len(index.classes)} classes, digest {index.digest[:16]}...", highlight=False, soft_wrap=True)
+    out.print(built)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,122 @@
+"""Tables for a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+from pipeline.adaptation import PlannedTensor
+from pipeline.batch import TaskOutcome
+from pipeline.registry.record import RegisteredPack
+
+BAR_CELLS = 30
+
+
+def kib(size_bytes: float) -> str:
+    """Bytes as KiB with one decimal."""
+    return f"{size_bytes / 1024:.1f} KiB"
+
+
+def percent_with_error(metrics: dict[str, float]) -> str:
+    """Test accuracy in percent with its standard error."""
+    return f"{100 * metrics['test_accuracy']:.1f} ± {100 * metrics['test_accuracy_stderr']:.1f}"
+
+
+def table(*columns: str, title: str | None = None, numbers_from: int = 1) -> Table:
+    """An empty table whose columns from `numbers_from` on are right-aligned."""
+    built = Table(title=title, title_justify="left", title_style="bold", header_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for index, column in enumerate(columns):
+        built.add_column(column, justify="right" if index >= numbers_from else "left", overflow="fold")
+    return built
+
+
+def champions_table(outcomes: Sequence[TaskOutcome]) -> Table:
+    """One row a registered task: what was found and what it costs."""
+    built = table("task", "test acc. %", "val acc. %", "pack", "trained values", "trials run", "search s", title="Champions")
+    for outcome in outcomes:
+        if outcome.registered is None:
+            continue
+        metrics = outcome.registered.metrics
+        ran = sum(trial.state != "rejected" for trial in outcome.trials)
+        built.add_row(
+            outcome.task,
+            percent_with_error(metrics),
+            f"{100 * metrics['val_accuracy']:.1f}",
+            kib(outcome.registered.size_bytes),
+            f"{metrics['trained_values']:,.0f}",
+            f"{ran} of {len(outcome.trials)}",
+            f"{metrics['search_seconds']:.0f}",
+        )
+    return built
+
+
+def packs_table(packs: Sequence[RegisteredPack]) -> Table:
+    """One row a registered pack."""
+    built = table("pack", "alias", "test acc. %", "bytes", "trained values", "registered", numbers_from=2)
+    for pack in packs:
+        built.add_row(
+            f"{pack.name}/{pack.version}",
+            ", ".join(pack.aliases),
+            percent_with_error(pack.metrics),
+            f"{pack.size_bytes:,}",
+            f"{pack.metrics['trained_values']:,.0f}",
+            f"{pack.created:%Y-%m-%d %H:%M}",
+        )
+    return built
+
+
+def ledger_table(ledger: dict[str, int]) -> Table:
+    """Bytes by part, with bars; the sum is the file's size."""
+    built = table("part", "bytes", "share", "", title="Bytes")
+    built.columns[-1].justify = "left"
+    total, largest = sum(ledger.values()), max(ledger.values())
+    for part, size_bytes in ledger.items():
+        if size_bytes:
+            bar = Text("█" * max(1, round(BAR_CELLS * size_bytes / largest)), style="cyan")
+            built.add_row(part, f"{size_bytes:,}", f"{size_bytes / total:.1%}", bar)
+    built.add_row("file", f"{total:,}", "", "", style="bold")
+    return built
+
+
+def plan_table(tensors: Sequence[PlannedTensor], *, by_module: bool) -> Table:
+    """What a recipe trains: one row a part, or one a tensor."""
+    if by_module:
+        built = table("part", "module", "shape", "bits", "values", numbers_from=2)
+        for tensor in tensors:
+            built.add_row(tensor.part, tensor.name, " x ".join(map(str, tensor.shape)), str(tensor.bits), f"{tensor.values:,}")
+        return built
+    built = table("part", "bits", "modules", "values", title="What the recipe trains")
+    for part, bits in dict.fromkeys((tensor.part, tensor.bits) for tensor in tensors):
+        group = [tensor for tensor in tensors if (tensor.part, tensor.bits) == (part, bits)]
+        built.add_row(part, str(bits), str(len(group)), f"{sum(tensor.values for tensor in group):,}")
+    built.add_row("all", "", str(len(tensors)), f"{sum(tensor.values for tensor in tensors):,}", style="bold")
+    return built
+
+
+def space_table(rows: Sequence[dict[str, Any]], max_bytes: int) -> Table:
+    """The search space's points and what each would cost."""
+    names = list(rows[0]["point"]) if rows else []
+    built = table(*names, "bytes", "budget", title=f"Search space, budget {max_bytes:,} bytes", numbers_from=0)
+    for row in rows:
+        fits = row["size_bytes"] <= max_bytes
+        built.add_row(*(str(row["point"][name]) for name in names), f"{row['size_bytes']:,}", "fits" if fits else "over", style="" if fits else "dim")
+    return built
+
+
+def trials_table(rows: Sequence[dict[str, Any]], champion: str | None) -> Table:
+    """One row a trial, by size."""
+    names = list(dict.fromkeys(name for row in rows for name in row["point"]))
+    built = table(*names, "bytes", "val acc. %", "epochs", "seconds", "state", title="Trials", numbers_from=0)
+    for row in sorted(rows, key=lambda row: (row["size_bytes"], row["id"])):
+        metric = row["val_metric"] if row["val_metric"] is not None else (row["curve"][-1] if row["curve"] else None)
+        values = [str(row["point"].get(name, "")) for name in names]
+        shown = "" if metric is None else f"{100 * metric:.1f}"
+        state = "champion" if row["id"] == champion else row["state"]
+        seconds = f"{row['seconds']:.0f}" if row["epochs"] else ""
+        built.add_row(
+            *values, f"{row['size_bytes']:,}", shown, str(row["epochs"] or ""), seconds, state, style="bold" if row["id"] == champion else ""
+        )
+    return built

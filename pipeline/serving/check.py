@@ -1,0 +1,56 @@
+"""Measuring a pack again: the same file, the same test set, the same number."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pipeline.adaptation.packing import from_pack
+from pipeline.data import Reader, prepare, read_index, split_samples
+from pipeline.errors import DataError
+from pipeline.packs import read_pack
+from pipeline.registry.record import RegisteredPack
+from pipeline.registry.store import open_registry
+from pipeline.serving.predictor import load_backbone_of
+from pipeline.task_files import load_task
+from pipeline.training import Score, evaluate
+from pipeline.workspace import Workspace
+
+
+def evaluate_pack(reference: str, *, workdir: Path, task_file: Path | None, weights: Path | None) -> tuple[Score, float | None]:
+    """Score a pack on its task's test set.
+
+    Args:
+        task_file: where the test set comes from; default: the data prepared in `workdir`.
+
+    Returns:
+        The score, and the accuracy registered for it (None for a file).
+
+    Raises:
+        DataError: no prepared data, or other data than the pack was registered with.
+    """
+    workspace = Workspace(workdir.resolve())
+    registered, path = None, Path(reference)
+    if not path.is_file():
+        registry = open_registry(None, workspace.root)
+        registered = registry.get(reference)
+        path = registry.download(registered, workspace.root / "downloads")
+    pack = read_pack(path)
+    folder = workspace.data(pack.metadata.task)
+    if task_file is not None:
+        prepare(load_task(task_file), folder)
+    if not (folder / "index.json").exists():
+        raise DataError(f"{folder}: the data of task {pack.metadata.task!r} was not prepared here; give its task file with --task")
+    index = read_index(folder)
+    _check_same_data(registered, index.digest, folder)
+    test = split_samples(index, 0.5, 0)["test"]
+    model = from_pack(pack, load_backbone_of(pack.metadata, str(weights) if weights is not None else None))
+    score = evaluate(model, Reader(folder, test, pack.metadata.input.size_px), test)
+    return score, registered.metrics["test_accuracy"] if registered is not None else None
+
+
+def _check_same_data(registered: RegisteredPack | None, digest: str, folder: Path) -> None:
+    wanted = registered.tags.get("data_digest") if registered is not None else None
+    if wanted is not None and wanted != digest:
+        raise DataError(
+            f"{folder}: this data (digest {digest[:16]}...) is not what the pack was tested on ({wanted[:16]}...); prepare that data again"
+        )

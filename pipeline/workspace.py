@@ -1,0 +1,61 @@
+"""Where a run keeps what it made: one folder, every stage under the hash of what it depends on.
+
+data/<task>/                       shards and index
+selections/<key>.safetensors      ranked connections
+studies/<task>-<key>/trials/      one file a trial
+studies/<task>-<key>/fits/<id>/   a champion's pack and its test result
+studies/<task>-<key>/front.png
+mlflow.db, artifacts/             the embedded registry
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.search.record import TrialJournal
+from pipeline.selection import selection_key
+from pipeline.training import Inputs
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """Paths inside a work folder, absolute."""
+
+    root: Path
+
+    def data(self, task: str) -> Path:
+        """The prepared data of a task."""
+        return self.root / "data" / task
+
+    def selection(self, inputs: Inputs, top_k: int) -> Path:
+        """The selection of a task's connections."""
+        return self.root / "selections" / f"{selection_key(inputs, top_k)}.safetensors"
+
+    def study(self, inputs: Inputs, top_k: int) -> StudyFolder:
+        """The study of a task; trials with equal inputs and selection share it, whatever space or budget led to them."""
+        seed = json.dumps([selection_key(inputs, top_k), inputs.task.metric, inputs.task.seed])
+        return StudyFolder(self.root / "studies" / f"{inputs.task.name}-{hashlib.sha256(seed.encode()).hexdigest()[:12]}")
+
+
+@dataclass(frozen=True)
+class StudyFolder:
+    """Paths inside one study."""
+
+    root: Path
+
+    @property
+    def journal(self) -> TrialJournal:
+        """The finished trials."""
+        return TrialJournal(self.root / "trials")
+
+    @property
+    def figure(self) -> Path:
+        """The picture of the front."""
+        return self.root / "front.png"
+
+    def fit(self, trial_id: str) -> Path:
+        """The final fit of a trial's recipe."""
+        return self.root / "fits" / trial_id

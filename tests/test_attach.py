@@ -1,0 +1,228 @@
+"""What a plan promises is what is attached, on every family of backbones, and what matches nothing is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from pipeline.adaptation import AdaptedModel, attach, plan
+from pipeline.backbones import LoadedBackbone, fingerprint, load_backbone
+from pipeline.errors import BackboneError
+from pipeline.spec import Backbone, Biases, Connections, Head, Input, Norms, Recipe, Smoa
+
+CLASSES = 5
+FAMILIES = ("vit", "swin", "convnext", "convnext_linear")
+PARTS = {
+    "connections": Recipe(connections=Connections(top_k=2, bits=8)),
+    "biases": Recipe(biases=Biases(bits=16)),
+    "norms": Recipe(norms=Norms(bits=8)),
+    "smoa": Recipe(smoa=Smoa(experts=3, width=2, bits=4)),
+    "single expert": Recipe(smoa=Smoa(experts=1, width=2, bits=1)),
+    "head": Recipe(head=Head(bits=1)),
+    "all": Recipe(connections=Connections(top_k=3, bits=1), biases=Biases(), norms=Norms(), smoa=Smoa(experts=2, width=3), head=Head(bits=32)),
+}
+Select = Callable[..., dict[str, torch.Tensor]]
+every_family = pytest.mark.parametrize("family", FAMILIES)
+every_part = pytest.mark.parametrize("part", PARTS)
+
+
+def load(spec: Backbone) -> LoadedBackbone:
+    return load_backbone(spec, Input(size_px=32))
+
+
+def images(count: int = 3) -> torch.Tensor:
+    return torch.randint(0, 256, (count, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+def attached(backbone: LoadedBackbone, recipe: Recipe, select: Select, seed: int = 0) -> AdaptedModel:
+    top_k = recipe.connections.top_k + 1 if recipe.connections is not None else 1
+    return attach(backbone, recipe, CLASSES, selected=select(backbone, top_k), seed=seed)
+
+
+@every_family
+@every_part
+def test_planned_tensors_are_the_trained_ones(family: str, part: str, families: dict[str, Backbone], random_selection: Select) -> None:
+    backbone = load(families[family])
+    planned, model = plan(backbone, PARTS[part], CLASSES), attached(backbone, PARTS[part], random_selection)
+    assert tuple(model.trained) == planned
+    assert all(tensor.shape == tuple(handle.latent.shape) and tensor.bits == handle.bits for tensor, handle in model.trained.items())
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    assert {id(parameter) for parameter in trainable} == {id(handle.latent) for handle in model.trained.values()}
+    assert model.trained_values() == sum(parameter.numel() for parameter in trainable)
+
+
+@every_family
+def test_a_plan_counts_what_the_backbone_has(family: str, families: dict[str, Backbone]) -> None:
+    """Counted from the backbone's parameters by their names and shapes alone."""
+    backbone = load(families[family])
+    planned = plan(backbone, PARTS["all"], CLASSES)
+    count = {part: sum(tensor.values for tensor in planned if tensor.part == part) for part in ("connections", "biases", "norms", "adapters", "head")}
+    parameters = dict(backbone.model.named_parameters())
+    layers = {name.removesuffix(".weight"): tensor for name, tensor in parameters.items() if name.endswith(".weight") and tensor.ndim in (2, 4)}
+    second_norm = "norm2." if family in ("vit", "swin") else ".conv_dw"
+    blocks = {name.rsplit(second_norm, 1)[0] for name in parameters if second_norm in name}
+    widths = [tensor.shape[1] for name, tensor in layers.items() if name.endswith("mlp.fc1")]
+    assert len(blocks) == len(widths) > 0
+    assert count["connections"] == sum(tensor.shape[0] * min(3, tensor[0].numel()) for tensor in layers.values())
+    assert count["biases"] == sum(parameters[f"{name}.bias"].numel() for name in layers if f"{name}.bias" in parameters)
+    assert count["norms"] == sum(2 * width for width in widths)
+    assert count["adapters"] == sum(2 * (2 * 3 * width) + 8 * width + 2 * 8 for width in set(widths))
+    assert count["head"] == CLASSES * (backbone.width + 1)
+
+
+@every_family
+def test_changes_are_where_their_names_say(family: str, families: dict[str, Backbone], random_selection: Select) -> None:
+    recipe = PARTS["all"].model_copy(update={"smoa": None})
+    model = attached(load(families[family]), recipe, random_selection)
+    for tensor, handle in model.trained.items():
+        module, _, leaf = tensor.name.rpartition(".")
+        if tensor.part == "norms":
+            assert model.backbone.get_submodule(module).changes[leaf] is handle
+        elif tensor.part in ("connections", "biases"):
+            layer = model.backbone.get_submodule(tensor.name)
+            assert (layer.connections if tensor.part == "connections" else layer.bias) is handle
+            assert torch.equal(model.positions[tensor.name], layer.index_OK)
+
+
+# --- what is refused ------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("part", ["biases", "norms", "smoa"])
+def test_a_part_that_matches_nothing_is_refused(part: str) -> None:
+    resnet = load(Backbone(model="resnet18", weights="random"))
+    with pytest.raises(BackboneError, match=rf"recipe\.{part}: nothing in ResNet matches it; it needs .*; leave this part out"):
+        plan(resnet, PARTS[part], CLASSES)
+    with pytest.raises(BackboneError, match=rf"recipe\.{part}"):
+        attach(resnet, PARTS[part], CLASSES)
+
+
+RESTLESS: dict[str, Backbone] = {
+    "standardised convolutions": Backbone(model="test_nfnet", weights="random"),
+    "padding by input": Backbone(model="tf_mobilenetv3_small_minimal_100", weights="random"),
+    "weights read by the block": Backbone(
+        model="swinv2_tiny_window8_256",
+        arguments={"img_size": 32, "patch_size": 2, "window_size": 4, "embed_dim": 16, "depths": [1, 1], "num_heads": [1, 2]},
+        weights="random",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", RESTLESS)
+def test_layers_that_are_more_than_their_weight_are_left_alone_or_refused(kind: str, random_selection: Select) -> None:
+    """Weight standardisation, padding that depends on the input, blocks that use a layer's weight themselves: never a silently other network."""
+    backbone, x = load(RESTLESS[kind]), images(2)
+    try:
+        model = attach(backbone, Recipe(connections=Connections(bits=32)), CLASSES, selected=random_selection(backbone, 1))
+    except BackboneError:
+        return
+    with torch.inference_mode():
+        x = model.normalise(x)
+        torch.testing.assert_close(model.backbone(x), backbone.model(x), rtol=1e-4, atol=1e-4)
+
+
+# --- how it starts --------------------------------------------------------------------------------------------------------------------------
+
+
+@every_family
+@pytest.mark.parametrize("bits", [16, 32])
+def test_changes_start_without_effect(family: str, bits: int, families: dict[str, Backbone], random_selection: Select) -> None:
+    backbone = load(families[family])
+    recipe = Recipe.model_validate({part: {"bits": bits} for part in ("connections", "biases", "norms")})
+    model, x = attached(backbone, recipe, random_selection), images()
+    with torch.inference_mode():
+        torch.testing.assert_close(model.backbone(model.normalise(x)), backbone.model(model.normalise(x)), rtol=1e-5, atol=1e-5)
+
+
+@every_family
+def test_images_are_normalised_once(family: str, families: dict[str, Backbone]) -> None:
+    backbone = load(families[family])
+    model, x = attach(backbone, PARTS["head"], CLASSES), images()
+    by_hand = torch.stack([(x[:, c].float() / 255 - backbone.mean[c]) / backbone.std[c] for c in range(3)], dim=1)
+    with torch.inference_mode():
+        expected = backbone.model(by_hand) @ model.head.weight().T + model.head.bias()
+        torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(model(x.float() / 255), expected, rtol=1e-4, atol=1e-5)
+
+
+@every_family
+def test_a_seed_gives_the_same_model(family: str, families: dict[str, Backbone], random_selection: Select) -> None:
+    backbone = load(families[family])
+    first, again, other = (attached(backbone, PARTS["all"], random_selection, seed=seed) for seed in (1, 1, 2))
+    assert all(torch.equal(a.latent, b.latent) for a, b in zip(first.trained.values(), again.trained.values(), strict=True))
+    assert not torch.equal(first.head.weight.latent, other.head.weight.latent)
+
+
+def test_the_global_generator_and_the_backbone_are_left_alone(tiny_backbone: Backbone, random_selection: Select) -> None:
+    backbone = load(tiny_backbone)
+    modules, before = list(backbone.model.modules()), fingerprint(backbone.model.state_dict())
+    state = torch.get_rng_state()
+    model = attached(backbone, PARTS["all"], random_selection)
+    model.train()
+    (model(images()).square().mean() + model.auxiliary_loss()).backward()
+    assert torch.equal(torch.get_rng_state(), state)
+    assert [id(module) for module in backbone.model.modules()] == [id(module) for module in modules]
+    assert fingerprint(backbone.model.state_dict()) == before
+    assert all(parameter.grad is None for parameter in backbone.model.parameters())
+
+
+@every_family
+@pytest.mark.parametrize("bits", [1, 4, 32])
+def test_every_trained_tensor_learns(family: str, bits: int, families: dict[str, Backbone], random_selection: Select) -> None:
+    recipe = Recipe.model_validate({part: {"bits": bits} for part in ("connections", "biases", "norms", "smoa", "head")})
+    model = attached(load(families[family]), recipe, random_selection).train()
+    logits = model(images(8))
+    (logits.square().mean() + logits[:, 0].mean() + model.auxiliary_loss()).backward()
+    assert [
+        tensor.name for tensor, handle in model.trained.items() if handle.latent.grad is None or not bool(handle.latent.grad.isfinite().all())
+    ] == []
+    still = [tensor for tensor, handle in model.trained.items() if handle.latent.grad is not None and float(handle.latent.grad.abs().max()) == 0]
+    # Attention does not see a change of all keys alike, so a key's bias alone may have no gradient; every tensor here holds more than that.
+    assert [tensor.name for tensor in still] == []
+
+
+# --- modes and devices ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_only_the_banks_know_a_training_mode(tiny_backbone: Backbone, random_selection: Select) -> None:
+    spec = tiny_backbone.model_copy(update={"arguments": {**tiny_backbone.arguments, "drop_path_rate": 0.9, "proj_drop_rate": 0.5}})
+    model, x = attached(load(spec), PARTS["all"], random_selection), images()
+    with torch.no_grad():
+        quiet = model(x)
+        assert torch.equal(model.train()(x), quiet)
+    assert model.training
+    assert all(bank.training for bank in model.banks.values())
+    assert not any(module.training for module in model.backbone.modules())
+    assert not model.eval().training
+    assert not any(bank.training for bank in model.banks.values())
+
+
+def test_everything_moves_with_the_model(tiny_backbone: Backbone, random_selection: Select) -> None:
+    """`to(device)` reaches every tensor that a forward pass needs."""
+    recipe = PARTS["all"].model_copy(update={"smoa": None})
+    model = attached(load(tiny_backbone), recipe, random_selection).to("meta")
+    held = ((name, key, value) for name, module in model.named_modules() for key, value in vars(module).items() if isinstance(value, torch.Tensor))
+    assert [(name, key) for name, key, value in held if value.device.type != "meta"] == []
+    assert model(images().to("meta")).shape == (3, CLASSES)
+
+
+def test_converting_the_model_leaves_the_shared_backbone_as_it_was(tiny_backbone: Backbone, random_selection: Select) -> None:
+    """PyTorch moves and converts parameters in place, so a shared one would take the cached backbone with it."""
+    backbone = load(tiny_backbone)
+    model = attached(backbone, PARTS["all"], random_selection)
+    try:
+        model.double()
+        assert {tensor.dtype for tensor in backbone.model.state_dict().values()} == {torch.float32}
+    finally:
+        backbone.model.float()
+
+
+def test_the_auxiliary_loss_is_the_weighted_balance_of_the_banks(families: dict[str, Backbone], random_selection: Select) -> None:
+    recipe = Recipe(smoa=Smoa(experts=2, width=2, balance_weight=0.5))
+    model = attached(load(families["swin"]), recipe, random_selection).train()
+    assert len(model.banks) == 2, "Swin's stages have two widths"
+    model(images())
+    expected = 0.5 * sum(float(bank.balance_loss().detach()) for bank in model.banks.values())
+    assert float(model.auxiliary_loss().detach()) == pytest.approx(expected, rel=1e-5)
+    assert expected > 0

@@ -1,0 +1,160 @@
+"""Connections against a plain dense layer with the same effective weight: values, gradients, and what must not change."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from pipeline.adaptation.connections import TunableLayer, TunedLayer, _ConnectedProduct
+from pipeline.spec import Bits
+
+LAYERS: dict[str, tuple[Callable[[], TunableLayer], tuple[int, ...]]] = {
+    "linear": (lambda: nn.Linear(5, 7), (4, 5)),
+    "linear without bias": (lambda: nn.Linear(5, 7, bias=False), (2, 3, 5)),
+    "fused qkv": (lambda: nn.Linear(8, 24), (2, 3, 8)),
+    "channels last": (lambda: nn.Linear(6, 4), (2, 3, 3, 6)),
+    "1x1": (lambda: nn.Conv2d(6, 5, 1), (2, 6, 4, 4)),
+    "patches": (lambda: nn.Conv2d(3, 8, 4, stride=4), (2, 3, 9, 8)),
+    "depthwise": (lambda: nn.Conv2d(6, 6, 3, padding=1, groups=6), (2, 6, 5, 5)),
+    "padded, strided": (lambda: nn.Conv2d(3, 4, 5, stride=2, padding=2, bias=False), (2, 3, 7, 6)),
+    "grouped, dilated": (lambda: nn.Conv2d(4, 6, 3, padding=2, dilation=2, groups=2), (2, 4, 6, 6)),
+}
+every_layer = pytest.mark.parametrize("kind", LAYERS)
+
+
+def build(kind: str, bits: Bits = 32, top_k: int = 2) -> tuple[TunableLayer, TunedLayer, torch.Tensor]:
+    """A frozen layer, the same layer tuned with random values, and an input."""
+    make, shape = LAYERS[kind]
+    generator = torch.Generator().manual_seed(1)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        base = make().requires_grad_(False)
+    rows, columns = base.weight.shape[0], base.weight[0].numel()
+    index_OK = torch.rand(rows, columns, generator=generator).argsort(dim=1)[:, :top_k].sort(dim=1).values
+    tuned = TunedLayer(base, index_OK, bits, bits, generator)
+    for parameter in tuned.parameters():
+        if parameter.requires_grad:
+            parameter.data.normal_(0, 0.5, generator=generator)
+    return base, tuned, torch.randn(shape, generator=generator)
+
+
+def slow_weight(base: TunableLayer, tuned: TunedLayer) -> torch.Tensor:
+    """The dense effective weight, entry by entry."""
+    assert tuned.connections is not None
+    assert tuned.index_OK is not None
+    weight_OI = base.weight.detach().clone().reshape(base.weight.shape[0], -1)
+    values = tuned.connections().detach()
+    for row in range(values.shape[0]):
+        for k in range(values.shape[1]):
+            weight_OI[row, int(tuned.index_OK[row, k])] += values[row, k]
+    return weight_OI.reshape(base.weight.shape)
+
+
+def plain(base: TunableLayer, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    if isinstance(base, nn.Linear):
+        return F.linear(x, weight, bias)
+    return F.conv2d(x, weight, bias, base.stride, base.padding, base.dilation, base.groups)
+
+
+def dense_gradients(base: TunableLayer, tuned: TunedLayer, x: torch.Tensor, outer: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Output, and gradients of input, connections and bias, by autograd on the whole dense layer."""
+    assert tuned.index_OK is not None
+    weight, inputs = slow_weight(base, tuned).requires_grad_(), x.clone().requires_grad_()
+    bias = None if base.bias is None else (base.bias.detach() + tuned.bias().detach()).requires_grad_()  # type: ignore[misc]
+    y = plain(base, inputs, weight, bias)
+    y.backward(outer)
+    assert weight.grad is not None
+    assert inputs.grad is not None
+    gradients = {"y": y.detach(), "x": inputs.grad, "connections": weight.grad.reshape(weight.shape[0], -1).gather(1, tuned.index_OK)}
+    return gradients if bias is None or bias.grad is None else {**gradients, "bias": bias.grad}
+
+
+def tuned_gradients(tuned: TunedLayer, x: torch.Tensor, outer: torch.Tensor) -> dict[str, torch.Tensor]:
+    inputs = x.clone().requires_grad_()
+    y = tuned(inputs)
+    y.backward(outer.to(y.dtype))
+    assert tuned.connections is not None
+    found = {"y": y.detach(), "x": inputs.grad, "connections": tuned.connections.latent.grad}
+    if tuned.bias is not None:
+        found["bias"] = tuned.bias.latent.grad
+    assert not any(gradient is None for gradient in found.values())
+    return found  # type: ignore[return-value]
+
+
+@every_layer
+def test_gradients_are_the_dense_layers_at_the_selected_entries(kind: str) -> None:
+    base, tuned, x = build(kind)
+    outer = torch.randn(plain(base, x, base.weight, base.bias).shape, generator=torch.Generator().manual_seed(2))
+    expected, found = dense_gradients(base, tuned, x, outer), tuned_gradients(tuned, x, outer)
+    assert expected.keys() == found.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@every_layer
+def test_under_bfloat16_the_same_to_three_digits(kind: str) -> None:
+    base, tuned, x = build(kind)
+    outer = torch.randn(plain(base, x, base.weight, base.bias).shape, generator=torch.Generator().manual_seed(2))
+    expected = dense_gradients(base, tuned, x, outer)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = tuned_gradients(tuned, x, outer)
+    assert found["y"].dtype == torch.bfloat16
+    assert found["connections"].dtype == torch.float32
+    for name, gradient in expected.items():
+        assert float((found[name].float() - gradient).abs().max()) < 0.03 * float(gradient.abs().max()), name
+
+
+@every_layer
+def test_the_derivative_is_that_of_the_function_in_double_precision(kind: str) -> None:
+    base, tuned, x = build(kind)
+    base, tuned = base.double(), tuned.double()
+    assert tuned.connections is not None
+
+    def product(inputs: torch.Tensor, values_OK: torch.Tensor) -> torch.Tensor:
+        return _ConnectedProduct.apply(inputs, values_OK, tuned.weight_with(values_OK), tuned.index_OK, base)
+
+    assert torch.autograd.gradcheck(product, (x.double().requires_grad_(), tuned.connections().detach().requires_grad_()))
+
+
+@every_layer
+@pytest.mark.parametrize("bits", [1, 32])
+def test_training_leaves_every_other_weight_as_it_was_bit_for_bit(kind: str, bits: Bits) -> None:
+    base, tuned, x = build(kind, bits)
+    assert tuned.connections is not None
+    assert tuned.index_OK is not None
+    before = {name: tensor.clone() for name, tensor in base.named_parameters()}
+    start = tuned.connections().detach().clone()
+    optimiser = torch.optim.AdamW([parameter for parameter in tuned.parameters() if parameter.requires_grad], lr=0.1, weight_decay=0.1)
+    for _ in range(3):
+        optimiser.zero_grad()
+        tuned(x).square().sum().backward()
+        optimiser.step()
+    values = tuned.connections().detach()
+    assert bool((values != start).any())
+    assert all(torch.equal(tensor.view(torch.int32), before[name].view(torch.int32)) for name, tensor in base.named_parameters())
+    assert all(tensor.grad is None for tensor in base.parameters())
+    selected = torch.zeros(len(values), base.weight[0].numel(), dtype=torch.bool).scatter(1, tuned.index_OK, True)
+    effective, original = (weight.reshape(selected.shape).view(torch.int32) for weight in (tuned.weight_with(values), before["weight"]))
+    assert torch.equal(effective[~selected], original[~selected])
+    assert int((effective[selected] != original[selected]).sum()) > 0
+
+
+def test_a_layer_may_train_its_bias_alone() -> None:
+    base = nn.Linear(5, 7).requires_grad_(False)
+    tuned = TunedLayer(base, None, 32, 32, torch.Generator())
+    assert tuned.connections is None
+    assert tuned.bias is not None
+    tuned.bias.latent.data.fill_(0.25)
+    x = torch.randn(3, 5)
+    torch.testing.assert_close(tuned(x), base(x) + 0.25)
+    tuned(x).sum().backward()
+    assert torch.equal(tuned.bias.latent.grad, torch.full((7,), 3.0))
+
+
+def test_a_layer_without_bias_gets_none() -> None:
+    base = nn.Linear(5, 7, bias=False).requires_grad_(False)
+    assert TunedLayer(base, None, 32, 8, torch.Generator()).bias is None

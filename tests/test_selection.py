@@ -1,0 +1,187 @@
+"""Selection against its definition: the loss pair by pair, the gradient by plain autograd, the ranking by sorting."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline.backbones import load_backbone
+from pipeline.data import shard_batches, two_views
+from pipeline.selection import select_here, selection_key, supervised_contrastive_loss, top_connections
+from pipeline.selection.gradient import batch_generator, gradient_sums
+from pipeline.spec import Backbone, Input, Selection
+from pipeline.training import Inputs
+
+quick = settings(max_examples=100, derandomize=True, deadline=None)
+FAMILIES = ("vit", "swin", "convnext", "convnext_linear")
+
+
+# --- the loss -------------------------------------------------------------------------------------------------------------------------------
+
+
+def slow_loss(features: list[list[float]], labels: list[int], temperature: float) -> float:
+    """Khosla et al., equation 2, with loops over anchors, positives and all others."""
+    z = [[number / math.hypot(*row) for number in row] for row in features]
+    similarity = [[sum(a * b for a, b in zip(row, other, strict=True)) / temperature for other in z] for row in z]
+    total = 0.0
+    for i in range(len(z)):
+        others = [a for a in range(len(z)) if a != i]
+        positives = [p for p in others if labels[p] == labels[i]]
+        denominator = math.fsum(math.exp(similarity[i][a]) for a in others)
+        total -= sum(math.log(math.exp(similarity[i][p]) / denominator) for p in positives) / len(positives)
+    return total / len(z)
+
+
+@pytest.mark.parametrize("temperature", [0.07, 0.5, 2.0])
+@pytest.mark.parametrize("labels", [[0, 1, 2], [0, 0, 0, 1], [3, 1, 1, 1, 0, 2, 2], [5]])
+def test_the_loss_is_the_definition(labels: list[int], temperature: float) -> None:
+    features = torch.randn(2 * len(labels), 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    expected = slow_loss(features.tolist(), labels * 2, temperature)
+    found = supervised_contrastive_loss(features, torch.tensor(labels).repeat(2), temperature)
+    assert float(found) == pytest.approx(expected, rel=1e-9, abs=1e-12)
+    assert float(supervised_contrastive_loss(1000 * features, torch.tensor(labels).repeat(2), temperature)) == pytest.approx(expected, abs=1e-9)
+
+
+def test_the_losss_gradient_is_its_derivative() -> None:
+    features = torch.randn(8, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    labels = torch.tensor([0, 1, 1, 2]).repeat(2)
+    assert torch.autograd.gradcheck(lambda features: supervised_contrastive_loss(features, labels, 0.3), (features,))
+
+
+def test_identical_views_and_a_low_temperature_give_finite_gradients() -> None:
+    features = torch.ones(6, 3, requires_grad=True)
+    supervised_contrastive_loss(features, torch.tensor([0, 1, 2, 0, 1, 2]), 0.001).backward()
+    assert features.grad is not None
+    assert bool(features.grad.isfinite().all())
+
+
+# --- the strongest connections --------------------------------------------------------------------------------------------------------------
+
+
+def slow_top(rows: list[list[float]], top_k: int) -> list[list[int]]:
+    """Columns by importance in float32, equal ones by column."""
+    chosen = []
+    for row in rows:
+        importance = [abs(float(np.float32(number))) for number in row]
+        chosen.append(sorted(range(len(row)), key=lambda column, importance=importance: (-importance[column], column))[:top_k])
+    return chosen
+
+
+NUMBERS = st.one_of(
+    st.sampled_from([0.0, -0.0, 1.0, -1.0, 1e-45, -1e-45, 1e-39, 3e38, -3.4e38, 2.0**-126]),
+    st.integers(-3, 3).map(float),
+    st.floats(width=32, allow_nan=False, allow_infinity=False),
+)
+
+
+@quick
+@given(st.data(), st.integers(1, 5), st.integers(1, 12), st.integers(1, 15))
+def test_the_strongest_come_first_and_ties_go_to_the_lowest_column(data: st.DataObject, rows: int, columns: int, top_k: int) -> None:
+    numbers = data.draw(st.lists(st.lists(NUMBERS, min_size=columns, max_size=columns), min_size=rows, max_size=rows))
+    found = top_connections(torch.tensor(numbers, dtype=torch.float64), top_k)
+    assert found.dtype == torch.int32
+    assert found.tolist() == slow_top(numbers, top_k)
+
+
+@quick
+@given(st.data(), st.integers(1, 8), st.integers(1, 8))
+def test_a_smaller_k_is_a_prefix_of_a_larger(data: st.DataObject, small: int, more: int) -> None:
+    sums_OI = torch.tensor([data.draw(st.lists(NUMBERS, min_size=10, max_size=10)) for _ in range(3)], dtype=torch.float64)
+    assert torch.equal(top_connections(sums_OI, small), top_connections(sums_OI, small + more)[:, :small])
+
+
+def test_a_wide_row_is_ranked_exactly() -> None:
+    sums_OI = torch.randn(4, 5000, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).round(decimals=1)
+    assert top_connections(sums_OI, 64).tolist() == slow_top(sums_OI.tolist(), 64)
+
+
+def test_sums_need_not_be_contiguous() -> None:
+    sums_IO = torch.randn(7, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    assert top_connections(sums_IO.T, 3).tolist() == slow_top(sums_IO.T.tolist(), 3)
+
+
+# --- the gradient ---------------------------------------------------------------------------------------------------------------------------
+
+
+def inputs_with(inputs: Inputs, backbone: Backbone) -> Inputs:
+    task = inputs.task.model_copy(update={"backbone": backbone})
+    return dataclasses.replace(inputs, task=task, backbone=load_backbone(backbone, task.input))
+
+
+def slow_sums(inputs: Inputs, *, absolute: bool = False) -> dict[str, np.ndarray]:
+    """Batch by batch: autograd on a copy of the whole network, gradients added up with their sign (or, wrongly, without)."""
+    task, loaded = inputs.task, inputs.backbone
+    model = copy.deepcopy(loaded.model)
+    weights = {
+        name: module.weight.requires_grad_() for name, module in model.named_modules() if isinstance(module, torch.nn.Linear | torch.nn.Conv2d)
+    }
+    sums = {name: np.zeros((len(weight), weight[0].numel())) for name, weight in weights.items()}
+    for number, samples in enumerate(shard_batches(inputs.splits["train"], task.selection.batch_size, seed=task.seed)):
+        images, labels = inputs.reader("train").read(samples)
+        views = two_views(images, batch_generator(task.seed, number), flip=task.input.flip)
+        pixels = (views - torch.tensor(loaded.mean)[:, None, None]) / torch.tensor(loaded.std)[:, None, None]
+        loss = supervised_contrastive_loss(model(pixels), torch.cat([labels, labels]), task.selection.temperature)
+        for name, gradient in zip(weights, torch.autograd.grad(loss, list(weights.values())), strict=True):
+            array = gradient.numpy().reshape(sums[name].shape).astype(np.float64)
+            sums[name] += np.abs(array) if absolute else array
+    return sums
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_selection_is_the_sorted_sum_of_plain_gradients(family: str, families: dict[str, Backbone], tiny_inputs: Inputs) -> None:
+    inputs = inputs_with(tiny_inputs, families[family])
+    expected = {name: slow_top(sums_OI.tolist(), 3) for name, sums_OI in slow_sums(inputs).items()}
+    found = select_here(inputs, 3)
+    assert {name: index_OK.tolist() for name, index_OK in found.items()} == expected
+    assert len(expected) > 5
+
+
+def test_signs_matter(tiny_inputs: Inputs) -> None:
+    """Importance is |sum of g|: with the sum of |g| other connections would be chosen, so the test above can tell."""
+    found = {name: index_OK.tolist() for name, index_OK in select_here(tiny_inputs, 3).items()}
+    assert found != {name: slow_top(sums_OI.tolist(), 3) for name, sums_OI in slow_sums(tiny_inputs, absolute=True).items()}
+
+
+def test_shares_of_the_batches_add_up_to_the_whole(tiny_inputs: Inputs) -> None:
+    task = tiny_inputs.task
+    batches = list(enumerate(shard_batches(tiny_inputs.splits["train"], task.selection.batch_size, seed=task.seed)))
+    assert len(batches) >= 4
+    seen: list[int] = []
+
+    def sums(share: list) -> dict[str, torch.Tensor]:
+        return gradient_sums(
+            tiny_inputs.backbone, tiny_inputs.reader("train"), share, task.selection, seed=task.seed, flip=False, on_batch=seen.append
+        )
+
+    whole, first, second = sums(batches), sums(batches[0::2]), sums(batches[1::2])
+    for name, sum_OI in whole.items():
+        torch.testing.assert_close(first[name] + second[name], sum_OI, rtol=1e-12, atol=1e-15)
+    assert seen == [*range(len(batches)), *range(0, len(batches), 2), *range(1, len(batches), 2)]
+
+
+def test_the_backbone_is_left_as_it_was(tiny_inputs: Inputs) -> None:
+    state = torch.get_rng_state()
+    select_here(tiny_inputs, 1)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(parameter.grad is None and not parameter.requires_grad for parameter in tiny_inputs.backbone.model.parameters())
+
+
+def test_the_key_names_everything_a_selection_depends_on(tiny_inputs: Inputs, families: dict[str, Backbone]) -> None:
+    task = tiny_inputs.task
+    keys = [selection_key(tiny_inputs, top_k) for top_k in (1, 2)]
+    keys.append(selection_key(inputs_with(tiny_inputs, families["swin"]), 1))
+    keys += [
+        selection_key(dataclasses.replace(tiny_inputs, task=task.model_copy(update=update)), 1)
+        for update in ({"seed": 1}, {"val_fraction": 0.3}, {"selection": Selection(batch_size=8)}, {"input": Input(size_px=32, flip=True)})
+    ]
+    keys.append(selection_key(dataclasses.replace(tiny_inputs, index=tiny_inputs.index.model_copy(update={"classes": list("abcdefgh")})), 1))
+    assert len(set(keys)) == len(keys)
+    renamed = dataclasses.replace(tiny_inputs, task=task.model_copy(update={"name": "other", "description": "x"}))
+    assert selection_key(renamed, 1) == keys[0], "its name is no part of what a task selects"

@@ -1,0 +1,192 @@
+"""SMoA against a loop over tokens; routing is per token, the load-balance term is Switch's, and everything used learns."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from pipeline.adaptation.smoa import ParallelToMlp, SmoaBank
+from pipeline.spec import Smoa
+
+WIDTH = 6
+
+
+def make_bank(experts: int = 3, **options: float) -> SmoaBank:
+    """A bank at 32 bits whose numbers are all large enough to matter, one step begun."""
+    spec = Smoa(experts=experts, width=4, router_width=5, bits=32, **options)  # type: ignore[arg-type]
+    bank = SmoaBank(WIDTH, spec, torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(1)
+    for parameter in bank.parameters():
+        parameter.data.normal_(0, 1, generator=generator)
+    bank.begin_step()
+    return bank
+
+
+def draw(*shape: int, seed: int = 2) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def values(bank: SmoaBank, name: str) -> list:
+    return bank.tensors[name]().detach().double().tolist()
+
+
+def matvec(matrix: list[list[float]], vector: list[float]) -> list[float]:
+    return [sum(a * b for a, b in zip(row, vector, strict=True)) for row in matrix]
+
+
+def cosine(a: list[float], b: list[float]) -> float:
+    return sum(x * y for x, y in zip(a, b, strict=True)) / (math.hypot(*a) * math.hypot(*b))
+
+
+def slow_route(bank: SmoaBank, token: list[float]) -> list[float]:
+    """Softmax, over the experts, of one token's cosine similarities over the temperature."""
+    projected = matvec(values(bank, "router"), token)
+    scores = [math.exp(cosine(projected, embedding) / bank.spec.temperature) for embedding in values(bank, "embeddings")]
+    return [score / sum(scores) for score in scores]
+
+
+def slow_token(bank: SmoaBank, token: list[float]) -> list[float]:
+    """One token through its best expert, times that expert's probability."""
+    expert, gate = 0, 1.0
+    if bank.spec.experts > 1:
+        probabilities = slow_route(bank, token)
+        expert = max(range(len(probabilities)), key=probabilities.__getitem__)
+        gate = probabilities[expert]
+    hidden = [max(0.0, number) for number in matvec(values(bank, "down")[expert], token)]
+    return [bank.spec.scale * gate * number for number in matvec(values(bank, "up")[expert], hidden)]
+
+
+@pytest.mark.parametrize("experts", [1, 2, 3, 7])
+def test_each_token_goes_through_its_one_expert(experts: int) -> None:
+    bank, x = make_bank(experts, scale=0.7, temperature=0.3), draw(2, 5, WIDTH)
+    expected = torch.tensor([slow_token(bank, token) for token in x.reshape(-1, WIDTH).double().tolist()]).reshape(x.shape)
+    torch.testing.assert_close(bank(x), expected.float(), rtol=1e-4, atol=1e-5)
+
+
+def test_probabilities_are_over_a_tokens_experts() -> None:
+    bank, x_TD = make_bank(), draw(9, WIDTH)
+    expected = torch.tensor([slow_route(bank, token) for token in x_TD.double().tolist()])
+    torch.testing.assert_close(bank.route(x_TD), expected.float(), rtol=1e-4, atol=1e-6)
+
+
+def test_a_token_does_not_depend_on_the_others() -> None:
+    bank, x_TD = make_bank(temperature=1.0), draw(12, WIDTH)
+    together = bank(x_TD)
+    for number, token in enumerate(x_TD):
+        torch.testing.assert_close(bank(token[None])[0], together[number], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(bank(x_TD.flip(0)).flip(0), together, rtol=1e-5, atol=1e-6)
+
+
+def test_a_single_expert_has_no_router() -> None:
+    bank = make_bank(1).train()
+    bank(draw(4, WIDTH))
+    assert set(bank.tensors) == {"down", "up"}
+    assert float(bank.balance_loss()) == 0
+
+
+# --- load -----------------------------------------------------------------------------------------------------------------------------------
+
+
+def slow_balance(bank: SmoaBank, x_TD: torch.Tensor) -> float:
+    """E * sum_e f_e P_e."""
+    routes = [slow_route(bank, token) for token in x_TD.double().tolist()]
+    experts = range(bank.spec.experts)
+    chosen = [max(experts, key=route.__getitem__) for route in routes]
+    return len(experts) * sum(chosen.count(e) / len(routes) * sum(route[e] for route in routes) / len(routes) for e in experts)
+
+
+def test_the_balance_term_is_switchs_averaged_over_blocks() -> None:
+    bank, blocks = make_bank().train(), [draw(11, WIDTH, seed=3), draw(7, WIDTH, seed=4)]
+    for x_TD in blocks:
+        bank(x_TD)
+    expected = sum(slow_balance(bank, x_TD) for x_TD in blocks) / 2
+    assert float(bank.balance_loss().detach()) == pytest.approx(expected, rel=1e-4)
+    bank.begin_step()
+    assert float(bank.balance_loss()) == 0, "terms of the last step are forgotten"
+
+
+def pointed_bank(*directions: int) -> tuple[SmoaBank, torch.Tensor]:
+    """Two experts that lie along axes 0 and 1, and tokens along the given axes."""
+    bank = make_bank(2)
+    with torch.no_grad():
+        bank.tensors["router"].latent.copy_(torch.eye(5, WIDTH))
+        bank.tensors["embeddings"].latent.copy_(torch.eye(2, 5))
+    bank.train().begin_step()
+    return bank, torch.eye(WIDTH)[list(directions)]
+
+
+def test_the_balance_term_is_one_at_an_even_load_and_the_number_of_experts_at_the_worst() -> None:
+    bank, tokens_TD = pointed_bank(0, 1, 0, 1)
+    bank(tokens_TD)
+    assert float(bank.balance_loss().detach()) == pytest.approx(1, abs=1e-5)
+    bank.begin_step()
+    bank(tokens_TD[[0, 0]])
+    assert float(bank.balance_loss().detach()) == pytest.approx(2, abs=1e-3)
+
+
+def test_load_is_counted_in_training_only() -> None:
+    bank, tokens_TD = pointed_bank(0, 1, 0, 0)
+    bank(tokens_TD)
+    bank(tokens_TD[:2])
+    bank.eval()
+    bank(tokens_TD)
+    assert bank.expert_load.tolist() == [4, 2]
+    assert len(bank.balance_terms) == 2
+
+
+# --- learning -------------------------------------------------------------------------------------------------------------------------------
+
+
+def test_router_embeddings_and_every_used_expert_get_a_gradient() -> None:
+    bank, x_TD = make_bank().train(), draw(40, WIDTH)
+    used = set(bank.route(x_TD).argmax(dim=1).tolist())
+    assert used == {0, 1, 2}
+    bank(x_TD).square().sum().backward()
+    for name in ("router", "embeddings", "down", "up"):
+        gradient = bank.tensors[name].latent.grad
+        assert gradient is not None
+        rows = gradient.flatten(1).abs().sum(dim=1)
+        assert bool((rows > 0).all()), name
+
+
+def test_an_idle_expert_gets_no_gradient() -> None:
+    bank, tokens_TD = pointed_bank(0, 0)
+    bank(tokens_TD).square().sum().backward()
+    gradient = bank.tensors["up"].latent.grad
+    assert gradient is not None
+    assert float(gradient[1].abs().max()) == 0 < float(gradient[0].abs().max())
+
+
+def test_the_balance_term_alone_teaches_the_router() -> None:
+    bank = make_bank().train()
+    bank(draw(20, WIDTH))
+    bank.balance_loss().backward()
+    assert float(bank.tensors["router"].latent.grad.abs().max()) > 0
+
+
+def test_routing_stays_in_float32_under_autocast() -> None:
+    bank, x_TD = make_bank(), draw(6, WIDTH)
+    with torch.autocast("cpu", torch.bfloat16):
+        low = bank(x_TD)
+        bank.begin_step()
+    assert low.dtype == torch.bfloat16
+    torch.testing.assert_close(low.float(), bank(x_TD), rtol=0.05, atol=0.1)
+
+
+# --- in a block -----------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("experts", [1, 3])
+def test_channels_may_come_first_or_last(experts: int) -> None:
+    bank, x = make_bank(experts), draw(2, 4, 3, WIDTH)
+    last = ParallelToMlp(nn.Identity(), bank, channels_first=False)(x)
+    first = ParallelToMlp(nn.Identity(), bank, channels_first=True)(x.movedim(-1, 1))
+    torch.testing.assert_close(first.movedim(1, -1), last, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(last, x + bank(x))
+
+
+def test_a_shared_bank_is_registered_by_no_block() -> None:
+    assert not list(ParallelToMlp(nn.Identity(), make_bank(), channels_first=False).parameters())
