@@ -88,7 +88,6 @@ def run(
 
 def _run_tasks(tasks: list[Any], workdir: Path, address: str | None, as_json: bool) -> list[Any]:
     from pipeline.reports.progress import BatchProgress
-    from pipeline.reports.tables import champions_table
 
     console = Console(stderr=True) if as_json else out
     try:
@@ -97,24 +96,30 @@ def _run_tasks(tasks: list[Any], workdir: Path, address: str | None, as_json: bo
     except KeyboardInterrupt:
         Console(stderr=True).print(f"interrupted; what was finished is kept in {workdir}, the same command goes on from there")
         raise typer.Exit(INTERRUPTED) from None
-    failed = [outcome for outcome in outcomes if outcome.error is not None]
     if as_json:
         _print_json([_outcome_as_json(outcome) for outcome in outcomes])
     else:
-        if len(failed) < len(outcomes):
-            out.print(champions_table(outcomes))
-            for outcome in outcomes:
-                if outcome.front_figure is not None:
-                    out.print(f"front of {outcome.task}: {outcome.front_figure}", soft_wrap=True, highlight=False)
-        for outcome in failed:
-            Console(stderr=True).print(
-                f"[bold red]{outcome.task} failed in {outcome.stage}:[/] {_escaped(outcome.error)}", soft_wrap=True, highlight=False
-            )
-    if failed:
-        if len(outcomes) > 1:
-            Console(stderr=True).print(f"{len(outcomes) - len(failed)} of {len(outcomes)} tasks registered, {len(failed)} failed", highlight=False)
-        raise typer.Exit(failed[0].error.exit_code)
+        _print_outcomes(outcomes)
+    errors = [outcome.error for outcome in outcomes if outcome.error is not None]
+    if errors:
+        raise typer.Exit(errors[0].exit_code)
     return outcomes
+
+
+def _print_outcomes(outcomes: list[Any]) -> None:
+    from pipeline.reports.tables import champions_table
+
+    registered = [outcome for outcome in outcomes if outcome.error is None]
+    if registered:
+        out.print(champions_table(registered))
+    for outcome in registered:
+        out.print(f"front of {outcome.task}: {outcome.front_figure}", soft_wrap=True, highlight=False)
+    console = Console(stderr=True, soft_wrap=True, highlight=False)
+    for outcome in outcomes:
+        if outcome.error is not None:
+            console.print(f"[bold red]{outcome.task} failed in {outcome.stage}:[/] {_escaped(outcome.error)}")
+    if len(outcomes) > len(registered) > 0:
+        console.print(f"{len(registered)} of {len(outcomes)} tasks registered, {len(outcomes) - len(registered)} failed")
 
 
 def _outcome_as_json(outcome: Any) -> dict[str, Any]:

@@ -5,9 +5,11 @@ All of it is environment, set before torch, ray or mlflow is first imported, so 
 
 from __future__ import annotations
 
+import logging
 import os
 import secrets
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -133,3 +135,19 @@ def tiny_inputs(tiny_task: Task, tiny_data: Path) -> Inputs:
     from pipeline.training import open_inputs
 
     return open_inputs(tiny_task, tiny_data)
+
+
+@pytest.fixture(scope="module")
+def local_ray() -> Iterator[None]:
+    """A private Ray with room for three workers, whatever this machine has."""
+    import ray
+
+    from pipeline.cluster import ray_session
+
+    temporary = os.path.join(tempfile.gettempdir(), "ray")
+    ray.init(address="local", num_cpus=3, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR, _temp_dir=temporary)
+    try:
+        with ray_session():
+            yield
+    finally:
+        ray.shutdown()

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import logging
-import os
 import shutil
-import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
-from pipeline.cluster import ray_session
 from pipeline.errors import DataError
 from pipeline.selection import read_selection, select, select_here
-from pipeline.spec import Task
+from pipeline.spec import Selection, Task
 from pipeline.training import Inputs
 
 TOP_K = 3
@@ -25,21 +20,7 @@ TOP_K = 3
 pytestmark = [pytest.mark.filterwarnings("ignore::ResourceWarning"), pytest.mark.filterwarnings("ignore::DeprecationWarning")]
 
 
-@pytest.fixture(scope="module")
-def ray_of_three() -> Iterator[None]:
-    """A private Ray with room for three workers, whatever this machine has."""
-    import ray
-
-    temporary = os.path.join(tempfile.gettempdir(), "ray")
-    ray.init(address="local", num_cpus=3, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR, _temp_dir=temporary)
-    try:
-        with ray_session():
-            yield
-    finally:
-        ray.shutdown()
-
-
-@pytest.mark.usefixtures("ray_of_three")
+@pytest.mark.usefixtures("local_ray")
 def test_any_number_of_workers_writes_the_same_file(tiny_task: Task, tiny_data: Path, tiny_inputs: Inputs, tmp_path: Path) -> None:
     paths = [select(tiny_task, tiny_data, TOP_K, tmp_path / f"{workers}" / "selection", workers=workers) for workers in (1, 2, 3)]
     assert len({path.read_bytes() for path in paths}) == 1
@@ -49,9 +30,10 @@ def test_any_number_of_workers_writes_the_same_file(tiny_task: Task, tiny_data: 
     assert all(found[name].dtype == torch.int32 and torch.equal(found[name], index_OK) for name, index_OK in expected.items())
 
 
-@pytest.mark.usefixtures("ray_of_three")
+@pytest.mark.usefixtures("local_ray")
 def test_a_fault_that_one_worker_meets_ends_the_stage_in_words(tiny_task: Task, tiny_data: Path, tmp_path: Path) -> None:
-    """The first shard, hence the first batch and rank 0, is damaged after preparation; the other rank's shards are whole."""
+    """The first shard is damaged after preparation. It is one batch, so only rank 0 reads it; the other rank's shards are whole."""
+    task = tiny_task.model_copy(update={"selection": Selection(batch_size=64)})
     damaged = tmp_path / "data"
     shutil.copytree(tiny_data, damaged)
     shard = damaged / "train-000000.tar"
@@ -60,7 +42,7 @@ def test_a_fault_that_one_worker_meets_ends_the_stage_in_words(tiny_task: Task, 
     shard.write_bytes(content)
     started = time.monotonic()
     with pytest.raises(DataError, match=r"train-000000\.tar: damaged"):
-        select(tiny_task, damaged, TOP_K, tmp_path / "out" / "selection", workers=2)
+        select(task, damaged, TOP_K, tmp_path / "out" / "selection", workers=2)
     assert time.monotonic() - started < 45, "nobody waits for sums that never come"
     assert list((tmp_path / "out").iterdir()) == []
 

@@ -26,10 +26,14 @@ class AdaptedModel(nn.Module):
     `trained` holds every trained tensor in the plan's order, `positions` the connections' columns [O, K] of each layer, ascending in every row.
     """
 
-    def __init__(self, backbone: nn.Module, banks: nn.ModuleDict, head: LinearHead, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+    mean: torch.Tensor
+    std: torch.Tensor
+
+    def __init__(self, backbone: nn.Module, banks: Mapping[int, SmoaBank], head: LinearHead, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
         super().__init__()
         self.backbone = backbone
-        self.banks = banks
+        self.banks = dict(banks)
+        self.registered_banks = nn.ModuleDict({str(width): bank for width, bank in banks.items()})
         self.head = head
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
@@ -99,12 +103,12 @@ def attach(backbone: LoadedBackbone, recipe: Recipe, class_count: int, *, select
             norm = TunedNorm(model.get_submodule(f"{slot.block}.{slot.norm}"), recipe.norms.bits, generator)
             model.set_submodule(f"{slot.block}.{slot.norm}", norm)
             handles |= {f"norms:{slot.block}.{slot.norm}.{name}": change for name, change in norm.changes.items()}  # type: ignore[misc]
-    banks = nn.ModuleDict()
+    banks: dict[int, SmoaBank] = {}
     if recipe.smoa is not None:
-        banks.update({str(width): SmoaBank(width, recipe.smoa, generator) for width in sorted({slot.width for slot in slots})})
+        banks = {width: SmoaBank(width, recipe.smoa, generator) for width in sorted({slot.width for slot in slots})}
         for slot in slots:
             mlp = model.get_submodule(f"{slot.block}.mlp")
-            model.set_submodule(f"{slot.block}.mlp", ParallelToMlp(mlp, banks[str(slot.width)], slot.channels_first))
+            model.set_submodule(f"{slot.block}.mlp", ParallelToMlp(mlp, banks[slot.width], slot.channels_first))
         handles |= {f"adapters:smoa.{width}.{name}": tensor for width, bank in banks.items() for name, tensor in bank.tensors.items()}
     head = LinearHead(backbone.width, class_count, recipe.head, generator)
     handles |= {"head:head.weight": head.weight, "head:head.bias": head.bias}

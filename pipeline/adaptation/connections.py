@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn import grad as nn_grad
 
 from pipeline.adaptation.quantiser import small_change
 from pipeline.spec import Bits
@@ -25,14 +26,14 @@ def dense_weight_gradient(layer: TunableLayer, x: torch.Tensor, gradient: torch.
     """Gradient of the layer's weight as [O, I], from its input and its output's gradient."""
     if isinstance(layer, nn.Linear):
         return gradient.reshape(-1, gradient.shape[-1]).T @ x.reshape(-1, x.shape[-1])
-    weight_gradient = torch.nn.grad.conv2d_weight(x, list(layer.weight.shape), gradient, layer.stride, layer.padding, layer.dilation, layer.groups)
+    weight_gradient = nn_grad.conv2d_weight(x, list(layer.weight.shape), gradient, layer.stride, layer.padding, layer.dilation, layer.groups)
     return weight_gradient.reshape(layer.weight.shape[0], -1)
 
 
 def _input_gradient(layer: TunableLayer, x: torch.Tensor, weight: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
     if isinstance(layer, nn.Linear):
         return gradient @ weight
-    return torch.nn.grad.conv2d_input(list(x.shape), weight, gradient, layer.stride, layer.padding, layer.dilation, layer.groups)
+    return nn_grad.conv2d_input(list(x.shape), weight, gradient, layer.stride, layer.padding, layer.dilation, layer.groups)
 
 
 def apply_layer(layer: TunableLayer, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -77,8 +78,7 @@ class TunedLayer(nn.Module):
         self.base = base
         self.index_OK = None if index_OK is None else index_OK.long()
         self.connections = None if index_OK is None else small_change(tuple(index_OK.shape), connection_bits, generator)
-        trains_bias = bias_bits is not None and base.bias is not None
-        self.bias = small_change(tuple(base.bias.shape), bias_bits, generator) if trains_bias else None  # type: ignore[arg-type]
+        self.bias = small_change(tuple(base.bias.shape), bias_bits, generator) if bias_bits is not None and base.bias is not None else None
 
     def weight_with(self, values_OK: torch.Tensor) -> torch.Tensor:
         """The effective weight, shaped as the base layer's: every entry but the selected ones is the backbone's, bit for bit."""

@@ -3,9 +3,9 @@
     p = softmax(cos(R x, e) / temperature)      R: projection to a few dimensions, e: expert embeddings (X-MoE, arXiv 2204.09179)
     y = scale * p[c] * up_c(relu(down_c(x)))    c = argmax p, chosen for each token alone
 
-All experts are one matrix product, and the hidden units of those not chosen are set to zero: experts are so narrow (E * H units against 4 * D of the
-MLP) that this costs less than sorting tokens. The load-balance term is Switch's (arXiv 2101.03961): E * sum_e f_e P_e, f the share of tokens routed to
-e, P the mean probability of e; it is 1 when the load is even.
+All experts are one matrix product, and the hidden units of those not chosen are set to zero: experts are so narrow (E * H units against the MLP's
+4 * D) that this costs less than sorting tokens. The load-balance term is Switch's (arXiv 2101.03961): E * sum_e f_e P_e, f the share of tokens
+routed to e, P the mean probability of e; it is 1 when the load is even.
 Shapes: T tokens, D width of the backbone, H width of an expert, R router width, E experts.
 """
 
@@ -28,11 +28,12 @@ class SmoaBank(nn.Module):
         bound = width**-0.5  # nn.Linear's own
         down = torch.empty(spec.experts, spec.width, width).uniform_(-bound, bound, generator=generator)
         up = torch.empty(spec.experts, width, spec.width).normal_(0, 1e-3, generator=generator)
-        self.tensors = nn.ModuleDict({"down": Quantised(down, spec.bits), "up": Quantised(up, spec.bits)})
+        self.tensors = {"down": Quantised(down, spec.bits), "up": Quantised(up, spec.bits)}
         if spec.experts > 1:
             router = torch.empty(spec.router_width, width).normal_(0, width**-0.5, generator=generator)
             embeddings = torch.empty(spec.experts, spec.router_width).normal_(0, 1, generator=generator)
-            self.tensors.update({"router": Quantised(router, spec.bits), "embeddings": Quantised(embeddings, spec.bits)})
+            self.tensors |= {"router": Quantised(router, spec.bits), "embeddings": Quantised(embeddings, spec.bits)}
+        self.registered_tensors = nn.ModuleDict(self.tensors)
         self._values: dict[str, torch.Tensor] = {}
         self.balance_terms: list[torch.Tensor] = []
         self.expert_load = torch.zeros(spec.experts, dtype=torch.long)

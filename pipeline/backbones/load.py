@@ -12,6 +12,7 @@ import functools
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -62,11 +63,12 @@ def _load_cached(spec_json: str, input_json: str) -> LoadedBackbone:
     _set_input_size(model, spec.model, task_input.size_px)
     _choose_attention(model)
     model.requires_grad_(False).eval()
-    config = model.pretrained_cfg
+    config: Any = model.pretrained_cfg
+    width: Any = model.head_hidden_size
     return LoadedBackbone(
         model=model,
         fingerprint=digest,
-        width=int(model.head_hidden_size),
+        width=int(width),
         size_px=task_input.size_px,
         mean=tuple(task_input.mean or spec.mean or config["mean"]),
         std=tuple(task_input.std or spec.std or config["std"]),
@@ -100,7 +102,8 @@ def _read_checkpoint(model: nn.Module, path: Path) -> None:
         state = load_file(path)
     except (SafetensorError, OSError) as error:
         raise BackboneError(f"backbone.weights: {path} is not a readable safetensors file ({error}); download it again") from None
-    classifier = model.pretrained_cfg.get("classifier") or ()
+    config: Any = model.pretrained_cfg
+    classifier = config.get("classifier") or ()
     prefixes = tuple(f"{name}." for name in ((classifier,) if isinstance(classifier, str) else classifier))
     state = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in state.items() if not name.startswith(prefixes)}
     faults = _misfits(model.state_dict(), state)
@@ -126,14 +129,15 @@ def _choose_attention(model: nn.Module) -> None:
         return
     for module in model.modules():
         if hasattr(module, "fused_attn"):
-            module.fused_attn = False
+            setattr(module, "fused_attn", False)  # noqa: B010 - an attribute of timm's, unknown to nn.Module's type
 
 
 def _set_input_size(model: nn.Module, name: str, size_px: int) -> None:
-    if not hasattr(model, "set_input_size"):
+    set_input_size: Any = getattr(model, "set_input_size", None)
+    if set_input_size is None:
         return
     try:
-        model.set_input_size(img_size=(size_px, size_px))
+        set_input_size(img_size=(size_px, size_px))
         with torch.inference_mode():
             model(torch.zeros(1, 3, size_px, size_px))
     except (AssertionError, ValueError, RuntimeError) as error:

@@ -67,8 +67,8 @@ def load_backbone_of(metadata: PackMetadata, weights: str | None = None) -> Load
     weights = weights or recall(fingerprint) or _embedded(metadata)
     if weights is None:
         raise BackboneError(
-            f"the pack of task {metadata.task!r} needs the backbone {metadata.backbone['model']} with fingerprint {fingerprint[:16]}..., which is not "
-            "known on this machine; give its checkpoint (--backbone FILE, or TASKPACK_BACKBONE=FILE)"
+            f"the pack of task {metadata.task!r} needs the backbone {metadata.backbone['model']} with fingerprint {fingerprint[:16]}..., "
+            "which is not known on this machine; give its checkpoint (--backbone FILE, or TASKPACK_BACKBONE=FILE)"
         )
     spec = Backbone(model=metadata.backbone["model"], arguments=metadata.backbone["arguments"], weights=weights)  # type: ignore[arg-type]
     return load_backbone(spec, Input(size_px=metadata.input.size_px, mean=metadata.input.mean, std=metadata.input.std))
