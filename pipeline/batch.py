@@ -1,18 +1,19 @@
 """A batch: every task through prepare, select, search, fit and register, on one Ray.
 
-One task's failure never stops the others. Every stage leaves its result on disk before the next begins, so the same command after an interruption
-redoes nothing that was finished.
+All tasks are prepared first, so that a fault in the last one's data shows before the first one's search. One task's failure never stops the others.
+Every stage leaves its result on disk before the next begins, so the same command after an interruption redoes nothing that was finished.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from pipeline.adaptation.packing import planned_size_bytes
 from pipeline.backbones.known import remember
@@ -24,7 +25,7 @@ from pipeline.registry.store import open_registry
 from pipeline.reports.front import draw_front
 from pipeline.search.champion import choose_champion
 from pipeline.search.record import TrialRecord
-from pipeline.search.study import Study, TrialResources, run_study
+from pipeline.search.study import Study, TrialResources, check_budget, run_study
 from pipeline.selection import read_selection, select
 from pipeline.spec import Recipe, Task
 from pipeline.storage import exclusive
@@ -83,22 +84,14 @@ def run_batch(
     workspace = Workspace(workdir.resolve())
     with exclusive(workspace.root), contextlib.ExitStack() as stack:
         registry = open_registry(registry_uri, workspace.root)
-        ray_is_up = _once(lambda: stack.enter_context(ray_session(address)))
+        ray_is_up = functools.cache(lambda: stack.enter_context(ray_session(address)))
         if address is not None:
             ray_is_up()
         driver = _Driver(workspace, registry, ray_is_up, selection_workers, resources, on_progress)
-        return [driver.run(task) for task in tasks]
+        return driver.run(tasks)
 
 
-def _once(action: Callable[[], None]) -> Callable[[], None]:
-    done: list[bool] = []
-
-    def run() -> None:
-        if not done:
-            action()
-            done.append(True)
-
-    return run
+_Outcome = TypeVar("_Outcome")
 
 
 @dataclass
@@ -111,27 +104,42 @@ class _Driver:
     on_progress: OnProgress
     stage: Stage = "prepare"
 
-    def run(self, task: Task) -> TaskOutcome:
-        """One task through all stages; its error is part of the outcome."""
+    def run(self, tasks: Sequence[Task]) -> list[TaskOutcome]:
+        """All tasks to outcomes; an error is part of its task's. Every task is prepared before the first is run, so faults show early."""
+        failed = {task.name: outcome for task in tasks if (outcome := self._outcome(task, self._prepare)) is not None}
+        return [failed.get(task.name) or self._run_prepared(task) for task in tasks]
+
+    def _outcome(self, task: Task, stages: Callable[[Task], _Outcome]) -> _Outcome | TaskOutcome:
+        """What `stages` return, or the failure they end in."""
         try:
             with _named_errors(self.workspace.root / "logs" / f"{task.name}.txt"):
-                outcome = self._stages(task)
+                return stages(task)
         except TaskpackError as error:
             self.on_progress(task.name, "failed", 1.0, str(error))
             return TaskOutcome(task=task.name, stage=self.stage, error=error)
-        self.on_progress(task.name, "done", 1.0, "")
+
+    def _run_prepared(self, task: Task) -> TaskOutcome:
+        outcome = self._outcome(task, self._stages)
+        if outcome.error is None:
+            self.on_progress(task.name, "done", 1.0, "")
         return outcome
 
     def _enter(self, task: Task, stage: Stage) -> None:
         self.stage = stage
         self.on_progress(task.name, stage, 0.0, "")
 
-    def _stages(self, task: Task) -> TaskOutcome:
+    def _prepare(self, task: Task) -> None:
+        """All that can be known without the cluster: the data is sound, the backbone fits, something is within budget."""
         self._enter(task, "prepare")
         data_folder = self.workspace.data(task.name)
         prepare(task, data_folder)
         inputs = open_inputs(task, data_folder)
         remember(inputs.backbone.fingerprint, task.backbone.weights)
+        check_budget(task, _size_of(inputs))
+
+    def _stages(self, task: Task) -> TaskOutcome:
+        data_folder = self.workspace.data(task.name)
+        inputs = open_inputs(task, data_folder)
         top_k = task.search.max_top_k(task.recipe)
         folder = self.workspace.study(inputs, top_k)
         selection = self._select(inputs, data_folder, top_k) if top_k else None
@@ -171,7 +179,7 @@ class _Driver:
             data_folder,
             selection,
             folder.journal,
-            size_of=lambda recipe: planned_size_bytes(task, recipe, inputs.backbone, inputs.index.classes),
+            size_of=_size_of(inputs),
             val_samples=len(inputs.splits["val"]),
             resources=self.resources,
             on_progress=report,
@@ -187,6 +195,10 @@ class _Driver:
         self.ray_is_up()
         recipe = task.search.recipe(task.recipe, champion.point)
         return _fit_on_ray(task, recipe, data_folder, selection, folder.fit(champion.id), self.resources)
+
+
+def _size_of(inputs: Inputs) -> Callable[[Recipe], int]:
+    return lambda recipe: planned_size_bytes(inputs.task, recipe, inputs.backbone, inputs.index.classes)
 
 
 @contextlib.contextmanager

@@ -86,15 +86,16 @@ def run(
     _run_tasks(load_tasks(tasks, overrides=_overrides(recipe, search, max_bytes, trials)), workdir, address, as_json)
 
 
-def _run_tasks(tasks: list[Any], workdir: Path, address: str | None, as_json: bool) -> list[Any]:
-    from pipeline.reports.progress import BatchProgress
-
-    console = Console(stderr=True) if as_json else out
+def _run_tasks(tasks: list[Any], workdir: Path, address: str | None, as_json: bool) -> None:
     try:
+        from pipeline.reports.progress import BatchProgress
+
+        console = Console(stderr=True) if as_json else out
         with BatchProgress(console, [task.name for task in tasks]) as progress:
             outcomes = api.run(tasks, workdir=workdir, address=address, on_progress=progress.update)
     except KeyboardInterrupt:
-        Console(stderr=True).print(f"interrupted; what was finished is kept in {workdir}, the same command goes on from there")
+        message = f"interrupted; what was finished is kept in {workdir}, the same command goes on from there"
+        Console(stderr=True, soft_wrap=True, highlight=False).print(message, markup=False)
         raise typer.Exit(INTERRUPTED) from None
     if as_json:
         _print_json([_outcome_as_json(outcome) for outcome in outcomes])
@@ -103,7 +104,6 @@ def _run_tasks(tasks: list[Any], workdir: Path, address: str | None, as_json: bo
     errors = [outcome.error for outcome in outcomes if outcome.error is not None]
     if errors:
         raise typer.Exit(errors[0].exit_code)
-    return outcomes
 
 
 def _print_outcomes(outcomes: list[Any]) -> None:
@@ -191,6 +191,7 @@ def _size(text: str | None) -> int | None:
 @app.command()
 def show(reference: Reference, workdir: Workdir = api.WORKDIR, as_json: AsJson = False) -> None:
     """What a registered pack is, what it costs byte by byte, and how it was found."""
+    from pipeline.packs import LEDGER_KEYS
     from pipeline.registry.store import open_registry
     from pipeline.reports.tables import ledger_table, percent_with_error, table, trials_table
 
@@ -204,7 +205,7 @@ def show(reference: Reference, workdir: Workdir = api.WORKDIR, as_json: AsJson =
     facts.add_row("pack", f"{pack.name}/{pack.version}  {', '.join(pack.aliases)}")
     for label, text in (
         ("task", pack.tags.get("description") or pack.task),
-        ("test accuracy %", percent_with_error(pack.metrics)),
+        ("test acc. %", percent_with_error(pack.metrics)),
         ("size", f"{pack.size_bytes:,} bytes, {pack.metrics['trained_values']:,.0f} trained values"),
         ("backbone", f"{pack.tags['backbone']}  {pack.tags['backbone_fingerprint'][:16]}..."),
         ("digest", pack.pack_digest),
@@ -214,7 +215,7 @@ def show(reference: Reference, workdir: Workdir = api.WORKDIR, as_json: AsJson =
     facts.show_header = False
     out.print(facts)
     out.print()
-    out.print(ledger_table({name.removeprefix("bytes_"): int(size) for name, size in pack.metrics.items() if name.startswith("bytes_")}))
+    out.print(ledger_table({part: int(pack.metrics[f"bytes_{part}"]) for part in LEDGER_KEYS}))
     out.print()
     out.print(trials_table(trials, pack.tags.get("trial")))
 

@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import secrets
+import socket
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ _QUIET = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_DEDUP_LOGS": "1",
 }
+_ANSWER_SECONDS = 10
 
 
 @contextlib.contextmanager
@@ -55,15 +57,31 @@ def _connect(address: str | None) -> None:
         # A short folder: Ray's sockets live there, and their paths are limited to 107 bytes.
         ray.init(address="local", include_dashboard=False, _temp_dir=os.path.join(tempfile.gettempdir(), "ray"), **options)
         return
-    if address.startswith("ray://"):
-        raise ClusterError(f"--address: given {address!r}; the Ray Client is not supported. Run this command on the cluster with --address auto")
+    _check_answers(os.environ.get("RAY_ADDRESS", address) if address == "auto" else address)
     try:
         ray.init(address=address, **options)
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
         detail = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-        raise ClusterError(
-            f"--address: no Ray cluster answers at {address!r} ({detail}); start one with `ray start --head`, or leave --address out"
-        ) from None
+        raise _no_cluster(address, detail) from None
+
+
+def _check_answers(address: str) -> None:
+    """Raise ClusterError where nothing listens: Ray itself would try for minutes, with a warning every few seconds."""
+    if address == "auto":
+        return
+    if address.startswith("ray://"):
+        raise ClusterError(f"--address: given {address!r}; the Ray Client is not supported. Run this command on the cluster with --address auto")
+    host, _, port = address.rpartition(":")
+    if not host or "/" in host or not port.isdigit():
+        raise ClusterError(f"--address: given {address!r}; expected auto, or HOST:PORT of the cluster's head such as 10.0.0.1:6379")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_ANSWER_SECONDS).close()
+    except (OSError, OverflowError) as error:
+        raise _no_cluster(address, str(error)) from None
+
+
+def _no_cluster(address: str, detail: str) -> ClusterError:
+    return ClusterError(f"--address: no Ray cluster answers at {address!r} ({detail}); start one with `ray start --head`, or leave --address out")
 
 
 def cluster_resources() -> tuple[int, int]:

@@ -204,7 +204,6 @@ def test_everything_moves_with_the_model(tiny_backbone: Backbone, random_selecti
     model = attached(load(tiny_backbone), recipe, random_selection).to("meta")
     held = ((name, key, value) for name, module in model.named_modules() for key, value in vars(module).items() if isinstance(value, torch.Tensor))
     assert [(name, key) for name, key, value in held if value.device.type != "meta"] == []
-    assert model(images().to("meta")).shape == (3, CLASSES)
 
 
 def test_converting_the_model_leaves_the_shared_backbone_as_it_was(tiny_backbone: Backbone, random_selection: Select) -> None:

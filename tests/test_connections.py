@@ -115,7 +115,7 @@ def test_the_derivative_is_that_of_the_function_in_double_precision(kind: str) -
     assert tuned.connections is not None
 
     def product(inputs: torch.Tensor, values_OK: torch.Tensor) -> torch.Tensor:
-        return _ConnectedProduct.apply(inputs, values_OK, tuned.weight_with(values_OK), tuned.index_OK, base)
+        return _ConnectedProduct.apply(inputs, values_OK, tuned.weight_with(values_OK), tuned)
 
     assert torch.autograd.gradcheck(product, (x.double().requires_grad_(), tuned.connections().detach().requires_grad_()))
 

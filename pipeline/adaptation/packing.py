@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from pydantic import ValidationError
 
 from pipeline.adaptation.attach import AdaptedModel, attach
 from pipeline.adaptation.plan import PlannedTensor, plan
@@ -66,7 +67,9 @@ def from_pack(pack: Pack, backbone: LoadedBackbone) -> AdaptedModel:
             f"this pack of task {meta.task!r} needs the backbone {meta.backbone['model']} with fingerprint {meta.backbone['fingerprint'][:16]}..., "
             f"given one with {backbone.fingerprint[:16]}...; give the checkpoint it was trained on"
         )
-    recipe = Recipe.model_validate(meta.recipe)
+    if meta.input.size_px != backbone.size_px:
+        raise PackBackboneMismatch(f"the pack of task {meta.task!r} takes {meta.input.size_px} px images, given a backbone set to {backbone.size_px}")
+    recipe = _recipe(pack)
     stored = {(part.name, spec.name): (part, spec) for part in pack.parts for spec in part.tensors}
     planned = plan(backbone, recipe, len(meta.classes))
     _compare(planned, {key: (spec.shape, part.bits) for key, (part, spec) in stored.items()})
@@ -114,6 +117,14 @@ def _part(group: list[PlannedTensor], model: AdaptedModel) -> Part:
     )
 
 
+def _recipe(pack: Pack) -> Recipe:
+    try:
+        return Recipe.model_validate(pack.metadata.recipe)
+    except ValidationError as error:
+        fault = error.errors(include_url=False)[0]
+        raise PackDamaged(f"the pack's recipe is not valid: {'.'.join(str(key) for key in fault['loc'])}: {fault['msg']}") from None
+
+
 def _compare(planned: Sequence[PlannedTensor], stored: dict[tuple[str, str], tuple[tuple[int, ...], int]]) -> None:
     wanted = {(tensor.part, tensor.name): (tensor.shape, int(tensor.bits)) for tensor in planned}
     if wanted == stored:
@@ -127,7 +138,7 @@ def _compare(planned: Sequence[PlannedTensor], stored: dict[tuple[str, str], tup
 def _check_probe(model: AdaptedModel, pack: Pack) -> None:
     now = probe_logits(model, pack.metadata.input.size_px)
     worst = float(np.abs(now - pack.probe_logits).max())
-    if worst > PROBE_TOLERANCE * max(1.0, float(np.abs(pack.probe_logits).max())):
+    if not worst <= PROBE_TOLERANCE * max(1.0, float(np.abs(pack.probe_logits).max())):  # not a number is refused, too
         raise PackDamaged(
             f"the reloaded model's probe logits differ by {worst:.3g} from those stored; this build computes something else than the writer"
         )

@@ -48,8 +48,11 @@ class MlpSlot:
 
 
 def tunable_layers(model: nn.Module) -> dict[str, TunableLayer]:
-    """Every Linear and Conv2d of a backbone, by name, in order of definition."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)}
+    """Every Linear and Conv2d of a backbone, by name, in order of definition.
+
+    Subclasses are left alone: they standardise their weight, or pad by the input's size, which a plain layer on another weight would not do.
+    """
+    return {name: module for name, module in model.named_modules() if type(module) in (nn.Linear, nn.Conv2d)}  # type: ignore[misc]
 
 
 def mlp_slots(model: nn.Module) -> list[MlpSlot]:

@@ -8,6 +8,7 @@ Source: Binary Adapter (arXiv 2307.16867), section 3; see `pipeline.packs.codebo
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,16 +21,38 @@ EPSILON = 1e-5
 SMALLEST_VARIANCE = 1e-20  # keeps the gradient of sd finite where all values are equal
 
 
-class _StraightThrough(torch.autograd.Function):
-    """Value of `rounded`, gradient of `exact`."""
+class _RoundToHalf(torch.autograd.Function):
+    """Half precision's value, the identity's gradient."""
 
     @staticmethod
-    def forward(ctx: object, exact: torch.Tensor, rounded: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
-        return rounded.clone()
+    def forward(ctx: Any, latent: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        return latent.half().float()
 
     @staticmethod
-    def backward(ctx: object, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
-        return gradient, None
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        return gradient
+
+
+class _Quantise(torch.autograd.Function):
+    """w_hat = Q(z) sd + mean, with dQ/dz = 1 and everything else differentiated; written out, since it runs for every tensor in every step."""
+
+    @staticmethod
+    def forward(ctx: Any, latent_GN: torch.Tensor, level_values: torch.Tensor, edges: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        mean_G1, sd_G1 = statistics(latent_GN)
+        z_GN = (latent_GN - mean_G1) / (sd_G1 + EPSILON)
+        rounded_GN = level_values[torch.bucketize(z_GN, edges, right=True)]
+        ctx.save_for_backward(z_GN, rounded_GN, sd_G1)
+        return rounded_GN * sd_G1 + mean_G1
+
+    @staticmethod
+    def backward(ctx: Any, gradient_GN: torch.Tensor) -> tuple[torch.Tensor, None, None]:  # type: ignore[override]
+        z_GN, rounded_GN, sd_G1 = ctx.saved_tensors
+        values = z_GN.shape[1]
+        shrink_G1 = sd_G1 / (sd_G1 + EPSILON)
+        mean_gradient_G1 = (1 - shrink_G1) * gradient_GN.sum(dim=1, keepdim=True)
+        sd_gradient_G1 = (gradient_GN * (rounded_GN - shrink_G1 * z_GN)).sum(dim=1, keepdim=True)
+        sd_slope_GN = z_GN / (max(values - 1, 1) * shrink_G1)  # d sd / d w = (w - mean) / ((N - 1) sd)
+        return gradient_GN * shrink_G1 + mean_gradient_G1 / values + sd_gradient_G1 * sd_slope_GN, None, None
 
 
 @functools.cache
@@ -42,9 +65,8 @@ def grouped(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.reshape(tensor.shape[0] if tensor.ndim == 3 else 1, -1)
 
 
-def statistics(latent: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def statistics(values_GN: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and unbiased standard deviation of each group, both [G, 1]."""
-    values_GN = grouped(latent)
     mean_G1 = values_GN.mean(dim=1, keepdim=True)
     variance_G1 = (values_GN - mean_G1).square().sum(dim=1, keepdim=True) / max(values_GN.shape[1] - 1, 1)
     return mean_G1, variance_G1.clamp_min(SMALLEST_VARIANCE).sqrt()
@@ -55,12 +77,9 @@ def quantise(latent: torch.Tensor, bits: Bits) -> torch.Tensor:
     if bits == 32:
         return latent
     if bits == 16:
-        return _StraightThrough.apply(latent, latent.detach().half().float())
+        return _RoundToHalf.apply(latent)
     level_values, edges = (tensor.to(latent.device) for tensor in _codebook(bits))
-    mean_G1, sd_G1 = statistics(latent)
-    z_GN = (grouped(latent) - mean_G1) / (sd_G1 + EPSILON)
-    rounded_GN = level_values[torch.bucketize(z_GN.detach(), edges, right=True)]
-    return (_StraightThrough.apply(z_GN, rounded_GN) * sd_G1 + mean_G1).reshape(latent.shape)
+    return _Quantise.apply(grouped(latent), level_values, edges).reshape(latent.shape)
 
 
 @torch.no_grad()
@@ -69,8 +88,9 @@ def encode(latent: torch.Tensor, bits: Bits) -> tuple[np.ndarray, np.ndarray | N
     latent = latent.detach().cpu()
     if bits >= 16:
         return latent.reshape(-1).numpy().astype(np.float16 if bits == 16 else np.float32), None
-    mean_G1, sd_G1 = statistics(latent)
-    z_GN = (grouped(latent) - mean_G1) / (sd_G1 + EPSILON)
+    latent_GN = grouped(latent)
+    mean_G1, sd_G1 = statistics(latent_GN)
+    z_GN = (latent_GN - mean_G1) / (sd_G1 + EPSILON)
     codes = torch.bucketize(z_GN, _codebook(bits)[1], right=True).to(torch.uint8)
     return codes.reshape(-1).numpy(), torch.cat([mean_G1, sd_G1], dim=1).numpy()
 

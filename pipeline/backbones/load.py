@@ -25,6 +25,7 @@ from pipeline.errors import BackboneError
 from pipeline.spec import Backbone, Input
 
 RANDOM_WEIGHTS_SEED = 0
+_NOT_ARCHITECTURE = {"checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir", "pretrained_strict", "features_only"}
 
 
 @dataclass(frozen=True)
@@ -39,8 +40,10 @@ class LoadedBackbone:
     std: tuple[float, float, float]
 
     def fresh_model(self) -> nn.Module:
-        """A copy whose modules can be replaced freely; it shares every tensor with the original, so nothing may be written in place."""
-        shared = {id(tensor): tensor for tensor in (*self.model.parameters(), *self.model.buffers())}
+        """A copy whose modules can be replaced, moved and converted freely; it shares its numbers, so nothing may be written in place."""
+        # Parameters of its own on the same storage: `to` and `double` set a parameter's data, and would take a shared parameter along.
+        shared: dict[int, torch.Tensor] = {id(tensor): nn.Parameter(tensor.detach(), requires_grad=False) for tensor in self.model.parameters()}
+        shared |= {id(tensor): tensor for tensor in self.model.buffers()}
         return copy.deepcopy(self.model, memo=shared)
 
 
@@ -60,9 +63,9 @@ def _load_cached(spec_json: str, input_json: str) -> LoadedBackbone:
     if spec.weights not in ("pretrained", "random"):
         _read_checkpoint(model, Path(spec.weights))
     digest = fingerprint(model.state_dict())
-    _set_input_size(model, spec.model, task_input.size_px)
+    _set_input_size(model.eval(), spec.model, task_input.size_px)
     _choose_attention(model)
-    model.requires_grad_(False).eval()
+    model.requires_grad_(False)
     config: Any = model.pretrained_cfg
     width: Any = model.head_hidden_size
     return LoadedBackbone(
@@ -76,6 +79,9 @@ def _load_cached(spec_json: str, input_json: str) -> LoadedBackbone:
 
 
 def _create(spec: Backbone) -> nn.Module:
+    refused = sorted(spec.arguments.keys() & _NOT_ARCHITECTURE)
+    if refused:
+        raise BackboneError(f"backbone.arguments: {', '.join(refused)} is no part of the architecture; give a checkpoint's path as backbone.weights")
     if not timm.is_model(spec.model):
         near = difflib.get_close_matches(spec.model.split(".")[0], timm.list_models(), n=3, cutoff=0.5)
         hint = f"did you mean {', '.join(near)}?" if near else "timm.list_models() lists them"
@@ -84,11 +90,9 @@ def _create(spec: Backbone) -> nn.Module:
         torch.manual_seed(RANDOM_WEIGHTS_SEED)
         try:
             return timm.create_model(spec.model, pretrained=spec.weights == "pretrained", num_classes=0, **spec.arguments)
-        except (TypeError, AssertionError, ValueError) as error:
-            raise BackboneError(f"backbone.arguments: {json.dumps(spec.arguments)} do not fit {spec.model}: {error}") from None
         except Exception as error:
-            if spec.weights != "pretrained":
-                raise
+            if spec.weights != "pretrained" or isinstance(error, TypeError | AssertionError | ValueError):
+                raise BackboneError(f"backbone.arguments: {json.dumps(spec.arguments)} do not fit {spec.model}: {error}") from None
             raise BackboneError(
                 f"backbone.weights: 'pretrained' weights of {spec.model} could not be fetched ({type(error).__name__}: {str(error)[:200]}); "
                 "check the connection, or download a safetensors checkpoint and give its path as `weights`"
@@ -134,10 +138,9 @@ def _choose_attention(model: nn.Module) -> None:
 
 def _set_input_size(model: nn.Module, name: str, size_px: int) -> None:
     set_input_size: Any = getattr(model, "set_input_size", None)
-    if set_input_size is None:
-        return
     try:
-        set_input_size(img_size=(size_px, size_px))
+        if set_input_size is not None:
+            set_input_size(img_size=(size_px, size_px))
         with torch.inference_mode():
             model(torch.zeros(1, 3, size_px, size_px))
     except (AssertionError, ValueError, RuntimeError) as error:

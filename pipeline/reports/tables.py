@@ -29,13 +29,14 @@ def table(*columns: str, title: str | None = None, numbers_from: int = 1) -> Tab
     """An empty table whose columns from `numbers_from` on are right-aligned."""
     built = Table(title=title, title_justify="left", title_style="bold", header_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for index, column in enumerate(columns):
-        built.add_column(column, justify="right" if index >= numbers_from else "left", overflow="fold")
+        is_number = index >= numbers_from
+        built.add_column(column, justify="right" if is_number else "left", overflow="fold", no_wrap=is_number)
     return built
 
 
 def champions_table(outcomes: Sequence[TaskOutcome]) -> Table:
     """One row a registered task: what was found and what it costs."""
-    built = table("task", "test acc. %", "val acc. %", "pack", "trained values", "trials run", "search s", title="Champions")
+    built = table("task", "test acc. %", "val acc. %", "pack", "trained", "trials", "search s", title="Champions")
     for outcome in outcomes:
         if outcome.registered is None:
             continue
@@ -47,7 +48,7 @@ def champions_table(outcomes: Sequence[TaskOutcome]) -> Table:
             f"{100 * metrics['val_accuracy']:.1f}",
             kib(outcome.registered.size_bytes),
             f"{metrics['trained_values']:,.0f}",
-            f"{ran} of {len(outcome.trials)}",
+            f"{ran}/{len(outcome.trials)}",
             f"{metrics['search_seconds']:.0f}",
         )
     return built
@@ -55,7 +56,7 @@ def champions_table(outcomes: Sequence[TaskOutcome]) -> Table:
 
 def packs_table(packs: Sequence[RegisteredPack]) -> Table:
     """One row a registered pack."""
-    built = table("pack", "alias", "test acc. %", "bytes", "trained values", "registered", numbers_from=2)
+    built = table("pack", "alias", "test acc. %", "bytes", "trained", "registered", numbers_from=2)
     for pack in packs:
         built.add_row(
             f"{pack.name}/{pack.version}",

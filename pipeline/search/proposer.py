@@ -7,6 +7,7 @@ A space no larger than the number of trials is enumerated; a larger one is sampl
 
 from __future__ import annotations
 
+import random
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,7 +19,9 @@ from pipeline.spec import Recipe, SearchSpace, Task
 
 LAG = 4
 """Trials of one study in flight at most."""
-ATTEMPTS_PER_TRIAL = 50
+ATTEMPTS_PER_TRIAL = 200
+GUIDED_ATTEMPTS = 5
+"""How often the sampler is asked for one slot before a point is drawn at random: in a small space it insists on what was tried."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +99,7 @@ class Sampled:
             sampler = optuna.samplers.TPESampler(seed=task.seed, n_startup_trials=max(4, task.search.trials // 3))
             self._study = optuna.create_study(directions=["maximize", "minimize"], sampler=sampler)
         self._task, self._size_of = task, size_of
+        self._random = random.Random(task.seed)
         self._asked: dict[str, Any] = {}
         self._remaining = task.search.trials
         self.rejected: list[TrialRecord] = []
@@ -103,9 +107,12 @@ class Sampled:
     def propose(self) -> Proposal | None:
         if self._remaining == 0:
             return None
-        for _ in range(ATTEMPTS_PER_TRIAL):
+        axes = self._task.search.axes()
+        for attempt in range(ATTEMPTS_PER_TRIAL):
+            if attempt >= GUIDED_ATTEMPTS:
+                self._study.enqueue_trial({name: self._random.choice(values) for name, values in axes.items()})
             trial = self._study.ask()
-            point = {name: trial.suggest_categorical(name, values) for name, values in self._task.search.axes().items()}
+            point = {name: trial.suggest_categorical(name, values) for name, values in axes.items()}
             proposal = _proposal(self._task.search, self._task.recipe, point, self._size_of)
             if proposal.size_bytes > self._task.budget.max_bytes:
                 self._refuse(trial, proposal)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -116,6 +116,13 @@ class Study:
 OnRecord = Callable[[Study], None]
 
 
+def check_budget(task: Task, size_of: Callable[[Recipe], int]) -> None:
+    """Raise BudgetError where nothing in the search space fits: known before a cluster is asked for anything."""
+    proposer = make_proposer(task, size_of)
+    if proposer.propose() is None:
+        raise _nothing_fits(task, proposer.rejected)
+
+
 def run_study(
     task: Task,
     data_folder: Path,
@@ -137,7 +144,7 @@ def run_study(
     study = Study(task, make_proposer(task, size_of), journal, val_samples)
     first = study.next_slot()
     if not study.slots:
-        raise _nothing_fits(task, study)
+        raise _nothing_fits(task, study.all_records())
     if first is not None:
         before_running()
         _run_with_tune(study, first, data_folder, selection_path, resources, on_progress)
@@ -148,8 +155,8 @@ def run_study(
     return records
 
 
-def _nothing_fits(task: Task, study: Study) -> BudgetError:
-    smallest = min((record.size_bytes for record in study.all_records()), default=0)
+def _nothing_fits(task: Task, rejected: Sequence[TrialRecord]) -> BudgetError:
+    smallest = min(record.size_bytes for record in rejected)
     return BudgetError(
         f"{task.name}: nothing in the search space fits the budget of {task.budget.max_bytes} bytes; the smallest pack would take {smallest}. "
         "Raise budget.max_bytes, or add smaller values of bits, top_k or experts"
@@ -200,4 +207,5 @@ def _trainable(config: dict[str, Any], context: dict[str, Any]) -> None:
         for epoch, score in enumerate(run_trial(inputs, Recipe.model_validate_json(config["recipe"]), selected, device=device), start=1):
             tune.report({"epoch": epoch, "metric": score.accuracy})
     except TaskpackError as error:
-        tune.report({"error": type(error).__name__, "message": str(error)})
+        # Tune refuses a report without the searcher's metric, and would end the whole study.
+        tune.report({"metric": 0.0, "error": type(error).__name__, "message": str(error)})

@@ -1,0 +1,146 @@
+"""What the tests of the command line share: a task small enough to run whole in half a minute, the command in this process or in its own."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from pipeline import cli
+from pipeline.registry.connection import initialise_sqlite
+
+COMMAND = Path(sys.executable).with_name("taskpack")
+TIMEOUT_SECONDS = 240
+
+BACKBONE: dict[str, Any] = {
+    "model": "vit_tiny_patch16_224",
+    "arguments": {"img_size": 32, "patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 2},
+    "weights": "random",
+}
+TASK: dict[str, Any] = {
+    "name": "bars",
+    "description": "which of 8 ways a bar lies",
+    "data": {"format": "drawn", "kind": "orientation", "train_samples": 80, "test_samples": 40},
+    "input": {"size_px": 32, "flip": False},
+    "backbone": "backbone.yaml",
+    "recipe": {
+        "connections": {"top_k": 1},
+        "smoa": {"experts": 2, "width": 4},
+        "training": {"epochs": 8, "batch_size": 16, "precision": "fp32"},
+    },
+    "search": {"bits": [4, 8], "top_k": [1, 2]},
+    "selection": {"batch_size": 16},
+}
+TRIALS = 4
+
+
+def write_task(folder: Path, **changes: Any) -> Path:
+    """The tiny task with other sections, as `NAME.yaml` beside its backbone's file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / "backbone.yaml").exists():
+        (folder / "backbone.yaml").write_text(yaml.safe_dump(BACKBONE))
+    path = folder / f"{changes.get('name', TASK['name'])}.yaml"
+    path.write_text(yaml.safe_dump({**TASK, **changes}))
+    return path
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a command gave back. `words` are its messages with line breaks taken out."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def words(self) -> str:
+        return " ".join((self.out + self.err).split())
+
+    def json(self) -> Any:
+        return json.loads(self.out)
+
+
+def taskpack(*arguments: str | Path) -> Answer:
+    """The command, run in this process: quick, because everything is imported."""
+    out, err, given = io.StringIO(), io.StringIO(), sys.argv
+    sys.argv = ["taskpack", *map(str, arguments)]
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.raises(SystemExit) as ended:
+            cli.main()
+    finally:
+        sys.argv = given
+    code = ended.value.code
+    return Answer(code if isinstance(code, int) else 0, out.getvalue(), err.getvalue())
+
+
+def environment(**changes: str) -> dict[str, str]:
+    """Of a command in its own process: this one's, without what pytest adds, at 80 columns."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST", "PYTHONWARNINGS"))}
+    return {**kept, "COLUMNS": "80", **changes}
+
+
+def taskpack_process(*arguments: str | Path, **changes: str) -> Answer:
+    """The command in its own process, as a user has it; `changes` are of its environment."""
+    command = [str(COMMAND), *map(str, arguments)]
+    done = subprocess.run(command, env=environment(**changes), capture_output=True, text=True, timeout=TIMEOUT_SECONDS, check=False)
+    return Answer(done.returncode, done.stdout, done.stderr)
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """A work folder after `taskpack run`, the task file it was given, and what the command said."""
+
+    workdir: Path
+    task_file: Path
+    answer: Answer
+
+    @property
+    def pack(self) -> Path:
+        return one(self.workdir.glob("studies/*/fits/*/pack.safetensors"))
+
+    @property
+    def selection(self) -> Path:
+        return one(self.workdir.glob("selections/*.safetensors"))
+
+
+def one(paths: Iterator[Path]) -> Path:
+    """The only one of `paths`."""
+    found = list(paths)
+    assert len(found) == 1, found
+    return found[0]
+
+
+@functools.cache
+def finished_run(base: Path) -> FinishedRun:
+    """One whole run, below the session's temporary folder, for all test files. Tests that change anything work on a copy."""
+    folder = base / "finished"
+    task_file = write_task(folder / "tasks")
+    return FinishedRun(folder / "work", task_file, taskpack_process("run", task_file, "--workdir", folder / "work"))
+
+
+@functools.cache
+def empty_registry(base: Path) -> Path:
+    """A migrated, empty registry: migrations take seconds, a copy none."""
+    folder = base / "empty_registry"
+    initialise_sqlite(folder / "mlflow.db", folder / "artifacts")
+    return folder / "mlflow.db"
+
+
+def new_workdir(base: Path, folder: Path) -> Path:
+    """A work folder in `folder` that holds nothing but an empty registry."""
+    workdir = folder / "work"
+    workdir.mkdir(parents=True)
+    shutil.copyfile(empty_registry(base), workdir / "mlflow.db")
+    return workdir
