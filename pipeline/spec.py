@@ -338,6 +338,15 @@ class Task(Spec):
             raise ValueError(f"the name {name!r} is reserved by the MLflow registry; choose another")
         return name
 
+    @field_validator("search", mode="before")
+    @classmethod
+    def _with_house_axes(cls, search: Any, info: ValidationInfo) -> Any:
+        """A search section that names no axis (only `trials`, say) keeps the house axes."""
+        axes = SearchSpace.model_fields.keys() - {"trials"}
+        if isinstance(search, Mapping) and not search.keys() & axes:
+            return {**house_space(info.data.get("recipe", HOUSE_RECIPE)).axes(), **search}
+        return search
+
     @field_validator("search")
     @classmethod
     def _changes_something(cls, search: SearchSpace, info: ValidationInfo) -> SearchSpace:

@@ -44,7 +44,7 @@ SHAPES: dict[str, tuple[TensorSpec, ...]] = {
 
 
 def example_metadata(**changes: Any) -> PackMetadata:
-    arguments: dict[str, Any] = {"task": "birds", "description": 'Fünf "Vögel"', "classes": list("abcde"), "metric": "accuracy", "seed": 3}
+    arguments: dict[str, Any] = {"task": "birds", "classes": ['"Vögel"', *"bcde"], "metric": "accuracy", "seed": 3}
     arguments["input"] = PackInput(size_px=64, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), interpolation="bicubic")
     arguments["recipe"] = {"connections": {"top_k": 2, "bits": 4}, "training": {"learning_rate": 3e-3, "augment": False}, "smoa": None}
     arguments["backbone"] = {"model": "vit_tiny", "arguments": {"depth": 1, "window": [4, 4]}, "fingerprint": "0f" * 32}
@@ -278,5 +278,5 @@ def test_metadata_that_json_cannot_hold_is_refused() -> None:
 
 
 def test_metadata_that_no_reader_would_accept_is_not_written() -> None:
-    with pytest.raises(PackError, match="shorten the description"):
-        pack_to_bytes(Pack(example_metadata(description="x" * 1_000_000), (), np.zeros((0, 5), np.float32)))
+    with pytest.raises(PackError, match="shorten the class names"):
+        pack_to_bytes(Pack(example_metadata(classes=["x" * 1_000_000, *"bcde"]), (), np.zeros((0, 5), np.float32)))

@@ -24,9 +24,10 @@ from pipeline import errors
 from pipeline.batch import TaskOutcome
 from pipeline.cli import INTERRUPTED, app
 from pipeline.registry.record import RegisteredPack
+from pipeline.reports.tables import champions_table, ledger_table, packs_table
 from pipeline.search.proposer import LAG
 from pipeline.serving.predictor import Predictor
-from pipeline.spec import HOUSE_PARTS, Backbone, Budget, Head, Recipe, SearchSpace, Spec
+from pipeline.spec import HOUSE_PARTS, Backbone, Budget, Head, Recipe, SearchSpace, Spec, Task
 from pipeline.task_files import load_spec, load_task, validate
 
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
@@ -38,6 +39,11 @@ SECTIONS: dict[str, type[Spec]] = {"backbone": Backbone, "budget": Budget, "reci
 
 def blocks(language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+
+
+def prose(text: str) -> str:
+    """The text as one line, so that it does not matter where its lines end."""
+    return " ".join(text.split())
 
 
 def taskpack_lines() -> list[str]:
@@ -72,9 +78,11 @@ def test_options_named_in_the_text_exist() -> None:
 
 
 def test_commands_said_to_take_json_are_those_that_do() -> None:
-    sentence = next(line for line in README.splitlines() if "take `--json`" in line)
-    said = set(re.findall(r"`([a-z]+)`", sentence.split("The best comes first.")[1]))
-    assert said == {name for name, command in COMMANDS.items() if any("--json" in parameter.opts for parameter in command.params)}
+    sentence = re.search(r"[^.]*take `--json`", prose(README))
+    assert sentence is not None
+    assert set(re.findall(r"`([a-z]+)`", sentence[0])) == {
+        name for name, command in COMMANDS.items() if any("--json" in parameter.opts for parameter in command.params)
+    }
 
 
 def test_the_sizes_shown_are_what_plan_prints(tmp_path: Path) -> None:
@@ -90,6 +98,12 @@ def test_the_ledger_shown_sums_to_its_file() -> None:
     ledger = next(block for block in blocks("text") if block.startswith("Bytes"))
     sizes = {name: int(size.replace(",", "")) for name, size in re.findall(r"^([a-z]+) +([0-9,]+)", ledger, flags=re.MULTILINE)}
     assert sizes.pop("file") == sum(sizes.values())
+
+
+def test_the_tables_shown_have_the_columns_that_are_printed() -> None:
+    heads = [" ".join(str(column.header) for column in table.columns) for table in (champions_table([]), packs_table([]), ledger_table({"head": 1}))]
+    shown = [" ".join(line.split()) for block in blocks("text") for line in block.splitlines()]
+    assert [head.strip() for head in heads if head.strip() not in shown] == []
 
 
 def test_exit_codes_are_those_of_the_errors() -> None:
@@ -131,7 +145,7 @@ def test_shared_sections_fit_the_task_they_are_given_to(written: Path) -> None:
     task = load_task(written / "flowers.yaml", overrides={section: written / f"{section}.yaml" for section in ("recipe", "search", "budget")})
     assert task.backbone.model == "vit_small_patch16_224.augreg_in21k"
     assert task.recipe.norms is None
-    assert f"the {task.search.size()} points above" in README
+    assert f"the {task.search.size()} points above" in prose(README)
     assert task.search.size() > task.search.trials
 
 
@@ -142,8 +156,8 @@ def test_the_parts_listed_have_the_bits_they_default_to() -> None:
 
 def test_what_the_recipe_text_says_of_missing_parts_holds() -> None:
     base = {"name": "a", "data": {"format": "digits"}, "backbone": {"model": "m"}}
-    no_part = validate(pipeline.Task, {**base, "recipe": {"head": {"bits": 1}}}, source="test").recipe
-    probe = validate(pipeline.Task, {**base, "recipe": {"connections": None}}, source="test").recipe
+    no_part = validate(Task, {**base, "recipe": {"head": {"bits": 1}}}, source="test").recipe
+    probe = validate(Task, {**base, "recipe": {"connections": None}}, source="test").recipe
     assert all(getattr(no_part, part) is not None for part in HOUSE_PARTS)
     assert all(getattr(probe, part) is None for part in HOUSE_PARTS)
 
@@ -226,7 +240,7 @@ def test_the_rooms_for_any_machine_load_neither_ray_nor_mlflow() -> None:
 
 
 def test_the_map_states_the_lag_of_a_study() -> None:
-    assert f"`LAG` ({LAG})" in ARCHITECTURE
+    assert f"`LAG` ({LAG})" in prose(ARCHITECTURE)
 
 
 def test_lines_are_short_enough_to_read() -> None:

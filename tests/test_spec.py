@@ -122,7 +122,7 @@ def test_a_minimal_task_gets_the_house_defaults(tmp_path: Path) -> None:
 def test_a_task_survives_its_own_json(tmp_path: Path) -> None:
     written = MINIMAL | {
         "search": {"bits": [1, 4], "scale": 0.5, "learning_rate": [1e-3, 3e-3]},
-        "recipe": {"connections": {"top_k": 3, "bits": 2}, "training": {"epochs": 2}},
+        "recipe": {"connections": {"top_k": 3, "bits": 2}, "smoa": {}, "training": {"epochs": 2}},
         "budget": {"max_bytes": "16KiB"},
         "input": {"mean": [0.1, 0.2, 0.3]},
         "backbone": {"model": "m", "weights": "random", "arguments": {"a": True, "b": 1, "c": 1.5, "d": [1, 2], "e": "x"}},
@@ -606,3 +606,40 @@ def test_the_house_space_holds_no_recipe_twice() -> None:
     recipes = [house_space(HOUSE_RECIPE).recipe(HOUSE_RECIPE, point).model_dump_json() for point in house_space(HOUSE_RECIPE).points()]
     assert len(set(recipes)) == len(recipes) == 8 <= house_space(HOUSE_RECIPE).trials
     assert house_space(HOUSE_RECIPE).max_top_k(HOUSE_RECIPE) == 3
+
+
+def test_a_search_that_names_no_axis_keeps_the_house_axes(tmp_path: Path) -> None:
+    task = load_task(write(tmp_path, MINIMAL), overrides={"search": {"trials": 3}})
+    assert task.search.trials == 3
+    assert task.search.axes() == house_space(HOUSE_RECIPE).axes()
+
+
+def test_a_recipe_that_names_no_part_keeps_the_house_parts(tmp_path: Path) -> None:
+    task = load_task(write(tmp_path, MINIMAL | {"recipe": {"training": {"epochs": 3}}}))
+    assert task.recipe.training.epochs == 3
+    assert task.recipe.model_copy(update={"training": HOUSE_RECIPE.training}) == HOUSE_RECIPE
+
+
+def test_a_linear_probe_searches_nothing_unless_told(tmp_path: Path) -> None:
+    task = load_task(write(tmp_path, MINIMAL | {"recipe": {"connections": None}}))
+    assert (task.search.axes(), task.search.size(), task.search.max_top_k(task.recipe)) == ({}, 1, 0)
+
+
+@pytest.mark.parametrize(
+    ("search", "idle"),
+    [
+        ({"width": [4, 8]}, "width"),
+        ({"connection_bits": 4}, "connection_bits"),
+        ({"bits": [1, 2]}, "bits"),
+    ],
+)
+def test_an_axis_that_would_change_nothing_is_refused(tmp_path: Path, search: dict[str, Any], idle: str) -> None:
+    path = write(tmp_path, MINIMAL | {"recipe": {"connections": None}, "search": search})
+    assert f"{idle} would change nothing" in refusal(path)
+
+
+def test_a_key_written_twice_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "task.yaml"
+    path.write_text("name: a\nname: b\n")
+    with pytest.raises(SpecError, match="the key 'name' is written twice"):
+        load_task(path)

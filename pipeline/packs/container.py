@@ -61,7 +61,7 @@ def container_to_bytes(text: str, tensors: Mapping[str, NDArray[Any]]) -> bytes:
     header_bytes = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     header_bytes += b" " * (-len(header_bytes) % _LENGTH_BYTES)
     if len(header_bytes) > MAX_HEADER_BYTES:
-        raise PackError(f"the metadata takes {len(header_bytes)} bytes; at most {MAX_HEADER_BYTES} fit; shorten the description or the class names")
+        raise PackError(f"the metadata takes {len(header_bytes)} bytes; at most {MAX_HEADER_BYTES} fit; shorten the class names")
     return b"".join([len(header_bytes).to_bytes(_LENGTH_BYTES, "little"), header_bytes, *(tensor.tobytes() for _, tensor in in_order)])
 
 

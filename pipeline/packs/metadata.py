@@ -46,7 +46,6 @@ class PackMetadata(BaseModel):
 
     format_version: Literal[1] = FORMAT_VERSION
     task: str = Field(min_length=1)
-    description: str = ""
     classes: list[str] = Field(min_length=1)
     metric: str
     input: PackInput

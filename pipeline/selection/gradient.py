@@ -6,7 +6,7 @@ worker that reads it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import numpy as np
 import torch
@@ -28,29 +28,28 @@ def gradient_sums(
     *,
     seed: int,
     flip: bool,
-    on_batch: Callable[[int], None] = lambda index: None,
+    device: str = "cpu",
 ) -> dict[str, torch.Tensor]:
-    """Sum the gradients of numbered batches of samples [B, 2].
+    """Sum the gradients of numbered batches of samples [B, 2], computed on `device`.
 
     Returns:
-        For each Linear and Conv2d, float64 [O, I]: neurons by input connections.
+        On the CPU, for each Linear and Conv2d, float64 [O, I]: neurons by input connections.
     """
-    model = backbone.fresh_model()
+    model = backbone.fresh_model().to(device)
     layers = tunable_layers(model)
     for layer in layers.values():
         layer.weight = torch.nn.Parameter(layer.weight.detach())  # same storage, own gradient
-    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (backbone.mean, backbone.std))
+    mean, std = (torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (backbone.mean, backbone.std))
     sums = {name: torch.zeros(layer.weight.shape[0], layer.weight[0].numel(), dtype=torch.float64) for name, layer in layers.items()}
     for index, samples in batches:
         images, labels = reader.read(samples)
-        views = two_views(images, batch_generator(seed, index), flip=flip)
-        loss = supervised_contrastive_loss(model((views - mean) / std), labels.repeat(2), spec.temperature)
+        views = two_views(images, batch_generator(seed, index), flip=flip).to(device)
+        loss = supervised_contrastive_loss(model((views - mean) / std), labels.repeat(2).to(device), spec.temperature)
         loss.backward()
         for name, layer in layers.items():
             assert layer.weight.grad is not None
-            sums[name] += layer.weight.grad.reshape(sums[name].shape)
+            sums[name] += layer.weight.grad.reshape(sums[name].shape).cpu()
             layer.weight.grad = None
-        on_batch(index)
     return sums
 
 

@@ -58,13 +58,14 @@ def select(task: Task, data_folder: Path, top_k: int, path: Path, *, workers: in
     if path.exists():
         return path
     import ray.train
-    from ray.train.torch import TorchTrainer
+    from ray.train.torch import TorchConfig, TorchTrainer
 
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=".selection-", dir=path.parent))
     trainer = TorchTrainer(
         _worker,
-        train_loop_config={"task": task.model_dump_json(), "data_folder": str(data_folder), "top_k": top_k, "path": str(path)},
+        train_loop_config={"task": task.model_dump_json(), "data_folder": str(data_folder), "top_k": top_k, "path": str(path), "use_gpu": use_gpu},
+        torch_config=TorchConfig(backend="gloo"),  # sums are float64 on the CPU, also where gradients come from GPUs
         scaling_config=ray.train.ScalingConfig(num_workers=workers, use_gpu=use_gpu, resources_per_worker={"CPU": 1}),
         run_config=ray.train.RunConfig(
             name="selection",
@@ -89,10 +90,12 @@ def select_here(inputs: Inputs, top_k: int) -> dict[str, torch.Tensor]:
     return {name: top_connections(sum_OI, top_k) for name, sum_OI in sums.items()}
 
 
-def _share_of_sums(inputs: Inputs, rank: int, world: int) -> dict[str, torch.Tensor]:
+def _share_of_sums(inputs: Inputs, rank: int, world: int, device: str = "cpu") -> dict[str, torch.Tensor]:
     task = inputs.task
     batches: list[NumberedBatch] = list(enumerate(shard_batches(inputs.splits["train"], task.selection.batch_size, seed=task.seed)))
-    return gradient_sums(inputs.backbone, inputs.reader("train"), batches[rank::world], task.selection, seed=task.seed, flip=task.input.flip)
+    return gradient_sums(
+        inputs.backbone, inputs.reader("train"), batches[rank::world], task.selection, seed=task.seed, flip=task.input.flip, device=device
+    )
 
 
 def _worker(config: dict[str, Any]) -> TaskpackError | None:
@@ -103,7 +106,7 @@ def _worker(config: dict[str, Any]) -> TaskpackError | None:
     error: TaskpackError | None = None
     try:
         inputs = open_inputs(Task.model_validate_json(config["task"]), Path(config["data_folder"]))
-        sums = _share_of_sums(inputs, rank, world)
+        sums = _share_of_sums(inputs, rank, world, "cuda" if config["use_gpu"] else "cpu")
     except TaskpackError as fault:
         error = fault
     errors: list[TaskpackError | None] = [None] * world
