@@ -19,9 +19,6 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn import grad as nn_grad
 
-from pipeline.adaptation.quantiser import small_change
-from pipeline.spec import Bits
-
 TunableLayer = nn.Linear | nn.Conv2d
 FEW_COLUMNS = 0.5
 """Share of a layer's columns up to which gathering them first is faster than the dense product, measured on CPU."""
@@ -71,6 +68,8 @@ class _ConnectedProduct(torch.autograd.Function):
 class TunedLayer(nn.Module):
     """A frozen Linear or Conv2d with trained connections, a trained bias, or both.
 
+    `current` holds what this forward pass uses: `connections` [O, K] is added to the weight's entries at `index_OK`, `bias` [O] to the bias.
+
     Args:
         base: the backbone's layer; never written to.
         index_OK: selected columns of each row, or None to leave the weight alone.
@@ -80,14 +79,11 @@ class TunedLayer(nn.Module):
     columns_U: torch.Tensor
     column_of_OK: torch.Tensor
 
-    def __init__(
-        self, base: TunableLayer, index_OK: torch.Tensor | None, connection_bits: Bits, bias_bits: Bits | None, generator: torch.Generator
-    ) -> None:
+    def __init__(self, base: TunableLayer, index_OK: torch.Tensor | None) -> None:
         super().__init__()
         self.base = base
+        self.current: dict[str, torch.Tensor] = {}
         self.register_buffer("index_OK", None if index_OK is None else index_OK.long(), persistent=False)
-        self.connections = None if index_OK is None else small_change(tuple(index_OK.shape), connection_bits, generator)
-        self.bias = small_change(tuple(base.bias.shape), bias_bits, generator) if bias_bits is not None and base.bias is not None else None
         self.has_few_columns = False
         self._written: torch.Tensor | None = None
         if self.index_OK is not None and isinstance(base, nn.Linear):
@@ -102,11 +98,10 @@ class TunedLayer(nn.Module):
     @property
     def weight(self) -> torch.Tensor:
         """The effective weight with its gradient, for blocks that use a layer's weight themselves (SwinV2, BEiT)."""
-        if self.connections is None:
+        if self.index_OK is None:
             return self.base.weight
-        assert self.index_OK is not None
         flat_OI = self.base.weight.reshape(self.base.weight.shape[0], -1)
-        return flat_OI.scatter_add(1, self.index_OK, self.connections()).reshape(self.base.weight.shape)
+        return flat_OI.scatter_add(1, self.index_OK, self.current["connections"]).reshape(self.base.weight.shape)
 
     def weight_with(self, values_OK: torch.Tensor) -> torch.Tensor:
         """The effective weight, shaped as the base layer's: every entry but the selected ones is the backbone's, bit for bit."""
@@ -126,10 +121,12 @@ class TunedLayer(nn.Module):
         return self._written.view(self.base.weight.shape)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        bias = self.base.bias if self.bias is None else self.base.bias + self.bias()
-        if self.connections is None:
+        bias = self.base.bias
+        if bias is not None and "bias" in self.current:
+            bias = bias + self.current["bias"]
+        if self.index_OK is None:
             return apply_layer(self.base, x, self.base.weight, bias)
-        values_OK = self.connections()
+        values_OK = self.current["connections"]
         if not torch.is_grad_enabled():
             return apply_layer(self.base, x, self.weight_with(values_OK), bias)
         dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
