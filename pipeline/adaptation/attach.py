@@ -139,7 +139,7 @@ def _attach_to_slots(model: nn.Module, slots: Sequence[MlpSlot], recipe: Recipe)
         modules[name] = TunedNorm(model.get_submodule(name))
         model.set_submodule(name, modules[name])
     if recipe.smoa is not None:
-        banks = {slot.width: SmoaBank(recipe.smoa) for slot in slots}
+        banks = {width: SmoaBank(recipe.smoa) for width in sorted({slot.width for slot in slots})}
         for slot in slots:
             mlp = model.get_submodule(f"{slot.block}.mlp")
             model.set_submodule(f"{slot.block}.mlp", ParallelToMlp(mlp, banks[slot.width], slot.channels_first))

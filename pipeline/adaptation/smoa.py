@@ -52,14 +52,16 @@ class SmoaBank(nn.Module):
         embeddings_ER = F.normalize(self.current["embeddings"], dim=-1)
         return torch.softmax(projected_TR @ embeddings_ER.T / self.spec.temperature, dim=-1)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, beside: torch.Tensor) -> torch.Tensor:
+        """The bank's output for inputs [..., D], added to `beside` of the same shape."""
         x_TD = x.reshape(-1, x.shape[-1])
-        experts, hidden, width = self.current["down"].shape
-        hidden_TEH = F.relu(F.linear(x_TD, self.current["down"].reshape(experts * hidden, width))).view(-1, experts, hidden)
+        down, up = self.current["down"], self.current["up"]
+        experts, hidden, width = down.shape
+        hidden_TEH = F.relu(F.linear(x_TD, down.reshape(experts * hidden, width))).view(-1, experts, hidden)
         if experts > 1:
             hidden_TEH = hidden_TEH * self._gates(x_TD)[:, :, None].to(hidden_TEH.dtype)
-        up_DEH = self.current["up"].transpose(0, 1).reshape(width, experts * hidden)
-        return (self.spec.scale * F.linear(hidden_TEH.flatten(1), up_DEH)).reshape(x.shape)
+        up_XD = self.spec.scale * up.transpose(1, 2).reshape(experts * hidden, width)
+        return torch.addmm(beside.reshape(x_TD.shape), hidden_TEH.flatten(1), up_XD).view(x.shape)
 
     def _gates(self, x_TD: torch.Tensor) -> torch.Tensor:
         """[T, E]: the chosen expert's probability, zero for all others."""
@@ -94,6 +96,8 @@ class ParallelToMlp(nn.Module):
         self.channels_first = channels_first
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))  # once for both, which would each do it
         if self.channels_first:
-            return self.mlp(x) + self.bank[0](x.movedim(1, -1)).movedim(-1, 1)
-        return self.mlp(x) + self.bank[0](x)
+            return self.bank[0](x.movedim(1, -1), self.mlp(x).movedim(1, -1)).movedim(-1, 1)
+        return self.bank[0](x, self.mlp(x))
