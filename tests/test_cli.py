@@ -58,9 +58,7 @@ def test_the_same_run_again_redoes_nothing_and_starts_no_ray(finished: FinishedR
         raise AssertionError("Ray was started")
 
     monkeypatch.setattr("pipeline.batch.ray_session", refuse)
-    files = [
-        path for pattern in ("data/**/*", "selections/*", "studies/*/trials/*", "studies/*/fits/**/*") for path in finished.workdir.glob(pattern)
-    ]
+    files = [path for pattern in ("data/**/*", "selections/*", "studies/*/trials/*", "studies/*/fits/**/*") for path in finished.workdir.glob(pattern)]
     before = {path: path.stat().st_mtime_ns for path in files}
     answer = ask("run", finished.task_file)
     assert answer.code == 0
