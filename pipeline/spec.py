@@ -165,7 +165,7 @@ class Training(Spec):
 
     epochs: int = Field(12, ge=1)
     batch_size: int = Field(32, ge=1)
-    learning_rate: float = Field(3e-3, gt=0)
+    learning_rate: float = Field(8e-3, gt=0)
     warmup_epochs: float = Field(1.0, ge=0)
     weight_decay: float = Field(0.0, ge=0)
     label_smoothing: float = Field(0.0, ge=0, lt=1)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import pytest
 import torch
 
-from pipeline.adaptation import AdaptedModel, attach, plan
+from pipeline.adaptation import AdaptedModel, PlannedTensor, attach, plan
+from pipeline.adaptation.smoa import ParallelToMlp
+from pipeline.adaptation.values import FlatValues
 from pipeline.backbones import LoadedBackbone, fingerprint, load_backbone
 from pipeline.errors import BackboneError
 from pipeline.spec import Backbone, Biases, Connections, Head, Input, Norms, Recipe, Smoa
@@ -41,15 +44,34 @@ def attached(backbone: LoadedBackbone, recipe: Recipe, select: Select, seed: int
     return attach(backbone, recipe, CLASSES, selected=select(backbone, top_k), seed=seed)
 
 
+def by_tensor(model: AdaptedModel, flat: Callable[[FlatValues], torch.Tensor]) -> dict[PlannedTensor, torch.Tensor]:
+    """What `flat` gives for each group of values (the latent values, or their gradient), cut into the plan's tensors by their sizes alone."""
+    found = {}
+    for group in model.values.flat:
+        assert isinstance(group, FlatValues)
+        start = 0
+        for tensor in (tensor for tensor in model.values.tensors if tensor.bits == group.bits):
+            found[tensor] = flat(group)[start : start + math.prod(tensor.shape)].reshape(tensor.shape)
+            start += math.prod(tensor.shape)
+        assert start == len(flat(group))
+    return {tensor: found[tensor] for tensor in model.values.tensors}
+
+
+def latent(model: AdaptedModel) -> dict[PlannedTensor, torch.Tensor]:
+    return by_tensor(model, lambda group: group.latent_N.detach())
+
+
 @every_family
 @every_part
 def test_planned_tensors_are_the_trained_ones(family: str, part: str, families: dict[str, Backbone], random_selection: Select) -> None:
     backbone = load(families[family])
     planned, model = plan(backbone, PARTS[part], CLASSES), attached(backbone, PARTS[part], random_selection)
-    assert tuple(model.trained) == planned
-    assert all(tensor.shape == tuple(handle.latent.shape) and tensor.bits == handle.bits for tensor, handle in model.trained.items())
+    assert model.values.tensors == tuple(latent(model)) == planned
+    assert {tensor: tuple(value.shape) for tensor, value in model.values().items()} == {tensor: tensor.shape for tensor in planned}
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    assert {id(parameter) for parameter in trainable} == {id(handle.latent) for handle in model.trained.values()}
+    assert {id(parameter) for parameter in trainable} == {id(parameter) for parameter in model.values.parameters()}
+    widths = sorted({tensor.bits for tensor in planned})
+    assert [parameter.numel() for parameter in trainable] == [sum(tensor.values for tensor in planned if tensor.bits == bits) for bits in widths]
     assert model.trained_values() == sum(parameter.numel() for parameter in trainable)
 
 
@@ -76,14 +98,45 @@ def test_a_plan_counts_what_the_backbone_has(family: str, families: dict[str, Ba
 def test_changes_are_where_their_names_say(family: str, families: dict[str, Backbone], random_selection: Select) -> None:
     recipe = PARTS["all"].model_copy(update={"smoa": None})
     model = attached(load(families[family]), recipe, random_selection)
-    for tensor, handle in model.trained.items():
-        module, _, leaf = tensor.name.rpartition(".")
+    generator = torch.Generator().manual_seed(3)
+    for parameter in model.values.parameters():  # no two tensors alike
+        parameter.data.normal_(0, 0.01, generator=generator)
+    model(images(1))
+    for tensor, value in model.values().items():
+        owner, _, leaf = tensor.name.rpartition(".")
         if tensor.part == "norms":
-            assert model.backbone.get_submodule(module).changes[leaf] is handle
+            assert torch.equal(model.backbone.get_submodule(owner).current[leaf], value)
         elif tensor.part in ("connections", "biases"):
             layer = model.backbone.get_submodule(tensor.name)
-            assert (layer.connections if tensor.part == "connections" else layer.bias) is handle
-            assert torch.equal(model.positions[tensor.name], layer.index_OK)
+            assert torch.equal(layer.current["connections" if tensor.part == "connections" else "bias"], value)
+            assert torch.equal(model.positions()[tensor.name], layer.index_OK)
+        else:
+            assert torch.equal(model.head.current[leaf], value)
+
+
+@every_family
+def test_every_block_of_a_width_shares_its_banks_tensors(family: str, families: dict[str, Backbone], random_selection: Select) -> None:
+    model = attached(load(families[family]), PARTS["smoa"], random_selection)
+    model(images(1))
+    blocks = [module for module in model.backbone.modules() if isinstance(module, ParallelToMlp)]
+    assert len(blocks) >= len(model.banks) > 0
+    for block in blocks:
+        (bank,) = block.bank
+        width = bank.current["down"].shape[-1]
+        planned = {tensor.name.removeprefix(f"smoa.{width}."): value for tensor, value in model.values().items() if tensor.part == "adapters"}
+        assert bank.current.keys() == {"down", "up", "router", "embeddings"}
+        assert all(torch.equal(value, planned[name]) for name, value in bank.current.items())
+    assert {id(block.bank[0]) for block in blocks} == {id(bank) for bank in model.banks}
+
+
+def test_a_layer_without_bias_gets_none(tiny_backbone: Backbone) -> None:
+    backbone = load(tiny_backbone.model_copy(update={"arguments": {**tiny_backbone.arguments, "qkv_bias": False}}))
+    names = {tensor.name for tensor in plan(backbone, PARTS["biases"], CLASSES) if tensor.part == "biases"}
+    assert "blocks.0.attn.proj" in names
+    assert "blocks.0.attn.qkv" not in names
+    model = attach(backbone, PARTS["biases"], CLASSES)
+    model(images(1))
+    assert model.backbone.get_submodule("blocks.0.attn.qkv").current == {}
 
 
 # --- what is refused ------------------------------------------------------------------------------------------------------------------------
@@ -118,6 +171,7 @@ def test_layers_that_are_more_than_their_weight_are_left_alone_or_refused(kind: 
     except BackboneError:
         return
     with torch.inference_mode():
+        model(x)  # hands the changes to the layers
         x = model.normalise(x)
         torch.testing.assert_close(model.backbone(x), backbone.model(x), rtol=1e-4, atol=1e-4)
 
@@ -132,6 +186,7 @@ def test_changes_start_without_effect(family: str, bits: int, families: dict[str
     recipe = Recipe.model_validate({part: {"bits": bits} for part in ("connections", "biases", "norms")})
     model, x = attached(backbone, recipe, random_selection), images()
     with torch.inference_mode():
+        model(x)  # hands the changes to the layers
         torch.testing.assert_close(model.backbone(model.normalise(x)), backbone.model(model.normalise(x)), rtol=1e-5, atol=1e-5)
 
 
@@ -141,7 +196,8 @@ def test_images_are_normalised_once(family: str, families: dict[str, Backbone]) 
     model, x = attach(backbone, PARTS["head"], CLASSES), images()
     by_hand = torch.stack([(x[:, c].float() / 255 - backbone.mean[c]) / backbone.std[c] for c in range(3)], dim=1)
     with torch.inference_mode():
-        expected = backbone.model(by_hand) @ model.head.weight().T + model.head.bias()
+        head = {tensor.name: value for tensor, value in model.values().items()}
+        expected = backbone.model(by_hand) @ head["head.weight"].T + head["head.bias"]
         torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(model(x.float() / 255), expected, rtol=1e-4, atol=1e-5)
 
@@ -149,9 +205,10 @@ def test_images_are_normalised_once(family: str, families: dict[str, Backbone]) 
 @every_family
 def test_a_seed_gives_the_same_model(family: str, families: dict[str, Backbone], random_selection: Select) -> None:
     backbone = load(families[family])
-    first, again, other = (attached(backbone, PARTS["all"], random_selection, seed=seed) for seed in (1, 1, 2))
-    assert all(torch.equal(a.latent, b.latent) for a, b in zip(first.trained.values(), again.trained.values(), strict=True))
-    assert not torch.equal(first.head.weight.latent, other.head.weight.latent)
+    first, again, other = (latent(attached(backbone, PARTS["all"], random_selection, seed=seed)) for seed in (1, 1, 2))
+    assert all(torch.equal(a, b) for a, b in zip(first.values(), again.values(), strict=True))
+    head = next(tensor for tensor in first if tensor.name == "head.weight")
+    assert not torch.equal(first[head], other[head])
 
 
 def test_the_global_generator_and_the_backbone_are_left_alone(tiny_backbone: Backbone, random_selection: Select) -> None:
@@ -174,10 +231,10 @@ def test_every_trained_tensor_learns(family: str, bits: int, families: dict[str,
     model = attached(load(families[family]), recipe, random_selection).train()
     logits = model(images(8))
     (logits.square().mean() + logits[:, 0].mean() + model.auxiliary_loss()).backward()
-    assert [
-        tensor.name for tensor, handle in model.trained.items() if handle.latent.grad is None or not bool(handle.latent.grad.isfinite().all())
-    ] == []
-    still = [tensor for tensor, handle in model.trained.items() if handle.latent.grad is not None and float(handle.latent.grad.abs().max()) == 0]
+    assert all(parameter.grad is not None for parameter in model.values.parameters())
+    gradients = by_tensor(model, lambda group: group.latent_N.grad)  # type: ignore[arg-type, return-value]
+    assert [tensor.name for tensor, gradient in gradients.items() if not bool(gradient.isfinite().all())] == []
+    still = [tensor for tensor, gradient in gradients.items() if float(gradient.abs().max()) == 0]
     # Attention does not see a change of all keys alike, so a key's bias alone may have no gradient; every tensor here holds more than that.
     assert [tensor.name for tensor in still] == []
 
@@ -192,10 +249,10 @@ def test_only_the_banks_know_a_training_mode(tiny_backbone: Backbone, random_sel
         quiet = model(x)
         assert torch.equal(model.train()(x), quiet)
     assert model.training
-    assert all(bank.training for bank in model.banks.values())
+    assert all(bank.training for bank in model.banks)
     assert not any(module.training for module in model.backbone.modules())
     assert not model.eval().training
-    assert not any(bank.training for bank in model.banks.values())
+    assert not any(bank.training for bank in model.banks)
 
 
 def test_everything_moves_with_the_model(tiny_backbone: Backbone, random_selection: Select) -> None:
@@ -222,6 +279,21 @@ def test_the_auxiliary_loss_is_the_weighted_balance_of_the_banks(families: dict[
     model = attached(load(families["swin"]), recipe, random_selection).train()
     assert len(model.banks) == 2, "Swin's stages have two widths"
     model(images())
-    expected = 0.5 * sum(float(bank.balance_loss().detach()) for bank in model.banks.values())
+    expected = 0.5 * sum(float(bank.balance_loss().detach()) for bank in model.banks)
     assert float(model.auxiliary_loss().detach()) == pytest.approx(expected, rel=1e-5)
     assert expected > 0
+
+
+def test_a_forward_pass_forgets_the_balance_of_the_last_and_adds_to_the_load(families: dict[str, Backbone], random_selection: Select) -> None:
+    model = attached(load(families["swin"]), PARTS["smoa"], random_selection).train()
+    model(images(2))
+    first, terms, load_once = model.auxiliary_loss().detach(), [len(bank.balance_terms) for bank in model.banks], model.expert_load()
+    assert all(count > 0 for count in terms)
+    assert len(load_once) == len(model.banks)
+    model(images(2))
+    assert [len(bank.balance_terms) for bank in model.banks] == terms
+    assert torch.equal(model.auxiliary_loss().detach(), first)
+    assert model.expert_load() == {name: [2 * tokens for tokens in counts] for name, counts in load_once.items()}
+    assert all(sum(counts) > 0 for counts in load_once.values())
+    model.eval()(images(2))
+    assert float(model.auxiliary_loss()) == 0

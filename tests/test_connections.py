@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from pipeline.adaptation.connections import TunableLayer, TunedLayer, _ConnectedProduct
+from pipeline.adaptation.plan import PlannedTensor
+from pipeline.adaptation.values import TrainedValues
 from pipeline.spec import Bits
 
 LAYERS: dict[str, tuple[Callable[[], TunableLayer], tuple[int, ...]]] = {
@@ -17,6 +19,9 @@ LAYERS: dict[str, tuple[Callable[[], TunableLayer], tuple[int, ...]]] = {
     "linear without bias": (lambda: nn.Linear(5, 7, bias=False), (2, 3, 5)),
     "fused qkv": (lambda: nn.Linear(8, 24), (2, 3, 8)),
     "channels last": (lambda: nn.Linear(6, 4), (2, 3, 3, 6)),
+    "few columns": (lambda: nn.Linear(40, 6), (2, 3, 40)),
+    "1x1, few columns": (lambda: nn.Conv2d(40, 5, 1), (2, 40, 3, 4)),
+    "patches that fill the image": (lambda: nn.Conv2d(3, 8, (4, 6), stride=(4, 6)), (2, 3, 8, 6)),
     "1x1": (lambda: nn.Conv2d(6, 5, 1), (2, 6, 4, 4)),
     "patches": (lambda: nn.Conv2d(3, 8, 4, stride=4), (2, 3, 9, 8)),
     "depthwise": (lambda: nn.Conv2d(6, 6, 3, padding=1, groups=6), (2, 6, 5, 5)),
@@ -26,7 +31,7 @@ LAYERS: dict[str, tuple[Callable[[], TunableLayer], tuple[int, ...]]] = {
 every_layer = pytest.mark.parametrize("kind", LAYERS)
 
 
-def build(kind: str, bits: Bits = 32, top_k: int = 2) -> tuple[TunableLayer, TunedLayer, torch.Tensor]:
+def build(kind: str, top_k: int = 2) -> tuple[TunableLayer, TunedLayer, torch.Tensor]:
     """A frozen layer, the same layer tuned with random values, and an input."""
     make, shape = LAYERS[kind]
     generator = torch.Generator().manual_seed(1)
@@ -35,19 +40,18 @@ def build(kind: str, bits: Bits = 32, top_k: int = 2) -> tuple[TunableLayer, Tun
         base = make().requires_grad_(False)
     rows, columns = base.weight.shape[0], base.weight[0].numel()
     index_OK = torch.rand(rows, columns, generator=generator).argsort(dim=1)[:, :top_k].sort(dim=1).values
-    tuned = TunedLayer(base, index_OK, bits, bits, generator)
-    for parameter in tuned.parameters():
-        if parameter.requires_grad:
-            parameter.data.normal_(0, 0.5, generator=generator)
+    tuned = TunedLayer(base, index_OK)
+    shapes = {"connections": index_OK.shape} if base.bias is None else {"connections": index_OK.shape, "bias": base.bias.shape}
+    for name, size in shapes.items():
+        tuned.current[name] = torch.empty(size).normal_(0, 0.5, generator=generator).requires_grad_()
     return base, tuned, torch.randn(shape, generator=generator)
 
 
 def slow_weight(base: TunableLayer, tuned: TunedLayer) -> torch.Tensor:
     """The dense effective weight, entry by entry."""
-    assert tuned.connections is not None
     assert tuned.index_OK is not None
     weight_OI = base.weight.detach().clone().reshape(base.weight.shape[0], -1)
-    values = tuned.connections().detach()
+    values = tuned.current["connections"].detach()
     for row in range(values.shape[0]):
         for k in range(values.shape[1]):
             weight_OI[row, int(tuned.index_OK[row, k])] += values[row, k]
@@ -64,7 +68,7 @@ def dense_gradients(base: TunableLayer, tuned: TunedLayer, x: torch.Tensor, oute
     """Output, and gradients of input, connections and bias, by autograd on the whole dense layer."""
     assert tuned.index_OK is not None
     weight, inputs = slow_weight(base, tuned).requires_grad_(), x.clone().requires_grad_()
-    bias = None if base.bias is None else (base.bias.detach() + tuned.bias().detach()).requires_grad_()  # type: ignore[misc]
+    bias = None if base.bias is None else (base.bias.detach() + tuned.current["bias"].detach()).requires_grad_()
     y = plain(base, inputs, weight, bias)
     y.backward(outer)
     assert weight.grad is not None
@@ -77,10 +81,7 @@ def tuned_gradients(tuned: TunedLayer, x: torch.Tensor, outer: torch.Tensor) -> 
     inputs = x.clone().requires_grad_()
     y = tuned(inputs)
     y.backward(outer.to(y.dtype))
-    assert tuned.connections is not None
-    found = {"y": y.detach(), "x": inputs.grad, "connections": tuned.connections.latent.grad}
-    if tuned.bias is not None:
-        found["bias"] = tuned.bias.latent.grad
+    found = {"y": y.detach(), "x": inputs.grad, **{name: value.grad for name, value in tuned.current.items()}}
     assert not any(gradient is None for gradient in found.values())
     return found  # type: ignore[return-value]
 
@@ -112,28 +113,35 @@ def test_under_bfloat16_the_same_to_three_digits(kind: str) -> None:
 def test_the_derivative_is_that_of_the_function_in_double_precision(kind: str) -> None:
     base, tuned, x = build(kind)
     base, tuned = base.double(), tuned.double()
-    assert tuned.connections is not None
 
-    def product(inputs: torch.Tensor, values_OK: torch.Tensor) -> torch.Tensor:
-        return _ConnectedProduct.apply(inputs, values_OK, tuned.weight_with(values_OK), tuned)
+    def product(inputs: torch.Tensor, values_OK: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        return _ConnectedProduct.apply(inputs, values_OK, bias, tuned.weight_with(values_OK), tuned)
 
-    assert torch.autograd.gradcheck(product, (x.double().requires_grad_(), tuned.connections().detach().requires_grad_()))
+    assert torch.autograd.gradcheck(product, [x.double().requires_grad_(), *(v.detach().double().requires_grad_() for v in tuned.current.values())])
 
 
 @every_layer
 @pytest.mark.parametrize("bits", [1, 32])
 def test_training_leaves_every_other_weight_as_it_was_bit_for_bit(kind: str, bits: Bits) -> None:
-    base, tuned, x = build(kind, bits)
-    assert tuned.connections is not None
+    base, tuned, x = build(kind)
     assert tuned.index_OK is not None
+    planned = {PlannedTensor("connections", name, tuple(value.shape), bits): value.detach() for name, value in tuned.current.items()}
+    trained = TrainedValues(planned)
+
+    def hand_over() -> torch.Tensor:
+        """As the model does before each forward pass; gives the connections."""
+        tuned.current = {tensor.name: value for tensor, value in trained().items()}
+        return tuned.current["connections"].detach().clone()
+
     before = {name: tensor.clone() for name, tensor in base.named_parameters()}
-    start = tuned.connections().detach().clone()
-    optimiser = torch.optim.AdamW([parameter for parameter in tuned.parameters() if parameter.requires_grad], lr=0.1, weight_decay=0.1)
+    start = hand_over()
+    optimiser = torch.optim.AdamW(trained.parameters(), lr=0.1, weight_decay=0.1)
     for _ in range(3):
+        hand_over()
         optimiser.zero_grad()
         tuned(x).square().sum().backward()
         optimiser.step()
-    values = tuned.connections().detach()
+    values = hand_over()
     assert bool((values != start).any())
     assert all(torch.equal(tensor.view(torch.int32), before[name].view(torch.int32)) for name, tensor in base.named_parameters())
     assert all(tensor.grad is None for tensor in base.parameters())
@@ -145,16 +153,16 @@ def test_training_leaves_every_other_weight_as_it_was_bit_for_bit(kind: str, bit
 
 def test_a_layer_may_train_its_bias_alone() -> None:
     base = nn.Linear(5, 7).requires_grad_(False)
-    tuned = TunedLayer(base, None, 32, 32, torch.Generator())
-    assert tuned.connections is None
-    assert tuned.bias is not None
-    tuned.bias.latent.data.fill_(0.25)
+    tuned = TunedLayer(base, None)
+    bias = tuned.current["bias"] = torch.full((7,), 0.25, requires_grad=True)
+    assert tuned.weight is base.weight
     x = torch.randn(3, 5)
     torch.testing.assert_close(tuned(x), base(x) + 0.25)
     tuned(x).sum().backward()
-    assert torch.equal(tuned.bias.latent.grad, torch.full((7,), 3.0))
+    assert torch.equal(bias.grad, torch.full((7,), 3.0))
 
 
 def test_a_layer_without_bias_gets_none() -> None:
     base = nn.Linear(5, 7, bias=False).requires_grad_(False)
-    assert TunedLayer(base, None, 32, 8, torch.Generator()).bias is None
+    x = torch.randn(3, 5)
+    assert torch.equal(TunedLayer(base, None)(x), base(x))

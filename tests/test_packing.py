@@ -37,8 +37,8 @@ def trained(backbone: LoadedBackbone, recipe: Recipe, select: Select) -> Adapted
     """As if trained: every latent value somewhere else."""
     model = attach(backbone, recipe, len(CLASSES), selected=select(backbone, 4))
     generator = torch.Generator().manual_seed(7)
-    for handle in model.trained.values():
-        handle.latent.data += 0.05 * torch.randn(handle.latent.shape, generator=generator)
+    for parameter in model.values.parameters():
+        parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
     return model
 
 
@@ -71,8 +71,10 @@ def test_packing_a_reloaded_model_again_gives_the_same_logits(tiny_task: Task, t
     backbone, recipe = load_backbone(tiny_backbone, tiny_task.input), make_recipe("all", 2)
     model = trained(backbone, recipe, random_selection)
     reloaded = from_pack(read_pack(pack_to_bytes(to_pack(model, describe(tiny_task, recipe, backbone, CLASSES)))), backbone)
-    for tensor, handle in reloaded.trained.items():
-        torch.testing.assert_close(handle(), model.trained[tensor](), rtol=1e-6, atol=1e-7)
+    used, read = model.values(), reloaded.values()
+    assert read.keys() == used.keys()
+    for tensor, value in read.items():
+        torch.testing.assert_close(value, used[tensor], rtol=1e-6, atol=1e-7)
 
 
 def test_probe_logits_do_not_depend_on_the_model_being_in_training(tiny_task: Task, tiny_backbone: Backbone, random_selection: Select) -> None:

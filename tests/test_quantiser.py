@@ -1,4 +1,5 @@
-"""The quantiser against a scalar implementation, its gradient against the derivative by hand, its codes against the pack's reader."""
+"""The quantiser against a scalar implementation, its gradient against the derivative by hand, its codes against the pack's reader; and the flat
+vectors in which a model's trained values are kept."""
 
 from __future__ import annotations
 
@@ -9,7 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.adaptation.quantiser import EPSILON, Quantised, encode, quantise, small_change
+from pipeline.adaptation.plan import PlannedTensor
+from pipeline.adaptation.quantiser import EPSILON, encode, quantise
+from pipeline.adaptation.values import TrainedValues, initial_change
 from pipeline.packs import dequantise, levels
 from pipeline.spec import Bits
 
@@ -35,6 +38,14 @@ def groups(tensor: torch.Tensor) -> list[list[float]]:
     return [matrix.reshape(-1).tolist() for matrix in tensor] if tensor.ndim == 3 else [tensor.reshape(-1).tolist()]
 
 
+def lengths(*tensors: torch.Tensor) -> torch.Tensor:
+    return torch.tensor([len(group) for tensor in tensors for group in groups(tensor)])
+
+
+def joined(tensors: list[torch.Tensor]) -> torch.Tensor:
+    return torch.cat([tensor.reshape(-1) for tensor in tensors])
+
+
 def slow_quantise(tensor: torch.Tensor, bits: int) -> tuple[list[int], list[float]]:
     """Codes and stored values, number by number in double precision."""
     codes, values = [], []
@@ -53,9 +64,9 @@ def slow_quantise(tensor: torch.Tensor, bits: int) -> tuple[list[int], list[floa
 def test_every_value_becomes_the_nearest_level(shape: tuple[int, ...], bits: Bits) -> None:
     latent = draw(shape)
     codes, values = slow_quantise(latent, bits)
-    stored_codes, scales = encode(latent, bits)
+    stored_codes, scales = encode(latent.reshape(-1), lengths(latent), bits)
     assert stored_codes.tolist() == codes
-    torch.testing.assert_close(quantise(latent, bits).reshape(-1), torch.tensor(values), rtol=0, atol=3e-5)
+    torch.testing.assert_close(quantise(latent.reshape(-1), lengths(latent), bits), torch.tensor(values), rtol=0, atol=3e-5)
     assert scales is not None
     expected = [[statistics.fmean(group), statistics.stdev(group)] for group in groups(latent)]
     np.testing.assert_allclose(scales, expected, rtol=1e-5, atol=1e-7)
@@ -65,18 +76,31 @@ def test_every_value_becomes_the_nearest_level(shape: tuple[int, ...], bits: Bit
 @pytest.mark.parametrize("shape", [*SHAPES, (1,), (3, 1, 1)])
 def test_the_pack_reads_what_training_used(shape: tuple[int, ...], bits: Bits) -> None:
     latent = draw(shape, seed=bits)
-    codes, scales = encode(latent, bits)
+    codes, scales = encode(latent.reshape(-1), lengths(latent), bits)
     assert scales is not None
-    np.testing.assert_allclose(dequantise(codes, scales, bits), quantise(latent, bits).reshape(-1).numpy(), rtol=1e-6, atol=1e-7)
+    used = quantise(latent.reshape(-1), lengths(latent), bits).numpy()
+    np.testing.assert_allclose(dequantise(codes, scales, bits), used, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("bits", LOW_BITS)
+def test_runs_of_one_vector_do_not_know_of_each_other(bits: Bits) -> None:
+    latents = [draw(shape, seed) * 10.0**seed for seed, shape in enumerate([*SHAPES, (1,), (3, 1, 1), (200,)])]
+    together, (codes, scales) = quantise(joined(latents), lengths(*latents), bits), encode(joined(latents), lengths(*latents), bits)
+    alone = [quantise(latent.reshape(-1), lengths(latent), bits) for latent in latents]
+    encoded = [encode(latent.reshape(-1), lengths(latent), bits) for latent in latents]
+    assert torch.equal(together, joined(alone))
+    assert codes.tolist() == [code for each, _ in encoded for code in each.tolist()]
+    assert scales is not None
+    assert scales.tolist() == [pair for _, each in encoded if each is not None for pair in each.tolist()]
 
 
 @pytest.mark.parametrize(("bits", "kind"), [(16, np.float16), (32, np.float32)])
 def test_sixteen_and_thirty_two_bits_are_floats(bits: Bits, kind: type[np.generic]) -> None:
     latent = draw((3, 5)) * 1.0001
-    codes, scales = encode(latent, bits)
+    codes, scales = encode(latent.reshape(-1), lengths(latent), bits)
     assert scales is None
     assert codes.dtype == kind
-    assert quantise(latent, bits).reshape(-1).tolist() == latent.reshape(-1).numpy().astype(kind).tolist() == codes.tolist()
+    assert quantise(latent.reshape(-1), lengths(latent), bits).tolist() == latent.reshape(-1).numpy().astype(kind).tolist() == codes.tolist()
 
 
 # --- gradient -------------------------------------------------------------------------------------------------------------------------------
@@ -104,15 +128,27 @@ def slow_gradient(latent: torch.Tensor, bits: int, gradient: torch.Tensor) -> li
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_gradient_is_straight_through_and_flows_through_mean_and_deviation(shape: tuple[int, ...], bits: Bits) -> None:
     latent, gradient = draw(shape).requires_grad_(), draw(shape, seed=9)
-    quantise(latent, bits).backward(gradient)
+    quantise(latent.reshape(-1), lengths(latent), bits).backward(gradient.reshape(-1))
     assert latent.grad is not None
     torch.testing.assert_close(latent.grad.reshape(-1), torch.tensor(slow_gradient(latent.detach(), bits, gradient)), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("bits", LOW_BITS)
+def test_the_gradient_is_right_where_values_are_as_small_as_epsilon(bits: Bits) -> None:
+    """Changes start this small: there d w_hat / d mean is not next to nothing."""
+    latents, gradients = ([draw(shape, seed + number) for number, shape in enumerate(SHAPES)] for seed in (0, 9))
+    small = [latent * 1e-4 for latent in latents]
+    vector = joined(small).requires_grad_()
+    quantise(vector, lengths(*small), bits).backward(joined(gradients))
+    assert vector.grad is not None
+    expected = [number for latent, gradient in zip(small, gradients, strict=True) for number in slow_gradient(latent, bits, gradient)]
+    torch.testing.assert_close(vector.grad, torch.tensor(expected), rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("bits", [16, 32])
 def test_the_gradient_of_floats_is_the_identity(bits: Bits) -> None:
     latent, gradient = draw((3, 5)).requires_grad_(), draw((3, 5), seed=9)
-    quantise(latent, bits).backward(gradient)
+    quantise(latent.reshape(-1), lengths(latent), bits).backward(gradient.reshape(-1))
     assert latent.grad is not None
     assert torch.equal(latent.grad, gradient)
 
@@ -122,28 +158,136 @@ def test_the_gradient_of_floats_is_the_identity(bits: Bits) -> None:
 @pytest.mark.parametrize("value", [0.0, 0.7, -1e6])
 def test_equal_values_stay_what_they_are_with_a_finite_gradient(shape: tuple[int, ...], value: float, bits: Bits) -> None:
     latent = torch.full(shape, value, requires_grad=True)
-    stored = quantise(latent, bits)
+    stored = quantise(latent.reshape(-1), lengths(latent), bits).view(shape)
     stored.square().sum().backward()
     torch.testing.assert_close(stored, latent, rtol=1e-6, atol=1e-9)
     assert latent.grad is not None
     assert bool(latent.grad.isfinite().all())
 
 
-# --- the module -----------------------------------------------------------------------------------------------------------------------------
+# --- all trained values of a model ----------------------------------------------------------------------------------------------------------
+
+# Widths are mixed and not in order; two tensors have one name in different parts, as a layer's connections and bias do.
+MIXED = (
+    PlannedTensor("adapters", "bank.down", (2, 3, 4), 4),
+    PlannedTensor("connections", "first", (3, 5), 4, columns=9),
+    PlannedTensor("biases", "first", (7,), 16),
+    PlannedTensor("norms", "norm.weight", (6,), 1),
+    PlannedTensor("adapters", "bank.up", (3, 2, 4), 1),
+    PlannedTensor("norms", "norm.bias", (6,), 1),
+    PlannedTensor("head", "head.weight", (2, 4), 32),
+    PlannedTensor("head", "head.bias", (2,), 16),
+)
+WIDTHS = (1, 4, 16, 32)
+
+
+def draw_mixed(seed: int = 0) -> dict[PlannedTensor, torch.Tensor]:
+    return {tensor: draw(tensor.shape, seed + number) for number, tensor in enumerate(MIXED)}
+
+
+def only(shape: tuple[int, ...], bits: Bits) -> PlannedTensor:
+    return PlannedTensor("head", "only", shape, bits)
+
+
+def test_an_optimiser_sees_one_parameter_a_width_in_the_plans_order() -> None:
+    initial = draw_mixed()
+    values = TrainedValues(initial)
+    assert values.tensors == MIXED
+    latents = [parameter for parameter in values.parameters() if parameter.requires_grad]
+    assert len(latents) == len(list(values.parameters())) == len(WIDTHS)
+    for bits, latent in zip(WIDTHS, latents, strict=True):
+        assert torch.equal(latent.detach(), joined([initial[tensor] for tensor in MIXED if tensor.bits == bits]))
+
+
+def test_every_tensor_is_quantised_at_its_own_width_and_each_of_its_matrices_alone() -> None:
+    initial = draw_mixed()
+    used = TrainedValues(initial)()
+    assert used.keys() == initial.keys()
+    for tensor, values in used.items():
+        assert values.shape == tensor.shape
+        latent = initial[tensor]
+        if tensor.bits >= 16:
+            assert torch.equal(values, latent.half().float() if tensor.bits == 16 else latent), tensor
+        else:
+            torch.testing.assert_close(values.reshape(-1), torch.tensor(slow_quantise(latent, tensor.bits)[1]), rtol=0, atol=3e-5)
+
+
+@pytest.mark.parametrize("tensor", MIXED, ids=lambda tensor: f"{tensor.part} {tensor.name}")
+def test_a_matrix_that_moves_leaves_all_others_bit_for_bit(tensor: PlannedTensor) -> None:
+    initial = draw_mixed()
+    before = TrainedValues(initial)()
+    moved = {**initial, tensor: initial[tensor].clone()}
+    matrices = moved[tensor] if len(tensor.shape) == 3 else moved[tensor][None]
+    matrices[0] = matrices[0] * 3 + 5
+    after = TrainedValues(moved)()
+    for other in MIXED:
+        if other is not tensor:
+            assert torch.equal(after[other], before[other])
+    new, old = (each if len(tensor.shape) == 3 else each[None] for each in (after[tensor], before[tensor]))
+    assert torch.equal(new[1:], old[1:])
+    assert bool((new[0] != old[0]).all())
+
+
+def test_gradients_reach_the_latent_values_of_their_own_tensor() -> None:
+    initial, outer = draw_mixed(), draw_mixed(seed=50)
+    values = TrainedValues(initial)
+    used = values()
+    torch.autograd.backward([used[tensor] for tensor in MIXED], [outer[tensor] for tensor in MIXED])
+    expected = {
+        tensor: torch.tensor(slow_gradient(initial[tensor], tensor.bits, outer[tensor])) if tensor.bits < 16 else outer[tensor] for tensor in MIXED
+    }
+    for bits, latent in zip(WIDTHS, values.parameters(), strict=True):
+        assert latent.grad is not None
+        torch.testing.assert_close(latent.grad, joined([expected[tensor] for tensor in MIXED if tensor.bits == bits]), rtol=1e-3, atol=1e-4)
+
+
+def test_what_is_encoded_is_what_training_used() -> None:
+    initial = draw_mixed()
+    values = TrainedValues(initial)
+    encoded, used = values.encode(), {tensor: value.detach().reshape(-1) for tensor, value in values().items()}
+    assert encoded.keys() == initial.keys()
+    for tensor, (codes, scales) in encoded.items():
+        if tensor.bits >= 16:
+            assert scales is None
+            assert codes.dtype == (np.float16 if tensor.bits == 16 else np.float32)
+            assert codes.tolist() == used[tensor].tolist()
+        else:
+            assert scales is not None
+            assert codes.tolist() == slow_quantise(initial[tensor], tensor.bits)[0]
+            assert scales.shape == (tensor.shape[0] if len(tensor.shape) == 3 else 1, 2)
+            np.testing.assert_allclose(dequantise(codes, scales, tensor.bits), used[tensor].numpy(), rtol=1e-6, atol=1e-7)
+
+
+def test_values_are_float32_under_autocast() -> None:
+    values = TrainedValues(draw_mixed())
+    with torch.autocast("cpu", torch.bfloat16):
+        low = values()
+    assert all(value.dtype == torch.float32 and torch.equal(value, low[tensor]) for tensor, value in values().items())
+
+
+def test_stored_values_are_found_by_name_and_used_as_they_are() -> None:
+    stored = {tensor: value.detach() for tensor, value in TrainedValues(draw_mixed())().items()}
+    reloaded = TrainedValues(draw_mixed(seed=50))
+    reloaded.load_stored(dict(reversed(stored.items())))
+    assert all(torch.equal(value, stored[tensor]) for tensor, value in reloaded().items())
+    arbitrary = draw_mixed(seed=90)
+    reloaded.load_stored(arbitrary)
+    assert all(torch.equal(value, arbitrary[tensor]) for tensor, value in reloaded().items()), "not quantised a second time"
 
 
 @pytest.mark.parametrize("bits", [*LOW_BITS, 16, 32])
 def test_stored_values_are_used_as_they_are(bits: Bits) -> None:
-    trained = Quantised(draw((4, 6)), bits)
-    stored = trained().detach()
-    reloaded = Quantised(torch.zeros(4, 6), bits)
-    reloaded.load_stored(stored)
-    assert torch.equal(reloaded(), stored)
+    tensor = only((4, 6), bits)
+    stored = TrainedValues({tensor: draw((4, 6))})()[tensor].detach()
+    reloaded = TrainedValues({tensor: torch.zeros(4, 6)})
+    reloaded.load_stored({tensor: stored})
+    assert torch.equal(reloaded()[tensor], stored)
 
 
 @pytest.mark.parametrize("bits", [*LOW_BITS, 16, 32])
 def test_a_change_starts_at_nothing_or_next_to_it(bits: Bits) -> None:
-    first, again = (small_change((50, 3), bits, torch.Generator().manual_seed(3))() for _ in range(2))
+    tensor = only((50, 3), bits)
+    first, again = (TrainedValues({tensor: initial_change((50, 3), bits, torch.Generator().manual_seed(3))})()[tensor] for _ in range(2))
     assert torch.equal(first, again)
     assert float(first.detach().abs().max()) < 1e-3
     assert bool((first == 0).all()) == (bits >= 16), "below 16 bits a zero tensor would have no sign to learn"
@@ -151,11 +295,11 @@ def test_a_change_starts_at_nothing_or_next_to_it(bits: Bits) -> None:
 
 def test_a_learned_matrix_moves_through_its_codes() -> None:
     """One bit: gradient descent on the latent values finds the signs of a target."""
-    target = draw((6, 6)).sign()
-    weight = Quantised(draw((6, 6), seed=5) * 0.1, 1)
-    optimiser = torch.optim.Adam(weight.parameters(), lr=0.05)
+    target, tensor = draw((6, 6)).sign(), only((6, 6), 1)
+    values = TrainedValues({tensor: draw((6, 6), seed=5) * 0.1})
+    optimiser = torch.optim.Adam(values.parameters(), lr=0.05)
     for _ in range(200):
         optimiser.zero_grad()
-        (weight() - target).square().sum().backward()
+        (values()[tensor] - target).square().sum().backward()
         optimiser.step()
-    assert math.isclose(float((weight().detach().sign() == target).float().mean()), 1.0)
+    assert math.isclose(float((values()[tensor].detach().sign() == target).float().mean()), 1.0)

@@ -8,20 +8,18 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline.adaptation.smoa import ParallelToMlp, SmoaBank
+from pipeline.adaptation.smoa import ParallelToMlp, SmoaBank, bank_shapes
 from pipeline.spec import Smoa
 
 WIDTH = 6
 
 
 def make_bank(experts: int = 3, **options: float) -> SmoaBank:
-    """A bank at 32 bits whose numbers are all large enough to matter, one step begun."""
+    """A bank that holds tensors whose numbers are all large enough to matter."""
     spec = Smoa(experts=experts, width=4, router_width=5, bits=32, **options)  # type: ignore[arg-type]
-    bank = SmoaBank(WIDTH, spec, torch.Generator().manual_seed(0))
-    generator = torch.Generator().manual_seed(1)
-    for parameter in bank.parameters():
-        parameter.data.normal_(0, 1, generator=generator)
-    bank.begin_step()
+    bank, generator = SmoaBank(spec), torch.Generator().manual_seed(1)
+    for name, shape in bank_shapes(WIDTH, spec).items():
+        bank.current[name] = torch.empty(shape).normal_(0, 1, generator=generator).requires_grad_()
     return bank
 
 
@@ -29,8 +27,13 @@ def draw(*shape: int, seed: int = 2) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
+def through(bank: SmoaBank, x: torch.Tensor) -> torch.Tensor:
+    """The bank's output alone."""
+    return bank(x, torch.zeros_like(x))
+
+
 def values(bank: SmoaBank, name: str) -> list:
-    return bank.tensors[name]().detach().double().tolist()
+    return bank.current[name].detach().double().tolist()
 
 
 def matvec(matrix: list[list[float]], vector: list[float]) -> list[float]:
@@ -63,7 +66,16 @@ def slow_token(bank: SmoaBank, token: list[float]) -> list[float]:
 def test_each_token_goes_through_its_one_expert(experts: int) -> None:
     bank, x = make_bank(experts, scale=0.7, temperature=0.3), draw(2, 5, WIDTH)
     expected = torch.tensor([slow_token(bank, token) for token in x.reshape(-1, WIDTH).double().tolist()]).reshape(x.shape)
-    torch.testing.assert_close(bank(x), expected.float(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(through(bank, x), expected.float(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("experts", [1, 3])
+def test_the_output_is_added_to_what_is_beside(experts: int) -> None:
+    bank, x, beside = make_bank(experts), draw(2, 5, WIDTH), draw(2, 5, WIDTH, seed=5).requires_grad_()
+    y = bank(x, beside)
+    torch.testing.assert_close(y, beside + through(bank, x), rtol=1e-5, atol=1e-6)
+    y.sum().backward()
+    assert torch.equal(beside.grad, torch.ones_like(beside))  # type: ignore[arg-type]
 
 
 def test_probabilities_are_over_a_tokens_experts() -> None:
@@ -74,16 +86,16 @@ def test_probabilities_are_over_a_tokens_experts() -> None:
 
 def test_a_token_does_not_depend_on_the_others() -> None:
     bank, x_TD = make_bank(temperature=1.0), draw(12, WIDTH)
-    together = bank(x_TD)
+    together = through(bank, x_TD)
     for number, token in enumerate(x_TD):
-        torch.testing.assert_close(bank(token[None])[0], together[number], rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(bank(x_TD.flip(0)).flip(0), together, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(through(bank, token[None])[0], together[number], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(through(bank, x_TD.flip(0)).flip(0), together, rtol=1e-5, atol=1e-6)
 
 
 def test_a_single_expert_has_no_router() -> None:
     bank = make_bank(1).train()
-    bank(draw(4, WIDTH))
-    assert set(bank.tensors) == {"down", "up"}
+    through(bank, draw(4, WIDTH))
+    assert set(bank.current) == {"down", "up"}
     assert float(bank.balance_loss()) == 0
 
 
@@ -101,10 +113,10 @@ def slow_balance(bank: SmoaBank, x_TD: torch.Tensor) -> float:
 def test_the_balance_term_is_switchs_averaged_over_blocks() -> None:
     bank, blocks = make_bank().train(), [draw(11, WIDTH, seed=3), draw(7, WIDTH, seed=4)]
     for x_TD in blocks:
-        bank(x_TD)
+        through(bank, x_TD)
     expected = sum(slow_balance(bank, x_TD) for x_TD in blocks) / 2
     assert float(bank.balance_loss().detach()) == pytest.approx(expected, rel=1e-4)
-    bank.begin_step()
+    bank.balance_terms.clear()
     assert float(bank.balance_loss()) == 0, "terms of the last step are forgotten"
 
 
@@ -112,27 +124,26 @@ def pointed_bank(*directions: int) -> tuple[SmoaBank, torch.Tensor]:
     """Two experts that lie along axes 0 and 1, and tokens along the given axes."""
     bank = make_bank(2)
     with torch.no_grad():
-        bank.tensors["router"].latent.copy_(torch.eye(5, WIDTH))
-        bank.tensors["embeddings"].latent.copy_(torch.eye(2, 5))
-    bank.train().begin_step()
-    return bank, torch.eye(WIDTH)[list(directions)]
+        bank.current["router"].copy_(torch.eye(5, WIDTH))
+        bank.current["embeddings"].copy_(torch.eye(2, 5))
+    return bank.train(), torch.eye(WIDTH)[list(directions)]
 
 
 def test_the_balance_term_is_one_at_an_even_load_and_the_number_of_experts_at_the_worst() -> None:
     bank, tokens_TD = pointed_bank(0, 1, 0, 1)
-    bank(tokens_TD)
+    through(bank, tokens_TD)
     assert float(bank.balance_loss().detach()) == pytest.approx(1, abs=1e-5)
-    bank.begin_step()
-    bank(tokens_TD[[0, 0]])
+    bank.balance_terms.clear()
+    through(bank, tokens_TD[[0, 0]])
     assert float(bank.balance_loss().detach()) == pytest.approx(2, abs=1e-3)
 
 
 def test_load_is_counted_in_training_only() -> None:
     bank, tokens_TD = pointed_bank(0, 1, 0, 0)
-    bank(tokens_TD)
-    bank(tokens_TD[:2])
+    through(bank, tokens_TD)
+    through(bank, tokens_TD[:2])
     bank.eval()
-    bank(tokens_TD)
+    through(bank, tokens_TD)
     assert bank.expert_load.tolist() == [4, 2]
     assert len(bank.balance_terms) == 2
 
@@ -144,9 +155,9 @@ def test_router_embeddings_and_every_used_expert_get_a_gradient() -> None:
     bank, x_TD = make_bank().train(), draw(40, WIDTH)
     used = set(bank.route(x_TD).argmax(dim=1).tolist())
     assert used == {0, 1, 2}
-    bank(x_TD).square().sum().backward()
+    through(bank, x_TD).square().sum().backward()
     for name in ("router", "embeddings", "down", "up"):
-        gradient = bank.tensors[name].latent.grad
+        gradient = bank.current[name].grad
         assert gradient is not None
         rows = gradient.flatten(1).abs().sum(dim=1)
         assert bool((rows > 0).all()), name
@@ -154,26 +165,27 @@ def test_router_embeddings_and_every_used_expert_get_a_gradient() -> None:
 
 def test_an_idle_expert_gets_no_gradient() -> None:
     bank, tokens_TD = pointed_bank(0, 0)
-    bank(tokens_TD).square().sum().backward()
-    gradient = bank.tensors["up"].latent.grad
+    through(bank, tokens_TD).square().sum().backward()
+    gradient = bank.current["up"].grad
     assert gradient is not None
     assert float(gradient[1].abs().max()) == 0 < float(gradient[0].abs().max())
 
 
 def test_the_balance_term_alone_teaches_the_router() -> None:
     bank = make_bank().train()
-    bank(draw(20, WIDTH))
+    through(bank, draw(20, WIDTH))
     bank.balance_loss().backward()
-    assert float(bank.tensors["router"].latent.grad.abs().max()) > 0
+    assert float(bank.current["router"].grad.abs().max()) > 0
 
 
 def test_routing_stays_in_float32_under_autocast() -> None:
     bank, x_TD = make_bank(), draw(6, WIDTH)
     with torch.autocast("cpu", torch.bfloat16):
-        low = bank(x_TD)
-        bank.begin_step()
+        low, routes = through(bank, x_TD), bank._gates(x_TD)
+    assert routes.dtype == torch.float32
+    assert torch.equal(routes, bank._gates(x_TD))
     assert low.dtype == torch.bfloat16
-    torch.testing.assert_close(low.float(), bank(x_TD), rtol=0.05, atol=0.1)
+    torch.testing.assert_close(low.float(), through(bank, x_TD), rtol=0.05, atol=0.1)
 
 
 # --- in a block -----------------------------------------------------------------------------------------------------------------------------
@@ -185,7 +197,7 @@ def test_channels_may_come_first_or_last(experts: int) -> None:
     last = ParallelToMlp(nn.Identity(), bank, channels_first=False)(x)
     first = ParallelToMlp(nn.Identity(), bank, channels_first=True)(x.movedim(-1, 1))
     torch.testing.assert_close(first.movedim(1, -1), last, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(last, x + bank(x))
+    torch.testing.assert_close(last, x + through(bank, x))
 
 
 def test_a_shared_bank_is_registered_by_no_block() -> None:

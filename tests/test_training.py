@@ -81,6 +81,21 @@ def test_the_optimiser_follows_the_schedule(tiny_inputs: Inputs, selected: Selec
     assert used == pytest.approx(expected)
 
 
+def test_the_optimiser_holds_one_parameter_a_width(tiny_inputs: Inputs, selected: Selected, monkeypatch: pytest.MonkeyPatch) -> None:
+    held: list[list[int]] = []
+    step = torch.optim.AdamW.step
+
+    def record(self: torch.optim.AdamW, *args: Any) -> Any:
+        held.append([id(parameter) for group in self.param_groups for parameter in group["params"]])
+        return step(self, *args)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", record)
+    model = attached(tiny_inputs, selected)
+    run(model, tiny_inputs, epochs=1)
+    assert {tuple(ids) for ids in held} == {tuple(id(parameter) for parameter in model.parameters() if parameter.requires_grad)}
+    assert len(held[0]) == len({tensor.bits for tensor in model.values.tensors}) > 1
+
+
 def test_it_learns_and_leaves_the_backbone_alone(tiny_inputs: Inputs, selected: Selected) -> None:
     state = tiny_inputs.backbone.model.state_dict()
     before = fingerprint(state)
@@ -111,7 +126,7 @@ def test_a_seed_gives_the_same_values_and_the_same_pack(changes: dict[str, Any],
     models = [attached(tiny_inputs, selected) for _ in range(3)]
     losses = [run(model, tiny_inputs, seed=seed, epochs=1, **changes) for model, seed in zip(models, (1, 1, 2), strict=True)]
     assert losses[0] == losses[1] != losses[2]
-    assert all(torch.equal(a.latent, b.latent) for a, b in zip(models[0].trained.values(), models[1].trained.values(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(models[0].values.parameters(), models[1].values.parameters(), strict=True))
     contents = [packed(model, tiny_inputs) for model in models]
     assert contents[0] == contents[1] != contents[2]
 
@@ -192,7 +207,7 @@ def test_a_fit_measures_the_pack_it_wrote(fitted: tuple[Path, FitResult], tiny_i
     assert (result.test_accuracy, result.test_accuracy_stderr) == (score.accuracy, score.standard_error)
     assert result.size_bytes == len(content) == sum(result.ledger.values())
     assert result.size_bytes == planned_size_bytes(tiny_inputs.task, tiny_inputs.task.recipe, tiny_inputs.backbone, tiny_inputs.index.classes)
-    assert result.trained_values == sum(handle.latent.numel() for handle in model.trained.values())
+    assert result.trained_values == sum(parameter.numel() for parameter in model.values.parameters())
     by_hand = attached(tiny_inputs, selected)
     run(by_hand, tiny_inputs, "trainval")
     assert packed(by_hand, tiny_inputs) == content, "it was trained on train and validation"

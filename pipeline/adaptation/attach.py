@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -10,39 +10,58 @@ from torch import nn
 
 from pipeline.adaptation.connections import TunedLayer
 from pipeline.adaptation.norms import TunedNorm
-from pipeline.adaptation.plan import HEAD_BIAS_BITS, PlannedTensor, mlp_slots, plan, tunable_layers
-from pipeline.adaptation.quantiser import Quantised
-from pipeline.adaptation.smoa import ParallelToMlp, SmoaBank
+from pipeline.adaptation.plan import MlpSlot, PlannedTensor, mlp_slots, plan, tunable_layers
+from pipeline.adaptation.smoa import ParallelToMlp, SmoaBank, initial_bank_tensor
+from pipeline.adaptation.values import TrainedValues, initial_change
 from pipeline.backbones import LoadedBackbone
-from pipeline.spec import Head, Recipe
+from pipeline.spec import Recipe
 
 SelectedIndex = Mapping[str, torch.Tensor]
 """For each layer, the chosen columns of every neuron [O, K_max], strongest first."""
 
 
+class LinearHead(nn.Module):
+    """A linear classifier; `current` holds this forward pass's weight [C, F] and bias [C]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.current: dict[str, torch.Tensor] = {}
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        return F.linear(features, self.current["weight"], self.current["bias"])
+
+
+Receiver = TunedLayer | TunedNorm | SmoaBank | LinearHead
+
+
 class AdaptedModel(nn.Module):
     """Frozen backbone, trained parts, head. Takes uint8 images [B, 3, S, S] (or floats in [0, 1]), gives logits [B, C].
 
-    `trained` holds every trained tensor in the plan's order, `positions` the connections' columns [O, K] of each layer, ascending in every row.
+    `values` are the trained values; before each forward pass they are quantised once and handed to the modules that use them.
     """
 
     mean: torch.Tensor
     std: torch.Tensor
 
-    def __init__(self, backbone: nn.Module, banks: Mapping[int, SmoaBank], head: LinearHead, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+    def __init__(
+        self, backbone: nn.Module, modules: Mapping[str, Receiver], values: TrainedValues, mean: tuple[float, ...], std: tuple[float, ...]
+    ) -> None:
         super().__init__()
         self.backbone = backbone
-        self.banks = dict(banks)
-        self.registered_banks = nn.ModuleDict({str(width): bank for width, bank in banks.items()})
-        self.head = head
+        self.values = values
+        self.head = modules["head"]
+        self.banks = nn.ModuleList([module for module in modules.values() if isinstance(module, SmoaBank)])
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
-        self.trained: dict[PlannedTensor, Quantised] = {}
-        self.positions: dict[str, torch.Tensor] = {}
+        self._tuned = {name.removeprefix("layer:"): module for name, module in modules.items() if isinstance(module, TunedLayer)}
+        self._receivers = {tensor: (modules[address], key) for tensor in values.tensors for address, key in [_address(tensor)]}
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        for bank in self.banks.values():
-            bank.begin_step()
+        for bank in self._banks():
+            bank.balance_terms.clear()
+        for tensor, value in self.values().items():
+            module, key = self._receivers[tensor]
+            module.current[key] = value
         return self.head(self.backbone(self.normalise(images)))
 
     def normalise(self, images: torch.Tensor) -> torch.Tensor:
@@ -53,30 +72,28 @@ class AdaptedModel(nn.Module):
     def train(self, mode: bool = True) -> AdaptedModel:
         """Only the banks know a training mode; the frozen network always runs as in evaluation."""
         super().train(False)
-        for bank in self.banks.values():
-            bank.train(mode)
+        self.banks.train(mode)
         self.training = mode
         return self
 
     def auxiliary_loss(self) -> torch.Tensor:
         """Weighted load-balance terms of the last forward pass."""
-        return sum((bank.spec.balance_weight * bank.balance_loss() for bank in self.banks.values()), start=torch.zeros(()))
+        return sum((bank.spec.balance_weight * bank.balance_loss() for bank in self._banks()), start=torch.zeros((), device=self.mean.device))
+
+    def positions(self) -> dict[str, torch.Tensor]:
+        """The connections' columns [O, K] of each layer, ascending in every row."""
+        return {name: layer.index_OK for name, layer in self._tuned.items() if layer.index_OK is not None}
 
     def trained_values(self) -> int:
         """Number of values the recipe trains."""
-        return sum(tensor.values for tensor in self.trained)
+        return sum(tensor.values for tensor in self.values.tensors)
 
+    def expert_load(self) -> dict[str, list[int]]:
+        """Tokens routed to each expert in training, by bank."""
+        return {str(number): bank.expert_load.tolist() for number, bank in enumerate(self._banks())}
 
-class LinearHead(nn.Module):
-    """A linear classifier: weight [C, F] at the head's bits, bias [C] at 16."""
-
-    def __init__(self, width: int, class_count: int, spec: Head, generator: torch.Generator) -> None:
-        super().__init__()
-        self.weight = Quantised(torch.empty(class_count, width).normal_(0, 0.02, generator=generator), spec.bits)
-        self.bias = Quantised(torch.zeros(class_count), HEAD_BIAS_BITS)
-
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
-        return F.linear(features, self.weight(), self.bias())
+    def _banks(self) -> list[SmoaBank]:
+        return [bank for bank in self.banks if isinstance(bank, SmoaBank)]
 
 
 def attach(backbone: LoadedBackbone, recipe: Recipe, class_count: int, *, selected: SelectedIndex | None = None, seed: int = 0) -> AdaptedModel:
@@ -91,44 +108,54 @@ def attach(backbone: LoadedBackbone, recipe: Recipe, class_count: int, *, select
     """
     planned = plan(backbone, recipe, class_count)
     generator = torch.Generator().manual_seed(seed)
+    values = TrainedValues({tensor: _initial(tensor, generator) for tensor in planned})
     model = backbone.fresh_model()
-    slots = mlp_slots(model)
-    handles: dict[str, Quantised] = {}
+    slots = mlp_slots(model)  # found while the model is as timm made it
+    modules: dict[str, Receiver] = {"head": LinearHead(), **_tune_layers(model, recipe, selected), **_attach_to_slots(model, slots, recipe)}
+    return AdaptedModel(model, modules, values, backbone.mean, backbone.std).train(False)
 
-    tuned = _tune_layers(model, recipe, selected, generator)
-    handles |= {f"connections:{name}": layer.connections for name, layer in tuned.items() if layer.connections is not None}
-    handles |= {f"biases:{name}": layer.bias for name, layer in tuned.items() if layer.bias is not None}
-    if recipe.norms is not None:
-        for slot in slots:
-            norm = TunedNorm(model.get_submodule(f"{slot.block}.{slot.norm}"), recipe.norms.bits, generator)
-            model.set_submodule(f"{slot.block}.{slot.norm}", norm)
-            handles |= {f"norms:{slot.block}.{slot.norm}.{name}": change for name, change in norm.changes.items()}  # type: ignore[misc]
-    banks: dict[int, SmoaBank] = {}
+
+def _address(tensor: PlannedTensor) -> tuple[str, str]:
+    """Which module receives a tensor, and under which key."""
+    if tensor.part in ("connections", "biases"):
+        return f"layer:{tensor.name}", "connections" if tensor.part == "connections" else "bias"
+    owner, _, key = tensor.name.rpartition(".")
+    return owner, key
+
+
+def _initial(tensor: PlannedTensor, generator: torch.Generator) -> torch.Tensor:
+    if tensor.part == "adapters":
+        return initial_bank_tensor(tensor.name.rpartition(".")[2], tensor.shape, generator)
+    if tensor.name == "head.weight":
+        return torch.empty(tensor.shape).normal_(0, 0.02, generator=generator)
+    return initial_change(tensor.shape, tensor.bits, generator)
+
+
+def _attach_to_slots(model: nn.Module, slots: Sequence[MlpSlot], recipe: Recipe) -> dict[str, Receiver]:
+    """Trained norms, and the shared bank beside every MLP."""
+    modules: dict[str, Receiver] = {}
+    for slot in slots if recipe.norms is not None else []:
+        name = f"{slot.block}.{slot.norm}"
+        modules[name] = TunedNorm(model.get_submodule(name))
+        model.set_submodule(name, modules[name])
     if recipe.smoa is not None:
-        banks = {width: SmoaBank(width, recipe.smoa, generator) for width in sorted({slot.width for slot in slots})}
+        banks = {width: SmoaBank(recipe.smoa) for width in sorted({slot.width for slot in slots})}
         for slot in slots:
             mlp = model.get_submodule(f"{slot.block}.mlp")
             model.set_submodule(f"{slot.block}.mlp", ParallelToMlp(mlp, banks[slot.width], slot.channels_first))
-        handles |= {f"adapters:smoa.{width}.{name}": tensor for width, bank in banks.items() for name, tensor in bank.tensors.items()}
-    head = LinearHead(backbone.width, class_count, recipe.head, generator)
-    handles |= {"head:head.weight": head.weight, "head:head.bias": head.bias}
-
-    adapted = AdaptedModel(model, banks, head, backbone.mean, backbone.std)
-    adapted.trained = {tensor: handles[f"{tensor.part}:{tensor.name}"] for tensor in planned}
-    adapted.positions = {name: layer.index_OK for name, layer in tuned.items() if layer.index_OK is not None}
-    return adapted.train(False)
+        modules |= {f"smoa.{width}": bank for width, bank in banks.items()}
+    return modules
 
 
-def _tune_layers(model: nn.Module, recipe: Recipe, selected: SelectedIndex | None, generator: torch.Generator) -> dict[str, TunedLayer]:
+def _tune_layers(model: nn.Module, recipe: Recipe, selected: SelectedIndex | None) -> dict[str, Receiver]:
     if recipe.connections is None and recipe.biases is None:
         return {}
-    bias_bits = recipe.biases.bits if recipe.biases is not None else None
-    tuned: dict[str, TunedLayer] = {}
+    modules: dict[str, Receiver] = {}
     for name, layer in tunable_layers(model).items():
         index_OK = None
         if recipe.connections is not None:
             assert selected is not None, "a recipe with connections needs a selection"
             index_OK = selected[name][:, : recipe.connections.top_k].long().sort(dim=1).values
-        tuned[name] = TunedLayer(layer, index_OK, recipe.connections.bits if recipe.connections else 32, bias_bits, generator)
-        model.set_submodule(name, tuned[name])
-    return tuned
+        tuned = modules[f"layer:{name}"] = TunedLayer(layer, index_OK)
+        model.set_submodule(name, tuned)
+    return modules

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -11,7 +11,6 @@ from pydantic import ValidationError
 
 from pipeline.adaptation.attach import AdaptedModel, attach
 from pipeline.adaptation.plan import PlannedTensor, plan
-from pipeline.adaptation.quantiser import encode
 from pipeline.backbones import LoadedBackbone
 from pipeline.errors import PackBackboneMismatch, PackDamaged
 from pipeline.packs import Pack, PackBackbone, PackInput, PackMetadata, Part, PartBits, PartName, TensorSpec, ledger, zero_part
@@ -50,7 +49,8 @@ def planned_size_bytes(task: Task, recipe: Recipe, backbone: LoadedBackbone, cla
 
 def to_pack(model: AdaptedModel, metadata: PackMetadata) -> Pack:
     """Encode every trained tensor, and the logits of the probe images to check a reload by."""
-    parts = [_part(group, model) for group in _groups(tuple(model.trained))]
+    codes, positions = model.values.encode(), model.positions()
+    parts = [_part(group, codes, positions) for group in _groups(model.values.tensors)]
     return Pack(metadata, tuple(parts), probe_logits(model, metadata.input.size_px))
 
 
@@ -78,8 +78,7 @@ def from_pack(pack: Pack, backbone: LoadedBackbone) -> AdaptedModel:
     }
     model = attach(backbone, recipe, len(meta.classes), selected=selected)
     values = {(part.name, name): array for part in pack.parts for name, array in part.values().items()}
-    for tensor, handle in model.trained.items():
-        handle.load_stored(torch.from_numpy(values[tensor.part, tensor.name].copy()).reshape(tensor.shape))
+    model.values.load_stored({tensor: torch.from_numpy(values[tensor.part, tensor.name]) for tensor in planned})
     _check_probe(model, pack)
     return model
 
@@ -102,17 +101,18 @@ def _specs(group: list[PlannedTensor]) -> tuple[PartName, PartBits, tuple[Tensor
     return group[0].part, group[0].bits, specs, columns
 
 
-def _part(group: list[PlannedTensor], model: AdaptedModel) -> Part:
+def _part(
+    group: list[PlannedTensor], encoded: Mapping[PlannedTensor, tuple[np.ndarray, np.ndarray | None]], positions: Mapping[str, torch.Tensor]
+) -> Part:
     name, bits, specs, columns = _specs(group)
-    encoded = [encode(model.trained[tensor].latent, tensor.bits) for tensor in group]
-    scales = [scale for _, scale in encoded if scale is not None]
+    scales = [scale for tensor in group for scale in [encoded[tensor][1]] if scale is not None]
     return Part(
         name=name,
         bits=bits,
         tensors=specs,
-        codes=np.concatenate([codes for codes, _ in encoded]),
+        codes=np.concatenate([encoded[tensor][0] for tensor in group]),
         scales=np.concatenate(scales) if scales else None,
-        positions=tuple(model.positions[tensor.name].cpu().numpy().astype(np.int32) for tensor in group) if columns else (),
+        positions=tuple(positions[tensor.name].cpu().numpy().astype(np.int32) for tensor in group) if columns else (),
         columns=columns,
     )
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from pipeline.adaptation.connections import TunableLayer
+from pipeline.adaptation.smoa import bank_shapes
 from pipeline.backbones import LoadedBackbone
 from pipeline.errors import BackboneError
 from pipeline.packs import PartName
@@ -35,6 +36,11 @@ class PlannedTensor:
     def values(self) -> int:
         """Number of trained values."""
         return math.prod(self.shape)
+
+    @property
+    def matrices(self) -> int:
+        """Number of trailing 2-D matrices, each with a mean and an sd of its own; a vector is one."""
+        return math.prod(self.shape[:-2])
 
 
 @dataclass(frozen=True)
@@ -132,10 +138,9 @@ def _plan_norms(model: nn.Module, recipe: Recipe) -> Sequence[PlannedTensor]:
 def _plan_smoa(model: nn.Module, recipe: Recipe) -> Sequence[PlannedTensor]:
     if recipe.smoa is None:
         return ()
-    spec, tensors = recipe.smoa, []
-    for width in sorted({slot.width for slot in mlp_slots(model)}):
-        shapes = {"down": (spec.experts, spec.width, width), "up": (spec.experts, width, spec.width)}
-        if spec.experts > 1:
-            shapes |= {"router": (spec.router_width, width), "embeddings": (spec.experts, spec.router_width)}  # type: ignore[dict-item]
-        tensors += [PlannedTensor("adapters", f"smoa.{width}.{name}", shape, spec.bits) for name, shape in shapes.items()]
-    return tensors
+    widths = sorted({slot.width for slot in mlp_slots(model)})
+    return [
+        PlannedTensor("adapters", f"smoa.{width}.{name}", shape, recipe.smoa.bits)
+        for width in widths
+        for name, shape in bank_shapes(width, recipe.smoa).items()
+    ]

@@ -15,48 +15,53 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from pipeline.adaptation.quantiser import Quantised
 from pipeline.spec import Smoa
 
 
-class SmoaBank(nn.Module):
-    """The experts and the router for blocks of one width. Call `begin_step` once before each forward pass of the network."""
+def bank_shapes(width: int, spec: Smoa) -> dict[str, tuple[int, ...]]:
+    """Shapes of a bank's tensors; a single expert needs no router."""
+    shapes: dict[str, tuple[int, ...]] = {"down": (spec.experts, spec.width, width), "up": (spec.experts, width, spec.width)}
+    if spec.experts > 1:
+        shapes |= {"router": (spec.router_width, width), "embeddings": (spec.experts, spec.router_width)}
+    return shapes
 
-    def __init__(self, width: int, spec: Smoa, generator: torch.Generator) -> None:
+
+def initial_bank_tensor(name: str, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+    """`down` as nn.Linear, `up` near zero but not zero (a zero matrix has no sign to learn), router and embeddings of unit scale."""
+    initial = torch.empty(shape)
+    if name == "down":
+        bound = shape[-1] ** -0.5
+        return initial.uniform_(-bound, bound, generator=generator)
+    deviation = {"up": 1e-3, "router": shape[-1] ** -0.5, "embeddings": 1.0}[name]
+    return initial.normal_(0, deviation, generator=generator)
+
+
+class SmoaBank(nn.Module):
+    """The experts and the router for blocks of one width. `current` holds the tensors of this forward pass, shared by all blocks."""
+
+    def __init__(self, spec: Smoa) -> None:
         super().__init__()
         self.spec = spec
-        bound = width**-0.5  # nn.Linear's own
-        down = torch.empty(spec.experts, spec.width, width).uniform_(-bound, bound, generator=generator)
-        up = torch.empty(spec.experts, width, spec.width).normal_(0, 1e-3, generator=generator)
-        self.tensors = {"down": Quantised(down, spec.bits), "up": Quantised(up, spec.bits)}
-        if spec.experts > 1:
-            router = torch.empty(spec.router_width, width).normal_(0, width**-0.5, generator=generator)
-            embeddings = torch.empty(spec.experts, spec.router_width).normal_(0, 1, generator=generator)
-            self.tensors |= {"router": Quantised(router, spec.bits), "embeddings": Quantised(embeddings, spec.bits)}
-        self.registered_tensors = nn.ModuleDict(self.tensors)
-        self._values: dict[str, torch.Tensor] = {}
+        self.current: dict[str, torch.Tensor] = {}
         self.balance_terms: list[torch.Tensor] = []
         self.expert_load = torch.zeros(spec.experts, dtype=torch.long)
 
-    def begin_step(self) -> None:
-        """Quantise the shared tensors once for all blocks, and forget the last step's balance terms."""
-        self._values = {name: tensor() for name, tensor in self.tensors.items()}
-        self.balance_terms = []
-
     def route(self, x_TD: torch.Tensor) -> torch.Tensor:
         """Probabilities [T, E] of each expert for each token."""
-        projected_TR = F.normalize(x_TD.float() @ self._values["router"].T, dim=-1)
-        embeddings_ER = F.normalize(self._values["embeddings"], dim=-1)
+        projected_TR = F.normalize(x_TD.float() @ self.current["router"].T, dim=-1)
+        embeddings_ER = F.normalize(self.current["embeddings"], dim=-1)
         return torch.softmax(projected_TR @ embeddings_ER.T / self.spec.temperature, dim=-1)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, beside: torch.Tensor) -> torch.Tensor:
+        """The bank's output for inputs [..., D], added to `beside` of the same shape."""
         x_TD = x.reshape(-1, x.shape[-1])
-        experts, hidden, width = self._values["down"].shape
-        hidden_TEH = F.relu(F.linear(x_TD, self._values["down"].reshape(experts * hidden, width))).view(-1, experts, hidden)
+        down, up = self.current["down"], self.current["up"]
+        experts, hidden, width = down.shape
+        hidden_TEH = F.relu(F.linear(x_TD, down.reshape(experts * hidden, width))).view(-1, experts, hidden)
         if experts > 1:
             hidden_TEH = hidden_TEH * self._gates(x_TD)[:, :, None].to(hidden_TEH.dtype)
-        up_DEH = self._values["up"].transpose(0, 1).reshape(width, experts * hidden)
-        return (self.spec.scale * F.linear(hidden_TEH.flatten(1), up_DEH)).reshape(x.shape)
+        up_XD = self.spec.scale * up.transpose(1, 2).reshape(experts * hidden, width)
+        return torch.addmm(beside.reshape(x_TD.shape), hidden_TEH.flatten(1), up_XD).view(x.shape)
 
     def _gates(self, x_TD: torch.Tensor) -> torch.Tensor:
         """[T, E]: the chosen expert's probability, zero for all others."""
@@ -74,7 +79,7 @@ class SmoaBank(nn.Module):
         self.expert_load += counts_E.cpu()
 
     def balance_loss(self) -> torch.Tensor:
-        """Mean load-balance term of the blocks passed since `begin_step`; zero with a single expert."""
+        """Mean load-balance term of the blocks passed since `balance_terms` was cleared; zero with a single expert."""
         return torch.stack(self.balance_terms).mean() if self.balance_terms else torch.zeros(())
 
 
@@ -91,6 +96,8 @@ class ParallelToMlp(nn.Module):
         self.channels_first = channels_first
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))  # once for both, which would each do it
         if self.channels_first:
-            return self.mlp(x) + self.bank[0](x.movedim(1, -1)).movedim(-1, 1)
-        return self.mlp(x) + self.bank[0](x)
+            return self.bank[0](x.movedim(1, -1), self.mlp(x).movedim(1, -1)).movedim(-1, 1)
+        return self.bank[0](x, self.mlp(x))

@@ -27,8 +27,7 @@ def train_epochs(model: AdaptedModel, reader: Reader, split: Split, spec: Traini
     Raises:
         TrainingError: the loss is not finite.
     """
-    parameters = [tensor.latent for tensor in model.trained.values()]
-    optimiser = torch.optim.AdamW(parameters, lr=spec.learning_rate, weight_decay=spec.weight_decay, foreach=True)
+    optimiser = torch.optim.AdamW(model.values.parameters(), lr=spec.learning_rate, weight_decay=spec.weight_decay, fused=True)
     steps_per_epoch = len(training_batches(split, spec.batch_size, seed=seed, epoch=0))
     steps, warmup_steps = spec.epochs * steps_per_epoch, round(spec.warmup_epochs * steps_per_epoch)
     generator = torch.Generator().manual_seed(seed)

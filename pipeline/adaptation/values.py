@@ -1,0 +1,85 @@
+"""All trained values of a model: one flat parameter for each bit width, handed to the modules as named tensors before every forward pass.
+
+An optimiser sees one to three parameters instead of a hundred, and quantising costs a few operations a step, whatever the number of layers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import nn
+
+from pipeline.adaptation.plan import PlannedTensor
+from pipeline.adaptation.quantiser import encode, quantise
+from pipeline.spec import Bits
+
+
+class FlatValues(nn.Module):
+    """The trained values of one bit width, in the plan's order."""
+
+    lengths_G: torch.Tensor
+
+    def __init__(self, tensors: Sequence[PlannedTensor], initial: Sequence[torch.Tensor]) -> None:
+        super().__init__()
+        self.tensors = tuple(tensors)
+        self.bits: Bits = tensors[0].bits
+        self.latent_N = nn.Parameter(torch.cat([values.reshape(-1) for values in initial]))
+        runs = [math.prod(tensor.shape[-2:]) for tensor in tensors for _ in range(tensor.matrices)]
+        self.register_buffer("lengths_G", torch.tensor(runs), persistent=False)
+        self.is_stored = False
+
+    def forward(self) -> list[torch.Tensor]:
+        """Each tensor's values as they are, or will be, stored."""
+        values_N = self.latent_N if self.is_stored else quantise(self.latent_N, self.lengths_G, self.bits)
+        pieces = values_N.split([tensor.values for tensor in self.tensors])
+        return [piece.view(tensor.shape) for piece, tensor in zip(pieces, self.tensors, strict=True)]
+
+    def encode(self) -> dict[PlannedTensor, tuple[np.ndarray, np.ndarray | None]]:
+        """For each tensor its flat codes and, below 16 bits, its scales [matrices, 2]."""
+        codes_N, scales_G2 = encode(self.latent_N, self.lengths_G, self.bits)
+        codes = np.split(codes_N, np.cumsum([tensor.values for tensor in self.tensors])[:-1])
+        if scales_G2 is None:
+            return {tensor: (code, None) for tensor, code in zip(self.tensors, codes, strict=True)}
+        scales = np.split(scales_G2, np.cumsum([tensor.matrices for tensor in self.tensors])[:-1])
+        return {tensor: (code, scale) for tensor, code, scale in zip(self.tensors, codes, scales, strict=True)}
+
+    @torch.no_grad()
+    def load_stored(self, values: Mapping[PlannedTensor, torch.Tensor]) -> None:
+        """Take values read from a pack: from now on they are used as they are."""
+        self.latent_N.copy_(torch.cat([values[tensor].reshape(-1) for tensor in self.tensors]))
+        self.is_stored = True
+
+
+class TrainedValues(nn.Module):
+    """Every trained tensor of a model."""
+
+    def __init__(self, initial: Mapping[PlannedTensor, torch.Tensor]) -> None:
+        super().__init__()
+        self.tensors = tuple(initial)
+        widths = sorted({tensor.bits for tensor in initial})
+        groups = [[tensor for tensor in initial if tensor.bits == bits] for bits in widths]
+        self.flat = nn.ModuleList([FlatValues(group, [initial[tensor] for tensor in group]) for group in groups])
+
+    def forward(self) -> dict[PlannedTensor, torch.Tensor]:
+        """The values of every tensor, quantised."""
+        return {tensor: values for group in self._groups() for tensor, values in zip(group.tensors, group(), strict=True)}
+
+    def encode(self) -> dict[PlannedTensor, tuple[np.ndarray, np.ndarray | None]]:
+        """What a pack stores of every tensor."""
+        return {tensor: codes for group in self._groups() for tensor, codes in group.encode().items()}
+
+    def load_stored(self, values: Mapping[PlannedTensor, torch.Tensor]) -> None:
+        """Take every tensor's values from a pack."""
+        for group in self._groups():
+            group.load_stored(values)
+
+    def _groups(self) -> list[FlatValues]:
+        return [group for group in self.flat if isinstance(group, FlatValues)]
+
+
+def initial_change(shape: tuple[int, ...], bits: Bits, generator: torch.Generator) -> torch.Tensor:
+    """A change added to a frozen tensor: zero at 16 and 32 bits; below, tiny noise, since a zero tensor has no sign to learn."""
+    return torch.zeros(shape) if bits >= 16 else torch.empty(shape).normal_(0, 1e-4, generator=generator)
