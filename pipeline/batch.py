@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from pipeline.adaptation.packing import planned_size_bytes
 from pipeline.backbones.known import remember
-from pipeline.cluster import cluster_resources, ray_session
+from pipeline.cluster import cluster_resources, interruptible, ray_session
 from pipeline.data import prepare
 from pipeline.errors import ClusterError, StorageError, TaskpackError
 from pipeline.registry.record import Champion, RegisteredPack
@@ -163,7 +163,8 @@ class _Driver:
         if not path.exists():
             self.ray_is_up()
             cpus, gpus = cluster_resources()
-            select(inputs.task, data_folder, top_k, path, workers=self.selection_workers or gpus or cpus, use_gpu=gpus > 0)
+            workers = self.selection_workers or gpus or cpus
+            interruptible(lambda: select(inputs.task, data_folder, top_k, path, workers=workers, use_gpu=gpus > 0))
         return path
 
     def _search(self, inputs: Inputs, data_folder: Path, selection: Path | None, folder: StudyFolder) -> list[TrialRecord]:

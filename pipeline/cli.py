@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.text import Text
 
 from pipeline import api
 from pipeline.errors import TaskpackError
@@ -20,7 +21,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-out = Console()
+out = Console(markup=False, highlight=False, emoji=False)
 INTERRUPTED = 130
 
 Tasks = Annotated[list[Path], typer.Argument(help="Task files, or folders of them.", metavar="TASK.yaml...")]
@@ -40,14 +41,12 @@ def main() -> None:
     try:
         app()
     except TaskpackError as error:
-        Console(stderr=True).print(f"[bold red]error:[/] {_escaped(error)}", highlight=False, soft_wrap=True)
+        _print_error("error:", str(error))
         sys.exit(error.exit_code)
 
 
-def _escaped(error: object) -> str:
-    from rich.markup import escape
-
-    return escape(str(error))
+def _print_error(title: str, message: str) -> None:
+    Console(stderr=True, soft_wrap=True).print(Text.assemble((title, "bold red"), " ", message))
 
 
 def _overrides(recipe: Path | None, search: Path | None, max_bytes: str | None, trials: int | None) -> dict[str, Any]:
@@ -94,8 +93,7 @@ def _run_tasks(tasks: list[Any], workdir: Path, address: str | None, as_json: bo
         with BatchProgress(console, [task.name for task in tasks]) as progress:
             outcomes = api.run(tasks, workdir=workdir, address=address, on_progress=progress.update)
     except KeyboardInterrupt:
-        message = f"interrupted; what was finished is kept in {workdir}, the same command goes on from there"
-        Console(stderr=True, soft_wrap=True, highlight=False).print(message, markup=False)
+        _print_error("interrupted;", f"what was finished is kept in {workdir}, the same command goes on from there")
         raise typer.Exit(INTERRUPTED) from None
     if as_json:
         _print_json([_outcome_as_json(outcome) for outcome in outcomes])
@@ -113,13 +111,12 @@ def _print_outcomes(outcomes: list[Any]) -> None:
     if registered:
         out.print(champions_table(registered))
     for outcome in registered:
-        out.print(f"front of {outcome.task}: {outcome.front_figure}", soft_wrap=True, highlight=False)
-    console = Console(stderr=True, soft_wrap=True, highlight=False)
+        out.print(f"front of {outcome.task}: {outcome.front_figure}", soft_wrap=True)
     for outcome in outcomes:
         if outcome.error is not None:
-            console.print(f"[bold red]{outcome.task} failed in {outcome.stage}:[/] {_escaped(outcome.error)}")
+            _print_error(f"{outcome.task} failed in {outcome.stage}:", str(outcome.error))
     if len(outcomes) > len(registered) > 0:
-        console.print(f"{len(registered)} of {len(outcomes)} tasks registered, {len(outcomes) - len(registered)} failed")
+        typer.echo(f"{len(registered)} of {len(outcomes)} tasks registered, {len(outcomes) - len(registered)} failed", err=True)
 
 
 def _outcome_as_json(outcome: Any) -> dict[str, Any]:
@@ -141,9 +138,7 @@ def demo(workdir: Workdir = api.WORKDIR, max_bytes: MaxBytes = None, trials: Tri
     from pipeline.workspace import Workspace
 
     tasks = load_tasks([demo_folder()], overrides=_overrides(None, None, max_bytes, trials))
-    out.print(
-        f"{len(tasks)} tasks on one frozen backbone: {', '.join(task.name for task in tasks)}; everything is kept in {workdir}/", highlight=False
-    )
+    out.print(f"{len(tasks)} tasks on one frozen backbone: {', '.join(task.name for task in tasks)}; everything is kept in {workdir}/")
     _run_tasks(tasks, workdir, None, False)
     first = tasks[0].name
     image = save_samples(Workspace(workdir.resolve()).data(first), workdir / "samples" / first, count=4)[0]
@@ -154,7 +149,7 @@ def demo(workdir: Workdir = api.WORKDIR, max_bytes: MaxBytes = None, trials: Tri
         f"taskpack show {first}@champion{option}",
         f"taskpack predict {first}@champion {image}{option}",
     ):
-        out.print(f"  {line}", soft_wrap=True, highlight=False, style="bold")
+        out.print(f"  {line}", soft_wrap=True, style="bold")
 
 
 @app.command(name="ls")
@@ -264,9 +259,9 @@ def evaluate(
     if as_json:
         _print_json(content)
         return
-    out.print(f"test accuracy {score.accuracy!r} ({score.correct} of {score.samples}), standard error {score.standard_error:.4f}", highlight=False)
+    out.print(f"test accuracy {score.accuracy!r} ({score.correct} of {score.samples}), standard error {score.standard_error:.4f}")
     if registered is not None:
-        out.print(f"registered    {registered!r}: {'the same' if registered == score.accuracy else 'NOT the same'}", highlight=False)
+        out.print(f"registered    {registered!r}: {'the same' if registered == score.accuracy else 'NOT the same'}")
 
 
 @app.command()
@@ -277,10 +272,8 @@ def verify(reference: Reference, backbone: BackboneFile = None, workdir: Workdir
 
     path = api.fetch(reference, workdir=workdir)
     predictor = api.load(path, backbone=backbone, workdir=workdir)
-    out.print(f"{reference}: sound. Digest, layout, backbone fingerprint and probe logits agree", highlight=False, soft_wrap=True)
-    out.print(
-        f"task {predictor.metadata.task}, {len(predictor.metadata.classes)} classes, backbone {predictor.metadata.backbone['model']}", highlight=False
-    )
+    out.print(f"{reference}: sound. Digest, layout, backbone fingerprint and probe logits agree", soft_wrap=True)
+    out.print(f"task {predictor.metadata.task}, {len(predictor.metadata.classes)} classes, backbone {predictor.metadata.backbone['model']}")
     out.print(ledger_table(ledger(read_pack(path))))
 
 
@@ -331,7 +324,7 @@ def prepare(
     built = table("split", "samples", "shards", "bytes")
     for name, shards in index.splits.items():
         built.add_row(name, f"{sum(shard.samples for shard in shards):,}", str(len(shards)), f"{sum(shard.size_bytes for shard in shards):,}")
-    out.print(f"{target}: {len(index.classes)} classes, digest {index.digest[:16]}...", highlight=False, soft_wrap=True)
+    out.print(f"{target}: {len(index.classes)} classes, digest {index.digest[:16]}...", soft_wrap=True)
     out.print(built)
 
 

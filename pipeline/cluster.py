@@ -9,7 +9,10 @@ import secrets
 import socket
 import sys
 import tempfile
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from typing import TypeVar
 
 from pipeline.errors import ClusterError
 
@@ -20,6 +23,8 @@ _QUIET = {
     "RAY_DEDUP_LOGS": "1",
 }
 _ANSWER_SECONDS = 10
+
+Result = TypeVar("Result")
 
 
 @contextlib.contextmanager
@@ -82,6 +87,23 @@ def _check_answers(address: str) -> None:
 
 def _no_cluster(address: str, detail: str) -> ClusterError:
     return ClusterError(f"--address: no Ray cluster answers at {address!r} ({detail}); start one with `ray start --head`, or leave --address out")
+
+
+def interruptible(action: Callable[[], Result]) -> Result:
+    """Run `action` in a thread, so that Ctrl-C stays with this one.
+
+    Called from the main thread, Ray Train puts a handler of its own for Ctrl-C, which ends the process without a word, and never takes it back.
+    """
+    outcome: Future[Result] = Future()
+
+    def run() -> None:
+        try:
+            outcome.set_result(action())
+        except BaseException as error:  # whatever it is, it is the caller's
+            outcome.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return outcome.result()
 
 
 def cluster_resources() -> tuple[int, int]:

@@ -58,7 +58,9 @@ def test_the_same_run_again_redoes_nothing_and_starts_no_ray(finished: FinishedR
         raise AssertionError("Ray was started")
 
     monkeypatch.setattr("pipeline.batch.ray_session", refuse)
-    files = [path for pattern in ("data/**/*", "selections/*", "studies/*/trials/*", "studies/*/fits/**/*") for path in finished.workdir.glob(pattern)]
+    files = [
+        path for pattern in ("data/**/*", "selections/*", "studies/*/trials/*", "studies/*/fits/**/*") for path in finished.workdir.glob(pattern)
+    ]
     before = {path: path.stat().st_mtime_ns for path in files}
     answer = ask("run", finished.task_file)
     assert answer.code == 0
@@ -71,7 +73,7 @@ def test_run_as_json_prints_nothing_else_on_stdout(finished: FinishedRun, ask) -
     (outcome,) = answer.json()
     assert (outcome["task"], outcome["error"]) == ("bars", None)
     assert outcome["registered"]["pack_digest"] == ask("show", "bars", "--json").json()["pack_digest"]
-    assert sorted(trial["state"] for trial in outcome["trials"]) == ["complete"] * TRIALS or len(outcome["trials"]) == TRIALS
+    assert len(outcome["trials"]) == TRIALS
 
 
 def test_another_budget_runs_no_trial_twice(finished: FinishedRun, ask) -> None:
@@ -206,7 +208,7 @@ def champion_recipe(pack: Path) -> dict[str, object]:
 
 def test_plan_lists_parts_and_modules(finished: FinishedRun, ask) -> None:
     text = ask("plan", finished.task_file).out
-    assert all(part in text for part in ("connections", "smoa", "head", "Search space"))
+    assert all(part in text for part in ("connections", "adapters", "head", "Search space"))
     assert text.count("fits") == TRIALS
     by_module = ask("plan", finished.task_file, "--modules").out
     assert "blocks.0.attn.qkv" in by_module

@@ -18,8 +18,8 @@ class BatchProgress:
         self._console, self._started, self._stages = console, time.monotonic(), dict.fromkeys(tasks, "")
         self._live: Progress | None = None
         if console.is_terminal:
-            columns = (SpinnerColumn(), TextColumn("{task.description}"), TextColumn("{task.fields[stage]:8}"), BarColumn(24))
-            self._live = Progress(*columns, TimeElapsedColumn(), TextColumn("{task.fields[remark]}"), console=console)
+            columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TextColumn("{task.fields[stage]:8}"), BarColumn(24))
+            self._live = Progress(*columns, TimeElapsedColumn(), TextColumn("{task.fields[remark]}", markup=False), console=console)
             width = max(map(len, tasks), default=0)
             self._lines: dict[str, TaskID] = {
                 name: self._live.add_task(name.ljust(width), start=False, total=1.0, stage="waiting", remark="") for name in tasks
@@ -30,7 +30,8 @@ class BatchProgress:
         if self._live is not None:
             self._show(task, stage, share, remark)
         elif self._stages[task] != stage:
-            self._console.print(f"[{time.monotonic() - self._started:6.1f} s] {task}: {stage}{' - ' + remark if remark else ''}", highlight=False)
+            line = f"[{time.monotonic() - self._started:6.1f} s] {task}: {stage}{' - ' + remark if remark else ''}"
+            self._console.print(line, markup=False, highlight=False, emoji=False, soft_wrap=True)
         self._stages[task] = stage
 
     def _show(self, task: str, stage: Stage, share: float, remark: str) -> None:

@@ -1,0 +1,112 @@
+"""A batch: one task's failure never stops the others, the same seed gives the same bytes, unforeseen errors are kept."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from helpers_cli import TASK, Answer, FinishedRun, finished_run, new_workdir, taskpack, taskpack_process, write_task
+
+from pipeline.batch import flatten, run_batch
+from pipeline.errors import ClusterError
+from pipeline.task_files import load_task
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.getbasetemp()
+
+
+@pytest.fixture(scope="session")
+def finished(base: Path) -> FinishedRun:
+    return finished_run(base)
+
+
+@pytest.fixture(scope="module")
+def batch(base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Answer]:
+    """The work folder after a run of three tasks, the second of which cannot be prepared, and what the run said."""
+    folder = tmp_path_factory.mktemp("batch")
+    tasks = folder / "tasks"
+    write_task(tasks, name="bars")
+    write_task(tasks, name="broken", data={"train": "none.tar", "test": "none.tar"})
+    linear = {"connections": None, "training": {"epochs": 1, "batch_size": 16, "precision": "fp32"}}
+    write_task(tasks, name="dots", data={**TASK["data"], "kind": "counting"}, recipe=linear, search={"head_bits": [4, 8]})
+    workdir = new_workdir(base, folder)
+    return workdir, taskpack_process("run", tasks, "--workdir", workdir)
+
+
+# --- one of three fails ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_other_tasks_are_registered(batch: tuple[Path, Answer]) -> None:
+    workdir, answer = batch
+    packs = taskpack("ls", "--workdir", workdir, "--json").json()
+    assert sorted(pack["name"] for pack in packs) == ["bars", "dots"]
+    champions = answer.out[answer.out.index("Champions") :]
+    assert [line.split()[0] for line in champions.splitlines()[2:4]] == ["bars", "dots"]
+
+
+def test_the_summary_and_the_exit_code_tell_of_the_failure(batch: tuple[Path, Answer]) -> None:
+    _, answer = batch
+    assert answer.code == 3
+    failure, summary = answer.err.splitlines()
+    assert failure.startswith("broken failed in prepare: ")
+    assert "none.tar: no such shard" in failure
+    assert summary == "2 of 3 tasks registered, 1 failed"
+
+
+def test_the_failure_shows_before_any_task_is_searched(batch: tuple[Path, Answer]) -> None:
+    lines = [line.partition("] ")[2] for line in batch[1].out.splitlines() if line.startswith("[")]
+    stages = [line.partition(" - ")[0] for line in lines]
+    assert stages.index("broken: failed") < stages.index("bars: select")
+    assert stages[-1] == "dots: done"
+
+
+def test_a_task_without_connections_needs_no_selection(batch: tuple[Path, Answer]) -> None:
+    assert "dots: select" not in batch[1].out
+    assert "dots: search" in batch[1].out
+
+
+def test_the_same_seed_gives_the_same_bytes(batch: tuple[Path, Answer], finished: FinishedRun) -> None:
+    """One run of its own and one among others, in different folders."""
+    (selection,) = batch[0].glob("selections/*.safetensors")
+    (pack,) = batch[0].glob("studies/bars-*/fits/*/pack.safetensors")
+    assert (selection.name, selection.read_bytes()) == (finished.selection.name, finished.selection.read_bytes())
+    assert pack.read_bytes() == finished.pack.read_bytes()
+
+
+# --- without Ray ----------------------------------------------------------------------------------------------------------------------------
+
+
+def test_an_unforeseen_error_ends_its_task_alone_and_is_kept(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: object) -> None:
+        raise ZeroDivisionError("a mistake of ours\nsecond line")
+
+    monkeypatch.setattr("pipeline.batch.prepare", fail)
+    workdir = new_workdir(base, tmp_path)
+    outcomes = run_batch([load_task(write_task(tmp_path, name=name)) for name in ("one", "two")], workdir)
+    assert [(outcome.task, outcome.stage, type(outcome.error)) for outcome in outcomes] == [(n, "prepare", ClusterError) for n in ("one", "two")]
+    log = workdir / "logs" / "one.txt"
+    assert str(outcomes[0].error).startswith(f"unexpected ZeroDivisionError: a mistake of ours; details in {log}")
+    assert "second line" in log.read_text()
+
+
+def test_progress_tells_each_task_s_stages_in_order(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[str, str]] = []
+    tasks = [load_task(write_task(tmp_path, name=name, budget={"max_bytes": 1000})) for name in ("one", "two")]
+    run_batch(tasks, new_workdir(base, tmp_path), on_progress=lambda task, stage, share, remark: seen.append((task, stage)))
+    assert seen == [("one", "prepare"), ("one", "failed"), ("two", "prepare"), ("two", "failed")]
+
+
+def test_two_runs_do_not_share_a_work_folder(base: Path, tmp_path: Path) -> None:
+    from pipeline.storage import exclusive
+
+    workdir, task = new_workdir(base, tmp_path), write_task(tmp_path)
+    with exclusive(workdir):
+        answer = taskpack("run", task, "--workdir", workdir)
+    assert answer.code == 9
+    assert "another taskpack run is using this folder" in answer.words
+
+
+def test_flatten_names_each_value_by_its_path() -> None:
+    assert flatten({"a": {"b": 1, "c": {"d": "x"}}, "e": None}) == {"a.b": "1", "a.c.d": "x", "e": "None"}
