@@ -23,6 +23,7 @@ def run(
     workdir: str | Path = WORKDIR,
     address: str | None = None,
     overrides: dict[str, Any] | None = None,
+    per_trial: tuple[float | None, float | None] = (None, None),
     on_progress: OnProgress | None = None,
 ) -> list[TaskOutcome]:
     """Run tasks, given as `Task`s or as task files or folders of them, to registered packs.
@@ -31,6 +32,7 @@ def run(
         workdir: keeps every intermediate result; run again with the same one to resume.
         address: of a Ray cluster; None starts a private one on this machine.
         overrides: sections of the task files to replace, such as `{"budget": {"max_bytes": "32KiB"}, "search": {"trials": 6}}`.
+        per_trial: CPUs and GPUs a trial asks Ray for; a None takes 1 CPU, and 1 GPU where the cluster has some.
 
     Raises:
         TaskpackError: nothing could be run at all. What befell single tasks is in their outcomes.
@@ -39,7 +41,7 @@ def run(
 
     given = [task for task in tasks if isinstance(task, Task)]
     read = load_tasks([Path(task) for task in tasks if not isinstance(task, Task)], overrides=overrides)
-    return run_batch([*given, *read], Path(workdir), address=address, on_progress=on_progress or no_progress)
+    return run_batch([*given, *read], Path(workdir), address=address, per_trial=per_trial, on_progress=on_progress or no_progress)
 
 
 def find(

@@ -65,7 +65,7 @@ def run_batch(
     address: str | None = None,
     registry_uri: str | None = None,
     selection_workers: int | None = None,
-    resources: TrialResources = TrialResources(),  # noqa: B008
+    per_trial: tuple[float | None, float | None] = (None, None),
     on_progress: OnProgress = no_progress,
 ) -> list[TaskOutcome]:
     """Run every task to a registered pack.
@@ -74,6 +74,7 @@ def run_batch(
         workdir: keeps all intermediate results; on a cluster it must be a folder that every node sees.
         address: of a Ray cluster; None starts a private one here, and only when a stage needs it.
         registry_uri: MLflow tracking server; None takes MLFLOW_TRACKING_URI, else a SQLite file in `workdir`.
+        per_trial: CPUs and GPUs of a trial and of the final fit; a None takes one CPU, and one GPU where the cluster has some.
         selection_workers: ranks of the selection's worker group; None takes the cluster's CPUs, or its GPUs where it has some.
 
     Raises:
@@ -83,11 +84,12 @@ def run_batch(
     """
     workspace = Workspace(workdir.resolve())
     with exclusive(workspace.root), contextlib.ExitStack() as stack:
+        workspace.clear_leftovers()
         registry = open_registry(registry_uri, workspace.root)
         ray_is_up = functools.cache(lambda: stack.enter_context(ray_session(address)))
         if address is not None:
             ray_is_up()
-        driver = _Driver(workspace, registry, ray_is_up, selection_workers, resources, on_progress)
+        driver = _Driver(workspace, registry, ray_is_up, selection_workers, per_trial, on_progress)
         return driver.run(tasks)
 
 
@@ -100,7 +102,7 @@ class _Driver:
     registry: Registry
     ray_is_up: Callable[[], None]
     selection_workers: int | None
-    resources: TrialResources
+    per_trial: tuple[float | None, float | None]
     on_progress: OnProgress
     stage: Stage = "prepare"
 
@@ -182,9 +184,8 @@ class _Driver:
             folder.journal,
             size_of=_size_of(inputs),
             val_samples=len(inputs.splits["val"]),
-            resources=self.resources,
+            resources=self._resources,
             on_progress=report,
-            before_running=self.ray_is_up,
         )
 
     def _fit(self, inputs: Inputs, data_folder: Path, champion: TrialRecord, selection: Path | None, folder: StudyFolder) -> FitResult:
@@ -193,9 +194,14 @@ class _Driver:
         done = read_fit(folder.fit(champion.id))
         if done is not None:
             return done
-        self.ray_is_up()
         recipe = task.search.recipe(task.recipe, champion.point)
-        return _fit_on_ray(task, recipe, data_folder, selection, folder.fit(champion.id), self.resources)
+        return _fit_on_ray(task, recipe, data_folder, selection, folder.fit(champion.id), self._resources())
+
+    def _resources(self) -> TrialResources:
+        """What a trial is given; starts Ray where it does not run yet."""
+        self.ray_is_up()
+        cpus, gpus = self.per_trial
+        return TrialResources(cpus=1 if cpus is None else cpus, gpus=min(1, cluster_resources()[1]) if gpus is None else gpus)
 
 
 def _size_of(inputs: Inputs) -> Callable[[Recipe], int]:

@@ -33,6 +33,10 @@ RecipeFile = Annotated[Path | None, typer.Option("--recipe", help="YAML file tha
 SearchFile = Annotated[Path | None, typer.Option("--search", help="YAML file that replaces keys of the tasks' search space.")]
 MaxBytes = Annotated[str | None, typer.Option(help="Largest pack, such as 32KiB.")]
 Trials = Annotated[int | None, typer.Option(min=1, help="Configurations to try for each task.")]
+Cpus = Annotated[float | None, typer.Option("--cpus-per-trial", min=0.1, help="CPUs a trial asks Ray for; default 1.")]
+Gpus = Annotated[
+    float | None, typer.Option("--gpus-per-trial", min=0, help="GPUs a trial asks Ray for, or a share of one; default 1 where there are any.")
+]
 Address = Annotated[str | None, typer.Option(help="Ray cluster to use (auto: the one this machine belongs to); default: a private one here.")]
 
 
@@ -77,21 +81,26 @@ def run(
     trials: Trials = None,
     workdir: Workdir = api.WORKDIR,
     address: Address = None,
+    cpus: Cpus = None,
+    gpus: Gpus = None,
     as_json: AsJson = False,
 ) -> None:
     """Run tasks to registered packs: prepare, select, search, fit, register. Interrupt it anywhere; the same command goes on."""
     from pipeline.task_files import load_tasks
 
-    _run_tasks(load_tasks(tasks, overrides=_overrides(recipe, search, max_bytes, trials)), workdir, address, as_json)
+    loaded = load_tasks(tasks, overrides=_overrides(recipe, search, max_bytes, trials))
+    _run_tasks(loaded, workdir, address=address, per_trial=(cpus, gpus), as_json=as_json)
 
 
-def _run_tasks(tasks: list[Any], workdir: Path, address: str | None, as_json: bool) -> None:
+def _run_tasks(
+    tasks: list[Any], workdir: Path, *, address: str | None = None, per_trial: tuple[float | None, float | None] = (None, None), as_json: bool = False
+) -> None:
     try:
         from pipeline.reports.progress import BatchProgress
 
         console = Console(stderr=True) if as_json else out
         with BatchProgress(console, [task.name for task in tasks]) as progress:
-            outcomes = api.run(tasks, workdir=workdir, address=address, on_progress=progress.update)
+            outcomes = api.run(tasks, workdir=workdir, address=address, per_trial=per_trial, on_progress=progress.update)
     except KeyboardInterrupt:
         _print_error("interrupted;", f"what was finished is kept in {workdir}, the same command goes on from there")
         raise typer.Exit(INTERRUPTED) from None
@@ -139,7 +148,7 @@ def demo(workdir: Workdir = api.WORKDIR, max_bytes: MaxBytes = None, trials: Tri
 
     tasks = load_tasks([demo_folder()], overrides=_overrides(None, None, max_bytes, trials))
     out.print(f"{len(tasks)} tasks on one frozen backbone: {', '.join(task.name for task in tasks)}; everything is kept in {workdir}/")
-    _run_tasks(tasks, workdir, None, False)
+    _run_tasks(tasks, workdir)
     first = tasks[0].name
     image = save_samples(Workspace(workdir.resolve()).data(first), workdir / "samples" / first, count=4)[0]
     option = "" if workdir == api.WORKDIR else f" --workdir {workdir}"

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +26,14 @@ class Workspace:
     """Paths inside a work folder, absolute."""
 
     root: Path
+
+    def clear_leftovers(self) -> None:
+        """Remove the half-made folders of a run that was killed. Only for the holder of the work folder's lock."""
+        for leftover in (*self.root.glob("data/.*"), *self.root.glob("selections/.*")):
+            if leftover.is_dir():
+                shutil.rmtree(leftover, ignore_errors=True)
+            else:
+                leftover.unlink(missing_ok=True)
 
     def data(self, task: str) -> Path:
         """The prepared data of a task."""

@@ -33,6 +33,8 @@ os.environ.update(
         "OPENBLAS_NUM_THREADS": "1",
         "MPLBACKEND": "Agg",
         "HF_HUB_OFFLINE": "1",
+        # Where a run notes which backbone is where; not in a developer's own cache.
+        "XDG_CACHE_HOME": tempfile.mkdtemp(prefix="taskpack-tests-"),
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS": "0",
         # Ray reads both when it is imported; without a token it would write one into the home folder.

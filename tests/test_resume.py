@@ -119,6 +119,10 @@ def test_nothing_finished_was_written_again(journey: Journey) -> None:
         seen = snapshot
 
 
+def test_half_made_folders_are_cleared_away(journey: Journey) -> None:
+    assert [path.name for folder in ("data", "selections") for path in (journey.workdir / folder).glob(".*")] == []
+
+
 def test_each_stage_was_interrupted_where_it_says(journey: Journey) -> None:
     def count(name: str, pattern: str) -> int:
         return len([path for path in journey.snapshots[name] if path.match(pattern)])
@@ -144,7 +148,7 @@ def trial_curves(workdir: Path) -> dict[str, object]:
     return {record["id"]: (record["point"], record["state"], record["curve"]) for record in records}
 
 
-@pytest.mark.parametrize("name", ["killed in select", "interrupted in select", "killed in search"])
+@pytest.mark.parametrize("name", ["killed in select", "interrupted in select"])
 def test_nothing_of_ray_outlives_the_driver(journey: Journey, name: str) -> None:
     def alive() -> list[int]:
         return [pid for pid in journey.families[name] if os.path.exists(f"/proc/{pid}")]

@@ -21,7 +21,8 @@ from pipeline.errors import RegistryError, StorageError
 
 _SETTINGS = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
-    "MLFLOW_LOGGING_LEVEL": "WARNING",
+    # MLflow logs the whole traceback of what it then raises; `registry_errors` says it in one line.
+    "MLFLOW_LOGGING_LEVEL": "CRITICAL",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "MLFLOW_SKIP_PIP_REQUIREMENTS_CHECK": "true",
@@ -145,6 +146,8 @@ def _explain(tracking_uri: str, text: str) -> str:
             f"{where}: the MLflow server refuses access; check MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN, "
             f"and the server's --allowed-hosts ({reason})"
         )
+    if re.search(r"disk is full|No space left", text):
+        return f"{where}: the disk is full; free space, then the same command goes on"
     if "failed with error code 404" in text:
         return f"{where}: a server answers here, but not as MLflow does; check the address, its port and its path"
     if "while downloading one or more artifacts" in text:

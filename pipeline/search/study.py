@@ -131,11 +131,14 @@ def run_study(
     *,
     size_of: Callable[[Recipe], int],
     val_samples: int,
-    resources: TrialResources = TrialResources(),
+    resources: Callable[[], TrialResources] = TrialResources,
     on_progress: OnRecord = lambda study: None,
-    before_running: Callable[[], None] = lambda: None,
 ) -> list[TrialRecord]:
-    """Run every trial that the journal does not hold yet, on the Ray that runs once `before_running` was called.
+    """Run every trial that the journal does not hold yet.
+
+    Args:
+        size_of: bytes of the pack a recipe will give.
+        resources: asked for what a trial is given once one has to run; Ray must run by then.
 
     Raises:
         BudgetError: no configuration fits `max_bytes`.
@@ -146,8 +149,7 @@ def run_study(
     if not study.slots:
         raise _nothing_fits(task, study.all_records())
     if first is not None:
-        before_running()
-        _run_with_tune(study, first, data_folder, selection_path, resources, on_progress)
+        _run_with_tune(study, first, data_folder, selection_path, resources(), on_progress)
     records = study.all_records()
     if not any(record.state == "complete" for record in records):
         reasons = sorted({record.message for record in records if record.state == "failed"})
