@@ -280,6 +280,7 @@ def _describe(inputs: Inputs, champion: TrialRecord, trials: Sequence[TrialRecor
             "data_digest": inputs.index.digest,
             "description": task.description,
             "trial": champion.id,
+            "device": fitted.device,
         },
         front=[trial.row() for trial in trials],
         front_figure=folder.figure,

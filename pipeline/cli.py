@@ -212,6 +212,7 @@ def show(reference: Reference, workdir: Workdir = api.WORKDIR, as_json: AsJson =
         ("test acc. %", percent_with_error(pack.metrics)),
         ("size", f"{pack.size_bytes:,} bytes, {pack.metrics['trained_values']:,.0f} trained values"),
         ("backbone", f"{pack.tags['backbone']}  {pack.tags['backbone_fingerprint'][:16]}..."),
+        ("made on", f"{pack.tags['device']}: search {pack.metrics['search_seconds']:.0f} s, fit {pack.metrics['fit_seconds']:.0f} s"),
         ("digest", pack.pack_digest),
         ("recipe", "  ".join(f"{key}={value}" for key, value in sorted(pack.params.items()))),
     ):

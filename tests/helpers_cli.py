@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import functools
 import io
@@ -11,7 +10,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,10 +20,6 @@ import yaml
 
 from pipeline import cli
 from pipeline.registry.connection import initialise_sqlite
-
-# Which backbone has which fingerprint is noted in the user's cache; a developer's own is no place for a test's.
-os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="taskpack-tests-")
-atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 COMMAND = Path(sys.executable).with_name("taskpack")
 TIMEOUT_SECONDS = 240

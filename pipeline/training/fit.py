@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import platform
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
+import torch
 
 from pipeline.adaptation import SelectedIndex, attach
 from pipeline.adaptation.packing import describe, from_pack, to_pack
@@ -37,12 +40,16 @@ class FitResult:
     test_accuracy: float
     test_accuracy_stderr: float
     train_seconds: float
+    device: str
 
 
 def read_fit(folder: Path) -> FitResult | None:
     """The finished fit in `folder`, or None."""
-    content = read_json(folder / RESULT_FILE)
-    return FitResult(**content) if content is not None and (folder / PACK_FILE).exists() else None
+    try:
+        result = FitResult(**read_json(folder / RESULT_FILE))
+    except TypeError:  # none yet, or one that an older version wrote
+        return None
+    return result if (folder / PACK_FILE).exists() else None
 
 
 def fit(inputs: Inputs, recipe: Recipe, selected: SelectedIndex | None, folder: Path, *, device: str = "cpu") -> FitResult:
@@ -89,4 +96,5 @@ def _test(inputs: Inputs, folder: Path, device: str) -> FitResult:
         test_accuracy=score.accuracy,
         test_accuracy_stderr=score.standard_error,
         train_seconds=json.loads((folder / "training.json").read_text())["seconds"],
+        device=torch.cuda.get_device_name() if device == "cuda" else f"CPU ({platform.machine()}, {torch.backends.cpu.get_cpu_capability()})",
     )
