@@ -16,6 +16,7 @@ import torch
 
 from pipeline.adaptation import SelectedIndex, attach
 from pipeline.adaptation.packing import describe, from_pack, to_pack
+from pipeline.backbones import fingerprint
 from pipeline.packs import ledger, read_pack, write_pack
 from pipeline.spec import Recipe
 from pipeline.storage import read_json, write_json
@@ -72,11 +73,14 @@ def fit(inputs: Inputs, recipe: Recipe, selected: SelectedIndex | None, folder: 
 
 def _train_and_pack(inputs: Inputs, recipe: Recipe, selected: SelectedIndex | None, folder: Path, device: str) -> None:
     task, started = inputs.task, time.monotonic()
+    frozen = inputs.backbone.model.state_dict()
+    before = fingerprint(frozen)
     model = attach(inputs.backbone, recipe, len(inputs.index.classes), selected=selected, seed=task.seed).to(device)
     for _ in train_epochs(
         model, inputs.reader("trainval"), inputs.splits["trainval"], recipe.training, seed=task.seed, flip=task.input.flip, device=device
     ):
         pass
+    assert fingerprint(frozen) == before, "training changed the frozen backbone"
     write_json(folder / "training.json", {"seconds": round(time.monotonic() - started, 2)})
     write_pack(folder / PACK_FILE, to_pack(model.to("cpu"), describe(task, recipe, inputs.backbone, inputs.index.classes)))
 
