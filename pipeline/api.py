@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline.errors import SpecError
 from pipeline.spec import Task
 from pipeline.task_files import load_tasks
 
@@ -41,7 +42,14 @@ def run(
 
     given = [task for task in tasks if isinstance(task, Task)]
     read = load_tasks([Path(task) for task in tasks if not isinstance(task, Task)], overrides=overrides)
-    return run_batch([*given, *read], Path(workdir), address=address, per_trial=per_trial, on_progress=on_progress or no_progress)
+    batch = [*given, *read]
+    names = [task.name for task in batch]
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated:
+        raise SpecError(f"tasks: the name {repeated[0]!r} is given twice; give each task of a batch its own name")
+    if given and overrides:
+        raise SpecError("overrides: they apply to task files only; change the Task objects themselves")
+    return run_batch(batch, Path(workdir), address=address, per_trial=per_trial, on_progress=on_progress or no_progress)
 
 
 def find(

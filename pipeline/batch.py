@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from pipeline.adaptation.packing import planned_size_bytes
 from pipeline.backbones.known import remember
-from pipeline.cluster import cluster_resources, interruptible, ray_session
+from pipeline.cluster import check_fits_a_node, cluster_resources, interruptible, ray_session
 from pipeline.data import prepare
 from pipeline.errors import ClusterError, StorageError, TaskpackError
 from pipeline.registry.record import Champion, RegisteredPack
@@ -201,7 +201,9 @@ class _Driver:
         """What a trial is given; starts Ray where it does not run yet."""
         self.ray_is_up()
         cpus, gpus = self.per_trial
-        return TrialResources(cpus=1 if cpus is None else cpus, gpus=min(1, cluster_resources()[1]) if gpus is None else gpus)
+        resources = TrialResources(cpus=1 if cpus is None else cpus, gpus=min(1, cluster_resources()[1]) if gpus is None else gpus)
+        check_fits_a_node(resources.cpus, resources.gpus)
+        return resources
 
 
 def _size_of(inputs: Inputs) -> Callable[[Recipe], int]:
@@ -235,9 +237,12 @@ def _fit_on_ray(task: Task, recipe: Recipe, data_folder: Path, selection: Path |
     import ray
 
     remote = ray.remote(num_cpus=resources.cpus, num_gpus=resources.gpus, max_retries=2)(_fit_worker)
-    result = ray.get(
-        remote.remote(task.model_dump_json(), recipe.model_dump_json(), str(data_folder), selection, folder, max(1, int(resources.cpus)))
-    )
+    running = remote.remote(task.model_dump_json(), recipe.model_dump_json(), str(data_folder), selection, folder, max(1, int(resources.cpus)))
+    try:
+        result = ray.get(running)
+    except KeyboardInterrupt:  # where Ray is not ours, it outlives us
+        ray.cancel(running, force=True)
+        raise
     if isinstance(result, TaskpackError):
         raise result
     return result

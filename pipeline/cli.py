@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from dataclasses import asdict
@@ -325,12 +326,14 @@ def prepare(
     """Turn a task's data into WebDataset shards with an index, and check it."""
     from pipeline.data import prepare as prepare_data
     from pipeline.reports.tables import table
+    from pipeline.storage import exclusive
     from pipeline.task_files import load_task
     from pipeline.workspace import Workspace
 
     loaded = load_task(task)
     target = folder or Workspace(workdir.resolve()).data(loaded.name)
-    index = prepare_data(loaded, target)
+    with exclusive(workdir) if folder is None else contextlib.nullcontext():
+        index = prepare_data(loaded, target)
     built = table("split", "samples", "shards", "bytes")
     for name, shards in index.splits.items():
         built.add_row(name, f"{sum(shard.samples for shard in shards):,}", str(len(shards)), f"{sum(shard.size_bytes for shard in shards):,}")

@@ -111,3 +111,13 @@ def cluster_resources() -> tuple[int, int]:
 
     resources = ray.cluster_resources()
     return max(1, int(resources.get("CPU", 1))), int(resources.get("GPU", 0))
+
+
+def check_fits_a_node(cpus: float, gpus: float) -> None:
+    """Raise ClusterError where no node has what one trial asks for: Ray would wait for ever."""
+    import ray
+
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    if not any(node.get("CPU", 0) >= cpus and node.get("GPU", 0) >= gpus for node in nodes):
+        had = ", ".join(f"{node.get('CPU', 0):g} CPUs and {node.get('GPU', 0):g} GPUs" for node in nodes)
+        raise ClusterError(f"a trial asks for {cpus:g} CPUs and {gpus:g} GPUs, which no node has ({had}); lower --cpus-per-trial or --gpus-per-trial")

@@ -5,10 +5,12 @@ A pack names its backbone by fingerprint, never by a path. Every run notes the c
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from pathlib import Path
 
+from pipeline.errors import StorageError
 from pipeline.storage import read_json, write_json
 
 
@@ -20,9 +22,11 @@ def demo_folder() -> Path:
 
 def remember(fingerprint: str, weights: str) -> None:
     """Note that `weights` (a path, `pretrained` or `random`) has this fingerprint."""
+    weights = weights if weights in ("pretrained", "random") else str(Path(weights).resolve())
     known = read_json(_note()) or {}
     if known.get(fingerprint) != weights:
-        write_json(_note(), {**known, fingerprint: weights})
+        with contextlib.suppress(StorageError):  # a note for later: without it, --backbone names the checkpoint
+            write_json(_note(), {**known, fingerprint: weights})
 
 
 def recall(fingerprint: str) -> str | None:

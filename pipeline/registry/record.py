@@ -25,7 +25,8 @@ class Champion:
     """A pack to register.
 
     `ledger` holds bytes by part and sums to `size_bytes`; `metrics` such as test_accuracy (0 to 1), test_accuracy_stderr, val_accuracy,
-    trained_parameters; `params` the recipe, flattened; `tags` fingerprints, batch, backbone weights; `front` one row a trial.
+    trained_values, search_seconds, fit_seconds; `params` the recipe, flattened; `tags` backbone, backbone_fingerprint, data_digest, description,
+    trial, device; `front` one row a trial.
     """
 
     task: str

@@ -11,6 +11,7 @@ from pipeline.adaptation.packing import planned_ledger, planned_size_bytes
 from pipeline.data import prepare
 from pipeline.search.proposer import distinct_proposals
 from pipeline.spec import Task
+from pipeline.storage import exclusive
 from pipeline.training import open_inputs
 from pipeline.workspace import Workspace
 
@@ -27,7 +28,8 @@ class TaskPlan:
 def plan_task(task: Task, workdir: Path) -> TaskPlan:
     """Prepare the task's data (its classes are part of a pack), and plan. Raises as preparing and attaching do."""
     folder = Workspace(workdir).data(task.name)
-    prepare(task, folder)
+    with exclusive(workdir):
+        prepare(task, folder)
     inputs = open_inputs(task, folder)
     classes = inputs.index.classes
     proposals = distinct_proposals(task, lambda recipe: planned_size_bytes(task, recipe, inputs.backbone, classes))

@@ -126,7 +126,7 @@ class Sampled:
 
     def tell(self, record: TrialRecord) -> None:
         trial = self._asked[record.id]
-        if record.val_metric is None and not record.curve:
+        if record.state == "failed":
             self._study.tell(trial, state=_state("FAIL"))
             return
         metric = record.val_metric if record.val_metric is not None else record.curve[-1]

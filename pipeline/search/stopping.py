@@ -21,7 +21,7 @@ def is_dominated(curve: Sequence[float], epochs: int, size_bytes: int, earlier: 
 
     Args:
         curve: validation metric in [0, 1] after each epoch.
-        earlier: trials to compare with; those larger than `size_bytes`, or that ended before this epoch, do not count.
+        earlier: trials to compare with; those that failed, that are larger than `size_bytes` or ended before this epoch do not count.
     """
     epoch = len(curve)
     if epoch < math.ceil(epochs * FIRST_SHARE) or epoch == epochs:

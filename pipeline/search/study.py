@@ -10,7 +10,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -63,17 +63,28 @@ class Study:
                 self.is_exhausted = True
                 return None
             self.slots.append(proposal)
-            if proposal.id not in self._remembered:
+            if not self._holds(slot, proposal):
                 return slot
-            self.records[slot] = self._remembered[proposal.id]
+            # The same recipe may be another point of another space on another base recipe.
+            self.records[slot] = replace(self._remembered[proposal.id], point=proposal.point, size_bytes=proposal.size_bytes)
         return None
+
+    def _holds(self, slot: int, proposal: Proposal) -> bool:
+        """Whether the journal's record is what this study would find: a trial may have been stopped against one that is not in this space."""
+        record = self._remembered.get(proposal.id)
+        if record is None or record.state != "stopped":
+            return record is not None
+        return self._is_dominated(slot, list(record.curve))
+
+    def _is_dominated(self, slot: int, curve: list[float]) -> bool:
+        proposal = self.slots[slot]
+        earlier = [self.records[other] for other in range(slot - LAG + 1)]
+        return is_dominated(curve, proposal.recipe.training.epochs, proposal.size_bytes, earlier, self._val_samples)
 
     def report(self, slot: int, epoch: int, metric: float) -> bool:
         """Take a trial's metric after an epoch (counted from 1); whether the trial should go on."""
         curve = self._curves[slot] = [*self._curves.get(slot, [])[: epoch - 1], metric]
-        earlier = [self.records[other] for other in range(slot - LAG + 1)]
-        proposal = self.slots[slot]
-        if is_dominated(curve, proposal.recipe.training.epochs, proposal.size_bytes, earlier, self._val_samples):
+        if self._is_dominated(slot, curve):
             self._stopped.add(slot)
             return False
         return True
@@ -148,12 +159,12 @@ def run_study(
     first = study.next_slot()
     if not study.slots:
         raise _nothing_fits(task, study.all_records())
-    if first is not None:
-        _run_with_tune(study, first, data_folder, selection_path, resources(), on_progress)
+    crashes = _run_with_tune(study, first, data_folder, selection_path, resources(), on_progress) if first is not None else []
     records = study.all_records()
     if not any(record.state == "complete" for record in records):
         reasons = sorted({record.message for record in records if record.state == "failed"})
-        raise errors.TrainingError(f"{task.name}: no trial came to an end; {'; '.join(reasons)[:500]}")
+        kind = errors.ClusterError if crashes else errors.TrainingError
+        raise kind(f"{task.name}: no trial came to an end; {'; '.join([*reasons, *crashes])[:800]}")
     return records
 
 
@@ -167,7 +178,8 @@ def _nothing_fits(task: Task, rejected: Sequence[TrialRecord]) -> BudgetError:
 
 def _run_with_tune(
     study: Study, first: int, data_folder: Path, selection_path: Path | None, resources: TrialResources, on_progress: OnRecord
-) -> None:
+) -> list[str]:
+    """Run what is left; the last line of what each crashed trial raised."""
     os.environ.update(TUNE_DISABLE_SIGINT_HANDLER="1", TUNE_DISABLE_AUTO_CALLBACK_LOGGERS="1", RAY_AIR_NEW_OUTPUT="0")
     from ray import tune
 
@@ -183,7 +195,7 @@ def _run_with_tune(
     request = {"CPU": resources.cpus, **({"GPU": resources.gpus} if resources.gpus else {})}
     scratch = Path(tempfile.mkdtemp(prefix="taskpack-study-"))
     try:
-        tune.Tuner(
+        results = tune.Tuner(
             tune.with_resources(tune.with_parameters(_trainable, context=context), request),
             tune_config=tune.TuneConfig(search_alg=searcher, scheduler=StoppingScheduler(study), num_samples=-1, reuse_actors=True),
             run_config=tune.RunConfig(
@@ -194,6 +206,7 @@ def _run_with_tune(
         shutil.rmtree(scratch, ignore_errors=True)
     if searcher.fatal is not None:
         raise searcher.fatal
+    return sorted({(str(error).strip().splitlines() or [type(error).__name__])[-1] for error in results.errors})
 
 
 def _trainable(config: dict[str, Any], context: dict[str, Any]) -> None:

@@ -36,10 +36,16 @@ class StudySearcher(Searcher):
         self._on_progress(self._study)
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        result = result or {}
+        try:
+            self._take(trial_id, result or {}, error)
+        except TaskpackError as fault:  # a full disk: Tune would take it for a fault of the trial and run that again
+            self.fatal = self.fatal or fault
+        self._on_progress(self._study)
+
+    def _take(self, trial_id: str, result: dict[str, Any], error: bool) -> None:
         slot, seconds = self._slots[trial_id], float(result.get("time_total_s", 0.0))
         if error:
-            self._study.finish(slot, seconds, "its worker died more than twice, out of memory perhaps", is_final=False)
+            self._study.finish(slot, seconds, "its worker failed more than twice", is_final=False)
         elif "error" in result:
             fault = getattr(errors, result["error"])(result["message"])
             if not isinstance(fault, TrainingError):
@@ -47,7 +53,6 @@ class StudySearcher(Searcher):
             self._study.finish(slot, seconds, result["message"], is_final=isinstance(fault, TrainingError))
         else:
             self._study.finish(slot, seconds, None)
-        self._on_progress(self._study)
 
     def __getstate__(self) -> dict[str, Any]:
         """Tune pickles its parts to resume by; a study resumes by its journal."""

@@ -11,6 +11,7 @@ from pipeline.packs import read_pack
 from pipeline.registry.record import RegisteredPack
 from pipeline.registry.store import open_registry
 from pipeline.serving.predictor import load_backbone_of
+from pipeline.storage import exclusive
 from pipeline.task_files import load_task
 from pipeline.training import Score, evaluate
 from pipeline.workspace import Workspace
@@ -37,10 +38,16 @@ def evaluate_pack(reference: str, *, workdir: Path, task_file: Path | None, weig
     pack = read_pack(path)
     folder = workspace.data(pack.metadata.task)
     if task_file is not None:
-        prepare(load_task(task_file), folder)
+        task = load_task(task_file)
+        if task.name != pack.metadata.task:
+            raise DataError(f"{task_file}: is task {task.name!r}, the pack is of {pack.metadata.task!r}; give that task's file")
+        with exclusive(workspace.root):
+            prepare(task, folder)
     if not (folder / "index.json").exists():
         raise DataError(f"{folder}: the data of task {pack.metadata.task!r} was not prepared here; give its task file with --task")
     index = read_index(folder)
+    if index.classes != pack.metadata.classes:
+        raise DataError(f"{folder}: its classes are not the pack's, or in another order; give the task file the pack was made from with --task")
     _check_same_data(registered, index.digest, folder)
     test = split_samples(index, 0.5, 0)["test"]
     model = from_pack(pack, load_backbone_of(pack.metadata, str(weights) if weights is not None else None))
