@@ -282,3 +282,28 @@ def test_a_damaged_index_is_refused(old: str, new: str, message: str, tmp_path: 
 def test_a_missing_index_says_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="prepare the dataset first"):
         read_index(tmp_path)
+
+
+def test_a_sparse_member_is_refused_before_it_is_expanded(tmp_path: Path) -> None:
+    """A GNU sparse member of one block may claim a size of terabytes."""
+    member = tarfile.TarInfo("000000.jpg")
+    member.type = tarfile.GNUTYPE_SPARSE
+    path = tmp_path / "sparse.tar"
+    header = bytearray(member.tobuf(tarfile.GNU_FORMAT))
+    header[483:495] = b"77777777777\0"  # the real size, octal
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    path.write_bytes(bytes(header) + bytes(1024))
+    with pytest.raises(DataError, match="sparse"):
+        list(read_shard(str(path)))
+
+
+def test_names_that_webdataset_would_skip_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "skipped.tar"
+    with tarfile.open(path, "w") as archive:
+        for name, content in (("__train__/000.jpg", b"x"), ("__train__/000.cls", b"0")):
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    with pytest.raises(DataError, match="without a word"):
+        list(read_shard(str(path)))

@@ -6,6 +6,7 @@ import hashlib
 import random
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -383,14 +384,15 @@ def run(task: Task, folder: Path) -> list[TrialRecord]:
     return run_study(task, folder, None, TrialJournal(folder), size_of=fake_size, val_samples=VAL_SAMPLES)
 
 
-def by_hand(**options: Any) -> Callable[..., None]:
+def by_hand(**options: Any) -> Callable[..., list[str]]:
     """Stands in for Ray Tune: the study's trials, one after another."""
 
-    def run_all(study: Study, first: int, *others: Any) -> None:
+    def run_all(study: Study, first: int, *others: Any) -> list[str]:
         slot: int | None = first
         while slot is not None:
             drive_one(study, slot, **options)
             slot = study.next_slot()
+        return []
 
     return run_all
 
@@ -488,3 +490,32 @@ def test_a_study_runs_on_ray_tune(tiny_task: Task, tiny_data: Path, tiny_inputs:
     assert sorted(path.name for path in journal.folder.iterdir()) == sorted(f"{each.id}.json" for each in records)
     monkeypatch.setattr(study_module, "_run_with_tune", lambda *args: pytest.fail("nothing is left to run"))
     assert run_once() == records
+
+
+# --- what a journal means to another space ----------------------------------------------------------------------------------------------------
+
+
+def test_a_remembered_trial_keeps_its_own_point_in_a_new_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same recipe may be reached from another base recipe by another point: what is registered is rebuilt from the point."""
+    monkeypatch.setattr(study_module, "_run_with_tune", by_hand())
+    first = make_task(SearchSpace(top_k=(1, 2)))
+    run(first, tmp_path)
+    slow = first.recipe.model_copy(update={"training": first.recipe.training.model_copy(update={"learning_rate": 1e-4})})
+    space = SearchSpace(top_k=(1, 2), learning_rate=(1e-4, first.recipe.training.learning_rate))
+    second = first.model_copy(update={"recipe": slow, "search": space})
+    for record in run(second, tmp_path):
+        assert recipe_key(space.recipe(slow, record.point)) == record.id
+
+
+def test_a_trial_stopped_against_one_that_is_gone_runs_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    task = make_task(SearchSpace(top_k=(1,)))
+    key = recipe_key(task.search.recipe(task.recipe, {"top_k": 1}))
+    TrialJournal(tmp_path).write(TrialRecord(id=key, point={"top_k": 1}, size_bytes=100, state="stopped", curve=(0.1, 0.1, 0.1)))
+    monkeypatch.setattr(study_module, "_run_with_tune", by_hand())
+    assert [record.state for record in run(task, tmp_path)] == ["complete"]
+
+
+def test_a_failed_trial_stops_no_other() -> None:
+    rival = TrialRecord(id="a", point={}, size_bytes=10, state="failed", curve=(0.9, 0.9, 0.9, 0.9))
+    assert not is_dominated([0.1, 0.1, 0.1, 0.1], 6, 20, [rival], 1000)
+    assert is_dominated([0.1, 0.1, 0.1, 0.1], 6, 20, [replace(rival, state="stopped")], 1000)

@@ -18,7 +18,7 @@ from pipeline.spec import Recipe, Task
 
 PROBE_IMAGES = 2
 PROBE_TOLERANCE = 0.02
-"""Largest difference of a probe logit, relative to the largest logit, that other hardware may cause."""
+"""Largest difference of a probe logit that other hardware may cause, as a share of the largest logit, or of 1 where all are smaller."""
 
 
 def describe(task: Task, recipe: Recipe, backbone: LoadedBackbone, classes: Sequence[str]) -> PackMetadata:
@@ -72,7 +72,8 @@ def from_pack(pack: Pack, backbone: LoadedBackbone) -> AdaptedModel:
     recipe = _recipe(pack)
     stored = {(part.name, spec.name): (part, spec) for part in pack.parts for spec in part.tensors}
     planned = plan(backbone, recipe, len(meta.classes))
-    _compare(planned, {key: (spec.shape, part.bits) for key, (part, spec) in stored.items()})
+    columns = {(part.name, spec.name): count for part in pack.parts for spec, count in zip(part.tensors, part.columns, strict=False)}
+    _compare(planned, {key: (spec.shape, part.bits, columns.get(key)) for key, (part, spec) in stored.items()})
     selected = {
         spec.name: torch.from_numpy(index) for part in pack.parts if part.positions for spec, index in zip(part.tensors, part.positions, strict=True)
     }
@@ -125,8 +126,8 @@ def _recipe(pack: Pack) -> Recipe:
         raise PackDamaged(f"the pack's recipe is not valid: {'.'.join(str(key) for key in fault['loc'])}: {fault['msg']}") from None
 
 
-def _compare(planned: Sequence[PlannedTensor], stored: dict[tuple[str, str], tuple[tuple[int, ...], int]]) -> None:
-    wanted = {(tensor.part, tensor.name): (tensor.shape, int(tensor.bits)) for tensor in planned}
+def _compare(planned: Sequence[PlannedTensor], stored: dict[tuple[str, str], tuple[tuple[int, ...], int, int | None]]) -> None:
+    wanted = {(tensor.part, tensor.name): (tensor.shape, int(tensor.bits), tensor.columns) for tensor in planned}
     if wanted == stored:
         return
     missing, surplus = sorted(wanted.keys() - stored.keys()), sorted(stored.keys() - wanted.keys())

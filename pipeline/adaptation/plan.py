@@ -56,13 +56,18 @@ class MlpSlot:
 def tunable_layers(model: nn.Module) -> dict[str, TunableLayer]:
     """Every Linear and Conv2d of a backbone, by name, in order of definition.
 
-    Subclasses are left alone: they standardise their weight, or pad by the input's size, which a plain layer on another weight would not do.
+    Subclasses are left alone: they standardise their weight, or pad by the input's size, which a plain layer on another weight would not do. So are
+    convolutions that pad by a rule ("same") or with anything but zeros.
     """
-    return {name: module for name, module in model.named_modules() if type(module) in (nn.Linear, nn.Conv2d)}  # type: ignore[misc]
+    return {name: module for name, module in model.named_modules() if type(module) is nn.Linear or _is_plain_convolution(module)}  # type: ignore[misc]
+
+
+def _is_plain_convolution(module: nn.Module) -> bool:
+    return type(module) is nn.Conv2d and not isinstance(module.padding, str) and module.padding_mode == "zeros"
 
 
 def mlp_slots(model: nn.Module) -> list[MlpSlot]:
-    """Every block that sends a norm's output into an `mlp`."""
+    """Every block with an `mlp` and a norm next to it: before it (ViT, Swin, ConvNeXt) or, in post-norm blocks (SwinV2), after it."""
     slots = []
     for name, block in model.named_modules():
         first = getattr(getattr(block, "mlp", None), "fc1", None)

@@ -37,18 +37,23 @@ def initial_bank_tensor(name: str, shape: tuple[int, ...], generator: torch.Gene
 
 
 class SmoaBank(nn.Module):
-    """The experts and the router for blocks of one width. `current` holds the tensors of this forward pass, shared by all blocks."""
+    """The experts and the router for blocks of one width. `current` holds the tensors of this forward pass, shared by all blocks.
+
+    `expert_load` counts the tokens each expert was given in training.
+    """
+
+    expert_load: torch.Tensor
 
     def __init__(self, spec: Smoa) -> None:
         super().__init__()
         self.spec = spec
         self.current: dict[str, torch.Tensor] = {}
         self.balance_terms: list[torch.Tensor] = []
-        self.expert_load = torch.zeros(spec.experts, dtype=torch.long)
+        self.register_buffer("expert_load", torch.zeros(spec.experts, dtype=torch.long), persistent=False)
 
     def route(self, x_TD: torch.Tensor) -> torch.Tensor:
         """Probabilities [T, E] of each expert for each token."""
-        projected_TR = F.normalize(x_TD.float() @ self.current["router"].T, dim=-1)
+        projected_TR = F.normalize(x_TD.to(self.current["router"].dtype) @ self.current["router"].T, dim=-1)
         embeddings_ER = F.normalize(self.current["embeddings"], dim=-1)
         return torch.softmax(projected_TR @ embeddings_ER.T / self.spec.temperature, dim=-1)
 
@@ -76,7 +81,7 @@ class SmoaBank(nn.Module):
         counts_E = torch.bincount(choice_T, minlength=self.spec.experts)
         share_E = counts_E.to(probabilities_TE.dtype) / len(choice_T)
         self.balance_terms.append(self.spec.experts * (share_E * probabilities_TE.mean(dim=0)).sum())
-        self.expert_load += counts_E.cpu()
+        self.expert_load += counts_E
 
     def balance_loss(self) -> torch.Tensor:
         """Mean load-balance term of the blocks passed since `balance_terms` was cleared; zero with a single expert."""

@@ -25,7 +25,16 @@ from pipeline.errors import BackboneError
 from pipeline.spec import Backbone, Input
 
 RANDOM_WEIGHTS_SEED = 0
-_NOT_ARCHITECTURE = {"checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir", "pretrained_strict", "features_only"}
+_NOT_ARCHITECTURE = {
+    "checkpoint_path",
+    "pretrained_cfg",
+    "pretrained_cfg_overlay",
+    "cache_dir",
+    "pretrained_strict",
+    "features_only",
+    "in_chans",
+    "num_classes",
+}
 
 
 @dataclass(frozen=True)
@@ -91,7 +100,11 @@ def _create(spec: Backbone) -> nn.Module:
         try:
             return timm.create_model(spec.model, pretrained=spec.weights == "pretrained", num_classes=0, **spec.arguments)
         except Exception as error:
-            if spec.weights != "pretrained" or isinstance(error, TypeError | AssertionError | ValueError):
+            if "pretrained tag" in str(error):
+                raise BackboneError(f"backbone.model: given {spec.model!r}: {error}; timm.list_pretrained() lists the tags") from None
+            if "No pretrained weights" in str(error):
+                raise BackboneError(f"backbone.weights: timm has none for {spec.model}; give the path of a safetensors checkpoint") from None
+            if spec.weights != "pretrained" or isinstance(error, TypeError | AssertionError | ValueError) or "state_dict" in str(error):
                 raise BackboneError(f"backbone.arguments: {json.dumps(spec.arguments)} do not fit {spec.model}: {error}") from None
             raise BackboneError(
                 f"backbone.weights: 'pretrained' weights of {spec.model} could not be fetched ({type(error).__name__}: {str(error)[:200]}); "
@@ -142,6 +155,10 @@ def _set_input_size(model: nn.Module, name: str, size_px: int) -> None:
         if set_input_size is not None:
             set_input_size(img_size=(size_px, size_px))
         with torch.inference_mode():
-            model(torch.zeros(1, 3, size_px, size_px))
+            features = model(torch.zeros(1, 3, size_px, size_px))
     except (AssertionError, ValueError, RuntimeError) as error:
         raise BackboneError(f"input.size_px: given {size_px}, which {name} cannot take ({error}); choose a multiple of its patch size") from None
+    if features.ndim != 2:
+        raise BackboneError(
+            f"backbone.arguments: {name} gives features of shape {list(features.shape)}; expected one pooled vector; leave global_pool at its default"
+        )

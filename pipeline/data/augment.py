@@ -2,7 +2,8 @@
 
 Crop and flip are one affine map of the sampling grid, x' = s_x x + t_x and y' = s_y y + t_y, with a negative s_x where the image is mirrored, so the
 batch is resampled once. Crops cover 50-100 % of the area at an aspect of 3/4 to 4/3. The two views are those of the supervised contrastive loss
-(arXiv 2004.11362). All random numbers come from the generator, drawn on its device, so a seed gives the same views on CPU and GPU.
+(arXiv 2004.11362). All random numbers come from the generator, drawn on its device; callers use one on the CPU, so a seed draws the same numbers
+wherever the images are.
 """
 
 from __future__ import annotations

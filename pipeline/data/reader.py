@@ -66,6 +66,11 @@ class Reader:
         self.cache_bytes = cache_bytes
         self._labels = [np.array(shard.labels, np.int64) for shard in self.shards]
 
+    def window(self) -> int | None:
+        """How many shards to mix at a time so that they stay in the cache; None where all fit."""
+        sizes_bytes = [3 * self.size_px**2 * shard.samples for shard in self.shards]
+        return None if sum(sizes_bytes) <= self.cache_bytes else max(1, self.cache_bytes // max(sizes_bytes))
+
     def read(self, samples: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         """Images uint8 [B, 3, S, S] and labels int64 [B] of `samples`, int [B, 2] rows of (shard, position), in their order.
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import tarfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -76,7 +77,7 @@ def _check_tar(content: bytes, url: str) -> None:
             for member in archive:
                 _check_member(member, names, url)
             end = int(archive.offset)
-    except tarfile.ReadError as error:
+    except (tarfile.TarError, ValueError) as error:
         raise DataError(f"{url}: truncated, damaged or not an uncompressed tar ({error}); copy or prepare it again") from None
     after = content[end:]
     if len(after) < 2 * _BLOCK_BYTES or after.strip(b"\0"):
@@ -87,8 +88,10 @@ def _check_tar(content: bytes, url: str) -> None:
 def _check_member(member: tarfile.TarInfo, names: set[str], url: str) -> None:
     if member.isdir():
         return
-    if not member.isreg():
-        raise DataError(f"{url}: {member.name}: not an ordinary file (a link or device); write the shard with the files themselves")
+    if not member.isreg() or member.issparse():  # a sparse member of a few bytes may claim terabytes
+        raise DataError(f"{url}: {member.name}: not an ordinary file (a link, device or sparse file); write the shard with the files themselves")
+    if re.match(r"__[^/]*__($|/)", member.name):
+        raise DataError(f"{url}: {member.name}: refused, WebDataset skips names that begin with __...__ without a word; rename it")
     if member.name.lower().rpartition(".")[2] in REFUSED_EXTENSIONS:
         raise DataError(
             f"{url}: {member.name}: refused, members of this kind can run code when they are loaded; expected images and .{LABEL_EXTENSION}"

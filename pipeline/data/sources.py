@@ -116,7 +116,8 @@ def _folder_samples(folder: Path) -> list[tuple[Path, str]]:
 
 
 def _images_below(folder: Path) -> list[Path]:
-    images = [path for path in sorted(folder.rglob("*")) if path.is_file() and not path.name.startswith(".") and path.name.lower() not in _LITTER]
+    shown = (path for path in sorted(folder.rglob("*")) if not any(name.startswith(".") for name in path.relative_to(folder).parts))
+    images = [path for path in shown if path.is_file() and path.name.lower() not in _LITTER]
     if not images:
         raise DataError(f"{folder}: this class has no images; add some, or remove the folder")
     for path in images:

@@ -1,4 +1,4 @@
-"""The pack: one task's model as a file of a few kilobytes. numpy and safetensors only."""
+"""The pack: one task's model as a file of a few kilobytes. numpy, pydantic and the standard library only."""
 
 from pipeline.packs.bits import pack_codes, packed_size_bytes, unpack_codes
 from pipeline.packs.codebook import dequantise, levels, thresholds

@@ -117,7 +117,10 @@ def _tensors(header: dict[str, Any], body: memoryview) -> Tensors:
         if entry.data_offsets != [stop_bytes, stop_bytes + entry.size_bytes]:
             raise PackDamaged(f"tensor {name!r}: {entry.dtype} {entry.shape} cannot lie at bytes {entry.data_offsets}")
         chunk = body[stop_bytes : stop_bytes + entry.size_bytes]
-        tensors[name] = np.frombuffer(chunk, _NUMPY_TYPES[entry.dtype]).reshape(entry.shape)
+        try:
+            tensors[name] = np.frombuffer(chunk, _NUMPY_TYPES[entry.dtype]).reshape(entry.shape)
+        except ValueError:  # a zero beside sizes whose product numpy refuses
+            raise PackDamaged(f"tensor {name!r}: no array can have the shape {entry.shape}") from None
         stop_bytes += entry.size_bytes
     if stop_bytes != len(body):
         raise PackDamaged(f"{len(body) - stop_bytes} bytes after the last tensor")

@@ -27,4 +27,5 @@ def is_dominated(curve: Sequence[float], epochs: int, size_bytes: int, earlier: 
     if epoch < math.ceil(epochs * FIRST_SHARE) or epoch == epochs:
         return False
     margin = 2 * math.sqrt(curve[-1] * (1 - curve[-1]) / val_samples)
-    return any(record.size_bytes <= size_bytes and len(record.curve) >= epoch and record.curve[epoch - 1] > curve[-1] + margin for record in earlier)
+    rivals = (record for record in earlier if record.state != "failed" and record.size_bytes <= size_bytes and len(record.curve) >= epoch)
+    return any(record.curve[epoch - 1] > curve[-1] + margin for record in rivals)

@@ -34,7 +34,7 @@ def train_epochs(model: AdaptedModel, reader: Reader, split: Split, spec: Traini
     for epoch in range(spec.epochs):
         model.train()
         losses = []
-        for index, samples in enumerate(training_batches(split, spec.batch_size, seed=seed, epoch=epoch)):
+        for index, samples in enumerate(training_batches(split, spec.batch_size, seed=seed, epoch=epoch, window=reader.window())):
             step = epoch * steps_per_epoch + index
             for group in optimiser.param_groups:
                 group["lr"] = spec.learning_rate * learning_rate_factor(step, steps, warmup_steps)
