@@ -295,7 +295,7 @@ def record(size_bytes: int, *curve: float, state: str = "complete", identity: st
         ([0.4, 0.5], [record(100, 0.9)], False),
         ([0.4, 0.5], [record(100, 0.4, 0.5), record(100, 0.4, 0.65)], True),
         ([0.4, 0.5], [record(100, 0.4, 0.65, state="stopped")], True),
-        ([0.4, 0.5], [record(100, 0.4, 0.65, state="failed")], True),
+        ([0.4, 0.5], [record(100, 0.4, 0.65, state="failed")], False),
         ([0.4, 0.5], [], False),
         ([0.1], [record(1, 0.9)], False),
         ([0.1, 0.1], [record(1, 0.9, 0.9)], True),
@@ -305,7 +305,7 @@ def record(size_bytes: int, *curve: float, state: str = "complete", identity: st
     ],
     ids=[
         *("clearly worse", "within the margin", "a smaller one is better", "only a larger one is better", "ended before this epoch"),
-        *("one of several", "a stopped one counts", "a failed one counts while it lasted", "nothing to compare with"),
+        *("one of several", "a stopped one counts", "a failed one does not count", "nothing to compare with"),
         *("before a third", "at a third", "one before the end", "at the end", "equal"),
     ],
 )

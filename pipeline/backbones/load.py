@@ -33,7 +33,6 @@ _NOT_ARCHITECTURE = {
     "pretrained_strict",
     "features_only",
     "in_chans",
-    "num_classes",
 }
 
 
@@ -90,7 +89,9 @@ def _load_cached(spec_json: str, input_json: str) -> LoadedBackbone:
 def _create(spec: Backbone) -> nn.Module:
     refused = sorted(spec.arguments.keys() & _NOT_ARCHITECTURE)
     if refused:
-        raise BackboneError(f"backbone.arguments: {', '.join(refused)} is no part of the architecture; give a checkpoint's path as backbone.weights")
+        raise BackboneError(
+            f"backbone.arguments: {', '.join(refused)} cannot be set here: weights are backbone.weights, images have 3 channels; leave it out"
+        )
     if not timm.is_model(spec.model):
         near = difflib.get_close_matches(spec.model.split(".")[0], timm.list_models(), n=3, cutoff=0.5)
         hint = f"did you mean {', '.join(near)}?" if near else "timm.list_models() lists them"
