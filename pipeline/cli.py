@@ -153,13 +153,10 @@ def demo(workdir: Workdir = api.WORKDIR, max_bytes: MaxBytes = None, trials: Tri
     first = tasks[0].name
     image = save_samples(Workspace(workdir.resolve()).data(first), workdir / "samples" / first, count=4)[0]
     option = "" if workdir == api.WORKDIR else f" --workdir {workdir}"
+    command = sys.argv[0] if sys.argv[0].startswith(".") else "taskpack"  # as it was called: make runs it out of an environment
     out.print("\nTry next:")
-    for line in (
-        f"taskpack ls --max-bytes 32KiB{option}",
-        f"taskpack show {first}@champion{option}",
-        f"taskpack predict {first}@champion {image}{option}",
-    ):
-        out.print(f"  {line}", soft_wrap=True, style="bold")
+    for line in (f"ls --max-bytes 48KiB{option}", f"show {first}@champion{option}", f"predict {first}@champion {image}{option}"):
+        out.print(f"  {command} {line}", soft_wrap=True, style="bold")
 
 
 @app.command(name="ls")
