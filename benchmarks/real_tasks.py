@@ -64,8 +64,9 @@ def markdown(result: dict[str, Any]) -> str:
         "|---|---|---|---|---|---|---|---|---|",
         *(_row(row, recipe) for recipe in ("house", "linear") for row in result[recipe]),
     ]
-    for row in result["house"]:
-        lines += ["", f"## {row['task']}: all trials", "", *_trials(row)]
+    for recipe in ("house", "linear"):
+        for row in result[recipe]:
+            lines += ["", f"## {row['task']}, {recipe}: all trials", "", *_trials(row)]
     return "\n".join(lines) + "\n"
 
 
