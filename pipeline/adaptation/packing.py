@@ -13,7 +13,7 @@ from pipeline.adaptation.attach import AdaptedModel, attach
 from pipeline.adaptation.plan import PlannedTensor, plan
 from pipeline.backbones import LoadedBackbone
 from pipeline.errors import PackBackboneMismatch, PackDamaged
-from pipeline.packs import Pack, PackBackbone, PackInput, PackMetadata, Part, PartBits, PartName, TensorSpec, ledger, zero_part
+from pipeline.packs import Pack, PackBackbone, PackInput, PackMetadata, Part, PartBits, PartName, TensorSpec, ledger, predict_size_bytes, zero_part
 from pipeline.spec import Recipe, Task
 
 PROBE_IMAGES = 2
@@ -37,14 +37,17 @@ def describe(task: Task, recipe: Recipe, backbone: LoadedBackbone, classes: Sequ
 
 def planned_ledger(task: Task, recipe: Recipe, backbone: LoadedBackbone, classes: Sequence[str]) -> dict[str, int]:
     """Bytes by part of the pack this recipe will give, to the byte, before anything is trained."""
-    parts = tuple(zero_part(*_specs(group)) for group in _groups(plan(backbone, recipe, len(classes))))
     probe = np.zeros((PROBE_IMAGES, len(classes)), np.float32)
-    return ledger(Pack(describe(task, recipe, backbone, classes), parts, probe))
+    return ledger(Pack(describe(task, recipe, backbone, classes), _zero_parts(recipe, backbone, len(classes)), probe))
 
 
 def planned_size_bytes(task: Task, recipe: Recipe, backbone: LoadedBackbone, classes: Sequence[str]) -> int:
     """Size of that pack: what the ledger adds up to."""
-    return sum(planned_ledger(task, recipe, backbone, classes).values())
+    return predict_size_bytes(describe(task, recipe, backbone, classes), _zero_parts(recipe, backbone, len(classes)), PROBE_IMAGES)
+
+
+def _zero_parts(recipe: Recipe, backbone: LoadedBackbone, class_count: int) -> tuple[Part, ...]:
+    return tuple(zero_part(*_specs(group)) for group in _groups(plan(backbone, recipe, class_count)))
 
 
 def to_pack(model: AdaptedModel, metadata: PackMetadata) -> Pack:
