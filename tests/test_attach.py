@@ -109,7 +109,7 @@ def test_changes_are_where_their_names_say(family: str, families: dict[str, Back
         elif tensor.part in ("connections", "biases"):
             layer = model.backbone.get_submodule(tensor.name)
             assert torch.equal(layer.current["connections" if tensor.part == "connections" else "bias"], value)
-            assert torch.equal(model.positions()[tensor.name], layer.index_OK)
+            assert torch.equal(model.positions()[tensor.name], layer.index_N)
         else:
             assert torch.equal(model.head.current[leaf], value)
 

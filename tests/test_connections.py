@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from pipeline.adaptation.connections import TunableLayer, TunedLayer, _ConnectedProduct
+from pipeline.adaptation.connections import TunableLayer, TunedLayer, _ConnectedProduct, flat_index
 from pipeline.adaptation.plan import PlannedTensor
 from pipeline.adaptation.values import TrainedValues
 from pipeline.spec import Bits
@@ -39,9 +39,9 @@ def build(kind: str, top_k: int = 2) -> tuple[TunableLayer, TunedLayer, torch.Te
         torch.manual_seed(0)
         base = make().requires_grad_(False)
     rows, columns = base.weight.shape[0], base.weight[0].numel()
-    index_OK = torch.rand(rows, columns, generator=generator).argsort(dim=1)[:, :top_k].sort(dim=1).values
-    tuned = TunedLayer(base, index_OK)
-    shapes = {"connections": index_OK.shape} if base.bias is None else {"connections": index_OK.shape, "bias": base.bias.shape}
+    index_N = flat_index(torch.rand(rows, columns, generator=generator).argsort(dim=1)[:, :top_k], columns)
+    tuned = TunedLayer(base, index_N)
+    shapes = {"connections": index_N.shape} if base.bias is None else {"connections": index_N.shape, "bias": base.bias.shape}
     for name, size in shapes.items():
         tuned.current[name] = torch.empty(size).normal_(0, 0.5, generator=generator).requires_grad_()
     return base, tuned, torch.randn(shape, generator=generator)
@@ -49,12 +49,10 @@ def build(kind: str, top_k: int = 2) -> tuple[TunableLayer, TunedLayer, torch.Te
 
 def slow_weight(base: TunableLayer, tuned: TunedLayer) -> torch.Tensor:
     """The dense effective weight, entry by entry."""
-    assert tuned.index_OK is not None
+    assert tuned.index_N is not None
     weight_OI = base.weight.detach().clone().reshape(base.weight.shape[0], -1)
-    values = tuned.current["connections"].detach()
-    for row in range(values.shape[0]):
-        for k in range(values.shape[1]):
-            weight_OI[row, int(tuned.index_OK[row, k])] += values[row, k]
+    for place, value in zip(tuned.index_N.tolist(), tuned.current["connections"].detach(), strict=True):
+        weight_OI[divmod(place, weight_OI.shape[1])] += value
     return weight_OI.reshape(base.weight.shape)
 
 
@@ -66,14 +64,14 @@ def plain(base: TunableLayer, x: torch.Tensor, weight: torch.Tensor, bias: torch
 
 def dense_gradients(base: TunableLayer, tuned: TunedLayer, x: torch.Tensor, outer: torch.Tensor) -> dict[str, torch.Tensor]:
     """Output, and gradients of input, connections and bias, by autograd on the whole dense layer."""
-    assert tuned.index_OK is not None
+    assert tuned.index_N is not None
     weight, inputs = slow_weight(base, tuned).requires_grad_(), x.clone().requires_grad_()
     bias = None if base.bias is None else (base.bias.detach() + tuned.current["bias"].detach()).requires_grad_()
     y = plain(base, inputs, weight, bias)
     y.backward(outer)
     assert weight.grad is not None
     assert inputs.grad is not None
-    gradients = {"y": y.detach(), "x": inputs.grad, "connections": weight.grad.reshape(weight.shape[0], -1).gather(1, tuned.index_OK)}
+    gradients = {"y": y.detach(), "x": inputs.grad, "connections": weight.grad.flatten()[tuned.index_N]}
     return gradients if bias is None or bias.grad is None else {**gradients, "bias": bias.grad}
 
 
@@ -96,6 +94,10 @@ def test_gradients_are_the_dense_layers_at_the_selected_entries(kind: str) -> No
         torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
 
 
+def test_places_are_row_major_and_ascending() -> None:
+    assert flat_index(torch.tensor([[4, 1], [0, 3]], dtype=torch.int32), 5).tolist() == [1, 4, 5, 8]
+
+
 @every_layer
 def test_under_bfloat16_the_same_to_three_digits(kind: str) -> None:
     base, tuned, x = build(kind)
@@ -114,8 +116,8 @@ def test_the_derivative_is_that_of_the_function_in_double_precision(kind: str) -
     base, tuned, x = build(kind)
     base, tuned = base.double(), tuned.double()
 
-    def product(inputs: torch.Tensor, values_OK: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        return _ConnectedProduct.apply(inputs, values_OK, bias, tuned.weight_with(values_OK), tuned)
+    def product(inputs: torch.Tensor, values_N: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        return _ConnectedProduct.apply(inputs, values_N, bias, tuned.weight_with(values_N), tuned)
 
     assert torch.autograd.gradcheck(product, [x.double().requires_grad_(), *(v.detach().double().requires_grad_() for v in tuned.current.values())])
 
@@ -124,7 +126,7 @@ def test_the_derivative_is_that_of_the_function_in_double_precision(kind: str) -
 @pytest.mark.parametrize("bits", [1, 32])
 def test_training_leaves_every_other_weight_as_it_was_bit_for_bit(kind: str, bits: Bits) -> None:
     base, tuned, x = build(kind)
-    assert tuned.index_OK is not None
+    assert tuned.index_N is not None
     planned = {PlannedTensor("connections", name, tuple(value.shape), bits): value.detach() for name, value in tuned.current.items()}
     trained = TrainedValues(planned)
 
@@ -145,8 +147,8 @@ def test_training_leaves_every_other_weight_as_it_was_bit_for_bit(kind: str, bit
     assert bool((values != start).any())
     assert all(torch.equal(tensor.view(torch.int32), before[name].view(torch.int32)) for name, tensor in base.named_parameters())
     assert all(tensor.grad is None for tensor in base.parameters())
-    selected = torch.zeros(len(values), base.weight[0].numel(), dtype=torch.bool).scatter(1, tuned.index_OK, True)
-    effective, original = (weight.reshape(selected.shape).view(torch.int32) for weight in (tuned.weight_with(values), before["weight"]))
+    selected = torch.zeros(base.weight.numel(), dtype=torch.bool).scatter(0, tuned.index_N, True)
+    effective, original = (weight.flatten().view(torch.int32) for weight in (tuned.weight_with(values), before["weight"]))
     assert torch.equal(effective[~selected], original[~selected])
     assert int((effective[selected] != original[selected]).sum()) > 0
 

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from pipeline.adaptation.connections import TunedLayer
+from pipeline.adaptation.connections import TunedLayer, flat_index
 from pipeline.adaptation.norms import TunedNorm
-from pipeline.adaptation.plan import MlpSlot, PlannedTensor, mlp_slots, plan, tunable_layers
+from pipeline.adaptation.plan import MlpSlot, PlannedTensor, columns_of, mlp_slots, plan, tunable_layers
 from pipeline.adaptation.smoa import ParallelToMlp, SmoaBank, initial_bank_tensor
 from pipeline.adaptation.values import TrainedValues, initial_change
 from pipeline.backbones import LoadedBackbone
@@ -81,8 +81,8 @@ class AdaptedModel(nn.Module):
         return sum((bank.spec.balance_weight * bank.balance_loss() for bank in self._banks()), start=torch.zeros((), device=self.mean.device))
 
     def positions(self) -> dict[str, torch.Tensor]:
-        """The connections' columns [O, K] of each layer, ascending in every row."""
-        return {name: layer.index_OK for name, layer in self._tuned.items() if layer.index_OK is not None}
+        """The connections of each layer: places [N] in its weight seen as one row-major [O, I] matrix, ascending."""
+        return {name: layer.index_N for name, layer in self._tuned.items() if layer.index_N is not None}
 
     def trained_values(self) -> int:
         """Number of values the recipe trains."""
@@ -152,10 +152,10 @@ def _tune_layers(model: nn.Module, recipe: Recipe, selected: SelectedIndex | Non
         return {}
     modules: dict[str, Receiver] = {}
     for name, layer in tunable_layers(model).items():
-        index_OK = None
+        index_N = None
         if recipe.connections is not None:
             assert selected is not None, "a recipe with connections needs a selection"
-            index_OK = selected[name][:, : recipe.connections.top_k].long().sort(dim=1).values
-        tuned = modules[f"layer:{name}"] = TunedLayer(layer, index_OK)
+            index_N = flat_index(selected[name][:, : recipe.connections.top_k], columns_of(layer))
+        tuned = modules[f"layer:{name}"] = TunedLayer(layer, index_N)
         model.set_submodule(name, tuned)
     return modules

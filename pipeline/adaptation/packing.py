@@ -76,7 +76,7 @@ def from_pack(pack: Pack, backbone: LoadedBackbone) -> AdaptedModel:
     stored = {(part.name, spec.name): (part, spec) for part in pack.parts for spec in part.tensors}
     planned = plan(backbone, recipe, len(meta.classes))
     columns = {(part.name, spec.name): count for part in pack.parts for spec, count in zip(part.tensors, part.columns, strict=False)}
-    _compare(planned, {key: (spec.shape, part.bits, columns.get(key)) for key, (part, spec) in stored.items()})
+    _compare(planned, {key: (spec, part.bits, columns.get(key)) for key, (part, spec) in stored.items()})
     selected = {
         spec.name: torch.from_numpy(index) for part in pack.parts if part.positions for spec, index in zip(part.tensors, part.positions, strict=True)
     }
@@ -100,9 +100,15 @@ def _groups(tensors: Sequence[PlannedTensor]) -> list[list[PlannedTensor]]:
 
 
 def _specs(group: list[PlannedTensor]) -> tuple[PartName, PartBits, tuple[TensorSpec, ...], tuple[int, ...]]:
-    specs = tuple(TensorSpec(tensor.name, tensor.shape) for tensor in group)
-    columns = tuple(tensor.columns for tensor in group if tensor.columns is not None)
+    specs = tuple(_spec(tensor) for tensor in group)
+    columns = tuple(tensor.layer[1] for tensor in group if tensor.layer is not None)
     return group[0].part, group[0].bits, specs, columns
+
+
+def _spec(tensor: PlannedTensor) -> TensorSpec:
+    """A tensor as the file has it: connections as [O, K], as many for each neuron."""
+    shape = tensor.shape if tensor.layer is None else (tensor.layer[0], tensor.values // tensor.layer[0])
+    return TensorSpec(tensor.name, shape)
 
 
 def _part(
@@ -116,7 +122,11 @@ def _part(
         tensors=specs,
         codes=np.concatenate([encoded[tensor][0] for tensor in group]),
         scales=np.concatenate(scales) if scales else None,
-        positions=tuple(positions[tensor.name].cpu().numpy().astype(np.int32) for tensor in group) if columns else (),
+        positions=tuple(
+            (positions[spec.name].view(spec.shape) % inputs).cpu().numpy().astype(np.int32) for spec, inputs in zip(specs, columns, strict=True)
+        )
+        if columns
+        else (),
         columns=columns,
     )
 
@@ -129,8 +139,8 @@ def _recipe(pack: Pack) -> Recipe:
         raise PackDamaged(f"the pack's recipe is not valid: {'.'.join(str(key) for key in fault['loc'])}: {fault['msg']}") from None
 
 
-def _compare(planned: Sequence[PlannedTensor], stored: dict[tuple[str, str], tuple[tuple[int, ...], int, int | None]]) -> None:
-    wanted = {(tensor.part, tensor.name): (tensor.shape, int(tensor.bits), tensor.columns) for tensor in planned}
+def _compare(planned: Sequence[PlannedTensor], stored: dict[tuple[str, str], tuple[TensorSpec, int, int | None]]) -> None:
+    wanted = {(tensor.part, tensor.name): (_spec(tensor), int(tensor.bits), tensor.layer[1] if tensor.layer else None) for tensor in planned}
     if wanted == stored:
         return
     missing, surplus = sorted(wanted.keys() - stored.keys()), sorted(stored.keys() - wanted.keys())

@@ -24,13 +24,13 @@ HEAD_BIAS_BITS: Bits = 16
 
 @dataclass(frozen=True)
 class PlannedTensor:
-    """One trained tensor. `columns` is the number of inputs a connection can come from, None for other parts."""
+    """One trained tensor. `layer` is (neurons, inputs of a neuron) of the layer whose connections these are, None for other parts."""
 
     part: PartName
     name: str
     shape: tuple[int, ...]
     bits: Bits
-    columns: int | None = None
+    layer: tuple[int, int] | None = None
 
     @property
     def values(self) -> int:
@@ -117,10 +117,8 @@ def _plan_connections(model: nn.Module, recipe: Recipe) -> Sequence[PlannedTenso
     if recipe.connections is None:
         return ()
     top_k, bits = recipe.connections.top_k, recipe.connections.bits
-    return [
-        PlannedTensor("connections", name, (layer.weight.shape[0], min(top_k, columns_of(layer))), bits, columns_of(layer))
-        for name, layer in tunable_layers(model).items()
-    ]
+    layers = [(name, layer.weight.shape[0], columns_of(layer)) for name, layer in tunable_layers(model).items()]
+    return [PlannedTensor("connections", name, (rows * min(top_k, columns),), bits, (rows, columns)) for name, rows, columns in layers]
 
 
 def _plan_biases(model: nn.Module, recipe: Recipe) -> Sequence[PlannedTensor]:
