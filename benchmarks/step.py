@@ -220,6 +220,7 @@ class _Bench:
 
     def _ours(self, name: str, recipe: Recipe) -> Variant:
         model = attach(self.backbone, recipe, CLASSES, selected=self.selected).to(self.device)
+        model.compute_in(torch.bfloat16 if self.precision == "bf16" else torch.float32)
         model.train()
         return self._variant(name, model, model)
 

@@ -8,10 +8,12 @@ import pytest
 import torch
 from torch import nn
 
+from pipeline.adaptation.mixture import Mixture, Routes, route
 from pipeline.adaptation.smoa import ParallelToMlp, SmoaBank, bank_shapes
 from pipeline.spec import Smoa
 
 WIDTH = 6
+BANK = ("down", "up", "router", "embeddings")
 
 
 def make_bank(experts: int = 3, **options: float) -> SmoaBank:
@@ -30,6 +32,12 @@ def draw(*shape: int, seed: int = 2) -> torch.Tensor:
 def through(bank: SmoaBank, x: torch.Tensor) -> torch.Tensor:
     """The bank's output alone."""
     return bank(x, torch.zeros_like(x))
+
+
+def routes(bank: SmoaBank, x_TD: torch.Tensor) -> Routes:
+    """Where the bank sends tokens."""
+    with torch.no_grad():
+        return route(bank.current["router"] @ x_TD.T, bank.current["embeddings"], bank.spec.temperature)
 
 
 def values(bank: SmoaBank, name: str) -> list:
@@ -81,7 +89,7 @@ def test_the_output_is_added_to_what_is_beside(experts: int) -> None:
 def test_probabilities_are_over_a_tokens_experts() -> None:
     bank, x_TD = make_bank(), draw(9, WIDTH)
     expected = torch.tensor([slow_route(bank, token) for token in x_TD.double().tolist()])
-    torch.testing.assert_close(bank.route(x_TD), expected.float(), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(routes(bank, x_TD).probabilities_ET.T, expected.float(), rtol=1e-4, atol=1e-6)
 
 
 def test_a_token_does_not_depend_on_the_others() -> None:
@@ -153,7 +161,7 @@ def test_load_is_counted_in_training_only() -> None:
 
 def test_router_embeddings_and_every_used_expert_get_a_gradient() -> None:
     bank, x_TD = make_bank().train(), draw(40, WIDTH)
-    used = set(bank.route(x_TD).argmax(dim=1).tolist())
+    used = set(routes(bank, x_TD).probabilities_ET.argmax(dim=0).tolist())
     assert used == {0, 1, 2}
     through(bank, x_TD).square().sum().backward()
     for name in ("router", "embeddings", "down", "up"):
@@ -178,14 +186,25 @@ def test_the_balance_term_alone_teaches_the_router() -> None:
     assert float(bank.current["router"].grad.abs().max()) > 0
 
 
-def test_routing_stays_in_float32_under_autocast() -> None:
+@pytest.mark.parametrize("experts", [1, 4])
+def test_the_derivative_is_that_of_the_function_in_double_precision(experts: int) -> None:
+    bank = make_bank(experts)
+    tensors = [None if name not in bank.current else bank.current[name].detach().double().requires_grad_() for name in BANK]
+    x_TD, beside_TD = draw(6, WIDTH).double().requires_grad_(), draw(6, WIDTH, seed=3).double().requires_grad_()
+    # a tiny temperature makes one gate all: kept mild, so that every path has a gradient
+    assert torch.autograd.gradcheck(lambda *inputs: Mixture.apply(*inputs, 0.7)[:2], [x_TD, beside_TD, *tensors])
+
+
+def test_under_autocast_the_output_is_low_and_the_gates_are_not() -> None:
     bank, x_TD = make_bank(), draw(6, WIDTH)
+    plain = through(bank, x_TD)
     with torch.autocast("cpu", torch.bfloat16):
-        low, routes = through(bank, x_TD), bank._gates(x_TD)
-    assert routes.dtype == torch.float32
-    assert torch.equal(routes, bank._gates(x_TD))
+        low = through(bank, x_TD.bfloat16())
+    low.float().sum().backward()
     assert low.dtype == torch.bfloat16
-    torch.testing.assert_close(low.float(), through(bank, x_TD), rtol=0.05, atol=0.1)
+    assert all(value.grad is not None and value.grad.dtype == torch.float32 for value in bank.current.values())
+    assert route(draw(4, 6).bfloat16().float(), bank.current["embeddings"][:, :4], 0.1).gates_ET.dtype == torch.float32
+    torch.testing.assert_close(low.float(), plain, rtol=0.05, atol=0.1)
 
 
 # --- in a block -----------------------------------------------------------------------------------------------------------------------------

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,7 @@ from pipeline.adaptation.norms import TunedNorm
 from pipeline.adaptation.plan import MlpSlot, PlannedTensor, columns_of, mlp_slots, plan, tunable_layers
 from pipeline.adaptation.smoa import ParallelToMlp, SmoaBank, initial_bank_tensor
 from pipeline.adaptation.values import TrainedValues, initial_change
+from pipeline.adaptation.working import WorkingCopies
 from pipeline.backbones import LoadedBackbone
 from pipeline.spec import Recipe
 
@@ -54,15 +56,48 @@ class AdaptedModel(nn.Module):
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
         self._tuned = {name.removeprefix("layer:"): module for name, module in modules.items() if isinstance(module, TunedLayer)}
+        self._own = [parameter for module in modules.values() if isinstance(module, TunedLayer | TunedNorm) for parameter in module.own_parameters()]
         self._receivers = {tensor: (modules[address], key) for tensor in values.tensors for address, key in [_address(tensor)]}
+        self._is_merged = False
+        self._copies: WorkingCopies | None = None
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
+        if not self._is_merged:
+            self._hand_out()
+        return self.head(self.backbone(self.normalise(images)))
+
+    def _hand_out(self) -> None:
+        """Give every module its values, quantised once for this forward pass."""
         for bank in self._banks():
             bank.balance_terms.clear()
         for tensor, value in self.values().items():
             module, key = self._receivers[tensor]
             module.current[key] = value
-        return self.head(self.backbone(self.normalise(images)))
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """From now on infer at the backbone's own speed: values are quantised and written into the layers once, for all forward passes to come."""
+        self.eval()
+        self._hand_out()
+        self._is_merged = True
+        for layer in self._tuned.values():
+            layer.merge(True)
+
+    @contextlib.contextmanager
+    def merged(self) -> Iterator[None]:
+        """`merge`, and back to a model that can train."""
+        self.merge()
+        try:
+            yield
+        finally:
+            self._is_merged = False
+            for layer in self._tuned.values():
+                layer.merge(False)
+
+    def compute_in(self, dtype: torch.dtype) -> None:
+        """From the next `train()` on, train with the frozen tensors in `dtype`, under autocast where that is bfloat16. Evaluation stays as it is."""
+        self.eval()
+        self._copies = WorkingCopies(self.backbone, dtype, self._own)
 
     def normalise(self, images: torch.Tensor) -> torch.Tensor:
         """Scale uint8 images to [0, 1], then shift and scale each channel."""
@@ -74,6 +109,8 @@ class AdaptedModel(nn.Module):
         super().train(False)
         self.banks.train(mode)
         self.training = mode
+        if self._copies is not None:
+            self._copies.use(mode)
         return self
 
     def auxiliary_loss(self) -> torch.Tensor:

@@ -69,6 +69,13 @@ def _outputs_as_tokens(layer: TunableLayer, y: torch.Tensor) -> torch.Tensor:
     return y.reshape(-1, y.shape[-1]) if isinstance(layer, nn.Linear) else y.movedim(1, -1).reshape(-1, y.shape[1])
 
 
+def _chosen_and_one(tokens_TI: torch.Tensor, columns_U: torch.Tensor) -> torch.Tensor:
+    """The chosen columns, the last replaced by ones."""
+    kept_TU = tokens_TI.index_select(1, columns_U)
+    kept_TU[:, -1] = 1
+    return kept_TU
+
+
 class _ConnectedProduct(torch.autograd.Function):
     """W_eff x + b for a weight whose only gradient is that of the values at `index_N`."""
 
@@ -81,7 +88,7 @@ class _ConnectedProduct(torch.autograd.Function):
         ctx.weight = weight
         tokens_TI = _as_tokens(tuned.base, x) if tuned.has_few_columns else None
         ctx.keeps_columns = tokens_TI is not None
-        ctx.save_for_backward(x if tokens_TI is None else tokens_TI[:, tuned.columns_U])
+        ctx.save_for_backward(x if tokens_TI is None else _chosen_and_one(tokens_TI, tuned.columns_U))
         return apply_layer(tuned.base, x, weight, None if bias is None else bias.to(weight.dtype))
 
     @staticmethod
@@ -90,11 +97,11 @@ class _ConnectedProduct(torch.autograd.Function):
         x_gradient = _input_gradient(tuned.base, ctx.x_shape, ctx.weight, gradient) if ctx.needs_input_grad[0] else None
         gradient_TO = _outputs_as_tokens(tuned.base, gradient)
         if ctx.keeps_columns:
-            values_gradient = (gradient_TO.T @ kept).take(tuned.place_in_OU_N)
+            gradient_UO = kept.T @ gradient_TO
+            values_gradient, bias_gradient = gradient_UO.take(tuned.place_in_UO_N), gradient_UO[-1]
         else:
-            values_gradient = dense_weight_gradient(tuned.base, kept, gradient).take(tuned.index_N)
-        bias_gradient = gradient_TO.sum(dim=0, dtype=ctx.bias_dtype) if ctx.needs_input_grad[2] else None
-        return x_gradient, values_gradient.to(ctx.values_dtype), bias_gradient, None, None
+            values_gradient, bias_gradient = dense_weight_gradient(tuned.base, kept, gradient).take(tuned.index_N), gradient_TO.sum(dim=0)
+        return x_gradient, values_gradient.to(ctx.values_dtype), bias_gradient.to(ctx.bias_dtype) if ctx.needs_input_grad[2] else None, None, None
 
 
 class TunedLayer(nn.Module):
@@ -108,8 +115,9 @@ class TunedLayer(nn.Module):
     """
 
     index_N: torch.Tensor | None
+    frozen_N: torch.Tensor
     columns_U: torch.Tensor
-    place_in_OU_N: torch.Tensor
+    place_in_UO_N: torch.Tensor
 
     def __init__(self, base: TunableLayer, index_N: torch.Tensor | None) -> None:
         super().__init__()
@@ -118,12 +126,14 @@ class TunedLayer(nn.Module):
         self.register_buffer("index_N", index_N, persistent=False)
         self.has_few_columns = False
         self._written: torch.Tensor | None = None
+        self._merged: tuple[torch.Tensor, torch.Tensor | None] | None = None
         if index_N is not None:
             columns = base.weight[0].numel()
             columns_U, column_of_N = (index_N % columns).unique(return_inverse=True)
             self.has_few_columns = len(columns_U) <= FEW_COLUMNS * columns
-            self.register_buffer("columns_U", columns_U, persistent=False)
-            self.register_buffer("place_in_OU_N", index_N // columns * len(columns_U) + column_of_N, persistent=False)
+            self.register_buffer("frozen_N", base.weight.detach().take(index_N), persistent=False)
+            self.register_buffer("columns_U", torch.cat([columns_U, columns_U[-1:]]), persistent=False)
+            self.register_buffer("place_in_UO_N", column_of_N * base.weight.shape[0] + index_N // columns, persistent=False)
 
     @property
     def weight(self) -> torch.Tensor:
@@ -135,26 +145,38 @@ class TunedLayer(nn.Module):
     def weight_with(self, values_N: torch.Tensor) -> torch.Tensor:
         """The effective weight, shaped as the base layer's: every entry but the selected ones is the backbone's, bit for bit."""
         assert self.index_N is not None
-        flat = self.base.weight.detach().flatten()
-        return flat.scatter(0, self.index_N, flat.take(self.index_N) + values_N.detach()).view(self.base.weight.shape)
+        return self.base.weight.detach().flatten().scatter(0, self.index_N, self.frozen_N + values_N.detach()).view(self.base.weight.shape)
+
+    def own_parameters(self) -> list[nn.Parameter]:
+        """The base layer's parameters that trained changes are added to."""
+        return [parameter for name, parameter in self.base.named_parameters() if name == "bias" or self.index_N is not None]
+
+    def merge(self, is_merged: bool) -> None:
+        """Take the current values into weight and bias, until told otherwise: then a forward pass is the plain layer's."""
+        self._written = None  # the next training step writes its own again
+        self._merged = (
+            (self.base.weight if self.index_N is None else self.weight_with(self.current["connections"]), self._bias()) if is_merged else None
+        )
+
+    def _bias(self) -> torch.Tensor | None:
+        bias = self.base.bias
+        return bias + self.current["bias"] if bias is not None and "bias" in self.current else bias
 
     def _write(self, values_N: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """The effective weight in `dtype`, written into a copy that is made once and kept while training."""
         assert self.index_N is not None
-        flat = self.base.weight.detach().flatten()
-        if self._written is None or self._written.dtype != dtype or self._written.device != flat.device:
-            self._written = flat.to(dtype, copy=True)
-        self._written.scatter_(0, self.index_N, (flat.take(self.index_N) + values_N.detach()).to(dtype))
+        if self._written is None or self._written.dtype != dtype or self._written.device != self.base.weight.device:
+            self._written = self.base.weight.detach().flatten().to(dtype, copy=True)
+        self._written.scatter_(0, self.index_N, (self.frozen_N + values_N.detach()).to(dtype))
         return self._written.view(self.base.weight.shape)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        bias = self.base.bias
-        if bias is not None and "bias" in self.current:
-            bias = bias + self.current["bias"]
+        if self._merged is not None:
+            return apply_layer(self.base, x, *self._merged)
         if self.index_N is None:
-            return apply_layer(self.base, x, self.base.weight, bias)
+            return apply_layer(self.base, x, self.base.weight, self._bias())
         values_N = self.current["connections"]
         if not torch.is_grad_enabled():
-            return apply_layer(self.base, x, self.weight_with(values_N), bias)
+            return apply_layer(self.base, x, self.weight_with(values_N), self._bias())
         dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
-        return _ConnectedProduct.apply(x.to(dtype), values_N, bias, self._write(values_N, dtype), self)
+        return _ConnectedProduct.apply(x.to(dtype), values_N, self._bias(), self._write(values_N, dtype), self)

@@ -14,6 +14,10 @@ class TunedNorm(nn.Module):
         self.base = base
         self.current: dict[str, torch.Tensor] = {}
 
+    def own_parameters(self) -> list[nn.Parameter]:
+        """The norm's parameters that trained changes are added to: all."""
+        return list(self.base.parameters())
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        tensors = {name: tensor + self.current[name] for name, tensor in self.base.named_parameters()}
+        tensors = {name: (tensor + self.current[name]).to(x.dtype) for name, tensor in self.base.named_parameters()}
         return torch.func.functional_call(self.base, tensors, (x,))

@@ -3,18 +3,17 @@
     p = softmax(cos(R x, e) / temperature)      R: projection to a few dimensions, e: expert embeddings (X-MoE, arXiv 2204.09179)
     y = scale * p[c] * up_c(relu(down_c(x)))    c = argmax p, chosen for each token alone
 
-All experts are one matrix product, and the hidden units of those not chosen are set to zero: experts are so narrow (E * H units against the MLP's
-4 * D) that this costs less than sorting tokens. The load-balance term is Switch's (arXiv 2101.03961): E * sum_e f_e P_e, f the share of tokens
-routed to e, P the mean probability of e; it is 1 when the load is even.
-Shapes: T tokens, D width of the backbone, H width of an expert, R router width, E experts.
+The load-balance term is Switch's (arXiv 2101.03961): E * sum_e f_e P_e, f the share of tokens routed to e, P the mean probability of e; it is 1 when
+the load is even. How it is computed is in mixture.py.
+Shapes: T tokens, D width of the backbone, R router width, E experts.
 """
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
+from pipeline.adaptation.mixture import Mixture
 from pipeline.spec import Smoa
 
 
@@ -51,37 +50,22 @@ class SmoaBank(nn.Module):
         self.balance_terms: list[torch.Tensor] = []
         self.register_buffer("expert_load", torch.zeros(spec.experts, dtype=torch.long), persistent=False)
 
-    def route(self, x_TD: torch.Tensor) -> torch.Tensor:
-        """Probabilities [T, E] of each expert for each token."""
-        projected_TR = F.normalize(x_TD.to(self.current["router"].dtype) @ self.current["router"].T, dim=-1)
-        embeddings_ER = F.normalize(self.current["embeddings"], dim=-1)
-        return torch.softmax(projected_TR @ embeddings_ER.T / self.spec.temperature, dim=-1)
-
     def forward(self, x: torch.Tensor, beside: torch.Tensor) -> torch.Tensor:
         """The bank's output for inputs [..., D], added to `beside` of the same shape."""
-        x_TD = x.reshape(-1, x.shape[-1])
-        down, up = self.current["down"], self.current["up"]
-        experts, hidden, width = down.shape
-        hidden_TEH = F.relu(F.linear(x_TD, down.reshape(experts * hidden, width))).view(-1, experts, hidden)
-        if experts > 1:
-            hidden_TEH = hidden_TEH * self._gates(x_TD)[:, :, None].to(hidden_TEH.dtype)
-        up_XD = self.spec.scale * up.transpose(1, 2).reshape(experts * hidden, width)
-        return torch.addmm(beside.reshape(x_TD.shape), hidden_TEH.flatten(1), up_XD).view(x.shape)
-
-    def _gates(self, x_TD: torch.Tensor) -> torch.Tensor:
-        """[T, E]: the chosen expert's probability, zero for all others."""
-        with torch.autocast(x_TD.device.type, enabled=False):
-            probabilities_TE = self.route(x_TD)
-        gate_T1, choice_T1 = probabilities_TE.max(dim=1, keepdim=True)
-        if self.training:
-            self._note_load(probabilities_TE, choice_T1[:, 0])
-        return torch.zeros_like(probabilities_TE).scatter(1, choice_T1, gate_T1)
-
-    def _note_load(self, probabilities_TE: torch.Tensor, choice_T: torch.Tensor) -> None:
-        counts_E = torch.bincount(choice_T, minlength=self.spec.experts)
-        share_E = counts_E.to(probabilities_TE.dtype) / len(choice_T)
-        self.balance_terms.append(self.spec.experts * (share_E * probabilities_TE.mean(dim=0)).sum())
-        self.expert_load += counts_E
+        with torch.autocast(x.device.type, enabled=False):  # the function chooses its own types
+            y_TD, probability_E, count_E = Mixture.apply(
+                x.reshape(-1, x.shape[-1]),
+                beside.reshape(-1, x.shape[-1]),
+                self.current["down"],
+                self.spec.scale * self.current["up"],
+                self.current.get("router"),
+                self.current.get("embeddings"),
+                self.spec.temperature,
+            )
+        if self.training and self.spec.experts > 1:
+            self.balance_terms.append(self.spec.experts * (count_E / count_E.sum() * probability_E).sum())
+            self.expert_load += count_E
+        return y_TD.view(x.shape)
 
     def balance_loss(self) -> torch.Tensor:
         """Mean load-balance term of the blocks passed since `balance_terms` was cleared; zero with a single expert."""

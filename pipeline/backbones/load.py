@@ -72,7 +72,6 @@ def _load_cached(spec_json: str, input_json: str) -> LoadedBackbone:
         _read_checkpoint(model, Path(spec.weights))
     digest = fingerprint(model.state_dict())
     _set_input_size(model.eval(), spec.model, task_input.size_px)
-    _choose_attention(model)
     model.requires_grad_(False)
     config: Any = model.pretrained_cfg
     width: Any = model.head_hidden_size
@@ -139,15 +138,6 @@ def _misfits(expected: dict[str, torch.Tensor], given: dict[str, torch.Tensor]) 
         if names
     ]
     return faults + [f"{name} is {tuple(given[name].shape)}, expected {tuple(expected[name].shape)}" for name in reshaped[:3]]
-
-
-def _choose_attention(model: nn.Module) -> None:
-    """On a CPU, attention written out is faster than torch's fused kernel, whose backward pass is slow there."""
-    if torch.cuda.is_available():
-        return
-    for module in model.modules():
-        if hasattr(module, "fused_attn"):
-            setattr(module, "fused_attn", False)  # noqa: B010 - an attribute of timm's, unknown to nn.Module's type
 
 
 def _set_input_size(model: nn.Module, name: str, size_px: int) -> None:

@@ -31,6 +31,7 @@ class Predictor:
         self.metadata: PackMetadata = pack.metadata
         self.backbone = backbone
         self.model: AdaptedModel = from_pack(pack, backbone)
+        self.model.merge()
 
     def logits(self, images: Sequence[ImageSource]) -> torch.Tensor:
         """Logits [N, C] of images given as paths, encoded bytes, PIL images or uint8 arrays [H, W, 3]."""

@@ -34,9 +34,9 @@ class Score:
 @torch.inference_mode()
 def evaluate(model: AdaptedModel, reader: Reader, split: Split, *, device: str = "cpu") -> Score:
     """Classify every sample of `split` once."""
-    model.eval()
     correct = 0
-    for samples in evaluation_batches(split, EVALUATION_BATCH):
-        images, labels = reader.read(samples)
-        correct += int((model(images.to(device)).argmax(dim=1).cpu() == labels).sum())
+    with model.merged():
+        for samples in evaluation_batches(split, EVALUATION_BATCH):
+            images, labels = reader.read(samples)
+            correct += int((model(images.to(device)).argmax(dim=1).cpu() == labels).sum())
     return Score(correct, len(split.samples))

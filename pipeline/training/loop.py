@@ -27,12 +27,13 @@ def train_epochs(model: AdaptedModel, reader: Reader, split: Split, spec: Traini
     Raises:
         TrainingError: the loss is not finite.
     """
+    model.compute_in(torch.bfloat16 if spec.precision == "bf16" else torch.float32)
     optimiser = torch.optim.AdamW(model.values.parameters(), lr=spec.learning_rate, weight_decay=spec.weight_decay, fused=True)
     steps_per_epoch = len(training_batches(split, spec.batch_size, seed=seed, epoch=0))
     steps, warmup_steps = spec.epochs * steps_per_epoch, round(spec.warmup_epochs * steps_per_epoch)
     generator = torch.Generator().manual_seed(seed)
     for epoch in range(spec.epochs):
-        model.train()
+        model.train()  # again in every epoch: the caller may have evaluated the model
         losses = []
         for index, samples in enumerate(training_batches(split, spec.batch_size, seed=seed, epoch=epoch, window=reader.window())):
             step = epoch * steps_per_epoch + index
@@ -46,6 +47,7 @@ def train_epochs(model: AdaptedModel, reader: Reader, split: Split, spec: Traini
                     f"the loss became {losses[-1]} at step {step} of {steps} with learning rate {spec.learning_rate:g}; lower training.learning_rate"
                 )
         yield sum(losses) / len(losses)
+    model.eval()
 
 
 def _step(model: AdaptedModel, optimiser: torch.optim.Optimizer, images: torch.Tensor, labels: torch.Tensor, spec: Training) -> float:

@@ -1,0 +1,117 @@
+"""The mixture of adapters as one function with its derivative written out (for its meaning, see smoa.py).
+
+    p = softmax(cos(R x, e) / temperature)      gate_e = p_e for the chosen experts, 0 for the others
+    y = beside + sum_e up_e gate_e relu(down_e x)
+
+Every expert's hidden units are computed, by one product with the router's rows appended, and those not chosen are set to zero: experts are so narrow
+(E * H units against the MLP's 4 * D) that this costs less than sorting tokens, and a step costs nearly the same for any E. Numbers of a token lie in
+columns: a softmax over a few experts is then a few passes over long rows, many times faster than many short rows.
+
+Products run in the type of x; cosine, softmax and gates are float32. Shapes: T tokens, D width, H width of an expert, R router width, E experts,
+X = E * H hidden units.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+SMALLEST_NORM = 1e-12
+
+
+class Routes(NamedTuple):
+    """Where each token goes, [E, T], and what it was found from: directions of tokens [R, T] and experts [E, R], norms of projected tokens [1, T]."""
+
+    probabilities_ET: torch.Tensor
+    gates_ET: torch.Tensor
+    directions_RT: torch.Tensor
+    norms_1T: torch.Tensor
+    experts_ER: torch.Tensor
+
+
+def route(projected_RT: torch.Tensor, embeddings_ER: torch.Tensor, temperature: float) -> Routes:
+    """Cosine router with softmax (X-MoE, arXiv 2204.09179) and the best expert's probability as its gate."""
+    norms_1T = projected_RT.square().sum(dim=0, keepdim=True).sqrt().clamp_min(SMALLEST_NORM)
+    directions_RT, experts_ER = projected_RT / norms_1T, F.normalize(embeddings_ER, dim=1, eps=SMALLEST_NORM)
+    probabilities_ET = torch.softmax(experts_ER @ directions_RT / temperature, dim=0)
+    gate_1T, choice_1T = probabilities_ET.max(dim=0, keepdim=True)
+    gates_ET = torch.zeros_like(probabilities_ET).scatter_(0, choice_1T, gate_1T)
+    return Routes(probabilities_ET, gates_ET, directions_RT, norms_1T, experts_ER)
+
+
+def _through_normalisation(gradient: torch.Tensor, direction: torch.Tensor, norm: torch.Tensor, dim: int) -> torch.Tensor:
+    """Gradient of a vector from that of its direction."""
+    return (gradient - direction * (direction * gradient).sum(dim=dim, keepdim=True)) / norm
+
+
+class Mixture(torch.autograd.Function):
+    """Output [T, D] and mean probability [E] of each expert, from tokens, what is beside, and the bank's tensors; one expert needs no router."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        x_TD: torch.Tensor,
+        beside_TD: torch.Tensor,
+        down_EHD: torch.Tensor,
+        up_EDH: torch.Tensor,
+        router_RD: torch.Tensor | None,
+        embeddings_ER: torch.Tensor | None,
+        temperature: float,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        experts, width, _ = down_EHD.shape
+        rows = down_EHD.flatten(0, 1) if router_RD is None else torch.cat([down_EHD.flatten(0, 1), router_RD])
+        rows, up_XD = rows.to(x_TD.dtype), up_EDH.transpose(1, 2).flatten(0, 1).to(x_TD.dtype)
+        read = rows @ x_TD.T
+        hidden_EHT = read[: experts * width].relu().view(experts, width, -1)
+        routes, probability_E, count_E = None, down_EHD.new_ones(experts), down_EHD.new_ones(experts)
+        if router_RD is not None and embeddings_ER is not None:
+            precise = torch.promote_types(x_TD.dtype, torch.float32)
+            routes = route(read[experts * width :].to(precise), embeddings_ER.to(precise), temperature)
+            hidden_EHT *= routes.gates_ET[:, None].to(x_TD.dtype)
+            probability_E, count_E = routes.probabilities_ET.mean(dim=1), (routes.gates_ET > 0).sum(dim=1)
+        ctx.temperature, ctx.dtypes = (
+            temperature,
+            [None if tensor is None else tensor.dtype for tensor in (down_EHD, up_EDH, router_RD, embeddings_ER)],
+        )
+        ctx.save_for_backward(x_TD, hidden_EHT, rows, up_XD, embeddings_ER, *(routes or ()))
+        ctx.mark_non_differentiable(count_E)
+        return torch.addmm(beside_TD, hidden_EHT.flatten(0, 1).T, up_XD), probability_E, count_E
+
+    @staticmethod
+    def backward(ctx: Any, gradient_TD: torch.Tensor, gradient_E: torch.Tensor, _: Any) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+        x_TD, hidden_EHT, rows, up_XD, embeddings_ER, *saved = ctx.saved_tensors
+        up_gradient = (hidden_EHT.flatten(0, 1) @ gradient_TD).view(*hidden_EHT.shape[:2], -1).transpose(1, 2)
+        hidden_gradient = (up_XD @ gradient_TD.T).view_as(hidden_EHT)
+        read_gradient = torch.empty(len(rows), len(x_TD), dtype=x_TD.dtype, device=x_TD.device)
+        into_hidden = read_gradient[: len(up_XD)].view_as(hidden_EHT)
+        embeddings_gradient = None
+        torch.ops.aten.threshold_backward.grad_input(hidden_gradient, hidden_EHT, 0, grad_input=into_hidden)
+        if saved:
+            routes = Routes(*saved)
+            into_hidden *= routes.gates_ET[:, None].to(into_hidden.dtype)
+            gates_gradient = (hidden_gradient * hidden_EHT).sum(dim=1, dtype=routes.gates_ET.dtype)
+            # d y / d gate is the ungated hidden units' part; those of experts not chosen are zero
+            chosen_gradient = torch.where(routes.gates_ET > 0, gates_gradient / routes.gates_ET, 0)
+            projected_gradient, embeddings_gradient = _through_router(
+                chosen_gradient + gradient_E[:, None] / len(x_TD), routes, embeddings_ER, ctx.temperature
+            )
+            read_gradient[len(up_XD) :] = projected_gradient
+        rows_gradient = read_gradient @ x_TD
+        down_gradient = rows_gradient[: len(up_XD)].view(*hidden_EHT.shape[:2], -1)
+        router_gradient = rows_gradient[len(up_XD) :] if saved else None
+        wanted = (down_gradient, up_gradient, router_gradient, embeddings_gradient)
+        trained = [None if each is None else each.to(dtype) for each, dtype in zip(wanted, ctx.dtypes, strict=True)]
+        return (read_gradient.T @ rows if ctx.needs_input_grad[0] else None, gradient_TD, *trained, None)
+
+
+def _through_router(
+    probability_gradient_ET: torch.Tensor, routes: Routes, embeddings_ER: torch.Tensor, temperature: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of the projected tokens [R, T] and of the embeddings [E, R]."""
+    p_ET = routes.probabilities_ET
+    score_ET = p_ET * (probability_gradient_ET - (p_ET * probability_gradient_ET).sum(dim=0, keepdim=True)) / temperature
+    token_gradient = _through_normalisation(routes.experts_ER.T @ score_ET, routes.directions_RT, routes.norms_1T, dim=0)
+    norms_E1 = embeddings_ER.to(p_ET.dtype).norm(dim=1, keepdim=True).clamp_min(SMALLEST_NORM)
+    return token_gradient, _through_normalisation(score_ET @ routes.directions_RT.T, routes.experts_ER, norms_E1, dim=1)

@@ -1,0 +1,41 @@
+"""The frozen network as training computes with it: copies of its tensors in low precision, made once, in use only while the model trains.
+
+Under autocast, a frozen weight would be cast in every step, and one float32 position embedding or norm keeps the whole residual stream in float32.
+Frozen tensors need no float32 master copy, so they are cast once and the stream stays in low precision. Evaluation uses the backbone's own numbers.
+Tensors that trained changes are added to stay as they are: the sum is rounded, not its terms.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+
+class WorkingCopies:
+    """What differs while a frozen network trains in `dtype`: its parameters are copies in that type, and on a CPU attention is written out.
+
+    torch's fused attention has a backward pass in bfloat16 on CPU that takes several times as long as its parts.
+
+    Args:
+        model: its parameters are its own; their storage may be shared with other models and is never written to.
+        kept: parameters to leave alone.
+    """
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype, kept: Iterable[nn.Parameter]) -> None:
+        left_alone = {id(parameter) for parameter in kept}
+        # Running statistics stay float32, and batch norm wants its parameters alike.
+        left_alone |= {id(parameter) for module in model.modules() if isinstance(module, _BatchNorm) for parameter in module.parameters()}
+        cast = [parameter for parameter in model.parameters() if id(parameter) not in left_alone and parameter.dtype != dtype]
+        self._copies = [(parameter, parameter.data, parameter.data.to(dtype)) for parameter in cast]
+        has_slow_fusion = dtype is torch.bfloat16 and next(model.parameters()).device.type == "cpu"
+        self._fused = [module for module in model.modules() if has_slow_fusion and getattr(module, "fused_attn", False)]
+
+    def use(self, mode: bool) -> None:
+        """Whether the network computes as in training from now on, or with its frozen tensors."""
+        for parameter, frozen, copy in self._copies:
+            parameter.data = copy if mode else frozen
+        for module in self._fused:
+            setattr(module, "fused_attn", not mode)  # noqa: B010 - an attribute of timm's, unknown to nn.Module's type
