@@ -74,15 +74,21 @@ def _is_task(content: dict[str, Any]) -> bool:
 def load_task(path: Path, *, overrides: dict[str, Any] | None = None) -> Task:
     """Read one task file. Raises SpecError."""
     content, files = _read_task(path)
-    for section, value in (overrides or {}).items():
-        if isinstance(value, (str, Path)):
-            value = _resolve_paths(section, read_mapping(Path(value)), Path(value).parent)
-        base = content.get(section)
+    for section, given in (overrides or {}).items():
+        value, base = _read_override(path, section, given), content.get(section)
         if section in ("search", "budget") and isinstance(base, dict) and isinstance(value, dict):
             value = {**base, **value}
         content[section] = value
     source = f"{path}, with its base {' and '.join(map(str, files[1:]))}" if files[1:] else str(path)
     return validate(Task, content, source=source)
+
+
+def _read_override(path: Path, section: str, value: Any) -> Any:
+    """A section that replaces one of the task file `path`: a mapping, or the path of a YAML file that holds it."""
+    if not isinstance(value, (str, Path)):
+        return _data_section(value, None, path) if section == "data" and isinstance(value, dict) else value
+    file = Path(value)
+    return _data_section(read_mapping(file), None, file) if section == "data" else _resolve_paths(section, read_mapping(file), file.parent)
 
 
 def _read_task(path: Path, above: tuple[Path, ...] = ()) -> tuple[dict[str, Any], tuple[Path, ...]]:

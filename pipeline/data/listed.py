@@ -150,5 +150,7 @@ def _samples(entries: list[_Entry]) -> list[SourceSample]:
             status = os.stat(entry.path)
         except OSError as error:
             raise DataError(f"{entry.where}: {entry.path}: cannot be read ({error.strerror}); add the image, or remove it from the list") from None
+        except ValueError:  # NUL, or half a surrogate pair out of JSON
+            raise DataError(f"{entry.where}: {entry.path!r} holds what no path can; expected the path of an image") from None
         samples.append(SourceSample(entry.path, f"{status.st_size}:{status.st_mtime_ns}", entry.label, partial(read_file, Path(entry.path))))
     return samples
