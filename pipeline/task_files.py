@@ -142,8 +142,8 @@ def load_suite(name: str | Path, *, overrides: dict[str, Any] | None = None) -> 
 
     Raises SpecError, also where the suite names other tasks than the folder holds.
     """
-    folder = Path(name) if Path(name).is_dir() else catalogue_folder() / name
-    if not (folder / SUITE_FILE).is_file():
+    folder = next((folder for folder in (Path(name), catalogue_folder() / name) if (folder / SUITE_FILE).is_file()), None)
+    if folder is None:
         known = ", ".join(sorted(path.parent.name for path in catalogue_folder().glob(f"*/{SUITE_FILE}")))
         raise SpecError(f"{name}: no such suite; expected a folder with a {SUITE_FILE}, or one of {known}")
     suite = load_spec(Suite, folder / SUITE_FILE)

@@ -153,6 +153,12 @@ def test_a_suite_that_is_not_its_folders_tasks_is_refused(groups: dict[str, list
     assert words in str(caught.value)
 
 
+def test_a_folder_that_is_no_suite_does_not_hide_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "fgvc").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert load_suite("fgvc")[0].name == "fgvc"
+
+
 @pytest.mark.parametrize("name", ["vtab", "demo", "none/at/all"])
 def test_an_unknown_suite_lists_the_known_ones(name: str) -> None:
     with pytest.raises(SpecError, match=rf"{name}: no such suite; .* or one of fewshot, fgvc, vtab1k"):

@@ -544,6 +544,13 @@ def test_splits_of_listed_data_are_names_inside_their_root(tmp_path: Path) -> No
     assert read == JsonData(format="json", root=str(tmp_path / "d"), train="a.json", classes=("x", "y"))
 
 
+@pytest.mark.parametrize("classes", [1, 0, True, [], ["one"], 2.5, None, 65537])
+def test_a_number_of_classes_that_is_none_is_refused_at_its_key(classes: Any, tmp_path: Path) -> None:
+    path = write(tmp_path, MINIMAL | {"data": {"format": "lists", "root": "d", "classes": classes}})
+    assert refusal(path).startswith(f"{path}: data.classes: given ")
+    assert "\n" not in refusal(path)
+
+
 # --- about ----------------------------------------------------------------------------------------------------------------------------------
 
 

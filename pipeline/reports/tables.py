@@ -43,7 +43,7 @@ def about_table(task: Task) -> Table:
         if text:
             built.add_row(label, text)
     for method, percent in task.about.published_percent.items():
-        built.add_row("published %", f"{percent:.1f}  {method}")
+        built.add_row("published %", f"{percent:<5g}  {method}")
     return built
 
 
