@@ -28,11 +28,10 @@ from torch import nn
 from pipeline.adaptation import attach
 from pipeline.adaptation.plan import tunable_layers
 from pipeline.backbones import LoadedBackbone, load_backbone
-from pipeline.backbones.known import demo_folder
 from pipeline.data import two_views
 from pipeline.selection import supervised_contrastive_loss, top_connections
 from pipeline.spec import Backbone, Biases, Connections, Head, Input, Recipe, Smoa
-from pipeline.task_files import load_task
+from pipeline.task_files import catalogue_folder, load_task
 
 RESULTS = Path(__file__).parent / "results"
 CLASSES = 100
@@ -82,7 +81,7 @@ def _arguments() -> argparse.Namespace:
 
 def _backbone(arguments: argparse.Namespace) -> LoadedBackbone:
     if arguments.embedded:
-        return load_backbone(load_task(demo_folder() / "digits.yaml").backbone, Input(size_px=64))
+        return load_backbone(load_task(catalogue_folder() / "demo" / "digits.yaml").backbone, Input(size_px=64))
     return load_backbone(Backbone(model=arguments.model, weights="random"), Input(size_px=arguments.size))
 
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 from pipeline.adaptation.packing import planned_size_bytes
 from pipeline.backbones.known import remember
 from pipeline.cluster import check_fits_a_node, cluster_resources, interruptible, ray_session
-from pipeline.data import prepare
+from pipeline.data import prepare, untrained_classes
 from pipeline.errors import ClusterError, StorageError, TaskpackError
 from pipeline.registry.record import Champion, RegisteredPack
 from pipeline.registry.store import open_registry
@@ -134,7 +134,9 @@ class _Driver:
         """All that can be known without the cluster: the data is sound, the backbone fits, something is within budget."""
         self._enter(task, "prepare")
         data_folder = self.workspace.data(task.name)
-        prepare(task, data_folder)
+        index = prepare(task, data_folder)
+        if untrained := untrained_classes(index):
+            self.on_progress(task.name, "prepare", 1.0, f"no training sample of {len(untrained)} of the classes: {', '.join(untrained)}")
         inputs = open_inputs(task, data_folder)
         remember(inputs.backbone.fingerprint, task.backbone.weights)
         check_budget(task, _size_of(inputs))

@@ -142,12 +142,11 @@ def _outcome_as_json(outcome: Any) -> dict[str, Any]:
 @app.command()
 def demo(workdir: Workdir = api.WORKDIR, max_bytes: MaxBytes = None, trials: Trials = None) -> None:
     """The whole pipeline on three small embedded tasks, on this machine."""
-    from pipeline.backbones.known import demo_folder
     from pipeline.data import save_samples
-    from pipeline.task_files import load_tasks
+    from pipeline.task_files import catalogue_folder, load_tasks
     from pipeline.workspace import Workspace
 
-    tasks = load_tasks([demo_folder()], overrides=_overrides(None, None, max_bytes, trials))
+    tasks = load_tasks([catalogue_folder() / "demo"], overrides=_overrides(None, None, max_bytes, trials))
     out.print(f"{len(tasks)} tasks on one frozen backbone: {', '.join(task.name for task in tasks)}; everything is kept in {workdir}/")
     _run_tasks(tasks, workdir)
     first = tasks[0].name
@@ -297,13 +296,23 @@ def plan(
 ) -> None:
     """What a recipe attaches, and what every point of the search space would cost, before anything is trained."""
     from pipeline.reports.plan import plan_task
-    from pipeline.reports.tables import ledger_table, plan_table, space_table
+    from pipeline.reports.tables import about_table, ledger_table, plan_table, space_table
     from pipeline.task_files import load_task
 
     loaded = load_task(task, overrides=_overrides(recipe, search, max_bytes, None))
+    if loaded.about.model_fields_set and not as_json:  # before the data is needed: it says where to get it
+        out.print(about_table(loaded))
+        out.print()
     planned = plan_task(loaded, workdir.resolve())
     if as_json:
-        _print_json({"tensors": [asdict(tensor) for tensor in planned.tensors], "ledger": planned.ledger, "space": planned.space})
+        _print_json(
+            {
+                "about": loaded.about.model_dump(),
+                "tensors": [asdict(tensor) for tensor in planned.tensors],
+                "ledger": planned.ledger,
+                "space": planned.space,
+            }
+        )
         return
     out.print(plan_table(planned.tensors, by_module=modules))
     out.print()
@@ -322,6 +331,7 @@ def prepare(
 ) -> None:
     """Turn a task's data into WebDataset shards with an index, and check it."""
     from pipeline.data import prepare as prepare_data
+    from pipeline.data import untrained_classes
     from pipeline.reports.tables import table
     from pipeline.storage import exclusive
     from pipeline.task_files import load_task
@@ -336,6 +346,8 @@ def prepare(
         built.add_row(name, f"{sum(shard.samples for shard in shards):,}", str(len(shards)), f"{sum(shard.size_bytes for shard in shards):,}")
     out.print(f"{target}: {len(index.classes)} classes, digest {index.digest[:16]}...", soft_wrap=True)
     out.print(built)
+    if untrained := untrained_classes(index):
+        out.print(f"no training sample of {len(untrained)} of the classes: {', '.join(untrained)}", soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -75,6 +75,35 @@ class CsvData(Spec):
     root: str | None = None
 
 
+ClassCount = Annotated[int, Field(ge=2, le=65536)]
+ClassNames = Annotated[tuple[str, ...], Field(min_length=2)]
+
+
+class ListsData(Spec):
+    """List files of `path label` lines inside `root`: VTAB-1k's layout, and that of few-shot FGVC. Labels are numbers from 0."""
+
+    format: Literal["lists"]
+    root: str
+    train: str = "train800.txt"
+    val: str | None = "val200.txt"
+    test: str = "test.txt"
+    images: str = Field("", description="folder inside `root` that the listed paths start from; default: `root` itself")
+    classes: ClassCount | ClassNames | str = Field(description="how many; or their names, or a file with one name a line")
+    repeats: bool = Field(False, description="whether a list may name an image more than once; it is read once")
+
+
+class JsonData(Spec):
+    """JSON objects of `{"path": label}` inside `root`: the FGVC splits of VPT (arXiv 2203.12119). Labels are any whole numbers, one a class."""
+
+    format: Literal["json"]
+    root: str
+    train: str = "train.json"
+    val: str | None = "val.json"
+    test: str = "test.json"
+    images: str = Field("", description="folder inside `root` that the paths start from; default: `root` itself")
+    classes: ClassCount | ClassNames | str = Field(description="how many; or their names, or a file with one name a line")
+
+
 class DigitsData(Spec):
     """scikit-learn's 1,797 handwritten digits (8x8), split by a seed."""
 
@@ -95,7 +124,7 @@ class DrawnData(Spec):
     seed: int = Field(0, ge=0)
 
 
-Data = Annotated[ShardsData | FolderData | CsvData | DigitsData | DrawnData, Field(discriminator="format")]
+Data = Annotated[ShardsData | FolderData | CsvData | ListsData | JsonData | DigitsData | DrawnData, Field(discriminator="format")]
 
 
 class Input(Spec):
@@ -315,11 +344,24 @@ class Budget(Spec):
     within_points: float = Field(0.5, ge=0, description="champion: the smallest pack this close to the best validation metric, in points of 0.01")
 
 
+Percent = Annotated[float, Field(ge=0, le=100)]
+
+
+class About(Spec):
+    """Where a task's data comes from, and what others reached on it. For people: nothing is computed from it."""
+
+    source: str = Field("", description="where to get the data")
+    licence: str = Field("", description="of the data")
+    paper: str = Field("", description="that introduced the data")
+    published_percent: dict[str, Percent] = Field(default_factory=dict, description="test accuracies by method, each with its paper")
+
+
 class Task(Spec):
     """One labelled dataset and its metric, and how to adapt the backbone to it."""
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")
     description: str = ""
+    about: About = About()
     data: Data
     input: Input = Input()
     val_fraction: float = Field(0.2, gt=0, lt=1, description="share of train held out for validation where the task brings no val split")
@@ -356,3 +398,28 @@ class Task(Spec):
                 f"{', '.join(idle)} would change nothing: no recipe of this space has the part; leave it out, or add the part to `recipe`"
             )
         return search
+
+
+# --- suite ----------------------------------------------------------------------------------------------------------------------------------
+
+
+class Suite(Spec):
+    """The tasks of one benchmark, by name, in groups: what an average over it is taken of."""
+
+    name: str
+    description: str = ""
+    groups: dict[str, Annotated[tuple[str, ...], Field(min_length=1)]] = Field(min_length=1)
+
+    @field_validator("groups")
+    @classmethod
+    def _names_each_task_once(cls, groups: dict[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
+        names = [name for group in groups.values() for name in group]
+        repeated = sorted({name for name in names if names.count(name) > 1})
+        if repeated:
+            raise ValueError(f"{', '.join(repeated)}: named more than once; each task counts once")
+        return groups
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """The names of all tasks, group by group."""
+        return tuple(name for group in self.groups.values() for name in group)

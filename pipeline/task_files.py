@@ -1,14 +1,18 @@
 """Reading task files: YAML in, validated specs out, and every fault in words.
 
-A section of a task file may be the path of a YAML file that holds it, relative to the task file, so that a hundred tasks can share one backbone and
-one recipe. A fault names file, key, given value and what was expected.
+A hundred tasks need not repeat themselves. A section of a task file may be the path of a YAML file that holds it, and a task file may have a `base`:
+another file, whose content it starts from and writes over, section by section and key by key. Both paths are relative to the file they stand in.
+Paths of data may begin with `$TASKPACK_DATA`, the folder where a machine keeps its datasets. A fault names file, key, given value and what was
+expected.
 """
 
 from __future__ import annotations
 
 import difflib
 import json
+import os
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,10 +21,21 @@ import yaml
 from pydantic import ValidationError
 
 from pipeline.errors import SpecError
-from pipeline.spec import Backbone, Budget, Recipe, SearchSpace, Selection, Spec, Task
+from pipeline.spec import About, Backbone, Budget, Input, Recipe, SearchSpace, Selection, Spec, Suite, Task
 
-_SHARED_SECTIONS: dict[str, type[Spec]] = {"backbone": Backbone, "recipe": Recipe, "search": SearchSpace, "budget": Budget, "selection": Selection}
+DATA_ROOT = "TASKPACK_DATA"
+SUITE_FILE = "suite.yaml"
+_SHARED_SECTIONS: dict[str, type[Spec]] = {
+    "about": About,
+    "input": Input,
+    "backbone": Backbone,
+    "recipe": Recipe,
+    "search": SearchSpace,
+    "budget": Budget,
+    "selection": Selection,
+}
 _DATA_PATHS = ("train", "val", "test", "root")
+_ROOTED_FORMATS = ("lists", "json")  # whose splits are files inside `root`
 SpecType = TypeVar("SpecType", bound=Spec)
 
 
@@ -45,36 +60,104 @@ def _task_files(path: Path) -> list[Path]:
         raise SpecError(f"{path}: no such task file or folder; give a .yaml file or a folder that holds some")
     if path.is_file():
         return [path]
-    files = [file for file in sorted(path.glob("*.y*ml")) if "data" in read_mapping(file)]
+    files = [file for file in sorted(path.glob("*.y*ml")) if _is_task(read_mapping(file))]
     if not files:
-        raise SpecError(f"{path}: this folder holds no task file (a .yaml with a `data` section)")
+        raise SpecError(f"{path}: this folder holds no task file (a .yaml with a `name` and a `data` section)")
     return files
+
+
+def _is_task(content: dict[str, Any]) -> bool:
+    """What tells a task from the shared sections and the suite beside it. A name without `data` is a task with a fault, not to be passed over."""
+    return "data" in content or ("name" in content and "groups" not in content)
 
 
 def load_task(path: Path, *, overrides: dict[str, Any] | None = None) -> Task:
     """Read one task file. Raises SpecError."""
-    content = read_mapping(path)
-    for section, kind in _SHARED_SECTIONS.items():
-        if isinstance(content.get(section), str):
-            shared = (path.parent / content[section]).resolve()
-            if not shared.is_file():
-                raise SpecError(
-                    f"{path}: {section}: given {content[section]!r}; expected a mapping, or the path of a YAML file: there is no {shared}"
-                )
-            content[section] = _resolve_paths(section, read_mapping(shared), shared.parent)
-            validate(kind, content[section], source=str(shared))  # so that a fault is reported under the file that holds it
-        elif isinstance(content.get(section), dict):
-            content[section] = _resolve_paths(section, content[section], path.parent)
-    for section, value in (overrides or {}).items():
-        if isinstance(value, (str, Path)):
-            value = _resolve_paths(section, read_mapping(Path(value)), Path(value).parent)
-        base = content.get(section)
+    content, files = _read_task(path)
+    for section, given in (overrides or {}).items():
+        value, base = _read_override(path, section, given), content.get(section)
         if section in ("search", "budget") and isinstance(base, dict) and isinstance(value, dict):
             value = {**base, **value}
         content[section] = value
-    if isinstance(content.get("data"), dict):
-        content["data"] = _resolve_paths("data", {"format": "shards", **content["data"]}, path.parent)
-    return validate(Task, content, source=str(path))
+    source = f"{path}, with its base {' and '.join(map(str, files[1:]))}" if files[1:] else str(path)
+    return validate(Task, content, source=source)
+
+
+def _read_override(path: Path, section: str, value: Any) -> Any:
+    """A section that replaces one of the task file `path`: a mapping, or the path of a YAML file that holds it."""
+    if not isinstance(value, (str, Path)):
+        return _data_section(value, None, path) if section == "data" and isinstance(value, dict) else value
+    file = Path(value)
+    return _data_section(read_mapping(file), None, file) if section == "data" else _resolve_paths(section, read_mapping(file), file.parent)
+
+
+def _read_task(path: Path, above: tuple[Path, ...] = ()) -> tuple[dict[str, Any], tuple[Path, ...]]:
+    """The content of a task file written over that of its base, paths made absolute; and the files it came from. `above`: those that led here."""
+    written = read_mapping(path)
+    base, files = _read_base(path, written.pop("base"), (*above, path)) if "base" in written else ({}, ())
+    content = {**base, **written}
+    for section in _SHARED_SECTIONS.keys() & written.keys():
+        if isinstance(written[section], str):
+            content[section] = _read_shared(path, section, written[section])
+        elif isinstance(written[section], dict):
+            content[section] = _written_over(base.get(section), _resolve_paths(section, written[section], path.parent))
+    if isinstance(written.get("data"), dict):
+        content["data"] = _data_section(written["data"], base.get("data"), path)
+    return content, (path, *files)
+
+
+def _read_base(path: Path, name: Any, above: tuple[Path, ...]) -> tuple[dict[str, Any], tuple[Path, ...]]:
+    base = path.parent / name if isinstance(name, str) else None
+    if base is None or not base.is_file():
+        raise SpecError(f"{path}: base: given {name!r}; expected the path of a task file to start from{f': there is no {base}' if base else ''}")
+    if base.resolve() in [file.resolve() for file in above]:
+        raise SpecError(f"{path}: base: given {name!r}, which has this file as its own base; a file cannot start from itself")
+    return _read_task(base, above)
+
+
+def _read_shared(path: Path, section: str, name: str) -> dict[str, Any]:
+    shared = (path.parent / name).resolve()
+    if not shared.is_file():
+        raise SpecError(f"{path}: {section}: given {name!r}; expected a mapping, or the path of a YAML file: there is no {shared}")
+    content = _resolve_paths(section, read_mapping(shared), shared.parent)
+    validate(_SHARED_SECTIONS[section], content, source=str(shared))  # so that a fault is reported under the file that holds it
+    return content
+
+
+def _written_over(base: Any, own: dict[str, Any]) -> dict[str, Any]:
+    """`own` written over `base` key by key, also inside mappings that both hold."""
+    if not isinstance(base, dict):
+        return own
+    return {**base, **{key: _written_over(base.get(key), value) if isinstance(value, dict) else value for key, value in own.items()}}
+
+
+def _data_section(own: dict[str, Any], base: Any, path: Path) -> dict[str, Any]:
+    """A data section with its format and absolute paths. It starts from the base's only where that is of the same format."""
+    inherited = base if isinstance(base, dict) and own.get("format", base["format"]) == base["format"] else {"format": "shards"}
+    return {**inherited, **_resolve_data_paths({"format": inherited["format"], **own}, path)}
+
+
+def load_suite(name: str | Path, *, overrides: dict[str, Any] | None = None) -> tuple[Suite, list[Task]]:
+    """A suite and its tasks, in the suite's order. `name`: a folder with a `suite.yaml` beside its tasks, or a suite of the catalogue (`vtab1k`).
+
+    Raises SpecError, also where the suite names other tasks than the folder holds.
+    """
+    folder = next((folder for folder in (Path(name), catalogue_folder() / name) if (folder / SUITE_FILE).is_file()), None)
+    if folder is None:
+        known = ", ".join(sorted(path.parent.name for path in catalogue_folder().glob(f"*/{SUITE_FILE}")))
+        raise SpecError(f"{name}: no such suite; expected a folder with a {SUITE_FILE}, or one of {known}")
+    suite = load_spec(Suite, folder / SUITE_FILE)
+    tasks = {task.name: task for task in load_tasks([folder], overrides=overrides)}
+    if differing := sorted(tasks.keys() ^ set(suite.tasks)):
+        lacks = "is in no group of it" if differing[0] in tasks else "has no task file beside it"
+        raise SpecError(f"{folder / SUITE_FILE}: groups: the task {differing[0]!r} {lacks}; name every task of the folder once")
+    return suite, [tasks[task] for task in suite.tasks]
+
+
+def catalogue_folder() -> Path:
+    """The folder of the task files that come with taskpack: in a clone beside the package, otherwise where it was installed."""
+    clone = Path(__file__).resolve().parents[1] / "tasks"
+    return clone if clone.is_dir() else Path(sys.prefix) / "share" / "taskpack"
 
 
 def load_spec(kind: type[SpecType], path: Path) -> SpecType:
@@ -109,17 +192,42 @@ def read_mapping(path: Path) -> dict[str, Any]:
 
 
 def _resolve_paths(section: str, content: dict[str, Any], folder: Path) -> dict[str, Any]:
-    def resolve(value: Any) -> Any:
-        if isinstance(value, list):
-            return [resolve(item) for item in value]
-        return value if not isinstance(value, str) or re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", value) else str((folder / value).resolve())
+    """A section whose paths, if it has any, are absolute. Those of `data` are resolved apart."""
+    if section == "backbone" and content.get("weights") not in (None, "pretrained", "random"):
+        return {**content, "weights": _resolved(content["weights"], folder)}
+    return content
 
-    keys: tuple[str, ...] = ()
-    if section == "data":
-        keys = _DATA_PATHS + (("classes",) if isinstance(content.get("classes"), str) else ())
-    elif section == "backbone" and content.get("weights") not in (None, "pretrained", "random"):
-        keys = ("weights",)
-    return {key: resolve(value) if key in keys else value for key, value in content.items()}
+
+def _resolve_data_paths(content: dict[str, Any], task_file: Path) -> dict[str, Any]:
+    keys: tuple[str, ...] = ("root",) if content["format"] in _ROOTED_FORMATS else _DATA_PATHS
+    if isinstance(content.get("classes"), str):
+        keys += ("classes",)
+    return {key: _resolved(_below_data_root(value, key, task_file), task_file.parent) if key in keys else value for key, value in content.items()}
+
+
+def _below_data_root(value: Any, key: str, task_file: Path) -> Any:
+    """`value` with a leading `$TASKPACK_DATA` replaced. No other variable is, so that a task file shows what its paths depend on."""
+    if isinstance(value, list):
+        return [_below_data_root(item, key, task_file) for item in value]
+    if not isinstance(value, str) or value.split("/")[0] != f"${DATA_ROOT}":
+        return value
+    root = os.environ.get(DATA_ROOT)
+    if not root:
+        raise SpecError(
+            f"{task_file}: data.{key}: given {value!r}, and {DATA_ROOT} is not set; "
+            f"set this environment variable to the folder that holds your datasets, or write a path"
+        )
+    return (root if _is_url(root) else str(Path(root).expanduser().resolve())) + value.removeprefix(f"${DATA_ROOT}")
+
+
+def _resolved(value: Any, folder: Path) -> Any:
+    if isinstance(value, list):
+        return [_resolved(item, folder) for item in value]
+    return value if not isinstance(value, str) or _is_url(value) else str((folder / value).resolve())
+
+
+def _is_url(path: str) -> bool:
+    return re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", path) is not None
 
 
 def validate(kind: type[SpecType], content: dict[str, Any], *, source: str) -> SpecType:

@@ -14,12 +14,15 @@ from pipeline.errors import SpecError, TaskpackError
 from pipeline.spec import (
     BITS,
     HOUSE_RECIPE,
+    About,
     Backbone,
     Biases,
     Budget,
     Connections,
+    DigitsData,
     Head,
     Input,
+    JsonData,
     Norms,
     Recipe,
     SearchSpace,
@@ -32,7 +35,7 @@ from pipeline.spec import (
     house_space,
     parse_bytes,
 )
-from pipeline.task_files import load_spec, load_task, load_tasks, validate
+from pipeline.task_files import DATA_ROOT, load_spec, load_task, load_tasks, validate
 
 few_examples = settings(max_examples=60, derandomize=True, deadline=None)
 
@@ -439,6 +442,125 @@ def test_a_section_alone_is_read_as_its_kind(tmp_path: Path) -> None:
         load_spec(Budget, write(tmp_path, {"max_byte": 1}))
 
 
+# --- bases ----------------------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_task_is_written_over_its_base_key_by_key(tmp_path: Path) -> None:
+    write(tmp_path, {"model": "m", "weights": "w.safetensors"}, "common/backbone.yaml")
+    base = {"backbone": "backbone.yaml", "recipe": {"connections": {"top_k": 5, "bits": 1}, "training": {"epochs": 9}}, "input": {"size_px": 96}}
+    write(tmp_path, base, "common/base.yaml")
+    own = {"recipe": {"connections": {"top_k": 2}, "training": {"batch_size": 8}}, "input": {"flip": False}}
+    task = load_task(write(tmp_path, {"base": "../common/base.yaml", "name": "a", "data": {"format": "digits"}, **own}, "tasks/a.yaml"))
+    assert task.recipe == Recipe(connections=Connections(top_k=2, bits=1), training=Training(epochs=9, batch_size=8))
+    assert task.input == Input(size_px=96, flip=False)
+    assert task.backbone == Backbone(model="m", weights=str(tmp_path / "common/w.safetensors"))
+
+
+def test_bases_of_bases_and_values_that_are_no_mappings(tmp_path: Path) -> None:
+    write(tmp_path, MINIMAL | {"search": {"bits": [1, 2, 4]}, "recipe": {"smoa": {}, "norms": {}}}, "first.yaml")
+    write(tmp_path, {"base": "first.yaml", "description": "second"}, "second.yaml")
+    task = load_task(write(tmp_path, {"base": "second.yaml", "name": "third", "search": {"bits": 8}, "recipe": {"norms": None}}))
+    assert (task.name, task.description, task.search.bits) == ("third", "second", (8,))
+    assert (task.recipe.smoa, task.recipe.norms) == (Smoa(), None)
+
+
+def test_a_section_by_path_replaces_the_bases_whole(tmp_path: Path) -> None:
+    write(tmp_path, {"smoa": {"experts": 2}}, "recipe.yaml")
+    write(tmp_path, MINIMAL | {"recipe": {"norms": {}}}, "base.yaml")
+    assert load_task(write(tmp_path, {"base": "base.yaml", "recipe": "recipe.yaml"})).recipe == Recipe(smoa=Smoa(experts=2))
+
+
+def test_data_start_from_the_bases_where_the_format_is_the_same(tmp_path: Path) -> None:
+    write(tmp_path, MINIMAL | {"data": {"train": "a.tar", "test": "b.tar"}}, "common/base.yaml")
+    read = load_task(write(tmp_path, {"base": "common/base.yaml", "data": {"train": "c.tar"}})).data
+    assert read == ShardsData(train=str(tmp_path / "c.tar"), test=str(tmp_path / "common/b.tar"))
+    other = load_task(write(tmp_path, {"base": "common/base.yaml", "data": {"format": "digits", "seed": 3}})).data
+    assert other == DigitsData(format="digits", seed=3)
+
+
+def test_overrides_are_written_over_the_bases_sections_too(tmp_path: Path) -> None:
+    write(tmp_path, MINIMAL | {"search": {"bits": [1, 2]}}, "base.yaml")
+    task = load_task(write(tmp_path, {"base": "base.yaml"}), overrides={"search": {"trials": 3}, "data": {"train": "a.tar", "test": "/b.tar"}})
+    assert (task.search.bits, task.search.trials) == ((1, 2), 3)
+    assert task.data == ShardsData(train=str(tmp_path / "a.tar"), test="/b.tar")
+
+
+def test_a_base_that_is_none_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path, {"base": "none.yaml", "name": "a"})
+    assert refusal(path) == f"{path}: base: given 'none.yaml'; expected the path of a task file to start from: there is no {tmp_path / 'none.yaml'}"
+    assert "base: given 5; expected the path" in refusal(write(tmp_path, {"base": 5}))
+
+
+def test_bases_in_a_circle_are_refused(tmp_path: Path) -> None:
+    assert "cannot start from itself" in refusal(write(tmp_path, {"base": "task.yaml"}))
+    write(tmp_path, {"base": "task.yaml"}, "other.yaml")
+    assert f"{tmp_path / 'other.yaml'}: base: given 'task.yaml'" in refusal(write(tmp_path, {"base": "other.yaml"}))
+
+
+def test_a_fault_names_the_bases_it_may_stand_in(tmp_path: Path) -> None:
+    base = write(tmp_path, MINIMAL | {"recipee": {}}, "base.yaml")
+    path = write(tmp_path, {"base": "base.yaml"})
+    assert refusal(path) == f"{path}, with its base {base}: recipee: unknown key, given {{}}; did you mean 'recipe'?"
+
+
+# --- where the data are ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("root", ["{folder}/data", "data", "~/data"])
+def test_data_below_the_folder_that_the_machine_names(root: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv(DATA_ROOT, root.format(folder=tmp_path))
+    data = {"train": ["$TASKPACK_DATA/a.tar", "b.tar"], "test": "$TASKPACK_DATA", "classes": "$TASKPACK_DATA/classes.txt"}
+    read = load_task(write(tmp_path, MINIMAL | {"data": data}, "tasks/a.yaml")).data
+    assert isinstance(read, ShardsData)
+    assert read.train == (str(tmp_path / "data/a.tar"), str(tmp_path / "tasks/b.tar"))
+    assert (read.test, read.classes) == (str(tmp_path / "data"), str(tmp_path / "data/classes.txt"))
+
+
+def test_the_folder_of_the_data_may_be_a_url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(DATA_ROOT, "s3://bucket/data")
+    read = load_task(write(tmp_path, MINIMAL | {"data": {"train": "$TASKPACK_DATA/a.tar", "test": "b.tar"}})).data
+    assert isinstance(read, ShardsData)
+    assert read.train == "s3://bucket/data/a.tar"
+
+
+def test_data_below_a_folder_that_nobody_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(DATA_ROOT, raising=False)
+    path = write(tmp_path, MINIMAL | {"data": {"format": "lists", "root": "$TASKPACK_DATA/x", "classes": 2}})
+    assert refusal(path).startswith(f"{path}: data.root: given '$TASKPACK_DATA/x', and TASKPACK_DATA is not set; set this environment variable")
+
+
+def test_no_other_variable_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SECRET", "s")
+    monkeypatch.setenv(DATA_ROOT, "/d")
+    read = load_task(write(tmp_path, MINIMAL | {"data": {"train": "$SECRET/a.tar", "test": "$TASKPACK_DATASETS/b.tar"}})).data
+    assert isinstance(read, ShardsData)
+    assert (read.train, read.test) == (str(tmp_path / "$SECRET/a.tar"), str(tmp_path / "$TASKPACK_DATASETS/b.tar"))
+
+
+def test_splits_of_listed_data_are_names_inside_their_root(tmp_path: Path) -> None:
+    read = load_task(write(tmp_path, MINIMAL | {"data": {"format": "json", "root": "d", "train": "a.json", "classes": ["x", "y"]}})).data
+    assert read == JsonData(format="json", root=str(tmp_path / "d"), train="a.json", classes=("x", "y"))
+
+
+@pytest.mark.parametrize("classes", [1, 0, True, [], ["one"], 2.5, None, 65537])
+def test_a_number_of_classes_that_is_none_is_refused_at_its_key(classes: Any, tmp_path: Path) -> None:
+    path = write(tmp_path, MINIMAL | {"data": {"format": "lists", "root": "d", "classes": classes}})
+    assert refusal(path).startswith(f"{path}: data.classes: given ")
+    assert "\n" not in refusal(path)
+
+
+# --- about ----------------------------------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_said_of_the_data_is_checked_like_the_rest(tmp_path: Path) -> None:
+    about = {"source": "s", "licence": "CC0", "paper": "p", "published_percent": {"GPS": 81.1}}
+    assert load_task(write(tmp_path, MINIMAL | {"about": about})).about == About(**about)
+    assert "about.license: unknown key, given \"CC0\"; did you mean 'licence'?" in refusal(write(tmp_path, MINIMAL | {"about": {"license": "CC0"}}))
+    assert "about.published_percent.GPS: given 811" in refusal(write(tmp_path, MINIMAL | {"about": {"published_percent": {"GPS": 811}}}))
+
+
 # --- overrides ------------------------------------------------------------------------------------------------------------------------------
 
 
@@ -485,6 +607,15 @@ def test_a_folder_gives_its_task_files_in_sorted_order(tmp_path: Path) -> None:
     write(tmp_path, MINIMAL["backbone"], "backbone.yaml")
     write(tmp_path, "not a task", "notes.txt")
     assert [task.name for task in load_tasks([tmp_path])] == ["a", "b", "c"]
+
+
+def test_a_task_without_data_is_not_passed_over(tmp_path: Path) -> None:
+    write(tmp_path, MINIMAL, "a.yaml")
+    write(tmp_path, {"name": "all", "groups": {"all": ["digits"]}}, "suite.yaml")
+    assert [task.name for task in load_tasks([tmp_path])] == ["digits"]
+    write(tmp_path, {"name": "b", "dta": {"format": "digits"}, "backbone": MINIMAL["backbone"]}, "b.yaml")
+    with pytest.raises(SpecError, match="did you mean 'data'"):
+        load_tasks([tmp_path])
 
 
 def test_a_batch_keeps_the_order_given(tmp_path: Path) -> None:

@@ -7,17 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import os
-import sys
 from pathlib import Path
 
 from pipeline.errors import StorageError
 from pipeline.storage import read_json, write_json
-
-
-def demo_folder() -> Path:
-    """The folder with the demo's tasks and the embedded backbone: in a clone beside the package, otherwise where it was installed."""
-    clone = Path(__file__).resolve().parents[2] / "tasks" / "demo"
-    return clone if clone.is_dir() else Path(sys.prefix) / "share" / "taskpack" / "demo"
 
 
 def remember(fingerprint: str, weights: str) -> None:

@@ -4,7 +4,7 @@ from pipeline.data.augment import augment, two_views
 from pipeline.data.decode import decode_image
 from pipeline.data.index import DataIndex, ShardEntry, read_index, write_index
 from pipeline.data.plan import evaluation_batches, shard_batches, training_batches
-from pipeline.data.prepare import check, prepare
+from pipeline.data.prepare import check, prepare, untrained_classes
 from pipeline.data.reader import Reader
 from pipeline.data.samples import save_samples
 from pipeline.data.shards import read_shard, write_shards
@@ -27,6 +27,7 @@ __all__ = [
     "split_samples",
     "training_batches",
     "two_views",
+    "untrained_classes",
     "write_index",
     "write_shards",
 ]

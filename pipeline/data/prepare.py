@@ -18,12 +18,13 @@ import numpy as np
 from pipeline.data.decode import decode_image
 from pipeline.data.drawn import drawn_source
 from pipeline.data.index import INDEX_NAME, DataIndex, ShardEntry, SplitName, read_index, write_index
+from pipeline.data.listed import json_source, lists_source
 from pipeline.data.shards import Sample, samples_in, write_shards
-from pipeline.data.sources import Source, SourceSample, csv_source, digits_source, folder_source
+from pipeline.data.sources import Source, SourceSample, class_names, csv_source, digits_source, folder_source
 from pipeline.data.splits import split_samples
 from pipeline.data.urls import expand, fetch, is_url, resolve, sha256_hex, stamp
 from pipeline.errors import DataError, StorageError
-from pipeline.spec import CsvData, DigitsData, DrawnData, FolderData, ShardsData, Task
+from pipeline.spec import CsvData, DigitsData, DrawnData, FolderData, JsonData, ListsData, ShardsData, Task
 
 _VERSION = 1  # part of every source digest: raise it when the same source would give other shards
 _MAX_INFERRED_CLASSES = 65536
@@ -37,6 +38,9 @@ def prepare(task: Task, folder: Path) -> DataIndex:
     """
     folder = Path(os.path.abspath(folder))
     data = task.data
+    if isinstance(data, ListsData | JsonData) and not Path(data.root).is_dir():
+        origin = f"; it comes from {task.about.source}" if task.about.source else ""
+        raise DataError(f"{data.root}: no such folder; expected the dataset of {task.name}, with its list of images for each split{origin}")
     try:
         index = _index_in_place(data, folder) if isinstance(data, ShardsData) else _write(_source(data), data.model_dump_json(), folder)
     except OSError as error:
@@ -47,12 +51,16 @@ def prepare(task: Task, folder: Path) -> DataIndex:
     return index
 
 
-def _source(data: FolderData | CsvData | DigitsData | DrawnData) -> Source:
+def _source(data: FolderData | CsvData | ListsData | JsonData | DigitsData | DrawnData) -> Source:
     match data:
         case FolderData():
             return folder_source(data)
         case CsvData():
             return csv_source(data)
+        case ListsData():
+            return lists_source(data)
+        case JsonData():
+            return json_source(data)
         case DigitsData():
             return digits_source(data)
         case DrawnData():
@@ -82,7 +90,7 @@ def _index_in_place(data: ShardsData, folder: Path) -> DataIndex:
     if data.val is not None:
         splits["val"] = expand(data.val)
     splits["test"] = expand(data.test)
-    names = _class_names(data.classes)
+    names = class_names(data.classes) if data.classes is not None else None
     stamps = [f"{split} {url} {stamp(url)}" for split, urls in splits.items() for url in urls]
     source_digest = sha256_hex("\n".join([f"shards {_VERSION} {names!r}", *stamps]).encode())
     if (index := _current(folder, source_digest)) is not None:
@@ -94,16 +102,6 @@ def _index_in_place(data: ShardsData, folder: Path) -> DataIndex:
     folder.mkdir(parents=True, exist_ok=True)
     write_index(folder, index)
     return index
-
-
-def _class_names(classes: tuple[str, ...] | str | None) -> list[str] | None:
-    if not isinstance(classes, str):
-        return None if classes is None else list(classes)
-    try:
-        text = fetch(classes).decode("utf-8-sig")
-    except UnicodeDecodeError:
-        raise DataError(f"{classes}: not UTF-8 text; expected one class name a line") from None
-    return [line.strip() for line in text.splitlines() if line.strip()]
 
 
 def _inferred_classes(entries: dict[SplitName, list[ShardEntry]]) -> list[str]:
@@ -209,10 +207,16 @@ def check(index: DataIndex, task: Task) -> None:
         raise DataError(f"{task.name}: all training samples are of one class; expected at least two classes")
     for split, shards in index.splits.items():
         missing = sorted({label for shard in shards for label in shard.labels} - trained)
-        if missing:
+        if missing and not isinstance(task.data, ListsData | JsonData):  # there, a benchmark's own lists say who is in train
             names = ", ".join(index.classes[label] for label in missing)
             raise DataError(f"{task.name}: {split} has classes without a training sample: {names}; every class needs training samples")
     train_samples = len(split_samples(index, task.val_fraction, task.seed)["train"])
     for key, batch_size in (("recipe.training.batch_size", task.recipe.training.batch_size), ("selection.batch_size", task.selection.batch_size)):
         if train_samples < batch_size:
             raise DataError(f"{task.name}: {train_samples} training samples are fewer than {key} = {batch_size}; lower it, or add samples")
+
+
+def untrained_classes(index: DataIndex) -> list[str]:
+    """The classes without a training sample: a model cannot tell them, and its accuracy counts them as any other."""
+    trained = {label for shard in index.splits["train"] for label in shard.labels}
+    return [name for number, name in enumerate(index.classes) if number not in trained]

@@ -21,6 +21,7 @@ from PIL import Image
 from pipeline.data.index import SplitName
 from pipeline.data.shards import IMAGE_EXTENSIONS
 from pipeline.data.splits import choose_by_class, class_quotas
+from pipeline.data.urls import fetch
 from pipeline.errors import DataError
 from pipeline.spec import CsvData, DigitsData, FolderData
 
@@ -65,14 +66,26 @@ def _file_sample(path: Path, label: int) -> SourceSample:
         status = path.stat()
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}); check the path") from None
-    return SourceSample(str(path), f"{status.st_size}:{status.st_mtime_ns}", label, partial(_read, path))
+    return SourceSample(str(path), f"{status.st_size}:{status.st_mtime_ns}", label, partial(read_file, path))
 
 
-def _read(path: Path) -> bytes:
+def read_file(path: Path) -> bytes:
+    """The content of a local file. Raises DataError."""
     try:
         return path.read_bytes()
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}); check the path") from None
+
+
+def class_names(classes: tuple[str, ...] | str) -> list[str]:
+    """Names as given, or those in a file (or URL) with one name a line. Raises DataError."""
+    if not isinstance(classes, str):
+        return list(classes)
+    try:
+        text = fetch(classes).decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise DataError(f"{classes}: not UTF-8 text; expected one class name a line") from None
+    return [line.strip() for line in text.splitlines() if line.strip()]
 
 
 def _number_classes(labelled: dict[SplitName, list[tuple[Path, str]]], what: str) -> Source:

@@ -11,6 +11,7 @@ from rich.text import Text
 from pipeline.adaptation import PlannedTensor
 from pipeline.batch import TaskOutcome
 from pipeline.registry.record import RegisteredPack
+from pipeline.spec import Task
 
 BAR_CELLS = 30
 
@@ -31,6 +32,18 @@ def table(*columns: str, title: str | None = None, numbers_from: int = 1) -> Tab
     for index, column in enumerate(columns):
         is_number = index >= numbers_from
         built.add_column(column, justify="right" if is_number else "left", overflow="fold", no_wrap=is_number)
+    return built
+
+
+def about_table(task: Task) -> Table:
+    """What a task file says of its data, and what others reached on it; without a head."""
+    built = table("", "", title=task.description or task.name, numbers_from=9)
+    built.show_header = False
+    for label, text in (("source", task.about.source), ("licence", task.about.licence), ("paper", task.about.paper)):
+        if text:
+            built.add_row(label, text)
+    for method, percent in task.about.published_percent.items():
+        built.add_row("published %", f"{percent:<5g}  {method}")
     return built
 
 

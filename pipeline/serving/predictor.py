@@ -13,12 +13,12 @@ from PIL import Image
 from pipeline.adaptation import AdaptedModel
 from pipeline.adaptation.packing import from_pack
 from pipeline.backbones import LoadedBackbone, load_backbone
-from pipeline.backbones.known import demo_folder, recall
+from pipeline.backbones.known import recall
 from pipeline.data import decode_image
 from pipeline.errors import BackboneError
 from pipeline.packs import Pack, PackMetadata, read_pack
 from pipeline.spec import Backbone, Input
-from pipeline.task_files import load_spec
+from pipeline.task_files import catalogue_folder, load_spec
 
 PREDICT_BATCH = 64
 ImageSource = Path | str | bytes | Image.Image | np.ndarray
@@ -76,7 +76,7 @@ def load_backbone_of(metadata: PackMetadata, weights: str | None = None) -> Load
 
 
 def _embedded(metadata: PackMetadata) -> str | None:
-    path = demo_folder() / "backbone.yaml"
+    path = catalogue_folder() / "demo" / "backbone.yaml"
     if not path.is_file():
         return None
     spec = load_spec(Backbone, path)
