@@ -1,7 +1,7 @@
 """The shared selection stage: once per task, on a Ray Train worker group, kept under its content's hash.
 
-Workers sum the gradients of the batches dealt to them by index; the sums are all-reduced; rank 0 ranks the connections and writes the file. The
-result does not depend on the number of workers.
+Workers sum the gradients of the batches dealt to them by index; the sums are added on rank 0, layer by layer, which ranks the connections and writes
+the file. The result does not depend on the number of workers.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def select(task: Task, data_folder: Path, top_k: int, path: Path, *, workers: in
     trainer = TorchTrainer(
         _worker,
         train_loop_config={"task": task.model_dump_json(), "data_folder": str(data_folder), "top_k": top_k, "path": str(path), "use_gpu": use_gpu},
-        torch_config=TorchConfig(backend="gloo"),  # sums are float64 on the CPU, also where gradients come from GPUs
+        torch_config=TorchConfig(backend="gloo"),  # adds on the CPU, also where gradients come from GPUs: once a layer, not once a batch
         scaling_config=ray.train.ScalingConfig(num_workers=workers, use_gpu=use_gpu, resources_per_worker={"CPU": 1}),
         run_config=ray.train.RunConfig(
             name="selection",
@@ -113,11 +113,17 @@ def _worker(config: dict[str, Any]) -> TaskpackError | None:
     dist.all_gather_object(errors, error)
     first = next((fault for fault in errors if fault is not None), None)
     if first is None:
-        for sum_OI in sums.values():
-            dist.all_reduce(sum_OI)
+        totals = {name: _total(sums.pop(name)) for name in list(sums)}
         if rank == 0:
-            _write({name: top_connections(sum_OI, config["top_k"]) for name, sum_OI in sums.items()}, Path(config["path"]))
+            _write({name: top_connections(total_OI, config["top_k"]).cpu() for name, total_OI in totals.items()}, Path(config["path"]))
     return first
+
+
+def _total(sum_OI: torch.Tensor) -> torch.Tensor:
+    """On rank 0 the sum over all ranks, where it was; elsewhere nothing of use."""
+    total_OI = sum_OI.cpu()
+    dist.reduce(total_OI, dst=0)
+    return total_OI.to(sum_OI.device)
 
 
 def _write(selected: dict[str, torch.Tensor], path: Path) -> None:
