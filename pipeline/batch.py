@@ -11,11 +11,12 @@ import errno
 import functools
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from pipeline.adaptation.packing import planned_size_bytes
+from pipeline.backbones import share
 from pipeline.backbones.known import remember
 from pipeline.cluster import check_fits_a_node, cluster_resources, interruptible, ray_session
 from pipeline.data import prepare
@@ -143,7 +144,8 @@ class _Driver:
 
     def _stages(self, task: Task) -> TaskOutcome:
         data_folder = self.workspace.data(task.name)
-        inputs = open_inputs(task, data_folder)
+        inputs = self._with_shared_backbone(open_inputs(task, data_folder))
+        task = inputs.task
         top_k = task.search.max_top_k(task.recipe)
         folder = self.workspace.study(inputs, top_k)
         selection = self._select(inputs, data_folder, top_k) if top_k else None
@@ -160,6 +162,14 @@ class _Driver:
         self._enter(task, "register")
         registered = self.registry.register(_describe(inputs, champion, trials, fitted, folder))
         return TaskOutcome(task=task.name, registered=registered, trials=tuple(trials), champion_id=champion.id, front_figure=folder.figure)
+
+    def _with_shared_backbone(self, inputs: Inputs) -> Inputs:
+        """The task as workers get it: all processes of a node map one file, whatever the backbone was loaded from."""
+        path = self.workspace.backbone(inputs)
+        if not path.exists():
+            share(inputs.backbone, path)
+        spec = inputs.task.backbone.model_copy(update={"weights": str(path)})
+        return replace(inputs, task=inputs.task.model_copy(update={"backbone": spec}))
 
     def _select(self, inputs: Inputs, data_folder: Path, top_k: int) -> Path:
         self._enter(inputs.task, "select")
