@@ -25,6 +25,7 @@ def run(
     address: str | None = None,
     overrides: dict[str, Any] | None = None,
     per_trial: tuple[float | None, float | None] = (None, None),
+    selection_workers: int | None = None,
     on_progress: OnProgress | None = None,
 ) -> list[TaskOutcome]:
     """Run tasks, given as `Task`s or as task files or folders of them, to registered packs.
@@ -34,6 +35,7 @@ def run(
         address: of a Ray cluster; None starts a private one on this machine.
         overrides: sections of the task files to replace, such as `{"budget": {"max_bytes": "32KiB"}, "search": {"trials": 6}}`.
         per_trial: CPUs and GPUs a trial asks Ray for; a None takes 1 CPU, and 1 GPU where the cluster has some.
+        selection_workers: that select connections; None takes one a GPU or CPU, but none where this process is done sooner.
 
     Raises:
         TaskpackError: nothing could be run at all. What befell single tasks is in their outcomes.
@@ -49,7 +51,14 @@ def run(
         raise SpecError(f"tasks: the name {repeated[0]!r} is given twice; give each task of a batch its own name")
     if given and overrides:
         raise SpecError("overrides: they apply to task files only; change the Task objects themselves")
-    return run_batch(batch, Path(workdir), address=address, per_trial=per_trial, on_progress=on_progress or no_progress)
+    return run_batch(
+        batch,
+        Path(workdir),
+        address=address,
+        selection_workers=selection_workers,
+        per_trial=per_trial,
+        on_progress=on_progress or no_progress,
+    )
 
 
 def find(

@@ -11,11 +11,12 @@ import errno
 import functools
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from pipeline.adaptation.packing import planned_size_bytes
+from pipeline.backbones import share
 from pipeline.backbones.known import remember
 from pipeline.cluster import check_fits_a_node, cluster_resources, interruptible, ray_session
 from pipeline.data import prepare, untrained_classes
@@ -26,7 +27,7 @@ from pipeline.reports.front import draw_front
 from pipeline.search.champion import choose_champion
 from pipeline.search.record import TrialRecord
 from pipeline.search.study import Study, TrialResources, check_budget, run_study
-from pipeline.selection import read_selection, select
+from pipeline.selection import read_selection, select, select_if_sooner
 from pipeline.spec import Recipe, Task
 from pipeline.storage import exclusive
 from pipeline.training import Inputs, open_inputs
@@ -75,7 +76,8 @@ def run_batch(
         address: of a Ray cluster; None starts a private one here, and only when a stage needs it.
         registry_uri: MLflow tracking server; None takes MLFLOW_TRACKING_URI, else a SQLite file in `workdir`.
         per_trial: CPUs and GPUs of a trial and of the final fit; a None takes one CPU, and one GPU where the cluster has some.
-        selection_workers: ranks of the selection's worker group; None takes the cluster's CPUs, or its GPUs where it has some.
+        selection_workers: ranks of the selection's worker group; None takes the cluster's CPUs, or its GPUs where it has some, but no group where
+            this process is done before one has started.
 
     Raises:
         StorageError: the work folder cannot be used.
@@ -89,7 +91,7 @@ def run_batch(
         ray_is_up = functools.cache(lambda: stack.enter_context(ray_session(address)))
         if address is not None:
             ray_is_up()
-        driver = _Driver(workspace, registry, ray_is_up, selection_workers, per_trial, on_progress)
+        driver = _Driver(workspace, registry, ray_is_up, address is None, selection_workers, per_trial, on_progress)
         return driver.run(tasks)
 
 
@@ -101,6 +103,7 @@ class _Driver:
     workspace: Workspace
     registry: Registry
     ray_is_up: Callable[[], None]
+    ray_is_private: bool
     selection_workers: int | None
     per_trial: tuple[float | None, float | None]
     on_progress: OnProgress
@@ -143,7 +146,8 @@ class _Driver:
 
     def _stages(self, task: Task) -> TaskOutcome:
         data_folder = self.workspace.data(task.name)
-        inputs = open_inputs(task, data_folder)
+        inputs = self._with_shared_backbone(open_inputs(task, data_folder))
+        task = inputs.task
         top_k = task.search.max_top_k(task.recipe)
         folder = self.workspace.study(inputs, top_k)
         selection = self._select(inputs, data_folder, top_k) if top_k else None
@@ -161,6 +165,14 @@ class _Driver:
         registered = self.registry.register(_describe(inputs, champion, trials, fitted, folder))
         return TaskOutcome(task=task.name, registered=registered, trials=tuple(trials), champion_id=champion.id, front_figure=folder.figure)
 
+    def _with_shared_backbone(self, inputs: Inputs) -> Inputs:
+        """The task as workers get it: all processes of a node map one file, whatever the backbone was loaded from."""
+        path = self.workspace.backbone(inputs)
+        if not path.exists():
+            share(inputs.backbone, path)
+        spec = inputs.task.backbone.model_copy(update={"weights": str(path)})
+        return replace(inputs, task=inputs.task.model_copy(update={"backbone": spec}))
+
     def _select(self, inputs: Inputs, data_folder: Path, top_k: int) -> Path:
         self._enter(inputs.task, "select")
         path = self.workspace.selection(inputs, top_k)
@@ -168,6 +180,9 @@ class _Driver:
             self.ray_is_up()
             cpus, gpus = cluster_resources()
             workers = self.selection_workers or gpus or cpus
+            may_be_here = self.ray_is_private and self.selection_workers is None and gpus == 0
+            if may_be_here and select_if_sooner(inputs, top_k, path, workers=workers):
+                return path
             interruptible(lambda: select(inputs.task, data_folder, top_k, path, workers=workers, use_gpu=gpus > 0))
         return path
 

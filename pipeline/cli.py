@@ -38,6 +38,10 @@ Cpus = Annotated[float | None, typer.Option("--cpus-per-trial", min=0.1, help="C
 Gpus = Annotated[
     float | None, typer.Option("--gpus-per-trial", min=0, help="GPUs a trial asks Ray for, or a share of one; default 1 where there are any.")
 ]
+SelectionWorkers = Annotated[
+    int | None,
+    typer.Option(min=1, help="Workers that select connections; default one a GPU or CPU, but none where this process is done sooner."),
+]
 Address = Annotated[str | None, typer.Option(help="Ray cluster to use (auto: the one this machine belongs to); default: a private one here.")]
 
 
@@ -84,24 +88,23 @@ def run(
     address: Address = None,
     cpus: Cpus = None,
     gpus: Gpus = None,
+    selection_workers: SelectionWorkers = None,
     as_json: AsJson = False,
 ) -> None:
     """Run tasks to registered packs: prepare, select, search, fit, register. Interrupt it anywhere; the same command goes on."""
     from pipeline.task_files import load_tasks
 
     loaded = load_tasks(tasks, overrides=_overrides(recipe, search, max_bytes, trials))
-    _run_tasks(loaded, workdir, address=address, per_trial=(cpus, gpus), as_json=as_json)
+    _run_tasks(loaded, workdir, address=address, per_trial=(cpus, gpus), selection_workers=selection_workers, as_json=as_json)
 
 
-def _run_tasks(
-    tasks: list[Any], workdir: Path, *, address: str | None = None, per_trial: tuple[float | None, float | None] = (None, None), as_json: bool = False
-) -> None:
+def _run_tasks(tasks: list[Any], workdir: Path, *, as_json: bool = False, **options: Any) -> None:
     try:
         from pipeline.reports.progress import BatchProgress
 
         console = Console(stderr=True) if as_json else out
         with BatchProgress(console, [task.name for task in tasks]) as progress:
-            outcomes = api.run(tasks, workdir=workdir, address=address, per_trial=per_trial, on_progress=progress.update)
+            outcomes = api.run(tasks, workdir=workdir, on_progress=progress.update, **options)
     except KeyboardInterrupt:
         _print_error("interrupted;", f"what was finished is kept in {workdir}, the same command goes on from there")
         raise typer.Exit(INTERRUPTED) from None

@@ -335,6 +335,7 @@ class Selection(Spec):
 
     temperature: float = Field(0.07, gt=0)
     batch_size: int = Field(32, ge=2)
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="of the forward and backward pass; gradients are summed in float64 either way")
 
 
 class Budget(Spec):

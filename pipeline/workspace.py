@@ -1,6 +1,7 @@
 """Where a run keeps what it made: one folder, every stage under the hash of what it depends on.
 
 data/<task>/                       shards and index
+backbones/<fingerprint>.safetensors   what workers load
 selections/<key>.safetensors      ranked connections
 studies/<task>-<key>/trials/      one file a trial
 studies/<task>-<key>/fits/<id>/   a champion's pack and its test result
@@ -29,7 +30,7 @@ class Workspace:
 
     def clear_leftovers(self) -> None:
         """Remove the half-made folders of a run that was killed. Only for the holder of the work folder's lock."""
-        for leftover in (*self.root.glob("data/.*"), *self.root.glob("selections/.*")):
+        for leftover in (path for folder in ("data", "backbones", "selections") for path in self.root.glob(f"{folder}/.*")):
             if leftover.is_dir():
                 shutil.rmtree(leftover, ignore_errors=True)
             else:
@@ -38,6 +39,10 @@ class Workspace:
     def data(self, task: str) -> Path:
         """The prepared data of a task."""
         return self.root / "data" / task
+
+    def backbone(self, inputs: Inputs) -> Path:
+        """The backbone's tensors, for workers."""
+        return self.root / "backbones" / f"{inputs.backbone.fingerprint}.safetensors"
 
     def selection(self, inputs: Inputs, top_k: int) -> Path:
         """The selection of a task's connections."""

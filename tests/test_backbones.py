@@ -12,7 +12,7 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from pipeline.backbones import fingerprint, known, load, load_backbone
+from pipeline.backbones import fingerprint, known, load, load_backbone, share
 from pipeline.errors import BackboneError
 from pipeline.spec import Backbone, Input
 
@@ -146,6 +146,31 @@ def test_a_half_precision_checkpoint_becomes_float32(tiny_backbone: Backbone, st
     save_file({name: tensor.half() for name, tensor in state.items()}, tmp_path / "half.safetensors")
     result = loaded(tiny_backbone, tmp_path / "half.safetensors")
     assert all(tensor.dtype == torch.float32 and torch.equal(tensor, state[name].half().float()) for name, tensor in result.items())
+
+
+@pytest.mark.parametrize(("family", "size_px"), [("vit", 32), ("vit", 64), ("swin", 32), ("convnext", 64)])
+def test_a_shared_backbone_is_the_one_it_was_made_of(family: str, size_px: int, families: dict[str, Backbone], tmp_path: Path) -> None:
+    """At another size than its native one too: position tables are resampled after loading, and stored as they were."""
+    path = tmp_path / "backbones" / "shared.safetensors"
+    original = load_backbone(families[family], Input(size_px=size_px))
+    share(original, path)
+    again = load_backbone(families[family].model_copy(update={"weights": str(path)}), Input(size_px=size_px))
+    assert again.fingerprint == original.fingerprint == load_backbone(families[family], SIZE).fingerprint
+    images = torch.rand(2, 3, size_px, size_px, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(again.model(images), original.model(images))
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_loaded_checkpoint_is_pages_of_its_file_which_no_write_reaches(tiny_backbone: Backbone, tmp_path: Path) -> None:
+    path = tmp_path / "weights.safetensors"
+    share(load_backbone(tiny_backbone, SIZE), path)
+    before = path.read_bytes()
+    weight = loaded(tiny_backbone, path)["blocks.0.mlp.fc1.weight"]
+    maps = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if line.endswith(str(path))]
+    ranges = [[int(end, 16) for end in line[0].split("-")] for line in maps]
+    assert any(first <= weight.data_ptr() < last for first, last in ranges), "nothing was copied"
+    weight.detach().add_(1)
+    assert path.read_bytes() == before
 
 
 @pytest.mark.parametrize(

@@ -35,10 +35,10 @@ class Journey:
         patterns = ("data/bars/*", "selections/*.safetensors", "studies/*/trials/*.json", "studies/*/fits/*/pack.safetensors")
         return {path: path.stat().st_mtime_ns for pattern in patterns for path in self.files(pattern)}
 
-    def interrupt(self, name: str, when: Callable[[str], bool], how: signal.Signals) -> None:
+    def interrupt(self, name: str, when: Callable[[str], bool], how: signal.Signals, *options: str) -> None:
         """Start the command and send it `how` as soon as `when` of its output holds."""
         out, err = self.workdir.with_name(f"{name}.out"), self.workdir.with_name(f"{name}.err")
-        command = [str(COMMAND), "run", str(self.task_file), "--workdir", str(self.workdir)]
+        command = [str(COMMAND), "run", str(self.task_file), "--workdir", str(self.workdir), *options]
         with out.open("w") as stdout, err.open("w") as stderr:
             process = subprocess.Popen(command, env=environment(), stdout=stdout, stderr=stderr, start_new_session=True)
             wait_until(lambda: when(out.read_text()) or process.poll() is not None, TIMEOUT_SECONDS)
@@ -91,9 +91,10 @@ def journey(finished: FinishedRun, tmp_path_factory: pytest.TempPathFactory) -> 
     def trial_written(out: str) -> bool:
         return "bars: search" in out and bool(trip.files("studies/*/trials/*.json"))
 
+    workers = ("--selection-workers", "2")  # a task as small as this one would be done in the command itself
     trip.interrupt("killed in prepare", lambda out: "bars: prepare" in out, signal.SIGKILL)
-    trip.interrupt("killed in select", workers_started, signal.SIGKILL)
-    trip.interrupt("interrupted in select", workers_started, signal.SIGINT)
+    trip.interrupt("killed in select", workers_started, signal.SIGKILL, *workers)
+    trip.interrupt("interrupted in select", workers_started, signal.SIGINT, *workers)
     trip.interrupt("interrupted in search", trial_written, signal.SIGINT)
     trials_before = len(trip.files("studies/*/trials/*.json"))
     trip.interrupt("killed in search", lambda out: len(trip.files("studies/*/trials/*.json")) > trials_before, signal.SIGKILL)

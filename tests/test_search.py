@@ -471,11 +471,22 @@ def test_a_study_runs_on_ray_tune(tiny_task: Task, tiny_data: Path, tiny_inputs:
     def size_of(recipe: Recipe) -> int:
         return planned_size_bytes(task, recipe, tiny_inputs.backbone, tiny_inputs.index.classes)
 
+    asked_for: list[int] = []
+
     def run_once() -> list[TrialRecord]:
-        return run_study(task, tiny_data, selection, journal, size_of=size_of, val_samples=len(tiny_inputs.splits["val"]))
+        return run_study(
+            task,
+            tiny_data,
+            selection,
+            journal,
+            size_of=size_of,
+            val_samples=len(tiny_inputs.splits["val"]),
+            on_progress=lambda study: asked_for.append(len(study.slots)),
+        )
 
     records = run_once()
     assert len(records) == 4
+    assert asked_for[0] == 4, "trials wait for workers, no worker for trials"
     for each in records:
         recipe = space.recipe(task.recipe, each.point)
         assert (each.id, each.size_bytes) == (recipe_key(recipe), size_of(recipe))

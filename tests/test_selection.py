@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -14,8 +15,8 @@ from hypothesis import strategies as st
 
 from pipeline.backbones import load_backbone
 from pipeline.data import shard_batches, two_views
-from pipeline.selection import select_here, selection_key, supervised_contrastive_loss, top_connections
-from pipeline.selection.gradient import batch_generator, gradient_sums
+from pipeline.selection import select_here, selection_key, supervised_contrastive_loss, top_connections, topk
+from pipeline.selection.gradient import _collect_gradients, batch_generator, gradient_sums
 from pipeline.spec import Backbone, Input, Selection
 from pipeline.training import Inputs
 
@@ -102,6 +103,21 @@ def test_a_wide_row_is_ranked_exactly() -> None:
     assert top_connections(sums_OI, 64).tolist() == slow_top(sums_OI.tolist(), 64)
 
 
+@pytest.mark.parametrize("entries", [1, 16, 35, 1000])
+def test_rows_are_ranked_alike_in_blocks_of_any_size(entries: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    sums_OI = torch.randn(9, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).round(decimals=1)
+    monkeypatch.setattr(topk, "BLOCK_ENTRIES", entries)
+    assert top_connections(sums_OI, 4).tolist() == slow_top(sums_OI.tolist(), 4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_sums_are_left_as_they_were(dtype: torch.dtype) -> None:
+    sums_OI = torch.randn(3, 5, dtype=dtype, generator=torch.Generator().manual_seed(0))
+    before = sums_OI.clone()
+    top_connections(sums_OI, 2)
+    assert torch.equal(sums_OI, before)
+
+
 def test_sums_need_not_be_contiguous() -> None:
     sums_IO = torch.randn(7, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     assert top_connections(sums_IO.T, 3).tolist() == slow_top(sums_IO.T.tolist(), 3)
@@ -149,17 +165,43 @@ def test_signs_matter(tiny_inputs: Inputs) -> None:
     assert found != {name: slow_top(sums_OI.tolist(), 3) for name, sums_OI in slow_sums(tiny_inputs, absolute=True).items()}
 
 
-def test_shares_of_the_batches_add_up_to_the_whole(tiny_inputs: Inputs) -> None:
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_shares_of_the_batches_add_up_to_the_whole(precision: Literal["fp32", "bf16"], tiny_inputs: Inputs) -> None:
     task = tiny_inputs.task
+    spec = Selection(batch_size=task.selection.batch_size, precision=precision)
     batches = list(enumerate(shard_batches(tiny_inputs.splits["train"], task.selection.batch_size, seed=task.seed)))
     assert len(batches) >= 4
 
     def sums(share: list) -> dict[str, torch.Tensor]:
-        return gradient_sums(tiny_inputs.backbone, tiny_inputs.reader("train"), share, task.selection, seed=task.seed, flip=False)
+        return gradient_sums(tiny_inputs.backbone, tiny_inputs.reader("train"), share, spec, seed=task.seed, flip=False)
 
     whole, first, second = sums(batches), sums(batches[0::2]), sums(batches[1::2])
     for name, sum_OI in whole.items():
         torch.testing.assert_close(first[name] + second[name], sum_OI, rtol=1e-12, atol=1e-15)
+
+
+def test_no_gradient_outlives_its_layers_turn(tiny_inputs: Inputs) -> None:
+    """A hook that runs after the one that folds: by then no layer of the network holds a gradient."""
+    model = tiny_inputs.backbone.fresh_model()
+    sums = _collect_gradients(model)
+    alive: list[int] = []
+
+    def count(weight: torch.Tensor) -> None:
+        alive.append(sum(parameter.grad is not None for parameter in model.parameters()))
+
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(count)
+    model(torch.rand(2, 3, 32, 32)).sum().backward()
+    assert alive == [0] * len(sums)
+    assert all(sum_OI.dtype == torch.float64 and bool(sum_OI.any()) for sum_OI in sums.values())
+
+
+def test_half_precision_selects_nearly_the_same(tiny_inputs: Inputs) -> None:
+    half = tiny_inputs.task.model_copy(update={"selection": tiny_inputs.task.selection.model_copy(update={"precision": "bf16"})})
+    full, found = select_here(tiny_inputs, 1), select_here(dataclasses.replace(tiny_inputs, task=half), 1)
+    same = torch.cat([(full[name] == index_OK).flatten() for name, index_OK in found.items()]).float().mean()
+    assert 0.8 < float(same) < 1, "another precision is used, and hardly matters"
 
 
 def test_the_backbone_is_left_as_it_was(tiny_inputs: Inputs) -> None:
@@ -175,7 +217,13 @@ def test_the_key_names_everything_a_selection_depends_on(tiny_inputs: Inputs, fa
     keys.append(selection_key(inputs_with(tiny_inputs, families["swin"]), 1))
     keys += [
         selection_key(dataclasses.replace(tiny_inputs, task=task.model_copy(update=update)), 1)
-        for update in ({"seed": 1}, {"val_fraction": 0.3}, {"selection": Selection(batch_size=8)}, {"input": Input(size_px=32, flip=True)})
+        for update in (
+            {"seed": 1},
+            {"val_fraction": 0.3},
+            {"selection": Selection(batch_size=8)},
+            {"selection": task.selection.model_copy(update={"precision": "bf16"})},
+            {"input": Input(size_px=32, flip=True)},
+        )
     ]
     keys.append(selection_key(dataclasses.replace(tiny_inputs, index=tiny_inputs.index.model_copy(update={"classes": list("abcdefgh")})), 1))
     assert len(set(keys)) == len(keys)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from pipeline.errors import DataError
-from pipeline.selection import read_selection, select, select_here
+from pipeline.selection import read_selection, select, select_here, select_if_sooner, stage
 from pipeline.spec import Selection, Task
 from pipeline.training import Inputs
 
@@ -23,11 +23,34 @@ pytestmark = [pytest.mark.filterwarnings("ignore::ResourceWarning"), pytest.mark
 @pytest.mark.usefixtures("local_ray")
 def test_any_number_of_workers_writes_the_same_file(tiny_task: Task, tiny_data: Path, tiny_inputs: Inputs, tmp_path: Path) -> None:
     paths = [select(tiny_task, tiny_data, TOP_K, tmp_path / f"{workers}" / "selection", workers=workers) for workers in (1, 2, 3)]
+    paths.append(tmp_path / "here" / "selection")
+    assert select_if_sooner(tiny_inputs, TOP_K, paths[-1], workers=1)
     assert len({path.read_bytes() for path in paths}) == 1
-    assert [sorted(entry.name for entry in path.parent.iterdir()) for path in paths] == [["selection"]] * 3, "nothing is left beside the file"
+    assert [sorted(entry.name for entry in path.parent.iterdir()) for path in paths] == [["selection"]] * 4, "nothing is left beside the file"
     expected, found = select_here(tiny_inputs, TOP_K), read_selection(paths[0])
     assert expected.keys() == found.keys()
     assert all(found[name].dtype == torch.int32 and torch.equal(found[name], index_OK) for name, index_OK in expected.items())
+
+
+def test_a_small_selection_is_made_here_and_a_large_one_is_left_to_workers(
+    tiny_inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "out" / "selection"
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        monkeypatch.setattr(stage, "GROUP_SECONDS", 0)
+        assert not select_if_sooner(tiny_inputs, TOP_K, path, workers=2)
+        assert not path.exists()
+        assert select_if_sooner(tiny_inputs, TOP_K, path, workers=1), "one worker is never sooner"
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
+    expected, found = select_here(tiny_inputs, TOP_K), read_selection(path)
+    assert all(torch.equal(found[name], index_OK) for name, index_OK in expected.items())
+    assert [entry.name for entry in path.parent.iterdir()] == ["selection"]
+    monkeypatch.setattr(stage, "GROUP_SECONDS", 60)
+    assert select_if_sooner(tiny_inputs, TOP_K, path, workers=2)
 
 
 @pytest.mark.usefixtures("local_ray")

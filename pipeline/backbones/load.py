@@ -1,15 +1,20 @@
 """Loading an unmodified timm model as a frozen feature extractor.
 
 The model is built at its native resolution, its weights are read and fingerprinted, and only then is it set to the task's input size, so that one
-checkpoint keeps one fingerprint at every resolution.
+checkpoint keeps one fingerprint at every resolution. A float32 checkpoint is not copied: the model's tensors are pages of the file, which all
+processes of a machine that load it share. The mapping is private, so what a process might write into its tensors reaches neither the file nor
+another process.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import difflib
 import functools
 import json
+import os
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,8 +22,9 @@ from typing import Any
 import timm
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from pipeline.backbones.fingerprint import fingerprint
 from pipeline.errors import BackboneError
@@ -38,9 +44,10 @@ _NOT_ARCHITECTURE = {
 
 @dataclass(frozen=True)
 class LoadedBackbone:
-    """A frozen network that maps images [B, 3, S, S] to features [B, `width`]."""
+    """A frozen network that maps images [B, 3, S, S] to features [B, `width`]; `state` are its tensors at its native resolution."""
 
     model: nn.Module
+    state: Mapping[str, torch.Tensor]
     fingerprint: str
     width: int
     size_px: int
@@ -64,19 +71,38 @@ def load_backbone(spec: Backbone, task_input: Input) -> LoadedBackbone:
     return _load_cached(spec.model_dump_json(), task_input.model_dump_json())
 
 
+def share(backbone: LoadedBackbone, path: Path) -> None:
+    """Write a backbone's tensors to `path`, as float32 and from wherever they came, for other processes to load as its checkpoint."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    save_file({name: tensor.contiguous() for name, tensor in backbone.state.items()}, scratch)
+    os.replace(scratch, path)
+
+
+class _Uninitialised(TorchFunctionMode):
+    """Leaves tensors as they were allocated where a model would draw random numbers, which takes seconds: all are read from a checkpoint."""
+
+    def __torch_function__(self, function: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(function, "__name__", "").endswith(("uniform_", "normal_", "erfinv_")):
+            return args[0] if args else kwargs["tensor"]
+        return function(*args, **(kwargs or {}))
+
+
 @functools.lru_cache(maxsize=4)
 def _load_cached(spec_json: str, input_json: str) -> LoadedBackbone:
     spec, task_input = Backbone.model_validate_json(spec_json), Input.model_validate_json(input_json)
     model = _create(spec)
     if spec.weights not in ("pretrained", "random"):
         _read_checkpoint(model, Path(spec.weights))
-    digest = fingerprint(model.state_dict())
+    state = model.state_dict()
+    digest = fingerprint(state)
     _set_input_size(model.eval(), spec.model, task_input.size_px)
     model.requires_grad_(False)
     config: Any = model.pretrained_cfg
     width: Any = model.head_hidden_size
     return LoadedBackbone(
         model=model,
+        state=state,
         fingerprint=digest,
         width=int(width),
         size_px=task_input.size_px,
@@ -95,7 +121,8 @@ def _create(spec: Backbone) -> nn.Module:
         near = difflib.get_close_matches(spec.model.split(".")[0], timm.list_models(), n=3, cutoff=0.5)
         hint = f"did you mean {', '.join(near)}?" if near else "timm.list_models() lists them"
         raise BackboneError(f"backbone.model: given {spec.model!r}, which timm {timm.__version__} does not know; {hint}")
-    with torch.random.fork_rng(devices=[]):
+    all_are_read = spec.weights not in ("pretrained", "random")
+    with torch.random.fork_rng(devices=[]), _Uninitialised() if all_are_read else contextlib.nullcontext():
         torch.manual_seed(RANDOM_WEIGHTS_SEED)
         try:
             return timm.create_model(spec.model, pretrained=spec.weights == "pretrained", num_classes=0, **spec.arguments)
@@ -122,11 +149,12 @@ def _read_checkpoint(model: nn.Module, path: Path) -> None:
     config: Any = model.pretrained_cfg
     classifier = config.get("classifier") or ()
     prefixes = tuple(f"{name}." for name in ((classifier,) if isinstance(classifier, str) else classifier))
-    state = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in state.items() if not name.startswith(prefixes)}
-    faults = _misfits(model.state_dict(), state)
+    state = {name: tensor for name, tensor in state.items() if not name.startswith(prefixes)}
+    expected = model.state_dict()
+    faults = _misfits(expected, state)
     if faults:
         raise BackboneError(f"backbone.weights: {path} does not fit {type(model).__name__} as configured: {'; '.join(faults)}")
-    model.load_state_dict(state)
+    model.load_state_dict({name: tensor.to(expected[name].dtype) for name, tensor in state.items()}, assign=True)
 
 
 def _misfits(expected: dict[str, torch.Tensor], given: dict[str, torch.Tensor]) -> list[str]:

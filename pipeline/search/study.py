@@ -181,6 +181,8 @@ def _run_with_tune(
 ) -> list[str]:
     """Run what is left; the last line of what each crashed trial raised."""
     os.environ.update(TUNE_DISABLE_SIGINT_HANDLER="1", TUNE_DISABLE_AUTO_CALLBACK_LOGGERS="1", RAY_AIR_NEW_OUTPUT="0")
+    # Tune asks for one waiting trial at a time: short ones would follow each other in one worker, and no other would ever start.
+    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(LAG)
     from ray import tune
 
     from pipeline.search.tune import StoppingScheduler, StudySearcher

@@ -1,12 +1,15 @@
 """The importance of every weight: the signed gradient of the contrastive loss, summed over the training set.
 
-Sums are kept in float64, so that they agree whatever the order in which workers' shares are added. Augmentation is seeded by the batch, not by the
-worker that reads it.
+    sum[o, i] = sum_batches dL/dW[o, i]
+
+Each layer's gradient is added to its sum and let go as soon as the backward pass has made it, so one layer's gradient is alive at a time, never the
+network's. Sums are kept in float64, on the device that computes them, so that they agree whatever the order in which workers' shares are added: in
+float32 that order alone would change some neurons' connections. Augmentation is seeded by the batch, not by the worker that reads it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import torch
@@ -33,24 +36,37 @@ def gradient_sums(
     """Sum the gradients of numbered batches of samples [B, 2], computed on `device`.
 
     Returns:
-        On the CPU, for each Linear and Conv2d, float64 [O, I]: neurons by input connections.
+        For each Linear and Conv2d, float64 [O, I] on `device`: neurons by input connections.
     """
     model = backbone.fresh_model().to(device)
-    layers = tunable_layers(model)
-    for layer in layers.values():
-        layer.weight = torch.nn.Parameter(layer.weight.detach())  # same storage, own gradient
+    sums = _collect_gradients(model)
     mean, std = (torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (backbone.mean, backbone.std))
-    sums = {name: torch.zeros(layer.weight.shape[0], layer.weight[0].numel(), dtype=torch.float64) for name, layer in layers.items()}
     for index, samples in batches:
         images, labels = reader.read(samples)
         views = two_views(images, batch_generator(seed, index), flip=flip).to(device)
-        loss = supervised_contrastive_loss(model((views - mean) / std), labels.repeat(2).to(device), spec.temperature)
-        loss.backward()
-        for name, layer in layers.items():
-            assert layer.weight.grad is not None
-            sums[name] += layer.weight.grad.reshape(sums[name].shape).cpu()
-            layer.weight.grad = None
+        with torch.autocast(views.device.type, torch.bfloat16, enabled=spec.precision == "bf16"):
+            features = model((views - mean) / std)
+        supervised_contrastive_loss(features.float(), labels.repeat(2).to(device), spec.temperature).backward()
     return sums
+
+
+def _collect_gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Make every backward pass through `model` add its weights' gradients to the sums returned, and keep none."""
+    sums = {}
+    for name, layer in tunable_layers(model).items():
+        layer.weight = torch.nn.Parameter(layer.weight.detach())  # same storage, own gradient
+        sums[name] = torch.zeros(layer.weight.shape[0], layer.weight[0].numel(), dtype=torch.float64, device=layer.weight.device)
+        layer.weight.register_post_accumulate_grad_hook(_fold_into(sums[name]))
+    return sums
+
+
+def _fold_into(sum_OI: torch.Tensor) -> Callable[[torch.Tensor], None]:
+    def fold(weight: torch.Tensor) -> None:
+        assert weight.grad is not None
+        sum_OI.add_(weight.grad.reshape(sum_OI.shape))
+        weight.grad = None
+
+    return fold
 
 
 def batch_generator(seed: int, index: int) -> torch.Generator:

@@ -1,16 +1,20 @@
 """The shared selection stage: once per task, on a Ray Train worker group, kept under its content's hash.
 
-Workers sum the gradients of the batches dealt to them by index; the sums are all-reduced; rank 0 ranks the connections and writes the file. The
-result does not depend on the number of workers.
+Workers sum the gradients of the batches dealt to them by index; the sums are added on rank 0, layer by layer, which ranks the connections and writes
+the file. The result does not depend on the number of workers. A worker group takes longer to start than a small task takes to select, so the driver
+may do it alone where that is over sooner.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
 import tempfile
+import time
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +30,8 @@ from pipeline.spec import Task
 from pipeline.training.inputs import Inputs, open_inputs
 
 ALGORITHM_VERSION = 1
+GROUP_SECONDS = 13
+"""What a worker group of one machine takes to start and to end, measured on two cores."""
 
 
 def selection_key(inputs: Inputs, top_k: int) -> str:
@@ -65,7 +71,7 @@ def select(task: Task, data_folder: Path, top_k: int, path: Path, *, workers: in
     trainer = TorchTrainer(
         _worker,
         train_loop_config={"task": task.model_dump_json(), "data_folder": str(data_folder), "top_k": top_k, "path": str(path), "use_gpu": use_gpu},
-        torch_config=TorchConfig(backend="gloo"),  # sums are float64 on the CPU, also where gradients come from GPUs
+        torch_config=TorchConfig(backend="gloo"),  # adds on the CPU, also where gradients come from GPUs: once a layer, not once a batch
         scaling_config=ray.train.ScalingConfig(num_workers=workers, use_gpu=use_gpu, resources_per_worker={"CPU": 1}),
         run_config=ray.train.RunConfig(
             name="selection",
@@ -86,16 +92,59 @@ def select(task: Task, data_folder: Path, top_k: int, path: Path, *, workers: in
 
 def select_here(inputs: Inputs, top_k: int) -> dict[str, torch.Tensor]:
     """The same selection in this process, without Ray."""
-    sums = _share_of_sums(inputs, rank=0, world=1)
-    return {name: top_connections(sum_OI, top_k) for name, sum_OI in sums.items()}
+    return _ranked(_sums(inputs, _numbered_batches(inputs)), top_k)
 
 
-def _share_of_sums(inputs: Inputs, rank: int, world: int, device: str = "cpu") -> dict[str, torch.Tensor]:
+def select_if_sooner(inputs: Inputs, top_k: int, path: Path, *, workers: int) -> bool:
+    """Write the selection to `path` from this process, unless `workers` on this machine would be done before; whether it was written.
+
+    The first batch is timed. The file is the same either way.
+    """
+    batches = _numbered_batches(inputs)
+    try:
+        with _one_thread():
+            selected = _ranked(_sums(inputs, _while_sooner(batches, workers)), top_k)
+    except _WorkersAreSooner:
+        return False
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _write(selected, path)
+    return True
+
+
+class _WorkersAreSooner(Exception):
+    """Ends a selection in this process."""
+
+
+def _while_sooner(batches: Sequence[NumberedBatch], workers: int) -> Iterator[NumberedBatch]:
+    started = time.monotonic()
+    for done, batch in enumerate(batches):
+        if done == 1 and (time.monotonic() - started) * (len(batches) - 1) * (1 - 1 / workers) > GROUP_SECONDS:
+            raise _WorkersAreSooner
+        yield batch
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """As in every worker: another number of threads may round otherwise."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _numbered_batches(inputs: Inputs) -> list[NumberedBatch]:
+    return list(enumerate(shard_batches(inputs.splits["train"], inputs.task.selection.batch_size, seed=inputs.task.seed)))
+
+
+def _sums(inputs: Inputs, batches: Iterable[NumberedBatch], device: str = "cpu") -> dict[str, torch.Tensor]:
     task = inputs.task
-    batches: list[NumberedBatch] = list(enumerate(shard_batches(inputs.splits["train"], task.selection.batch_size, seed=task.seed)))
-    return gradient_sums(
-        inputs.backbone, inputs.reader("train"), batches[rank::world], task.selection, seed=task.seed, flip=task.input.flip, device=device
-    )
+    return gradient_sums(inputs.backbone, inputs.reader("train"), batches, task.selection, seed=task.seed, flip=task.input.flip, device=device)
+
+
+def _ranked(sums: dict[str, torch.Tensor], top_k: int) -> dict[str, torch.Tensor]:
+    return {name: top_connections(sum_OI, top_k).cpu() for name, sum_OI in sums.items()}
 
 
 def _worker(config: dict[str, Any]) -> TaskpackError | None:
@@ -106,18 +155,24 @@ def _worker(config: dict[str, Any]) -> TaskpackError | None:
     error: TaskpackError | None = None
     try:
         inputs = open_inputs(Task.model_validate_json(config["task"]), Path(config["data_folder"]))
-        sums = _share_of_sums(inputs, rank, world, "cuda" if config["use_gpu"] else "cpu")
+        sums = _sums(inputs, _numbered_batches(inputs)[rank::world], "cuda" if config["use_gpu"] else "cpu")
     except TaskpackError as fault:
         error = fault
     errors: list[TaskpackError | None] = [None] * world
     dist.all_gather_object(errors, error)
     first = next((fault for fault in errors if fault is not None), None)
     if first is None:
-        for sum_OI in sums.values():
-            dist.all_reduce(sum_OI)
+        totals = {name: _total(sums.pop(name)) for name in list(sums)}
         if rank == 0:
-            _write({name: top_connections(sum_OI, config["top_k"]) for name, sum_OI in sums.items()}, Path(config["path"]))
+            _write(_ranked(totals, config["top_k"]), Path(config["path"]))
     return first
+
+
+def _total(sum_OI: torch.Tensor) -> torch.Tensor:
+    """On rank 0 the sum over all ranks, where it was; elsewhere nothing of use."""
+    total_OI = sum_OI.cpu()
+    dist.reduce(total_OI, dst=0)
+    return total_OI.to(sum_OI.device)
 
 
 def _write(selected: dict[str, torch.Tensor], path: Path) -> None:
