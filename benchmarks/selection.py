@@ -4,7 +4,8 @@
 
 1. Selection over N images (reading, augmenting, gradient sums, ranking) against the plain forward and backward pass over the same views, which are
    made beforehand; embedded ViT at 64 px, cifar10. Variants run in turn, round by round; each time is the median of `repeats`.
-2. Bytes beyond the weights, and whether float64 sums are worth theirs: the gradients of all batches are added as 1 to 12 workers would add them, in either precision, and the neurons counted whose connections then differ.
+2. Bytes beyond the weights, and whether float64 sums are worth theirs: the gradients of all batches are added as 1 to 12 workers would add them, in
+   either precision, and the neurons counted whose connections then differ.
 3. Top-K over all weight matrices of ViT-B/16. GPS's code (arXiv 2312.10136) sorts each whole row with numpy and marks the K-th best through rows of
    an identity matrix as wide as the larger side, once for each k. A kinder form takes torch.topk and marks through a boolean identity matrix.
 
@@ -26,7 +27,7 @@ import numpy as np
 import torch
 from machine import describe_machine
 
-from pipeline.adaptation.plan import tunable_layers
+from pipeline.adaptation.sites import tunable_layers
 from pipeline.data import prepare, shard_batches, two_views
 from pipeline.selection import supervised_contrastive_loss, top_connections
 from pipeline.selection.gradient import batch_generator, gradient_sums

@@ -26,7 +26,7 @@ from machine import describe_machine
 from torch import nn
 
 from pipeline.adaptation import attach
-from pipeline.adaptation.plan import tunable_layers
+from pipeline.adaptation.sites import tunable_layers
 from pipeline.backbones import LoadedBackbone, load_backbone
 from pipeline.data import two_views
 from pipeline.selection import supervised_contrastive_loss, top_connections

@@ -11,10 +11,10 @@ from collections.abc import Iterator, Mapping
 from fractions import Fraction
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
-BITS = (1, 2, 4, 8, 16, 32)
-Bits = Literal[1, 2, 4, 8, 16, 32]
+BITS = (1, 2, 3, 4, 5, 6, 7, 8, 16, 32)
+Bits = Literal[1, 2, 3, 4, 5, 6, 7, 8, 16, 32]
 
 _BYTE_UNITS = {"": 1, "B": 1, "KB": 1000, "MB": 1000**2, "KIB": 1024, "MIB": 1024**2}
 
@@ -183,10 +183,47 @@ class Smoa(Spec):
     scale: float = Field(1.0, gt=0)
 
 
+class Adapter(Spec):
+    """A bottleneck `scale * up(dropout(relu(down(x))))`, without biases, in every block.
+
+    parallel: beside the MLP, on the un-normalised residual stream (AdaptFormer, arXiv 2205.13535). after_mlp, after_attention, after_both: on the
+    output of the sublayer, before it is added to the stream (Pfeiffer, arXiv 2005.00247; Houlsby, arXiv 1902.00751).
+    """
+
+    width: int = Field(8, ge=1, le=1024)
+    placement: Literal["parallel", "after_mlp", "after_attention", "after_both"] = "parallel"
+    bits: Bits = 4
+    scale: float = Field(1.0, gt=0)
+    dropout: float = Field(0.1, ge=0, lt=1)
+
+
+class Lora(Spec):
+    """A low-rank change `scale * up(dropout(down(x)))` of chosen projections (LoRA, arXiv 2106.09685).
+
+    A target is the last name of a Linear or 1x1 convolution (qkv, proj, fc1, fc2); q, k and v are the thirds of a fused qkv.
+    """
+
+    rank: int = Field(8, ge=1, le=1024)
+    targets: Annotated[tuple[str, ...], Field(min_length=1)] = ("q", "v")
+    bits: Bits = 4
+    scale: float = Field(1.0, gt=0)
+    dropout: float = Field(0.1, ge=0, lt=1)
+
+    @field_validator("targets")
+    @classmethod
+    def _name_rows_once(cls, targets: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(targets)) < len(targets):
+            raise ValueError("a target is written twice; each is changed once")
+        if "qkv" in targets and {"q", "k", "v"} & set(targets):
+            raise ValueError("qkv holds q, k and v; name either the whole or its thirds")
+        return targets
+
+
 class Head(Spec):
-    """A linear classifier on the pooled feature; weights at `bits`, bias at 16."""
+    """A linear classifier on the pooled feature; weights at `bits`, bias at 16. `bits: 1, bias: false` is Binary Adapter's Bi-Head."""
 
     bits: Bits = 8
+    bias: bool = True
 
 
 class Training(Spec):
@@ -212,9 +249,30 @@ class Recipe(Spec):
     biases: Biases | None = None
     smoa: Smoa | None = None
     norms: Norms | None = None
+    adapter: Adapter | None = None
+    lora: Lora | None = None
     head: Head = Head()
     training: Training = Training()
 
+    @model_validator(mode="after")
+    def _has_one_method_a_slot(self) -> Recipe:
+        conflict = slot_conflict(self)
+        if conflict is not None:
+            raise ValueError(conflict)
+        return self
+
+
+def slot_conflict(recipe: Recipe) -> str | None:
+    """What two parts of a recipe both want, in words; None where they go together."""
+    if recipe.smoa is not None and recipe.adapter is not None and recipe.adapter.placement == "parallel":
+        return "smoa and adapter are both in parallel to the MLP; leave one out, or place the adapter elsewhere, such as after_attention"
+    return None
+
+
+PARTS = tuple(name for name in Recipe.model_fields if name not in ("head", "training"))
+"""The parts that a recipe may leave out."""
+ADAPTERS = ("smoa", "adapter", "lora")
+"""The parts that the axes adapter_bits, width and scale are about."""
 
 HOUSE_PARTS: dict[str, Spec] = {"connections": Connections(), "biases": Biases(), "smoa": Smoa(), "norms": Norms()}
 HOUSE_RECIPE = Recipe(**HOUSE_PARTS)  # type: ignore[arg-type]
@@ -222,7 +280,7 @@ HOUSE_RECIPE = Recipe(**HOUSE_PARTS)  # type: ignore[arg-type]
 
 def _with_house_parts(recipe: Any) -> Any:
     """A task's recipe that names no part (only head or training, say) keeps the house parts."""
-    if isinstance(recipe, Mapping) and not recipe.keys() & HOUSE_PARTS.keys():
+    if isinstance(recipe, Mapping) and not recipe.keys() & set(PARTS):
         return {**HOUSE_PARTS, **recipe}
     return recipe
 
@@ -248,8 +306,8 @@ Positive = Annotated[float, Field(gt=0)]
 class SearchSpace(Spec):
     """The values to try for each part of the recipe; an axis left out keeps the recipe's value.
 
-    `bits` sets connections and adapter together unless `connection_bits` or `adapter_bits` names them apart. `experts: 0` leaves the SMoA bank
-    out, `top_k: 0` the connections.
+    `bits` sets connections and adapters together unless `connection_bits` or `adapter_bits` names them apart. Adapters are `smoa`, `adapter` and
+    `lora`, whose rank counts as `width`. `experts: 0` leaves the SMoA bank out, `top_k: 0` the connections.
     """
 
     bits: _axis(Bits) = None  # type: ignore[valid-type]
@@ -282,21 +340,24 @@ class SearchSpace(Spec):
 
     def recipe(self, base: Recipe, point: dict[str, Any]) -> Recipe:
         """The recipe at one point: `base` with the point's values written in."""
-        connections, smoa = base.connections, base.smoa
+        parts: dict[str, Spec | None] = {name: getattr(base, name) for name in Recipe.model_fields}
+        if "top_k" in point:
+            parts["connections"] = (base.connections or Connections()).model_copy(update={"top_k": point["top_k"]}) if point["top_k"] else None
+        if "experts" in point:
+            parts["smoa"] = (base.smoa or Smoa()).model_copy(update={"experts": point["experts"]}) if point["experts"] else None
         connection_bits = point.get("connection_bits", point.get("bits"))
         adapter_bits = point.get("adapter_bits", point.get("bits"))
-        if "top_k" in point:
-            connections = (connections or Connections()).model_copy(update={"top_k": point["top_k"]}) if point["top_k"] else None
-        if "experts" in point:
-            smoa = (smoa or Smoa()).model_copy(update={"experts": point["experts"]}) if point["experts"] else None
-        if connections is not None and connection_bits is not None:
-            connections = connections.model_copy(update={"bits": connection_bits})
-        if smoa is not None:
-            changes = {"bits": adapter_bits, "width": point.get("width"), "scale": point.get("scale")}
-            smoa = smoa.model_copy(update={key: value for key, value in changes.items() if value is not None})
-        head = base.head.model_copy(update={"bits": point["head_bits"]}) if "head_bits" in point else base.head
-        training = base.training.model_copy(update={"learning_rate": point["learning_rate"]}) if "learning_rate" in point else base.training
-        return base.model_copy(update={"connections": connections, "smoa": smoa, "head": head, "training": training})
+        changes: dict[str, dict[str, Any]] = {
+            "connections": {"bits": connection_bits},
+            **{name: {"bits": adapter_bits, "width": point.get("width"), "scale": point.get("scale")} for name in ADAPTERS},
+            "lora": {"bits": adapter_bits, "rank": point.get("width"), "scale": point.get("scale")},
+            "head": {"bits": point.get("head_bits")},
+            "training": {"learning_rate": point.get("learning_rate")},
+        }
+        for name, part in parts.items():
+            given = {key: value for key, value in changes.get(name, {}).items() if value is not None}
+            parts[name] = part.model_copy(update=given) if part is not None and given else part
+        return base.model_copy(update=parts)
 
     def max_top_k(self, base: Recipe) -> int:
         """The largest K any trial uses: one selection of this K serves the whole study. 0 where no trial trains connections."""
@@ -307,13 +368,14 @@ class SearchSpace(Spec):
     def idle_axes(self, base: Recipe) -> list[str]:
         """Axes that change nothing, because no recipe of the space has the part they belong to."""
         has_smoa = any(self.experts) if self.experts is not None else base.smoa is not None
+        has_adapter = has_smoa or any(getattr(base, name) is not None for name in ADAPTERS if name != "smoa")
         has_connections = self.max_top_k(base) > 0
         needed = {
-            "bits": (has_connections and self.connection_bits is None) or (has_smoa and self.adapter_bits is None),
+            "bits": (has_connections and self.connection_bits is None) or (has_adapter and self.adapter_bits is None),
             "connection_bits": has_connections,
-            "adapter_bits": has_smoa,
-            "width": has_smoa,
-            "scale": has_smoa,
+            "adapter_bits": has_adapter,
+            "width": has_adapter,
+            "scale": has_adapter,
         }
         return [name for name in self.axes() if not needed.get(name, True)]
 
@@ -321,7 +383,7 @@ class SearchSpace(Spec):
 def house_space(recipe: Recipe) -> SearchSpace:
     """What is searched where a task does not say: bits, experts and K, of the parts its recipe has."""
     axes: dict[str, Any] = {}
-    if recipe.connections is not None or recipe.smoa is not None:
+    if any(getattr(recipe, name) is not None for name in ("connections", *ADAPTERS)):
         axes["bits"] = (1, 4)
     if recipe.smoa is not None:
         axes["experts"] = (0, 4)
@@ -393,7 +455,11 @@ class Task(Spec):
     @field_validator("search")
     @classmethod
     def _changes_something(cls, search: SearchSpace, info: ValidationInfo) -> SearchSpace:
-        idle = search.idle_axes(info.data.get("recipe", HOUSE_RECIPE))
+        base = info.data.get("recipe", HOUSE_RECIPE)
+        conflict = slot_conflict(search.recipe(base, {"experts": max(search.experts)})) if search.experts is not None else None
+        if conflict is not None:
+            raise ValueError(f"experts: {conflict}")
+        idle = search.idle_axes(base)
         if idle:
             raise ValueError(
                 f"{', '.join(idle)} would change nothing: no recipe of this space has the part; leave it out, or add the part to `recipe`"

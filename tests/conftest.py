@@ -93,7 +93,7 @@ def random_selection() -> Callable[..., dict[str, torch.Tensor]]:
     """A function (backbone, top_k, seed) -> a selection [O, K] of each layer, distinct columns of every row in random order."""
     import torch
 
-    from pipeline.adaptation.plan import tunable_layers
+    from pipeline.adaptation.sites import tunable_layers
 
     def draw(backbone: LoadedBackbone, top_k: int, seed: int = 0) -> dict[str, torch.Tensor]:
         generator = torch.Generator().manual_seed(seed)

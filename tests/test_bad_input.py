@@ -274,7 +274,7 @@ def test_a_budget_that_nothing_fits(workdir: Path, tmp_path: Path) -> None:
     [
         ({"serach": {"bits": [4]}}, "did you mean 'search'"),
         ({"recipe": {"connections": {"topk": 1}}}, "did you mean 'top_k'"),
-        ({"search": {"bits": [3]}}, "search.bits"),
+        ({"search": {"bits": [9]}}, "search.bits"),
         ({"name": "Not A Name"}, "name"),
     ],
 )

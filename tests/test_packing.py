@@ -137,7 +137,7 @@ def with_recipe(pack: Pack, **changes: Any) -> Pack:
         ("smoa", {"scale": 500.0}, "probe logits"),
         ("smoa", {"scale": -1.0}, "recipe"),
         ("smoa", {"scle": 1.0}, "recipe"),
-        ("head", {"bits": 3}, "recipe"),
+        ("head", {"bits": 9}, "recipe"),
     ],
 )
 def test_a_recipe_that_was_changed_is_refused(part: str, change: dict[str, Any], message: str, pack: Pack, tiny_inputs: Any) -> None:

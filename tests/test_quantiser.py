@@ -12,11 +12,12 @@ import torch
 
 from pipeline.adaptation.plan import PlannedTensor
 from pipeline.adaptation.quantiser import EPSILON, encode, quantise
-from pipeline.adaptation.values import TrainedValues, initial_change
+from pipeline.adaptation.tensors import initial_values
+from pipeline.adaptation.values import TrainedValues
 from pipeline.packs import dequantise, levels
 from pipeline.spec import Bits
 
-LOW_BITS: tuple[Bits, ...] = (1, 2, 4, 8)
+LOW_BITS: tuple[Bits, ...] = (1, 2, 3, 4, 5, 6, 7, 8)
 SHAPES = [(7,), (3, 5), (1, 2), (4, 3, 6), (2, 1, 9)]
 # Positive levels as the paper's code gives them (Binary Adapter, arXiv 2307.16867).
 PUBLISHED = {1: [0.6745], 2: [0.3778, 1.2657], 4: [0.1056, 0.319, 0.5401, 0.7752, 1.034, 1.3331, 1.7077, 2.2655]}
@@ -28,8 +29,8 @@ def draw(shape: tuple[int, ...], seed: int = 0) -> torch.Tensor:
 
 
 def codebook(bits: int) -> list[float]:
-    if bits == 8:
-        return [float(level) for level in levels(8)]
+    if bits not in PUBLISHED:
+        return [float(level) for level in levels(bits)]
     return [-level for level in reversed(PUBLISHED[bits])] + PUBLISHED[bits]
 
 
@@ -170,7 +171,7 @@ def test_equal_values_stay_what_they_are_with_a_finite_gradient(shape: tuple[int
 # Widths are mixed and not in order; two tensors have one name in different parts, as a layer's connections and bias do.
 MIXED = (
     PlannedTensor("adapters", "bank.down", (2, 3, 4), 4),
-    PlannedTensor("connections", "first", (3, 5), 4, columns=9),
+    PlannedTensor("connections", "first", (15,), 4, (3, 9)),
     PlannedTensor("biases", "first", (7,), 16),
     PlannedTensor("norms", "norm.weight", (6,), 1),
     PlannedTensor("adapters", "bank.up", (3, 2, 4), 1),
@@ -287,7 +288,7 @@ def test_stored_values_are_used_as_they_are(bits: Bits) -> None:
 @pytest.mark.parametrize("bits", [*LOW_BITS, 16, 32])
 def test_a_change_starts_at_nothing_or_next_to_it(bits: Bits) -> None:
     tensor = only((50, 3), bits)
-    first, again = (TrainedValues({tensor: initial_change((50, 3), bits, torch.Generator().manual_seed(3))})()[tensor] for _ in range(2))
+    first, again = (TrainedValues({tensor: initial_values(tensor, torch.Generator().manual_seed(3))})()[tensor] for _ in range(2))
     assert torch.equal(first, again)
     assert float(first.detach().abs().max()) < 1e-3
     assert bool((first == 0).all()) == (bits >= 16), "below 16 bits a zero tensor would have no sign to learn"

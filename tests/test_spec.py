@@ -15,6 +15,7 @@ from pipeline.spec import (
     BITS,
     HOUSE_RECIPE,
     About,
+    Adapter,
     Backbone,
     Biases,
     Budget,
@@ -23,6 +24,7 @@ from pipeline.spec import (
     Head,
     Input,
     JsonData,
+    Lora,
     Norms,
     Recipe,
     SearchSpace,
@@ -146,12 +148,12 @@ def test_a_task_cannot_be_changed_once_read(tmp_path: Path) -> None:
 
 
 def test_every_fault_gets_a_line_with_file_key_given_and_expected(tmp_path: Path) -> None:
-    path = write(tmp_path, MINIMAL | {"recipe": {"smoa": {"experts": 99}, "head": {"bits": 3}}, "seed": "x"})
+    path = write(tmp_path, MINIMAL | {"recipe": {"smoa": {"experts": 99}, "head": {"bits": 9}}, "seed": "x"})
     lines = refusal(path).splitlines()
     assert len(lines) == 3
     assert all(line.startswith(f"{path}: ") for line in lines)
     assert any("recipe.smoa.experts: given 99; " in line and "64" in line for line in lines)
-    assert any("recipe.head.bits: given 3; " in line and "1, 2, 4, 8, 16 or 32" in line for line in lines)
+    assert any("recipe.head.bits: given 9; " in line and "1, 2, 3, 4, 5, 6, 7, 8, 16 or 32" in line for line in lines)
     assert any('seed: given "x"; ' in line and "integer" in line for line in lines)
 
 
@@ -182,7 +184,7 @@ def test_a_long_value_is_cut_in_the_message(tmp_path: Path) -> None:
         ({"recipe": {"training": {"learning_rate": float("inf")}}}, "recipe.training.learning_rate"),
         ({"recipe": {"training": {"precision": "fp16"}}}, "recipe.training.precision"),
         ({"search": {"bits": []}}, "search.bits"),
-        ({"search": {"bits": [4, 5]}}, "search.bits.1"),
+        ({"search": {"bits": [4, 9]}}, "search.bits.1"),
         ({"search": {"experts": [4, 65]}}, "search.experts.1"),
         ({"search": {"trials": 0}}, "search.trials"),
         ({"selection": {"batch_size": 1}}, "selection.batch_size"),
@@ -223,6 +225,8 @@ SECTIONS: dict[str, type[Spec]] = {
     "recipe.biases": Biases,
     "recipe.smoa": Smoa,
     "recipe.norms": Norms,
+    "recipe.adapter": Adapter,
+    "recipe.lora": Lora,
     "recipe.head": Head,
     "recipe.training": Training,
 }
@@ -654,7 +658,13 @@ AXES: dict[str, st.SearchStrategy[Any]] = {
     "width": st.integers(1, 1024),
     **{name: st.floats(1e-6, 10) for name in ("scale", "learning_rate")},
 }
-BASES = (Recipe(), HOUSE_RECIPE, Recipe(connections=Connections(top_k=7, bits=1)), Recipe(smoa=Smoa(experts=9)))
+BASES = (
+    Recipe(),
+    HOUSE_RECIPE,
+    Recipe(connections=Connections(top_k=7, bits=1)),
+    Recipe(smoa=Smoa(experts=9)),
+    Recipe(adapter=Adapter(placement="after_mlp"), lora=Lora()),
+)
 
 
 @st.composite
@@ -686,8 +696,11 @@ def recipe_by_hand(base: Recipe, point: dict[str, Any]) -> dict[str, Any]:
         ("bits", "smoa", "bits"),
         ("connection_bits", "connections", "bits"),
         ("adapter_bits", "smoa", "bits"),
+        *((axis, part, "bits") for axis in ("bits", "adapter_bits") for part in ("adapter", "lora")),
         ("width", "smoa", "width"),
-        ("scale", "smoa", "scale"),
+        ("width", "adapter", "width"),
+        ("width", "lora", "rank"),
+        *(("scale", part, "scale") for part in ("smoa", "adapter", "lora")),
         ("head_bits", "head", "bits"),
         ("learning_rate", "training", "learning_rate"),
     ):

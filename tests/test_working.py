@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from pipeline.adaptation import AdaptedModel, attach
-from pipeline.adaptation.plan import tunable_layers
+from pipeline.adaptation.sites import tunable_layers
 from pipeline.adaptation.working import WorkingCopies
 from pipeline.backbones import LoadedBackbone, fingerprint, load_backbone
 from pipeline.spec import Backbone, Biases, Connections, Input, Norms, Recipe, Smoa

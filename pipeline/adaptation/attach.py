@@ -9,11 +9,16 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from pipeline.adaptation.bottleneck import Bottleneck, attach_adapter
 from pipeline.adaptation.connections import TunedLayer, flat_index
+from pipeline.adaptation.dropout import SeededDropout
+from pipeline.adaptation.lora import LowRankLayer, attach_lora
 from pipeline.adaptation.norms import TunedNorm
-from pipeline.adaptation.plan import MlpSlot, PlannedTensor, columns_of, mlp_slots, plan, tunable_layers
-from pipeline.adaptation.smoa import ParallelToMlp, SmoaBank, initial_bank_tensor
-from pipeline.adaptation.values import TrainedValues, initial_change
+from pipeline.adaptation.plan import plan
+from pipeline.adaptation.sites import MlpSlot, columns_of, mlp_slots, tunable_layers
+from pipeline.adaptation.smoa import ParallelToMlp, SmoaBank
+from pipeline.adaptation.tensors import PlannedTensor, initial_values
+from pipeline.adaptation.values import TrainedValues
 from pipeline.adaptation.working import WorkingCopies
 from pipeline.backbones import LoadedBackbone
 from pipeline.spec import Recipe
@@ -23,17 +28,17 @@ SelectedIndex = Mapping[str, torch.Tensor]
 
 
 class LinearHead(nn.Module):
-    """A linear classifier; `current` holds this forward pass's weight [C, F] and bias [C]."""
+    """A linear classifier; `current` holds this forward pass's weight [C, F] and, where it has one, bias [C]."""
 
     def __init__(self) -> None:
         super().__init__()
         self.current: dict[str, torch.Tensor] = {}
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        return F.linear(features, self.current["weight"], self.current["bias"])
+        return F.linear(features, self.current["weight"], self.current.get("bias"))
 
 
-Receiver = TunedLayer | TunedNorm | SmoaBank | LinearHead
+Receiver = TunedLayer | TunedNorm | SmoaBank | Bottleneck | LowRankLayer | LinearHead
 
 
 class AdaptedModel(nn.Module):
@@ -46,18 +51,25 @@ class AdaptedModel(nn.Module):
     std: torch.Tensor
 
     def __init__(
-        self, backbone: nn.Module, modules: Mapping[str, Receiver], values: TrainedValues, mean: tuple[float, ...], std: tuple[float, ...]
+        self,
+        backbone: nn.Module,
+        modules: Mapping[str, Receiver],
+        dropouts: Sequence[SeededDropout],
+        values: TrainedValues,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
     ) -> None:
         super().__init__()
         self.backbone = backbone
         self.values = values
         self.head = modules["head"]
         self.banks = nn.ModuleList([module for module in modules.values() if isinstance(module, SmoaBank)])
+        self.dropouts = nn.ModuleList(dropouts)
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
         self._tuned = {name.removeprefix("layer:"): module for name, module in modules.items() if isinstance(module, TunedLayer)}
         self._own = [parameter for module in modules.values() if isinstance(module, TunedLayer | TunedNorm) for parameter in module.own_parameters()]
-        self._receivers = {tensor: (modules[address], key) for tensor in values.tensors for address, key in [_address(tensor)]}
+        self._receivers = {tensor: (modules[address], key) for tensor in values.tensors for address, key in [_address(tensor, modules)]}
         self._is_merged = False
         self._copies: WorkingCopies | None = None
 
@@ -105,9 +117,10 @@ class AdaptedModel(nn.Module):
         return (images - self.mean) / self.std
 
     def train(self, mode: bool = True) -> AdaptedModel:
-        """Only the banks know a training mode; the frozen network always runs as in evaluation."""
+        """Only the banks and the adapters' dropout know a training mode; the frozen network always runs as in evaluation."""
         super().train(False)
         self.banks.train(mode)
+        self.dropouts.train(mode)
         self.training = mode
         if self._copies is not None:
             self._copies.use(mode)
@@ -145,27 +158,28 @@ def attach(backbone: LoadedBackbone, recipe: Recipe, class_count: int, *, select
     """
     planned = plan(backbone, recipe, class_count)
     generator = torch.Generator().manual_seed(seed)
-    values = TrainedValues({tensor: _initial(tensor, generator) for tensor in planned})
-    model = backbone.fresh_model()
-    slots = mlp_slots(model)  # found while the model is as timm made it
-    modules: dict[str, Receiver] = {"head": LinearHead(), **_tune_layers(model, recipe, selected), **_attach_to_slots(model, slots, recipe)}
-    return AdaptedModel(model, modules, values, backbone.mean, backbone.std).train(False)
+    values = TrainedValues({tensor: initial_values(tensor, generator) for tensor in planned})
+    model, slots = backbone.fresh_model(), mlp_slots(backbone.model)
+    modules: dict[str, Receiver] = {"head": LinearHead(), **_tune_layers(model, recipe, selected)}
+    dropouts = []
+    if recipe.lora is not None:  # layers first, while they have the names that timm gave them
+        dropouts.append(SeededDropout(recipe.lora.dropout, seed))
+        modules |= attach_lora(model, backbone.model, recipe.lora, dropouts[-1])
+    modules |= _attach_to_slots(model, slots, recipe)
+    if recipe.adapter is not None:
+        dropouts.append(SeededDropout(recipe.adapter.dropout, seed))
+        modules |= attach_adapter(model, slots, recipe.adapter, dropouts[-1])
+    return AdaptedModel(model, modules, dropouts, values, backbone.mean, backbone.std).train(False)
 
 
-def _address(tensor: PlannedTensor) -> tuple[str, str]:
-    """Which module receives a tensor, and under which key."""
+def _address(tensor: PlannedTensor, modules: Mapping[str, Receiver]) -> tuple[str, str]:
+    """Which module receives a tensor, and under which key: the rest of the tensor's name behind the module's."""
     if tensor.part in ("connections", "biases"):
         return f"layer:{tensor.name}", "connections" if tensor.part == "connections" else "bias"
-    owner, _, key = tensor.name.rpartition(".")
-    return owner, key
-
-
-def _initial(tensor: PlannedTensor, generator: torch.Generator) -> torch.Tensor:
-    if tensor.part == "adapters":
-        return initial_bank_tensor(tensor.name.rpartition(".")[2], tensor.shape, generator)
-    if tensor.name == "head.weight":
-        return torch.empty(tensor.shape).normal_(0, 0.02, generator=generator)
-    return initial_change(tensor.shape, tensor.bits, generator)
+    owner = tensor.name
+    while owner not in modules:
+        owner = owner.rpartition(".")[0]
+    return owner, tensor.name[len(owner) + 1 :]
 
 
 def _attach_to_slots(model: nn.Module, slots: Sequence[MlpSlot], recipe: Recipe) -> dict[str, Receiver]:

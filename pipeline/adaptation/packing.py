@@ -28,7 +28,7 @@ def describe(task: Task, recipe: Recipe, backbone: LoadedBackbone, classes: Sequ
         classes=list(classes),
         metric=task.metric,
         input=PackInput(size_px=backbone.size_px, mean=backbone.mean, std=backbone.std, interpolation="bicubic"),
-        recipe=recipe.model_dump(exclude_none=True),
+        recipe=recipe.model_dump(mode="json", exclude_none=True),
         backbone=PackBackbone(model=task.backbone.model, arguments=dict(task.backbone.arguments), fingerprint=backbone.fingerprint),
         selection=task.selection.model_dump() if recipe.connections else {},
         seed=task.seed,

@@ -10,10 +10,14 @@ Shapes: T tokens, D width of the backbone, R router width, E experts.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 
 from pipeline.adaptation.mixture import Mixture
+from pipeline.adaptation.sites import MlpSlot
+from pipeline.adaptation.tensors import PlannedTensor, Start
 from pipeline.spec import Smoa
 
 
@@ -25,14 +29,16 @@ def bank_shapes(width: int, spec: Smoa) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def initial_bank_tensor(name: str, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
-    """`down` as nn.Linear, `up` near zero but not zero (a zero matrix has no sign to learn), router and embeddings of unit scale."""
-    initial = torch.empty(shape)
-    if name == "down":
-        bound = shape[-1] ** -0.5
-        return initial.uniform_(-bound, bound, generator=generator)
-    deviation = {"up": 1e-3, "router": shape[-1] ** -0.5, "embeddings": 1.0}[name]
-    return initial.normal_(0, deviation, generator=generator)
+BANK_STARTS: dict[str, Start] = {"down": "linear", "up": "near_zero", "router": "fan_in", "embeddings": "unit"}
+
+
+def plan_smoa(slots: Sequence[MlpSlot], spec: Smoa) -> list[PlannedTensor]:
+    """A bank's tensors for each width among the blocks."""
+    return [
+        PlannedTensor("adapters", f"smoa.{width}.{name}", shape, spec.bits, start=BANK_STARTS[name])
+        for width in sorted({slot.width for slot in slots})
+        for name, shape in bank_shapes(width, spec).items()
+    ]
 
 
 class SmoaBank(nn.Module):

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from pipeline.adaptation.plan import PlannedTensor
 from pipeline.adaptation.quantiser import encode, quantise
+from pipeline.adaptation.tensors import PlannedTensor
 from pipeline.spec import Bits
 
 
@@ -78,8 +78,3 @@ class TrainedValues(nn.Module):
 
     def _groups(self) -> list[FlatValues]:
         return [group for group in self.flat if isinstance(group, FlatValues)]
-
-
-def initial_change(shape: tuple[int, ...], bits: Bits, generator: torch.Generator) -> torch.Tensor:
-    """A change added to a frozen tensor: zero at 16 and 32 bits; below, tiny noise, since a zero tensor has no sign to learn."""
-    return torch.zeros(shape) if bits >= 16 else torch.empty(shape).normal_(0, 1e-4, generator=generator)

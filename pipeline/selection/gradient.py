@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 import numpy as np
 import torch
 
-from pipeline.adaptation.plan import tunable_layers
+from pipeline.adaptation.sites import tunable_layers
 from pipeline.backbones import LoadedBackbone
 from pipeline.data import Reader, two_views
 from pipeline.selection.contrastive import supervised_contrastive_loss

@@ -1,0 +1,23 @@
+"""Dropout that draws from a generator of its own, so that training depends on its seed alone, whatever else this process has drawn."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+
+class SeededDropout(nn.Module):
+    """Zeroes a share of a tensor's entries in training and scales the others up; one instance serves all adapters of a model."""
+
+    def __init__(self, share: float, seed: int) -> None:
+        super().__init__()
+        self.share, self.seed = share, seed
+        self._generators: dict[torch.device, torch.Generator] = {}
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.training or not self.share:
+            return x
+        if x.device not in self._generators:
+            self._generators[x.device] = torch.Generator(x.device).manual_seed(self.seed)
+        kept = torch.empty_like(x).bernoulli_(1 - self.share, generator=self._generators[x.device])
+        return x * kept.div_(1 - self.share)

@@ -1,0 +1,111 @@
+"""LoRA: low-rank changes of chosen projections (arXiv 2106.09685; low-bit form: Binary Adapter, arXiv 2307.16867).
+
+    y[rows] = (W x)[rows] + scale * up(dropout(down(x)))        down is [R, I], up [rows, R]; no activation, no biases
+
+timm fuses the projections of q, k and v into one Linear `qkv` of 3 D rows: q, k and v name its thirds. All low-rank changes of one layer are two
+matrix products: their `down`s are stacked, and each `up` is filled up with zeros to the layer's rows. Shapes: I inputs, O outputs, R rank, S ranks
+of all the layer's changes together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from pipeline.adaptation.connections import TunableLayer, TunedLayer
+from pipeline.adaptation.dropout import SeededDropout
+from pipeline.adaptation.sites import tunable_layers
+from pipeline.adaptation.tensors import PlannedTensor
+from pipeline.errors import BackboneError
+from pipeline.spec import Lora
+
+Rows = tuple[int, int]
+"""First row, and the one after the last."""
+
+
+class LowRankLayer(nn.Module):
+    """A layer with low-rank changes. `current` holds `<target>.down` [R, I] and `<target>.up` [rows, R] of this forward pass."""
+
+    def __init__(self, base: nn.Module, outputs: int, rows: Mapping[str, Rows], spec: Lora, dropout: SeededDropout) -> None:
+        super().__init__()
+        self.base, self.outputs, self.rows, self.scale = base, outputs, dict(rows), spec.scale
+        self.dropout = [dropout]  # in a list: its mode is set in one place, not by the frozen network around this layer
+        self.current: dict[str, torch.Tensor] = {}
+
+    def _matrices(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """`down` [S, I] and `up` [O, S] of all changes together."""
+        down_SI = torch.cat([self.current[f"{target}.down"] for target in self.rows])
+        ups = [F.pad(self.current[f"{target}.up"], (0, 0, first, self.outputs - end)) for target, (first, end) in self.rows.items()]
+        return down_SI, self.scale * torch.cat(ups, dim=1)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The effective weight, for blocks that use a layer's weight themselves (SwinV2, BEiT); without dropout."""
+        down_SI, up_OS = self._matrices()
+        weight: torch.Tensor = self.base.weight  # type: ignore[assignment]
+        return weight + (up_OS @ down_SI).view(weight.shape)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.base(x)
+        is_convolution = _is_convolution(self.base)
+        if is_convolution:
+            x, y = x.movedim(1, -1), y.movedim(1, -1)
+        down_SI, up_OS = self._matrices()
+        hidden_TS = self.dropout[0](F.linear(x.reshape(-1, x.shape[-1]), down_SI))
+        y = torch.addmm(y.reshape(-1, self.outputs), hidden_TS, up_OS.T).view(y.shape)
+        return y.movedim(-1, 1) if is_convolution else y
+
+
+def _is_convolution(base: nn.Module) -> bool:
+    return isinstance(base.base if isinstance(base, TunedLayer) else base, nn.Conv2d)
+
+
+def _possible_targets(model: nn.Module) -> dict[str, list[tuple[str, TunableLayer, Rows]]]:
+    """For each name a target can have: the layers it matches, and which of their rows."""
+    found: dict[str, list[tuple[str, TunableLayer, Rows]]] = {}
+    for name, layer in tunable_layers(model).items():
+        if isinstance(layer, nn.Conv2d) and (layer.kernel_size != (1, 1) or layer.stride != (1, 1) or layer.groups != 1 or layer.padding != (0, 0)):
+            continue
+        leaf, outputs = name.rpartition(".")[2], layer.weight.shape[0]
+        found.setdefault(leaf, []).append((name, layer, (0, outputs)))
+        if leaf == "qkv" and outputs % 3 == 0:
+            for index, third in enumerate("qkv"):
+                found.setdefault(third, []).append((name, layer, (index * outputs // 3, (index + 1) * outputs // 3)))
+    return found
+
+
+def _sites(model: nn.Module, spec: Lora) -> dict[str, tuple[TunableLayer, dict[str, Rows]]]:
+    """The layers that change, in the model's order, each with the rows of its targets."""
+    possible = _possible_targets(model)
+    unknown = [target for target in spec.targets if target not in possible]
+    if unknown:
+        known = ", ".join(sorted(possible)) or "no Linear and no 1x1 convolution"
+        raise BackboneError(f"recipe.lora.targets: given {unknown[0]!r}, which matches no layer of {type(model).__name__}; it has {known}")
+    chosen: dict[str, tuple[TunableLayer, dict[str, Rows]]] = {}
+    for target in spec.targets:
+        for name, layer, rows in possible[target]:
+            chosen.setdefault(name, (layer, {}))[1][target] = rows
+    return {name: chosen[name] for name in tunable_layers(model) if name in chosen}
+
+
+def plan_lora(model: nn.Module, spec: Lora) -> list[PlannedTensor]:
+    """Two matrices a target and layer. Raises BackboneError for a target that matches no layer."""
+    planned = []
+    for name, (layer, targets) in _sites(model, spec).items():
+        for target, (first, end) in targets.items():
+            prefix = f"lora.{name}.{target}"
+            planned.append(PlannedTensor("adapters", f"{prefix}.down", (spec.rank, layer.weight.shape[1]), spec.bits, start="linear"))
+            planned.append(PlannedTensor("adapters", f"{prefix}.up", (end - first, spec.rank), spec.bits, start="up"))
+    return planned
+
+
+def attach_lora(model: nn.Module, original: nn.Module, spec: Lora, dropout: SeededDropout) -> dict[str, LowRankLayer]:
+    """Wrap the layers named by `original`, the network as timm made it, in `model`, where they may be wrapped already."""
+    layers = {}
+    for name, (layer, rows) in _sites(original, spec).items():
+        layers[f"lora.{name}"] = LowRankLayer(model.get_submodule(name), layer.weight.shape[0], rows, spec, dropout)
+        model.set_submodule(name, layers[f"lora.{name}"])
+    return layers

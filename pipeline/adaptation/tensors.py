@@ -1,0 +1,56 @@
+"""A trained tensor as a plan knows it: what it is called, its shape and bits, and how it starts."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+
+from pipeline.packs import PartName
+from pipeline.spec import Bits
+
+Start = Literal["change", "linear", "up", "near_zero", "fan_in", "unit", "head"]
+"""change: added to something frozen, so zero. linear: as nn.Linear. up: the second matrix of an adapter, zero. near_zero, fan_in, unit, head: normal
+of standard deviation 1e-3, 1 / sqrt(inputs), 1 and 0.02. Below 16 bits change and up are noise: a tensor of zeros has no sign to learn."""
+_DEVIATIONS = {"near_zero": 1e-3, "unit": 1.0, "head": 0.02}
+
+
+@dataclass(frozen=True)
+class PlannedTensor:
+    """One trained tensor. `layer` is (neurons, inputs of a neuron) of the layer whose connections these are, None for other parts."""
+
+    part: PartName
+    name: str
+    shape: tuple[int, ...]
+    bits: Bits
+    layer: tuple[int, int] | None = None
+    start: Start = "change"
+
+    @property
+    def values(self) -> int:
+        """Number of trained values."""
+        return math.prod(self.shape)
+
+    @property
+    def matrices(self) -> int:
+        """Number of trailing 2-D matrices, each with a mean and an sd of its own; a vector is one."""
+        return math.prod(self.shape[:-2])
+
+
+def initial_values(tensor: PlannedTensor, generator: torch.Generator) -> torch.Tensor:
+    """The values a tensor starts with; `generator` makes every draw."""
+    start, initial = tensor.start, torch.empty(tensor.shape)
+    if start == "linear":
+        bound = tensor.shape[-1] ** -0.5
+        return initial.uniform_(-bound, bound, generator=generator)
+    if start in ("change", "up") and tensor.bits >= 16:
+        return initial.zero_()
+    if start == "up":  # the standard deviation of Binary Adapter's code
+        return nn.init.trunc_normal_(initial, std=1e-3, generator=generator)
+    if start == "change":
+        return initial.normal_(0, 1e-4, generator=generator)
+    deviation = tensor.shape[-1] ** -0.5 if start == "fan_in" else _DEVIATIONS[start]
+    return initial.normal_(0, deviation, generator=generator)
