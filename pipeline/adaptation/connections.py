@@ -4,9 +4,9 @@
     dv[n] = sum_t g[t, o[n]] * x[t, i[n]]
 
 The forward pass is the plain dense layer on a weight with the changed entries written in. The backward pass hands gradients to the short vector of
-values only. A layer's neurons choose among few columns (some 30 of 192 in a pretrained ViT at K = 1), so the gradient is one small matrix product
-over the columns chosen by any neuron, of which every neuron picks its own; and only those columns of the input are kept for it. Where most columns
-are chosen, the dense product is made and dropped at once. Linear and Conv2d share the code: a convolution's weight is seen as [out, in * kh * kw].
+values only. A layer's neurons choose among few columns (some 30 of 192 in a pretrained ViT at K = 1): only those columns of the input are kept, and
+the gradient is a few entries of their product with the output's gradient (sampled.py). Where most columns are chosen, the dense product is made and
+dropped at once. Linear and Conv2d share the code: a convolution's weight is seen as [out, in * kh * kw].
 Shapes: O outputs (neurons), I inputs of a neuron, K kept connections of a neuron, N kept connections of a layer, U distinct columns chosen in a
 layer, T tokens or pixels. A place is a number o * I + i: an entry of the weight seen as one row-major [O, I] matrix.
 """
@@ -19,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn import grad as nn_grad
+
+from pipeline.adaptation.sampled import sampled_product
 
 TunableLayer = nn.Linear | nn.Conv2d
 FEW_COLUMNS = 0.5
@@ -97,8 +99,8 @@ class _ConnectedProduct(torch.autograd.Function):
         x_gradient = _input_gradient(tuned.base, ctx.x_shape, ctx.weight, gradient) if ctx.needs_input_grad[0] else None
         gradient_TO = _outputs_as_tokens(tuned.base, gradient)
         if ctx.keeps_columns:
-            gradient_UO = kept.T @ gradient_TO
-            values_gradient, bias_gradient = gradient_UO.take(tuned.place_in_UO_N), gradient_UO[-1]
+            sums = sampled_product(kept, gradient_TO, tuned.sampled_place if ctx.needs_input_grad[2] else tuned.sampled_place[: len(tuned.index_N)])
+            values_gradient, bias_gradient = sums[: len(tuned.index_N)], sums[len(tuned.index_N) :]
         else:
             values_gradient, bias_gradient = dense_weight_gradient(tuned.base, kept, gradient).take(tuned.index_N), gradient_TO.sum(dim=0)
         return x_gradient, values_gradient.to(ctx.values_dtype), bias_gradient.to(ctx.bias_dtype) if ctx.needs_input_grad[2] else None, None, None
@@ -117,7 +119,7 @@ class TunedLayer(nn.Module):
     index_N: torch.Tensor | None
     frozen_N: torch.Tensor
     columns_U: torch.Tensor
-    place_in_UO_N: torch.Tensor
+    sampled_place: torch.Tensor
 
     def __init__(self, base: TunableLayer, index_N: torch.Tensor | None) -> None:
         super().__init__()
@@ -132,8 +134,11 @@ class TunedLayer(nn.Module):
             columns_U, column_of_N = (index_N % columns).unique(return_inverse=True)
             self.has_few_columns = len(columns_U) <= FEW_COLUMNS * columns
             self.register_buffer("frozen_N", base.weight.detach().take(index_N), persistent=False)
+            # One more column of ones makes the bias gradient part of the same product: its sums are the last row.
+            outputs, chosen = base.weight.shape[0], len(columns_U)
+            places = [column_of_N * outputs + index_N // columns, torch.arange(chosen * outputs, (chosen + 1) * outputs)]
             self.register_buffer("columns_U", torch.cat([columns_U, columns_U[-1:]]), persistent=False)
-            self.register_buffer("place_in_UO_N", column_of_N * base.weight.shape[0] + index_N // columns, persistent=False)
+            self.register_buffer("sampled_place", torch.cat(places), persistent=False)
 
     @property
     def weight(self) -> torch.Tensor:
