@@ -125,6 +125,9 @@ def _print_outcomes(outcomes: list[Any]) -> None:
         out.print(champions_table(registered))
     for outcome in registered:
         out.print(f"front of {outcome.task}: {outcome.front_figure}", soft_wrap=True)
+        for trial in outcome.trials:
+            if trial.id == outcome.champion_id and trial.message:
+                out.print(f"warning: {outcome.task}: {trial.message}", soft_wrap=True)
     for outcome in outcomes:
         if outcome.error is not None:
             _print_error(f"{outcome.task} failed in {outcome.stage}:", str(outcome.error))
@@ -220,7 +223,7 @@ def show(reference: Reference, workdir: Workdir = api.WORKDIR, as_json: AsJson =
     facts.show_header = False
     out.print(facts)
     out.print()
-    out.print(ledger_table({part: int(pack.metrics[f"bytes_{part}"]) for part in LEDGER_KEYS}))
+    out.print(ledger_table({part: int(pack.metrics.get(f"bytes_{part}", 0)) for part in LEDGER_KEYS}))
     out.print()
     out.print(trials_table(trials, pack.tags.get("trial")))
 

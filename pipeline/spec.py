@@ -166,21 +166,36 @@ class Biases(Spec):
 
 
 class Norms(Spec):
-    """Train each block's second norm (the one before the MLP)."""
+    """Train norms: each block's second one, before the MLP, or all of the backbone's."""
 
+    which: Literal["mlp", "all"] = "mlp"
     bits: Bits = 8
 
 
 class Smoa(Spec):
-    """One router and one set of bottleneck experts shared by all blocks, in parallel to the MLP (Adapter-X, arXiv 2406.03051)."""
+    """One router and one set of bottleneck experts shared by all blocks (Adapter-X, arXiv 2406.03051).
+
+    parallel: beside the MLP, on its normalised input (AdaptFormer-X). after_mlp: on the MLP's output (Adapter-X). A token is split into `heads`
+    sub-tokens, each sent to its own `top_k` experts. `prompt_generator` appends one token a block, made of the bank's mean output (ViT).
+    """
 
     experts: int = Field(4, ge=1, le=64)
     width: int = Field(8, ge=1, le=1024)
     bits: Bits = 4
+    placement: Literal["parallel", "after_mlp"] = "parallel"
+    heads: int = Field(1, ge=1, le=64)
+    top_k: int = Field(1, ge=1, le=64)
     router_width: int = Field(8, ge=1, le=256)
     temperature: float = Field(0.1, gt=0)
     balance_weight: float = Field(0.01, ge=0)
     scale: float = Field(1.0, gt=0)
+    prompt_generator: bool = False
+
+    @model_validator(mode="after")
+    def _has_enough_experts(self) -> Smoa:
+        if self.top_k > self.experts:
+            raise ValueError(f"given {self.top_k} experts a sub-token (top_k) of a bank of {self.experts}; expected at most as many as there are")
+        return self
 
 
 class Adapter(Spec):
@@ -219,6 +234,32 @@ class Lora(Spec):
         return targets
 
 
+class Ssf(Spec):
+    """Scale and shift the output of every layer and norm (SSF, arXiv 2210.08823)."""
+
+    bits: Bits = 8
+
+
+class Prompts(Spec):
+    """Extra tokens, appended before the first block or, where `deep`, replaced before every block (VPT, arXiv 2203.12119); ViT only."""
+
+    count: int = Field(8, ge=1, le=1024)
+    deep: bool = False
+    bits: Bits = 8
+
+
+class ClassToken(Spec):
+    """Train the class token, as a change (ViT)."""
+
+    bits: Bits = 8
+
+
+class Full(Spec):
+    """Train every parameter of the backbone, as changes: full fine-tuning, for comparison."""
+
+    bits: Bits = 32
+
+
 class Head(Spec):
     """A linear classifier on the pooled feature; weights at `bits`, bias at 16. `bits: 1, bias: false` is Binary Adapter's Bi-Head."""
 
@@ -251,6 +292,10 @@ class Recipe(Spec):
     norms: Norms | None = None
     adapter: Adapter | None = None
     lora: Lora | None = None
+    ssf: Ssf | None = None
+    prompts: Prompts | None = None
+    class_token: ClassToken | None = None
+    full: Full | None = None
     head: Head = Head()
     training: Training = Training()
 
@@ -264,11 +309,21 @@ class Recipe(Spec):
 
 def slot_conflict(recipe: Recipe) -> str | None:
     """What two parts of a recipe both want, in words; None where they go together."""
-    if recipe.smoa is not None and recipe.adapter is not None and recipe.adapter.placement == "parallel":
-        return "smoa and adapter are both in parallel to the MLP; leave one out, or place the adapter elsewhere, such as after_attention"
+    smoa, adapter = recipe.smoa, recipe.adapter
+    others = [name for name in PARTS if name != "full" and getattr(recipe, name) is not None]
+    if recipe.full is not None and others:
+        return f"full trains everything that {' and '.join(others)} would change; leave out one or the other"
+    if smoa is not None and adapter is not None and smoa.placement in _PLACES[adapter.placement]:
+        where = "in parallel to the MLP" if smoa.placement == "parallel" else "after the MLP"
+        return f"smoa and adapter are both {where}; leave one out, or place one elsewhere"
+    if recipe.ssf is not None and (recipe.biases is not None or recipe.norms is not None):
+        return "ssf scales and shifts what biases and norms would change; leave out one or the other"
+    if recipe.prompts is not None and smoa is not None and smoa.prompt_generator:
+        return "prompts and smoa.prompt_generator both append tokens; leave out one or the other"
     return None
 
 
+_PLACES = {"parallel": ("parallel",), "after_mlp": ("after_mlp",), "after_attention": (), "after_both": ("after_mlp",)}
 PARTS = tuple(name for name in Recipe.model_fields if name not in ("head", "training"))
 """The parts that a recipe may leave out."""
 ADAPTERS = ("smoa", "adapter", "lora")

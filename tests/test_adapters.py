@@ -172,7 +172,7 @@ def test_a_head_without_bias_is_a_matrix_product(tiny_backbone: Backbone) -> Non
 
 
 def test_two_methods_on_one_slot_are_refused_in_words() -> None:
-    with pytest.raises(ValidationError, match="smoa and adapter are both in parallel to the MLP; leave one out, or place the adapter elsewhere"):
+    with pytest.raises(ValidationError, match="smoa and adapter are both in parallel to the MLP; leave one out, or place one elsewhere"):
         Recipe(smoa=Smoa(), adapter=Adapter())
     Recipe(smoa=Smoa(), adapter=Adapter(placement="after_attention"))
 

@@ -297,3 +297,13 @@ def test_a_forward_pass_forgets_the_balance_of_the_last_and_adds_to_the_load(fam
     assert all(sum(counts) > 0 for counts in load_once.values())
     model.eval()(images(2))
     assert float(model.auxiliary_loss()) == 0
+
+
+def test_experts_without_a_single_token_are_named_with_the_load(families: dict[str, Backbone], random_selection: Select) -> None:
+    model = attached(load(families["swin"]), PARTS["smoa"], random_selection).train()
+    assert model.idle_experts() == "", "nothing was trained yet"
+    first, second = model.banks
+    first.expert_load.copy_(torch.tensor([5, 0, 7]))
+    second.expert_load.copy_(torch.tensor([1, 2, 3]))
+    assert model.idle_experts().startswith("bank 0: 1 of 3 experts were never used (tokens: 5, 0, 7); try fewer experts, or")
+    assert "bank 1" not in model.idle_experts()

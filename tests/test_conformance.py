@@ -34,7 +34,11 @@ PARTS: dict[str, dict[str, Any]] = {
     "connections": {"connections": {"top_k": 2}},
     "biases": {"biases": {}},
     "norms": {"norms": {}},
+    "norms all": {"norms": {"which": "all"}},
     "smoa": {"smoa": {"experts": 3, "width": 4}},
+    "smoa after_mlp": {"smoa": {"experts": 3, "width": 4, "placement": "after_mlp"}},
+    "smoa of sub-tokens": {"smoa": {"experts": 4, "width": 4, "heads": 2, "top_k": 2}},
+    "smoa with prompts": {"smoa": {"experts": 2, "width": 4, "prompt_generator": True}},
     "adapter": {"adapter": {"width": 4}},
     "adapter after_mlp": {"adapter": {"width": 4, "placement": "after_mlp"}},
     "adapter after_attention": {"adapter": {"width": 4, "placement": "after_attention"}},
@@ -42,20 +46,32 @@ PARTS: dict[str, dict[str, Any]] = {
     "lora": {"lora": {"rank": 3}},
     "lora everywhere": {"lora": {"rank": 3, "targets": ["qkv", "proj", "fc1", "fc2"]}},
     "lora of the MLP": {"lora": {"rank": 3, "targets": ["fc2", "fc1"]}},
+    "ssf": {"ssf": {}},
+    "prompts": {"prompts": {"count": 3}},
+    "prompts deep": {"prompts": {"count": 3, "deep": True}},
+    "class_token": {"class_token": {}},
+    "full": {"full": {}},
+    "full at 1 bit": {"full": {"bits": 1}},
+    "Adapter-X": {
+        "smoa": {"experts": 2, "width": 4, "heads": 2, "bits": 1, "placement": "after_mlp", "prompt_generator": True},
+        **{"norms": {}, "class_token": {}, "head": {"bits": 1, "bias": False}},
+    },
     "house": {"connections": {}, "biases": {}, "smoa": {}, "norms": {}},
     "all that goes together": {
         **{"connections": {}, "biases": {}, "smoa": {}, "norms": {}},
         **{"adapter": {"placement": "after_mlp"}, "lora": {"targets": ["fc1"]}},
     },
 }
+TOKENS = dict.fromkeys(("smoa with prompts", "prompts", "prompts deep", "class_token", "Adapter-X"), "expected a VisionTransformer")
 NO_ATTENTION = {"adapter after_attention": "no attention branch", "adapter after_both": "no attention branch", "lora": "it has .*fc1, fc2"}
 REFUSED = {
     ("convnext", "lora everywhere"): "given 'qkv'.*it has .*fc1, fc2",
     ("convnext_linear", "lora everywhere"): "given 'qkv'.*it has .*fc1, fc2",
     **{(family, part): message for family in ("convnext", "convnext_linear") for part, message in NO_ATTENTION.items()},
+    **{(family, part): message for family in ("swin", "convnext", "convnext_linear") for part, message in TOKENS.items()},
 }
 ACCEPTED = [(family, part) for family in FAMILIES for part in PARTS if (family, part) not in REFUSED]
-SILENT_AT_START = ("connections", "biases", "norms", "adapter", "lora")
+SILENT_AT_START = ("connections", "biases", "norms", "adapter", "lora", "ssf", "class_token", "full")
 every_pair = pytest.mark.parametrize(("family", "part"), ACCEPTED)
 
 
@@ -190,6 +206,16 @@ def test_its_pack_has_the_announced_bytes_and_gives_the_same_logits(family: str,
 
 
 @every_pair
+def test_merged_for_evaluation_it_computes_the_same(family: str, part: str, trained: Any) -> None:
+    model = trained(family, part)
+    expected = logits(model)
+    with torch.inference_mode(), model.merged():
+        merged = model(images())
+    torch.testing.assert_close(merged, expected, rtol=1e-4, atol=1e-5 * max(1, float(expected.abs().max())))
+    assert torch.equal(logits(model), expected), "and can go on as before"
+
+
+@every_pair
 def test_its_state_survives_a_checkpoint(family: str, part: str, start: Any, trained: Any) -> None:
     model, again = trained(family, part), start(family, make_recipe(part), seed=5)
     again.load_state_dict(model.state_dict())
@@ -207,7 +233,9 @@ def test_a_seed_repeats_it(family: str, part: str, start: Any, trained: Any) -> 
 
 @every_pair
 def test_it_trains_in_bfloat16_with_float32_values(family: str, part: str, start: Any) -> None:
-    model = start(family, make_recipe(part)).train()
+    model = start(family, make_recipe(part))
+    model.compute_in(torch.bfloat16)
+    model.train()
     before = latent(model)
     optimiser = torch.optim.AdamW(model.values.parameters(), lr=0.02)
     with torch.autocast("cpu", torch.bfloat16):

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from pipeline.adaptation import attach
+from pipeline.adaptation import AdaptedModel, attach
 from pipeline.adaptation.packing import planned_size_bytes
 from pipeline.errors import BudgetError, DataError, TrainingError
 from pipeline.search import study as study_module
@@ -425,7 +425,7 @@ def test_a_finished_study_needs_no_worker(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_a_trial_scores_validation_after_every_epoch(tiny_inputs: Inputs) -> None:
     recipe = Recipe(training=Training(epochs=3, batch_size=16, precision="fp32"))
-    scores = list(run_trial(tiny_inputs, recipe, None))
+    scores = [score for score, _ in run_trial(tiny_inputs, recipe, None)]
     model = attach(tiny_inputs.backbone, recipe, 8, seed=0)
     spec = recipe.training
     expected = [
@@ -434,6 +434,23 @@ def test_a_trial_scores_validation_after_every_epoch(tiny_inputs: Inputs) -> Non
     ]
     assert scores == expected
     assert [score.samples for score in scores] == [len(tiny_inputs.splits["val"])] * 3
+
+
+def test_a_remark_on_the_training_comes_with_the_last_epoch_and_is_kept(tiny_inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from pipeline.search.tune import StudySearcher
+
+    monkeypatch.setattr(AdaptedModel, "idle_experts", lambda model: "an expert was never used")
+    recipe = Recipe(training=Training(epochs=2, batch_size=16, precision="fp32"))
+    assert [remark for _, remark in run_trial(tiny_inputs, recipe, None)] == ["", "an expert was never used"]
+    study = make_study(make_task(SMALL), tmp_path)
+    first = study.next_slot()
+    assert first is not None
+    searcher = StudySearcher(study, first, lambda study: None)
+    searcher.suggest("a")
+    study.report(0, 1, 0.5)
+    searcher.on_trial_complete("a", {"metric": 0.5, "epoch": 1, "remark": "an expert was never used"})
+    (record,) = TrialJournal(tmp_path).read().values()
+    assert (record.state, record.val_metric, record.message) == ("complete", 0.5, "an expert was never used")
 
 
 def test_tunes_messages_become_records(tmp_path: Path) -> None:
@@ -494,7 +511,7 @@ def test_a_study_runs_on_ray_tune(tiny_task: Task, tiny_data: Path, tiny_inputs:
             assert each.state == "failed"
             assert "with learning rate 1e+30" in each.message
         else:
-            curve = tuple(score.accuracy for score in run_trial(tiny_inputs, recipe, read_selection(selection)))
+            curve = tuple(score.accuracy for score, _ in run_trial(tiny_inputs, recipe, read_selection(selection)))
             assert (each.state, each.curve, each.val_metric) == ("complete", curve, curve[-1])
             assert each.seconds > 0
     assert journal.read() == {each.id: each for each in records}

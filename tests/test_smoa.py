@@ -6,11 +6,15 @@ import math
 
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import nn
 
+from pipeline.adaptation import plan
 from pipeline.adaptation.mixture import Mixture, Routes, route
 from pipeline.adaptation.smoa import ParallelToMlp, SmoaBank, bank_shapes
-from pipeline.spec import Smoa
+from pipeline.backbones import load_backbone
+from pipeline.errors import BackboneError
+from pipeline.spec import Backbone, Input, Recipe, Smoa
 
 WIDTH = 6
 BANK = ("down", "up", "router", "embeddings")
@@ -20,7 +24,7 @@ def make_bank(experts: int = 3, **options: float) -> SmoaBank:
     """A bank that holds tensors whose numbers are all large enough to matter."""
     spec = Smoa(experts=experts, width=4, router_width=5, bits=32, **options)  # type: ignore[arg-type]
     bank, generator = SmoaBank(spec), torch.Generator().manual_seed(1)
-    for name, shape in bank_shapes(WIDTH, spec).items():
+    for name, shape in bank_shapes(WIDTH // spec.heads, spec).items():
         bank.current[name] = torch.empty(shape).normal_(0, 1, generator=generator).requires_grad_()
     return bank
 
@@ -37,7 +41,7 @@ def through(bank: SmoaBank, x: torch.Tensor) -> torch.Tensor:
 def routes(bank: SmoaBank, x_TD: torch.Tensor) -> Routes:
     """Where the bank sends tokens."""
     with torch.no_grad():
-        return route(bank.current["router"] @ x_TD.T, bank.current["embeddings"], bank.spec.temperature)
+        return route(bank.current["router"] @ x_TD.T, bank.current["embeddings"], bank.spec.temperature, bank.spec.top_k)
 
 
 def values(bank: SmoaBank, name: str) -> list:
@@ -60,14 +64,14 @@ def slow_route(bank: SmoaBank, token: list[float]) -> list[float]:
 
 
 def slow_token(bank: SmoaBank, token: list[float]) -> list[float]:
-    """One token through its best expert, times that expert's probability."""
-    expert, gate = 0, 1.0
-    if bank.spec.experts > 1:
-        probabilities = slow_route(bank, token)
-        expert = max(range(len(probabilities)), key=probabilities.__getitem__)
-        gate = probabilities[expert]
-    hidden = [max(0.0, number) for number in matvec(values(bank, "down")[expert], token)]
-    return [bank.spec.scale * gate * number for number in matvec(values(bank, "up")[expert], hidden)]
+    """One token through its best experts, each times its probability."""
+    probabilities = slow_route(bank, token) if bank.spec.experts > 1 else [1.0]
+    output = [0.0] * len(token)
+    for expert in sorted(range(len(probabilities)), key=probabilities.__getitem__)[-bank.spec.top_k :]:
+        hidden = [max(0.0, number) for number in matvec(values(bank, "down")[expert], token)]
+        up = matvec(values(bank, "up")[expert], hidden)
+        output = [total + bank.spec.scale * probabilities[expert] * number for total, number in zip(output, up, strict=True)]
+    return output
 
 
 @pytest.mark.parametrize("experts", [1, 2, 3, 7])
@@ -75,6 +79,26 @@ def test_each_token_goes_through_its_one_expert(experts: int) -> None:
     bank, x = make_bank(experts, scale=0.7, temperature=0.3), draw(2, 5, WIDTH)
     expected = torch.tensor([slow_token(bank, token) for token in x.reshape(-1, WIDTH).double().tolist()]).reshape(x.shape)
     torch.testing.assert_close(through(bank, x), expected.float(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("heads", "top_k"), [(1, 2), (2, 1), (3, 1), (2, 3), (6, 2)])
+def test_each_sub_token_goes_through_its_best_experts(heads: int, top_k: int) -> None:
+    bank, x = make_bank(4, heads=heads, top_k=top_k, temperature=0.3), draw(2, 5, WIDTH)
+    parts = x.reshape(-1, WIDTH // heads).double().tolist()
+    expected = torch.tensor([slow_token(bank, part) for part in parts]).reshape(x.shape)
+    torch.testing.assert_close(through(bank.train(), x), expected.float(), rtol=1e-4, atol=1e-5)
+    assert int(bank.expert_load.sum()) == 10 * heads * top_k
+
+
+def test_heads_that_do_not_divide_the_width_are_refused(tiny_backbone: Backbone) -> None:
+    backbone = load_backbone(tiny_backbone, Input(size_px=32))
+    with pytest.raises(BackboneError, match=r"recipe\.smoa\.heads: given 5, which does not divide .* width of 64; choose one of 1, 2, 4, 8"):
+        plan(backbone, Recipe(smoa=Smoa(heads=5)), 3)
+
+
+def test_more_experts_a_token_than_there_are_is_refused() -> None:
+    with pytest.raises(ValidationError, match="expected at most as many as there are"):
+        Smoa(experts=2, top_k=3)
 
 
 @pytest.mark.parametrize("experts", [1, 3])
@@ -186,13 +210,13 @@ def test_the_balance_term_alone_teaches_the_router() -> None:
     assert float(bank.current["router"].grad.abs().max()) > 0
 
 
-@pytest.mark.parametrize("experts", [1, 4])
-def test_the_derivative_is_that_of_the_function_in_double_precision(experts: int) -> None:
+@pytest.mark.parametrize(("experts", "top_k"), [(1, 1), (4, 1), (4, 3)])
+def test_the_derivative_is_that_of_the_function_in_double_precision(experts: int, top_k: int) -> None:
     bank = make_bank(experts)
     tensors = [None if name not in bank.current else bank.current[name].detach().double().requires_grad_() for name in BANK]
     x_TD, beside_TD = draw(6, WIDTH).double().requires_grad_(), draw(6, WIDTH, seed=3).double().requires_grad_()
     # a tiny temperature makes one gate all: kept mild, so that every path has a gradient
-    assert torch.autograd.gradcheck(lambda *inputs: Mixture.apply(*inputs, 0.7)[:2], [x_TD, beside_TD, *tensors])
+    assert torch.autograd.gradcheck(lambda *inputs: Mixture.apply(*inputs, 0.7, top_k)[:2], [x_TD, beside_TD, *tensors])
 
 
 def test_under_autocast_the_output_is_low_and_the_gates_are_not() -> None:
@@ -217,6 +241,12 @@ def test_channels_may_come_first_or_last(experts: int) -> None:
     first = ParallelToMlp(nn.Identity(), bank, channels_first=True)(x.movedim(-1, 1))
     torch.testing.assert_close(first.movedim(1, -1), last, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(last, x + through(bank, x))
+
+
+def test_a_bank_after_the_mlp_reads_its_output() -> None:
+    bank, x = make_bank(3, placement="after_mlp"), draw(2, 5, WIDTH)  # type: ignore[arg-type]
+    mlp = nn.Linear(WIDTH, WIDTH)
+    torch.testing.assert_close(ParallelToMlp(mlp, bank, channels_first=False)(x), mlp(x) + through(bank, mlp(x)), rtol=1e-5, atol=1e-5)
 
 
 def test_a_shared_bank_is_registered_by_no_block() -> None:

@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from pipeline.adaptation.bottleneck import Bottleneck, attach_adapter
+from pipeline.adaptation.bottleneck import attach_adapter
 from pipeline.adaptation.connections import TunedLayer, flat_index
 from pipeline.adaptation.dropout import SeededDropout
+from pipeline.adaptation.full import TunedNetwork
 from pipeline.adaptation.lora import LowRankLayer, attach_lora
 from pipeline.adaptation.norms import TunedNorm
-from pipeline.adaptation.plan import plan
+from pipeline.adaptation.plan import norm_names, plan
+from pipeline.adaptation.prompts import attach_class_token, attach_generator, attach_prompts
 from pipeline.adaptation.sites import MlpSlot, columns_of, mlp_slots, tunable_layers
 from pipeline.adaptation.smoa import ParallelToMlp, SmoaBank
+from pipeline.adaptation.ssf import attach_ssf
 from pipeline.adaptation.tensors import PlannedTensor, initial_values
 from pipeline.adaptation.values import TrainedValues
 from pipeline.adaptation.working import WorkingCopies
 from pipeline.backbones import LoadedBackbone
-from pipeline.spec import Recipe
+from pipeline.spec import Recipe, Smoa
 
 SelectedIndex = Mapping[str, torch.Tensor]
 """For each layer, the chosen columns of every neuron [O, K_max], strongest first."""
@@ -38,7 +42,10 @@ class LinearHead(nn.Module):
         return F.linear(features, self.current["weight"], self.current.get("bias"))
 
 
-Receiver = TunedLayer | TunedNorm | SmoaBank | Bottleneck | LowRankLayer | LinearHead
+class Receiver(Protocol):
+    """A module that trained values are handed to: before each forward pass, `current` is filled with the tensors it uses."""
+
+    current: dict[str, torch.Tensor]
 
 
 class AdaptedModel(nn.Module):
@@ -62,13 +69,17 @@ class AdaptedModel(nn.Module):
         super().__init__()
         self.backbone = backbone
         self.values = values
-        self.head = modules["head"]
+        head = modules["head"]
+        assert isinstance(head, LinearHead)
+        self.head = head
         self.banks = nn.ModuleList([module for module in modules.values() if isinstance(module, SmoaBank)])
         self.dropouts = nn.ModuleList(dropouts)
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
         self._tuned = {name.removeprefix("layer:"): module for name, module in modules.items() if isinstance(module, TunedLayer)}
-        self._own = [parameter for module in modules.values() if isinstance(module, TunedLayer | TunedNorm) for parameter in module.own_parameters()]
+        added_to = [module for module in modules.values() if isinstance(module, TunedLayer | TunedNorm | TunedNetwork)]
+        self._own = [parameter for module in added_to for parameter in module.own_parameters()]
+        self._mergeable = [module for module in modules.values() if isinstance(module, TunedLayer | LowRankLayer | TunedNetwork)]
         self._receivers = {tensor: (modules[address], key) for tensor in values.tensors for address, key in [_address(tensor, modules)]}
         self._is_merged = False
         self._copies: WorkingCopies | None = None
@@ -92,8 +103,8 @@ class AdaptedModel(nn.Module):
         self.eval()
         self._hand_out()
         self._is_merged = True
-        for layer in self._tuned.values():
-            layer.merge(True)
+        for module in self._mergeable:
+            module.merge(True)
 
     @contextlib.contextmanager
     def merged(self) -> Iterator[None]:
@@ -103,8 +114,8 @@ class AdaptedModel(nn.Module):
             yield
         finally:
             self._is_merged = False
-            for layer in self._tuned.values():
-                layer.merge(False)
+            for module in self._mergeable:
+                module.merge(False)
 
     def compute_in(self, dtype: torch.dtype) -> None:
         """From the next `train()` on, train with the frozen tensors in `dtype`, under autocast where that is bfloat16. Evaluation stays as it is."""
@@ -142,6 +153,15 @@ class AdaptedModel(nn.Module):
         """Tokens routed to each expert in training, by bank."""
         return {str(number): bank.expert_load.tolist() for number, bank in enumerate(self._banks())}
 
+    def idle_experts(self) -> str:
+        """What to say of experts that no token was ever sent to in training; empty where all were used."""
+        idle = {name: load for name, load in self.expert_load().items() if sum(load) and 0 in load}
+        return "; ".join(
+            f"bank {name}: {load.count(0)} of {len(load)} experts were never used (tokens: {', '.join(map(str, load))}); "
+            "try fewer experts, or a larger smoa.balance_weight"
+            for name, load in idle.items()
+        )
+
     def _banks(self) -> list[SmoaBank]:
         return [bank for bank in self.banks if isinstance(bank, SmoaBank)]
 
@@ -160,16 +180,20 @@ def attach(backbone: LoadedBackbone, recipe: Recipe, class_count: int, *, select
     generator = torch.Generator().manual_seed(seed)
     values = TrainedValues({tensor: initial_values(tensor, generator) for tensor in planned})
     model, slots = backbone.fresh_model(), mlp_slots(backbone.model)
-    modules: dict[str, Receiver] = {"head": LinearHead(), **_tune_layers(model, recipe, selected)}
-    dropouts = []
-    if recipe.lora is not None:  # layers first, while they have the names that timm gave them
-        dropouts.append(SeededDropout(recipe.lora.dropout, seed))
-        modules |= attach_lora(model, backbone.model, recipe.lora, dropouts[-1])
-    modules |= _attach_to_slots(model, slots, recipe)
-    if recipe.adapter is not None:
-        dropouts.append(SeededDropout(recipe.adapter.dropout, seed))
-        modules |= attach_adapter(model, slots, recipe.adapter, dropouts[-1])
-    return AdaptedModel(model, modules, dropouts, values, backbone.mean, backbone.std).train(False)
+    dropouts = {name: SeededDropout(part.dropout, seed) for name in ("adapter", "lora") for part in [getattr(recipe, name)] if part is not None}
+    modules: dict[str, Receiver] = {"head": LinearHead()}
+    # Layers first, while they have the names that timm gave them.
+    modules |= _tune_layers(model, recipe, selected)
+    modules |= attach_lora(model, backbone.model, recipe.lora, dropouts["lora"]) if recipe.lora else {}
+    modules |= attach_ssf(model, backbone.model) if recipe.ssf else {}
+    modules |= _tune_norms(model, norm_names(backbone.model, slots, recipe.norms)) if recipe.norms else {}
+    modules |= attach_prompts(model, recipe.prompts) if recipe.prompts else {}
+    modules |= attach_class_token(model) if recipe.class_token else {}
+    modules |= _attach_banks(model, slots, recipe.smoa) if recipe.smoa else {}
+    modules |= attach_adapter(model, slots, recipe.adapter, dropouts["adapter"]) if recipe.adapter else {}
+    if recipe.full:
+        model = modules["full"] = TunedNetwork(model)
+    return AdaptedModel(model, modules, list(dropouts.values()), values, backbone.mean, backbone.std).train(False)
 
 
 def _address(tensor: PlannedTensor, modules: Mapping[str, Receiver]) -> tuple[str, str]:
@@ -182,20 +206,22 @@ def _address(tensor: PlannedTensor, modules: Mapping[str, Receiver]) -> tuple[st
     return owner, tensor.name[len(owner) + 1 :]
 
 
-def _attach_to_slots(model: nn.Module, slots: Sequence[MlpSlot], recipe: Recipe) -> dict[str, Receiver]:
-    """Trained norms, and the shared bank beside every MLP."""
-    modules: dict[str, Receiver] = {}
-    for slot in slots if recipe.norms is not None else []:
-        name = f"{slot.block}.{slot.norm}"
-        modules[name] = TunedNorm(model.get_submodule(name))
-        model.set_submodule(name, modules[name])
-    if recipe.smoa is not None:
-        banks = {width: SmoaBank(recipe.smoa) for width in sorted({slot.width for slot in slots})}
-        for slot in slots:
-            mlp = model.get_submodule(f"{slot.block}.mlp")
-            model.set_submodule(f"{slot.block}.mlp", ParallelToMlp(mlp, banks[slot.width], slot.channels_first))
-        modules |= {f"smoa.{width}": bank for width, bank in banks.items()}
-    return modules
+def _tune_norms(model: nn.Module, names: Sequence[str]) -> dict[str, TunedNorm]:
+    norms = {name: TunedNorm(model.get_submodule(name)) for name in names}
+    for name, norm in norms.items():
+        model.set_submodule(name, norm)
+    return norms
+
+
+def _attach_banks(model: nn.Module, slots: Sequence[MlpSlot], spec: Smoa) -> dict[str, Receiver]:
+    """The shared bank at every MLP, one for each width, and the generators that read its output."""
+    generators = attach_generator(model) if spec.prompt_generator else {}
+    banks = {width: SmoaBank(spec) for width in sorted({slot.width for slot in slots})}
+    for slot in slots:
+        name = f"{slot.block}.mlp"
+        beside = ParallelToMlp(model.get_submodule(name), banks[slot.width], slot.channels_first, generators.get(f"generator.{slot.block}"))
+        model.set_submodule(name, beside)
+    return {**{f"smoa.{width}": bank for width, bank in banks.items()}, **generators}
 
 
 def _tune_layers(model: nn.Module, recipe: Recipe, selected: SelectedIndex | None) -> dict[str, Receiver]:

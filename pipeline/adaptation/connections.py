@@ -159,11 +159,11 @@ class TunedLayer(nn.Module):
     def merge(self, is_merged: bool) -> None:
         """Take the current values into weight and bias, until told otherwise: then a forward pass is the plain layer's."""
         self._written = None  # the next training step writes its own again
-        self._merged = (
-            (self.base.weight if self.index_N is None else self.weight_with(self.current["connections"]), self._bias()) if is_merged else None
-        )
+        self._merged = (self.base.weight if self.index_N is None else self.weight_with(self.current["connections"]), self.bias) if is_merged else None
 
-    def _bias(self) -> torch.Tensor | None:
+    @property
+    def bias(self) -> torch.Tensor | None:
+        """The effective bias with its gradient."""
         bias = self.base.bias
         return bias + self.current["bias"] if bias is not None and "bias" in self.current else bias
 
@@ -179,9 +179,9 @@ class TunedLayer(nn.Module):
         if self._merged is not None:
             return apply_layer(self.base, x, *self._merged)
         if self.index_N is None:
-            return apply_layer(self.base, x, self.base.weight, self._bias())
+            return apply_layer(self.base, x, self.base.weight, self.bias)
         values_N = self.current["connections"]
         if not torch.is_grad_enabled():
-            return apply_layer(self.base, x, self.weight_with(values_N), self._bias())
+            return apply_layer(self.base, x, self.weight_with(values_N), self.bias)
         dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
-        return _ConnectedProduct.apply(x.to(dtype), values_N, self._bias(), self._write(values_N, dtype), self)
+        return _ConnectedProduct.apply(x.to(dtype), values_N, self.bias, self._write(values_N, dtype), self)

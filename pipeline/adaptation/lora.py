@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from pipeline.adaptation.connections import TunableLayer, TunedLayer
+from pipeline.adaptation.connections import TunableLayer, TunedLayer, apply_layer
 from pipeline.adaptation.dropout import SeededDropout
 from pipeline.adaptation.sites import tunable_layers
 from pipeline.adaptation.tensors import PlannedTensor
@@ -29,9 +29,10 @@ Rows = tuple[int, int]
 class LowRankLayer(nn.Module):
     """A layer with low-rank changes. `current` holds `<target>.down` [R, I] and `<target>.up` [rows, R] of this forward pass."""
 
-    def __init__(self, base: nn.Module, outputs: int, rows: Mapping[str, Rows], spec: Lora, dropout: SeededDropout) -> None:
+    def __init__(self, base: TunableLayer | TunedLayer, outputs: int, rows: Mapping[str, Rows], spec: Lora, dropout: SeededDropout) -> None:
         super().__init__()
         self.base, self.outputs, self.rows, self.scale = base, outputs, dict(rows), spec.scale
+        self._merged: tuple[torch.Tensor, torch.Tensor | None] | None = None
         self.dropout = [dropout]  # in a list: its mode is set in one place, not by the frozen network around this layer
         self.current: dict[str, torch.Tensor] = {}
 
@@ -45,22 +46,24 @@ class LowRankLayer(nn.Module):
     def weight(self) -> torch.Tensor:
         """The effective weight, for blocks that use a layer's weight themselves (SwinV2, BEiT); without dropout."""
         down_SI, up_OS = self._matrices()
-        weight: torch.Tensor = self.base.weight  # type: ignore[assignment]
-        return weight + (up_OS @ down_SI).view(weight.shape)
+        return self.base.weight + (up_OS @ down_SI).view(self.base.weight.shape)
+
+    def merge(self, is_merged: bool) -> None:
+        """Take the current changes into the weight, until told otherwise: then a forward pass is the plain layer's."""
+        self._merged = (self.weight, self.base.bias) if is_merged else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        layer = self.base.base if isinstance(self.base, TunedLayer) else self.base
+        if self._merged is not None:
+            return apply_layer(layer, x, *self._merged)
         y: torch.Tensor = self.base(x)
-        is_convolution = _is_convolution(self.base)
+        is_convolution = isinstance(layer, nn.Conv2d)
         if is_convolution:
             x, y = x.movedim(1, -1), y.movedim(1, -1)
         down_SI, up_OS = self._matrices()
         hidden_TS = self.dropout[0](F.linear(x.reshape(-1, x.shape[-1]), down_SI))
         y = torch.addmm(y.reshape(-1, self.outputs), hidden_TS, up_OS.T).view(y.shape)
         return y.movedim(-1, 1) if is_convolution else y
-
-
-def _is_convolution(base: nn.Module) -> bool:
-    return isinstance(base.base if isinstance(base, TunedLayer) else base, nn.Conv2d)
 
 
 def _possible_targets(model: nn.Module) -> dict[str, list[tuple[str, TunableLayer, Rows]]]:
@@ -106,6 +109,11 @@ def attach_lora(model: nn.Module, original: nn.Module, spec: Lora, dropout: Seed
     """Wrap the layers named by `original`, the network as timm made it, in `model`, where they may be wrapped already."""
     layers = {}
     for name, (layer, rows) in _sites(original, spec).items():
-        layers[f"lora.{name}"] = LowRankLayer(model.get_submodule(name), layer.weight.shape[0], rows, spec, dropout)
+        layers[f"lora.{name}"] = LowRankLayer(_wrapped(model.get_submodule(name)), layer.weight.shape[0], rows, spec, dropout)
         model.set_submodule(name, layers[f"lora.{name}"])
     return layers
+
+
+def _wrapped(layer: nn.Module) -> TunableLayer | TunedLayer:
+    assert isinstance(layer, nn.Linear | nn.Conv2d | TunedLayer)
+    return layer

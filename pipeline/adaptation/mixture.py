@@ -8,7 +8,7 @@ Every expert's hidden units are computed, by one product with the router's rows 
 columns: a softmax over a few experts is then a few passes over long rows, many times faster than many short rows.
 
 Products run in the type of x; cosine, softmax and gates are float32. Shapes: T tokens, D width, H width of an expert, R router width, E experts,
-X = E * H hidden units.
+K experts of a token, X = E * H hidden units.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ class Routes(NamedTuple):
     experts_ER: torch.Tensor
 
 
-def route(projected_RT: torch.Tensor, embeddings_ER: torch.Tensor, temperature: float) -> Routes:
-    """Cosine router with softmax (X-MoE, arXiv 2204.09179) and the best expert's probability as its gate."""
+def route(projected_RT: torch.Tensor, embeddings_ER: torch.Tensor, temperature: float, top_k: int = 1) -> Routes:
+    """Cosine router with softmax (X-MoE, arXiv 2204.09179), and the probabilities of the best `top_k` experts as their gates."""
     norms_1T = projected_RT.square().sum(dim=0, keepdim=True).sqrt().clamp_min(SMALLEST_NORM)
     directions_RT, experts_ER = projected_RT / norms_1T, F.normalize(embeddings_ER, dim=1, eps=SMALLEST_NORM)
     probabilities_ET = torch.softmax(experts_ER @ directions_RT / temperature, dim=0)
-    gate_1T, choice_1T = probabilities_ET.max(dim=0, keepdim=True)
-    gates_ET = torch.zeros_like(probabilities_ET).scatter_(0, choice_1T, gate_1T)
+    gate_KT, choice_KT = probabilities_ET.max(dim=0, keepdim=True) if top_k == 1 else probabilities_ET.topk(top_k, dim=0)
+    gates_ET = torch.zeros_like(probabilities_ET).scatter_(0, choice_KT, gate_KT)
     return Routes(probabilities_ET, gates_ET, directions_RT, norms_1T, experts_ER)
 
 
@@ -59,6 +59,7 @@ class Mixture(torch.autograd.Function):
         router_RD: torch.Tensor | None,
         embeddings_ER: torch.Tensor | None,
         temperature: float,
+        top_k: int,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         experts, width, _ = down_EHD.shape
         rows = down_EHD.flatten(0, 1) if router_RD is None else torch.cat([down_EHD.flatten(0, 1), router_RD])
@@ -68,7 +69,7 @@ class Mixture(torch.autograd.Function):
         routes, probability_E, count_E = None, down_EHD.new_ones(experts), down_EHD.new_ones(experts)
         if router_RD is not None and embeddings_ER is not None:
             precise = torch.promote_types(x_TD.dtype, torch.float32)
-            routes = route(read[experts * width :].to(precise), embeddings_ER.to(precise), temperature)
+            routes = route(read[experts * width :].to(precise), embeddings_ER.to(precise), temperature, top_k)
             hidden_EHT *= routes.gates_ET[:, None].to(x_TD.dtype)
             probability_E, count_E = routes.probabilities_ET.mean(dim=1), (routes.gates_ET > 0).sum(dim=1)
         ctx.temperature, ctx.dtypes = (
@@ -103,7 +104,7 @@ class Mixture(torch.autograd.Function):
         router_gradient = rows_gradient[len(up_XD) :] if saved else None
         wanted = (down_gradient, up_gradient, router_gradient, embeddings_gradient)
         trained = [None if each is None else each.to(dtype) for each, dtype in zip(wanted, ctx.dtypes, strict=True)]
-        return (read_gradient.T @ rows if ctx.needs_input_grad[0] else None, gradient_TD, *trained, None)
+        return (read_gradient.T @ rows if ctx.needs_input_grad[0] else None, gradient_TD, *trained, None, None)
 
 
 def _through_router(

@@ -10,9 +10,12 @@ from collections.abc import Sequence
 from torch import nn
 
 from pipeline.adaptation.bottleneck import plan_adapter
+from pipeline.adaptation.full import plan_full
 from pipeline.adaptation.lora import plan_lora
-from pipeline.adaptation.sites import MlpSlot, columns_of, mlp_slots, tunable_layers
+from pipeline.adaptation.prompts import plan_class_token, plan_generator, plan_prompts
+from pipeline.adaptation.sites import MlpSlot, columns_of, mlp_slots, norms_of, tunable_layers
 from pipeline.adaptation.smoa import plan_smoa
+from pipeline.adaptation.ssf import plan_ssf
 from pipeline.adaptation.tensors import PlannedTensor
 from pipeline.backbones import LoadedBackbone
 from pipeline.errors import BackboneError
@@ -38,6 +41,11 @@ def plan(backbone: LoadedBackbone, recipe: Recipe, class_count: int) -> tuple[Pl
         "smoa": recipe.smoa and plan_smoa(slots, recipe.smoa),
         "adapter": recipe.adapter and plan_adapter(slots, recipe.adapter),
         "lora": recipe.lora and plan_lora(model, recipe.lora),
+        "ssf": recipe.ssf and plan_ssf(model, recipe.ssf),
+        "prompts": recipe.prompts and plan_prompts(model, recipe.prompts),
+        "class_token": recipe.class_token and plan_class_token(model, recipe.class_token),
+        "smoa.prompt_generator": plan_generator(model, recipe.smoa.bits) if recipe.smoa and recipe.smoa.prompt_generator else None,
+        "full": recipe.full and plan_full(model, recipe.full),
     }
     for part, tensors in parts.items():
         if tensors is not None and not tensors:
@@ -49,9 +57,11 @@ _MLP_BLOCKS = "it needs blocks with a norm before an MLP (mlp.fc1)"
 _WANTED = {
     "connections": "it needs Linear or Conv2d layers",
     "biases": "it needs Linear or Conv2d layers with a bias",
-    "norms": _MLP_BLOCKS,
+    "norms": f"{_MLP_BLOCKS}, or `which: all`",
     "smoa": _MLP_BLOCKS,
     "adapter": _MLP_BLOCKS,
+    "ssf": "it needs Linear, Conv2d or norm layers",
+    "smoa.prompt_generator": "it needs two blocks or more",
 }
 
 
@@ -67,10 +77,15 @@ def _plan_biases(model: nn.Module, spec: Biases) -> list[PlannedTensor]:
 
 def _plan_norms(model: nn.Module, slots: Sequence[MlpSlot], spec: Norms) -> list[PlannedTensor]:
     return [
-        PlannedTensor("norms", f"{slot.block}.{slot.norm}.{name}", tuple(tensor.shape), spec.bits)
-        for slot in slots
-        for name, tensor in model.get_submodule(f"{slot.block}.{slot.norm}").named_parameters()
+        PlannedTensor("norms", f"{norm}.{name}", tuple(tensor.shape), spec.bits)
+        for norm in norm_names(model, slots, spec)
+        for name, tensor in model.get_submodule(norm).named_parameters()
     ]
+
+
+def norm_names(model: nn.Module, slots: Sequence[MlpSlot], spec: Norms) -> list[str]:
+    """The norms that train."""
+    return list(norms_of(model)) if spec.which == "all" else [f"{slot.block}.{slot.norm}" for slot in slots]
 
 
 def _plan_head(width: int, class_count: int, spec: Head) -> list[PlannedTensor]:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from timm.layers import LayerNorm2d, RmsNorm
 from timm.models.swin_transformer_v2 import SwinTransformerV2Block
 from timm.models.vision_transformer import ResPostBlock
 from torch import nn
 
 from pipeline.adaptation.connections import TunableLayer
 
+_NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._BatchNorm, RmsNorm)
 _POST_NORM_BLOCKS = (ResPostBlock, SwinTransformerV2Block)
 
 
@@ -42,6 +44,16 @@ def tunable_layers(model: nn.Module) -> dict[str, TunableLayer]:
 
 def _is_plain_convolution(module: nn.Module) -> bool:
     return type(module) is nn.Conv2d and not isinstance(module.padding, str) and module.padding_mode == "zeros"
+
+
+def norms_of(model: nn.Module) -> dict[str, nn.Module]:
+    """Every norm of a backbone that has a weight, by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, _NORMS) and module.weight is not None}
+
+
+def has_channels_first(module: nn.Module) -> bool:
+    """Whether a layer or norm puts channels at dimension 1 of its output, not last."""
+    return isinstance(module, nn.Conv2d | nn.GroupNorm | LayerNorm2d | nn.modules.batchnorm._BatchNorm)
 
 
 def columns_of(layer: TunableLayer) -> int:

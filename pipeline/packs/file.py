@@ -31,7 +31,7 @@ from pipeline.packs.metadata import PackMetadata
 from pipeline.packs.parts import Part, PartBits, PartName, TensorSpec, code_dtype
 from pipeline.packs.positions import decode_positions, encode_positions
 
-LEDGER_KEYS = ("positions", "values", "adapters", "biases", "norms", "head", "probe", "metadata")
+LEDGER_KEYS = ("positions", "values", "adapters", "biases", "norms", "prompts", "full", "head", "probe", "metadata")
 
 
 @dataclass(frozen=True, eq=False)

@@ -23,7 +23,7 @@ from pipeline.errors import PackDamaged
 from pipeline.packs.codebook import MAX_CODE_BITS, dequantise
 from pipeline.packs.positions import LayerShape, check_positions
 
-PartName = Literal["connections", "biases", "norms", "adapters", "head"]
+PartName = Literal["connections", "biases", "norms", "adapters", "prompts", "full", "head"]
 PartBits = Literal[1, 2, 3, 4, 5, 6, 7, 8, 16, 32]
 PART_NAMES: tuple[PartName, ...] = get_args(PartName)
 PART_BITS: tuple[PartBits, ...] = get_args(PartBits)

@@ -16,7 +16,7 @@ class TrialRecord:
     """One trial.
 
     `id` is its recipe's key; `curve` the validation metric after each epoch; `val_metric` the last of a complete trial's curve. A rejected trial is
-    over budget and never ran.
+    over budget and never ran. `message` says why a trial failed or was rejected, or what was odd about one that came to its end.
     """
 
     id: str

@@ -89,7 +89,7 @@ class Study:
             return False
         return True
 
-    def finish(self, slot: int, seconds: float, failure: str | None, *, is_final: bool = True) -> None:
+    def finish(self, slot: int, seconds: float, failure: str | None, *, is_final: bool = True, remark: str = "") -> None:
         """Keep a trial's outcome; a failure that may pass (`is_final` false) is not written to the journal, so a later run tries again."""
         curve, proposal = tuple(self._curves.get(slot, ())), self.slots[slot]
         state: Any = "failed" if failure is not None else "stopped" if slot in self._stopped else "complete"
@@ -101,7 +101,7 @@ class Study:
             val_metric=curve[-1] if state == "complete" else None,
             curve=curve,
             seconds=round(seconds, 2),
-            message=failure or "",
+            message=failure or remark,
         )
         self.records[slot] = record
         if is_final:
@@ -221,8 +221,9 @@ def _trainable(config: dict[str, Any], context: dict[str, Any]) -> None:
     selected = read_selection(Path(context["selection"])) if context["selection"] else None
     try:
         inputs = open_inputs(Task.model_validate_json(context["task"]), Path(context["data_folder"]))
-        for epoch, score in enumerate(run_trial(inputs, Recipe.model_validate_json(config["recipe"]), selected, device=device), start=1):
-            tune.report({"epoch": epoch, "metric": score.accuracy})
+        epochs = run_trial(inputs, Recipe.model_validate_json(config["recipe"]), selected, device=device)
+        for epoch, (score, remark) in enumerate(epochs, start=1):
+            tune.report({"epoch": epoch, "metric": score.accuracy, "remark": remark})
     except TaskpackError as error:
         # Tune refuses a report without the searcher's metric, and would end the whole study.
         tune.report({"metric": 0.0, "error": type(error).__name__, "message": str(error)})

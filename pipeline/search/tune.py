@@ -52,7 +52,7 @@ class StudySearcher(Searcher):
                 self.fatal = self.fatal or fault
             self._study.finish(slot, seconds, result["message"], is_final=isinstance(fault, TrainingError))
         else:
-            self._study.finish(slot, seconds, None)
+            self._study.finish(slot, seconds, None, remark=result.get("remark", ""))
 
     def __getstate__(self) -> dict[str, Any]:
         """Tune pickles its parts to resume by; a study resumes by its journal."""
