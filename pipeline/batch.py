@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from pipeline.adaptation.packing import planned_size_bytes
+from pipeline.adaptation.packing import SizePlanner
 from pipeline.backbones import share
 from pipeline.backbones.known import remember
 from pipeline.cluster import check_fits_a_node, cluster_resources, interruptible, ray_session
@@ -142,7 +142,7 @@ class _Driver:
             self.on_progress(task.name, "prepare", 1.0, f"no training sample of {len(untrained)} of the classes: {', '.join(untrained)}")
         inputs = open_inputs(task, data_folder)
         remember(inputs.backbone.fingerprint, task.backbone.weights)
-        check_budget(task, _size_of(inputs))
+        check_budget(task, SizePlanner(task, inputs.backbone, inputs.index.classes).size_bytes)
 
     def _stages(self, task: Task) -> TaskOutcome:
         data_folder = self.workspace.data(task.name)
@@ -189,6 +189,7 @@ class _Driver:
     def _search(self, inputs: Inputs, data_folder: Path, selection: Path | None, folder: StudyFolder) -> list[TrialRecord]:
         task = inputs.task
         self._enter(task, "search")
+        planner = SizePlanner(task, inputs.backbone, inputs.index.classes, read_selection(selection) if selection is not None else None)
 
         def report(study: Study) -> None:
             total = min(task.search.trials, task.search.size())
@@ -199,7 +200,7 @@ class _Driver:
             data_folder,
             selection,
             folder.journal,
-            size_of=_size_of(inputs),
+            size_of=planner.size_bytes,
             val_samples=len(inputs.splits["val"]),
             resources=self._resources,
             on_progress=report,
@@ -221,10 +222,6 @@ class _Driver:
         resources = TrialResources(cpus=1 if cpus is None else cpus, gpus=min(1, cluster_resources()[1]) if gpus is None else gpus)
         check_fits_a_node(resources.cpus, resources.gpus)
         return resources
-
-
-def _size_of(inputs: Inputs) -> Callable[[Recipe], int]:
-    return lambda recipe: planned_size_bytes(inputs.task, recipe, inputs.backbone, inputs.index.classes)
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from pipeline.adaptation import AdaptedModel, attach, plan
-from pipeline.adaptation.packing import describe, from_pack, planned_ledger, planned_size_bytes, to_pack
+from pipeline.adaptation.packing import SizePlanner, describe, from_pack, to_pack
 from pipeline.backbones import LoadedBackbone, load_backbone
 from pipeline.errors import BackboneError
 from pipeline.packs import ledger, pack_to_bytes, read_pack
@@ -195,12 +195,15 @@ def test_training_leaves_the_backbone_alone(family: str, part: str, load: Any, u
 
 
 @every_pair
-def test_its_pack_has_the_announced_bytes_and_gives_the_same_logits(family: str, part: str, load: Any, trained: Any, tiny_task: Task) -> None:
+def test_its_pack_has_the_announced_bytes_and_gives_the_same_logits(
+    family: str, part: str, load: Any, trained: Any, tiny_task: Task, random_selection: Any
+) -> None:
     backbone, recipe, model = load(family), make_recipe(part), trained(family, part)
     pack = to_pack(model, describe(tiny_task, recipe, backbone, CLASSES))
     content = pack_to_bytes(pack)
-    assert planned_size_bytes(tiny_task, recipe, backbone, CLASSES) == len(content)
-    assert planned_ledger(tiny_task, recipe, backbone, CLASSES) == ledger(pack)
+    planner = SizePlanner(tiny_task, backbone, CLASSES, random_selection(backbone, SELECTED))
+    assert planner.size_bytes(recipe) == len(content)
+    assert planner.ledger(recipe) == ledger(pack)
     expected = logits(model)
     torch.testing.assert_close(logits(from_pack(read_pack(content), backbone)), expected, rtol=1e-5, atol=1e-5 * max(1, float(expected.abs().max())))
 

@@ -1,4 +1,4 @@
-"""Bit packing and positions: every width, odd tails, slow references, bad inputs."""
+"""Bit packing: every width, odd tails, slow references, bad inputs."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.errors import PackDamaged, PackError
-from pipeline.packs import decode_positions, encode_positions, pack_codes, packed_size_bytes, positions_size_bytes, unpack_codes
+from pipeline.packs import pack_codes, packed_size_bytes, unpack_codes
 
 EVERY_WIDTH = range(1, 33)
 
@@ -66,51 +66,3 @@ def test_other_widths_are_refused(width_bits: int) -> None:
 def test_negative_codes_are_refused() -> None:
     with pytest.raises(PackError, match="-1"):
         pack_codes(np.array([3, -1]), 4)
-
-
-# --- positions ------------------------------------------------------------------------------------------------------------------------------
-
-
-@settings(max_examples=60, derandomize=True, deadline=None)
-@given(shapes=st.lists(st.tuples(st.integers(1, 9), st.integers(1, 5), st.integers(5, 1100)), max_size=4), seed=st.integers(0, 2**32 - 1))
-def test_positions_survive_in_their_order(shapes: list[tuple[int, int, int]], seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    layers = [(np.stack([rng.permutation(columns)[:top_k] for _ in range(rows)]), columns) for rows, top_k, columns in shapes]
-    data = encode_positions(layers)
-    assert len(data) == positions_size_bytes(shapes)
-    decoded = decode_positions(data, shapes)
-    assert [index_OK.dtype for index_OK in decoded] == [np.int32] * len(shapes)
-    for (index_OK, _), back_OK in zip(layers, decoded, strict=True):
-        np.testing.assert_array_equal(index_OK, back_OK)
-
-
-@pytest.mark.parametrize(("columns", "width_bits"), [(1, 1), (2, 1), (3, 2), (192, 8), (256, 8), (257, 9), (768, 10), (2**31 - 1, 31)])
-def test_a_position_takes_the_bits_its_layer_needs(columns: int, width_bits: int) -> None:
-    assert positions_size_bytes([(80, 1, columns)]) == 10 * width_bits
-    last = np.full((80, 1), columns - 1)
-    np.testing.assert_array_equal(decode_positions(encode_positions([(last, columns)]), [(80, 1, columns)])[0], last)
-
-
-@pytest.mark.parametrize("index", [[[0], [6]], [[-1], [0]]])
-def test_columns_out_of_range_are_damage(index: list[list[int]]) -> None:
-    with pytest.raises(PackDamaged, match="layer 0: columns"):
-        encode_positions([(np.array(index), 6)])
-
-
-def test_out_of_range_and_repeated_columns_are_damage_in_a_file_too() -> None:
-    with pytest.raises(PackDamaged, match="the layer has 6"):
-        decode_positions(encode_positions([(np.array([[7]]), 8)]), [(1, 1, 6)])
-    twice = pack_codes(np.array([0, 1, 5, 5]), 3)
-    with pytest.raises(PackDamaged, match="layer 0: row 1 names a column twice"):
-        decode_positions(twice, [(2, 2, 6)])
-    with pytest.raises(PackDamaged, match="row 0 names a column twice"):
-        encode_positions([(np.array([[4, 0, 4]]), 6)])
-
-
-def test_positions_of_another_length_or_kind_are_damage() -> None:
-    data = encode_positions([(np.array([[1], [2]]), 300)])
-    for wrong in (data[:-1], data + b"\0"):
-        with pytest.raises(PackDamaged, match="found"):
-            decode_positions(wrong, [(2, 1, 300)])
-    with pytest.raises(PackDamaged, match="expected integers"):
-        encode_positions([(np.array([[0.5]]), 6)])

@@ -1,7 +1,7 @@
 """The file: round trips, sizes known beforehand, the ledger, atomic writes, and other readers."""
 
 import errno
-import json
+import hashlib
 import os
 import subprocess
 import sys
@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
-from safetensors.numpy import load, save
+from safetensors.numpy import load
 
 from pipeline.errors import PackDamaged, PackError, StorageError
 from pipeline.packs import (
@@ -26,14 +26,12 @@ from pipeline.packs import (
     TensorSpec,
     ledger,
     pack_to_bytes,
-    positions_size_bytes,
-    predict_size_bytes,
     read_pack,
     write_pack,
     zero_part,
 )
 
-LAYERS = ((TensorSpec("blocks.0.attn.qkv", (9, 2)), 16), (TensorSpec("blocks.0.mlp.fc1", (7, 3)), 20))
+LAYERS = ((TensorSpec("blocks.0.attn.qkv", (18,)), (9, 16)), (TensorSpec("blocks.0.mlp.fc1", (21,)), (7, 20)))
 SHAPES: dict[str, tuple[TensorSpec, ...]] = {
     "connections": tuple(tensor for tensor, _ in LAYERS),
     "biases": (TensorSpec("blocks.0.attn.qkv", (9,)), TensorSpec("blocks.0.mlp.fc1", (7,))),
@@ -47,23 +45,29 @@ def example_metadata(**changes: Any) -> PackMetadata:
     arguments: dict[str, Any] = {"task": "birds", "classes": ['"Vögel"', *"bcde"], "metric": "accuracy", "seed": 3}
     arguments["input"] = PackInput(size_px=64, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), interpolation="bicubic")
     arguments["recipe"] = {"connections": {"top_k": 2, "bits": 4}, "training": {"learning_rate": 3e-3, "augment": False}, "smoa": None}
-    arguments["backbone"] = {"model": "vit_tiny", "arguments": {"depth": 1, "window": [4, 4]}, "fingerprint": "0f" * 32}
+    arguments["backbone"] = {"model": "vit_tiny", "arguments": {"depth": 1, "window": [4, 4]}, "fingerprint": "0f" * 32, "trail": "a0b1"}
     return PackMetadata(**{**arguments, **changes})
 
 
 def zero_example(name: str, bits: Any) -> Part:
-    columns = tuple(columns for _, columns in LAYERS) if name == "connections" else ()
-    return zero_part(name, bits, SHAPES[name], columns)  # type: ignore[arg-type]
+    layers = tuple(layer for _, layer in LAYERS) if name == "connections" else ()
+    return zero_part(name, bits, SHAPES[name], random_places(np.random.default_rng(0)) if layers else (), layers)  # type: ignore[arg-type]
+
+
+def random_places(rng: np.random.Generator) -> tuple[np.ndarray, ...]:
+    """Equally many places in every row of the first layer, anywhere in the second."""
+    (_, (rows, columns)), (tensor, (more_rows, more_columns)) = LAYERS
+    equal = [row * columns + rng.permutation(columns)[:2] for row in range(rows)]
+    anywhere = rng.permutation(more_rows * more_columns)[: tensor.count]
+    return np.sort(np.concatenate(equal)).astype(np.int64), np.sort(anywhere).astype(np.int64)
 
 
 def random_part(name: str, bits: Any, rng: np.random.Generator) -> Part:
     empty = zero_example(name, bits)
     codes = rng.integers(0, 2**bits, empty.count).astype(np.uint8) if bits <= 8 else rng.normal(size=empty.count).astype(empty.codes.dtype)
     scales = None if empty.scales is None else np.abs(rng.normal(size=empty.scales.shape)).astype(np.float32)
-    positions = tuple(
-        np.stack([rng.permutation(columns)[:top_k] for _ in range(rows)]).astype(np.int32) for rows, top_k, columns in empty.layer_shapes
-    )
-    return Part(empty.name, bits, empty.tensors, codes, scales, positions, empty.columns)
+    positions = random_places(rng) if empty.layers else ()
+    return Part(empty.name, bits, empty.tensors, codes, scales, positions, empty.layers)
 
 
 def example_pack(bits: dict[str, Any] | None = None, seed: int = 0) -> Pack:
@@ -80,11 +84,17 @@ def assert_same(left: Pack, right: Pack) -> None:
     np.testing.assert_array_equal(left.probe_logits, right.probe_logits)
     assert len(left.parts) == len(right.parts)
     for one, other in zip(left.parts, right.parts, strict=True):
-        assert (one.name, one.bits, one.tensors, one.columns) == (other.name, other.bits, other.tensors, other.columns)
+        assert (one.name, one.bits, one.tensors, one.layers, one.recomputed) == (
+            other.name,
+            other.bits,
+            other.tensors,
+            other.layers,
+            other.recomputed,
+        )
         for name in ("codes", "scales"):
             np.testing.assert_array_equal(getattr(one, name), getattr(other, name), strict=True)
-        for index_OK, other_OK in zip(one.positions, other.positions, strict=True):
-            np.testing.assert_array_equal(index_OK, other_OK, strict=True)
+        for places, others in zip(one.positions, other.positions, strict=True):
+            np.testing.assert_array_equal(places, others, strict=True)
 
 
 # --- round trips ----------------------------------------------------------------------------------------------------------------------------
@@ -102,9 +112,16 @@ def test_any_mix_survives_and_its_size_and_ledger_are_known(bits: dict[str, Any]
     pack = example_pack(bits, seed)
     data = pack_to_bytes(pack)
     assert_same(read_pack(data), pack)
-    zeros = [*(zero_example(name, width) for name, width in bits.items()), zero_part("head", 16, (TensorSpec("head.bias", (5,)),))]
-    assert predict_size_bytes(pack.metadata, zeros, probe_images=3) == len(data)
+    zeros = [zero_part(part.name, part.bits, part.tensors, part.positions, part.layers) for part in pack.parts]
+    assert ledger(Pack(pack.metadata, tuple(zeros), np.zeros((3, 5), np.float32))) == ledger(pack)
     assert sum(ledger(pack).values()) == len(data)
+
+
+def test_recomputed_positions_take_no_bytes() -> None:
+    layers = tuple(layer for _, layer in LAYERS)
+    pack = Pack(example_metadata(), (zero_part("connections", 4, SHAPES["connections"], (), layers, recomputed=True),), np.zeros((0, 5), np.float32))
+    assert_same(read_pack(pack_to_bytes(pack)), pack)
+    assert ledger(pack)["positions"] == 0
 
 
 def test_a_pack_may_hold_no_part_and_no_probe() -> None:
@@ -156,28 +173,23 @@ def test_the_order_in_which_metadata_is_given_does_not_matter() -> None:
 # --- other readers and writers --------------------------------------------------------------------------------------------------------------
 
 
-def test_the_safetensors_library_reads_the_file() -> None:
-    pack = example_pack()
-    tensors = load(pack_to_bytes(pack))
-    assert tensors["adapters.codes"].nbytes == pack.parts[3].count // 8
-    np.testing.assert_array_equal(tensors["adapters.scales"], pack.parts[3].scales)
-    np.testing.assert_array_equal(tensors["norms.codes"], pack.parts[2].codes)
-    np.testing.assert_array_equal(tensors["head.2.codes"], pack.parts[5].codes)
-    np.testing.assert_array_equal(tensors["probe"], pack.probe_logits)
-
-
-def test_a_file_that_the_library_wrote_anew_is_the_same_pack() -> None:
+def test_the_safetensors_library_reads_the_file_and_writes_the_same_tensor() -> None:
     data = pack_to_bytes(example_pack())
-    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-    assert_same(read_pack(save(load(data), header["__metadata__"])), example_pack())
+    tensors = load(data)
+    assert list(tensors) == ["pack"]
+    assert tensors["pack"].tobytes() == data[-tensors["pack"].nbytes :]
+    assert tensors["pack"][-32:].tobytes() == hashlib.sha256(data[:-32]).digest()
 
 
-def test_tensors_are_aligned_to_their_type() -> None:
-    data = pack_to_bytes(example_pack())
-    start = 8 + int.from_bytes(data[:8], "little")
-    widths = {"F32": 4, "F16": 2, "U8": 1}
-    header = json.loads(data[8:start])
-    assert all((start + entry["data_offsets"][0]) % widths[entry["dtype"]] == 0 for name, entry in header.items() if name != "__metadata__")
+def test_the_reader_needs_neither_torch_nor_the_safetensors_library(tmp_path: Path) -> None:
+    write_pack(tmp_path / "pack", example_pack())
+    code = (
+        "import sys; sys.modules.update(dict.fromkeys(['torch', 'timm', 'ray', 'mlflow', 'safetensors']))\n"
+        f"from pipeline.packs import read_pack; pack = read_pack({str(tmp_path / 'pack')!r})\n"
+        "print(sum(part.count for part in pack.parts))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(done.stdout) == sum(part.count for part in example_pack().parts)
 
 
 # --- the ledger -----------------------------------------------------------------------------------------------------------------------------
@@ -187,7 +199,7 @@ def test_the_ledger_charges_each_part_what_it_takes() -> None:
     pack = example_pack()
     spent = ledger(pack)
     assert tuple(spent) == LEDGER_KEYS
-    assert spent["positions"] == positions_size_bytes([(9, 2, 16), (7, 3, 20)]) == 9 + 14
+    assert spent["positions"] == len(pack.parts[0].encoded_positions)
     assert spent["values"] == (9 * 2 + 7 * 3 + 1) // 2 + 2 * 8
     assert spent["adapters"] == 192 // 8 + 4 * 8
     assert spent["biases"] == 16 + 2 * 8
@@ -236,7 +248,7 @@ def test_missing_and_unreadable_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(PackError, match="cannot be read"):
         read_pack(tmp_path)
     (tmp_path / "short").write_bytes(pack_to_bytes(example_pack())[:-1])
-    with pytest.raises(PackError, match="short: the tensors take"):
+    with pytest.raises(PackError, match="short: the pack takes"):
         read_pack(tmp_path / "short")
 
 
@@ -260,8 +272,8 @@ def test_probe_logits_must_fit_the_classes_and_float16(logits: np.ndarray) -> No
     [
         {"created": "today"},
         {"classes": []},
-        {"backbone": {"model": "vit_tiny", "arguments": {}, "fingerprint": "short"}},
-        {"backbone": {"model": "vit_tiny", "arguments": {}, "fingerprint": "0f" * 32, "path": "/tmp"}},
+        {"backbone": {"model": "vit_tiny", "arguments": {}, "fingerprint": "short", "trail": ""}},
+        {"backbone": {"model": "vit_tiny", "arguments": {}, "fingerprint": "0f" * 32, "trail": "", "path": "/tmp"}},
         {"input": {"size_px": 64, "mean": (0, 0, 0), "std": (1, 0, 1), "interpolation": "bicubic"}},
         {"recipe": {"callback": print}},
         {"seed": -1},

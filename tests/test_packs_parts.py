@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 
 from pipeline.errors import PackDamaged
-from pipeline.packs import PART_BITS, Part, TensorSpec, levels, zero_part
+from pipeline.packs import PART_BITS, LayerShape, Part, TensorSpec, levels, zero_part
 
 BANK = (TensorSpec("smoa.down", (3, 2, 5)), TensorSpec("smoa.router", (4, 5)), TensorSpec("smoa.bias", (7,)))
-LAYERS = (TensorSpec("blocks.0.fc", (4, 2)), TensorSpec("blocks.1.fc", (3, 1)))
+LAYERS = (TensorSpec("blocks.0.fc", (8,)), TensorSpec("blocks.1.fc", (3,)))
+PLACES = (np.array([0, 1, 8, 11, 15, 16, 18, 19]), np.array([8, 9, 26]))
 
 
 def part(**changes: Any) -> Part:
@@ -19,8 +20,8 @@ def part(**changes: Any) -> Part:
 
 
 def connections(**changes: Any) -> Part:
-    arguments = {"name": "connections", "bits": 32, "tensors": LAYERS, "codes": np.arange(11, dtype=np.float32), "columns": (6, 9)}
-    arguments["positions"] = (np.array([[0, 1], [5, 2], [3, 4], [1, 0]], np.int32), np.array([[8], [0], [8]], np.int32))
+    arguments = {"name": "connections", "bits": 32, "tensors": LAYERS, "codes": np.arange(11, dtype=np.float32)}
+    arguments |= {"layers": ((4, 6), (3, 9)), "positions": PLACES}
     return Part(**{**arguments, **changes})
 
 
@@ -51,7 +52,7 @@ def test_zero_parts_are_valid(bits: int) -> None:
     bank = zero_part("adapters", bits, BANK)
     assert (bank.count, bank.groups) == (57, 5)
     assert all((value == 0).all() for value in bank.values().values())
-    assert zero_part("connections", bits, LAYERS, (6, 9)).layer_shapes == ((4, 2, 6), (3, 1, 9))
+    assert zero_part("connections", bits, LAYERS, PLACES, ((4, 6), (3, 9))).layer_shapes == (LayerShape(4, 6, 8), LayerShape(3, 9, 3))
 
 
 @pytest.mark.parametrize(
@@ -74,7 +75,7 @@ def test_zero_parts_are_valid(bits: int) -> None:
         ({"bits": 16, "codes": np.zeros(6, np.float16)}, "no scales"),
         ({"bits": 16, "codes": np.zeros(6, np.float32), "scales": None}, "float16; given float32"),
         ({"bits": 32, "codes": np.full(6, np.inf, np.float32), "scales": None}, "not finite"),
-        ({"columns": (2,)}, "expected 0 layers"),
+        ({"layers": ((2, 3),)}, "expected the shapes of 0 layers"),
     ],
 )
 def test_a_part_that_contradicts_itself_is_refused(changes: dict[str, Any], message: str) -> None:
@@ -86,15 +87,18 @@ def test_a_part_that_contradicts_itself_is_refused(changes: dict[str, Any], mess
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"positions": ()}, "expected 2 layers"),
-        ({"columns": (6,)}, "expected 2 layers"),
-        ({"columns": (5, 9)}, "the layer has 5"),
-        ({"positions": (np.zeros((4, 1), np.int32), np.zeros((3, 1), np.int32))}, r"'blocks.0.fc': expected int32 \[4, 2\]"),
-        ({"positions": (np.array([[0, 1]] * 4), np.zeros((3, 1), np.int64))}, "found int64"),
-        ({"positions": (np.array([[0, 1], [2, 2], [0, 1], [0, 1]], np.int32), np.zeros((3, 1), np.int32))}, "row 1 names a column twice"),
+        ({"positions": ()}, "expected positions of 2 layers"),
+        ({"recomputed": True}, "expected positions of 0 layers"),
+        ({"layers": ((4, 6),)}, "shapes of 2 layers"),
+        ({"layers": ((1, 6), (3, 9))}, r"'blocks.0.fc' of shape \[8\] is no list of entries of a weight \[1, 6\]"),
+        ({"layers": ((3, 6), (3, 9))}, "layer 0: places 0 to 19, the weight has 18"),
+        ({"positions": (PLACES[0][:7], PLACES[1])}, r"layer 0: expected int64 \[8\]"),
+        ({"positions": (PLACES[0].astype(np.int32), PLACES[1])}, "found int32"),
+        ({"positions": (PLACES[0], np.array([8, 8, 26]))}, "layer 1: place 8 follows 8"),
     ],
 )
 def test_connections_must_say_where_they_are(changes: dict[str, Any], message: str) -> None:
-    connections()
+    assert connections().encoded_positions
+    assert connections(positions=(), recomputed=True).encoded_positions == b""
     with pytest.raises(PackDamaged, match=message):
         connections(**changes)

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from pipeline.adaptation import AdaptedModel, attach
-from pipeline.adaptation.packing import planned_size_bytes
+from pipeline.adaptation.packing import SizePlanner
 from pipeline.errors import BudgetError, DataError, TrainingError
 from pipeline.search import study as study_module
 from pipeline.search.champion import choose_champion
@@ -485,8 +485,7 @@ def test_a_study_runs_on_ray_tune(tiny_task: Task, tiny_data: Path, tiny_inputs:
     selection = tmp_path / "selection"
     save_file(select_here(tiny_inputs, 2), selection)
 
-    def size_of(recipe: Recipe) -> int:
-        return planned_size_bytes(task, recipe, tiny_inputs.backbone, tiny_inputs.index.classes)
+    planner = SizePlanner(task, tiny_inputs.backbone, tiny_inputs.index.classes, read_selection(selection))
 
     asked_for: list[int] = []
 
@@ -496,7 +495,7 @@ def test_a_study_runs_on_ray_tune(tiny_task: Task, tiny_data: Path, tiny_inputs:
             tiny_data,
             selection,
             journal,
-            size_of=size_of,
+            size_of=planner.size_bytes,
             val_samples=len(tiny_inputs.splits["val"]),
             on_progress=lambda study: asked_for.append(len(study.slots)),
         )
@@ -506,7 +505,7 @@ def test_a_study_runs_on_ray_tune(tiny_task: Task, tiny_data: Path, tiny_inputs:
     assert asked_for[0] == 4, "trials wait for workers, no worker for trials"
     for each in records:
         recipe = space.recipe(task.recipe, each.point)
-        assert (each.id, each.size_bytes) == (recipe_key(recipe), size_of(recipe))
+        assert (each.id, each.size_bytes) == (recipe_key(recipe), planner.size_bytes(recipe))
         if each.point["learning_rate"] == 1e30:
             assert each.state == "failed"
             assert "with learning rate 1e+30" in each.message

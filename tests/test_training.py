@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from pipeline.adaptation import AdaptedModel, attach
-from pipeline.adaptation.packing import describe, from_pack, planned_size_bytes, to_pack
+from pipeline.adaptation.packing import SizePlanner, describe, from_pack, to_pack
 from pipeline.backbones import fingerprint
 from pipeline.errors import TrainingError
 from pipeline.packs import pack_to_bytes, read_pack
@@ -206,7 +206,9 @@ def test_a_fit_measures_the_pack_it_wrote(fitted: tuple[Path, FitResult], tiny_i
     assert (result.test_correct, result.test_samples) == (score.correct, 40)
     assert (result.test_accuracy, result.test_accuracy_stderr) == (score.accuracy, score.standard_error)
     assert result.size_bytes == len(content) == sum(result.ledger.values())
-    assert result.size_bytes == planned_size_bytes(tiny_inputs.task, tiny_inputs.task.recipe, tiny_inputs.backbone, tiny_inputs.index.classes)
+    assert result.size_bytes == SizePlanner(tiny_inputs.task, tiny_inputs.backbone, tiny_inputs.index.classes, selected).size_bytes(
+        tiny_inputs.task.recipe
+    )
     assert result.trained_values == sum(parameter.numel() for parameter in model.values.parameters())
     by_hand = attached(tiny_inputs, selected)
     run(by_hand, tiny_inputs, "trainval")
@@ -265,4 +267,4 @@ def test_a_diverging_fit_leaves_no_pack(tiny_inputs: Inputs, selected: Selected,
 def test_a_fit_takes_any_recipe(make: Callable[[], Recipe], tiny_inputs: Inputs, selected: Selected, tmp_path: Path) -> None:
     recipe = make().model_copy(update={"training": Training(epochs=1, batch_size=16)})
     result = fit(tiny_inputs, recipe, selected, tmp_path / "champion")
-    assert result.size_bytes == planned_size_bytes(tiny_inputs.task, recipe, tiny_inputs.backbone, tiny_inputs.index.classes)
+    assert result.size_bytes == SizePlanner(tiny_inputs.task, tiny_inputs.backbone, tiny_inputs.index.classes, selected).size_bytes(recipe)

@@ -28,7 +28,7 @@ from pipeline.backbones import LoadedBackbone
 from pipeline.spec import Recipe, Smoa
 
 SelectedIndex = Mapping[str, torch.Tensor]
-"""For each layer, the chosen columns of every neuron [O, K_max], strongest first."""
+"""For each layer, the chosen columns of every neuron [O, K_max], strongest first; or the selected places [N] themselves, ascending."""
 
 
 class LinearHead(nn.Module):
@@ -196,6 +196,11 @@ def attach(backbone: LoadedBackbone, recipe: Recipe, class_count: int, *, select
     return AdaptedModel(model, modules, list(dropouts.values()), values, backbone.mean, backbone.std).train(False)
 
 
+def selected_places(index: torch.Tensor, top_k: int, columns: int) -> torch.Tensor:
+    """Places [N] of a layer's selection: the first `top_k` of ranked columns [O, K_max], or places as they are."""
+    return index.long() if index.ndim == 1 else flat_index(index[:, :top_k], columns)
+
+
 def _address(tensor: PlannedTensor, modules: Mapping[str, Receiver]) -> tuple[str, str]:
     """Which module receives a tensor, and under which key: the rest of the tensor's name behind the module's."""
     if tensor.part in ("connections", "biases"):
@@ -232,7 +237,7 @@ def _tune_layers(model: nn.Module, recipe: Recipe, selected: SelectedIndex | Non
         index_N = None
         if recipe.connections is not None:
             assert selected is not None, "a recipe with connections needs a selection"
-            index_N = flat_index(selected[name][:, : recipe.connections.top_k], columns_of(layer))
+            index_N = selected_places(selected[name], recipe.connections.top_k, columns_of(layer))
         tuned = modules[f"layer:{name}"] = TunedLayer(layer, index_N)
         model.set_submodule(name, tuned)
     return modules

@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from pydantic import ValidationError
 
-from pipeline.adaptation.attach import AdaptedModel, attach
+from pipeline.adaptation.attach import AdaptedModel, SelectedIndex, attach, selected_places
 from pipeline.adaptation.plan import PlannedTensor, plan
 from pipeline.backbones import LoadedBackbone
 from pipeline.errors import PackBackboneMismatch, PackDamaged
-from pipeline.packs import Pack, PackBackbone, PackInput, PackMetadata, Part, PartBits, PartName, TensorSpec, ledger, predict_size_bytes, zero_part
+from pipeline.packs import Pack, PackBackbone, PackInput, PackMetadata, Part, PartBits, PartName, TensorSpec, ledger, zero_part
 from pipeline.spec import Recipe, Task
 
 PROBE_IMAGES = 2
@@ -29,25 +29,52 @@ def describe(task: Task, recipe: Recipe, backbone: LoadedBackbone, classes: Sequ
         metric=task.metric,
         input=PackInput(size_px=backbone.size_px, mean=backbone.mean, std=backbone.std, interpolation="bicubic"),
         recipe=recipe.model_dump(mode="json", exclude_none=True),
-        backbone=PackBackbone(model=task.backbone.model, arguments=dict(task.backbone.arguments), fingerprint=backbone.fingerprint),
+        backbone=PackBackbone(
+            model=task.backbone.model, arguments=dict(task.backbone.arguments), fingerprint=backbone.fingerprint, trail=backbone.trail
+        ),
         selection=task.selection.model_dump() if recipe.connections else {},
         seed=task.seed,
     )
 
 
-def planned_ledger(task: Task, recipe: Recipe, backbone: LoadedBackbone, classes: Sequence[str]) -> dict[str, int]:
-    """Bytes by part of the pack this recipe will give, to the byte, before anything is trained."""
-    probe = np.zeros((PROBE_IMAGES, len(classes)), np.float32)
-    return ledger(Pack(describe(task, recipe, backbone, classes), _zero_parts(recipe, backbone, len(classes)), probe))
+class SizePlanner:
+    """The sizes of the packs that recipes will give, before anything is trained.
 
+    With the task's selection a size is exact: positions are coded as they will be. Without it, the cheapest positions are assumed (every neuron
+    chooses the first columns), so the size is a lower bound.
+    """
 
-def planned_size_bytes(task: Task, recipe: Recipe, backbone: LoadedBackbone, classes: Sequence[str]) -> int:
-    """Size of that pack: what the ledger adds up to."""
-    return predict_size_bytes(describe(task, recipe, backbone, classes), _zero_parts(recipe, backbone, len(classes)), PROBE_IMAGES)
+    def __init__(self, task: Task, backbone: LoadedBackbone, classes: Sequence[str], selected: SelectedIndex | None = None) -> None:
+        self._task, self._backbone, self._classes, self._selected = task, backbone, classes, selected
+        self._connections: dict[str, Part] = {}
 
+    def size_bytes(self, recipe: Recipe) -> int:
+        """Size of the pack."""
+        return sum(self.ledger(recipe).values())
 
-def _zero_parts(recipe: Recipe, backbone: LoadedBackbone, class_count: int) -> tuple[Part, ...]:
-    return tuple(zero_part(*_specs(group)) for group in _groups(plan(backbone, recipe, class_count)))
+    def ledger(self, recipe: Recipe) -> dict[str, int]:
+        """Bytes by part of the pack."""
+        parts = tuple(self._part(recipe, group) for group in _groups(plan(self._backbone, recipe, len(self._classes))))
+        probe = np.zeros((PROBE_IMAGES, len(self._classes)), np.float32)
+        return ledger(Pack(describe(self._task, recipe, self._backbone, self._classes), parts, probe))
+
+    def _part(self, recipe: Recipe, group: list[PlannedTensor]) -> Part:
+        name, bits, specs, layers = _specs(group)
+        if recipe.connections is None or name != "connections":
+            return zero_part(name, bits, specs)
+        key = recipe.connections.model_dump_json()
+        if key not in self._connections:  # coding positions takes longer than everything else
+            positions = tuple(self._places(tensor, recipe.connections.top_k) for tensor in group)
+            self._connections[key] = zero_part(name, bits, specs, positions, layers)
+        return self._connections[key]
+
+    def _places(self, tensor: PlannedTensor, top_k: int) -> np.ndarray:
+        assert tensor.layer is not None
+        rows, columns = tensor.layer
+        if self._selected is not None:
+            return _as_places(selected_places(self._selected[tensor.name], top_k, columns))
+        first_K = np.arange(tensor.values // rows, dtype=np.int64)
+        return (np.arange(rows)[:, None] * columns + first_K).ravel()
 
 
 def to_pack(model: AdaptedModel, metadata: PackMetadata) -> Pack:
@@ -65,26 +92,42 @@ def from_pack(pack: Pack, backbone: LoadedBackbone) -> AdaptedModel:
         PackDamaged: the pack's parts are not those its recipe plans, or its probe logits are not reproduced.
     """
     meta = pack.metadata
-    if meta.backbone["fingerprint"] != backbone.fingerprint:
-        raise PackBackboneMismatch(
-            f"this pack of task {meta.task!r} needs the backbone {meta.backbone['model']} with fingerprint {meta.backbone['fingerprint'][:16]}..., "
-            f"given one with {backbone.fingerprint[:16]}...; give the checkpoint it was trained on"
-        )
-    if meta.input.size_px != backbone.size_px:
-        raise PackBackboneMismatch(f"the pack of task {meta.task!r} takes {meta.input.size_px} px images, given a backbone set to {backbone.size_px}")
+    _check_backbone(meta, backbone)
     recipe = _recipe(pack)
     stored = {(part.name, spec.name): (part, spec) for part in pack.parts for spec in part.tensors}
     planned = plan(backbone, recipe, len(meta.classes))
-    columns = {(part.name, spec.name): count for part in pack.parts for spec, count in zip(part.tensors, part.columns, strict=False)}
-    _compare(planned, {key: (spec, part.bits, columns.get(key)) for key, (part, spec) in stored.items()})
-    selected = {
-        spec.name: torch.from_numpy(index) for part in pack.parts if part.positions for spec, index in zip(part.tensors, part.positions, strict=True)
-    }
-    model = attach(backbone, recipe, len(meta.classes), selected=selected)
+    layers = {(part.name, spec.name): layer for part in pack.parts for spec, layer in zip(part.tensors, part.layers, strict=False)}
+    _compare(planned, {key: (spec, part.bits, layers.get(key)) for key, (part, spec) in stored.items()})
+    model = attach(backbone, recipe, len(meta.classes), selected=_selected(pack))
     values = {(part.name, name): array for part in pack.parts for name, array in part.values().items()}
     model.values.load_stored({tensor: torch.from_numpy(values[tensor.part, tensor.name]) for tensor in planned})
     _check_probe(model, pack)
     return model
+
+
+def _check_backbone(meta: PackMetadata, backbone: LoadedBackbone) -> None:
+    wanted = meta.backbone
+    if wanted["fingerprint"] != backbone.fingerprint:
+        raise PackBackboneMismatch(
+            f"this pack of task {meta.task!r} needs the backbone {wanted['model']} with fingerprint {wanted['fingerprint'][:16]}..., "
+            f"given one with {backbone.fingerprint[:16]}...; {_first_difference(wanted['trail'], backbone)}; give the checkpoint it was trained on"
+        )
+    if meta.input.size_px != backbone.size_px:
+        raise PackBackboneMismatch(f"the pack of task {meta.task!r} takes {meta.input.size_px} px images, given a backbone set to {backbone.size_px}")
+
+
+def _first_difference(trail: str, backbone: LoadedBackbone) -> str:
+    """The first tensor after which the two hashes differ. One time in 256 two hashes show the same digits, and the next tensor is named."""
+    if len(trail) != len(backbone.trail):
+        return f"it has {len(trail) // 2} tensors, the one given {len(backbone.trail) // 2}"
+    for number, name in enumerate(sorted(backbone.state)):
+        if trail[2 * number : 2 * number + 2] != backbone.trail[2 * number : 2 * number + 2]:
+            return f"the first tensor that differs is {name}"
+    return "the last tensor differs"
+
+
+def _selected(pack: Pack) -> dict[str, torch.Tensor]:
+    return {spec.name: torch.from_numpy(places) for part in pack.parts for spec, places in zip(part.tensors, part.positions, strict=False)}
 
 
 @torch.inference_mode()
@@ -99,22 +142,19 @@ def _groups(tensors: Sequence[PlannedTensor]) -> list[list[PlannedTensor]]:
     return [list(group) for _, group in itertools.groupby(tensors, key=lambda tensor: (tensor.part, tensor.bits))]
 
 
-def _specs(group: list[PlannedTensor]) -> tuple[PartName, PartBits, tuple[TensorSpec, ...], tuple[int, ...]]:
-    specs = tuple(_spec(tensor) for tensor in group)
-    columns = tuple(tensor.layer[1] for tensor in group if tensor.layer is not None)
-    return group[0].part, group[0].bits, specs, columns
+def _specs(group: list[PlannedTensor]) -> tuple[PartName, PartBits, tuple[TensorSpec, ...], tuple[tuple[int, int], ...]]:
+    specs = tuple(TensorSpec(tensor.name, tensor.shape) for tensor in group)
+    return group[0].part, group[0].bits, specs, tuple(tensor.layer for tensor in group if tensor.layer is not None)
 
 
-def _spec(tensor: PlannedTensor) -> TensorSpec:
-    """A tensor as the file has it: connections as [O, K], as many for each neuron."""
-    shape = tensor.shape if tensor.layer is None else (tensor.layer[0], tensor.values // tensor.layer[0])
-    return TensorSpec(tensor.name, shape)
+def _as_places(places_N: torch.Tensor) -> np.ndarray:
+    return places_N.cpu().numpy().astype(np.int64)
 
 
 def _part(
     group: list[PlannedTensor], encoded: Mapping[PlannedTensor, tuple[np.ndarray, np.ndarray | None]], positions: Mapping[str, torch.Tensor]
 ) -> Part:
-    name, bits, specs, columns = _specs(group)
+    name, bits, specs, layers = _specs(group)
     scales = [scale for tensor in group for scale in [encoded[tensor][1]] if scale is not None]
     return Part(
         name=name,
@@ -122,12 +162,8 @@ def _part(
         tensors=specs,
         codes=np.concatenate([encoded[tensor][0] for tensor in group]),
         scales=np.concatenate(scales) if scales else None,
-        positions=tuple(
-            (positions[spec.name].view(spec.shape) % inputs).cpu().numpy().astype(np.int32) for spec, inputs in zip(specs, columns, strict=True)
-        )
-        if columns
-        else (),
-        columns=columns,
+        positions=tuple(_as_places(positions[spec.name]) for spec in specs) if layers else (),
+        layers=layers,
     )
 
 
@@ -139,8 +175,8 @@ def _recipe(pack: Pack) -> Recipe:
         raise PackDamaged(f"the pack's recipe is not valid: {'.'.join(str(key) for key in fault['loc'])}: {fault['msg']}") from None
 
 
-def _compare(planned: Sequence[PlannedTensor], stored: dict[tuple[str, str], tuple[TensorSpec, int, int | None]]) -> None:
-    wanted = {(tensor.part, tensor.name): (_spec(tensor), int(tensor.bits), tensor.layer[1] if tensor.layer else None) for tensor in planned}
+def _compare(planned: Sequence[PlannedTensor], stored: dict[tuple[str, str], tuple[TensorSpec, int, tuple[int, int] | None]]) -> None:
+    wanted = {(tensor.part, tensor.name): (TensorSpec(tensor.name, tensor.shape), int(tensor.bits), tensor.layer) for tensor in planned}
     if wanted == stored:
         return
     missing, surplus = sorted(wanted.keys() - stored.keys()), sorted(stored.keys() - wanted.keys())

@@ -10,9 +10,18 @@ import torch
 
 def fingerprint(state: Mapping[str, torch.Tensor]) -> str:
     """SHA-256 hex over every tensor's name, dtype, shape and bytes, in order of name."""
-    digest = hashlib.sha256()
+    return fingerprint_and_trail(state)[0]
+
+
+def fingerprint_and_trail(state: Mapping[str, torch.Tensor]) -> tuple[str, str]:
+    """The fingerprint, and the first byte (two hex digits) of the hash as it stood after each tensor.
+
+    Two backbones' trails agree up to the first tensor that differs, and from there on by chance only.
+    """
+    digest, trail = hashlib.sha256(), ""
     for name in sorted(state):
         tensor = state[name].detach().cpu().contiguous()
         digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data if tensor.numel() else b"")
-    return digest.hexdigest()
+        trail += digest.copy().hexdigest()[:2]
+    return digest.hexdigest(), trail

@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from pipeline.backbones.fingerprint import fingerprint
+from pipeline.backbones.fingerprint import fingerprint_and_trail
 from pipeline.errors import BackboneError
 from pipeline.spec import Backbone, Input
 
@@ -44,11 +44,15 @@ _NOT_ARCHITECTURE = {
 
 @dataclass(frozen=True)
 class LoadedBackbone:
-    """A frozen network that maps images [B, 3, S, S] to features [B, `width`]; `state` are its tensors at its native resolution."""
+    """A frozen network that maps images [B, 3, S, S] to features [B, `width`]; `state` are its tensors at its native resolution.
+
+    `trail` has two hex digits for each of them, in order of name (see `fingerprint_and_trail`).
+    """
 
     model: nn.Module
     state: Mapping[str, torch.Tensor]
     fingerprint: str
+    trail: str
     width: int
     size_px: int
     mean: tuple[float, float, float]
@@ -95,7 +99,7 @@ def _load_cached(spec_json: str, input_json: str) -> LoadedBackbone:
     if spec.weights not in ("pretrained", "random"):
         _read_checkpoint(model, Path(spec.weights))
     state = model.state_dict()
-    digest = fingerprint(state)
+    digest, trail = fingerprint_and_trail(state)
     _set_input_size(model.eval(), spec.model, task_input.size_px)
     model.requires_grad_(False)
     config: Any = model.pretrained_cfg
@@ -104,6 +108,7 @@ def _load_cached(spec_json: str, input_json: str) -> LoadedBackbone:
         model=model,
         state=state,
         fingerprint=digest,
+        trail=trail,
         width=int(width),
         size_px=task_input.size_px,
         mean=tuple(task_input.mean or spec.mean or config["mean"]),

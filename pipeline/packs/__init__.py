@@ -1,17 +1,18 @@
-"""The pack: one task's model as a file of a few kilobytes. numpy, pydantic and the standard library only."""
+"""The pack: one task's model as a file of a few kilobytes. numpy, pydantic and constriction only."""
 
 from pipeline.packs.bits import pack_codes, packed_size_bytes, unpack_codes
 from pipeline.packs.codebook import dequantise, levels, thresholds
-from pipeline.packs.file import LEDGER_KEYS, Pack, ledger, pack_to_bytes, predict_size_bytes, read_pack, write_pack
+from pipeline.packs.file import LEDGER_KEYS, Pack, ledger, pack_to_bytes, read_pack, write_pack
 from pipeline.packs.metadata import FORMAT_VERSION, PackBackbone, PackInput, PackMetadata
 from pipeline.packs.parts import PART_BITS, PART_NAMES, Part, PartBits, PartName, TensorSpec, zero_part
-from pipeline.packs.positions import decode_positions, encode_positions, positions_size_bytes
+from pipeline.packs.positions import LayerShape, decode_positions, encode_positions
 
 __all__ = [
     "FORMAT_VERSION",
     "LEDGER_KEYS",
     "PART_BITS",
     "PART_NAMES",
+    "LayerShape",
     "Pack",
     "PackBackbone",
     "PackInput",
@@ -28,8 +29,6 @@ __all__ = [
     "pack_codes",
     "pack_to_bytes",
     "packed_size_bytes",
-    "positions_size_bytes",
-    "predict_size_bytes",
     "read_pack",
     "thresholds",
     "unpack_codes",

@@ -1,8 +1,14 @@
-"""The pack: one task's model as one small file, what it costs byte by byte, and what it will cost before it is trained.
+"""The pack: one task's model as one small file, and what it costs byte by byte.
 
-The tensors of the container (container.py): for each part `codes` (bit-packed uint8, or the float values), `scales` and, for connections,
-`positions`; `layout`, the parts' structure as zlib-compressed JSON; `probe`, the logits [P, C] of some probe images, by which a reloaded model is
-verified. Values and positions have fixed widths, so a file's size depends only on its metadata and shapes.
+The content of the container (container.py):
+
+    4 bytes   D, little-endian: length of the description
+    D bytes   the description (description.py): metadata, and every part's tensors, shapes, bits and lengths
+    for each part, in the description's order
+              positions (positions.py), for connections
+              codes: bits a code, end to end, the last byte filled with zeros (bits.py); or the values in float16 or float32, little-endian
+              scales: float32 (mean, sd) of each matrix, for codes of up to 8 bits
+    the rest  float16 [P, C]: logits of the probe images, by which a reloaded model is verified
 
 Legend: P probe images, C classes.
 """
@@ -10,27 +16,28 @@ Legend: P probe images, C classes.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import secrets
-import zlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from pipeline.errors import PackDamaged, PackError, StorageError
-from pipeline.packs.bits import pack_codes, unpack_codes
+from pipeline.packs.bits import pack_codes, packed_size_bytes, unpack_codes
 from pipeline.packs.codebook import MAX_CODE_BITS
-from pipeline.packs.container import MAX_HEADER_BYTES, Tensors, container_from_bytes, container_to_bytes
+from pipeline.packs.container import container_from_bytes, container_to_bytes
+from pipeline.packs.description import Description, PartLayout
 from pipeline.packs.metadata import PackMetadata
-from pipeline.packs.parts import Part, PartBits, PartName, TensorSpec, code_dtype
-from pipeline.packs.positions import decode_positions, encode_positions
+from pipeline.packs.parts import Part, TensorSpec
+from pipeline.packs.positions import LayerShape, decode_positions
 
+_LENGTH_BYTES = 4
 LEDGER_KEYS = ("positions", "values", "adapters", "biases", "norms", "prompts", "full", "head", "probe", "metadata")
 
 
@@ -63,7 +70,8 @@ class Pack:
 
 def pack_to_bytes(pack: Pack) -> bytes:
     """The file's bytes: the same for the same pack, on every machine with the same zlib."""
-    return container_to_bytes(pack.metadata.to_json(), _pack_tensors(pack))
+    sections, description = _sections(pack)
+    return container_to_bytes(_joined(description, sections))
 
 
 def write_pack(path: Path | str, pack: Pack) -> int:
@@ -84,93 +92,42 @@ def write_pack(path: Path | str, pack: Pack) -> int:
     return len(data)
 
 
-def predict_size_bytes(metadata: PackMetadata, parts: Sequence[Part], probe_images: int) -> int:
-    """The size of the file before anything is trained: give `zero_part`s of the final shapes and the final metadata. Exact to the byte."""
-    probe_logits = np.zeros((probe_images, len(metadata.classes)), np.float32)
-    return len(pack_to_bytes(Pack(metadata, tuple(parts), probe_logits)))
-
-
 def ledger(pack: Pack) -> dict[str, int]:
     """Bytes by LEDGER_KEYS; their sum is the file's size. `values` are the connections', `metadata` is all that no part accounts for."""
-    tensors = _pack_tensors(pack)
+    sections, description = _sections(pack)
     spent = Counter(dict.fromkeys(LEDGER_KEYS, 0))
-    for name, tensor in tensors.items():
-        part, _, kind = name.partition(".")
-        key = "metadata" if part == "layout" else part
-        if part == "connections":
-            key = "positions" if kind.endswith("positions") else "values"
-        spent[key] += tensor.nbytes
-    spent["metadata"] += len(container_to_bytes(pack.metadata.to_json(), tensors)) - spent.total()
+    for key, data in sections:
+        spent[key] += len(data)
+    spent["metadata"] += len(container_to_bytes(_joined(description, sections))) - spent.total()
     return dict(spent)
 
 
-def _pack_tensors(pack: Pack) -> Tensors:
-    tensors: Tensors = {"layout": _bytes_array(_layout(pack.parts)), "probe": pack.probe_logits.astype(np.float16)}
-    for prefix, part in zip(_prefixes([part.name for part in pack.parts]), pack.parts, strict=True):
-        if part.scales is None:
-            tensors[f"{prefix}.codes"] = part.codes
-        else:
-            tensors[f"{prefix}.codes"] = _bytes_array(pack_codes(part.codes, part.bits))
-            tensors[f"{prefix}.scales"] = part.scales
-        if part.positions:
-            tensors[f"{prefix}.positions"] = _bytes_array(encode_positions(list(zip(part.positions, part.columns, strict=True))))
-    return tensors
+def _sections(pack: Pack) -> tuple[list[tuple[str, bytes]], Description]:
+    """The bytes of the content in order, each with its key in the ledger, and the description that tells how to read them."""
+    sections, layouts = [], []
+    for part in pack.parts:
+        key = "values" if part.name == "connections" else part.name
+        codes = part.codes.astype(part.codes.dtype.newbyteorder("<")).tobytes() if part.scales is None else pack_codes(part.codes, part.bits)
+        scales = b"" if part.scales is None else part.scales.astype("<f4").tobytes()
+        sections += [("positions", part.encoded_positions), (key, codes), (key, scales)]
+        layouts.append(_layout(part))
+    sections.append(("probe", pack.probe_logits.astype("<f2").tobytes()))
+    return sections, Description(metadata=pack.metadata, parts=layouts, probe=len(pack.probe_logits))
 
 
-def _prefixes(names: Sequence[str]) -> list[str]:
-    """Tensor prefixes of parts of these names: head, head.2, head.3 ..."""
-    seen: Counter[str] = Counter()
-    prefixes = []
-    for name in names:
-        seen[name] += 1
-        prefixes.append(name if seen[name] == 1 else f"{name}.{seen[name]}")
-    return prefixes
+def _layout(part: Part) -> PartLayout:
+    return PartLayout(
+        name=part.name,
+        bits=part.bits,
+        tensors=[(tensor.name, list(tensor.shape)) for tensor in part.tensors],
+        layers=list(part.layers),
+        positions="recomputed" if part.recomputed else len(part.encoded_positions),
+    )
 
 
-def _bytes_array(data: bytes) -> NDArray[np.uint8]:
-    return np.frombuffer(data, np.uint8)
-
-
-# --- the layout -----------------------------------------------------------------------------------------------------------------------------
-
-_Size = Annotated[int, Field(ge=1, lt=2**31)]
-
-
-class _PartLayout(BaseModel):
-    """A part without its numbers. A connection tensor's shape is its layer's rows and top_k."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    name: PartName
-    bits: PartBits
-    tensors: list[tuple[str, Annotated[list[_Size], Field(max_length=8)]]]
-    columns: list[_Size] = []
-
-
-_LAYOUTS = TypeAdapter(list[_PartLayout])
-
-
-def _layout(parts: Sequence[Part]) -> bytes:
-    return zlib.compress(_LAYOUTS.dump_json([_part_layout(part) for part in parts], exclude_defaults=True), level=9)
-
-
-def _part_layout(part: Part) -> _PartLayout:
-    tensors = [(tensor.name, list(tensor.shape)) for tensor in part.tensors]
-    return _PartLayout(name=part.name, bits=part.bits, tensors=tensors, columns=list(part.columns))
-
-
-def _read_layout(data: bytes) -> list[_PartLayout]:
-    inflater = zlib.decompressobj()
-    try:
-        # bounded: a few bytes can inflate to a thousand times as many
-        text = inflater.decompress(data, MAX_HEADER_BYTES)
-        if not inflater.eof or inflater.unused_data:
-            raise PackDamaged(f"layout: expected one compressed text of at most {MAX_HEADER_BYTES} bytes")
-        return _LAYOUTS.validate_json(text)
-    except zlib.error as error:
-        raise PackDamaged(f"layout: {error}") from None
-    except ValidationError as error:
-        raise PackDamaged(f"layout: {error.errors(include_url=False)[0]['msg']}") from None
+def _joined(description: Description, sections: Sequence[tuple[str, bytes]]) -> bytes:
+    text = description.to_bytes()
+    return b"".join([len(text).to_bytes(_LENGTH_BYTES, "little"), text, *(data for _, data in sections)])
 
 
 # --- reading --------------------------------------------------------------------------------------------------------------------------------
@@ -194,41 +151,54 @@ def read_pack(source: Path | str | bytes) -> Pack:
 
 
 def _parse(data: bytes) -> Pack:
-    text, tensors = container_from_bytes(data)
-    metadata = PackMetadata.from_json(text)
-    layouts = _read_layout(_take(tensors, "layout", np.uint8, 1).tobytes())
-    probe_logits = _take(tensors, "probe", np.float16, 2).astype(np.float32)
-    prefixes = _prefixes([layout.name for layout in layouts])
-    parts = tuple(_read_part(prefix, layout, tensors) for prefix, layout in zip(prefixes, layouts, strict=True))
-    if tensors:
-        raise PackDamaged(f"tensors that no part owns: {', '.join(sorted(tensors))}")
-    return Pack(metadata, parts, probe_logits)
+    content = _Content(container_from_bytes(data))
+    description = Description.from_bytes(content.take(int.from_bytes(content.take(_LENGTH_BYTES), "little")))
+    parts = tuple(_read_part(layout, content) for layout in description.parts)
+    shape = (description.probe, len(description.metadata.classes))
+    probe_logits = content.array("<f2", math.prod(shape)).reshape(shape).astype(np.float32)
+    if content.left_bytes:
+        raise PackDamaged(f"{content.left_bytes} bytes that no part owns")
+    return Pack(description.metadata, parts, probe_logits)
 
 
-def _read_part(prefix: str, layout: _PartLayout, tensors: Tensors) -> Part:
+class _Content:
+    """Bytes taken from the front; nothing is made before it is known that the bytes for it are there."""
+
+    def __init__(self, data: bytes) -> None:
+        self._data, self._at = data, 0
+
+    @property
+    def left_bytes(self) -> int:
+        return len(self._data) - self._at
+
+    def take(self, size_bytes: int) -> bytes:
+        if size_bytes > self.left_bytes:
+            raise PackDamaged(f"the description claims {size_bytes} bytes where {self.left_bytes} are left")
+        self._at += size_bytes
+        return self._data[self._at - size_bytes : self._at]
+
+    def array(self, dtype: str, count: int) -> NDArray[Any]:
+        values = np.frombuffer(self.take(count * np.dtype(dtype).itemsize), dtype)
+        return values.astype(values.dtype.newbyteorder("="))
+
+
+def _read_part(layout: PartLayout, content: _Content) -> Part:
     specs = tuple(TensorSpec(name, tuple(shape)) for name, shape in layout.tensors)
+    count, groups = sum(spec.count for spec in specs), sum(spec.groups for spec in specs)
+    recomputed = layout.positions == "recomputed"
+    positions_data = b"" if layout.positions == "recomputed" else content.take(layout.positions)
     scales = None
     if layout.bits <= MAX_CODE_BITS:
-        stored = _take(tensors, f"{prefix}.codes", np.uint8, 1)
-        codes: NDArray[Any] = unpack_codes(stored.tobytes(), sum(spec.count for spec in specs), layout.bits).astype(np.uint8)
-        scales = _take(tensors, f"{prefix}.scales", np.float32, 2).copy()
+        codes: NDArray[Any] = unpack_codes(content.take(packed_size_bytes(count, layout.bits)), count, layout.bits).astype(np.uint8)
+        scales = content.array("<f4", groups * 2).reshape(groups, 2)
     else:
-        codes = _take(tensors, f"{prefix}.codes", code_dtype(layout.bits), 1).copy()
-    positions = _read_positions(prefix, layout, tensors) if layout.columns else ()
-    return Part(layout.name, layout.bits, specs, codes, scales, positions, tuple(layout.columns))
-
-
-def _read_positions(prefix: str, layout: _PartLayout, tensors: Tensors) -> tuple[NDArray[np.int32], ...]:
-    if len(layout.columns) != len(layout.tensors) or any(len(shape) != 2 for _, shape in layout.tensors):
-        raise PackDamaged(f"layout: {prefix}: expected tensors [rows, top_k] and as many column counts")
-    shapes = [(shape[0], shape[1], columns) for (_, shape), columns in zip(layout.tensors, layout.columns, strict=True)]
-    return tuple(decode_positions(_take(tensors, f"{prefix}.positions", np.uint8, 1).tobytes(), shapes))
-
-
-def _take(tensors: Tensors, name: str, dtype: type[np.generic], dimensions: int) -> NDArray[Any]:
-    tensor = tensors.pop(name, None)
-    if tensor is None:
-        raise PackDamaged(f"tensor {name!r} is missing")
-    if tensor.dtype != dtype or tensor.ndim != dimensions:
-        raise PackDamaged(f"tensor {name!r}: expected {np.dtype(dtype)} of {dimensions} dimensions, found {tensor.dtype} {list(tensor.shape)}")
-    return tensor
+        codes = content.array("<f2" if layout.bits == 16 else "<f4", count)
+    positions: tuple[NDArray[np.int64], ...] = ()
+    if layout.layers and not recomputed:  # after the values: a layer cannot claim more connections than it has values
+        if len(layout.layers) != len(specs):
+            raise PackDamaged(f"part {layout.name!r}: {len(specs)} tensors in {len(layout.layers)} layers")
+        shapes = [LayerShape(rows, columns, spec.count) for spec, (rows, columns) in zip(specs, layout.layers, strict=True)]
+        positions = tuple(decode_positions(positions_data, shapes))
+    elif positions_data:
+        raise PackDamaged(f"part {layout.name!r} has positions but no layers")
+    return Part(layout.name, layout.bits, specs, codes, scales, positions, tuple(layout.layers), recomputed)

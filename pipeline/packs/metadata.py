@@ -6,14 +6,14 @@ No paths and no times, and one canonical JSON text: the same run writes the same
 from __future__ import annotations
 
 import json
-from typing import Annotated, Final, Literal
+from typing import Annotated, Final
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, with_config
 from typing_extensions import TypedDict
 
 from pipeline.errors import PackDamaged, PackError
 
-FORMAT_VERSION: Final = 1
+FORMAT_VERSION: Final = 2
 
 Channels = tuple[float, float, float]
 Positive = Annotated[float, Field(gt=0)]
@@ -32,11 +32,16 @@ class PackInput(BaseModel):
 
 @with_config(ConfigDict(extra="forbid"))
 class PackBackbone(TypedDict):
-    """Which backbone the pack belongs to: timm model name, its arguments, SHA-256 over its tensors (64 hex digits)."""
+    """Which backbone the pack belongs to: timm model name, its arguments, SHA-256 over its tensors (64 hex digits).
+
+    `trail`: two hex digits a tensor, in order of name, of the hash as it stood after that tensor. Where a backbone is another one, the first digits
+    that differ name the tensor at fault.
+    """
 
     model: str
     arguments: dict[str, int | float | str | bool | list[int]]
     fingerprint: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    trail: Annotated[str, Field(pattern=r"^([0-9a-f]{2})*$")]
 
 
 class PackMetadata(BaseModel):
@@ -44,7 +49,6 @@ class PackMetadata(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    format_version: Literal[1] = FORMAT_VERSION
     task: str = Field(min_length=1)
     classes: list[str] = Field(min_length=1)
     metric: str

@@ -1,16 +1,18 @@
 """A part: the trained tensors of one kind that share a bit width, as the codes that the file stores.
 
 Up to 8 bits a tensor is codes of the fixed codebook with one (mean, sd) for each trailing 2-D matrix: a bank of experts [E, h, D] has E pairs, a
-matrix or a vector one. At 16 and 32 bits the codes are the values themselves. Connections also carry their positions: tensor n, of shape [O, K],
-holds the values at `positions[n]` [O, K] in a weight matrix of `columns[n]` inputs.
+matrix or a vector one. At 16 and 32 bits the codes are the values themselves. Connections also carry their positions: tensor n, of shape [N], holds
+the values at the ascending places `positions[n]` [N] of a weight of `layers[n]` = (O, I), seen as one row-major [O, I] matrix. Positions that a
+reader computes anew from the backbone (the largest weights, say) are not stored: `recomputed`.
 
 A conceptual part may mix widths (a head's weight at 1 bit, its bias at 16): it is then several Parts of one name.
 
-Legend: G groups (pairs of scales), O output neurons, K connections kept per neuron.
+Legend: G groups (pairs of scales), O output neurons, I inputs of a neuron, N connections of a layer.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,7 +23,7 @@ from numpy.typing import NDArray
 
 from pipeline.errors import PackDamaged
 from pipeline.packs.codebook import MAX_CODE_BITS, dequantise
-from pipeline.packs.positions import LayerShape, check_positions
+from pipeline.packs.positions import LayerShape, check_places, encode_positions
 
 PartName = Literal["connections", "biases", "norms", "adapters", "prompts", "full", "head"]
 PartBits = Literal[1, 2, 3, 4, 5, 6, 7, 8, 16, 32]
@@ -52,7 +54,7 @@ class Part:
     """Codes of the tensors, flat and in order; checked when built. Raises PackDamaged for anything that contradicts itself.
 
     codes: uint8 below 2^bits for bits <= 8, float16 for 16, float32 for 32. scales: float32 [G, 2] of (mean, sd) for bits <= 8, otherwise None.
-    positions: int32 [O, K] a tensor, and columns: inputs of its layer; for connections only.
+    layers: (O, I) of each tensor's layer, and positions: int64 [N] each unless `recomputed`; for connections only.
     """
 
     name: PartName
@@ -60,8 +62,9 @@ class Part:
     tensors: tuple[TensorSpec, ...]
     codes: NDArray[Any]
     scales: NDArray[np.float32] | None = None
-    positions: tuple[NDArray[np.int32], ...] = ()
-    columns: tuple[int, ...] = ()
+    positions: tuple[NDArray[np.int64], ...] = ()
+    layers: tuple[tuple[int, int], ...] = ()
+    recomputed: bool = False
 
     def __post_init__(self) -> None:
         self._require(self.name in PART_NAMES, f"expected one of {', '.join(PART_NAMES)}")
@@ -83,8 +86,13 @@ class Part:
 
     @property
     def layer_shapes(self) -> tuple[LayerShape, ...]:
-        """(rows, top_k, columns) of each layer of connections; empty for other parts."""
-        return tuple((*tensor.shape[:2], columns) for tensor, columns in zip(self.tensors, self.columns, strict=False))  # type: ignore[misc]
+        """Shape of each layer of connections; empty for other parts."""
+        return tuple(LayerShape(rows, columns, tensor.count) for tensor, (rows, columns) in zip(self.tensors, self.layers, strict=False))
+
+    @functools.cached_property
+    def encoded_positions(self) -> bytes:
+        """The positions as the file has them; empty where there are none, or where a reader computes them."""
+        return encode_positions(self.positions, self.layer_shapes) if self.positions else b""
 
     def values(self) -> dict[str, NDArray[np.float32]]:
         """The tensors by name in float32, dequantised; new arrays on every call."""
@@ -131,21 +139,30 @@ class Part:
 
     def _check_positions(self) -> None:
         expected = len(self.tensors) if self.name == "connections" else 0
-        given = (len(self.positions), len(self.columns))
-        self._require(given == (expected, expected), f"expected {expected} layers of positions and columns; given {given[0]} and {given[1]}")
-        for layer, (tensor, index_OK, columns) in enumerate(zip(self.tensors, self.positions, self.columns, strict=False)):
-            found = f"{index_OK.dtype} {list(index_OK.shape)}"
-            fits = index_OK.dtype == np.int32 and index_OK.shape == tensor.shape
-            self._require(fits, f"positions of {tensor.name!r}: expected int32 {list(tensor.shape)}, found {found}")
-            check_positions(index_OK, columns, layer)
+        self._require(len(self.layers) == expected, f"expected the shapes of {expected} layers; given {len(self.layers)}")
+        stored = 0 if self.recomputed else expected
+        self._require(len(self.positions) == stored, f"expected positions of {stored} layers; given {len(self.positions)}")
+        for tensor, shape in zip(self.tensors, self.layer_shapes, strict=bool(expected)):
+            fits = len(tensor.shape) == 1 and 1 <= tensor.count <= shape.rows * shape.columns
+            self._require(
+                fits, f"tensor {tensor.name!r} of shape {list(tensor.shape)} is no list of entries of a weight [{shape.rows}, {shape.columns}]"
+            )
+        for number, (places_N, shape) in enumerate(zip(self.positions, self.layer_shapes, strict=False)):
+            check_places(places_N, shape, number)
 
 
-def zero_part(name: PartName, bits: PartBits, tensors: tuple[TensorSpec, ...], columns: tuple[int, ...] = ()) -> Part:
-    """A part of these shapes with codes and scales 0 and connections at the first K columns; it takes as many bytes as the trained one."""
+def zero_part(
+    name: PartName,
+    bits: PartBits,
+    tensors: tuple[TensorSpec, ...],
+    positions: tuple[NDArray[np.int64], ...] = (),
+    layers: tuple[tuple[int, int], ...] = (),
+    recomputed: bool = False,
+) -> Part:
+    """A part of these shapes and positions with codes and scales 0; it takes as many bytes as the trained one."""
     count, groups = sum(tensor.count for tensor in tensors), sum(tensor.groups for tensor in tensors)
     scales = np.zeros((groups, 2), np.float32) if bits <= MAX_CODE_BITS else None
-    positions = tuple(np.broadcast_to(np.arange(tensor.shape[-1], dtype=np.int32), tensor.shape).copy() for tensor in tensors) if columns else ()
-    return Part(name, bits, tensors, np.zeros(count, code_dtype(bits)), scales, positions, columns)
+    return Part(name, bits, tensors, np.zeros(count, code_dtype(bits)), scales, positions, layers, recomputed)
 
 
 def code_dtype(bits: int) -> type[np.generic]:

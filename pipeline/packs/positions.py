@@ -1,71 +1,186 @@
-"""Where the selected connections sit: the input column of each of a neuron's K connections, at a fixed width per layer.
+"""Where the selected connections sit: ascending places in each layer's weight, seen as one row-major [O, I] matrix.
 
-A layer with `columns` inputs spends ceil(log2(columns)) bits on a position, row by row, and starts on a byte of its own. The order within a row is
-kept, because value k of a row belongs to position k.
+    1 byte   0: plain, 1: coded
+    plain    for each layer a byte, the bits of a row's count, or 0 where all rows keep equally many; the counts; the columns, row after row, at
+             the fewest bits that fit
+    coded    one stream of the range coder: whether all rows of a layer keep equally many, else their counts; the deal of rows to tracks
+             (tracks.py); the columns (columns.py)
 
-Legend: O output neurons (rows), K connections kept per neuron.
+The writer keeps the smaller. Any selection can be stored: K of every neuron (counts cost nothing), by layer, by network, or none of a row. The
+shapes (O, I, N) are not part of the stream.
+
+Legend: O output neurons (rows), I inputs (columns), N connections of a layer, L layers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from pipeline.errors import PackDamaged
-from pipeline.packs.bits import pack_codes, packed_size_bytes, unpack_codes
+from pipeline.packs.bits import MAX_WIDTH_BITS, pack_codes, packed_size_bytes, unpack_codes
+from pipeline.packs.coder import Coder, Decoder, Encoder, Integers
+from pipeline.packs.columns import Rows, code_columns
+from pipeline.packs.tracks import choose_segments, code_segments
 
-LayerShape = tuple[int, int, int]  # rows, top_k, columns
-
-
-def positions_size_bytes(shapes: Sequence[LayerShape]) -> int:
-    """Bytes that the positions of layers of these (rows, top_k, columns) take."""
-    return sum(_layer_size_bytes(shape) for shape in shapes)
-
-
-def encode_positions(layers: Sequence[tuple[NDArray[Any], int]]) -> bytes:
-    """Code each layer's (index [O, K], number of columns). Raises PackDamaged for a column out of range or twice in a row."""
-    chunks = []
-    for layer, (index_OK, columns) in enumerate(layers):
-        check_positions(index_OK, columns, layer)
-        chunks.append(pack_codes(index_OK, _width_bits(columns)))
-    return b"".join(chunks)
+PLAIN, CODED = b"\0", b"\1"
+MAX_COLUMNS, MAX_ROWS = 1 << 22, 1 << 22
+"""Most inputs of a neuron, and most neurons of all layers together, that a reader accepts."""
 
 
-def decode_positions(data: bytes, shapes: Sequence[LayerShape]) -> list[NDArray[np.int32]]:
-    """The index [O, K] of each layer. Raises PackDamaged for a wrong length, a column out of range or twice in a row."""
-    if len(data) != positions_size_bytes(shapes):
-        raise PackDamaged(f"the positions take {positions_size_bytes(shapes)} bytes; found {len(data)}")
-    layers, start = [], 0
-    for layer, (rows, top_k, columns) in enumerate(shapes):
-        stop = start + _layer_size_bytes((rows, top_k, columns))
-        codes = unpack_codes(data[start:stop], rows * top_k, _width_bits(columns))
-        # checked while unsigned: 32-bit codes would wrap to negative columns
-        check_positions(codes.reshape(rows, top_k), columns, layer)
-        layers.append(codes.astype(np.int32).reshape(rows, top_k))
-        start = stop
+@dataclass(frozen=True)
+class LayerShape:
+    """A layer's neurons, inputs of a neuron, and selected connections."""
+
+    rows: int
+    columns: int
+    count: int
+
+
+def encode_positions(layers: Sequence[Integers], shapes: Sequence[LayerShape]) -> bytes:
+    """Code each layer's places [N], ascending. Raises PackDamaged for places out of range, out of order, or twice."""
+    for number, (places_N, shape) in enumerate(zip(layers, shapes, strict=True)):
+        check_places(places_N, shape, number)
+    plain = PLAIN + b"".join(_plain(places_N, shape) for places_N, shape in zip(layers, shapes, strict=True))
+    try:
+        coded = CODED + _coded(layers, shapes)
+    except PackDamaged:  # more statistics than a reader would keep: such a selection has no columns in common
+        return plain
+    return min(plain, coded, key=len)
+
+
+def decode_positions(data: bytes, shapes: Sequence[LayerShape]) -> list[Integers]:
+    """The places [N] of each layer, int64. Raises PackDamaged for whatever is not such positions."""
+    if any(shape.columns > MAX_COLUMNS for shape in shapes) or sum(shape.rows for shape in shapes) > MAX_ROWS:
+        raise PackDamaged(f"positions: more than {MAX_COLUMNS} inputs in a layer, or {MAX_ROWS} neurons in all")
+    if not shapes or any(not 1 <= shape.count <= shape.rows * shape.columns for shape in shapes):
+        raise PackDamaged("positions: a layer keeps no connection, or more than it has")
+    if data[:1] not in (PLAIN, CODED):
+        raise PackDamaged("positions: neither plain nor coded")
+    layers = _read_plain(data[1:], shapes) if data[:1] == PLAIN else _read_coded(data[1:], shapes)
+    for number, (places_N, shape) in enumerate(zip(layers, shapes, strict=True)):
+        check_places(places_N, shape, number)
     return layers
 
 
-def check_positions(index_OK: NDArray[Any], columns: int, layer: int) -> None:
-    """Raises PackDamaged unless every row names distinct columns within range; `layer` is the number the message gives."""
-    if index_OK.ndim != 2 or not np.issubdtype(index_OK.dtype, np.integer):
-        raise PackDamaged(f"positions of layer {layer}: expected integers [rows, top_k], found {index_OK.dtype} {list(index_OK.shape)}")
-    if index_OK.size and not 0 <= int(index_OK.min()) <= int(index_OK.max()) < columns:
-        raise PackDamaged(f"positions of layer {layer}: columns {index_OK.min()} to {index_OK.max()}, but the layer has {columns}")
-    sorted_OK = np.sort(index_OK, axis=1)
-    repeated_O = (sorted_OK[:, 1:] == sorted_OK[:, :-1]).any(axis=1)
-    if repeated_O.any():
-        raise PackDamaged(f"positions of layer {layer}: row {int(repeated_O.argmax())} names a column twice")
+def check_places(places_N: Integers, shape: LayerShape, layer: int) -> None:
+    """Raises PackDamaged unless the places are as many as the shape says, in range and strictly ascending; `layer` is named in the message."""
+    if places_N.dtype != np.int64 or places_N.shape != (shape.count,):
+        raise PackDamaged(f"positions of layer {layer}: expected int64 [{shape.count}], found {places_N.dtype} {list(places_N.shape)}")
+    if places_N.size and not 0 <= int(places_N.min()) <= int(places_N.max()) < shape.rows * shape.columns:
+        raise PackDamaged(f"positions of layer {layer}: places {places_N.min()} to {places_N.max()}, the weight has {shape.rows * shape.columns}")
+    if (places_N[1:] <= places_N[:-1]).any():
+        at = int((places_N[1:] <= places_N[:-1]).argmax())
+        raise PackDamaged(f"positions of layer {layer}: place {places_N[at + 1]} follows {places_N[at]}; they must ascend")
 
 
-def _layer_size_bytes(shape: LayerShape) -> int:
-    rows, top_k, columns = shape
-    return packed_size_bytes(rows * top_k, _width_bits(columns))
+# --- plain ----------------------------------------------------------------------------------------------------------------------------------
 
 
-def _width_bits(columns: int) -> int:
-    # one bit even where there is nothing to say: otherwise a few bytes could claim any number of rows
-    return max(1, (columns - 1).bit_length())
+def _plain(places_N: Integers, shape: LayerShape) -> bytes:
+    counts_O = np.bincount(places_N // shape.columns, minlength=shape.rows)
+    width_bits = 0 if (counts_O == counts_O[0]).all() else int(counts_O.max()).bit_length()
+    counts = pack_codes(counts_O, width_bits) if width_bits else b""
+    return bytes([width_bits]) + counts + pack_codes(places_N % shape.columns, _column_bits(shape))
+
+
+def _read_plain(data: bytes, shapes: Sequence[LayerShape]) -> list[Integers]:
+    layers, start = [], 0
+    for number, shape in enumerate(shapes):
+        width_bits = data[start] if start < len(data) else 0
+        if width_bits > MAX_WIDTH_BITS or (width_bits == 0 and shape.count % shape.rows):
+            raise PackDamaged(f"positions of layer {number}: rows' counts of {width_bits} bits")
+        middle = start + 1 + packed_size_bytes(shape.rows, width_bits)
+        stop = middle + packed_size_bytes(shape.count, _column_bits(shape))
+        if stop > len(data):
+            raise PackDamaged(f"positions: {len(data)} bytes end within layer {number}")
+        counts_O = np.full(shape.rows, shape.count // shape.rows, np.int64)
+        if width_bits:
+            counts_O = unpack_codes(data[start + 1 : middle], shape.rows, width_bits).astype(np.int64)
+        columns_N = unpack_codes(data[middle:stop], shape.count, _column_bits(shape)).astype(np.int64)
+        layers.append(_places(counts_O, columns_N, shape, number))
+        start = stop
+    if start != len(data):
+        raise PackDamaged(f"positions: {len(data) - start} bytes after the last layer")
+    return layers
+
+
+def _column_bits(shape: LayerShape) -> int:
+    return max(1, (shape.columns - 1).bit_length())
+
+
+def _places(counts_O: Integers, columns_N: Integers, shape: LayerShape, number: int) -> Integers:
+    if int(counts_O.sum()) != shape.count or int(columns_N.max()) >= shape.columns:
+        raise PackDamaged(f"positions of layer {number}: rows of {counts_O.sum()} connections, columns to {columns_N.max()}; the layer is {shape}")
+    return np.sort(np.repeat(np.arange(shape.rows), counts_O) * shape.columns + columns_N)
+
+
+# --- coded ----------------------------------------------------------------------------------------------------------------------------------
+
+
+def _coded(layers: Sequence[Integers], shapes: Sequence[LayerShape]) -> bytes:
+    encoder = Encoder()
+    _code(encoder, shapes, layers)
+    return encoder.to_bytes()
+
+
+def _read_coded(data: bytes, shapes: Sequence[LayerShape]) -> list[Integers]:
+    decoder = Decoder(data)
+    layers = _code(decoder, shapes, None)
+    decoder.finish()
+    return layers
+
+
+def _code(coder: Coder, shapes: Sequence[LayerShape], layers: Sequence[Integers] | None) -> list[Integers]:
+    """The stream, written once for both directions."""
+    columns = None if layers is None else [places_N % shape.columns for places_N, shape in zip(layers, shapes, strict=True)]
+    counts: list[Integers] = []
+    for number, shape in enumerate(shapes):
+        given_O = None if layers is None else np.bincount(layers[number] // shape.columns, minlength=shape.rows)
+        counts.append(_code_counts(coder, shape, given_O))
+    rows = _code_tracks(coder, shapes, counts, columns)
+    columns_N = code_columns(coder, rows, None if columns is None else np.concatenate(columns))
+    stops = np.cumsum([shape.count for shape in shapes])[:-1]
+    pieces = np.split(columns_N, stops)
+    return [_places(counts_O, piece_N, shape, 0) for counts_O, piece_N, shape in zip(counts, pieces, shapes, strict=True)]
+
+
+def _code_counts(coder: Coder, shape: LayerShape, given_O: Integers | None) -> Integers:
+    """Connections of each row [O]: one flag where all have equally many, else each at odds learnt on the way."""
+    equal = shape.count // shape.rows if shape.count % shape.rows == 0 else None
+    is_equal = None if given_O is None else np.array([int(equal is not None and bool((given_O == equal).all()))])
+    if equal is not None and coder.uniform(np.array([2]), is_equal)[0]:
+        return np.full(shape.rows, equal)
+    most = int(coder.uniform(np.array([shape.columns]), None if given_O is None else given_O.max(keepdims=True) - 1)[0]) + 1
+    seen_A = np.zeros(most + 1, np.int64)
+    counts_O = np.zeros(shape.rows, np.int64)
+    start = 0
+    while start < shape.rows:
+        stop = min(shape.rows, start + max(1, start // 4))
+        odds_A = 16 * seen_A + 1 + 32 // (1 + np.arange(most + 1))
+        block = coder.categorical(odds_A[None], np.zeros(stop - start, np.int64), None if given_O is None else given_O[start:stop])
+        counts_O[start:stop] = block
+        seen_A += np.bincount(block, minlength=most + 1)
+        start = stop
+    if int(counts_O.sum()) != shape.count:
+        raise PackDamaged(f"positions: rows of {counts_O.sum()} connections in a layer of {shape.count}")
+    return counts_O
+
+
+def _code_tracks(coder: Coder, shapes: Sequence[LayerShape], counts: Sequence[Integers], columns: Sequence[Integers] | None) -> Rows:
+    track_G: list[Integers] = []
+    within_G: list[Integers] = []
+    segment_rows_T: list[int] = []
+    columns_T: list[int] = []
+    for number, (shape, counts_O) in enumerate(zip(shapes, counts, strict=True)):
+        choice = None if columns is None else choose_segments(counts_O, columns[number], shape.columns)
+        segment_rows, deal_G = code_segments(coder, shape.rows, choice)
+        row_O = np.arange(shape.rows)
+        track_G.append(len(columns_T) + (deal_G[row_O // segment_rows] if segment_rows else np.zeros(shape.rows, np.int64)))
+        within_G.append(row_O % segment_rows if segment_rows else row_O)
+        tracks = int(deal_G.max()) + 1
+        segment_rows_T += [segment_rows] * tracks
+        columns_T += [shape.columns] * tracks
+    return Rows(np.concatenate(track_G), np.concatenate(within_G), np.concatenate(counts), np.array(segment_rows_T), np.array(columns_T))

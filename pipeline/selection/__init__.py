@@ -1,7 +1,16 @@
 """Which connections a task may change: GPS (arXiv 2312.10136)."""
 
 from pipeline.selection.contrastive import supervised_contrastive_loss
-from pipeline.selection.stage import read_selection, select, select_here, select_if_sooner, selection_key
+from pipeline.selection.stage import read_selection, select, select_here, select_if_sooner, selection_key, write_selection
 from pipeline.selection.topk import top_connections
 
-__all__ = ["read_selection", "select", "select_here", "select_if_sooner", "selection_key", "supervised_contrastive_loss", "top_connections"]
+__all__ = [
+    "read_selection",
+    "select",
+    "select_here",
+    "select_if_sooner",
+    "selection_key",
+    "supervised_contrastive_loss",
+    "top_connections",
+    "write_selection",
+]

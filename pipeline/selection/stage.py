@@ -107,7 +107,7 @@ def select_if_sooner(inputs: Inputs, top_k: int, path: Path, *, workers: int) ->
     except _WorkersAreSooner:
         return False
     path.parent.mkdir(parents=True, exist_ok=True)
-    _write(selected, path)
+    write_selection(selected, path)
     return True
 
 
@@ -164,7 +164,7 @@ def _worker(config: dict[str, Any]) -> TaskpackError | None:
     if first is None:
         totals = {name: _total(sums.pop(name)) for name in list(sums)}
         if rank == 0:
-            _write(_ranked(totals, config["top_k"]), Path(config["path"]))
+            write_selection(_ranked(totals, config["top_k"]), Path(config["path"]))
     return first
 
 
@@ -175,7 +175,9 @@ def _total(sum_OI: torch.Tensor) -> torch.Tensor:
     return total_OI.to(sum_OI.device)
 
 
-def _write(selected: dict[str, torch.Tensor], path: Path) -> None:
+def write_selection(selected: dict[str, torch.Tensor], path: Path) -> None:
+    """Write what `read_selection` reads, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
     save_file(selected, scratch)
     os.replace(scratch, path)
