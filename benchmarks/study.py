@@ -148,7 +148,7 @@ def script(seed: int, folder: Path, number: str) -> dict[str, Any]:
     loaded = time.time()
     selected = select_here(inputs, 1)
     chosen = time.time()
-    curve = [score.accuracy for score in run_trial(inputs, all_proposals(inputs)[int(number)].recipe, selected)]
+    curve = [score.accuracy for score, _ in run_trial(inputs, all_proposals(inputs)[int(number)].recipe, selected)]
     return {"curve": curve, "phases": {"start, imports, loading": loaded - STARTED, "selection": chosen - loaded, "training": time.time() - chosen}}
 
 
@@ -161,7 +161,7 @@ def loop(seed: int, folder: Path) -> dict[str, Any]:
     loaded = time.time()
     selected = select_here(inputs, 1)
     chosen = time.time()
-    curves = [[score.accuracy for score in run_trial(inputs, proposal.recipe, selected)] for proposal in all_proposals(inputs)]
+    curves = [[score.accuracy for score, _ in run_trial(inputs, proposal.recipe, selected)] for proposal in all_proposals(inputs)]
     phases = {"start, imports, loading": loaded - STARTED, "selection": chosen - loaded, "training": time.time() - chosen}
     return {"curves": curves, "sizes_bytes": [proposal.size_bytes for proposal in all_proposals(inputs)], "phases": phases}
 
