@@ -290,8 +290,8 @@ def best(mode: dict[str, Any]) -> float:
     return max(curve[-1] for curve in mode["curves"] if len(curve) == EPOCHS)
 
 
-def replay(loop_result: dict[str, Any], first_share: float, errors: float) -> dict[str, float]:
-    """What early stopping with other settings would have done to the loop's full curves: share of epochs run, best accuracy kept."""
+def replay(curves: list[list[float]], sizes_bytes: list[int], first_share: float, errors: float) -> dict[str, float]:
+    """What early stopping with other settings would have done to full curves: share of epochs run, trials stopped, points lost."""
     from pipeline.search import stopping
     from pipeline.search.proposer import LAG
     from pipeline.search.record import TrialRecord
@@ -299,7 +299,7 @@ def replay(loop_result: dict[str, Any], first_share: float, errors: float) -> di
     before = stopping.FIRST_SHARE, stopping.MARGIN_ERRORS
     stopping.FIRST_SHARE, stopping.MARGIN_ERRORS = first_share, errors
     records: list[TrialRecord] = []
-    for slot, (curve, size_bytes) in enumerate(zip(loop_result["curves"], loop_result["sizes_bytes"], strict=True)):
+    for slot, (curve, size_bytes) in enumerate(zip(curves, sizes_bytes, strict=True)):
         rivals = records[: max(0, slot - LAG + 1)]
         stops = (end for end in range(1, EPOCHS) if stopping.is_dominated(curve[:end], EPOCHS, size_bytes, rivals, 10 * VAL_PER_CLASS))
         kept = tuple(curve[: next(stops, EPOCHS)])
@@ -307,20 +307,16 @@ def replay(loop_result: dict[str, Any], first_share: float, errors: float) -> di
         records.append(TrialRecord(id=str(slot), point={}, size_bytes=size_bytes, state=state, curve=kept))  # type: ignore[arg-type]
     stopping.FIRST_SHARE, stopping.MARGIN_ERRORS = before
     complete = [record for record in records if record.state == "complete"]
-    lost = max(front_loss(loop_result, [record.curve[-1] for record in complete], [record.size_bytes for record in complete]))
+    lost = []
+    for limit in sorted(set(sizes_bytes)):
+        full = max(curve[-1] for curve, size_bytes in zip(curves, sizes_bytes, strict=True) if size_bytes <= limit)
+        lost.append(full - max((record.curve[-1] for record in complete if record.size_bytes <= limit), default=0.0))
     return {
         "epochs": sum(len(record.curve) for record in records) / (EPOCHS * len(records)),
         "stopped": len(records) - len(complete),
-        "best lost": max(curve[-1] for curve in loop_result["curves"]) - max(record.curve[-1] for record in complete),
-        "front lost": lost,
+        "best lost": lost[-1],
+        "front lost": max(lost),
     }
-
-
-def front_loss(loop_result: dict[str, Any], accuracies: list[float], sizes_bytes: list[int]) -> Iterator[float]:
-    """At every size, how much better the best full trial of no more bytes is than the best that was let through."""
-    for limit in sorted(set(loop_result["sizes_bytes"])):
-        full = max(curve[-1] for curve, size in zip(loop_result["curves"], loop_result["sizes_bytes"], strict=True) if size <= limit)
-        yield full - max((accuracy for accuracy, size in zip(accuracies, sizes_bytes, strict=True) if size <= limit), default=0.0)
 
 
 def markdown(result: dict[str, Any]) -> str:
@@ -353,14 +349,13 @@ def _walls(seeds: dict[str, Any]) -> list[str]:
         "| seed | study s | scripts s | ratio | loop s | ratio | best validation %: study | scripts | loop | epochs run by the study |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for seed, measured in _with(seeds, "study", "scripts", "loop").items():
-        walls = {mode: measured[mode]["wall_seconds"] for mode in ("study", "scripts", "loop")}
-        top = " | ".join(f"{100 * best(measured[mode]):.1f}" for mode in ("study", "scripts", "loop"))
+    for seed, measured in _with(seeds, "study", "scripts").items():
+        study_seconds = measured["study"]["wall_seconds"]
+        walls = [(measured[mode]["wall_seconds"] if mode in measured else None) for mode in ("scripts", "loop")]
+        ratios = " | ".join("| " if wall is None else f"{wall:.0f} | {study_seconds / wall:.2f}" for wall in walls)
+        top = " | ".join(f"{100 * best(measured[mode]):.1f}" if mode in measured else "" for mode in ("study", "scripts", "loop"))
         epochs = sum(len(curve) for curve in measured["study"]["curves"])
-        lines.append(
-            f"| {seed} | {walls['study']:.0f} | {walls['scripts']:.0f} | {walls['study'] / walls['scripts']:.2f} | {walls['loop']:.0f} "
-            f"| {walls['study'] / walls['loop']:.2f} | {top} | {epochs} of {12 * EPOCHS} |"
-        )
+        lines.append(f"| {seed} | {study_seconds:.0f} | {ratios} | {top} | {epochs} of {12 * EPOCHS} |")
     error = 100 * math.sqrt(0.25 / (10 * VAL_PER_CLASS))
     return [*lines, "", f"One standard error of an accuracy near 50 % on {10 * VAL_PER_CLASS} images is {error:.1f} points.", ""]
 
@@ -393,11 +388,12 @@ def _start_ups(seeds: dict[str, Any]) -> list[str]:
 
 
 def _stopping(seeds: dict[str, Any]) -> list[str]:
-    loops = [measured["loop"] for measured in _with(seeds, "loop").values()]
-    if not loops:
+    sizes_bytes = next((measured["loop"]["sizes_bytes"] for measured in _with(seeds, "loop").values()), None)
+    if sizes_bytes is None:
         return []
+    full = [measured["scripts"]["curves"] for measured in _with(seeds, "scripts").values()]
     lines = [
-        "## Early stopping, replayed on the loop's full curves",
+        "## Early stopping, replayed on the scripts' full curves",
         "",
         "Lost: points of the best accuracy, and the most that the front loses at any size, means over seeds.",
         "",
@@ -406,7 +402,7 @@ def _stopping(seeds: dict[str, Any]) -> list[str]:
     ]
     for share, name in ((1 / 8, "an eighth"), (1 / 3, "a third"), (1 / 2, "a half"), (2 / 3, "two thirds")):
         for errors in (1, 2, 3):
-            replayed = [replay(each, share, errors) for each in loops]
+            replayed = [replay(curves, sizes_bytes, share, errors) for curves in full]
             mean = {key: statistics.mean(each[key] for each in replayed) for key in replayed[0]}
             lines.append(
                 f"| {name} | {errors} | {100 * mean['epochs']:.0f} % | {mean['stopped']:.1f} of 12 "
