@@ -104,20 +104,18 @@ def open_task(seed: int, folder: Path) -> Any:
     return open_inputs(make_task(folder, seed), folder / "data")
 
 
-def all_proposals(inputs: Any) -> list[Any]:
-    """The 12 trials in the study's order."""
-    from pipeline.search.proposer import distinct_proposals
-
-    proposals = distinct_proposals(inputs.task, size_of(inputs))
-    assert len(proposals) == 12
-    return proposals
+def all_recipes(task: Any) -> list[Any]:
+    """The 12 recipes."""
+    recipes = [task.search.recipe(task.recipe, point) for point in task.search.points()]
+    assert len({key_of(recipe) for recipe in recipes}) == 12
+    return recipes
 
 
-def size_of(inputs: Any) -> Callable[[Any], int]:
-    """Bytes of a recipe's pack."""
-    from pipeline.adaptation.packing import planned_size_bytes
+def key_of(recipe: Any) -> str:
+    """The id of a recipe's trial."""
+    from pipeline.search.trial import recipe_key
 
-    return lambda recipe: planned_size_bytes(inputs.task, recipe, inputs.backbone, inputs.index.classes)
+    return recipe_key(recipe)
 
 
 # --- the processes that are measured --------------------------------------------------------------------------------------------------------
@@ -136,7 +134,7 @@ def run_scripts(seed: int, folder: Path) -> dict[str, Any]:
     started = time.time()
     trials = [run_child("script", seed, folder, str(number)) for number in range(12)]
     phases = {name: sum(trial["phases"][name] for trial in trials) for name in trials[0]["phases"]}
-    return {"curves": [trial["curve"] for trial in trials], "phases": phases, "wall_seconds": time.time() - started}
+    return {"curves": {trial["id"]: trial["curve"] for trial in trials}, "phases": phases, "wall_seconds": time.time() - started}
 
 
 def script(seed: int, folder: Path, number: str) -> dict[str, Any]:
@@ -148,8 +146,13 @@ def script(seed: int, folder: Path, number: str) -> dict[str, Any]:
     loaded = time.time()
     selected = select_here(inputs, 1)
     chosen = time.time()
-    curve = [score.accuracy for score, _ in run_trial(inputs, all_proposals(inputs)[int(number)].recipe, selected)]
-    return {"curve": curve, "phases": {"start, imports, loading": loaded - STARTED, "selection": chosen - loaded, "training": time.time() - chosen}}
+    recipe = all_recipes(inputs.task)[int(number)]
+    curve = [score.accuracy for score, _ in run_trial(inputs, recipe, selected)]
+    return {
+        "id": key_of(recipe),
+        "curve": curve,
+        "phases": {"start, imports, loading": loaded - STARTED, "selection": chosen - loaded, "training": time.time() - chosen},
+    }
 
 
 def loop(seed: int, folder: Path) -> dict[str, Any]:
@@ -161,17 +164,18 @@ def loop(seed: int, folder: Path) -> dict[str, Any]:
     loaded = time.time()
     selected = select_here(inputs, 1)
     chosen = time.time()
-    curves = [[score.accuracy for score, _ in run_trial(inputs, proposal.recipe, selected)] for proposal in all_proposals(inputs)]
+    curves = {key_of(recipe): [score.accuracy for score, _ in run_trial(inputs, recipe, selected)] for recipe in all_recipes(inputs.task)}
     phases = {"start, imports, loading": loaded - STARTED, "selection": chosen - loaded, "training": time.time() - chosen}
-    return {"curves": curves, "sizes_bytes": [proposal.size_bytes for proposal in all_proposals(inputs)], "phases": phases}
+    return {"curves": curves, "phases": phases}
 
 
 def study(seed: int, folder: Path) -> dict[str, Any]:
     """The real study on a private Ray. Workers note when a trial enters, makes its first step and leaves."""
+    from pipeline.adaptation.packing import SizePlanner
     from pipeline.cluster import cluster_resources, ray_session
     from pipeline.search import study as module
     from pipeline.search.record import TrialJournal
-    from pipeline.selection import select, select_if_sooner
+    from pipeline.selection import read_selection, select, select_if_sooner
 
     inputs = open_task(seed, folder)
     marks = {"start, imports, loading": time.time()}
@@ -184,14 +188,15 @@ def study(seed: int, folder: Path) -> dict[str, Any]:
             select(inputs.task, folder / "data", 1, path, workers=workers)
         marks["selection"] = time.time()
         journal, val_samples = TrialJournal(Path(kept) / "trials"), len(inputs.splits["val"])
-        records = module.run_study(inputs.task, folder / "data", path, journal, size_of=size_of(inputs), val_samples=val_samples)
+        size_of = SizePlanner(inputs.task, inputs.backbone, inputs.index.classes, read_selection(path)).size_bytes
+        records = module.run_study(inputs.task, folder / "data", path, journal, size_of=size_of, val_samples=val_samples)
         marks["search"] = time.time()
     marks["Ray ends"] = time.time()
     times = [STARTED, *marks.values()]
     events = [json.loads(line) for line in log.read_text().splitlines()]
     return {
-        "curves": [record.curve for record in records],
-        "states": [record.state for record in records],
+        "curves": {record.id: record.curve for record in records},
+        "sizes_bytes": {record.id: record.size_bytes for record in records},
         "phases": {name: after - before for name, (before, after) in zip(marks, itertools.pairwise(times), strict=True)},
         "first trial enters after": min(event["enter"] for event in events) - marks["selection"],
         "start-ups": list(start_ups(events)),
@@ -240,15 +245,15 @@ def warm(seed: int, folder: Path) -> dict[str, Any]:
     inputs = open_task(seed, folder)
     selected = select_here(inputs, 1)
     rows = []
-    for proposal in all_proposals(inputs):
-        if proposal.point["learning_rate"] != FIRST_RATE:
+    for recipe in all_recipes(inputs.task):
+        if recipe.training.learning_rate != FIRST_RATE:
             continue
-        _, donor = trained(inputs, proposal.recipe, selected)
+        _, donor = trained(inputs, recipe, selected)
         for rate in OTHER_RATES:
-            half = with_training(proposal.recipe, learning_rate=rate, epochs=EPOCHS // 2)
+            half = with_training(recipe, learning_rate=rate, epochs=EPOCHS // 2)
             rows.append(
                 {
-                    "cold": trained(inputs, with_training(proposal.recipe, learning_rate=rate), selected)[0],
+                    "cold": trained(inputs, with_training(recipe, learning_rate=rate), selected)[0],
                     "cold, half": trained(inputs, half, selected)[0],
                     "warm, half": trained(inputs, half, selected, donor)[0],
                 }
@@ -287,7 +292,7 @@ CHILDREN: dict[str, Callable[..., dict[str, Any]]] = {"study": study, "script": 
 
 def best(mode: dict[str, Any]) -> float:
     """Best final validation accuracy of the trials that came to their end."""
-    return max(curve[-1] for curve in mode["curves"] if len(curve) == EPOCHS)
+    return max(curve[-1] for curve in mode["curves"].values() if len(curve) == EPOCHS)
 
 
 def replay(curves: list[list[float]], sizes_bytes: list[int], first_share: float, errors: float) -> dict[str, float]:
@@ -354,7 +359,7 @@ def _walls(seeds: dict[str, Any]) -> list[str]:
         walls = [(measured[mode]["wall_seconds"] if mode in measured else None) for mode in ("scripts", "loop")]
         ratios = " | ".join("| " if wall is None else f"{wall:.0f} | {study_seconds / wall:.2f}" for wall in walls)
         top = " | ".join(f"{100 * best(measured[mode]):.1f}" if mode in measured else "" for mode in ("study", "scripts", "loop"))
-        epochs = sum(len(curve) for curve in measured["study"]["curves"])
+        epochs = sum(len(curve) for curve in measured["study"]["curves"].values())
         lines.append(f"| {seed} | {study_seconds:.0f} | {ratios} | {top} | {epochs} of {12 * EPOCHS} |")
     error = 100 * math.sqrt(0.25 / (10 * VAL_PER_CLASS))
     return [*lines, "", f"One standard error of an accuracy near 50 % on {10 * VAL_PER_CLASS} images is {error:.1f} points.", ""]
@@ -388,10 +393,12 @@ def _start_ups(seeds: dict[str, Any]) -> list[str]:
 
 
 def _stopping(seeds: dict[str, Any]) -> list[str]:
-    sizes_bytes = next((measured["loop"]["sizes_bytes"] for measured in _with(seeds, "loop").values()), None)
-    if sizes_bytes is None:
+    full = []
+    for measured in _with(seeds, "study", "scripts").values():
+        sizes_bytes = measured["study"]["sizes_bytes"]
+        full.append(([measured["scripts"]["curves"][key] for key in sizes_bytes], list(sizes_bytes.values())))
+    if not full:
         return []
-    full = [measured["scripts"]["curves"] for measured in _with(seeds, "scripts").values()]
     lines = [
         "## Early stopping, replayed on the scripts' full curves",
         "",
@@ -402,7 +409,7 @@ def _stopping(seeds: dict[str, Any]) -> list[str]:
     ]
     for share, name in ((1 / 8, "an eighth"), (1 / 3, "a third"), (1 / 2, "a half"), (2 / 3, "two thirds")):
         for errors in (1, 2, 3):
-            replayed = [replay(curves, sizes_bytes, share, errors) for curves in full]
+            replayed = [replay(curves, sizes_bytes, share, errors) for curves, sizes_bytes in full]
             mean = {key: statistics.mean(each[key] for each in replayed) for key in replayed[0]}
             lines.append(
                 f"| {name} | {errors} | {100 * mean['epochs']:.0f} % | {mean['stopped']:.1f} of 12 "
