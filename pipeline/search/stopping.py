@@ -14,6 +14,8 @@ from pipeline.search.record import TrialRecord
 
 FIRST_SHARE = 1 / 3
 """No trial ends before this share of its epochs."""
+MARGIN_ERRORS = 2
+"""Standard errors of the validation metric by which a rival must be better."""
 
 
 def is_dominated(curve: Sequence[float], epochs: int, size_bytes: int, earlier: Iterable[TrialRecord], val_samples: int) -> bool:
@@ -26,6 +28,6 @@ def is_dominated(curve: Sequence[float], epochs: int, size_bytes: int, earlier: 
     epoch = len(curve)
     if epoch < math.ceil(epochs * FIRST_SHARE) or epoch == epochs:
         return False
-    margin = 2 * math.sqrt(curve[-1] * (1 - curve[-1]) / val_samples)
+    margin = MARGIN_ERRORS * math.sqrt(curve[-1] * (1 - curve[-1]) / val_samples)
     rivals = (record for record in earlier if record.state != "failed" and record.size_bytes <= size_bytes and len(record.curve) >= epoch)
     return any(record.curve[epoch - 1] > curve[-1] + margin for record in rivals)
