@@ -105,7 +105,8 @@ def _markdown(result: dict[str, Any]) -> str:
     lines = [
         "# The fused kernel alone",
         "",
-        f"`{result['command']}` on {machine['gpu']}, torch {machine['torch']}, commit {machine['commit']}; copy bandwidth {result['bandwidth'] / 1e12:.2f} TB/s.",
+        f"`{result['command']}` on {machine['gpu']}, torch {machine['torch']}, commit {machine['commit']};",
+        f"copy bandwidth {result['bandwidth'] / 1e12:.2f} TB/s.",
         "",
         "| layer | fused µs | product of columns µs | dense product µs | fused, % of the memory bound |",
         "|---|---|---|---|---|",
