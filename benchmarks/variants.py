@@ -28,6 +28,7 @@ from pipeline.task_files import catalogue_folder, load_task
 
 CLASSES = 10
 FULL = "full fine-tuning"
+BOUND = "nothing but the head, input gradients down to the pixels"
 HEAD = Head(bits=32)
 MAX_TOP_K = 8
 
@@ -113,6 +114,7 @@ def builders(setting: Setting, is_compiled: bool = False) -> dict[str, Callable[
     }
     if setting.device != "cpu" or setting.precision != "bf16":
         del others["full fine-tuning, as timm runs it"]  # it is the first, then
+    others[BOUND] = input_gradients
     found = {name: (lambda name=name, build=build: build(name, setting)) for name, build in others.items()}
     found |= {name: (lambda name=name, recipe=recipe: ours(name, setting, recipe, is_compiled)) for name, recipe in OURS.items()}
     return found
@@ -220,6 +222,13 @@ def adapted(setting: Setting, recipe: Recipe) -> AdaptedModel:
     model = attach(setting.backbone, recipe, CLASSES, selected=setting.selected).to(setting.device)
     model.compute_in(torch.bfloat16 if setting.precision == "bf16" else torch.float32)
     return model.train()
+
+
+def input_gradients(name: str, setting: Setting) -> Variant:
+    """What no method that trains the first layer can be faster than: the forward pass, and gradients of activations alone."""
+    model = adapted(setting, Recipe(head=HEAD))
+    pixels = (setting.images.float() / 255).requires_grad_()
+    return _variant(name, setting, model, lambda images: model(pixels))
 
 
 def ours(name: str, setting: Setting, recipe: Recipe, is_compiled: bool = False) -> Variant:

@@ -88,10 +88,12 @@ class Mixture(torch.autograd.Function):
         read_gradient = torch.empty(len(rows), len(x_TD), dtype=x_TD.dtype, device=x_TD.device)
         into_hidden = read_gradient[: len(up_XD)].view_as(hidden_EHT)
         embeddings_gradient = None
-        torch.ops.aten.threshold_backward.grad_input(hidden_gradient, hidden_EHT, 0, grad_input=into_hidden)
-        if saved:
+        through_relu = torch.ops.aten.threshold_backward(hidden_gradient, hidden_EHT, 0)
+        if not saved:
+            into_hidden.copy_(through_relu)
+        else:
             routes = Routes(*saved)
-            into_hidden *= routes.gates_ET[:, None].to(into_hidden.dtype)
+            torch.mul(through_relu, routes.gates_ET[:, None].to(through_relu.dtype), out=into_hidden)
             gates_gradient = (hidden_gradient * hidden_EHT).sum(dim=1, dtype=routes.gates_ET.dtype)
             # d y / d gate is the ungated hidden units' part; those of experts not chosen are zero
             chosen_gradient = torch.where(routes.gates_ET > 0, gates_gradient / routes.gates_ET, 0)
