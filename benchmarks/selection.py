@@ -1,6 +1,6 @@
 """Time and memory of the selection stage, against the plain passes it is made of and against the top-K of GPS's released code.
 
-    python benchmarks/selection.py [--images 256] [--repeats 7]
+    python benchmarks/selection.py [--images 96] [--repeats 7]
 
 1. Selection over N images (reading, augmenting, gradient sums, ranking) against the plain forward and backward pass over the same views, which are
    made beforehand; embedded ViT at 64 px, cifar10. Variants run in turn, round by round; each time is the median of `repeats`.
@@ -44,7 +44,7 @@ Views = list[tuple[torch.Tensor, torch.Tensor]]
 def main() -> None:
     """Measure and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=256)
+    parser.add_argument("--images", type=int, default=96)
     parser.add_argument("--repeats", type=int, default=7)
     arguments = parser.parse_args()
     torch.set_num_threads(1)

@@ -33,7 +33,7 @@ RESULTS = HERE / "results" / "study.json"
 CIFAR10 = HERE.parent.parent / "shared" / "data" / "cifar10"
 TRAIN_PER_CLASS, VAL_PER_CLASS = 40, 30
 MODES = ("study", "scripts", "loop", "warm")
-EPOCHS = 8
+EPOCHS = 6
 FIRST_RATE, *OTHER_RATES = (0.006, 0.012, 0.024)
 
 
@@ -58,9 +58,9 @@ def main() -> None:
         for mode in arguments.modes:
             measured[mode] = run_scripts(arguments.seed, Path(folder)) if mode == "scripts" else run_child(mode, arguments.seed, Path(folder))
             print(mode, round(measured[mode]["wall_seconds"], 1), "s", flush=True)
-    result["seeds"] = dict(sorted(result["seeds"].items()))
-    RESULTS.write_text(json.dumps(result, indent=1) + "\n")
-    RESULTS.with_suffix(".md").write_text(markdown(result))
+            result["seeds"] = dict(sorted(result["seeds"].items()))
+            RESULTS.write_text(json.dumps(result, indent=1) + "\n")
+            RESULTS.with_suffix(".md").write_text(markdown(result))
 
 
 # --- the task -------------------------------------------------------------------------------------------------------------------------------

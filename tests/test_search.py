@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 
 from pipeline.adaptation import AdaptedModel, attach
 from pipeline.adaptation.packing import SizePlanner
+from pipeline.backbones import fingerprint, load_backbone, share
 from pipeline.errors import BudgetError, DataError, TrainingError
 from pipeline.search import study as study_module
 from pipeline.search.champion import choose_champion
@@ -451,6 +452,18 @@ def test_a_remark_on_the_training_comes_with_the_last_epoch_and_is_kept(tiny_inp
     searcher.on_trial_complete("a", {"metric": 0.5, "epoch": 1, "remark": "an expert was never used"})
     (record,) = TrialJournal(tmp_path).read().values()
     assert (record.state, record.val_metric, record.message) == ("complete", 0.5, "an expert was never used")
+
+
+def test_a_trial_leaves_the_backbone_it_shares_with_others_as_it_was(tiny_inputs: Inputs, tmp_path: Path) -> None:
+    path = tmp_path / "backbone.safetensors"
+    share(tiny_inputs.backbone, path)
+    before = path.read_bytes()
+    spec = tiny_inputs.task.backbone.model_copy(update={"weights": str(path)})
+    inputs = replace(tiny_inputs, backbone=load_backbone(spec, tiny_inputs.task.input))
+    selected = select_here(inputs, 2)
+    list(run_trial(inputs, tiny_inputs.task.recipe, selected))
+    assert path.read_bytes() == before
+    assert fingerprint(inputs.backbone.state) == inputs.backbone.fingerprint == tiny_inputs.backbone.fingerprint
 
 
 def test_tunes_messages_become_records(tmp_path: Path) -> None:
