@@ -545,3 +545,27 @@ class Suite(Spec):
     def tasks(self) -> tuple[str, ...]:
         """The names of all tasks, group by group."""
         return tuple(name for group in self.groups.values() for name in group)
+
+
+# --- comparison -----------------------------------------------------------------------------------------------------------------------------
+
+
+class Method(Spec):
+    """One way to adapt a backbone, to be compared with others: a recipe, and the values it is tuned over. Training settings that the recipe does not
+    name are the task's."""
+
+    description: str = ""
+    recipe: Recipe
+    search: SearchSpace
+
+    @model_validator(mode="after")
+    def _tunes_what_it_has(self) -> Method:
+        if idle := self.search.idle_axes(self.recipe):
+            raise ValueError(f"{', '.join(idle)} would change nothing: the recipe has no such part; leave it out of `search`")
+        return self
+
+    def on(self, task: Task) -> Task:
+        """The task with this method in place of its own recipe and search space."""
+        own = self.recipe.training
+        training = task.recipe.training.model_copy(update={key: getattr(own, key) for key in own.model_fields_set})
+        return task.model_copy(update={"recipe": self.recipe.model_copy(update={"training": training}), "search": self.search})
