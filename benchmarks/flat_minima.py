@@ -35,7 +35,7 @@ SHARES = (0.0, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2)
 
 @torch.no_grad()
 def accuracies_under_noise(model: AdaptedModel, reader: Reader, split: Split, share: float, draws: int, seed: int = 0) -> list[float]:
-    """Accuracy for each of `draws` noises on the adapters, of a standard deviation `share` times that of each matrix; the model ends without noise."""
+    """Accuracy for each of `draws` noises on the adapters, of a standard deviation `share` times each matrix's; the model ends without noise."""
     generator = torch.Generator().manual_seed(seed)
     clean = {tensor: value.clone() for tensor, value in model.values().items()}
     accuracies = []
@@ -75,8 +75,8 @@ def markdown(result: dict[str, Any]) -> str:
         "",
         f"`python benchmarks/flat_minima.py` on {machine['cpu']}, torch {machine['torch']}, commit {machine['commit']}.",
         "",
-        f"Task {result['task']}: a bottleneck of width 8 beside every MLP, {result['epochs']} epochs, head at 32 bits and without noise. Validation accuracy in",
-        f"percent, mean ± standard deviation over {result['draws']} draws; noise as a share of each matrix's standard deviation.",
+        f"Task {result['task']}: a bottleneck of width 8 beside every MLP, {result['epochs']} epochs, head at 32 bits and without noise. Validation",
+        f"accuracy in percent, mean ± standard deviation over {result['draws']} draws; noise as a share of each matrix's standard deviation.",
         "",
         "| bits | " + " | ".join(f"{share:g}" for share in SHARES) + " |",
         "|" + "---|" * (len(SHARES) + 1),
