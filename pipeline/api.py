@@ -11,9 +11,10 @@ from pipeline.spec import Task
 from pipeline.task_files import load_tasks
 
 if TYPE_CHECKING:
-    from pipeline.batch import OnProgress, TaskOutcome
+    from pipeline.batch import TaskOutcome
     from pipeline.registry.record import RegisteredPack
     from pipeline.serving.predictor import Predictor
+    from pipeline.stages import OnProgress
 
 WORKDIR = Path("runs")
 
@@ -40,7 +41,8 @@ def run(
     Raises:
         TaskpackError: nothing could be run at all. What befell single tasks is in their outcomes.
     """
-    from pipeline.batch import no_progress, run_batch
+    from pipeline.batch import run_batch
+    from pipeline.stages import no_progress
 
     given = [task for task in tasks if isinstance(task, Task)]
     read = load_tasks([Path(task) for task in tasks if not isinstance(task, Task)], overrides=overrides)

@@ -146,6 +146,50 @@ def _outcome_as_json(outcome: Any) -> dict[str, Any]:
 
 
 @app.command()
+def compare(
+    tasks: Annotated[list[Path] | None, typer.Argument(help="Task files, or folders of them.", metavar="TASK.yaml...")] = None,
+    suite: Annotated[str | None, typer.Option(help="A suite of tasks in place of task files, such as vtab1k; its averages are given.")] = None,
+    methods: Annotated[str | None, typer.Option(help="Methods, separated by commas: names of the catalogue, or YAML files; default: all.")] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Fits of every method.")] = 3,
+    trials: Annotated[int, typer.Option(min=1, help="Trials that every method is tuned with.")] = 4,
+    epochs: Annotated[int | None, typer.Option(min=1, help="Epochs of every trial and fit; default: the task's.")] = None,
+    folder: Annotated[Path | None, typer.Option("--out", help="Where the tables and figures go; default: in the work folder.")] = None,
+    workdir: Workdir = api.WORKDIR,
+    address: Address = None,
+    cpus: Cpus = None,
+    gpus: Gpus = None,
+    as_json: AsJson = False,
+) -> None:
+    """Methods side by side: each tuned on validation with as many trials, tested once a seed. Interrupt it anywhere; the same command goes on."""
+    from pipeline.compare import compare_methods
+    from pipeline.reports.comparison import comparison_table, write_comparison
+    from pipeline.reports.progress import BatchProgress
+    from pipeline.task_files import known_methods, load_methods, tasks_to_compare
+
+    chosen = load_methods(known_methods() if methods is None else [name.strip() for name in methods.split(",")])
+    found, loaded = tasks_to_compare(tasks or [], suite, epochs)
+    try:
+        with BatchProgress(Console(stderr=True) if as_json else out, [task.name for task in loaded]) as progress:
+            rows = compare_methods(
+                loaded, chosen, workdir, seeds=seeds, trials=trials, address=address, per_trial=(cpus, gpus), on_progress=progress.update
+            )
+    except KeyboardInterrupt:
+        _print_error("interrupted;", f"what was finished is kept in {workdir}, the same command goes on from there")
+        raise typer.Exit(INTERRUPTED) from None
+    written = write_comparison(rows, folder or workdir / "comparison", suite=found, notes=f"{trials} trials a method, {seeds} seeds.")
+    if as_json:
+        _print_json([asdict(row) for row in rows])
+        return
+    for task in loaded:
+        out.print(comparison_table([row for row in rows if row.task == task.name], title=task.name))
+    for row in rows:
+        if row.error:
+            _print_error(f"{row.task}, {row.method}:", row.error)
+    for path in written:
+        out.print(str(path), soft_wrap=True)
+
+
+@app.command()
 def demo(workdir: Workdir = api.WORKDIR, max_bytes: MaxBytes = None, trials: Trials = None) -> None:
     """The whole pipeline on three small embedded tasks, on this machine."""
     from pipeline.data import save_samples

@@ -260,6 +260,17 @@ class Full(Spec):
     bits: Bits = 32
 
 
+class Quantiser(Spec):
+    """How values below 16 bits are rounded (Binary Adapter, arXiv 2307.16867).
+
+    codebook: levels that minimise the L1 error, each the median of its bin, or the squared error (lloyd_max). scales: a mean and a standard deviation
+    for each matrix, or for each of its rows.
+    """
+
+    codebook: Literal["median", "lloyd_max"] = "median"
+    scales: Literal["matrix", "row"] = "matrix"
+
+
 class Head(Spec):
     """A linear classifier on the pooled feature; weights at `bits`, bias at 16. `bits: 1, bias: false` is Binary Adapter's Bi-Head."""
 
@@ -296,14 +307,18 @@ class Recipe(Spec):
     prompts: Prompts | None = None
     class_token: ClassToken | None = None
     full: Full | None = None
+    quantiser: Quantiser | None = Field(None, description="default: as the paper, median and matrix")
     head: Head = Head()
     training: Training = Training()
 
     @model_validator(mode="after")
-    def _has_one_method_a_slot(self) -> Recipe:
+    def _goes_together(self) -> Recipe:
         conflict = slot_conflict(self)
         if conflict is not None:
             raise ValueError(conflict)
+        trained = [getattr(self, name) for name in (*PARTS, "head")]
+        if self.quantiser is not None and all(part.bits >= 16 for part in trained if part is not None):
+            raise ValueError("quantiser would change nothing: no part has fewer than 16 bits; leave it out, or lower some bits")
         return self
 
 
@@ -324,7 +339,7 @@ def slot_conflict(recipe: Recipe) -> str | None:
 
 
 _PLACES = {"parallel": ("parallel",), "after_mlp": ("after_mlp",), "after_attention": (), "after_both": ("after_mlp",)}
-PARTS = tuple(name for name in Recipe.model_fields if name not in ("head", "training"))
+PARTS = tuple(name for name in Recipe.model_fields if name not in ("head", "training", "quantiser"))
 """The parts that a recipe may leave out."""
 ADAPTERS = ("smoa", "adapter", "lora")
 """The parts that the axes adapter_bits, width and scale are about."""
@@ -545,3 +560,27 @@ class Suite(Spec):
     def tasks(self) -> tuple[str, ...]:
         """The names of all tasks, group by group."""
         return tuple(name for group in self.groups.values() for name in group)
+
+
+# --- comparison -----------------------------------------------------------------------------------------------------------------------------
+
+
+class Method(Spec):
+    """One way to adapt a backbone, to be compared with others: a recipe, and the values it is tuned over. Training settings that the recipe does not
+    name are the task's."""
+
+    description: str = ""
+    recipe: Recipe
+    search: SearchSpace
+
+    @model_validator(mode="after")
+    def _tunes_what_it_has(self) -> Method:
+        if idle := self.search.idle_axes(self.recipe):
+            raise ValueError(f"{', '.join(idle)} would change nothing: the recipe has no such part; leave it out of `search`")
+        return self
+
+    def on(self, task: Task) -> Task:
+        """The task with this method in place of its own recipe and search space."""
+        own = self.recipe.training
+        training = task.recipe.training.model_copy(update={key: getattr(own, key) for key in own.model_fields_set})
+        return task.model_copy(update={"recipe": self.recipe.model_copy(update={"training": training}), "search": self.search})

@@ -13,7 +13,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,7 +21,7 @@ import yaml
 from pydantic import ValidationError
 
 from pipeline.errors import SpecError
-from pipeline.spec import About, Backbone, Budget, Input, Recipe, SearchSpace, Selection, Spec, Suite, Task
+from pipeline.spec import About, Backbone, Budget, Input, Method, Recipe, SearchSpace, Selection, Spec, Suite, Task
 
 DATA_ROOT = "TASKPACK_DATA"
 SUITE_FILE = "suite.yaml"
@@ -152,6 +152,36 @@ def load_suite(name: str | Path, *, overrides: dict[str, Any] | None = None) -> 
         lacks = "is in no group of it" if differing[0] in tasks else "has no task file beside it"
         raise SpecError(f"{folder / SUITE_FILE}: groups: the task {differing[0]!r} {lacks}; name every task of the folder once")
     return suite, [tasks[task] for task in suite.tasks]
+
+
+def load_methods(names: Sequence[str | Path]) -> dict[str, Method]:
+    """Methods by name, in the order given: files, or methods of the catalogue (`lora`). A method is called as its file is. Raises SpecError."""
+    methods: dict[str, Method] = {}
+    for name in names:
+        path = next((path for path in (Path(name), catalogue_folder() / "methods" / f"{name}.yaml") if path.is_file()), None)
+        if path is None:
+            raise SpecError(f"{name}: no such method; expected a YAML file, or one of {', '.join(known_methods())}")
+        if path.stem in methods:
+            raise SpecError(f"{path}: the method {path.stem!r} is given twice; give each a name of its own")
+        methods[path.stem] = load_spec(Method, path)
+    return methods
+
+
+def tasks_to_compare(paths: Sequence[Path], suite: str | None, epochs: int | None) -> tuple[Suite | None, list[Task]]:
+    """Task files, or the tasks of a suite and the suite, all with `epochs` where given. Raises SpecError unless one of both is named."""
+    if bool(paths) == (suite is not None):
+        raise SpecError("give either task files or --suite")
+    found, tasks = load_suite(suite) if suite is not None else (None, load_tasks(list(paths)))
+    if epochs is None:
+        return found, tasks
+    trained = [task.recipe.training.model_copy(update={"epochs": epochs}) for task in tasks]
+    recipes = [task.recipe.model_copy(update={"training": training}) for task, training in zip(tasks, trained, strict=True)]
+    return found, [task.model_copy(update={"recipe": recipe}) for task, recipe in zip(tasks, recipes, strict=True)]
+
+
+def known_methods() -> list[str]:
+    """The names of the catalogue's methods."""
+    return sorted(path.stem for path in (catalogue_folder() / "methods").glob("*.yaml"))
 
 
 def catalogue_folder() -> Path:

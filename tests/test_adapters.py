@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from pydantic import ValidationError
@@ -11,7 +13,7 @@ from pipeline.adaptation import AdaptedModel, attach, plan
 from pipeline.adaptation.dropout import SeededDropout
 from pipeline.backbones import LoadedBackbone, load_backbone
 from pipeline.errors import BackboneError
-from pipeline.spec import Adapter, Backbone, Connections, Head, Input, Lora, Recipe, SearchSpace, Smoa
+from pipeline.spec import Adapter, Backbone, Connections, Head, Input, Lora, Recipe, SearchSpace, Smoa, Task
 
 CLASSES = 3
 SWIN_V2 = Backbone(
@@ -175,6 +177,27 @@ def test_two_methods_on_one_slot_are_refused_in_words() -> None:
     with pytest.raises(ValidationError, match="smoa and adapter are both in parallel to the MLP; leave one out, or place one elsewhere"):
         Recipe(smoa=Smoa(), adapter=Adapter())
     Recipe(smoa=Smoa(), adapter=Adapter(placement="after_attention"))
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        ({"smoa": {"placement": "after_mlp"}, "adapter": {"placement": "after_both"}}, "smoa and adapter are both after the MLP"),
+        ({"ssf": {}, "norms": {}}, "ssf scales and shifts what biases and norms would change"),
+        ({"prompts": {}, "smoa": {"prompt_generator": True}}, "both append tokens"),
+        ({"full": {}, "biases": {}, "lora": {}}, "full trains everything that biases and lora would change"),
+        ({"lora": {"bits": 32}, "head": {"bits": 16}, "quantiser": {}}, "quantiser would change nothing"),
+    ],
+)
+def test_parts_that_do_not_go_together_are_refused_in_words(recipe: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        Recipe.model_validate(recipe)
+
+
+def test_a_search_cannot_bring_them_together_either(tiny_task: Task) -> None:
+    content = {**tiny_task.model_dump(mode="json"), "recipe": {"adapter": {}}, "search": {"experts": [0, 4]}}
+    with pytest.raises(ValidationError, match="experts: smoa and adapter are both in parallel to the MLP"):
+        Task.model_validate(content)
 
 
 def test_a_width_counts_as_loras_rank() -> None:

@@ -82,7 +82,7 @@ def test_an_unforeseen_error_ends_its_task_alone_and_is_kept(base: Path, tmp_pat
     def fail(*arguments: object) -> None:
         raise ZeroDivisionError("a mistake of ours\nsecond line")
 
-    monkeypatch.setattr("pipeline.batch.prepare", fail)
+    monkeypatch.setattr("pipeline.stages.prepare", fail)
     workdir = new_workdir(base, tmp_path)
     outcomes = run_batch([load_task(write_task(tmp_path, name=name)) for name in ("one", "two")], workdir)
     assert [(outcome.task, outcome.stage, type(outcome.error)) for outcome in outcomes] == [(n, "prepare", ClusterError) for n in ("one", "two")]

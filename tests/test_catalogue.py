@@ -12,11 +12,12 @@ import yaml
 from pipeline.errors import SpecError
 from pipeline.reports.suite import suite_averages
 from pipeline.spec import Backbone, FolderData, JsonData, ListsData, Suite, Task
-from pipeline.task_files import DATA_ROOT, SUITE_FILE, catalogue_folder, load_spec, load_suite, load_task, load_tasks
+from pipeline.task_files import DATA_ROOT, SUITE_FILE, catalogue_folder, load_methods, load_spec, load_suite, load_task, load_tasks
 
 CATALOGUE = Path(__file__).resolve().parents[1] / "tasks"
 FILES = sorted(CATALOGUE.rglob("*.y*ml"))
-PUBLISHED = [path for path in FILES if path.parent not in (CATALOGUE, CATALOGUE / "demo") and path.name not in (SUITE_FILE, "base.yaml")]
+UNPUBLISHED = (CATALOGUE, CATALOGUE / "demo", CATALOGUE / "methods")
+PUBLISHED = [path for path in FILES if path.parent not in UNPUBLISHED and path.name not in (SUITE_FILE, "base.yaml")]
 SUITES = sorted(path.parent.name for path in FILES if path.name == SUITE_FILE)
 
 # From their papers (VPT, GPS): the mean of all tasks and, for VTAB-1k, the mean of the three group means.
@@ -37,7 +38,9 @@ def published(tasks: list[Task], method: str) -> dict[str, float]:
 
 
 def read_any(path: Path, folder: Path) -> Any:
-    """A file of the catalogue as what it is: a task, a suite, a base that tasks start from, or a backbone."""
+    """A file of the catalogue as what it is: a method, a task, a suite, a base that tasks start from, or a backbone."""
+    if path.parent.name == "methods":
+        return load_methods([path])
     content = yaml.safe_load(path.read_text(encoding="utf-8"))
     if path.name == SUITE_FILE:
         return load_suite(path.parent)[0]

@@ -46,6 +46,9 @@ PARTS: dict[str, dict[str, Any]] = {
     "lora": {"lora": {"rank": 3}},
     "lora everywhere": {"lora": {"rank": 3, "targets": ["qkv", "proj", "fc1", "fc2"]}},
     "lora of the MLP": {"lora": {"rank": 3, "targets": ["fc2", "fc1"]}},
+    "lloyd_max": {"adapter": {"width": 4}, "smoa": {"placement": "after_mlp"}, "quantiser": {"codebook": "lloyd_max"}},
+    "a scale a row": {"adapter": {"width": 4, "bits": 1}, "biases": {"bits": 2}, "head": {"bits": 3}, "quantiser": {"scales": "row"}},
+    "lora, both": {"lora": {"targets": ["fc1"], "bits": 2}, "quantiser": {"codebook": "lloyd_max", "scales": "row"}},
     "ssf": {"ssf": {}},
     "prompts": {"prompts": {"count": 3}},
     "prompts deep": {"prompts": {"count": 3, "deep": True}},
@@ -77,7 +80,8 @@ every_pair = pytest.mark.parametrize(("family", "part"), ACCEPTED)
 
 def make_recipe(part: str, bits: int | None = None) -> Recipe:
     """The part's recipe, all its sections at `bits` where given."""
-    sections = {name: {**section, **({"bits": bits} if bits is not None else {})} for name, section in PARTS[part].items()}
+    given = {"bits": bits} if bits is not None else {}
+    sections = {name: {**section, **({} if name == "quantiser" else given)} for name, section in PARTS[part].items()}
     return Recipe.model_validate(sections)
 
 

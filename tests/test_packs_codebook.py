@@ -39,6 +39,39 @@ def test_alternation_from_elsewhere_ends_at_the_same_levels(bits: int) -> None:
     np.testing.assert_allclose(levels(bits), alternate(start, rounds=600), atol=1e-6)
 
 
+# Max, 1960 (Quantizing for minimum distortion), table I.
+LLOYD_MAX_POSITIVE = {
+    1: [0.7980],
+    2: [0.4528, 1.510],
+    3: [0.2451, 0.7560, 1.344, 2.152],
+    4: [0.1284, 0.3881, 0.6568, 0.9424, 1.256, 1.618, 2.069, 2.733],
+}
+
+
+@pytest.mark.parametrize("bits", LLOYD_MAX_POSITIVE)
+def test_lloyd_max_levels_are_the_published_ones(bits: int) -> None:
+    np.testing.assert_allclose(levels(bits, "lloyd_max")[2 ** (bits - 1) :], LLOYD_MAX_POSITIVE[bits], atol=6e-4)
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_lloyd_max_levels_are_the_means_of_their_bins(bits: int) -> None:
+    """Each mean by summing over a fine grid."""
+    grid, level = np.linspace(-9, 9, 2_000_001), levels(bits, "lloyd_max").astype(np.float64)
+    assert (np.diff(level) > 0).all()
+    assert (level == -level[::-1]).all()
+    bins = np.searchsorted((level[:-1] + level[1:]) / 2, grid)
+    density = np.exp(-grid * grid / 2)
+    means = np.bincount(bins, grid * density) / np.bincount(bins, density)
+    np.testing.assert_allclose(level, means, atol=2e-5)
+
+
+def test_each_codebook_is_best_at_its_own_error() -> None:
+    z = np.random.default_rng(0).standard_normal(100_000)
+    error = {kind: z - levels(3, kind)[np.searchsorted(thresholds(3, kind), z)] for kind in ("median", "lloyd_max")}
+    assert np.abs(error["median"]).mean() < np.abs(error["lloyd_max"]).mean()
+    assert np.square(error["lloyd_max"]).mean() < np.square(error["median"]).mean()
+
+
 @pytest.mark.parametrize("bits", range(1, 9))
 def test_one_more_round_of_alternation_changes_nothing(bits: int) -> None:
     np.testing.assert_allclose(levels(bits), alternate(levels(bits).tolist(), rounds=1), atol=1e-6)

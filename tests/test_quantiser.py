@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -274,6 +275,26 @@ def test_stored_values_are_found_by_name_and_used_as_they_are() -> None:
     arbitrary = draw_mixed(seed=90)
     reloaded.load_stored(arbitrary)
     assert all(torch.equal(value, arbitrary[tensor]) for tensor, value in reloaded().items()), "not quantised a second time"
+
+
+@pytest.mark.parametrize("shape", [(4, 6), (2, 3, 5), (7,)])
+def test_by_row_every_row_is_quantised_by_itself(shape: tuple[int, ...]) -> None:
+    latent, tensor = draw(shape) * torch.arange(1, shape[0] + 1).view(-1, *[1] * (len(shape) - 1)), only(shape, 2)
+    by_row = replace(tensor, by_row=len(shape) > 1)
+    rows = latent.reshape(-1, shape[-1])
+    expected = torch.cat([TrainedValues({only((shape[-1],), 2): row})()[only((shape[-1],), 2)] for row in rows]).view(shape)
+    values = TrainedValues({by_row: latent})
+    assert torch.equal(values()[by_row], expected)
+    assert values.encode()[by_row][1].shape == (len(rows), 2)  # type: ignore[union-attr]
+
+
+def test_codebooks_do_not_mix() -> None:
+    paper, other = only((4, 6), 2), replace(PlannedTensor("adapters", "other", (4, 6), 2), codebook="lloyd_max")
+    values = TrainedValues({paper: draw((4, 6)), other: draw((4, 6))})
+    used, latent = values(), draw((4, 6)).reshape(-1)
+    assert torch.equal(used[paper].reshape(-1), quantise(latent, torch.tensor([24]), 2))
+    assert torch.equal(used[other].reshape(-1), quantise(latent, torch.tensor([24]), 2, "lloyd_max"))
+    assert not torch.equal(used[paper], used[other])
 
 
 @pytest.mark.parametrize("bits", [*LOW_BITS, 16, 32])

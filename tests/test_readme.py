@@ -27,14 +27,14 @@ from pipeline.registry.record import RegisteredPack
 from pipeline.reports.tables import champions_table, ledger_table, packs_table
 from pipeline.search.proposer import LAG
 from pipeline.serving.predictor import Predictor
-from pipeline.spec import HOUSE_PARTS, Backbone, Budget, Head, Recipe, SearchSpace, Spec, Task
+from pipeline.spec import HOUSE_PARTS, Backbone, Budget, Head, Method, Recipe, SearchSpace, Spec, Task
 from pipeline.task_files import load_spec, load_task, validate
 
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
 README = (PROJECT_ROOT / "README.md").read_text(encoding="utf-8")
 ARCHITECTURE = (PROJECT_ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
 COMMANDS: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
-SECTIONS: dict[str, type[Spec]] = {"backbone": Backbone, "budget": Budget, "recipe": Recipe, "search": SearchSpace}
+SECTIONS: dict[str, type[Spec]] = {"backbone": Backbone, "budget": Budget, "method": Method, "recipe": Recipe, "search": SearchSpace}
 
 
 def blocks(language: str) -> list[str]:
@@ -225,7 +225,7 @@ def test_ray_and_mlflow_are_imported_only_where_the_map_says() -> None:
     for path in (PROJECT_ROOT / "pipeline").rglob("*.py"):
         for module in imported_modules(path):
             users[module.split(".")[0]].add(path.relative_to(PROJECT_ROOT / "pipeline").parts[0].removesuffix(".py"))
-    assert users["ray"] == {"batch", "cluster", "search", "selection"}
+    assert users["ray"] == {"batch", "cluster", "compare", "search", "selection"}
     assert users["mlflow"] == {"registry"}
 
 

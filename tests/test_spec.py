@@ -29,6 +29,7 @@ from pipeline.spec import (
     Lora,
     Norms,
     Prompts,
+    Quantiser,
     Recipe,
     SearchSpace,
     Selection,
@@ -235,6 +236,7 @@ SECTIONS: dict[str, type[Spec]] = {
     "recipe.prompts": Prompts,
     "recipe.class_token": ClassToken,
     "recipe.full": Full,
+    "recipe.quantiser": Quantiser,
     "recipe.head": Head,
     "recipe.training": Training,
 }

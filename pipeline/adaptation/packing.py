@@ -61,11 +61,11 @@ class SizePlanner:
     def _part(self, recipe: Recipe, group: list[PlannedTensor]) -> Part:
         name, bits, specs, layers = _specs(group)
         if recipe.connections is None or name != "connections":
-            return zero_part(name, bits, specs)
-        key = recipe.connections.model_dump_json()
+            return zero_part(name, bits, specs, codebook=group[0].codebook, by_row=group[0].by_row)
+        key = repr((recipe.connections, recipe.quantiser))
         if key not in self._connections:  # coding positions takes longer than everything else
             positions = tuple(self._places(tensor, recipe.connections.top_k) for tensor in group)
-            self._connections[key] = zero_part(name, bits, specs, positions, layers)
+            self._connections[key] = zero_part(name, bits, specs, positions, layers, codebook=group[0].codebook, by_row=group[0].by_row)
         return self._connections[key]
 
     def _places(self, tensor: PlannedTensor, top_k: int) -> np.ndarray:
@@ -97,7 +97,7 @@ def from_pack(pack: Pack, backbone: LoadedBackbone) -> AdaptedModel:
     stored = {(part.name, spec.name): (part, spec) for part in pack.parts for spec in part.tensors}
     planned = plan(backbone, recipe, len(meta.classes))
     layers = {(part.name, spec.name): layer for part in pack.parts for spec, layer in zip(part.tensors, part.layers, strict=False)}
-    _compare(planned, {key: (spec, part.bits, layers.get(key)) for key, (part, spec) in stored.items()})
+    _compare(planned, {key: (spec, part.bits, layers.get(key), part.codebook, part.by_row) for key, (part, spec) in stored.items()})
     model = attach(backbone, recipe, len(meta.classes), selected=_selected(pack))
     values = {(part.name, name): array for part in pack.parts for name, array in part.values().items()}
     model.values.load_stored({tensor: torch.from_numpy(values[tensor.part, tensor.name]) for tensor in planned})
@@ -138,8 +138,8 @@ def probe_logits(model: AdaptedModel, size_px: int) -> np.ndarray:
 
 
 def _groups(tensors: Sequence[PlannedTensor]) -> list[list[PlannedTensor]]:
-    """Neighbours of one part and one width share a part of the file."""
-    return [list(group) for _, group in itertools.groupby(tensors, key=lambda tensor: (tensor.part, tensor.bits))]
+    """Neighbours of one part, stored alike, share a part of the file."""
+    return [list(group) for _, group in itertools.groupby(tensors, key=lambda tensor: (tensor.part, tensor.bits, tensor.codebook, tensor.by_row))]
 
 
 def _specs(group: list[PlannedTensor]) -> tuple[PartName, PartBits, tuple[TensorSpec, ...], tuple[tuple[int, int], ...]]:
@@ -164,6 +164,8 @@ def _part(
         scales=np.concatenate(scales) if scales else None,
         positions=tuple(_as_places(positions[spec.name]) for spec in specs) if layers else (),
         layers=layers,
+        codebook=group[0].codebook,
+        by_row=group[0].by_row,
     )
 
 
@@ -175,8 +177,11 @@ def _recipe(pack: Pack) -> Recipe:
         raise PackDamaged(f"the pack's recipe is not valid: {'.'.join(str(key) for key in fault['loc'])}: {fault['msg']}") from None
 
 
-def _compare(planned: Sequence[PlannedTensor], stored: dict[tuple[str, str], tuple[TensorSpec, int, tuple[int, int] | None]]) -> None:
-    wanted = {(tensor.part, tensor.name): (TensorSpec(tensor.name, tensor.shape), int(tensor.bits), tensor.layer) for tensor in planned}
+def _compare(planned: Sequence[PlannedTensor], stored: Mapping[tuple[str, str], tuple[object, ...]]) -> None:
+    wanted: dict[tuple[str, str], tuple[object, ...]] = {
+        (tensor.part, tensor.name): (TensorSpec(tensor.name, tensor.shape), int(tensor.bits), tensor.layer, tensor.codebook, tensor.by_row)
+        for tensor in planned
+    }
     if wanted == stored:
         return
     missing, surplus = sorted(wanted.keys() - stored.keys()), sorted(stored.keys() - wanted.keys())

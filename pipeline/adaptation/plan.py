@@ -6,6 +6,7 @@ Layers and blocks are found by module type (see `sites`), so that ViT, Swin and 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from torch import nn
 
@@ -19,7 +20,7 @@ from pipeline.adaptation.ssf import plan_ssf
 from pipeline.adaptation.tensors import PlannedTensor
 from pipeline.backbones import LoadedBackbone
 from pipeline.errors import BackboneError
-from pipeline.spec import Biases, Bits, Connections, Head, Norms, Recipe
+from pipeline.spec import Biases, Bits, Connections, Head, Norms, Quantiser, Recipe
 
 __all__ = ["PlannedTensor", "plan", "tunable_layers"]
 
@@ -50,7 +51,15 @@ def plan(backbone: LoadedBackbone, recipe: Recipe, class_count: int) -> tuple[Pl
     for part, tensors in parts.items():
         if tensors is not None and not tensors:
             raise BackboneError(f"recipe.{part}: nothing in {type(model).__name__} matches it; {_WANTED[part]}; leave this part out")
-    return (*(tensor for tensors in parts.values() for tensor in tensors or ()), *_plan_head(backbone.width, class_count, recipe.head))
+    planned = [*(tensor for tensors in parts.values() for tensor in tensors or ()), *_plan_head(backbone.width, class_count, recipe.head)]
+    return tuple(_stored_as(tensor, recipe.quantiser or Quantiser()) for tensor in planned)
+
+
+def _stored_as(tensor: PlannedTensor, spec: Quantiser) -> PlannedTensor:
+    """The tensor with the recipe's way of rounding, where it is rounded to codes."""
+    if tensor.bits >= 16:
+        return tensor
+    return replace(tensor, codebook=spec.codebook, by_row=spec.scales == "row" and len(tensor.shape) > 1)
 
 
 _MLP_BLOCKS = "it needs blocks with a norm before an MLP (mlp.fc1)"

@@ -4,7 +4,8 @@ Per matrix, z = (w - mean) / (sd + 1e-5) is replaced by the nearest level of a f
 pass Q unchanged (straight-through) and also flow through mean and sd. 16 bits round to half precision, 32 bits are plain floats.
 Source: Binary Adapter (arXiv 2307.16867), section 3; see `pipeline.packs.codebook` for the levels.
 
-All tensors of one width are quantised at once, as one flat vector of N values in G runs, one run a matrix; sums are taken in float64.
+All tensors of one width are quantised at once, as one flat vector of N values in G runs, one run a matrix or, by choice, one a row; sums are taken in
+float64.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipeline.packs.codebook import levels, thresholds
+from pipeline.packs.codebook import Codebook, levels, thresholds
 from pipeline.spec import Bits
 
 EPSILON = 1e-5
@@ -23,8 +24,8 @@ SMALLEST_VARIANCE = 1e-20  # keeps the gradient of sd finite where all values ar
 
 
 @functools.cache
-def _codebook(bits: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.from_numpy(levels(bits)).to(device), torch.from_numpy(thresholds(bits)).to(device)
+def _codebook(bits: int, codebook: Codebook, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.from_numpy(levels(bits, codebook)).to(device), torch.from_numpy(thresholds(bits, codebook)).to(device)
 
 
 def run_sums(values_N: torch.Tensor, lengths_G: torch.Tensor) -> torch.Tensor:
@@ -63,8 +64,8 @@ class _Quantise(torch.autograd.Function):
     """w_hat = Q(z) sd + mean, with dQ/dz = 1 and everything else differentiated; written out, since it runs in every step."""
 
     @staticmethod
-    def forward(ctx: Any, latent_N: torch.Tensor, lengths_G: torch.Tensor, bits: int) -> torch.Tensor:  # type: ignore[override]
-        level_values, edges = _codebook(bits, latent_N.device)
+    def forward(ctx: Any, latent_N: torch.Tensor, lengths_G: torch.Tensor, bits: int, codebook: Codebook) -> torch.Tensor:  # type: ignore[override]
+        level_values, edges = _codebook(bits, codebook, latent_N.device)
         z_N, mean_G, sd_G = _standardise(latent_N, lengths_G)
         rounded_N = level_values.to(latent_N.dtype)[torch.bucketize(z_N, edges, right=True)]
         ctx.save_for_backward(z_N, rounded_N, sd_G, lengths_G)
@@ -72,7 +73,7 @@ class _Quantise(torch.autograd.Function):
         return rounded_N * sd_N + mean_N
 
     @staticmethod
-    def backward(ctx: Any, gradient_N: torch.Tensor) -> tuple[torch.Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient_N: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:  # type: ignore[override]
         z_N, rounded_N, sd_G, lengths_G = ctx.saved_tensors
         shrink_G = sd_G / (sd_G + EPSILON)
         shrink_N = shrink_G.repeat_interleave(lengths_G, output_size=len(z_N))
@@ -80,24 +81,24 @@ class _Quantise(torch.autograd.Function):
         # d sd / d w = (w - mean) / ((n - 1) sd) = z / ((n - 1) shrink)
         sd_term_G = run_sums(gradient_N * (rounded_N - shrink_N * z_N), lengths_G) / ((lengths_G - 1).clamp_min(1) * shrink_G)
         mean_term_N, sd_term_N = (each.to(z_N.dtype).repeat_interleave(lengths_G, output_size=len(z_N)) for each in (mean_term_G, sd_term_G))
-        return gradient_N * shrink_N + mean_term_N + sd_term_N * z_N, None, None
+        return gradient_N * shrink_N + mean_term_N + sd_term_N * z_N, None, None, None
 
 
-def quantise(latent_N: torch.Tensor, lengths_G: torch.Tensor, bits: Bits) -> torch.Tensor:
-    """The stored values of `latent_N`, with straight-through gradients; `lengths_G` are the values of each matrix, in order."""
+def quantise(latent_N: torch.Tensor, lengths_G: torch.Tensor, bits: Bits, codebook: Codebook = "median") -> torch.Tensor:
+    """The stored values of `latent_N`, with straight-through gradients; `lengths_G` are the values of each run, in order."""
     if bits == 32:
         return latent_N
     if bits == 16:
         return _RoundToHalf.apply(latent_N)
-    return _Quantise.apply(latent_N, lengths_G, bits)
+    return _Quantise.apply(latent_N, lengths_G, bits, codebook)
 
 
 @torch.no_grad()
-def encode(latent_N: torch.Tensor, lengths_G: torch.Tensor, bits: Bits) -> tuple[np.ndarray, np.ndarray | None]:
+def encode(latent_N: torch.Tensor, lengths_G: torch.Tensor, bits: Bits, codebook: Codebook = "median") -> tuple[np.ndarray, np.ndarray | None]:
     """What a pack stores: codes [N] (uint8, float16 or float32) and, below 16 bits, scales float32 [G, 2] of (mean, sd)."""
     latent_N, lengths_G = latent_N.detach().cpu(), lengths_G.cpu()
     if bits >= 16:
         return latent_N.numpy().astype(np.float16 if bits == 16 else np.float32), None
     z_N, mean_G, sd_G = _standardise(latent_N, lengths_G)
-    codes_N = torch.bucketize(z_N, _codebook(bits, z_N.device)[1], right=True).to(torch.uint8)
+    codes_N = torch.bucketize(z_N, _codebook(bits, codebook, z_N.device)[1], right=True).to(torch.uint8)
     return codes_N.numpy(), torch.stack([mean_G, sd_G], dim=1).numpy()

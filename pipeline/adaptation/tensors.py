@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from pipeline.packs import PartName
+from pipeline.packs import Codebook, PartName
 from pipeline.spec import Bits
 
 Start = Literal["change", "linear", "up", "near_zero", "fan_in", "unit", "head"]
@@ -20,7 +20,10 @@ _DEVIATIONS = {"near_zero": 1e-3, "unit": 1.0, "head": 0.02}
 
 @dataclass(frozen=True)
 class PlannedTensor:
-    """One trained tensor. `layer` is (neurons, inputs of a neuron) of the layer whose connections these are, None for other parts."""
+    """One trained tensor. `layer` is (neurons, inputs of a neuron) of the layer whose connections these are, None for other parts.
+
+    codebook, by_row: what its codes stand for below 16 bits, and whether every row of a matrix has a mean and an sd of its own.
+    """
 
     part: PartName
     name: str
@@ -28,6 +31,8 @@ class PlannedTensor:
     bits: Bits
     layer: tuple[int, int] | None = None
     start: Start = "change"
+    codebook: Codebook = "median"
+    by_row: bool = False
 
     @property
     def values(self) -> int:
@@ -35,9 +40,9 @@ class PlannedTensor:
         return math.prod(self.shape)
 
     @property
-    def matrices(self) -> int:
-        """Number of trailing 2-D matrices, each with a mean and an sd of its own; a vector is one."""
-        return math.prod(self.shape[:-2])
+    def runs(self) -> int:
+        """Number of runs of values with a mean and an sd of their own: trailing 2-D matrices, or their rows; a vector is one."""
+        return math.prod(self.shape[:-1] if self.by_row else self.shape[:-2])
 
 
 def initial_values(tensor: PlannedTensor, generator: torch.Generator) -> torch.Tensor:

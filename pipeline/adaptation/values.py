@@ -5,7 +5,6 @@ An optimiser sees one to three parameters instead of a hundred, and quantising c
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -27,23 +26,24 @@ class FlatValues(nn.Module):
         self.tensors = tuple(tensors)
         self.bits: Bits = tensors[0].bits
         self.latent_N = nn.Parameter(torch.cat([values.reshape(-1) for values in initial]))
-        runs = [math.prod(tensor.shape[-2:]) for tensor in tensors for _ in range(tensor.matrices)]
+        self.codebook = tensors[0].codebook
+        runs = [tensor.values // tensor.runs for tensor in tensors for _ in range(tensor.runs)]
         self.register_buffer("lengths_G", torch.tensor(runs), persistent=False)
         self.is_stored = False
 
     def forward(self) -> list[torch.Tensor]:
         """Each tensor's values as they are, or will be, stored."""
-        values_N = self.latent_N if self.is_stored else quantise(self.latent_N, self.lengths_G, self.bits)
+        values_N = self.latent_N if self.is_stored else quantise(self.latent_N, self.lengths_G, self.bits, self.codebook)
         pieces = values_N.split([tensor.values for tensor in self.tensors])
         return [piece.view(tensor.shape) for piece, tensor in zip(pieces, self.tensors, strict=True)]
 
     def encode(self) -> dict[PlannedTensor, tuple[np.ndarray, np.ndarray | None]]:
-        """For each tensor its flat codes and, below 16 bits, its scales [matrices, 2]."""
-        codes_N, scales_G2 = encode(self.latent_N, self.lengths_G, self.bits)
+        """For each tensor its flat codes and, below 16 bits, its scales [runs, 2]."""
+        codes_N, scales_G2 = encode(self.latent_N, self.lengths_G, self.bits, self.codebook)
         codes = np.split(codes_N, np.cumsum([tensor.values for tensor in self.tensors])[:-1])
         if scales_G2 is None:
             return {tensor: (code, None) for tensor, code in zip(self.tensors, codes, strict=True)}
-        scales = np.split(scales_G2, np.cumsum([tensor.matrices for tensor in self.tensors])[:-1])
+        scales = np.split(scales_G2, np.cumsum([tensor.runs for tensor in self.tensors])[:-1])
         return {tensor: (code, scale) for tensor, code, scale in zip(self.tensors, codes, scales, strict=True)}
 
     @torch.no_grad()
@@ -59,8 +59,8 @@ class TrainedValues(nn.Module):
     def __init__(self, initial: Mapping[PlannedTensor, torch.Tensor]) -> None:
         super().__init__()
         self.tensors = tuple(initial)
-        widths = sorted({tensor.bits for tensor in initial})
-        groups = [[tensor for tensor in initial if tensor.bits == bits] for bits in widths]
+        kinds = sorted({(tensor.bits, tensor.codebook) for tensor in initial})
+        groups = [[tensor for tensor in initial if (tensor.bits, tensor.codebook) == kind] for kind in kinds]
         self.flat = nn.ModuleList([FlatValues(group, [initial[tensor] for tensor in group]) for group in groups])
 
     def forward(self) -> dict[PlannedTensor, torch.Tensor]:

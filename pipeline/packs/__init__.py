@@ -1,7 +1,7 @@
 """The pack: one task's model as a file of a few kilobytes. numpy, pydantic and constriction only."""
 
 from pipeline.packs.bits import pack_codes, packed_size_bytes, unpack_codes
-from pipeline.packs.codebook import dequantise, levels, thresholds
+from pipeline.packs.codebook import Codebook, dequantise, levels, thresholds
 from pipeline.packs.file import LEDGER_KEYS, Pack, ledger, pack_to_bytes, read_pack, write_pack
 from pipeline.packs.metadata import FORMAT_VERSION, PackBackbone, PackInput, PackMetadata
 from pipeline.packs.parts import PART_BITS, PART_NAMES, Part, PartBits, PartName, TensorSpec, zero_part
@@ -12,6 +12,7 @@ __all__ = [
     "LEDGER_KEYS",
     "PART_BITS",
     "PART_NAMES",
+    "Codebook",
     "LayerShape",
     "Pack",
     "PackBackbone",

@@ -13,6 +13,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pipeline.errors import PackDamaged, PackError
+from pipeline.packs.codebook import Codebook
 from pipeline.packs.metadata import PackMetadata
 from pipeline.packs.parts import PartBits, PartName
 
@@ -32,6 +33,8 @@ class PartLayout(BaseModel):
     tensors: list[tuple[str, Annotated[list[_Size], Field(max_length=8)]]]
     layers: list[tuple[_Size, _Size]] = []
     positions: _Length | Literal["recomputed"] = 0
+    codebook: Codebook = "median"
+    by_row: bool = False
 
 
 class Description(BaseModel):

@@ -122,6 +122,8 @@ def _layout(part: Part) -> PartLayout:
         tensors=[(tensor.name, list(tensor.shape)) for tensor in part.tensors],
         layers=list(part.layers),
         positions="recomputed" if part.recomputed else len(part.encoded_positions),
+        codebook=part.codebook,
+        by_row=part.by_row,
     )
 
 
@@ -184,7 +186,7 @@ class _Content:
 
 def _read_part(layout: PartLayout, content: _Content) -> Part:
     specs = tuple(TensorSpec(name, tuple(shape)) for name, shape in layout.tensors)
-    count, groups = sum(spec.count for spec in specs), sum(spec.groups for spec in specs)
+    count, groups = sum(spec.count for spec in specs), sum(spec.groups(layout.by_row) for spec in specs)
     recomputed = layout.positions == "recomputed"
     positions_data = b"" if layout.positions == "recomputed" else content.take(layout.positions)
     scales = None
@@ -201,4 +203,4 @@ def _read_part(layout: PartLayout, content: _Content) -> Part:
         positions = tuple(decode_positions(positions_data, shapes))
     elif positions_data:
         raise PackDamaged(f"part {layout.name!r} has positions but no layers")
-    return Part(layout.name, layout.bits, specs, codes, scales, positions, tuple(layout.layers), recomputed)
+    return Part(layout.name, layout.bits, specs, codes, scales, positions, tuple(layout.layers), recomputed, layout.codebook, layout.by_row)

@@ -1,9 +1,9 @@
 """A part: the trained tensors of one kind that share a bit width, as the codes that the file stores.
 
-Up to 8 bits a tensor is codes of the fixed codebook with one (mean, sd) for each trailing 2-D matrix: a bank of experts [E, h, D] has E pairs, a
-matrix or a vector one. At 16 and 32 bits the codes are the values themselves. Connections also carry their positions: tensor n, of shape [N], holds
-the values at the ascending places `positions[n]` [N] of a weight of `layers[n]` = (O, I), seen as one row-major [O, I] matrix. Positions that a
-reader computes anew from the backbone (the largest weights, say) are not stored: `recomputed`.
+Up to 8 bits a tensor is codes of a fixed codebook with one (mean, sd) for each trailing 2-D matrix: a bank of experts [E, h, D] has E pairs, a
+matrix or a vector one; `by_row`, every row of a matrix has its own. At 16 and 32 bits the codes are the values themselves. Connections also carry
+their positions: tensor n, of shape [N], holds the values at the ascending places `positions[n]` [N] of a weight of `layers[n]` = (O, I), seen as one
+row-major [O, I] matrix. Positions that a reader computes anew from the backbone (the largest weights, say) are not stored: `recomputed`.
 
 A conceptual part may mix widths (a head's weight at 1 bit, its bias at 16): it is then several Parts of one name.
 
@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.errors import PackDamaged
-from pipeline.packs.codebook import MAX_CODE_BITS, dequantise
+from pipeline.packs.codebook import MAX_CODE_BITS, Codebook, dequantise
 from pipeline.packs.positions import LayerShape, check_places, encode_positions
 
 PartName = Literal["connections", "biases", "norms", "adapters", "prompts", "full", "head"]
@@ -43,10 +43,9 @@ class TensorSpec:
         """Number of values."""
         return math.prod(self.shape)
 
-    @property
-    def groups(self) -> int:
-        """Number of (mean, sd) pairs: one for each trailing 2-D matrix."""
-        return math.prod(self.shape[:-2])
+    def groups(self, by_row: bool) -> int:
+        """Number of (mean, sd) pairs: one for each trailing 2-D matrix, or for each row of it; a vector has one."""
+        return math.prod(self.shape[:-1] if by_row else self.shape[:-2])
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,6 +64,8 @@ class Part:
     positions: tuple[NDArray[np.int64], ...] = ()
     layers: tuple[tuple[int, int], ...] = ()
     recomputed: bool = False
+    codebook: Codebook = "median"
+    by_row: bool = False
 
     def __post_init__(self) -> None:
         self._require(self.name in PART_NAMES, f"expected one of {', '.join(PART_NAMES)}")
@@ -82,7 +83,7 @@ class Part:
     @property
     def groups(self) -> int:
         """Number of (mean, sd) pairs of all tensors: G."""
-        return sum(tensor.groups for tensor in self.tensors)
+        return sum(tensor.groups(self.by_row) for tensor in self.tensors)
 
     @property
     def layer_shapes(self) -> tuple[LayerShape, ...]:
@@ -102,10 +103,11 @@ class Part:
         value, group = 0, 0
         for tensor in self.tensors:
             codes = self.codes[value : value + tensor.count]
-            scales = None if self.scales is None else self.scales[group : group + tensor.groups]
-            values = codes.astype(np.float32) if scales is None else dequantise(codes, scales, self.bits)
+            groups = tensor.groups(self.by_row)
+            scales = None if self.scales is None else self.scales[group : group + groups]
+            values = codes.astype(np.float32) if scales is None else dequantise(codes, scales, self.bits, self.codebook)
             yield tensor, values.reshape(tensor.shape)
-            value, group = value + tensor.count, group + tensor.groups
+            value, group = value + tensor.count, group + groups
 
     def _require(self, condition: bool, message: str) -> None:
         if not condition:
@@ -158,11 +160,13 @@ def zero_part(
     positions: tuple[NDArray[np.int64], ...] = (),
     layers: tuple[tuple[int, int], ...] = (),
     recomputed: bool = False,
+    codebook: Codebook = "median",
+    by_row: bool = False,
 ) -> Part:
     """A part of these shapes and positions with codes and scales 0; it takes as many bytes as the trained one."""
-    count, groups = sum(tensor.count for tensor in tensors), sum(tensor.groups for tensor in tensors)
+    count, groups = sum(tensor.count for tensor in tensors), sum(tensor.groups(by_row) for tensor in tensors)
     scales = np.zeros((groups, 2), np.float32) if bits <= MAX_CODE_BITS else None
-    return Part(name, bits, tensors, np.zeros(count, code_dtype(bits)), scales, positions, layers, recomputed)
+    return Part(name, bits, tensors, np.zeros(count, code_dtype(bits)), scales, positions, layers, recomputed, codebook, by_row)
 
 
 def code_dtype(bits: int) -> type[np.generic]:

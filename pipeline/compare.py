@@ -1,0 +1,293 @@
+"""Methods side by side: each tuned on validation with the same number of trials, then trained on train and validation once a seed and tested.
+
+All trials of a task, whatever their method, are in the cluster's queue at once; none is stopped early, since methods differ in how fast they learn.
+The trial with the best validation metric is a method's; its recipe is fitted for each seed, and each pack reads the test set once, as reloaded from
+its file. What is finished is kept in the work folder, so the same command goes on after an interruption.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import random
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+from pipeline.adaptation.packing import SizePlanner
+from pipeline.cluster import ray_session
+from pipeline.errors import SpecError, TaskpackError, TrainingError
+from pipeline.search.record import TrialJournal, TrialRecord
+from pipeline.search.trial import recipe_key, run_trial
+from pipeline.selection import read_selection
+from pipeline.spec import Method, Recipe, Task
+from pipeline.stages import OnProgress, Stages, fit_worker, named_errors, no_progress
+from pipeline.storage import exclusive
+from pipeline.training import Inputs, open_inputs
+from pipeline.training.fit import FitResult, read_fit
+from pipeline.workspace import StudyFolder, Workspace
+
+NO_BUDGET = 1 << 62
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """One method on one task. `point` are the tuned values; `test_accuracies` one a seed, of `test_samples` each; `error` says why there are none."""
+
+    task: str
+    method: str
+    point: dict[str, Any] = field(default_factory=dict)
+    trials: int = 0
+    size_bytes: int = 0
+    trained_values: int = 0
+    val_accuracy: float | None = None
+    test_accuracies: tuple[float, ...] = ()
+    test_samples: int = 0
+    tune_seconds: float = 0.0
+    fit_seconds: float = 0.0
+    device: str = ""
+    error: str = ""
+
+    @property
+    def test_accuracy(self) -> float:
+        """Mean over the seeds."""
+        return fmean(self.test_accuracies)
+
+    @property
+    def seed_deviation(self) -> float:
+        """Standard deviation over the seeds; 0 for a single one."""
+        return stdev(self.test_accuracies) if len(self.test_accuracies) > 1 else 0.0
+
+    @property
+    def standard_error(self) -> float:
+        """Of the mean: that of the seeds, and the binomial one of the test set, which all seeds share."""
+        binomial = self.test_accuracy * (1 - self.test_accuracy) / self.test_samples
+        return float((self.seed_deviation**2 / len(self.test_accuracies) + binomial) ** 0.5)
+
+
+@dataclass
+class _Entry:
+    """One method on one task while it is compared."""
+
+    method: str
+    inputs: Inputs
+    selection: Path | None = None
+    folder: StudyFolder | None = None
+    records: dict[str, TrialRecord] = field(default_factory=dict)
+    recipes: dict[str, tuple[dict[str, Any], Recipe, int]] = field(default_factory=dict)
+    fits: list[FitResult] = field(default_factory=list)
+    error: str = ""
+
+    @property
+    def task(self) -> Task:
+        return self.inputs.task
+
+    def best(self) -> TrialRecord:
+        """The trial with the best validation metric; of equal ones the smallest pack."""
+        complete = [record for record in self.records.values() if record.val_metric is not None]
+        if not complete:
+            raise TrainingError(next(iter(self.records.values())).message)
+        return max(complete, key=lambda record: (record.val_metric or 0.0, -record.size_bytes, record.id))
+
+
+def compare_methods(
+    tasks: Sequence[Task],
+    methods: Mapping[str, Method],
+    workdir: Path,
+    *,
+    seeds: int = 3,
+    trials: int = 4,
+    address: str | None = None,
+    per_trial: tuple[float | None, float | None] = (None, None),
+    on_progress: OnProgress = no_progress,
+) -> list[Comparison]:
+    """Compare `methods` on `tasks`; one row for each pair, task by task.
+
+    Args:
+        workdir: keeps every trial and pack; on a cluster it must be a folder that every node sees.
+        seeds: fits of every method; they differ in initial values, batches and augmentation, and share selection and splits.
+        trials: of every method. A larger space is sampled, the same points in every run.
+
+    Raises:
+        SpecError: a method has fewer points to try than `trials`.
+        DataError, BackboneError: a task cannot be used. A method that fails, or that a backbone has no place for, is a row with an error.
+    """
+    for name, method in methods.items():
+        if method.search.size() < trials:
+            raise SpecError(
+                f"{name}: search: its {method.search.size()} points are fewer than the {trials} trials that every method is tuned with; "
+                "add values, or lower --trials"
+            )
+    workspace = Workspace(workdir.resolve())
+    with exclusive(workspace.root), contextlib.ExitStack() as stack:
+        workspace.clear_leftovers()
+        ray_is_up = functools.cache(lambda: stack.enter_context(ray_session(address)))
+        if address is not None:
+            ray_is_up()
+        driver = _Driver(
+            workspace=workspace,
+            ray_is_up=ray_is_up,
+            ray_is_private=address is None,
+            selection_workers=None,
+            per_trial=per_trial,
+            on_progress=on_progress,
+        )
+        prepared = [driver.open(task) for task in tasks]
+        return [row for inputs in prepared for row in driver.compare(inputs, methods, seeds, trials)]
+
+
+@dataclass(kw_only=True)
+class _Driver(Stages):
+    def open(self, task: Task) -> Inputs:
+        """The prepared task, as workers get it."""
+        task = task.model_copy(update={"budget": task.budget.model_copy(update={"max_bytes": NO_BUDGET})})
+        with named_errors(self.workspace.root / "logs" / f"{task.name}.txt"):
+            self.prepare(task)
+            return self.with_shared_backbone(open_inputs(task, self.workspace.data(task.name)))
+
+    def compare(self, inputs: Inputs, methods: Mapping[str, Method], seeds: int, trials: int) -> list[Comparison]:
+        """All methods on one task."""
+        entries = [_Entry(name, replace(inputs, task=method.on(inputs.task))) for name, method in methods.items()]
+        with named_errors(self.workspace.root / "logs" / f"{inputs.task.name}.txt"):
+            for entry in entries:
+                _guarded(entry, self._plan_trials, trials)
+            self._tune(inputs.task, [entry for entry in entries if not entry.error])
+            self._test(inputs.task, [entry for entry in entries if not entry.error], seeds)
+        self.on_progress(inputs.task.name, "done", 1.0, "")
+        return [_row(entry) for entry in entries]
+
+    def _plan_trials(self, entry: _Entry, trials: int) -> None:
+        """What the method tries, what each costs, which connections it may change."""
+        task = entry.task
+        top_k = task.search.max_top_k(task.recipe)
+        entry.folder = self.workspace.study(entry.inputs, top_k)
+        entry.selection = self.select(entry.inputs, entry.inputs.data_folder, top_k) if top_k else None
+        selected = read_selection(entry.selection) if entry.selection is not None else None
+        planner = SizePlanner(task, entry.inputs.backbone, entry.inputs.index.classes, selected)
+        points = list(task.search.points())
+        for point in points if len(points) <= trials else random.Random(task.seed).sample(points, trials):
+            recipe = task.search.recipe(task.recipe, point)
+            entry.recipes[recipe_key(recipe)] = (point, recipe, planner.size_bytes(recipe))
+        known = self._journal(entry).read()
+        entry.records = {key: known[key] for key in entry.recipes if key in known}
+
+    def _journal(self, entry: _Entry) -> TrialJournal:
+        """Trials that ran to their end: a study's own may have been stopped."""
+        assert entry.folder is not None
+        return TrialJournal(entry.folder.root / "compared")
+
+    def _tune(self, task: Task, entries: Sequence[_Entry]) -> None:
+        jobs = [(entry, key) for entry in entries for key in entry.recipes if key not in entry.records]
+        self.enter(task, "search")
+        arguments = [self._trial_arguments(entry, key) for entry, key in jobs]
+        for done, (index, outcome) in enumerate(self._on_ray(_trial_worker, arguments), start=1):
+            entry, key = jobs[index]
+            point, _, size_bytes = entry.recipes[key]
+            record = _record(key, point, size_bytes, outcome)
+            entry.records[key] = record
+            self._journal(entry).write(record)
+            self.on_progress(task.name, "search", done / len(jobs), f"{done} of {len(jobs)} trials, last {entry.method}")
+
+    def _test(self, task: Task, entries: Sequence[_Entry], seeds: int) -> None:
+        self.enter(task, "fit")
+        for entry in entries:
+            _guarded(entry, _Entry.best)
+        entries = [entry for entry in entries if not entry.error]
+        jobs = [(entry, seed) for entry in entries for seed in range(seeds)]
+        missing = [(entry, seed) for entry, seed in jobs if read_fit(_fit_folder(entry, seed)) is None]
+        arguments = [self._fit_arguments(entry, seed) for entry, seed in missing]
+        for done, (index, outcome) in enumerate(self._on_ray(fit_worker, arguments), start=1):
+            entry, _ = missing[index]
+            if isinstance(outcome, TaskpackError):
+                entry.error = str(outcome)
+            self.on_progress(task.name, "fit", done / len(missing), f"{done} of {len(missing)} fits, last {entry.method}")
+        for entry, seed in jobs:
+            fitted = read_fit(_fit_folder(entry, seed))
+            entry.fits += [fitted] if fitted is not None else []
+
+    def _trial_arguments(self, entry: _Entry, key: str) -> tuple[Any, ...]:
+        return (entry.task.model_dump_json(), entry.recipes[key][1].model_dump_json(), str(entry.inputs.data_folder), entry.selection)
+
+    def _fit_arguments(self, entry: _Entry, seed: int) -> tuple[Any, ...]:
+        task = entry.task.model_copy(update={"seed": entry.task.seed + seed})
+        recipe = entry.recipes[entry.best().id][1]
+        return (task.model_dump_json(), recipe.model_dump_json(), str(entry.inputs.data_folder), entry.selection, _fit_folder(entry, seed))
+
+    def _on_ray(self, worker: Callable[..., Any], arguments: Sequence[tuple[Any, ...]]) -> Iterator[tuple[int, Any]]:
+        """Run `worker` on every set of arguments, side by side; yields (index, outcome) as they end."""
+        if not arguments:
+            return
+        resources = self.resources()
+        import ray
+
+        remote = ray.remote(num_cpus=resources.cpus, num_gpus=resources.gpus, max_retries=2)(worker)
+        running = {remote.remote(*each, max(1, int(resources.cpus))): index for index, each in enumerate(arguments)}
+        try:
+            while running:
+                (finished,), _ = ray.wait(list(running), num_returns=1)
+                yield running.pop(finished), ray.get(finished)
+        finally:
+            for each in running:  # interrupted; where Ray is not ours, it outlives us
+                ray.cancel(each, force=True)
+
+
+def _guarded(entry: _Entry, action: Callable[..., Any], *arguments: Any) -> None:
+    """Do something for one entry; a named error becomes that entry's, and the others go on."""
+    try:
+        action(entry, *arguments)
+    except TaskpackError as error:
+        entry.error = str(error)
+
+
+def _trial_worker(task_json: str, recipe_json: str, data_folder: str, selection: Path | None, threads: int) -> tuple[Any, ...] | TaskpackError:
+    """Validation metric after each epoch, a remark, and seconds; a named error is returned, so that Ray does not try again."""
+    import torch
+
+    torch.set_num_threads(threads)
+    started = time.monotonic()
+    try:
+        inputs = open_inputs(Task.model_validate_json(task_json), Path(data_folder))
+        selected = read_selection(selection) if selection is not None else None
+        epochs = list(run_trial(inputs, Recipe.model_validate_json(recipe_json), selected, device="cuda" if torch.cuda.is_available() else "cpu"))
+        return tuple(score.accuracy for score, _ in epochs), epochs[-1][1], time.monotonic() - started
+    except TaskpackError as error:
+        return error
+
+
+def _record(key: str, point: dict[str, Any], size_bytes: int, outcome: Any) -> TrialRecord:
+    if isinstance(outcome, TrainingError):
+        return TrialRecord(id=key, point=point, size_bytes=size_bytes, state="failed", message=str(outcome))
+    if isinstance(outcome, TaskpackError):
+        raise outcome
+    curve, remark, seconds = outcome
+    return TrialRecord(
+        id=key, point=point, size_bytes=size_bytes, state="complete", val_metric=curve[-1], curve=curve, seconds=round(seconds, 2), message=remark
+    )
+
+
+def _fit_folder(entry: _Entry, seed: int) -> Path:
+    assert entry.folder is not None
+    return entry.folder.fit(entry.best().id if seed == 0 else f"{entry.best().id}-seed{seed}")
+
+
+def _row(entry: _Entry) -> Comparison:
+    if entry.error:
+        return Comparison(task=entry.task.name, method=entry.method, error=entry.error)
+    best = entry.best()
+    return Comparison(
+        task=entry.task.name,
+        method=entry.method,
+        point=best.point,
+        trials=len(entry.records),
+        size_bytes=entry.fits[0].size_bytes,
+        trained_values=entry.fits[0].trained_values,
+        val_accuracy=best.val_metric,
+        test_accuracies=tuple(fitted.test_accuracy for fitted in entry.fits),
+        test_samples=entry.fits[0].test_samples,
+        tune_seconds=sum(record.seconds for record in entry.records.values()),
+        fit_seconds=sum(fitted.train_seconds for fitted in entry.fits),
+        device=entry.fits[0].device,
+    )

@@ -1,0 +1,162 @@
+"""Methods side by side: the same number of trials, the best on validation, one test a seed; a method that does not fit is a row, not an end."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from statistics import fmean
+
+import pytest
+from typer.testing import CliRunner
+
+from pipeline import compare as compare_module
+from pipeline.adaptation import plan
+from pipeline.backbones import load_backbone
+from pipeline.cli import app
+from pipeline.compare import Comparison, compare_methods
+from pipeline.errors import SpecError
+from pipeline.packs import read_pack
+from pipeline.reports.comparison import comparison_csv, comparison_markdown, suite_scores, write_comparison
+from pipeline.search.record import TrialJournal
+from pipeline.spec import Backbone, Input, Method, Recipe, SearchSpace, Suite, Task, Training
+from pipeline.task_files import known_methods, load_methods, tasks_to_compare
+
+METHODS = {
+    "linear": Method(recipe=Recipe(), search=SearchSpace(learning_rate=(0.003, 0.03, 0.1))),
+    "gps": Method.model_validate({"recipe": {"connections": {"bits": 4}}, "search": {"learning_rate": [0.003, 0.03], "head_bits": [4, 8]}}),
+    "misfit": Method.model_validate({"recipe": {"lora": {"targets": ["query"]}}, "search": {"learning_rate": [0.003, 0.03]}}),
+    "diverges": Method.model_validate({"recipe": {"biases": {}}, "search": {"learning_rate": [1e30, 1e31]}}),
+}
+
+
+@pytest.fixture(scope="module")
+def compared(tiny_task: Task, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Task]:
+    return tmp_path_factory.mktemp("compared"), tiny_task.model_copy(update={"recipe": Recipe(training=Training(epochs=2, batch_size=16))})
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::DeprecationWarning")
+@pytest.mark.usefixtures("local_ray")
+def test_methods_are_tuned_alike_tested_once_a_seed_and_resumed(compared: tuple[Path, Task], monkeypatch: pytest.MonkeyPatch) -> None:
+    workdir, task = compared
+    rows = compare_methods([task], METHODS, workdir, seeds=2, trials=2)
+    assert [(row.task, row.method) for row in rows] == [("tiny", name) for name in METHODS]
+    linear, gps, misfit, diverges = rows
+    assert "matches no layer of VisionTransformer" in misfit.error
+    assert "learning rate 1e+3" in diverges.error
+    for row, method in ((linear, METHODS["linear"]), (gps, METHODS["gps"])):
+        assert (row.trials, len(row.test_accuracies), row.test_samples, row.error) == (2, 2, 40, "")
+        recipe = method.on(task).search.recipe(method.on(task).recipe, row.point)
+        journals = [TrialJournal(folder).read() for folder in workdir.glob("studies/*/compared")]
+        tried = [record for journal in journals for record in journal.values() if record.point.keys() == row.point.keys()]
+        assert max(record.val_metric for record in tried if record.val_metric is not None) == row.val_accuracy
+        packs = [read_pack(path) for path in workdir.glob("studies/*/fits/*/pack.safetensors")]
+        seeds = sorted(pack.metadata.seed for pack in packs if Recipe.model_validate(pack.metadata.recipe) == recipe)
+        assert seeds == [0, 1], "one pack a seed"
+    sizes = {path.stat().st_size for path in workdir.glob("studies/*/fits/*/pack.safetensors")}
+    assert {linear.size_bytes, gps.size_bytes} <= sizes
+    monkeypatch.setattr(compare_module._Driver, "resources", lambda driver: pytest.fail("nothing is left to run"))
+    again = compare_methods([task], {name: METHODS[name] for name in ("linear", "gps")}, workdir, seeds=2, trials=2)
+    assert again == [linear, gps]
+
+
+def test_a_space_with_too_few_points_is_refused(compared: tuple[Path, Task]) -> None:
+    with pytest.raises(SpecError, match="misfit: search: its 2 points are fewer than the 3 trials"):
+        compare_methods([compared[1]], METHODS, compared[0], trials=3)
+
+
+def test_training_that_a_method_does_not_name_is_the_tasks(tiny_task: Task) -> None:
+    method = Method.model_validate({"recipe": {"full": {}, "training": {"weight_decay": 0.1}}, "search": {"learning_rate": [0.1]}})
+    training = method.on(tiny_task).recipe.training
+    assert training == tiny_task.recipe.training.model_copy(update={"weight_decay": 0.1})
+    assert method.on(tiny_task).recipe.connections is None
+
+
+# --- the catalogue's methods ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", known_methods())
+def test_a_method_of_the_catalogue_fits_a_vit_and_has_enough_to_try(name: str, tiny_backbone: Backbone, tiny_task: Task) -> None:
+    method = load_methods([name])[name]
+    assert method.description
+    assert method.search.size() >= 4, "the default number of trials"
+    task = method.on(tiny_task)
+    backbone = load_backbone(tiny_backbone, Input(size_px=32))
+    assert all(plan(backbone, task.search.recipe(task.recipe, point), 3) for point in task.search.points())
+
+
+def test_methods_are_found_by_name_and_file_and_named_once(tmp_path: Path) -> None:
+    own = tmp_path / "mine.yaml"
+    own.write_text("recipe: {biases: {}}\nsearch: {learning_rate: [0.1, 0.2]}\n")
+    assert list(load_methods([str(own), "lora_1bit"])) == ["mine", "lora_1bit"]
+    with pytest.raises(SpecError, match=r"lroa: no such method; expected a YAML file, or one of .*lora_1bit"):
+        load_methods(["lroa"])
+    with pytest.raises(SpecError, match="given twice"):
+        load_methods(["lora_1bit", "lora_1bit"])
+    own.write_text("recipe: {biases: {}}\nsearch: {width: [8, 16]}\n")
+    with pytest.raises(SpecError, match="width would change nothing"):
+        load_methods([own])
+
+
+@pytest.mark.parametrize(("tasks", "suite"), [([], None), ([Path("a.yaml")], "vtab1k")])
+def test_tasks_come_from_files_or_from_a_suite(tasks: list[Path], suite: str | None) -> None:
+    with pytest.raises(SpecError, match="either task files or --suite"):
+        tasks_to_compare(tasks, suite, None)
+
+
+# --- tables and figures ---------------------------------------------------------------------------------------------------------------------
+
+
+def row(method: str, size_bytes: int, *accuracies: float, task: str = "a", error: str = "") -> Comparison:
+    return Comparison(
+        **{"task": task, "method": method, "size_bytes": size_bytes, "test_accuracies": accuracies, "test_samples": 100, "val_accuracy": 0.5},
+        **{"trained_values": 10, "point": {"learning_rate": 0.01, "top_k": 2}, "trials": 2, "error": error},
+    )
+
+
+ROWS = [row("large", 5000, 0.8, 0.9), row("small", 1000, 0.5, 0.6), row("worse", 2000, 0.4, 0.4), row("misfit", 0, error="no place\nfor it")]
+
+
+def test_the_error_of_a_mean_has_a_part_of_the_seeds_and_one_of_the_test_set() -> None:
+    assert ROWS[0].test_accuracy == pytest.approx(0.85)
+    assert ROWS[0].seed_deviation == pytest.approx(0.1 / 2**0.5)
+    assert ROWS[0].standard_error == pytest.approx((0.05**2 + 0.85 * 0.15 / 100) ** 0.5)
+    assert row("one", 1, 0.5).standard_error == pytest.approx(0.05)
+
+
+def test_the_csv_holds_every_number() -> None:
+    read = list(csv.DictReader(comparison_csv(ROWS).splitlines()))
+    assert [float(line["test_accuracy"]) for line in read[:3]] == [fmean(each.test_accuracies) for each in ROWS[:3]]
+    assert [line["bytes"] for line in read] == ["5000", "1000", "2000", ""]
+    assert read[0]["tuned"] == '{"learning_rate": 0.01, "top_k": 2}'
+
+
+def test_the_table_is_by_size_and_the_front_is_bold() -> None:
+    lines = [line for line in comparison_markdown(ROWS, notes="Two seeds.").splitlines() if line.startswith("|")]
+    assert [line.split("|")[1].strip() for line in lines[2:]] == ["**small**", "worse", "**large**", "misfit"]
+    assert "| 85.0 ± 6.1 | 7.1 | 5,000 |" in lines[4]
+    assert "learning_rate 0.01, top_k 2" in lines[4]
+    assert "no place for it" in lines[5]
+    assert len({line.count("|") for line in lines}) == 1
+
+
+def test_a_suites_averages_need_every_task() -> None:
+    suite = Suite(name="pair", groups={"first": ("a",), "second": ("b", "c")})
+    rows = [row("m", 10, 0.1), row("m", 20, 0.4, task="b"), row("m", 30, 0.7, task="c"), row("n", 10, 0.1)]
+    assert list(suite_scores(rows, suite)) == ["m"]
+    assert suite_scores(rows, suite)["m"]["mean of 3 tasks"] == pytest.approx(40)
+    table = comparison_markdown(rows, suite=suite)
+    assert "| m | 20 | 10.00 | 55.00 | 40.00 | 32.50 |" in table
+
+
+def test_what_is_written_depends_on_the_rows_alone(tmp_path: Path) -> None:
+    first, again = (write_comparison(ROWS, tmp_path / name) for name in ("first", "again"))
+    assert [path.name for path in first] == ["comparison.csv", "comparison.md", "a.png"]
+    assert [path.read_bytes() for path in first] == [path.read_bytes() for path in again]
+    assert first[2].read_bytes().startswith(b"\x89PNG")
+    assert [path.name for path in write_comparison(ROWS[3:], tmp_path / "failed")] == ["comparison.csv", "comparison.md"]
+
+
+def test_the_command_refuses_before_anything_runs(tmp_path: Path) -> None:
+    answer = CliRunner().invoke(app, ["compare", "--methods", "lroa", "--workdir", str(tmp_path / "runs")])
+    assert isinstance(answer.exception, SpecError)
+    assert not (tmp_path / "runs").exists()
