@@ -186,7 +186,7 @@ def test_work_and_memory_out_of_proportion_are_refused_and_not_written(limit: st
     layers = layers_of((per_row(768, 192, 1, np.random.default_rng(0), skew=1.0), 768, 192))
     coded = encode_positions(*layers)
     assert coded[:1] == CODED
-    monkeypatch.setattr(columns_module, limit, lambda values: 500)
+    monkeypatch.setattr(columns_module, limit, lambda values: 100)
     with pytest.raises(PackDamaged, match=message):
         decode_positions(coded, layers[1])
     assert encode_positions(*layers)[:1] == PLAIN
