@@ -324,13 +324,14 @@ def evaluate(
 @app.command()
 def verify(reference: Reference, backbone: BackboneFile = None, workdir: Workdir = api.WORKDIR) -> None:
     """Check that a pack is whole, belongs to its backbone and computes what it did when it was written."""
-    from pipeline.packs import ledger, read_pack
+    from pipeline.packs import content_digest, ledger, read_pack
     from pipeline.reports.tables import ledger_table
 
     path = api.fetch(reference, workdir=workdir)
     predictor = api.load(path, backbone=backbone, workdir=workdir)
     out.print(f"{reference}: sound. Digest, layout, backbone fingerprint and probe logits agree", soft_wrap=True)
     out.print(f"task {predictor.metadata.task}, {len(predictor.metadata.classes)} classes, backbone {predictor.metadata.backbone['model']}")
+    out.print(f"digest to sign {content_digest(path.read_bytes())}", soft_wrap=True)
     out.print(ledger_table(ledger(read_pack(path))))
 
 

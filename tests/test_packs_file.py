@@ -24,6 +24,7 @@ from pipeline.packs import (
     PackMetadata,
     Part,
     TensorSpec,
+    content_digest,
     ledger,
     pack_to_bytes,
     read_pack,
@@ -179,6 +180,7 @@ def test_the_safetensors_library_reads_the_file_and_writes_the_same_tensor() -> 
     assert list(tensors) == ["pack"]
     assert tensors["pack"].tobytes() == data[-tensors["pack"].nbytes :]
     assert tensors["pack"][-32:].tobytes() == hashlib.sha256(data[:-32]).digest()
+    assert content_digest(data) == hashlib.sha256(data[:-32]).hexdigest()
 
 
 def test_the_reader_needs_neither_torch_nor_the_safetensors_library(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from pipeline.packs.bits import pack_codes, packed_size_bytes, unpack_codes
 from pipeline.packs.codebook import Codebook, dequantise, levels, thresholds
+from pipeline.packs.container import content_digest
 from pipeline.packs.file import LEDGER_KEYS, Pack, ledger, pack_to_bytes, read_pack, write_pack
 from pipeline.packs.metadata import FORMAT_VERSION, PackBackbone, PackInput, PackMetadata
 from pipeline.packs.parts import PART_BITS, PART_NAMES, Part, PartBits, PartName, TensorSpec, zero_part
@@ -22,6 +23,7 @@ __all__ = [
     "PartBits",
     "PartName",
     "TensorSpec",
+    "content_digest",
     "decode_positions",
     "dequantise",
     "encode_positions",

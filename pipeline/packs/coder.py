@@ -62,8 +62,21 @@ class Encoder:
         return symbols_R
 
     def to_bytes(self) -> bytes:
-        """All that was coded. Zeros at the end are left out; a decoder takes what is missing for zeros."""
-        return self._coder.get_compressed().astype("<u4").tobytes().rstrip(b"\0")
+        """All that was coded, words most significant byte first. Zeros at the end are left out; a decoder takes what is missing for zeros."""
+        words = self._coder.get_compressed()
+        written, (lower, span) = self._coder.pos()
+        if len(words) == written + 1 and lower + (1 << 32) <= 1 << 64:  # no carry is pending
+            words[-1] = _roundest(lower, lower + span) >> 32
+        return words.astype(">u4").tobytes().rstrip(b"\0")
+
+
+def _roundest(start: int, stop: int) -> int:
+    """The number from `start` to `stop` - 1 with the most zero bytes at its end."""
+    for zero_bits in range(56, -1, -8):
+        rounded = -(-start >> zero_bits) << zero_bits
+        if rounded < stop:
+            return rounded
+    return start
 
 
 class Decoder:
@@ -71,7 +84,7 @@ class Decoder:
 
     def __init__(self, data: bytes) -> None:
         whole_words = data + bytes(-len(data) % _WORD_BYTES)
-        self._coder = constriction.stream.queue.RangeDecoder(np.frombuffer(whole_words, "<u4").astype(np.uint32))
+        self._coder = constriction.stream.queue.RangeDecoder(np.frombuffer(whole_words, ">u4").astype(np.uint32))
 
     def uniform(self, sizes_R: Integers, symbols_R: Integers | None) -> Integers:
         """See Coder."""
@@ -86,11 +99,6 @@ class Decoder:
         tables_TA = _tables(weights_TA)
         chunks = [self._decode(_CATEGORICAL, tables_TA[table_R[rows]]) for rows in _chunks(table_R, tables_TA.shape[1])]
         return np.concatenate(chunks).astype(np.int64) if chunks else np.zeros(0, np.int64)
-
-    def finish(self) -> None:
-        """Raises PackDamaged where bytes are left over."""
-        if not self._coder.maybe_exhausted():
-            raise PackDamaged("bytes are left after the last symbol")
 
     def _decode(self, model: Any, parameters: NDArray[Any]) -> NDArray[np.int32]:
         try:

@@ -1,7 +1,7 @@
 """The column model: which inputs a layer's neurons choose, learnt while decoding, so that no model is stored.
 
 Each track of rows (tracks.py) numbers the columns it has met in the order in which it met them. A row chooses known numbers, or "new" (number 0),
-and a new column is then named outright. Odds follow Pitman and Yor: a column met n times at 16 n - 6, a new one at 24 + 6 U after U kinds; within a
+and a new column is then named outright. Odds follow Pitman and Yor: a column met n times at 16 n - 5, a new one at 20 + 5 U after U kinds; within a
 segment after the first, the segment's own counts are mixed with the track's. Rows come in blocks that grow with what has been learnt, and counts
 change only between blocks; all tracks of all layers take their i-th block together. So a pack of a hundred thousand connections is some hundred
 calls of the coder, and the growing blocks cost half a percent against learning from every value.
@@ -24,23 +24,28 @@ import numpy as np
 
 from pipeline.errors import PackDamaged
 from pipeline.packs.coder import Coder, Integers, share
-from pipeline.packs.tracks import CONCENTRATION, DISCOUNT
+from pipeline.packs.tracks import CONCENTRATION, DISCOUNT, TRACK_WEIGHT
 
-_OWN_WEIGHT_BITS, _TRACK_WEIGHT = 16, 8  # within a segment, the track's statistics count as much as 8 values of its own
+_OWN_WEIGHT_BITS = 16
 _STAGE_BITS, _POWER_BITS = 17, 20
-_CALL_ODDS = 1 << 14  # what one call of the coder is worth in odds computed
+_CALL_ODDS = 1 << 13  # what one call of the coder is worth in odds computed
+_MOST_POPULAR = 1 << 10
 _NONE = np.iinfo(np.int64).max
 
 
 @dataclass(frozen=True)
 class Rows:
-    """All rows of all layers, in order: their track, place within their segment, and number of connections."""
+    """All rows of all layers, in order: their track, place within their segment, and number of connections.
+
+    A track has `columns_T` columns; where `shares_T` is 1, it names new columns by their popularity among all such tracks of as many columns.
+    """
 
     track_G: Integers
     within_G: Integers
     counts_G: Integers
     segment_rows_T: Integers
     columns_T: Integers
+    shares_T: Integers
 
 
 @dataclass(frozen=True)
@@ -93,7 +98,7 @@ def max_cells(values: int) -> int:
 
 def max_work(values: int) -> int:
     """Most odds that a reader computes: some hundred times what real selections take."""
-    return (1 << 26) + 1024 * values
+    return (1 << 27) + 1024 * values
 
 
 def code_columns(coder: Coder, rows: Rows, columns_N: Integers | None) -> Integers:
@@ -114,6 +119,7 @@ class _Walk:
         self.values = int(rows.counts_G.sum())
         self.statistics = _Statistics(len(rows.columns_T), self.values)
         self.columns_N = np.zeros(self.values, np.int64)
+        self.popular = {int(width): np.zeros(width, np.int64) for width in np.unique(rows.columns_T)}
         self.work = 0
         self.number_N = None if columns_N is None else self._numbers(columns_N)
 
@@ -145,7 +151,7 @@ class _Walk:
         counts_MA = self.statistics.track_TA[step.tracks_M, :width]
         odds_MA = 16 * counts_MA - DISCOUNT * (counts_MA > 0)
         odds_MA[:, 0] = CONCENTRATION + DISCOUNT * step.kinds_M
-        odds_MA = _TRACK_WEIGHT * share(odds_MA, 1 << _OWN_WEIGHT_BITS)
+        odds_MA = TRACK_WEIGHT * share(odds_MA, 1 << _OWN_WEIGHT_BITS)
         return odds_MA + np.where(mixed_M[:, None], self.statistics.segment_TA[step.tracks_M, :width] << _OWN_WEIGHT_BITS, 0)
 
     # --- known numbers ----------------------------------------------------------------------------------------------------------------------
@@ -201,14 +207,42 @@ class _Walk:
         if self.truth_N is not None and self.number_N is not None:
             values_N = runs(self.first_value_G[step.rows_R], step.counts_R)
             truth_E = self.truth_N[values_N[self.number_N[values_N] > np.repeat(step.kinds_M[step.owner_R], step.counts_R)]]
-        columns_E = self.coder.uniform(self.rows.columns_T[step.tracks_M[owner_E]], truth_E)
+        columns_E = self._name_columns(step.tracks_M[owner_E], truth_E)
         numbers_E = ranks_of_first(owner_E, columns_E) + step.kinds_M[owner_E]
         if len(numbers_E):
             self.statistics.make_room(int(numbers_E.max()) + 1)
         self.statistics.column_TA[step.tracks_M[owner_E], numbers_E] = columns_E
+        first_E = numbers_E > _running_maximum(owner_E, numbers_E)
+        self._note_popular(step.tracks_M[owner_E[first_E]], columns_E[first_E])
         np.maximum.at(self.statistics.kinds_T, step.tracks_M[owner_E], numbers_E)
         slot_E = (step.counts_R - new_R)[row_E] + np.arange(len(row_E)) - np.repeat(new_R.cumsum() - new_R, new_R)
         numbers_RK[row_E, slot_E] = numbers_E
+
+    def _name_columns(self, track_E: Integers, truth_E: Integers | None) -> Integers:
+        """Columns that tracks have not met, at odds 1 + 2 n after n tracks that share with them have met one."""
+        columns_E = np.zeros(len(track_E), np.int64)
+        width_E = self.rows.columns_T[track_E]
+        for width in np.unique(width_E):
+            mine_E = width_E == width
+            tracks_Q, table_E = np.unique(track_E[mine_E], return_inverse=True)
+            odds_QI = self._odds_of_unmet(tracks_Q, int(width))
+            columns_E[mine_E] = self.coder.categorical(odds_QI, table_E, None if truth_E is None else truth_E[mine_E])
+        return columns_E
+
+    def _odds_of_unmet(self, tracks_Q: Integers, width: int) -> Integers:
+        self._spend(len(tracks_Q) * width)
+        shared_I = 1 + 2 * np.minimum(self.popular[width], _MOST_POPULAR)
+        odds_QI = np.where(self.rows.shares_T[tracks_Q, None] > 0, shared_I, 1)
+        kinds_Q = self.statistics.kinds_T[tracks_Q]
+        met_N = self.statistics.column_TA[np.repeat(tracks_Q, kinds_Q), runs(np.ones_like(kinds_Q), kinds_Q)]
+        odds_QI[np.repeat(np.arange(len(tracks_Q)), kinds_Q), met_N] = 0
+        odds_QI[odds_QI.sum(axis=1) == 0] = 1  # no writer names a column where all are met
+        return odds_QI
+
+    def _note_popular(self, track_E: Integers, columns_E: Integers) -> None:
+        for width, popular_I in self.popular.items():
+            mine_E = (self.rows.shares_T[track_E] > 0) & (self.rows.columns_T[track_E] == width)
+            np.add.at(popular_I, columns_E[mine_E], 1)
 
     def _learn(self, step: _Step, numbers_RK: Integers) -> None:
         """Note the columns that the rows chose, and count them."""
@@ -251,12 +285,12 @@ def _power(base_QA: Integers, exponent_Q: Integers) -> Integers:
 
 
 def block_bounds(rows: int, segment_rows: int) -> list[int]:
-    """Where a track's blocks begin and end: an eighth of the rows seen, less at the start of a segment, never across segments."""
+    """Where a track's blocks begin and end: a twentieth of the rows seen, less at the start of a segment, never across segments."""
     bounds = [0]
     while bounds[-1] < rows:
         seen = bounds[-1]
         within = seen % segment_rows if segment_rows else seen
-        step = max(1, min(seen // 8, 2 + within // 4))
+        step = max(1, min(seen // 20, 1 + within // 5))
         bounds.append(min(rows, seen + step, seen - within + segment_rows if segment_rows else rows))
     return bounds
 
@@ -265,6 +299,13 @@ def runs(start_R: Integers, length_R: Integers) -> Integers:
     """start, start + 1, ... for each run, one after the other."""
     before_R = length_R.cumsum() - length_R
     return np.arange(int(length_R.sum())) + np.repeat(start_R - before_R, length_R)
+
+
+def _running_maximum(group_N: Integers, number_N: Integers) -> Integers:
+    """For each value the largest number before it in its group, 0 for the first; groups come one after the other, numbers are positive."""
+    offset_N = group_N << 40
+    before_N = np.maximum.accumulate(np.concatenate([[-1], (offset_N + number_N)[:-1]])) if len(group_N) else group_N
+    return np.maximum(before_N - offset_N, 0)
 
 
 def ranks_of_first(group_N: Integers, kind_N: Integers) -> Integers:

@@ -44,12 +44,12 @@ def container_from_bytes(data: bytes) -> bytes:
         raise PackTruncated(f"the pack takes {size_bytes} bytes; the file holds {len(data) - start} of them")
     if data[:start] != start_of_file(size_bytes) or len(data) - start != size_bytes or size_bytes < DIGEST_BYTES:
         raise PackDamaged(f"expected one tensor 'pack' and nothing else in {len(data)} bytes")
-    if digest(data) != data[-DIGEST_BYTES:].hex():
+    if content_digest(data) != data[-DIGEST_BYTES:].hex():
         raise PackDamaged("the content does not match its digest; copy or download the pack again")
     return data[start:-DIGEST_BYTES]
 
 
-def digest(data: bytes) -> str:
+def content_digest(data: bytes) -> str:
     """SHA-256 hex of a pack's bytes but the last 32, which hold the same: what a signature signs."""
     return hashlib.sha256(memoryview(data)[:-DIGEST_BYTES]).hexdigest()
 

@@ -23,7 +23,7 @@ from pipeline.errors import PackDamaged
 from pipeline.packs.bits import MAX_WIDTH_BITS, pack_codes, packed_size_bytes, unpack_codes
 from pipeline.packs.coder import Coder, Decoder, Encoder, Integers
 from pipeline.packs.columns import Rows, code_columns
-from pipeline.packs.tracks import choose_segments, code_segments
+from pipeline.packs.tracks import SEGMENT_ROWS, choose_segments, code_segments, layers_that_share
 
 PLAIN, CODED = b"\0", b"\1"
 MAX_COLUMNS, MAX_ROWS = 1 << 22, 1 << 22
@@ -127,19 +127,14 @@ def _coded(layers: Sequence[Integers], shapes: Sequence[LayerShape]) -> bytes:
 
 
 def _read_coded(data: bytes, shapes: Sequence[LayerShape]) -> list[Integers]:
-    decoder = Decoder(data)
-    layers = _code(decoder, shapes, None)
-    decoder.finish()
-    return layers
+    return _code(Decoder(data), shapes, None)
 
 
 def _code(coder: Coder, shapes: Sequence[LayerShape], layers: Sequence[Integers] | None) -> list[Integers]:
     """The stream, written once for both directions."""
     columns = None if layers is None else [places_N % shape.columns for places_N, shape in zip(layers, shapes, strict=True)]
-    counts: list[Integers] = []
-    for number, shape in enumerate(shapes):
-        given_O = None if layers is None else np.bincount(layers[number] // shape.columns, minlength=shape.rows)
-        counts.append(_code_counts(coder, shape, given_O))
+    given = None if layers is None else [np.bincount(each // shape.columns, minlength=shape.rows) for each, shape in zip(layers, shapes, strict=True)]
+    counts = _code_counts(coder, shapes, given)
     rows = _code_tracks(coder, shapes, counts, columns)
     columns_N = code_columns(coder, rows, None if columns is None else np.concatenate(columns))
     stops = np.cumsum([shape.count for shape in shapes])[:-1]
@@ -147,12 +142,22 @@ def _code(coder: Coder, shapes: Sequence[LayerShape], layers: Sequence[Integers]
     return [_places(counts_O, piece_N, shape, 0) for counts_O, piece_N, shape in zip(counts, pieces, shapes, strict=True)]
 
 
-def _code_counts(coder: Coder, shape: LayerShape, given_O: Integers | None) -> Integers:
-    """Connections of each row [O]: one flag where all have equally many, else each at odds learnt on the way."""
-    equal = shape.count // shape.rows if shape.count % shape.rows == 0 else None
-    is_equal = None if given_O is None else np.array([int(equal is not None and bool((given_O == equal).all()))])
-    if equal is not None and coder.uniform(np.array([2]), is_equal)[0]:
-        return np.full(shape.rows, equal)
+def _code_counts(coder: Coder, shapes: Sequence[LayerShape], given: Sequence[Integers] | None) -> list[Integers]:
+    """Connections of each row [O] of each layer: nothing but a flag where a layer's rows have equally many, in every layer."""
+    equal = [np.full(shape.rows, shape.count // shape.rows) for shape in shapes]
+    all_equal = None if given is None else np.array([all(np.array_equal(*pair) for pair in zip(equal, given, strict=True))], np.int64)
+    if coder.uniform(np.array([2]), all_equal)[0]:
+        counts = equal
+    else:
+        counts = [_code_unequal(coder, shape, None if given is None else given[number]) for number, shape in enumerate(shapes)]
+    for number, (counts_O, shape) in enumerate(zip(counts, shapes, strict=True)):
+        if int(counts_O.sum()) != shape.count or int(counts_O.max()) > shape.columns:
+            raise PackDamaged(f"positions of layer {number}: rows of {counts_O.sum()} connections; the layer is {shape}")
+    return counts
+
+
+def _code_unequal(coder: Coder, shape: LayerShape, given_O: Integers | None) -> Integers:
+    """The most that a row keeps, then every row's count [O] at odds learnt on the way."""
     most = int(coder.uniform(np.array([shape.columns]), None if given_O is None else given_O.max(keepdims=True) - 1)[0]) + 1
     seen_A = np.zeros(most + 1, np.int64)
     counts_O = np.zeros(shape.rows, np.int64)
@@ -164,8 +169,6 @@ def _code_counts(coder: Coder, shape: LayerShape, given_O: Integers | None) -> I
         counts_O[start:stop] = block
         seen_A += np.bincount(block, minlength=most + 1)
         start = stop
-    if int(counts_O.sum()) != shape.count:
-        raise PackDamaged(f"positions: rows of {counts_O.sum()} connections in a layer of {shape.count}")
     return counts_O
 
 
@@ -174,13 +177,22 @@ def _code_tracks(coder: Coder, shapes: Sequence[LayerShape], counts: Sequence[In
     within_G: list[Integers] = []
     segment_rows_T: list[int] = []
     columns_T: list[int] = []
+    shares_T: list[int] = []
+    layer_shares: list[int] = []
+    segment_odds_A = np.ones(len(SEGMENT_ROWS), np.int64)
+    sharing = None if columns is None else layers_that_share(columns, [shape.columns for shape in shapes])
     for number, (shape, counts_O) in enumerate(zip(shapes, counts, strict=True)):
         choice = None if columns is None else choose_segments(counts_O, columns[number], shape.columns)
-        segment_rows, deal_G = code_segments(coder, shape.rows, choice)
+        sharing_odds = np.array([[number - sum(layer_shares) + 1, sum(layer_shares) + 1]])
+        shares = coder.categorical(sharing_odds, np.zeros(1, np.int64), None if sharing is None else sharing[number : number + 1])
+        layer_shares.append(int(shares[0]))
+        segment_rows, deal_G = code_segments(coder, shape.rows, segment_odds_A, choice)
         row_O = np.arange(shape.rows)
         track_G.append(len(columns_T) + (deal_G[row_O // segment_rows] if segment_rows else np.zeros(shape.rows, np.int64)))
         within_G.append(row_O % segment_rows if segment_rows else row_O)
         tracks = int(deal_G.max()) + 1
         segment_rows_T += [segment_rows] * tracks
         columns_T += [shape.columns] * tracks
-    return Rows(np.concatenate(track_G), np.concatenate(within_G), np.concatenate(counts), np.array(segment_rows_T), np.array(columns_T))
+        shares_T += [int(shares[0])] * tracks
+    by_track = (np.array(each, np.int64) for each in (segment_rows_T, columns_T, shares_T))
+    return Rows(np.concatenate(track_G), np.concatenate(within_G), np.concatenate(counts), *by_track)
