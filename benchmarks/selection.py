@@ -28,6 +28,7 @@ import torch
 from machine import describe_machine
 
 from pipeline.adaptation.sites import tunable_layers
+from pipeline.adaptation.working import fuse_attention, slow_fused_attention
 from pipeline.data import prepare, shard_batches, two_views
 from pipeline.selection import supervised_contrastive_loss, top_connections
 from pipeline.selection.gradient import batch_generator, gradient_sums
@@ -120,6 +121,7 @@ def trained_copy(inputs: Inputs) -> tuple[torch.nn.Module, dict[str, torch.nn.Pa
 def plain_passes(inputs: Inputs, views: Views, precision: str) -> None:
     """Forward and backward over views that are there, gradients thrown away."""
     model, weights = trained_copy(inputs)
+    fuse_attention(slow_fused_attention(model, torch.bfloat16 if precision == "bf16" else torch.float32), False)
     for pixels, labels in views:
         loss_of(inputs, model, pixels, labels, precision).backward()
         for weight in weights.values():

@@ -19,7 +19,7 @@ from torch import nn
 
 from pipeline.adaptation import AdaptedModel, attach
 from pipeline.adaptation.sites import tunable_layers
-from pipeline.adaptation.working import WorkingCopies
+from pipeline.adaptation.working import fuse_attention, slow_fused_attention
 from pipeline.backbones import LoadedBackbone, load_backbone
 from pipeline.data import two_views
 from pipeline.selection import supervised_contrastive_loss, top_connections
@@ -152,12 +152,15 @@ def _variant(
     return Variant(name, step, persistent)
 
 
+def _dtype(setting: Setting) -> torch.dtype:
+    return torch.bfloat16 if setting.precision == "bf16" else torch.float32
+
+
 def _plain(setting: Setting, *, has_best_attention: bool = True) -> nn.Sequential:
     """A copy of the backbone, and a head."""
     network = copy.deepcopy(setting.backbone.model).to(setting.device)
     if has_best_attention:
-        low = torch.bfloat16 if setting.precision == "bf16" else torch.float32
-        WorkingCopies(network, low, kept=network.parameters()).use(True)  # casts nothing: chooses attention as our own training does
+        fuse_attention(slow_fused_attention(network, _dtype(setting)), False)
     return nn.Sequential(network, nn.Linear(setting.backbone.width, CLASSES)).to(setting.device)
 
 
@@ -220,7 +223,7 @@ def _peft(name: str, setting: Setting, config: Callable[[list[str]], Any]) -> Va
 def adapted(setting: Setting, recipe: Recipe) -> AdaptedModel:
     """The backbone with a recipe attached, ready to train."""
     model = attach(setting.backbone, recipe, CLASSES, selected=setting.selected).to(setting.device)
-    model.compute_in(torch.bfloat16 if setting.precision == "bf16" else torch.float32)
+    model.compute_in(_dtype(setting))
     return model.train()
 
 

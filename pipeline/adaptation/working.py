@@ -14,10 +14,23 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 
-class WorkingCopies:
-    """What differs while a frozen network trains in `dtype`: its parameters are copies in that type, and on a CPU attention is written out.
+def slow_fused_attention(model: nn.Module, dtype: torch.dtype) -> list[nn.Module]:
+    """Modules whose fused attention had better be written out while `model` trains in `dtype`.
 
-    torch's fused attention has a backward pass in bfloat16 on CPU that takes several times as long as its parts.
+    On a CPU, the backward pass of torch's fused kernel takes several times as long in bfloat16 as that of its parts.
+    """
+    is_slow = dtype is torch.bfloat16 and next(model.parameters()).device.type == "cpu"
+    return [module for module in model.modules() if is_slow and getattr(module, "fused_attn", False)]
+
+
+def fuse_attention(modules: Iterable[nn.Module], is_fused: bool) -> None:
+    """Take torch's fused kernel, or the parts it is made of."""
+    for module in modules:
+        setattr(module, "fused_attn", is_fused)  # noqa: B010 - an attribute of timm's, unknown to nn.Module's type
+
+
+class WorkingCopies:
+    """What differs while a frozen network trains in `dtype`: its parameters are copies in that type, and attention may be written out.
 
     Args:
         model: its parameters are its own; their storage may be shared with other models and is never written to.
@@ -30,12 +43,10 @@ class WorkingCopies:
         left_alone |= {id(parameter) for module in model.modules() if isinstance(module, _BatchNorm) for parameter in module.parameters()}
         cast = [parameter for parameter in model.parameters() if id(parameter) not in left_alone and parameter.dtype != dtype]
         self._copies = [(parameter, parameter.data, parameter.data.to(dtype)) for parameter in cast]
-        has_slow_fusion = dtype is torch.bfloat16 and next(model.parameters()).device.type == "cpu"
-        self._fused = [module for module in model.modules() if has_slow_fusion and getattr(module, "fused_attn", False)]
+        self._fused = slow_fused_attention(model, dtype)
 
     def use(self, mode: bool) -> None:
         """Whether the network computes as in training from now on, or with its frozen tensors."""
         for parameter, frozen, copy in self._copies:
             parameter.data = copy if mode else frozen
-        for module in self._fused:
-            setattr(module, "fused_attn", not mode)  # noqa: B010 - an attribute of timm's, unknown to nn.Module's type
+        fuse_attention(self._fused, not mode)

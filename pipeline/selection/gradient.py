@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from pipeline.adaptation.sites import tunable_layers
+from pipeline.adaptation.working import fuse_attention, slow_fused_attention
 from pipeline.backbones import LoadedBackbone
 from pipeline.data import Reader, two_views
 from pipeline.selection.contrastive import supervised_contrastive_loss
@@ -39,6 +40,7 @@ def gradient_sums(
         For each Linear and Conv2d, float64 [O, I] on `device`: neurons by input connections.
     """
     model = backbone.fresh_model().to(device)
+    fuse_attention(slow_fused_attention(model, torch.bfloat16 if spec.precision == "bf16" else torch.float32), False)
     sums = _collect_gradients(model)
     mean, std = (torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (backbone.mean, backbone.std))
     for index, samples in batches:
