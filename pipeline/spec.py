@@ -449,6 +449,18 @@ class SearchSpace(Spec):
         }
         return [name for name in self.axes() if not needed.get(name, True)]
 
+    def fault(self, base: Recipe) -> str | None:
+        """Why this space cannot be searched around `base`, in words; None where it can."""
+        if idle := self.idle_axes(base):
+            return f"{', '.join(idle)} would change nothing: no recipe of this space has the part; leave it out, or add the part to `recipe`"
+        if self.experts is None:
+            return None
+        top_k = base.smoa.top_k if base.smoa is not None else 1
+        if few := [count for count in self.experts if 0 < count < top_k]:
+            return f"experts: given {few[0]}, fewer than the {top_k} that each sub-token is sent to (smoa.top_k)"
+        conflict = slot_conflict(self.recipe(base, {"experts": max(self.experts)}))
+        return None if conflict is None else f"experts: {conflict}"
+
 
 def house_space(recipe: Recipe) -> SearchSpace:
     """What is searched where a task does not say: bits, experts and K, of the parts its recipe has."""
@@ -456,7 +468,7 @@ def house_space(recipe: Recipe) -> SearchSpace:
     if any(getattr(recipe, name) is not None for name in ("connections", *ADAPTERS)):
         axes["bits"] = (1, 4)
     if recipe.smoa is not None:
-        axes["experts"] = (0, 4)
+        axes["experts"] = (0, max(4, recipe.smoa.top_k))
     if recipe.connections is not None:
         axes["top_k"] = (1, 3)
     return SearchSpace(**axes)
@@ -526,14 +538,9 @@ class Task(Spec):
     @classmethod
     def _changes_something(cls, search: SearchSpace, info: ValidationInfo) -> SearchSpace:
         base = info.data.get("recipe", HOUSE_RECIPE)
-        conflict = slot_conflict(search.recipe(base, {"experts": max(search.experts)})) if search.experts is not None else None
-        if conflict is not None:
-            raise ValueError(f"experts: {conflict}")
-        idle = search.idle_axes(base)
-        if idle:
-            raise ValueError(
-                f"{', '.join(idle)} would change nothing: no recipe of this space has the part; leave it out, or add the part to `recipe`"
-            )
+        fault = search.fault(base)
+        if fault is not None:
+            raise ValueError(fault)
         return search
 
 
@@ -574,9 +581,9 @@ class Method(Spec):
     search: SearchSpace
 
     @model_validator(mode="after")
-    def _tunes_what_it_has(self) -> Method:
-        if idle := self.search.idle_axes(self.recipe):
-            raise ValueError(f"{', '.join(idle)} would change nothing: the recipe has no such part; leave it out of `search`")
+    def _can_be_tuned(self) -> Method:
+        if fault := self.search.fault(self.recipe):
+            raise ValueError(fault)
         return self
 
     def on(self, task: Task) -> Task:

@@ -14,7 +14,7 @@ from pipeline.adaptation.mixture import Mixture, Routes, route
 from pipeline.adaptation.smoa import ParallelToMlp, SmoaBank, bank_shapes
 from pipeline.backbones import load_backbone
 from pipeline.errors import BackboneError
-from pipeline.spec import Backbone, Input, Recipe, Smoa
+from pipeline.spec import Backbone, Input, Recipe, SearchSpace, Smoa
 
 WIDTH = 6
 BANK = ("down", "up", "router", "embeddings")
@@ -99,6 +99,9 @@ def test_heads_that_do_not_divide_the_width_are_refused(tiny_backbone: Backbone)
 def test_more_experts_a_token_than_there_are_is_refused() -> None:
     with pytest.raises(ValidationError, match="expected at most as many as there are"):
         Smoa(experts=2, top_k=3)
+    recipe = Recipe(smoa=Smoa(experts=4, top_k=3))
+    assert SearchSpace(experts=(0, 3, 4)).fault(recipe) is None
+    assert SearchSpace(experts=(0, 2)).fault(recipe) == "experts: given 2, fewer than the 3 that each sub-token is sent to (smoa.top_k)"
 
 
 @pytest.mark.parametrize("experts", [1, 3])

@@ -75,7 +75,7 @@ class SmoaBank(nn.Module):
                 self.current.get("router"),
                 self.current.get("embeddings"),
                 self.spec.temperature,
-                min(self.spec.top_k, self.spec.experts),
+                self.spec.top_k,
             )
         if self.training and self.spec.experts > 1:
             self.balance_terms.append(self.spec.experts * (count_E / count_E.sum() * probability_E).sum())
