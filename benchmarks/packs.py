@@ -337,8 +337,9 @@ def vars_of(part: Part) -> dict[str, Any]:
 def sharing_row(tasks: Mapping[str, tuple[Inputs, dict[str, torch.Tensor]]], top_k: int) -> dict[str, Any]:
     """Bytes of the tasks' packs alone, and what a common base could save: column models, identical positions, descriptions.
 
-    Models: the tasks' rows of a layer (of a head, in qkv) in one track, one segment a task, so that what one task taught serves the next. Identical positions: the
-    entropy of "as in the first task" for each neuron, and the others at their own cost. Descriptions: deflated with the first task's as dictionary.
+    Models: the tasks' rows of a layer (of a head, in qkv) in one track, one segment a task, so that what one task taught serves the next.
+    Identical positions: the entropy of "as in the first task" for each neuron, and the others at their own cost. Descriptions: deflated with the
+    first task's as dictionary.
     """
     recipe = Recipe.model_validate({"connections": {"top_k": top_k, "bits": 1}, "head": {"bits": 1}})
     selected = [selected_of(ranked, inputs, top_k) for inputs, ranked in tasks.values()]
