@@ -39,6 +39,7 @@ from pipeline.packs import (
     ledger,
     pack_to_bytes,
     read_pack,
+    thresholds,
 )
 from pipeline.packs.coder import Encoder
 from pipeline.packs.columns import Rows, code_columns
@@ -403,6 +404,16 @@ def _saved_in_descriptions(tasks: Mapping[str, tuple[Inputs, dict[str, torch.Ten
     return sum(len(each.to_bytes()) for each in descriptions[1:]) - shared
 
 
+def code_rows() -> list[dict[str, Any]]:
+    """What an entropy coder could save on the codes of normal values: 1 - entropy / bits."""
+    rows = []
+    for bits in range(1, 9):
+        below = np.array([0.0, *(statistics.NormalDist().cdf(float(border)) for border in thresholds(bits)), 1.0])
+        share = np.diff(below)
+        rows.append({"bits": bits, "saved_share": 1 + float((share * np.log2(share)).sum()) / bits})
+    return rows
+
+
 # --- report ---------------------------------------------------------------------------------------------------------------------------------
 
 
@@ -477,6 +488,12 @@ def markdown(result: dict[str, Any]) -> str:
             "",
             "![Bytes by part](packs.png)",
             "",
+            "## What an entropy coder would save on codes of normal values",
+            "",
+            "| bits | " + " | ".join(str(row["bits"]) for row in result["codes"]) + " |",
+            "|---" * (1 + len(result["codes"])) + "|",
+            "| saved | " + " | ".join(f"{row['saved_share']:.1%}" for row in result["codes"]) + " |",
+            "",
             "## One store for many tasks: what a common base would save",
             "",
             "Six tasks on one backbone, connections and head at 1 bit. Column models and identical positions exclude each other.",
@@ -510,6 +527,7 @@ def main() -> None:
         "bottleneck": bottleneck_rows(),
         "time": clock,
         "simulated": simulated_rows(),
+        "codes": code_rows(),
         "sharing": [sharing_row(tasks, top_k) for top_k in (1, 3)],
     }
     RESULTS.parent.mkdir(exist_ok=True)
