@@ -328,7 +328,7 @@ def test_a_disk_that_is_full_before_the_data_is_written(small_disk: Path, base: 
 
 def test_a_disk_that_is_full_at_the_end_keeps_what_was_finished(small_disk: Path, finished: FinishedRun, base: Path) -> None:
     workdir = new_workdir(base, small_disk)
-    for name in ("data", "selections", "studies"):
+    for name in ("data", "backbones", "selections", "studies"):
         shutil.copytree(finished.workdir / name, workdir / name)
     assert taskpack("ls", "--workdir", workdir).code == 0
     (workdir / ".lock").touch()

@@ -27,7 +27,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from pipeline.backbones.fingerprint import fingerprint_and_trail
-from pipeline.errors import BackboneError
+from pipeline.errors import BackboneError, StorageError
 from pipeline.spec import Backbone, Input
 
 RANDOM_WEIGHTS_SEED = 0
@@ -76,11 +76,20 @@ def load_backbone(spec: Backbone, task_input: Input) -> LoadedBackbone:
 
 
 def share(backbone: LoadedBackbone, path: Path) -> None:
-    """Write a backbone's tensors to `path`, as float32 and from wherever they came, for other processes to load as its checkpoint."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write a backbone's tensors to `path`, as float32 and from wherever they came, for other processes to load as its checkpoint.
+
+    Raises:
+        StorageError: the disk is full or the folder cannot be written.
+    """
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    save_file({name: tensor.contiguous() for name, tensor in backbone.state.items()}, scratch)
-    os.replace(scratch, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file({name: tensor.contiguous() for name, tensor in backbone.state.items()}, scratch)
+        os.replace(scratch, path)
+    except (OSError, SafetensorError) as error:
+        with contextlib.suppress(OSError):
+            scratch.unlink()
+        raise StorageError(f"{path}: the backbone cannot be written for workers to share ({error}); free space, or choose another folder") from None
 
 
 class _Uninitialised(TorchFunctionMode):
