@@ -203,7 +203,7 @@ def metadata(classes: int, recipe: dict[str, Any], tensors: int) -> PackMetadata
 def random_part(name: Any, bits: Any, tensors: Sequence[tuple[str, tuple[int, ...]]], rng: np.random.Generator, **positions: Any) -> Part:
     """A part of random codes."""
     specs = tuple(TensorSpec(*tensor) for tensor in tensors)
-    count, groups = sum(spec.count for spec in specs), sum(spec.groups for spec in specs)
+    count, groups = sum(spec.count for spec in specs), sum(spec.groups(by_row=False) for spec in specs)
     if bits <= 8:
         scales = np.abs(rng.normal(size=(groups, 2))).astype(np.float32)
         return Part(name, bits, specs, rng.integers(0, 2**bits, count).astype(np.uint8), scales, **positions)
