@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from pipeline import api
+from pipeline import api, jobs
 from pipeline.errors import TaskpackError
 
 app = typer.Typer(
@@ -43,6 +43,10 @@ SelectionWorkers = Annotated[
     typer.Option(min=1, help="Workers that select connections; default one a GPU or CPU, but none where this process is done sooner."),
 ]
 Address = Annotated[str | None, typer.Option(help="Ray cluster to use (auto: the one this machine belongs to); default: a private one here.")]
+JobsAddress = Annotated[
+    str, typer.Option("--address", envvar="RAY_API_SERVER_ADDRESS", help="Jobs server of the cluster; its token is read from RAY_AUTH_TOKEN.")
+]
+BatchId = Annotated[str, typer.Argument(help="The batch, as submit named it.", metavar="BATCH")]
 
 
 def main() -> None:
@@ -187,6 +191,97 @@ def compare(
             _print_error(f"{row.task}, {row.method}:", row.error)
     for path in written:
         out.print(str(path), soft_wrap=True)
+
+
+@app.command()
+def submit(
+    tasks: Tasks,
+    workdir: Annotated[str, typer.Option(help="Folder that keeps every result, as the cluster sees it: an absolute path that all its nodes share.")],
+    address: JobsAddress = jobs.DEFAULT_ADDRESS,
+    batch_id: Annotated[str | None, typer.Option(help="Name of the batch; default: made of a hash of its description.")] = None,
+    shared: Annotated[
+        list[Path] | None, typer.Option(help="Folder that the cluster sees at the same path as this machine.", metavar="FOLDER")
+    ] = None,
+    working_dir: Annotated[Path | None, typer.Option(help="Clone whose code is sent along; default: the code in the cluster's image.")] = None,
+    python: Annotated[str, typer.Option(help="Python of the cluster that taskpack is installed in.")] = "python",
+    recipe: RecipeFile = None,
+    search: SearchFile = None,
+    max_bytes: MaxBytes = None,
+    trials: Trials = None,
+    cpus: Cpus = None,
+    gpus: Gpus = None,
+    selection_workers: SelectionWorkers = None,
+) -> None:
+    """Run tasks on a Ray cluster, from outside it. A batch that runs or is done is not started again; one that failed or was stopped goes on."""
+    from pipeline.task_files import load_tasks
+
+    given = (("--cpus-per-trial", cpus), ("--gpus-per-trial", gpus), ("--selection-workers", selection_workers))
+    options = [text for name, value in given if value is not None for text in (name, f"{value:g}")]
+    loaded = load_tasks(tasks, overrides=_overrides(recipe, search, max_bytes, trials), expand=False)
+    batch = jobs.describe(loaded, workdir=workdir, options=options, shared=shared or [])
+    attempt, is_new = jobs.JobServer(address).submit(batch, batch_id, working_dir=working_dir, python=python)
+    if not is_new:
+        out.print(f"{attempt.batch}: {'is running already' if attempt.is_active else 'is done already'}, nothing was started", soft_wrap=True)
+    else:
+        out.print(
+            f"{attempt.batch}: {attempt.tasks} {'task' if attempt.tasks == 1 else 'tasks'} submitted, attempt {attempt.attempt}", soft_wrap=True
+        )
+    option = "" if address == jobs.DEFAULT_ADDRESS else f" --address {address}"
+    out.print(f"taskpack logs {attempt.batch} --follow{option}", soft_wrap=True, style="bold")
+
+
+@app.command()
+def status(
+    batch: Annotated[str | None, typer.Argument(help="Only this batch.", metavar="BATCH")] = None,
+    address: JobsAddress = jobs.DEFAULT_ADDRESS,
+    as_json: AsJson = False,
+) -> None:
+    """The batches that a cluster knows of, every attempt, newest first."""
+    from pipeline.reports.tables import attempts_table
+
+    server = jobs.JobServer(address)
+    if batch is not None:
+        server.find(batch)
+    attempts = [attempt for attempt in server.attempts() if batch in (None, attempt.batch)]
+    if as_json:
+        _print_json([asdict(attempt) for attempt in attempts])
+    elif attempts:
+        out.print(attempts_table(attempts))
+        if batch is not None and attempts[0].message:
+            out.print(attempts[0].message, soft_wrap=True)
+    else:
+        out.print("no batch was submitted to this cluster since it was started")
+
+
+@app.command()
+def logs(
+    batch: BatchId,
+    follow: Annotated[bool, typer.Option("--follow", help="Go on until the batch ends.")] = False,
+    address: JobsAddress = jobs.DEFAULT_ADDRESS,
+) -> None:
+    """What the last attempt of a batch has printed."""
+    from pipeline.errors import ClusterError
+
+    server = jobs.JobServer(address)
+    if not follow:
+        typer.echo(server.logs(batch), nl=False)
+        return
+    try:
+        ended = server.follow(batch, lambda text: typer.echo(text, nl=False))
+    except KeyboardInterrupt:
+        _print_error("interrupted;", f"the batch goes on; `taskpack stop {batch}` ends it")
+        raise typer.Exit(INTERRUPTED) from None
+    if ended.is_active:
+        raise ClusterError(f"{batch}: the logs ended, and the batch goes on; the same command follows it again")
+    if ended.state != jobs.SUCCEEDED:
+        raise ClusterError(f"{batch}: {ended.state.lower()}. {ended.message.splitlines()[0] if ended.message else ''}; submit it again to go on")
+
+
+@app.command()
+def stop(batch: BatchId, address: JobsAddress = jobs.DEFAULT_ADDRESS) -> None:
+    """End a batch on a cluster. What was finished is kept; submit it again to go on."""
+    attempt, was_running = jobs.JobServer(address).stop(batch)
+    out.print(f"{batch}: {'stopped' if was_running else 'was not running'} ({attempt.state})", soft_wrap=True)
 
 
 @app.command()

@@ -35,20 +35,22 @@ _SHARED_SECTIONS: dict[str, type[Spec]] = {
     "selection": Selection,
 }
 _DATA_PATHS = ("train", "val", "test", "root")
+_NAMED_WEIGHTS = ("pretrained", "random")
 _ROOTED_FORMATS = ("lists", "json")  # whose splits are files inside `root`
 SpecType = TypeVar("SpecType", bound=Spec)
 
 
-def load_tasks(paths: list[Path], *, overrides: dict[str, Any] | None = None) -> list[Task]:
+def load_tasks(paths: list[Path], *, overrides: dict[str, Any] | None = None, expand: bool = True) -> list[Task]:
     """Read task files, or folders of them, as one batch. Names must differ.
 
     Relative paths inside a task file are resolved against its folder. `overrides` gives sections as a mapping or a YAML path: of `search` and
-    `budget` it replaces the keys it names, other sections whole.
+    `budget` it replaces the keys it names, other sections whole. `expand`: whether `$TASKPACK_DATA` is replaced here; another machine may have
+    another one.
     """
     files = [file for path in paths for file in _task_files(path)]
     tasks: dict[str, tuple[Task, Path]] = {}
     for file in files:
-        task = load_task(file, overrides=overrides)
+        task = load_task(file, overrides=overrides, expand=expand)
         if task.name in tasks:
             raise SpecError(f"{file}: name: given {task.name!r}, which {tasks[task.name][1]} has too; give each task of a batch its own name")
         tasks[task.name] = (task, file)
@@ -71,14 +73,16 @@ def _is_task(content: dict[str, Any]) -> bool:
     return "data" in content or ("name" in content and "groups" not in content)
 
 
-def load_task(path: Path, *, overrides: dict[str, Any] | None = None) -> Task:
-    """Read one task file. Raises SpecError."""
+def load_task(path: Path, *, overrides: dict[str, Any] | None = None, expand: bool = True) -> Task:
+    """Read one task file, as `load_tasks` does. Raises SpecError."""
     content, files = _read_task(path)
     for section, given in (overrides or {}).items():
         value, base = _read_override(path, section, given), content.get(section)
         if section in ("search", "budget") and isinstance(base, dict) and isinstance(value, dict):
             value = {**base, **value}
         content[section] = value
+    if expand and isinstance(content.get("data"), dict):
+        content["data"] = _expand_data_root(content["data"], path)
     source = f"{path}, with its base {' and '.join(map(str, files[1:]))}" if files[1:] else str(path)
     return validate(Task, content, source=source)
 
@@ -223,16 +227,25 @@ def read_mapping(path: Path) -> dict[str, Any]:
 
 def _resolve_paths(section: str, content: dict[str, Any], folder: Path) -> dict[str, Any]:
     """A section whose paths, if it has any, are absolute. Those of `data` are resolved apart."""
-    if section == "backbone" and content.get("weights") not in (None, "pretrained", "random"):
+    if section == "backbone" and content.get("weights") not in (None, *_NAMED_WEIGHTS):
         return {**content, "weights": _resolved(content["weights"], folder)}
     return content
 
 
-def _resolve_data_paths(content: dict[str, Any], task_file: Path) -> dict[str, Any]:
+def _data_keys(content: dict[str, Any]) -> tuple[str, ...]:
+    """The keys of a data section that hold paths."""
     keys: tuple[str, ...] = ("root",) if content["format"] in _ROOTED_FORMATS else _DATA_PATHS
-    if isinstance(content.get("classes"), str):
-        keys += ("classes",)
-    return {key: _resolved(_below_data_root(value, key, task_file), task_file.parent) if key in keys else value for key, value in content.items()}
+    return (*keys, "classes") if isinstance(content.get("classes"), str) else keys
+
+
+def _resolve_data_paths(content: dict[str, Any], task_file: Path) -> dict[str, Any]:
+    keys = _data_keys(content)
+    return {key: _resolved(value, task_file.parent, keep=f"${DATA_ROOT}") if key in keys else value for key, value in content.items()}
+
+
+def _expand_data_root(content: dict[str, Any], task_file: Path) -> dict[str, Any]:
+    keys = _data_keys(content)
+    return {key: _below_data_root(value, key, task_file) if key in keys else value for key, value in content.items()}
 
 
 def _below_data_root(value: Any, key: str, task_file: Path) -> Any:
@@ -247,13 +260,30 @@ def _below_data_root(value: Any, key: str, task_file: Path) -> Any:
             f"{task_file}: data.{key}: given {value!r}, and {DATA_ROOT} is not set; "
             f"set this environment variable to the folder that holds your datasets, or write a path"
         )
-    return (root if _is_url(root) else str(Path(root).expanduser().resolve())) + value.removeprefix(f"${DATA_ROOT}")
+    expanded = (root if _is_url(root) else str(Path(root).expanduser().resolve())) + value.removeprefix(f"${DATA_ROOT}")
+    return _resolved(expanded, task_file.parent)
 
 
-def _resolved(value: Any, folder: Path) -> Any:
+def local_paths(task: Task) -> list[tuple[str, str]]:
+    """Key and path of all that a task reads from a place of this machine: neither a URL nor below `$TASKPACK_DATA`."""
+    data = task.data.model_dump()
+    found = [(f"data.{key}", value) for key in _data_keys(data) for value in _as_list(data.get(key))]
+    if task.backbone.weights not in _NAMED_WEIGHTS:
+        found.append(("backbone.weights", task.backbone.weights))
+    return [(key, path) for key, path in found if not _is_url(path) and path.split("/")[0] != f"${DATA_ROOT}"]
+
+
+def _as_list(value: Any) -> list[str]:
+    return [] if value is None else [value] if isinstance(value, str) else list(value)
+
+
+def _resolved(value: Any, folder: Path, keep: str | None = None) -> Any:
+    """Paths made absolute; URLs, and what begins with the folder `keep`, as they are."""
     if isinstance(value, list):
-        return [_resolved(item, folder) for item in value]
-    return value if not isinstance(value, str) or _is_url(value) else str((folder / value).resolve())
+        return [_resolved(item, folder, keep) for item in value]
+    if not isinstance(value, str) or _is_url(value) or value.split("/")[0] == keep:
+        return value
+    return str((folder / value).resolve())
 
 
 def _is_url(path: str) -> bool:

@@ -236,7 +236,9 @@ def test_an_error_is_one_message_and_an_exit_code(finished: FinishedRun) -> None
     assert answer.out == ""
 
 
-@pytest.mark.parametrize("command", ["run", "demo", "ls", "show", "predict", "evaluate", "verify", "plan", "prepare"])
+@pytest.mark.parametrize(
+    "command", ["run", "demo", "ls", "show", "predict", "evaluate", "verify", "plan", "prepare", "submit", "status", "logs", "stop"]
+)
 def test_every_command_has_help(command: str) -> None:
     answer = taskpack(command, "--help")
     assert answer.code == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import datetime
 from typing import Any
 
 from rich.table import Table
@@ -10,6 +11,7 @@ from rich.text import Text
 
 from pipeline.adaptation import PlannedTensor
 from pipeline.batch import TaskOutcome
+from pipeline.jobs import Attempt
 from pipeline.registry.record import RegisteredPack
 from pipeline.spec import Task
 
@@ -64,6 +66,16 @@ def champions_table(outcomes: Sequence[TaskOutcome]) -> Table:
             f"{ran}/{len(outcome.trials)}",
             f"{metrics['search_seconds']:.0f}",
         )
+    return built
+
+
+def attempts_table(attempts: Sequence[Attempt]) -> Table:
+    """One row an attempt of a batch on a cluster; times in this machine's zone."""
+    built = table("batch", "state", "attempt", "tasks", "started", "minutes", numbers_from=2)
+    for attempt in attempts:
+        started = datetime.fromtimestamp(attempt.started).strftime("%Y-%m-%d %H:%M") if attempt.started else "-"
+        minutes = f"{(attempt.ended - attempt.started) / 60:.1f}" if attempt.started and attempt.ended else "-"
+        built.add_row(attempt.batch, attempt.state.lower(), str(attempt.attempt), str(attempt.tasks), started, minutes)
     return built
 
 
