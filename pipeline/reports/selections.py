@@ -1,7 +1,7 @@
 """What selections choose: where in the network, and how much of it two tasks have in common.
 
     share of a block    chosen connections in it / chosen connections in all
-    overlap of a, b     |a and b| / |a or b|'s smaller part: places that both chose / places that the smaller selection has
+    overlap of a, b     |a and b| / min(N_a, N_b): places that both chose / places that the smaller selection has
     by chance           the overlap expected of a and b if each layer's places were drawn at random: sum_l n_a n_b / E_l / min(N_a, N_b)
 
 Drawn on a canvas of its own (Agg), as `front` is.
