@@ -28,10 +28,12 @@ import torch
 from machine import describe_machine
 
 from pipeline.adaptation.sites import tunable_layers
+from pipeline.adaptation.topk import top_connections
 from pipeline.adaptation.working import fuse_attention, slow_fused_attention
 from pipeline.data import prepare, shard_batches, two_views
-from pipeline.selection import supervised_contrastive_loss, top_connections
+from pipeline.selection import supervised_contrastive_loss
 from pipeline.selection.gradient import batch_generator, gradient_sums
+from pipeline.selection.losses import make_loss
 from pipeline.task_files import load_task
 from pipeline.training import Inputs, open_inputs
 
@@ -92,7 +94,8 @@ def measure_stage(inputs: Inputs, images: int, repeats: int) -> dict[str, float]
 
     def selection(precision: str) -> dict[str, torch.Tensor]:
         spec = task.selection.model_copy(update={"precision": precision})
-        sums = gradient_sums(inputs.backbone, reader, batches, spec, seed=task.seed, flip=task.input.flip)
+        loss = make_loss(spec, inputs.backbone.width, len(inputs.index.classes), task.seed)
+        sums = gradient_sums(inputs.backbone, reader, batches, spec, loss, seed=task.seed, flip=task.input.flip)
         return {name: top_connections(sum_OI, 3) for name, sum_OI in sums.items()}
 
     seconds = median_seconds(

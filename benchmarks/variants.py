@@ -17,12 +17,12 @@ import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from torch import nn
 
-from pipeline.adaptation import AdaptedModel, attach
+from pipeline.adaptation import AdaptedModel, SelectedIndex, attach, rank_places
 from pipeline.adaptation.sites import tunable_layers
 from pipeline.adaptation.working import fuse_attention, slow_fused_attention
 from pipeline.backbones import LoadedBackbone, load_backbone
 from pipeline.data import two_views
-from pipeline.selection import supervised_contrastive_loss, top_connections
+from pipeline.selection import supervised_contrastive_loss
 from pipeline.spec import Backbone, Biases, Connections, Head, Input, Recipe, Smoa
 from pipeline.task_files import catalogue_folder, load_task
 
@@ -51,7 +51,7 @@ class Setting:
     labels: torch.Tensor
     precision: str
     device: str
-    selected: dict[str, torch.Tensor]
+    selected: SelectedIndex
 
 
 def backbone_of(model: str, size_px: int) -> LoadedBackbone:
@@ -71,14 +71,14 @@ def make_setting(backbone: LoadedBackbone, batch: int, precision: str, device: s
     return Setting(backbone, images, labels, precision, device, _select(backbone, images[:64], labels[:64], device))
 
 
-def _select(backbone: LoadedBackbone, images: torch.Tensor, labels: torch.Tensor, device: str) -> dict[str, torch.Tensor]:
+def _select(backbone: LoadedBackbone, images: torch.Tensor, labels: torch.Tensor, device: str) -> SelectedIndex:
     model = copy.deepcopy(backbone.model).to(device)
     for layer in tunable_layers(model).values():
         layer.weight.requires_grad_(True)
     views = two_views(images.cpu(), torch.Generator().manual_seed(0), flip=False).to(device)
     supervised_contrastive_loss(model(views), labels.repeat(2), 0.07).backward()
     gradients = {name: layer.weight.grad.flatten(1) for name, layer in tunable_layers(model).items()}  # type: ignore[union-attr]
-    return {name: top_connections(gradient, MAX_TOP_K).cpu() for name, gradient in gradients.items()}
+    return rank_places(gradients, "neuron", MAX_TOP_K)
 
 
 def connections(top_k: int, bits: Any = 32) -> Recipe:
@@ -185,8 +185,8 @@ def dense_masks(name: str, setting: Setting) -> Variant:
     model = _plain(setting).requires_grad_(True)
     masks: dict[nn.Parameter, torch.Tensor] = {}
     for layer_name, layer in tunable_layers(model[0]).items():
-        flat = torch.zeros(layer.weight.shape[0], layer.weight[0].numel(), device=setting.device)
-        masks[layer.weight] = flat.scatter_(1, setting.selected[layer_name][:, :1].long().to(setting.device), 1.0).view(layer.weight.shape)
+        flat = torch.zeros(layer.weight.numel(), device=setting.device)
+        masks[layer.weight] = flat.scatter_(0, setting.selected[layer_name].at(1).to(setting.device), 1.0).view(layer.weight.shape)
 
     def mask() -> None:
         for parameter, kept in masks.items():

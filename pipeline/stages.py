@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from pipeline.adaptation import is_recomputable
 from pipeline.adaptation.packing import SizePlanner
 from pipeline.backbones import share
 from pipeline.backbones.known import remember
@@ -82,7 +83,7 @@ class Stages:
             cpus, gpus = cluster_resources()
             workers = self.selection_workers or gpus or cpus
             may_be_here = self.ray_is_private and self.selection_workers is None and gpus == 0
-            if may_be_here and select_if_sooner(inputs, top_k, path, workers=workers):
+            if (may_be_here or is_recomputable(inputs.task.selection)) and select_if_sooner(inputs, top_k, path, workers=workers):
                 return path
             interruptible(lambda: select(inputs.task, data_folder, top_k, path, workers=workers, use_gpu=gpus > 0))
         return path

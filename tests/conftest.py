@@ -20,9 +20,9 @@ import pytest
 from pipeline.spec import Backbone, Biases, Connections, DrawnData, Input, Norms, Recipe, Selection, Smoa, Task, Training
 
 if TYPE_CHECKING:
-    import torch
-
+    from pipeline.adaptation import RankedPlaces
     from pipeline.backbones import LoadedBackbone
+    from pipeline.spec import Level
     from pipeline.training import Inputs
 
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
@@ -89,16 +89,17 @@ def families(tiny_backbone: Backbone) -> dict[str, Backbone]:
 
 
 @pytest.fixture(scope="session")
-def random_selection() -> Callable[..., dict[str, torch.Tensor]]:
-    """A function (backbone, top_k, seed) -> a selection [O, K] of each layer, distinct columns of every row in random order."""
+def random_selection() -> Callable[..., dict[str, RankedPlaces]]:
+    """A function (backbone, top_k, seed, level) -> a selection of random connections."""
     import torch
 
-    from pipeline.adaptation.sites import tunable_layers
+    from pipeline.adaptation import rank_places
+    from pipeline.adaptation.sites import weight_shapes
 
-    def draw(backbone: LoadedBackbone, top_k: int, seed: int = 0) -> dict[str, torch.Tensor]:
+    def draw(backbone: LoadedBackbone, top_k: int, seed: int = 0, level: Level = "neuron") -> dict[str, RankedPlaces]:
         generator = torch.Generator().manual_seed(seed)
-        shapes = {name: (layer.weight.shape[0], layer.weight[0].numel()) for name, layer in tunable_layers(backbone.model).items()}
-        return {name: torch.rand(shape, generator=generator).argsort(dim=1)[:, :top_k].int() for name, shape in shapes.items()}
+        shapes = weight_shapes(backbone.model)
+        return rank_places({name: torch.rand(shape, generator=generator) for name, shape in shapes.items()}, level, top_k)
 
     return draw
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from pipeline.adaptation import AdaptedModel, PlannedTensor, attach, plan
+from pipeline.adaptation import AdaptedModel, PlannedTensor, SelectedIndex, attach, plan
 from pipeline.adaptation.smoa import ParallelToMlp
 from pipeline.adaptation.values import FlatValues
 from pipeline.backbones import LoadedBackbone, fingerprint, load_backbone
@@ -26,7 +26,7 @@ PARTS = {
     "head": Recipe(head=Head(bits=1)),
     "all": Recipe(connections=Connections(top_k=3, bits=1), biases=Biases(), norms=Norms(), smoa=Smoa(experts=2, width=3), head=Head(bits=32)),
 }
-Select = Callable[..., dict[str, torch.Tensor]]
+Select = Callable[..., SelectedIndex]
 every_family = pytest.mark.parametrize("family", FAMILIES)
 every_part = pytest.mark.parametrize("part", PARTS)
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pipeline.adaptation import AdaptedModel, attach, plan
+from pipeline.adaptation import AdaptedModel, SelectedIndex, attach, plan
 from pipeline.adaptation.packing import SizePlanner, describe, from_pack, to_pack
 from pipeline.backbones import LoadedBackbone, load_backbone
 from pipeline.errors import BackboneError
@@ -25,7 +25,7 @@ from pipeline.spec import Backbone, Input, Recipe, Task
 FAMILIES = ("vit", "swin", "convnext", "convnext_linear")
 CLASSES = ("one", "two", "three")
 SELECTED = 4
-Select = Callable[..., dict[str, torch.Tensor]]
+Select = Callable[..., SelectedIndex]
 
 # Each part as few words as possible; dropout stays on, so that a seed has something to repeat.
 PARTS: dict[str, dict[str, Any]] = {

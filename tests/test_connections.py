@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from pipeline.adaptation.connections import TunableLayer, TunedLayer, _ConnectedProduct, flat_index
+from pipeline.adaptation.connections import TunableLayer, TunedLayer, _ConnectedProduct
 from pipeline.adaptation.plan import PlannedTensor
 from pipeline.adaptation.values import TrainedValues
 from pipeline.spec import Bits
@@ -39,7 +39,8 @@ def build(kind: str, top_k: int = 2) -> tuple[TunableLayer, TunedLayer, torch.Te
         torch.manual_seed(0)
         base = make().requires_grad_(False)
     rows, columns = base.weight.shape[0], base.weight[0].numel()
-    index_N = flat_index(torch.rand(rows, columns, generator=generator).argsort(dim=1)[:, :top_k], columns)
+    index_OK = torch.rand(rows, columns, generator=generator).argsort(dim=1)[:, :top_k]
+    index_N = (torch.arange(rows)[:, None] * columns + index_OK).flatten().sort().values
     tuned = TunedLayer(base, index_N)
     shapes = {"connections": index_N.shape} if base.bias is None else {"connections": index_N.shape, "bias": base.bias.shape}
     for name, size in shapes.items():
@@ -92,10 +93,6 @@ def test_gradients_are_the_dense_layers_at_the_selected_entries(kind: str) -> No
     assert expected.keys() == found.keys()
     for name, gradient in expected.items():
         torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
-
-
-def test_places_are_row_major_and_ascending() -> None:
-    assert flat_index(torch.tensor([[4, 1], [0, 3]], dtype=torch.int32), 5).tolist() == [1, 4, 5, 8]
 
 
 @every_layer

@@ -10,9 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.adaptation import AdaptedModel, attach
+from pipeline.adaptation import AdaptedModel, RankedPlaces, attach
 from pipeline.adaptation.packing import SizePlanner, describe, from_pack, probe_logits, to_pack
-from pipeline.adaptation.plan import plan, tunable_layers
 from pipeline.backbones import LoadedBackbone, load, load_backbone
 from pipeline.backbones.fingerprint import fingerprint_and_trail
 from pipeline.errors import PackBackboneMismatch, PackDamaged
@@ -28,7 +27,7 @@ MIXES = {
     "biases": ("biases",),
     "head": ("head",),
 }
-Select = Callable[..., dict[str, torch.Tensor]]
+Select = Callable[..., dict[str, RankedPlaces]]
 
 
 def make_recipe(mix: str, bits: int) -> Recipe:
@@ -84,20 +83,6 @@ def test_packing_a_reloaded_model_again_gives_the_same_logits(tiny_task: Task, t
 def test_probe_logits_do_not_depend_on_the_model_being_in_training(tiny_task: Task, tiny_backbone: Backbone, random_selection: Select) -> None:
     model = trained(load_backbone(tiny_backbone, tiny_task.input), make_recipe("all", 8), random_selection)
     assert (probe_logits(model.train(), 32) == probe_logits(model.eval(), 32)).all()
-
-
-def test_a_selection_by_layer_goes_into_a_pack_and_back(tiny_task: Task, tiny_backbone: Backbone) -> None:
-    """Unequal rows, some empty."""
-    backbone, recipe = load_backbone(tiny_backbone, tiny_task.input), make_recipe("connections", 32)
-    generator = torch.Generator().manual_seed(3)
-    weights = {name: layer.weight.numel() for name, layer in tunable_layers(backbone.model).items()}
-    counts = {tensor.name: tensor.values for tensor in plan(backbone, recipe, len(CLASSES)) if tensor.part == "connections"}
-    selected = {name: torch.randperm(size, generator=generator)[: counts[name]].sort().values for name, size in weights.items()}
-    model = attach(backbone, recipe, len(CLASSES), selected=selected)
-    reloaded = from_pack(read_pack(pack_to_bytes(to_pack(model, describe(tiny_task, recipe, backbone, CLASSES)))), backbone)
-    for name, places in reloaded.positions().items():
-        torch.testing.assert_close(places, selected[name])
-    torch.testing.assert_close(logits(reloaded), logits(model))
 
 
 # --- what does not belong together ----------------------------------------------------------------------------------------------------------

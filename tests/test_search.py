@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save_file
 
 from pipeline.adaptation import AdaptedModel, attach
 from pipeline.adaptation.packing import SizePlanner
@@ -27,7 +26,7 @@ from pipeline.search.record import TrialJournal, TrialRecord
 from pipeline.search.stopping import is_dominated
 from pipeline.search.study import Study, run_study
 from pipeline.search.trial import recipe_key, run_trial
-from pipeline.selection import read_selection, select_here
+from pipeline.selection import read_selection, select_here, write_selection
 from pipeline.spec import Backbone, Budget, Connections, DrawnData, Recipe, SearchSpace, Smoa, Task, Training
 from pipeline.training import Inputs, evaluate, train_epochs
 
@@ -496,7 +495,7 @@ def test_a_study_runs_on_ray_tune(tiny_task: Task, tiny_data: Path, tiny_inputs:
     task = tiny_task.model_copy(update={"search": space})
     journal = TrialJournal(tmp_path / "trials")
     selection = tmp_path / "selection"
-    save_file(select_here(tiny_inputs, 2), selection)
+    write_selection(select_here(tiny_inputs, 2), selection)
 
     planner = SizePlanner(task, tiny_inputs.backbone, tiny_inputs.index.classes, read_selection(selection))
 

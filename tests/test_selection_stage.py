@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 import time
 from pathlib import Path
@@ -29,7 +30,15 @@ def test_any_number_of_workers_writes_the_same_file(tiny_task: Task, tiny_data: 
     assert [sorted(entry.name for entry in path.parent.iterdir()) for path in paths] == [["selection"]] * 4, "nothing is left beside the file"
     expected, found = select_here(tiny_inputs, TOP_K), read_selection(paths[0])
     assert expected.keys() == found.keys()
-    assert all(found[name].dtype == torch.int32 and torch.equal(found[name], index_OK) for name, index_OK in expected.items())
+    assert all(torch.equal(a, b) for name in expected for a, b in zip(expected[name], found[name], strict=True))
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_workers_select_by_activation_over_the_network(tiny_task: Task, tiny_data: Path, tiny_inputs: Inputs, tmp_path: Path) -> None:
+    task = tiny_task.model_copy(update={"selection": Selection(criterion="activation", level="network")})
+    path = select(task, tiny_data, TOP_K, tmp_path / "selection", workers=2)
+    assert select_if_sooner(dataclasses.replace(tiny_inputs, task=task), TOP_K, tmp_path / "here", workers=1)
+    assert path.read_bytes() == (tmp_path / "here").read_bytes()
 
 
 def test_a_small_selection_is_made_here_and_a_large_one_is_left_to_workers(
@@ -47,7 +56,7 @@ def test_a_small_selection_is_made_here_and_a_large_one_is_left_to_workers(
     finally:
         torch.set_num_threads(threads)
     expected, found = select_here(tiny_inputs, TOP_K), read_selection(path)
-    assert all(torch.equal(found[name], index_OK) for name, index_OK in expected.items())
+    assert all(torch.equal(a, b) for name in expected for a, b in zip(expected[name], found[name], strict=True))
     assert [entry.name for entry in path.parent.iterdir()] == ["selection"]
     monkeypatch.setattr(stage, "GROUP_SECONDS", 60)
     assert select_if_sooner(tiny_inputs, TOP_K, path, workers=2)

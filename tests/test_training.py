@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline.adaptation import AdaptedModel, attach
+from pipeline.adaptation import AdaptedModel, RankedPlaces, attach
 from pipeline.adaptation.packing import SizePlanner, describe, from_pack, to_pack
 from pipeline.backbones import fingerprint
 from pipeline.errors import TrainingError
@@ -26,7 +26,7 @@ from pipeline.training import fit as fit_module
 from pipeline.training.fit import PACK_FILE, RESULT_FILE, FitResult, fit, read_fit
 from pipeline.training.loop import learning_rate_factor
 
-Selected = dict[str, torch.Tensor]
+Selected = dict[str, RankedPlaces]
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,8 @@
 """What is trained beside the frozen backbone: connections, biases, norms, the SMoA bank and the head."""
 
-from pipeline.adaptation.attach import AdaptedModel, SelectedIndex, attach
+from pipeline.adaptation.attach import AdaptedModel, attach
 from pipeline.adaptation.plan import PlannedTensor, plan
+from pipeline.adaptation.ranking import RankedPlaces, SelectedIndex, rank_places
+from pipeline.adaptation.recomputed import is_recomputable, recompute
 
-__all__ = ["AdaptedModel", "PlannedTensor", "SelectedIndex", "attach", "plan"]
+__all__ = ["AdaptedModel", "PlannedTensor", "RankedPlaces", "SelectedIndex", "attach", "is_recomputable", "plan", "rank_places", "recompute"]

@@ -11,14 +11,15 @@ import torch.nn.functional as F
 from torch import nn
 
 from pipeline.adaptation.bottleneck import attach_adapter
-from pipeline.adaptation.connections import TunedLayer, flat_index
+from pipeline.adaptation.connections import TunedLayer
 from pipeline.adaptation.dropout import SeededDropout
 from pipeline.adaptation.full import TunedNetwork
 from pipeline.adaptation.lora import LowRankLayer, attach_lora
 from pipeline.adaptation.norms import TunedNorm
 from pipeline.adaptation.plan import norm_names, plan
 from pipeline.adaptation.prompts import attach_class_token, attach_generator, attach_prompts
-from pipeline.adaptation.sites import MlpSlot, columns_of, mlp_slots, tunable_layers
+from pipeline.adaptation.ranking import SelectedIndex, kept_places
+from pipeline.adaptation.sites import MlpSlot, mlp_slots, tunable_layers
 from pipeline.adaptation.smoa import ParallelToMlp, SmoaBank
 from pipeline.adaptation.ssf import attach_ssf
 from pipeline.adaptation.tensors import PlannedTensor, initial_values
@@ -26,9 +27,6 @@ from pipeline.adaptation.values import TrainedValues
 from pipeline.adaptation.working import WorkingCopies
 from pipeline.backbones import LoadedBackbone
 from pipeline.spec import Recipe, Smoa
-
-SelectedIndex = Mapping[str, torch.Tensor]
-"""For each layer, the chosen columns of every neuron [O, K_max], strongest first; or the selected places [N] themselves, ascending."""
 
 
 class LinearHead(nn.Module):
@@ -170,13 +168,13 @@ def attach(backbone: LoadedBackbone, recipe: Recipe, class_count: int, *, select
     """Attach a recipe to a backbone whose tensors stay shared and untouched.
 
     Args:
-        selected: needed where the recipe trains connections; the first `top_k` columns of each row are taken.
+        selected: needed where the recipe trains connections; those that its `top_k` keeps are taken.
         seed: of every initial value.
 
     Raises:
         BackboneError: a part of the recipe matches no module.
     """
-    planned = plan(backbone, recipe, class_count)
+    planned = plan(backbone, recipe, class_count, selected)
     generator = torch.Generator().manual_seed(seed)
     values = TrainedValues({tensor: initial_values(tensor, generator) for tensor in planned})
     model, slots = backbone.fresh_model(), mlp_slots(backbone.model)
@@ -194,11 +192,6 @@ def attach(backbone: LoadedBackbone, recipe: Recipe, class_count: int, *, select
     if recipe.full:
         model = modules["full"] = TunedNetwork(model)
     return AdaptedModel(model, modules, list(dropouts.values()), values, backbone.mean, backbone.std).train(False)
-
-
-def selected_places(index: torch.Tensor, top_k: int, columns: int) -> torch.Tensor:
-    """Places [N] of a layer's selection: the first `top_k` of ranked columns [O, K_max], or places as they are."""
-    return index.long() if index.ndim == 1 else flat_index(index[:, :top_k], columns)
 
 
 def _address(tensor: PlannedTensor, modules: Mapping[str, Receiver]) -> tuple[str, str]:
@@ -232,12 +225,12 @@ def _attach_banks(model: nn.Module, slots: Sequence[MlpSlot], spec: Smoa) -> dic
 def _tune_layers(model: nn.Module, recipe: Recipe, selected: SelectedIndex | None) -> dict[str, Receiver]:
     if recipe.connections is None and recipe.biases is None:
         return {}
+    places: dict[str, torch.Tensor] = {}
+    if recipe.connections is not None:
+        assert selected is not None, "a recipe with connections needs a selection"
+        places = kept_places(selected, recipe.connections.top_k)
     modules: dict[str, Receiver] = {}
     for name, layer in tunable_layers(model).items():
-        index_N = None
-        if recipe.connections is not None:
-            assert selected is not None, "a recipe with connections needs a selection"
-            index_N = selected_places(selected[name], recipe.connections.top_k, columns_of(layer))
-        tuned = modules[f"layer:{name}"] = TunedLayer(layer, index_N)
+        tuned = modules[f"layer:{name}"] = TunedLayer(layer, places.get(name))
         model.set_submodule(name, tuned)
     return modules

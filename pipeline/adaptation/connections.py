@@ -27,12 +27,6 @@ FEW_COLUMNS = 0.5
 """Share of a layer's columns up to which gathering them first is faster than the dense product, measured on CPU."""
 
 
-def flat_index(index_OK: torch.Tensor, columns: int) -> torch.Tensor:
-    """Places [O * K], ascending, of the columns that each row chose [O, K], in a weight of `columns` inputs a row."""
-    rows_O1 = torch.arange(len(index_OK), device=index_OK.device)[:, None]
-    return (rows_O1 * columns + index_OK.long()).flatten().sort().values
-
-
 def apply_layer(layer: TunableLayer, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """The plain dense layer on another weight and bias."""
     if isinstance(layer, nn.Linear):

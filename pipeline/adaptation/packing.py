@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from pydantic import ValidationError
 
-from pipeline.adaptation.attach import AdaptedModel, SelectedIndex, attach, selected_places
+from pipeline.adaptation.attach import AdaptedModel, attach
 from pipeline.adaptation.plan import PlannedTensor, plan
+from pipeline.adaptation.ranking import RankedPlaces, SelectedIndex, kept_at, kept_places, rank_places
+from pipeline.adaptation.recomputed import is_recomputable, recompute
+from pipeline.adaptation.sites import weight_shapes
 from pipeline.backbones import LoadedBackbone
 from pipeline.errors import PackBackboneMismatch, PackDamaged
 from pipeline.packs import Pack, PackBackbone, PackInput, PackMetadata, Part, PartBits, PartName, TensorSpec, ledger, zero_part
-from pipeline.spec import Recipe, Task
+from pipeline.spec import Recipe, Selection, Task
 
+_Section = TypeVar("_Section", Recipe, Selection)
 PROBE_IMAGES = 2
 PROBE_TOLERANCE = 0.02
 """Largest difference of a probe logit that other hardware may cause, as a share of the largest logit, or of 1 where all are smaller."""
@@ -40,13 +45,13 @@ def describe(task: Task, recipe: Recipe, backbone: LoadedBackbone, classes: Sequ
 class SizePlanner:
     """The sizes of the packs that recipes will give, before anything is trained.
 
-    With the task's selection a size is exact: positions are coded as they will be. Without it, the cheapest positions are assumed (every neuron
-    chooses the first columns), so the size is a lower bound.
+    With the task's selection a size is exact: positions are coded as they will be. So it is where a reader computes them anew. Otherwise the cheapest
+    positions are assumed (all connections equal, so the first are chosen), and the size is a lower bound.
     """
 
     def __init__(self, task: Task, backbone: LoadedBackbone, classes: Sequence[str], selected: SelectedIndex | None = None) -> None:
         self._task, self._backbone, self._classes, self._selected = task, backbone, classes, selected
-        self._connections: dict[str, Part] = {}
+        self._connections: dict[str, tuple[SelectedIndex, Part]] = {}
 
     def size_bytes(self, recipe: Recipe) -> int:
         """Size of the pack."""
@@ -54,33 +59,37 @@ class SizePlanner:
 
     def ledger(self, recipe: Recipe) -> dict[str, int]:
         """Bytes by part of the pack."""
-        parts = tuple(self._part(recipe, group) for group in _groups(plan(self._backbone, recipe, len(self._classes))))
+        selected, connections = self._planned_connections(recipe) if recipe.connections else (None, None)
+        groups = _groups(plan(self._backbone, recipe, len(self._classes), selected))
+        parts = [connections if connections and group[0].part == "connections" else _zeros(group) for group in groups]
         probe = np.zeros((PROBE_IMAGES, len(self._classes)), np.float32)
-        return ledger(Pack(describe(self._task, recipe, self._backbone, self._classes), parts, probe))
+        return ledger(Pack(describe(self._task, recipe, self._backbone, self._classes), tuple(parts), probe))
 
-    def _part(self, recipe: Recipe, group: list[PlannedTensor]) -> Part:
-        name, bits, specs, layers = _specs(group)
-        if recipe.connections is None or name != "connections":
-            return zero_part(name, bits, specs, codebook=group[0].codebook, by_row=group[0].by_row)
+    def _planned_connections(self, recipe: Recipe) -> tuple[SelectedIndex, Part]:
+        """The selection and the part, kept: coding positions takes longer than everything else."""
+        assert recipe.connections is not None
         key = repr((recipe.connections, recipe.quantiser))
-        if key not in self._connections:  # coding positions takes longer than everything else
-            positions = tuple(self._places(tensor, recipe.connections.top_k) for tensor in group)
-            self._connections[key] = zero_part(name, bits, specs, positions, layers, codebook=group[0].codebook, by_row=group[0].by_row)
+        if key not in self._connections:
+            top_k, is_stored = recipe.connections.top_k, not is_recomputable(self._task.selection)
+            selected = self._selected or self._assumed(top_k)
+            alone = Recipe(connections=recipe.connections, quantiser=recipe.quantiser)
+            group, places = _groups(plan(self._backbone, alone, 1, selected))[0], kept_places(selected, top_k)
+            positions = tuple(_as_places(places[tensor.name]) for tensor in group) if is_stored else ()
+            self._connections[key] = selected, _zeros(group, positions, recomputed=not is_stored)
         return self._connections[key]
 
-    def _places(self, tensor: PlannedTensor, top_k: int) -> np.ndarray:
-        assert tensor.layer is not None
-        rows, columns = tensor.layer
-        if self._selected is not None:
-            return _as_places(selected_places(self._selected[tensor.name], top_k, columns))
-        first_K = np.arange(tensor.values // rows, dtype=np.int64)
-        return (np.arange(rows)[:, None] * columns + first_K).ravel()
+    def _assumed(self, top_k: int) -> SelectedIndex:
+        spec = self._task.selection
+        if is_recomputable(spec):
+            return recompute(self._backbone, spec, self._task.seed, top_k)
+        return rank_places({name: torch.zeros(shape) for name, shape in weight_shapes(self._backbone.model).items()}, spec.level, top_k)
 
 
 def to_pack(model: AdaptedModel, metadata: PackMetadata) -> Pack:
     """Encode every trained tensor, and the logits of the probe images to check a reload by."""
     codes, positions = model.values.encode(), model.positions()
-    parts = [_part(group, codes, positions) for group in _groups(model.values.tensors)]
+    recomputed = bool(metadata.selection) and is_recomputable(Selection.model_validate(metadata.selection))
+    parts = [_part(group, codes, positions, recomputed) for group in _groups(model.values.tensors)]
     return Pack(metadata, tuple(parts), probe_logits(model, metadata.input.size_px))
 
 
@@ -93,12 +102,14 @@ def from_pack(pack: Pack, backbone: LoadedBackbone) -> AdaptedModel:
     """
     meta = pack.metadata
     _check_backbone(meta, backbone)
-    recipe = _recipe(pack)
+    recipe = _valid(Recipe, meta.recipe, "recipe")
     stored = {(part.name, spec.name): (part, spec) for part in pack.parts for spec in part.tensors}
-    planned = plan(backbone, recipe, len(meta.classes))
+    spec = _valid(Selection, meta.selection, "selection")
+    selected = _selected(pack, recipe, spec, backbone)
+    planned = plan(backbone, recipe, len(meta.classes), selected if spec.level == "network" else None)
     layers = {(part.name, spec.name): layer for part in pack.parts for spec, layer in zip(part.tensors, part.layers, strict=False)}
     _compare(planned, {key: (spec, part.bits, layers.get(key), part.codebook, part.by_row) for key, (part, spec) in stored.items()})
-    model = attach(backbone, recipe, len(meta.classes), selected=_selected(pack))
+    model = attach(backbone, recipe, len(meta.classes), selected=selected)
     values = {(part.name, name): array for part in pack.parts for name, array in part.values().items()}
     model.values.load_stored({tensor: torch.from_numpy(values[tensor.part, tensor.name]) for tensor in planned})
     _check_probe(model, pack)
@@ -126,8 +137,20 @@ def _first_difference(trail: str, backbone: LoadedBackbone) -> str:
     return "the last tensor differs"
 
 
-def _selected(pack: Pack) -> dict[str, torch.Tensor]:
-    return {spec.name: torch.from_numpy(places) for part in pack.parts for spec, places in zip(part.tensors, part.positions, strict=False)}
+def _selected(pack: Pack, recipe: Recipe, spec: Selection, backbone: LoadedBackbone) -> dict[str, RankedPlaces] | None:
+    """The pack's connections: read from it, or computed anew where it says so."""
+    if recipe.connections is None:
+        return None
+    top_k = recipe.connections.top_k
+    if any(part.recomputed for part in pack.parts):
+        if not is_recomputable(spec):
+            raise PackDamaged(f"the pack leaves out its positions, which criterion {spec.criterion} cannot compute anew")
+        return recompute(backbone, spec, pack.metadata.seed, top_k)
+    stored = {spec.name: places for part in pack.parts for spec, places in zip(part.tensors, part.positions, strict=False)}
+    expected = sum(kept_at(shape, top_k) for shape in weight_shapes(backbone.model).values())
+    if spec.level == "network" and expected != sum(len(places) for places in stored.values()):
+        raise PackDamaged(f"the pack's connections are not the {expected} that its recipe's top_k of {top_k} keeps")
+    return {name: RankedPlaces.unranked(torch.from_numpy(places)) for name, places in stored.items()}
 
 
 @torch.inference_mode()
@@ -147,13 +170,22 @@ def _specs(group: list[PlannedTensor]) -> tuple[PartName, PartBits, tuple[Tensor
     return group[0].part, group[0].bits, specs, tuple(tensor.layer for tensor in group if tensor.layer is not None)
 
 
+def _zeros(group: list[PlannedTensor], positions: tuple[np.ndarray, ...] = (), recomputed: bool = False) -> Part:
+    name, bits, specs, layers = _specs(group)
+    return zero_part(name, bits, specs, positions, layers, recomputed, codebook=group[0].codebook, by_row=group[0].by_row)
+
+
 def _as_places(places_N: torch.Tensor) -> np.ndarray:
     return places_N.cpu().numpy().astype(np.int64)
 
 
 def _part(
-    group: list[PlannedTensor], encoded: Mapping[PlannedTensor, tuple[np.ndarray, np.ndarray | None]], positions: Mapping[str, torch.Tensor]
+    group: list[PlannedTensor],
+    encoded: Mapping[PlannedTensor, tuple[np.ndarray, np.ndarray | None]],
+    positions: Mapping[str, torch.Tensor],
+    recomputed: bool,
 ) -> Part:
+    """One part of the file. Positions are left out where a reader computes them anew."""
     name, bits, specs, layers = _specs(group)
     scales = [scale for tensor in group for scale in [encoded[tensor][1]] if scale is not None]
     return Part(
@@ -162,19 +194,20 @@ def _part(
         tensors=specs,
         codes=np.concatenate([encoded[tensor][0] for tensor in group]),
         scales=np.concatenate(scales) if scales else None,
-        positions=tuple(_as_places(positions[spec.name]) for spec in specs) if layers else (),
+        positions=tuple(_as_places(positions[spec.name]) for spec in specs) if layers and not recomputed else (),
         layers=layers,
+        recomputed=bool(layers) and recomputed,
         codebook=group[0].codebook,
         by_row=group[0].by_row,
     )
 
 
-def _recipe(pack: Pack) -> Recipe:
+def _valid(section: type[_Section], content: Mapping[str, Any], name: str) -> _Section:
     try:
-        return Recipe.model_validate(pack.metadata.recipe)
+        return section.model_validate(content)
     except ValidationError as error:
         fault = error.errors(include_url=False)[0]
-        raise PackDamaged(f"the pack's recipe is not valid: {'.'.join(str(key) for key in fault['loc'])}: {fault['msg']}") from None
+        raise PackDamaged(f"the pack's {name} is not valid: {'.'.join(str(key) for key in fault['loc'])}: {fault['msg']}") from None
 
 
 def _compare(planned: Sequence[PlannedTensor], stored: Mapping[tuple[str, str], tuple[object, ...]]) -> None:

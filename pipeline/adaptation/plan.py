@@ -14,7 +14,8 @@ from pipeline.adaptation.bottleneck import plan_adapter
 from pipeline.adaptation.full import plan_full
 from pipeline.adaptation.lora import plan_lora
 from pipeline.adaptation.prompts import plan_class_token, plan_generator, plan_prompts
-from pipeline.adaptation.sites import MlpSlot, columns_of, mlp_slots, norms_of, tunable_layers
+from pipeline.adaptation.ranking import SelectedIndex, kept_at, kept_places
+from pipeline.adaptation.sites import MlpSlot, mlp_slots, norms_of, tunable_layers, weight_shapes
 from pipeline.adaptation.smoa import plan_smoa
 from pipeline.adaptation.ssf import plan_ssf
 from pipeline.adaptation.tensors import PlannedTensor
@@ -27,8 +28,11 @@ __all__ = ["PlannedTensor", "plan", "tunable_layers"]
 HEAD_BIAS_BITS: Bits = 16
 
 
-def plan(backbone: LoadedBackbone, recipe: Recipe, class_count: int) -> tuple[PlannedTensor, ...]:
+def plan(backbone: LoadedBackbone, recipe: Recipe, class_count: int, selected: SelectedIndex | None = None) -> tuple[PlannedTensor, ...]:
     """Every tensor the recipe trains, in the order a pack stores them.
+
+    Args:
+        selected: says how many connections each layer keeps. Without it, as many as K of every neuron are, which holds at every level but network.
 
     Raises:
         BackboneError: a part of the recipe matches no module of this backbone.
@@ -36,7 +40,7 @@ def plan(backbone: LoadedBackbone, recipe: Recipe, class_count: int) -> tuple[Pl
     model = backbone.model
     slots = mlp_slots(model)
     parts = {
-        "connections": recipe.connections and _plan_connections(model, recipe.connections),
+        "connections": recipe.connections and _plan_connections(model, recipe.connections, selected),
         "biases": recipe.biases and _plan_biases(model, recipe.biases),
         "norms": recipe.norms and _plan_norms(model, slots, recipe.norms),
         "smoa": recipe.smoa and plan_smoa(slots, recipe.smoa),
@@ -74,9 +78,12 @@ _WANTED = {
 }
 
 
-def _plan_connections(model: nn.Module, spec: Connections) -> list[PlannedTensor]:
-    layers = [(name, layer.weight.shape[0], columns_of(layer)) for name, layer in tunable_layers(model).items()]
-    return [PlannedTensor("connections", name, (rows * min(spec.top_k, columns),), spec.bits, (rows, columns)) for name, rows, columns in layers]
+def _plan_connections(model: nn.Module, spec: Connections, selected: SelectedIndex | None) -> list[PlannedTensor]:
+    shapes = weight_shapes(model)
+    counts = {name: kept_at(shape, spec.top_k) for name, shape in shapes.items()}
+    if selected is not None:
+        counts = {name: len(place_N) for name, place_N in kept_places(selected, spec.top_k).items()}
+    return [PlannedTensor("connections", name, (counts[name],), spec.bits, shape) for name, shape in shapes.items() if name in counts]
 
 
 def _plan_biases(model: nn.Module, spec: Biases) -> list[PlannedTensor]:

@@ -56,9 +56,9 @@ def has_channels_first(module: nn.Module) -> bool:
     return isinstance(module, nn.Conv2d | nn.GroupNorm | LayerNorm2d | nn.modules.batchnorm._BatchNorm)
 
 
-def columns_of(layer: TunableLayer) -> int:
-    """Number of input connections of one neuron."""
-    return layer.weight[0].numel()
+def weight_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """Neurons and inputs of a neuron, (O, I), of every tunable layer."""
+    return {name: (layer.weight.shape[0], layer.weight[0].numel()) for name, layer in tunable_layers(model).items()}
 
 
 def mlp_slots(model: nn.Module) -> list[MlpSlot]:

@@ -91,7 +91,8 @@ def _words() -> bytes:
         '"std":[0.229,0.224,0.225]},"mean":[0.5,0.5,0.5],"metric":"accuracy","recipe":{"biases":{"bits":8},"connections":{"bits":8,"top_k":1},'
         '"head":{"bits":8},"norms":{"bits":8},"smoa":{"balance_weight":0.01,"bits":4,"experts":4,"router_width":8,"scale":1.0,"temperature":0.1,'
         '"width":8},"training":{"augment":false,"batch_size":32,"epochs":12,"label_smoothing":0.0,"learning_rate":0.008,"precision":"bf16",'
-        f'"warmup_epochs":1.0,"weight_decay":0.0}}}},"seed":0,"selection":{{"batch_size":32,"temperature":0.07}},"task":"{head}'
+        f'"warmup_epochs":1.0,"weight_decay":0.0}}}},"seed":0,"selection":{{"batch_size":32,"criterion":"gradient",'
+        f'"level":"neuron","loss":"contrastive","precision":"fp32","temperature":0.07}},"task":"{head}'
     ).encode()
 
 

@@ -41,9 +41,10 @@ def plan_task(task: Task, workdir: Path) -> TaskPlan:
         if top_k and not selection.exists():
             write_selection(select_here(inputs, top_k), selection)
     classes = inputs.index.classes
-    planner = SizePlanner(task, inputs.backbone, classes, read_selection(selection) if top_k else None)
+    selected = read_selection(selection) if top_k else None
+    planner = SizePlanner(task, inputs.backbone, classes, selected)
     return TaskPlan(
-        plan(inputs.backbone, task.recipe, len(classes)),
+        plan(inputs.backbone, task.recipe, len(classes), selected),
         planner.ledger(task.recipe),
         [{"point": proposal.point, "size_bytes": proposal.size_bytes} for proposal in distinct_proposals(task, planner.size_bytes)],
     )

@@ -1,4 +1,4 @@
-"""The importance of every weight: the signed gradient of the contrastive loss, summed over the training set.
+"""The importance of every weight: the signed gradient of a loss on two augmented views, summed over the training set.
 
     sum[o, i] = sum_batches dL/dW[o, i]
 
@@ -18,7 +18,7 @@ from pipeline.adaptation.sites import tunable_layers
 from pipeline.adaptation.working import fuse_attention, slow_fused_attention
 from pipeline.backbones import LoadedBackbone
 from pipeline.data import Reader, two_views
-from pipeline.selection.contrastive import supervised_contrastive_loss
+from pipeline.selection.losses import Loss
 from pipeline.spec import Selection
 
 NumberedBatch = tuple[int, np.ndarray]
@@ -29,6 +29,7 @@ def gradient_sums(
     reader: Reader,
     batches: Iterable[NumberedBatch],
     spec: Selection,
+    loss: Loss,
     *,
     seed: int,
     flip: bool,
@@ -48,7 +49,7 @@ def gradient_sums(
         views = two_views(images, batch_generator(seed, index), flip=flip).to(device)
         with torch.autocast(views.device.type, torch.bfloat16, enabled=spec.precision == "bf16"):
             features = model((views - mean) / std)
-        supervised_contrastive_loss(features.float(), labels.repeat(2).to(device), spec.temperature).backward()
+        loss(features.float(), labels.repeat(2).to(device)).backward()
     return sums
 
 

@@ -22,14 +22,18 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
+from pipeline.adaptation import RankedPlaces, SelectedIndex, is_recomputable, rank_places, recompute
+from pipeline.adaptation.sites import tunable_layers
 from pipeline.data import shard_batches
 from pipeline.errors import ClusterError, TaskpackError
+from pipeline.selection.activation import activation_importance, activation_sums
 from pipeline.selection.gradient import NumberedBatch, gradient_sums
-from pipeline.selection.topk import top_connections
+from pipeline.selection.losses import make_loss
 from pipeline.spec import Task
 from pipeline.training.inputs import Inputs, open_inputs
 
-ALGORITHM_VERSION = 1
+ALGORITHM_VERSION = 2
+_PLACES, _RANKS = ".places", ".ranks"
 GROUP_SECONDS = 13
 """What a worker group of one machine takes to start and to end, measured on two cores."""
 
@@ -49,9 +53,11 @@ def selection_key(inputs: Inputs, top_k: int) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def read_selection(path: Path) -> dict[str, torch.Tensor]:
-    """For each layer, the chosen columns of every neuron, int32 [O, K], strongest first."""
-    return load_file(path)
+def read_selection(path: Path) -> dict[str, RankedPlaces]:
+    """A selection, by layer."""
+    tensors = load_file(path)
+    names = [name.removesuffix(_RANKS) for name in tensors if name.endswith(_RANKS)]
+    return {name: RankedPlaces(tensors[name + _PLACES], tensors[name + _RANKS]) for name in names}
 
 
 def select(task: Task, data_folder: Path, top_k: int, path: Path, *, workers: int, use_gpu: bool = False) -> Path:
@@ -90,9 +96,9 @@ def select(task: Task, data_folder: Path, top_k: int, path: Path, *, workers: in
     return path
 
 
-def select_here(inputs: Inputs, top_k: int) -> dict[str, torch.Tensor]:
+def select_here(inputs: Inputs, top_k: int) -> dict[str, RankedPlaces]:
     """The same selection in this process, without Ray."""
-    return _ranked(_sums(inputs, _numbered_batches(inputs)), top_k)
+    return _ranked(inputs, _sums(inputs, _numbered_batches(inputs)), top_k)
 
 
 def select_if_sooner(inputs: Inputs, top_k: int, path: Path, *, workers: int) -> bool:
@@ -103,7 +109,7 @@ def select_if_sooner(inputs: Inputs, top_k: int, path: Path, *, workers: int) ->
     batches = _numbered_batches(inputs)
     try:
         with _one_thread():
-            selected = _ranked(_sums(inputs, _while_sooner(batches, workers)), top_k)
+            selected = _ranked(inputs, _sums(inputs, _while_sooner(batches, workers)), top_k)
     except _WorkersAreSooner:
         return False
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -139,12 +145,24 @@ def _numbered_batches(inputs: Inputs) -> list[NumberedBatch]:
 
 
 def _sums(inputs: Inputs, batches: Iterable[NumberedBatch], device: str = "cpu") -> dict[str, torch.Tensor]:
-    task = inputs.task
-    return gradient_sums(inputs.backbone, inputs.reader("train"), batches, task.selection, seed=task.seed, flip=task.input.flip, device=device)
+    """What the criterion adds up over batches, float64, by layer; nothing where it needs no data."""
+    task, spec = inputs.task, inputs.task.selection
+    if is_recomputable(spec):
+        return {}
+    if spec.criterion == "activation":
+        return activation_sums(inputs.backbone, inputs.reader("train"), batches, spec, device=device)
+    loss = make_loss(spec, inputs.backbone.width, len(inputs.index.classes), task.seed)
+    return gradient_sums(inputs.backbone, inputs.reader("train"), batches, spec, loss, seed=task.seed, flip=task.input.flip, device=device)
 
 
-def _ranked(sums: dict[str, torch.Tensor], top_k: int) -> dict[str, torch.Tensor]:
-    return {name: top_connections(sum_OI, top_k).cpu() for name, sum_OI in sums.items()}
+def _ranked(inputs: Inputs, totals: dict[str, torch.Tensor], top_k: int) -> dict[str, RankedPlaces]:
+    spec = inputs.task.selection
+    if is_recomputable(spec):
+        return recompute(inputs.backbone, spec, inputs.task.seed, top_k)
+    if spec.criterion == "activation":
+        layers = tunable_layers(inputs.backbone.model)
+        totals = {name: activation_importance(layers[name], total_GI) for name, total_GI in totals.items()}
+    return rank_places(totals, spec.level, top_k)
 
 
 def _worker(config: dict[str, Any]) -> TaskpackError | None:
@@ -161,11 +179,15 @@ def _worker(config: dict[str, Any]) -> TaskpackError | None:
     errors: list[TaskpackError | None] = [None] * world
     dist.all_gather_object(errors, error)
     first = next((fault for fault in errors if fault is not None), None)
-    if first is None:
-        totals = {name: _total(sums.pop(name)) for name in list(sums)}
+    if first is not None:
+        return first
+    totals = {name: _total(sums.pop(name)) for name in list(sums)}
+    try:
         if rank == 0:
-            write_selection(_ranked(totals, config["top_k"]), Path(config["path"]))
-    return first
+            write_selection(_ranked(inputs, totals, config["top_k"]), Path(config["path"]))
+    except TaskpackError as fault:
+        return fault
+    return None
 
 
 def _total(sum_OI: torch.Tensor) -> torch.Tensor:
@@ -175,9 +197,10 @@ def _total(sum_OI: torch.Tensor) -> torch.Tensor:
     return total_OI.to(sum_OI.device)
 
 
-def write_selection(selected: dict[str, torch.Tensor], path: Path) -> None:
+def write_selection(selected: SelectedIndex, path: Path) -> None:
     """Write what `read_selection` reads, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    save_file(selected, scratch)
+    places = {name + _PLACES: ranked.place_M for name, ranked in selected.items()}
+    save_file({**places, **{name + _RANKS: ranked.rank_M for name, ranked in selected.items()}}, scratch)
     os.replace(scratch, path)
