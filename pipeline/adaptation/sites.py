@@ -56,6 +56,11 @@ def has_channels_first(module: nn.Module) -> bool:
     return isinstance(module, nn.Conv2d | nn.GroupNorm | LayerNorm2d | nn.modules.batchnorm._BatchNorm)
 
 
+def weight_reader(model: nn.Module) -> str | None:
+    """The first module that uses a layer's weight without calling the layer (the attention of BEiT and SwinV2), None where there is none."""
+    return next((name for name, module in model.named_modules() if isinstance(getattr(module, "q_bias", None), nn.Parameter)), None)
+
+
 def columns_of(layer: TunableLayer) -> int:
     """Number of input connections of one neuron."""
     return layer.weight[0].numel()
