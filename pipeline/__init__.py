@@ -1,8 +1,23 @@
 """taskpack: one frozen vision backbone, hundreds of tasks, a few kilobytes each."""
 
-from pipeline.api import fetch, find, load, run
+from pipeline.api import export, fetch, find, import_pack, load, run
 from pipeline.errors import TaskpackError
 from pipeline.spec import Backbone, Budget, Recipe, SearchSpace, Task
 from pipeline.task_files import load_task, load_tasks
 
-__all__ = ["Backbone", "Budget", "Recipe", "SearchSpace", "Task", "TaskpackError", "fetch", "find", "load", "load_task", "load_tasks", "run"]
+__all__ = [
+    "Backbone",
+    "Budget",
+    "Recipe",
+    "SearchSpace",
+    "Task",
+    "TaskpackError",
+    "export",
+    "fetch",
+    "find",
+    "import_pack",
+    "load",
+    "load_task",
+    "load_tasks",
+    "run",
+]

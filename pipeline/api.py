@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from pipeline.errors import SpecError
 from pipeline.spec import Task
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from pipeline.stages import OnProgress
 
 WORKDIR = Path("runs")
+Format = Literal["timm", "onnx", "peft", "binary-adapter"]
 
 
 def run(
@@ -106,3 +107,60 @@ def fetch(reference: str | Path, *, workdir: str | Path = WORKDIR) -> Path:
     registry = open_registry(None, root)
     registered = registry.get(str(reference))
     return registry.download(registered, root / "downloads")
+
+
+def export(reference: str | Path, *, to: Format, path: str | Path, backbone: str | Path | None = None, workdir: str | Path = WORKDIR) -> float | None:
+    """Write a pack in another project's format, whole or not at all.
+
+    Args:
+        to: timm, a folder with the merged network as a plain checkpoint; onnx, the whole model as one file; peft, a folder with a SHiRA or LoRA
+            adapter; binary-adapter, NAME.bin with NAME.yaml beside it.
+        path: must not exist yet.
+        backbone: as for `load`; not needed for binary-adapter.
+
+    Returns:
+        The largest difference of a probe logit between pack and export; None where the format's own program is not run.
+
+    Raises:
+        ExportError: the format has no place for a part of the pack. Otherwise as `load`; StorageError: `path` exists or cannot be written.
+    """
+    from pipeline.packs import read_pack
+
+    pack, path = read_pack(fetch(reference, workdir=workdir)), Path(path)
+    if to == "binary-adapter":
+        from pipeline.exchange.binary_adapter import export_binary_adapter
+
+        export_binary_adapter(pack, path)
+        return None
+    from pipeline.exchange.checkpoint import export_checkpoint
+    from pipeline.exchange.onnx import export_onnx
+    from pipeline.exchange.peft import export_peft
+    from pipeline.serving.predictor import load_backbone_of
+
+    exporters = {"timm": export_checkpoint, "onnx": export_onnx, "peft": export_peft}
+    return exporters[to](pack, load_backbone_of(pack.metadata, str(backbone) if backbone is not None else None), path)
+
+
+def import_pack(source: str | Path, *, path: str | Path, backbone: str | Path | None = None) -> int:
+    """Read a published Binary Adapter file, NAME.bin with NAME.yaml beside it, and write it as a pack; its size in bytes.
+
+    Args:
+        backbone: checkpoint of ViT-B/16 (vit_base_patch16_224.orig_in21k); default: timm's.
+
+    Raises:
+        PackError: the files are not what they should be. BackboneError: the backbone cannot be loaded. StorageError: as `export`.
+    """
+    from pipeline.backbones import load_backbone
+    from pipeline.backbones.known import remember
+    from pipeline.exchange.binary_adapter import BACKBONE, INPUT, import_binary_adapter, read_files
+    from pipeline.packs import pack_to_bytes
+    from pipeline.storage import whole
+
+    data, description = read_files(Path(source))
+    spec = BACKBONE if backbone is None else BACKBONE.model_copy(update={"weights": str(backbone)})
+    loaded = load_backbone(spec, INPUT)
+    content = pack_to_bytes(import_binary_adapter(data, description, loaded))
+    with whole(Path(path)) as scratch:
+        scratch.write_bytes(content)
+    remember(loaded.fingerprint, spec.weights)
+    return len(content)

@@ -431,6 +431,32 @@ def verify(reference: Reference, backbone: BackboneFile = None, workdir: Workdir
 
 
 @app.command()
+def export(
+    reference: Reference,
+    to: Annotated[api.Format, typer.Option("--to", help="Format to write.")],
+    path: Annotated[Path, typer.Option("--out", help="File (onnx, binary-adapter) or folder (timm, peft) to write; must not exist.")],
+    backbone: BackboneFile = None,
+    workdir: Workdir = api.WORKDIR,
+) -> None:
+    """Write a pack in another project's format: a merged timm checkpoint, ONNX, a PEFT adapter, Binary Adapter's file."""
+    difference = api.export(reference, to=to, path=path, backbone=backbone, workdir=workdir)
+    size_bytes = sum(file.stat().st_size for file in (path.iterdir() if path.is_dir() else [path]))
+    out.print(f"{path}: {size_bytes:,} bytes", soft_wrap=True)
+    if difference is not None:
+        out.print(f"checked: its logits differ from the pack's by at most {difference:.1e}")
+
+
+@app.command(name="import")
+def import_(
+    source: Annotated[Path, typer.Argument(help="NAME.bin of Binary Adapter, with NAME.yaml beside it.", metavar="FILE")],
+    path: Annotated[Path, typer.Option("--out", help="Pack to write; must not exist.")],
+    backbone: Annotated[Path | None, typer.Option("--backbone", help="Checkpoint of ViT-B/16 (orig_in21k); default: timm's.")] = None,
+) -> None:
+    """Make a pack of a file that Binary Adapter's authors published."""
+    out.print(f"{path}: {api.import_pack(source, path=path, backbone=backbone):,} bytes", soft_wrap=True)
+
+
+@app.command()
 def plan(
     task: Annotated[Path, typer.Argument(help="Task file.")],
     recipe: RecipeFile = None,

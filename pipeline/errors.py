@@ -83,3 +83,9 @@ class TrainingError(TaskpackError):
     """Training diverged; the message names the step and the learning rate."""
 
     exit_code = 10
+
+
+class ExportError(TaskpackError):
+    """A pack cannot be written in the format asked for, or what was written does not compute the same."""
+
+    exit_code = 11

@@ -272,7 +272,10 @@ class Quantiser(Spec):
 
 
 class Head(Spec):
-    """A linear classifier on the pooled feature; weights at `bits`, bias at 16. `bits: 1, bias: false` is Binary Adapter's Bi-Head."""
+    """A linear classifier on the pooled feature; weights at `bits`, bias at 16, or at 32 beside weights of 32.
+
+    `bits: 1, bias: false` is Binary Adapter's Bi-Head.
+    """
 
     bits: Bits = 8
     bias: bool = True

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import secrets
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,28 @@ def write_json(path: Path, content: Any) -> None:
         os.replace(scratch, path)
     except OSError as error:
         raise StorageError(f"{path}: cannot be written ({error.strerror}); free space, or choose another folder") from None
+
+
+@contextlib.contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """A place beside `path` for a new file or folder, which is moved to `path` if all goes well and removed if not.
+
+    Raises:
+        StorageError: `path` exists, the disk is full or the folder cannot be written.
+    """
+    if path.exists():
+        raise StorageError(f"{path}: exists already; remove it, or choose another name")
+    scratch = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield scratch
+        os.rename(scratch, path)
+    except OSError as error:
+        raise StorageError(f"{path}: cannot be written ({error.strerror}); free space, or choose another folder") from None
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            scratch.unlink()
 
 
 def read_json(path: Path) -> Any:

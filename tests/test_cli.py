@@ -225,6 +225,25 @@ def test_prepare_writes_shards_and_counts_them(finished: FinishedRun, ask, tmp_p
     assert {path.name: path.read_bytes() for path in (tmp_path / "bars").glob("*.tar")} == same
 
 
+# --- export -------------------------------------------------------------------------------------------------------------------------------
+
+
+def test_export_writes_a_registered_pack_as_onnx(ask, tmp_path: Path) -> None:
+    pytest.importorskip("onnxscript", reason="onnxscript is not installed")
+    answer = ask("export", "bars@champion", "--to", "onnx", "--out", tmp_path / "bars.onnx")
+    assert answer.code == 0, answer.words
+    assert f"bars.onnx: {(tmp_path / 'bars.onnx').stat().st_size:,} bytes" in answer.words
+    assert "checked: its logits differ" in answer.words
+
+
+def test_export_says_what_a_format_has_no_place_for(finished: FinishedRun, ask, tmp_path: Path) -> None:
+    answer = ask("export", finished.pack, "--to", "timm", "--out", tmp_path / "bars")
+    assert answer.code == 11
+    assert "cannot hold the part smoa" in answer.words
+    assert ask("export", "bars", "--to", "tflite", "--out", tmp_path / "bars").code == 2
+    assert list(tmp_path.iterdir()) == []
+
+
 # --- as a process ---------------------------------------------------------------------------------------------------------------------------
 
 
@@ -237,7 +256,8 @@ def test_an_error_is_one_message_and_an_exit_code(finished: FinishedRun) -> None
 
 
 @pytest.mark.parametrize(
-    "command", ["run", "demo", "ls", "show", "predict", "evaluate", "verify", "plan", "prepare", "submit", "status", "logs", "stop"]
+    "command",
+    ["run", "demo", "ls", "show", "predict", "evaluate", "verify", "export", "import", "plan", "prepare", "submit", "status", "logs", "stop"],
 )
 def test_every_command_has_help(command: str) -> None:
     answer = taskpack(command, "--help")

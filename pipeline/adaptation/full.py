@@ -24,13 +24,14 @@ class TunedNetwork(nn.Module):
 
     def merge(self, is_merged: bool) -> None:
         """Take the current changes into the weights, until told otherwise."""
-        self._merged = self._changed() if is_merged else None
+        self._merged = self.changed() if is_merged else None
 
-    def _changed(self) -> dict[str, torch.Tensor]:
+    def changed(self) -> dict[str, torch.Tensor]:
+        """Its parameters with the current changes added."""
         return {name: frozen + self.current[name].view(frozen.shape) for name, frozen in self.base.named_parameters()}
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.func.functional_call(self.base, self._changed() if self._merged is None else self._merged, (x,))
+        return torch.func.functional_call(self.base, self.changed() if self._merged is None else self._merged, (x,))
 
 
 def plan_full(model: nn.Module, spec: Full) -> list[PlannedTensor]:

@@ -36,7 +36,7 @@ class LowRankLayer(nn.Module):
         self.dropout = [dropout]  # in a list: its mode is set in one place, not by the frozen network around this layer
         self.current: dict[str, torch.Tensor] = {}
 
-    def _matrices(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def matrices(self) -> tuple[torch.Tensor, torch.Tensor]:
         """`down` [S, I] and `up` [O, S] of all changes together."""
         down_SI = torch.cat([self.current[f"{target}.down"] for target in self.rows])
         ups = [F.pad(self.current[f"{target}.up"], (0, 0, first, self.outputs - end)) for target, (first, end) in self.rows.items()]
@@ -45,7 +45,7 @@ class LowRankLayer(nn.Module):
     @property
     def weight(self) -> torch.Tensor:
         """The effective weight, for blocks that use a layer's weight themselves (SwinV2, BEiT); without dropout."""
-        down_SI, up_OS = self._matrices()
+        down_SI, up_OS = self.matrices()
         return self.base.weight + (up_OS @ down_SI).view(self.base.weight.shape)
 
     def merge(self, is_merged: bool) -> None:
@@ -60,7 +60,7 @@ class LowRankLayer(nn.Module):
         is_convolution = isinstance(layer, nn.Conv2d)
         if is_convolution:
             x, y = x.movedim(1, -1), y.movedim(1, -1)
-        down_SI, up_OS = self._matrices()
+        down_SI, up_OS = self.matrices()
         hidden_TS = self.dropout[0](F.linear(x.reshape(-1, x.shape[-1]), down_SI))
         y = torch.addmm(y.reshape(-1, self.outputs), hidden_TS, up_OS.T).view(y.shape)
         return y.movedim(-1, 1) if is_convolution else y

@@ -18,6 +18,10 @@ class TunedNorm(nn.Module):
         """The norm's parameters that trained changes are added to: all."""
         return list(self.base.parameters())
 
+    def changed(self) -> dict[str, torch.Tensor]:
+        """Its parameters with the current changes added."""
+        return {name: tensor + self.current[name] for name, tensor in self.base.named_parameters()}
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        tensors = {name: (tensor + self.current[name]).to(x.dtype) for name, tensor in self.base.named_parameters()}
+        tensors = {name: tensor.to(x.dtype) for name, tensor in self.changed().items()}
         return torch.func.functional_call(self.base, tensors, (x,))

@@ -153,11 +153,15 @@ def _selected(pack: Pack, recipe: Recipe, spec: Selection, backbone: LoadedBackb
     return {name: RankedPlaces.unranked(torch.from_numpy(places)) for name, places in stored.items()}
 
 
+def probe_images(size_px: int) -> np.ndarray:
+    """Fixed pseudo-random images, uint8 [P, 3, S, S]."""
+    return np.random.default_rng(0).integers(0, 256, (PROBE_IMAGES, 3, size_px, size_px), dtype=np.uint8)
+
+
 @torch.inference_mode()
 def probe_logits(model: AdaptedModel, size_px: int) -> np.ndarray:
-    """Logits [P, C] of fixed pseudo-random images: what a reloaded pack must reproduce."""
-    images = np.random.default_rng(0).integers(0, 256, (PROBE_IMAGES, 3, size_px, size_px), dtype=np.uint8)
-    return model.eval()(torch.from_numpy(images)).float().numpy()
+    """Logits [P, C] of the probe images: what a reloaded pack must reproduce."""
+    return model.eval()(torch.from_numpy(probe_images(size_px))).float().numpy()
 
 
 def _groups(tensors: Sequence[PlannedTensor]) -> list[list[PlannedTensor]]:

@@ -25,8 +25,6 @@ from pipeline.spec import Biases, Bits, Connections, Head, Norms, Quantiser, Rec
 
 __all__ = ["PlannedTensor", "plan", "tunable_layers"]
 
-HEAD_BIAS_BITS: Bits = 16
-
 
 def plan(backbone: LoadedBackbone, recipe: Recipe, class_count: int, selected: SelectedIndex | None = None) -> tuple[PlannedTensor, ...]:
     """Every tensor the recipe trains, in the order a pack stores them.
@@ -106,4 +104,5 @@ def norm_names(model: nn.Module, slots: Sequence[MlpSlot], spec: Norms) -> list[
 
 def _plan_head(width: int, class_count: int, spec: Head) -> list[PlannedTensor]:
     weight = PlannedTensor("head", "head.weight", (class_count, width), spec.bits, start="head")
-    return [weight, PlannedTensor("head", "head.bias", (class_count,), HEAD_BIAS_BITS)] if spec.bias else [weight]
+    bias_bits: Bits = 32 if spec.bits == 32 else 16
+    return [weight, PlannedTensor("head", "head.bias", (class_count,), bias_bits)] if spec.bias else [weight]

@@ -33,7 +33,7 @@ def token_blocks(model: nn.Module, part: str) -> list[nn.Module]:
 
 
 def _append(x_BTD: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    return torch.cat([x_BTD, tokens.to(x_BTD.dtype).expand(len(x_BTD), -1, -1)], dim=1)
+    return torch.cat([x_BTD, tokens.to(x_BTD.dtype).expand(x_BTD.shape[0], -1, -1)], dim=1)
 
 
 class AppendedPrompts(nn.Module):

@@ -61,6 +61,11 @@ def weight_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
     return {name: (layer.weight.shape[0], layer.weight[0].numel()) for name, layer in tunable_layers(model).items()}
 
 
+def weight_reader(model: nn.Module) -> str | None:
+    """The first module that uses a layer's weight without calling the layer (the attention of BEiT and SwinV2), None where there is none."""
+    return next((name for name, module in model.named_modules() if isinstance(getattr(module, "q_bias", None), nn.Parameter)), None)
+
+
 def mlp_slots(model: nn.Module) -> list[MlpSlot]:
     """Every block with an `mlp` and a norm next to it: before it (ViT, Swin, ConvNeXt) or, in post-norm blocks (SwinV2), after it."""
     slots = []

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pipeline.adaptation.sites import has_channels_first, norms_of, tunable_layers
+from pipeline.adaptation.sites import has_channels_first, norms_of, tunable_layers, weight_reader
 from pipeline.adaptation.tensors import PlannedTensor
 from pipeline.errors import BackboneError
 from pipeline.spec import Ssf
@@ -33,7 +33,7 @@ class ScaleShift(nn.Module):
 
 def _sites(model: nn.Module) -> dict[str, nn.Module]:
     """Layers and norms by name. Raises BackboneError where a block uses a layer's weight without calling it, so that no output could be changed."""
-    read = next((name for name, module in model.named_modules() if isinstance(getattr(module, "q_bias", None), nn.Parameter)), None)
+    read = weight_reader(model)
     if read is not None:
         raise BackboneError(
             f"recipe.ssf: {type(model).__name__}'s {read!r} uses the weight of its qkv without calling the layer; leave this part out"

@@ -1,0 +1,1 @@
+"""Other projects' formats: what a pack can be written as, and what can be read as a pack."""
