@@ -38,7 +38,7 @@ TASK: dict[str, Any] = {
     "recipe": {
         "connections": {"top_k": 1},
         "smoa": {"experts": 2, "width": 4},
-        "training": {"epochs": 16, "batch_size": 16, "precision": "fp32"},
+        "training": {"epochs": 40, "batch_size": 16, "precision": "fp32"},
     },
     "search": {"bits": [2, 4, 6, 8], "top_k": [1, 2]},
     "selection": {"batch_size": 16},

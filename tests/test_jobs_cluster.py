@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 import requests
-from helpers_cli import TASK, Answer, environment, new_workdir, taskpack, write_task
+from helpers_cli import TASK, Answer, environment, new_workdir, taskpack, taskpack_process, write_task
 
 pytestmark = [
     pytest.mark.skipif(find_spec("aiohttp_cors") is None, reason="a head that takes jobs needs ray[default]"),
@@ -133,11 +133,12 @@ def test_a_batch_that_fails_is_stopped_and_succeeds(head: str, stub: Path, tmp_p
 
 
 def test_the_token_is_asked_for(head: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # In processes of their own: Ray keeps the first token that a process has used.
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("RAY_AUTH_TOKEN", "wrong" * 10)
-    answers = [submit(head, write_task(tmp_path), "--workdir", "/mnt/runs")]
+    answers = [taskpack_process("submit", write_task(tmp_path), "--workdir", "/mnt/runs", "--address", head)]
     monkeypatch.delenv("RAY_AUTH_TOKEN")
-    answers += [taskpack("status", "--address", head)]
+    answers += [taskpack_process("status", "--address", head)]
     assert [answer.code for answer in answers] == [7, 7]
     assert "(403); set RAY_AUTH_TOKEN" in answers[0].words
     assert "(401); set RAY_AUTH_TOKEN" in answers[1].words

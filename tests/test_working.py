@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import nn
 
-from pipeline.adaptation import AdaptedModel, attach
-from pipeline.adaptation.sites import tunable_layers
+from pipeline.adaptation import AdaptedModel, SelectedIndex, attach
 from pipeline.adaptation.working import WorkingCopies
 from pipeline.backbones import LoadedBackbone, fingerprint, load_backbone
 from pipeline.spec import Backbone, Biases, Connections, Input, Norms, Recipe, Smoa
@@ -16,12 +17,10 @@ RECIPE = Recipe(connections=Connections(top_k=2, bits=4), biases=Biases(bits=32)
 every_family = pytest.mark.parametrize("family", ["vit", "swin", "convnext", "convnext_linear"])
 
 
-def build(backbone: LoadedBackbone) -> AdaptedModel:
+def build(backbone: LoadedBackbone, random_selection: Callable[..., SelectedIndex]) -> AdaptedModel:
     """An adapted model whose values are all large enough to show."""
+    model = attach(backbone, RECIPE, 5, selected=random_selection(backbone, 2))
     generator = torch.Generator().manual_seed(0)
-    shapes = {name: layer.weight.flatten(1).shape for name, layer in tunable_layers(backbone.model).items()}
-    selected = {name: torch.rand(shape, generator=generator).argsort(dim=1)[:, :2] for name, shape in shapes.items()}
-    model = attach(backbone, RECIPE, 5, selected=selected)
     for parameter in model.values.parameters():
         parameter.data.normal_(0, 0.02, generator=generator)
     return model
@@ -32,9 +31,9 @@ def pixels(size_px: int) -> torch.Tensor:
 
 
 @every_family
-def test_merged_it_computes_the_same(family: str, families: dict[str, Backbone]) -> None:
+def test_merged_it_computes_the_same(family: str, families: dict[str, Backbone], random_selection: Callable[..., SelectedIndex]) -> None:
     backbone = load_backbone(families[family], Input(size_px=32))
-    model = build(backbone)
+    model = build(backbone, random_selection)
     with torch.no_grad():
         expected = model(pixels(32))
         with model.merged():
@@ -47,10 +46,12 @@ def test_merged_it_computes_the_same(family: str, families: dict[str, Backbone])
 
 
 @every_family
-def test_training_in_bfloat16_keeps_the_stream_low_and_the_backbone_untouched(family: str, families: dict[str, Backbone]) -> None:
+def test_training_in_bfloat16_keeps_the_stream_low_and_the_backbone_untouched(
+    family: str, families: dict[str, Backbone], random_selection: Callable[..., SelectedIndex]
+) -> None:
     backbone = load_backbone(families[family], Input(size_px=32))
     before = fingerprint(backbone.model.state_dict())
-    model = build(backbone)
+    model = build(backbone, random_selection)
     seen: list[torch.dtype] = []
     for module in model.backbone.modules():
         if isinstance(module, nn.LayerNorm):
