@@ -135,7 +135,19 @@ def _markdown(result: dict[str, Any], arguments: dict[str, Any]) -> str:
     for row in result["rows"]:
         numbers = f"{row['gflop']:.1f} | {row['median_ms']:.1f} | {row['predicted_ms']:.1f} | {100 * row['deviation']:+.1f}"
         lines.append(f"| {row['line']} | {row['value']} | {numbers} |")
+    lines += ["", *_explanation(result["rows"])]
     return "\n".join(lines) + "\n"
+
+
+def _explanation(rows: list[dict[str, Any]]) -> list[str]:
+    """What the prediction leaves out, with the fixed part of a step by a straight line through the batches."""
+    batches = [row for row in rows if row["line"] == "batch"]
+    slope, fixed_ms = statistics.linear_regression([row["value"] for row in batches], [row["median_ms"] for row in batches])
+    return [
+        f"A step is {fixed_ms:.0f} ms and {slope:.2f} ms an image, by least squares: the fixed part (launching some thousand small operations, writing",
+        "changed weights, the optimiser) is in the batch line's first point and makes its prediction too large. K, experts and width add more than",
+        "their products: gathers of columns, and passes over experts * width hidden units of every token that compute nothing.",
+    ]
 
 
 def _draw(rows: list[dict[str, Any]], path: Path) -> None:
@@ -146,7 +158,7 @@ def _draw(rows: list[dict[str, Any]], path: Path) -> None:
         values = [row["value"] for row in line]
         axis.plot(values, [row["predicted_ms"] for row in line], color="0.6", linestyle="--", label="predicted")
         axis.plot(values, [row["median_ms"] for row in line], marker="o", label="measured")
-        axis.set(xlabel=name, xticks=values, ylim=(0, None))
+        axis.set(xlabel=name, xticks=values, ylim=(0, 1.1 * max(max(row["median_ms"], row["predicted_ms"]) for row in line)))
     axes[0].set_ylabel("step, ms")
     axes[0].legend(loc="lower right")
     figure.savefig(path, dpi=110)
