@@ -144,8 +144,8 @@ def _explanation(rows: list[dict[str, Any]]) -> list[str]:
     batches = [row for row in rows if row["line"] == "batch"]
     slope, fixed_ms = statistics.linear_regression([row["value"] for row in batches], [row["median_ms"] for row in batches])
     return [
-        f"A step is {fixed_ms:.0f} ms and {slope:.2f} ms an image, by least squares: the fixed part (launching some thousand small operations, writing",
-        "changed weights, the optimiser) is in the batch line's first point and makes its prediction too large. K, experts and width add more than",
+        f"A step is {fixed_ms:.0f} ms and {slope:.2f} ms an image, by least squares: the fixed part (a thousand small operations, writing changed",
+        "weights, the optimiser) is in the batch line's first point and makes its prediction too large. K, experts and width add more than",
         "their products: gathers of columns, and passes over experts * width hidden units of every token that compute nothing.",
     ]
 
