@@ -8,10 +8,10 @@ from __future__ import annotations
 import json
 from typing import Annotated, Final
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, with_config
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, with_config
 from typing_extensions import TypedDict
 
-from pipeline.errors import PackDamaged, PackError
+from pipeline.errors import PackError
 
 FORMAT_VERSION: Final = 2
 
@@ -64,14 +64,3 @@ class PackMetadata(BaseModel):
             return json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
         except ValueError as error:
             raise PackError(f"metadata of {self.task}: {error}; a pack stores finite numbers only") from None
-
-    @classmethod
-    def from_json(cls, text: str) -> PackMetadata:
-        """Read `to_json`'s text. Raises PackDamaged, naming the first key at fault."""
-        try:
-            return cls.model_validate_json(text)
-        except ValidationError as error:
-            fault = error.errors(include_url=False)[0]
-            raise PackDamaged(f"metadata: {'.'.join(str(key) for key in fault['loc']) or 'JSON'}: {fault['msg']}") from None
-        except ValueError as error:
-            raise PackDamaged(f"metadata: {error}") from None
