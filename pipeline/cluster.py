@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import logging
 import os
 import secrets
@@ -10,18 +11,25 @@ import socket
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from typing import TypeVar
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 from pipeline.errors import ClusterError
+from pipeline.together import Interrupted
 
-_QUIET = {
+_SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS": "0",
     "RAY_DEDUP_LOGS": "1",
+    # A worker group may have to wait for other tasks' trials to end, or for a node to start.
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "3600",
+    # Tune would warn of every trial that waits for another task's.
+    "TUNE_WARN_INSUFFICENT_RESOURCE_THRESHOLD_S": "1000000000",
 }
 _ANSWER_SECONDS = 10
+_LOOK_SECONDS = 0.5
 
 Result = TypeVar("Result")
 
@@ -35,7 +43,7 @@ def ray_session(address: str | None = None) -> Iterator[None]:
     Raises:
         ClusterError: no cluster answers at `address`.
     """
-    for key, value in _QUIET.items():
+    for key, value in _SETTINGS.items():
         os.environ.setdefault(key, value)
     if address is None and "ray" not in sys.modules:
         # A private cluster listens on every interface; a token of its own keeps strangers out. Ray reads it at import.
@@ -43,6 +51,7 @@ def ray_session(address: str | None = None) -> Iterator[None]:
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     import ray
 
+    _import_libraries()
     if ray.is_initialized():
         yield
         return
@@ -51,6 +60,12 @@ def ray_session(address: str | None = None) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _import_libraries() -> None:
+    """Ray's Train and Tune import each other: two threads that begin with one each would meet half-made modules."""
+    for name in ("ray.train.torch", "ray.tune"):
+        importlib.import_module(name)
 
 
 def _connect(address: str | None) -> None:
@@ -88,11 +103,8 @@ def _no_cluster(address: str, detail: str) -> ClusterError:
     return ClusterError(f"--address: no Ray cluster answers at {address!r} ({detail}); start one with `ray start --head`, or leave --address out")
 
 
-def interruptible(action: Callable[[], Result]) -> Result:
-    """Run `action` in a thread, so that Ctrl-C stays with this one.
-
-    Called from the main thread, Ray Train puts a handler of its own for Ctrl-C, which ends the process without a word, and never takes it back.
-    """
+def interruptible(action: Callable[[], Result], is_stopping: Callable[[], bool]) -> Result:
+    """Run `action` in a thread, and leave it there with Interrupted where `is_stopping` comes to hold: Ray Train's own wait cannot be ended."""
     outcome: Future[Result] = Future()
 
     def run() -> None:
@@ -102,22 +114,79 @@ def interruptible(action: Callable[[], Result]) -> Result:
             outcome.set_exception(error)
 
     threading.Thread(target=run, daemon=True).start()
-    return outcome.result()
+    while not is_stopping():
+        with contextlib.suppress(TimeoutError):
+            return outcome.result(timeout=_LOOK_SECONDS)
+    raise Interrupted
 
 
-def cluster_resources() -> tuple[int, int]:
-    """CPUs and GPUs of the cluster, whole numbers."""
+def first_ended(running: Sequence[Any], is_stopping: Callable[[], bool]) -> Any:
+    """The first of these Ray tasks to end. Raises Interrupted where `is_stopping` comes to hold before."""
     import ray
 
-    resources = ray.cluster_resources()
-    return max(1, int(resources.get("CPU", 1))), int(resources.get("GPU", 0))
+    while not is_stopping():
+        ended, _ = ray.wait(list(running), timeout=_LOOK_SECONDS)
+        if ended:
+            return ended[0]
+    raise Interrupted
+
+
+@dataclass(frozen=True)
+class Nodes:
+    """`count` nodes with `cpus` CPUs and `gpus` GPUs each."""
+
+    cpus: float
+    gpus: float
+    count: int = 1
+
+    def places(self, cpus: float, gpus: float) -> int:
+        """How many workers of so many CPUs and GPUs one of them holds."""
+        rooms = [int(has / asked + 1e-6) for has, asked in ((self.cpus, cpus), (self.gpus, gpus)) if asked]
+        return min(rooms, default=0)
+
+
+def is_connected() -> bool:
+    """Whether this process has a Ray."""
+    return "ray" in sys.modules and bool(sys.modules["ray"].is_initialized())
+
+
+def running_nodes() -> list[Nodes]:
+    """The nodes that the cluster has now."""
+    import ray
+
+    resources = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return [Nodes(each.get("CPU", 0), each.get("GPU", 0)) for each in resources]
+
+
+def startable_nodes() -> list[Nodes]:
+    """The kinds of nodes that the cluster's autoscaler may start, as it has told the cluster; none where nothing scales it."""
+    import ray
+
+    config = ray._private.state.state.get_cluster_config()
+    groups = config.node_group_configs if config is not None else []
+    return [Nodes(group.resources.get("CPU", 0), group.resources.get("GPU", 0), group.max_count) for group in groups if group.max_count != 0]
+
+
+def has_gpus() -> bool:
+    """Whether the cluster has GPUs, or may start nodes that do."""
+    return any(nodes.gpus for nodes in [*running_nodes(), *startable_nodes()])
+
+
+def places(cpus: float, gpus: float) -> int:
+    """How many workers of so many CPUs and GPUs the cluster's nodes hold now."""
+    return sum(nodes.places(cpus, gpus) for nodes in running_nodes())
 
 
 def check_fits_a_node(cpus: float, gpus: float) -> None:
-    """Raise ClusterError where no node has what one trial asks for: Ray would wait for ever."""
-    import ray
-
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    if not any(node.get("CPU", 0) >= cpus and node.get("GPU", 0) >= gpus for node in nodes):
-        had = ", ".join(f"{node.get('CPU', 0):g} CPUs and {node.get('GPU', 0):g} GPUs" for node in nodes)
+    """Raise ClusterError where no node has what one trial asks for, nor any that could be started: Ray would wait for ever."""
+    running, startable = running_nodes(), startable_nodes()
+    if not any(nodes.places(cpus, gpus) for nodes in [*running, *startable]):
+        had = ", ".join(f"{nodes.cpus:g} CPUs and {nodes.gpus:g} GPUs" for nodes in [*running, *startable])
         raise ClusterError(f"a trial asks for {cpus:g} CPUs and {gpus:g} GPUs, which no node has ({had}); lower --cpus-per-trial or --gpus-per-trial")
+
+
+def check_holds_group(workers: int, cpus: float, gpus: float) -> None:
+    """Raise ClusterError where the cluster cannot hold `workers` at once, unless it can grow: Ray would wait for an hour."""
+    held = places(cpus, gpus)
+    if workers > held and not startable_nodes():
+        raise ClusterError(f"--selection-workers: given {workers}, the cluster has room for {held}, each with a CPU{' and a GPU' if gpus else ''}")

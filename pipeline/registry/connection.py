@@ -17,7 +17,7 @@ from pathlib import Path
 from types import ModuleType
 from urllib.parse import urlsplit
 
-from pipeline.errors import RegistryError, StorageError
+from pipeline.errors import RegistryAway, RegistryError, StorageError
 
 _SETTINGS = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -35,6 +35,9 @@ _SETTINGS = {
 # MLflow's own defaults retry for minutes; a server that does not answer the first call is more likely down than busy.
 _FIRST_CALL = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "4"}
 _LOCK_SECONDS = 120
+_AWAY = re.compile(
+    r"Max retries exceeded|Connection ?(refused|error|aborted|reset)|timed out|error code 50[234]|too many 50[0-9] error|database is locked", re.I
+)
 
 
 def import_mlflow() -> ModuleType:
@@ -132,14 +135,15 @@ def registry_errors(tracking_uri: str) -> Iterator[None]:
     try:
         yield
     except (MlflowException, RequestException, SQLAlchemyError, sqlite3.Error) as error:
-        raise RegistryError(_explain(tracking_uri, str(error))) from None
+        kind = RegistryAway if _AWAY.search(str(error)) else RegistryError
+        raise kind(_explain(tracking_uri, str(error))) from None
 
 
 def _explain(tracking_uri: str, text: str) -> str:
     where = _without_password(tracking_uri)
     reason = text.strip().splitlines()[0] if text.strip() else "no reason given"
     reason = reason if len(reason) <= 300 else reason[:297] + "..."
-    if re.search(r"Max retries exceeded|Connection ?(refused|error|aborted|reset)|timed out", text, re.IGNORECASE):
+    if _AWAY.search(text):
         return f"{where}: the MLflow server cannot be reached; check that it runs, the address and port in MLFLOW_TRACKING_URI, and any proxy"
     if re.search(r"error code (401|403)|UNAUTHENTICATED|PERMISSION_DENIED", text):
         return (
