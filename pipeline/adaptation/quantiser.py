@@ -101,7 +101,7 @@ def quantise(latent_N: torch.Tensor, lengths_G: torch.Tensor, bits: Bits, codebo
 
 @torch.no_grad()
 def encode(latent_N: torch.Tensor, lengths_G: torch.Tensor, bits: Bits, codebook: Codebook = "median") -> tuple[np.ndarray, np.ndarray | None]:
-    """What a pack stores: codes [N] (uint8, float16 or float32) and, below 16 bits, scales [G, 2] of (mean, sd): float32 that half precision holds."""
+    """What a pack stores: codes [N] (uint8, float16 or float32) and, below 16 bits, scales float32 [G, 2] of (mean, sd), as rounded."""
     latent_N, lengths_G = latent_N.detach().cpu(), lengths_G.cpu()
     if bits >= 16:
         return latent_N.numpy().astype(np.float16 if bits == 16 else np.float32), None

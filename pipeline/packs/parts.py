@@ -1,9 +1,10 @@
 """A part: the trained tensors of one kind that share a bit width, as the codes that the file stores.
 
 Up to 8 bits a tensor is codes of a fixed codebook with one (mean, sd) for each trailing 2-D matrix: a bank of experts [E, h, D] has E pairs, a
-matrix or a vector one; `by_row`, every row of a matrix has its own. Scales are floats of 16 bits, or of 32 where another program wrote them. At 16 and 32 bits the codes are the values themselves. Connections also carry
-their positions: tensor n, of shape [N], holds the values at the ascending places `positions[n]` [N] of a weight of `layers[n]` = (O, I), seen as one
-row-major [O, I] matrix. Positions that a reader computes anew from the backbone (the largest weights, say) are not stored: `recomputed`.
+matrix or a vector one; `by_row`, every row of a matrix has its own. Scales are floats of 16 bits, or of 32 where another program wrote them. At 16
+and 32 bits the codes are the values themselves. Connections also carry their positions: tensor n, of shape [N], holds the values at the ascending
+places `positions[n]` [N] of a weight of `layers[n]` = (O, I), seen as one row-major [O, I] matrix. Positions that a reader computes anew from the
+backbone (the largest weights, say) are not stored: `recomputed`.
 
 A conceptual part may mix widths (a head's weight at 1 bit, its bias at 16): it is then several Parts of one name.
 
