@@ -597,21 +597,25 @@ class Suite(Spec):
 
 
 class Method(Spec):
-    """One way to adapt a backbone, to be compared with others: a recipe, and the values it is tuned over. Training settings that the recipe does not
-    name are the task's."""
+    """One way to adapt a backbone, to be compared with others: a recipe, the values it is tuned over, and how its connections are selected. Training
+    settings that the recipe does not name are the task's, and so is the selection."""
 
     description: str = ""
     recipe: Recipe
     search: SearchSpace
+    selection: Selection | None = None
 
     @model_validator(mode="after")
     def _can_be_tuned(self) -> Method:
         if fault := self.search.fault(self.recipe):
             raise ValueError(fault)
+        if self.selection is not None and not self.search.max_top_k(self.recipe):
+            raise ValueError("selection would change nothing: the method trains no connections; leave it out, or add `connections` to `recipe`")
         return self
 
     def on(self, task: Task) -> Task:
-        """The task with this method in place of its own recipe and search space."""
+        """The task with this method in place of its own recipe, search space and, where the method has one, selection."""
         own = self.recipe.training
         training = task.recipe.training.model_copy(update={key: getattr(own, key) for key in own.model_fields_set})
-        return task.model_copy(update={"recipe": self.recipe.model_copy(update={"training": training}), "search": self.search})
+        recipe = self.recipe.model_copy(update={"training": training})
+        return task.model_copy(update={"recipe": recipe, "search": self.search, "selection": self.selection or task.selection})
