@@ -485,7 +485,7 @@ class Selection(Spec):
     """Which connections `top_k` keeps (GPS, arXiv 2312.10136): what makes one important, and which of them compete with each other.
 
     gradient: the loss's gradient, summed with its sign over the training set. magnitude: the weight. activation: the weight times its input's mean
-    size, without a backward pass (FPS, arXiv 2510.27359). random: a number drawn by the task's seed.
+    size, without a backward pass (FPS, arXiv 2510.27359). random: a number drawn by `seed`.
     """
 
     criterion: Criterion = "gradient"
@@ -494,10 +494,13 @@ class Selection(Spec):
     temperature: float = Field(0.07, gt=0, description="of the contrastive loss")
     batch_size: int = Field(32, ge=2)
     precision: Literal["fp32", "bf16"] = Field("fp32", description="of the passes; what they give is summed in float64 either way")
+    seed: int = Field(0, ge=0, description="of criterion random")
 
     @model_validator(mode="after")
     def _has_no_idle_setting(self) -> Selection:
-        uses = {"gradient": ("loss", "temperature", "batch_size", "precision"), "activation": ("batch_size", "precision")}.get(self.criterion, ())
+        uses = {"gradient": ("loss", "temperature", "batch_size", "precision"), "activation": ("batch_size", "precision"), "random": ("seed",)}.get(
+            self.criterion, ()
+        )
         used = {"criterion", "level", *uses} - ({"temperature"} if self.loss == "cross_entropy" else set())
         idle = [name for name, field in type(self).model_fields.items() if name not in used and getattr(self, name) != field.default]
         if idle:

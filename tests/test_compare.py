@@ -63,7 +63,7 @@ def test_methods_are_tuned_alike_tested_once_a_seed_and_resumed(compared: tuple[
 
 
 def test_a_space_with_too_few_points_is_refused(compared: tuple[Path, Task]) -> None:
-    with pytest.raises(SpecError, match="misfit: search: its 2 points are fewer than the 3 trials"):
+    with pytest.raises(SpecError, match="random: search: its 2 points are fewer than the 3 trials"):
         compare_methods([compared[1]], METHODS, compared[0], trials=3)
 
 
