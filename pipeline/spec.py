@@ -166,9 +166,10 @@ class Biases(Spec):
 
 
 class Norms(Spec):
-    """Train norms: each block's second one, before the MLP, or all of the backbone's."""
+    """Train norms: each block's second one, before the MLP, or all of the backbone's; scale and shift, or the shift alone (BitFit)."""
 
     which: Literal["mlp", "all"] = "mlp"
+    parameters: Literal["all", "bias"] = "all"
     bits: Bits = 8
 
 
