@@ -162,7 +162,7 @@ def _sums(inputs: Inputs, batches: Iterable[NumberedBatch], device: str = "cpu")
 def _ranked(inputs: Inputs, totals: dict[str, torch.Tensor], top_k: int) -> dict[str, RankedPlaces]:
     spec = inputs.task.selection
     if is_recomputable(spec):
-        return recompute(inputs.backbone, spec, inputs.task.seed, top_k)
+        return recompute(inputs.backbone, spec, top_k)
     if spec.criterion == "activation":
         layers = tunable_layers(inputs.backbone.model)
         totals = {name: activation_importance(layers[name], total_GI) for name, total_GI in totals.items()}
