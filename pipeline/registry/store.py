@@ -24,11 +24,11 @@ from pipeline.registry.connection import (
     import_mlflow,
     import_pyfunc,
     initialise_sqlite,
-    registry_errors,
     resolve_tracking_uri,
     short_patience,
     sqlite_path,
 )
+from pipeline.registry.failures import registry_errors
 from pipeline.registry.record import DIGEST_TAG, MODEL_ID_TAG, TASK_TAG, Champion, RegisteredPack
 
 EXPERIMENT = "taskpack"
