@@ -1,8 +1,8 @@
 """What MLflow, its database or its transport raise, as named errors that say what to do.
 
 Two kinds matter to a caller that could try again: `RegistryAway` may pass by itself, `RegistryRefused` does not until a password or a
-permission is changed. MLflow tells them apart only in the text of its exceptions, so that is what is read here. No text leaves with a password or with the
-signature of an address in it.
+permission is changed. MLflow tells them apart only in the text of its exceptions, so that is what is read here. No text leaves with a password or
+with the signature of an address in it.
 """
 
 from __future__ import annotations
