@@ -76,17 +76,20 @@ def find(
     max_bytes: int | None = None,
     min_metric: float | None = None,
     limit: int = 50,
+    after: str | None = None,
     workdir: str | Path = WORKDIR,
 ) -> list[RegisteredPack]:
     """Registered packs by numbers, best test metric first.
 
     Args:
         min_metric: smallest test metric, in [0, 1].
+        after: the pack, as NAME/VERSION, behind which to begin: the last one of an earlier answer gives the next page.
         workdir: whose embedded registry to ask where MLFLOW_TRACKING_URI is not set.
     """
     from pipeline.registry.store import open_registry
 
-    return open_registry(None, Path(workdir).resolve()).search(task=task, max_bytes=max_bytes, min_metric=min_metric, limit=limit)
+    registry = open_registry(None, Path(workdir).resolve())
+    return registry.search(task=task, max_bytes=max_bytes, min_metric=min_metric, limit=limit, after=after)
 
 
 def load(reference: str | Path, *, backbone: str | Path | None = None, workdir: str | Path = WORKDIR) -> Predictor:

@@ -326,19 +326,23 @@ def list_packs(
     max_bytes: MaxBytes = None,
     min_metric: Annotated[float | None, typer.Option(help="Smallest test accuracy, in [0, 1].", min=0, max=1)] = None,
     limit: Annotated[int, typer.Option(min=1, help="Rows at most.")] = 50,
+    after: Annotated[str | None, typer.Option(help="Begin behind this pack, the last one of an earlier answer.", metavar="NAME/VERSION")] = None,
     workdir: Workdir = api.WORKDIR,
     as_json: AsJson = False,
 ) -> None:
     """Look packs up in the registry by numbers, best first."""
     from pipeline.reports.tables import packs_table
 
-    packs = api.find(task, max_bytes=_size(max_bytes), min_metric=min_metric, limit=limit, workdir=workdir)
+    found = api.find(task, max_bytes=_size(max_bytes), min_metric=min_metric, limit=limit + 1, after=after, workdir=workdir)
+    packs = found[:limit]
     if as_json:
         _print_json([asdict(pack) for pack in packs])
     elif packs:
         out.print(packs_table(packs))
     else:
         out.print("no pack matches")
+    if len(found) > limit:
+        typer.echo(f"there are more: the same command with --after {packs[-1].name}/{packs[-1].version} goes on", err=True)
 
 
 def _size(text: str | None) -> int | None:
