@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import importlib
 import logging
+import math
 import os
 import secrets
 import socket
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -29,6 +31,7 @@ _SETTINGS = {
     "TUNE_WARN_INSUFFICENT_RESOURCE_THRESHOLD_S": "1000000000",
 }
 _ANSWER_SECONDS = 10
+_NODE_SECONDS = 1200  # a GPU machine that pulls a large image takes its time
 _LOOK_SECONDS = 0.5
 
 Result = TypeVar("Result")
@@ -120,27 +123,27 @@ def interruptible(action: Callable[[], Result], is_stopping: Callable[[], bool])
     raise Interrupted
 
 
-def first_ended(running: Sequence[Any], is_stopping: Callable[[], bool]) -> Any:
-    """The first of these Ray tasks to end. Raises Interrupted where `is_stopping` comes to hold before."""
+def first_ended(running: Sequence[Any], is_stopping: Callable[[], bool], timeout_seconds: float = math.inf) -> Any:
+    """The first of these Ray tasks to end; None where none does in time. Raises Interrupted where `is_stopping` comes to hold before."""
     import ray
 
+    deadline = time.monotonic() + timeout_seconds
     while not is_stopping():
         ended, _ = ray.wait(list(running), timeout=_LOOK_SECONDS)
-        if ended:
-            return ended[0]
+        if ended or time.monotonic() > deadline:
+            return ended[0] if ended else None
     raise Interrupted
 
 
 @dataclass(frozen=True)
-class Nodes:
-    """`count` nodes with `cpus` CPUs and `gpus` GPUs each."""
+class Node:
+    """What a node has, taken or not."""
 
     cpus: float
     gpus: float
-    count: int = 1
 
     def places(self, cpus: float, gpus: float) -> int:
-        """How many workers of so many CPUs and GPUs one of them holds."""
+        """How many workers of so many CPUs and GPUs it holds."""
         rooms = [int(has / asked + 1e-6) for has, asked in ((self.cpus, cpus), (self.gpus, gpus)) if asked]
         return min(rooms, default=0)
 
@@ -150,43 +153,69 @@ def is_connected() -> bool:
     return "ray" in sys.modules and bool(sys.modules["ray"].is_initialized())
 
 
-def running_nodes() -> list[Nodes]:
+def running_nodes() -> list[Node]:
     """The nodes that the cluster has now."""
     import ray
 
     resources = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    return [Nodes(each.get("CPU", 0), each.get("GPU", 0)) for each in resources]
-
-
-def startable_nodes() -> list[Nodes]:
-    """The kinds of nodes that the cluster's autoscaler may start, as it has told the cluster; none where nothing scales it."""
-    import ray
-
-    config = ray._private.state.state.get_cluster_config()
-    groups = config.node_group_configs if config is not None else []
-    return [Nodes(group.resources.get("CPU", 0), group.resources.get("GPU", 0), group.max_count) for group in groups if group.max_count != 0]
+    return [Node(each.get("CPU", 0), each.get("GPU", 0)) for each in resources]
 
 
 def has_gpus() -> bool:
-    """Whether the cluster has GPUs, or may start nodes that do."""
-    return any(nodes.gpus for nodes in [*running_nodes(), *startable_nodes()])
+    """Whether the cluster has GPUs now."""
+    return any(node.gpus for node in running_nodes())
 
 
 def places(cpus: float, gpus: float) -> int:
     """How many workers of so many CPUs and GPUs the cluster's nodes hold now."""
-    return sum(nodes.places(cpus, gpus) for nodes in running_nodes())
-
-
-def check_fits_a_node(cpus: float, gpus: float) -> None:
-    """Raise ClusterError where no node has what one trial asks for, nor any that could be started: Ray would wait for ever."""
-    running, startable = running_nodes(), startable_nodes()
-    if not any(nodes.places(cpus, gpus) for nodes in [*running, *startable]):
-        had = ", ".join(f"{nodes.cpus:g} CPUs and {nodes.gpus:g} GPUs" for nodes in [*running, *startable])
-        raise ClusterError(f"a trial asks for {cpus:g} CPUs and {gpus:g} GPUs, which no node has ({had}); lower --cpus-per-trial or --gpus-per-trial")
+    return sum(node.places(cpus, gpus) for node in running_nodes())
 
 
 def check_holds_group(workers: int, cpus: float, gpus: float) -> None:
-    """Raise ClusterError where the cluster cannot hold `workers` at once, unless it can grow: Ray would wait for an hour."""
+    """Raise ClusterError where the cluster cannot hold `workers` at once, unless it scales itself: Ray would wait for an hour."""
     held = places(cpus, gpus)
-    if workers > held and not startable_nodes():
+    if workers > held and not _scales_itself():
         raise ClusterError(f"--selection-workers: given {workers}, the cluster has room for {held}, each with a CPU{' and a GPU' if gpus else ''}")
+
+
+def wait_for_node(cpus: float, gpus: float, is_stopping: Callable[[], bool]) -> None:
+    """Return when a node has `cpus` and `gpus`: at once where one is there, else, on a cluster that scales itself, when it has started one.
+
+    What asks for a node is a task, so nothing is left to ask for it once this process has ended.
+
+    Raises:
+        ClusterError: no node has that, and none comes: Ray would wait for ever.
+        Interrupted: `is_stopping` came to hold first.
+    """
+    if places(cpus, gpus):
+        return
+    waited = ""
+    if _scales_itself():
+        if _node_came(cpus, gpus, is_stopping):
+            return
+        waited = f", and the autoscaler brought none in {_NODE_SECONDS // 60} minutes"
+    had = ", ".join(f"{node.cpus:g} CPUs and {node.gpus:g} GPUs" for node in running_nodes())
+    raise ClusterError(
+        f"a trial asks for {cpus:g} CPUs and {gpus:g} GPUs, which no node has ({had}){waited}; lower --cpus-per-trial or --gpus-per-trial"
+    )
+
+
+def _node_came(cpus: float, gpus: float, is_stopping: Callable[[], bool]) -> bool:
+    import ray
+
+    asking = ray.remote(num_cpus=cpus, num_gpus=gpus)(_nothing).remote()
+    try:
+        return first_ended([asking], is_stopping, timeout_seconds=_NODE_SECONDS) is not None
+    finally:
+        ray.cancel(asking)
+
+
+def _scales_itself() -> bool:
+    """Whether the cluster was started with Ray's autoscaler (its second version), as KubeRay and `ray up` start it."""
+    from ray.autoscaler.v2.utils import is_autoscaler_v2
+
+    return is_autoscaler_v2(fetch_from_server=True)
+
+
+def _nothing() -> None:
+    pass

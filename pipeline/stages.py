@@ -16,7 +16,7 @@ from pipeline.adaptation import is_recomputable
 from pipeline.adaptation.packing import SizePlanner
 from pipeline.backbones import share
 from pipeline.backbones.known import remember
-from pipeline.cluster import check_fits_a_node, check_holds_group, first_ended, has_gpus, interruptible, is_connected, places
+from pipeline.cluster import check_holds_group, first_ended, has_gpus, interruptible, is_connected, places, wait_for_node
 from pipeline.data import prepare, untrained_classes
 from pipeline.errors import ClusterError, SpecError, StorageError, TaskpackError
 from pipeline.search.proposer import LAG
@@ -54,7 +54,7 @@ class Placement:
     """What a run asks of its cluster.
 
     Args:
-        per_trial: CPUs and GPUs of a trial and of a fit; a None takes one CPU, and one GPU where the cluster has some or may start some.
+        per_trial: CPUs and GPUs of a trial and of a fit; a None takes one CPU, and one GPU where the cluster has some.
         selection_workers: ranks of the selection's worker group; None takes an equal share of the cluster's GPUs, or of its CPUs where it has none,
             but no group where this process is done before one has started.
         tasks_at_once: None takes as many as the trials of fill the cluster, and one more.
@@ -137,7 +137,7 @@ class Stages:
         self.enter(inputs.task, "select")
         path = self.workspace.selection(inputs, top_k)
         if not path.exists():
-            self.ray_is_up()
+            self.workers_are_up()
             use_gpu = has_gpus()
             workers = self.placement.selection_workers or max(1, places(1, use_gpu) // max(1, self.together.running))
             may_be_here = self.ray_is_private and self.placement.selection_workers is None and not use_gpu
@@ -155,10 +155,16 @@ class Stages:
 
     def resources(self) -> TrialResources:
         """What a trial is given; starts Ray where it does not run yet."""
-        self.ray_is_up()
+        self.workers_are_up()
         resources = TrialResources(*self._per_trial())
-        check_fits_a_node(resources.cpus, resources.gpus)
+        wait_for_node(resources.cpus, resources.gpus, self.together.is_stopping)
         return resources
+
+    def workers_are_up(self) -> None:
+        """Ray runs, and has a node for a trial as far as the user said what one needs: a cluster that scales itself may have none at first."""
+        self.ray_is_up()
+        cpus, gpus = self.placement.per_trial
+        wait_for_node(1 if cpus is None else cpus, gpus or 0, self.together.is_stopping)
 
     def on_ray(self, worker: Callable[..., Any], arguments: Sequence[tuple[Any, ...]]) -> Iterator[tuple[int, Any]]:
         """Run `worker` on every set of arguments, each with what a trial is given; yields (index, outcome) as they end."""
