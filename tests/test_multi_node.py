@@ -80,19 +80,16 @@ def test_nodes_lost_in_every_stage_change_nothing(
     cluster.forget()
     workdir = new_workdir(tmp_path_factory.getbasetemp(), tmp_path)
     with cluster.held("fit"):
-        with cluster.held("trial"), cluster.held("select"):
+        with cluster.held("select"):
             command = start(tmp_path, "run", tasks, "--workdir", workdir, "--address", cluster.address)
-            cluster.remove_node_of(cluster.wait_for_new("select", 0, command))
-            cluster.add_node()
-            cluster.wait_for_new("select", 1, command)
-            (cluster.notes / "hold-select").unlink()
-            cluster.remove_node_of(cluster.wait_for_new("trial", 0, command))
-            cluster.add_node()
-            (cluster.notes / "hold-select").touch()
-        cluster.remove_node_of(cluster.wait_for_new("fit", 0, command))
-        cluster.add_node()
+            cluster.lose_node_of(cluster.wait_for("select", 1, command))
+            cluster.wait_for("select", 2, command)
+            cluster.wait_for("fit", 1, command)  # of dots, which has nothing to select
+            (cluster.notes / "hold-trial").touch()
+        cluster.lose_node_of(cluster.wait_for("trial", 3, command))
+        (cluster.notes / "hold-trial").unlink()
+        cluster.lose_node_of(cluster.begun("fit")[0])
     answer = command.end()
     assert answer.code == 0, command.said()
     assert results(workdir) == expected
-    begun = {kind: len(cluster.begun(kind)) for kind in ("select", "trial", "fit")}
-    print(begun, answer.out)
+    assert cluster.counts() == {"select": 2, "trial": TRIALS + 1, "fit": 3}, "what was lost is done again, and nothing else"
