@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from pipeline.adaptation.packing import SizePlanner
-from pipeline.cluster import ray_session
+from pipeline.cluster import ray_session, session_logs
 from pipeline.errors import TaskpackError
 from pipeline.registry.record import Champion, RegisteredPack
 from pipeline.registry.store import open_registry
@@ -28,6 +28,8 @@ from pipeline.stages import OnProgress, Stage, Stages, fit_worker, named_errors,
 from pipeline.storage import exclusive
 from pipeline.training import Inputs, open_inputs
 from pipeline.training.fit import PACK_FILE, FitResult, read_fit
+from pipeline.watch.batch import BatchWatch, batch_name
+from pipeline.watch.state import state_file_name
 from pipeline.workspace import StudyFolder, Workspace
 
 if TYPE_CHECKING:
@@ -77,8 +79,12 @@ def run_batch(
         workspace.clear_leftovers()
         registry = open_registry(registry_uri, workspace.root)
         ray_is_up = functools.cache(lambda: stack.enter_context(ray_session(address)))
+        batch, copies = batch_name(), []
         if address is not None:
             ray_is_up()
+            copies = [session_logs() / state_file_name(batch)]
+        names = [task.name for task in tasks]
+        watch = stack.enter_context(BatchWatch(workspace.root, batch, names, copies=copies, on_progress=on_progress))
         driver = _Driver(
             workspace=workspace,
             registry=registry,
@@ -86,7 +92,8 @@ def run_batch(
             ray_is_private=address is None,
             selection_workers=selection_workers,
             per_trial=per_trial,
-            on_progress=on_progress,
+            on_progress=watch.progress,
+            watch=watch,
         )
         return driver.run(tasks)
 
@@ -97,6 +104,7 @@ _Outcome = TypeVar("_Outcome")
 @dataclass(kw_only=True)
 class _Driver(Stages):
     registry: Registry
+    watch: BatchWatch
 
     def run(self, tasks: Sequence[Task]) -> list[TaskOutcome]:
         """All tasks to outcomes; an error is part of its task's. Every task is prepared before the first is run, so faults show early."""
@@ -127,6 +135,7 @@ class _Driver(Stages):
         selection = self.select(inputs, data_folder, top_k) if top_k else None
         trials = self._search(inputs, data_folder, selection, folder)
         champion = choose_champion(trials, task.budget)
+        self.watch.searched(task.name, trials, task.budget)
         draw_front(
             [trial.row() for trial in trials],
             folder.figure,
@@ -137,6 +146,7 @@ class _Driver(Stages):
         fitted = self._fit(inputs, data_folder, champion, selection, folder)
         self.enter(task, "register")
         registered = self.registry.register(_describe(inputs, champion, trials, fitted, folder))
+        self.watch.registered(task.name, champion.id, registered)
         return TaskOutcome(task=task.name, registered=registered, trials=tuple(trials), champion_id=champion.id, front_figure=folder.figure)
 
     def _search(self, inputs: Inputs, data_folder: Path, selection: Path | None, folder: StudyFolder) -> list[TrialRecord]:
@@ -145,8 +155,8 @@ class _Driver(Stages):
         planner = SizePlanner(task, inputs.backbone, inputs.index.classes, read_selection(selection) if selection is not None else None)
 
         def report(study: Study) -> None:
-            total = min(task.search.trials, task.search.size())
-            self.on_progress(task.name, "search", min(1.0, study.epochs_done() / total), study.remark())
+            self.watch.study(study, samples=len(inputs.splits["train"]), fit_samples=len(inputs.splits["trainval"]))
+            self.on_progress(task.name, "search", min(1.0, study.epochs_done() / study.trials_planned()), study.remark())
 
         return run_study(
             task,

@@ -12,6 +12,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from pathlib import Path
 from typing import TypeVar
 
 from pipeline.errors import ClusterError
@@ -103,6 +104,13 @@ def interruptible(action: Callable[[], Result]) -> Result:
 
     threading.Thread(target=run, daemon=True).start()
     return outcome.result()
+
+
+def session_logs() -> Path:
+    """The folder of this node's logs of Ray, whose files the cluster's dashboard hands out. Ray must run."""
+    import ray
+
+    return Path(ray.init(ignore_reinit_error=True, logging_level=logging.ERROR).address_info["session_dir"], "logs")
 
 
 def cluster_resources() -> tuple[int, int]:
