@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pipeline.errors import SpecError
+from pipeline.registrar import PATIENCE_SECONDS
 from pipeline.spec import Task
 from pipeline.task_files import load_tasks
 
@@ -28,6 +29,8 @@ def run(
     overrides: dict[str, Any] | None = None,
     per_trial: tuple[float | None, float | None] = (None, None),
     selection_workers: int | None = None,
+    tasks_at_once: int | None = None,
+    registry_patience_seconds: float = PATIENCE_SECONDS,
     on_progress: OnProgress | None = None,
 ) -> list[TaskOutcome]:
     """Run tasks, given as `Task`s or as task files or folders of them, to registered packs.
@@ -37,14 +40,17 @@ def run(
         address: of a Ray cluster; None starts a private one on this machine.
         overrides: sections of the task files to replace, such as `{"budget": {"max_bytes": "32KiB"}, "search": {"trials": 6}}`.
         per_trial: CPUs and GPUs a trial asks Ray for; a None takes 1 CPU, and 1 GPU where the cluster has some.
-        selection_workers: that select connections; None takes one a GPU or CPU, but none where this process is done sooner.
+        selection_workers: that select connections; None takes an equal share of the GPUs or CPUs, but none where this process is done sooner.
+        tasks_at_once: None takes as many as the trials of fill the cluster, and one more.
+        registry_patience_seconds: how long the end of the run waits for a tracking server that is away.
 
     Raises:
         TaskpackError: nothing could be run at all. What befell single tasks is in their outcomes.
     """
     from pipeline.batch import run_batch
-    from pipeline.stages import no_progress
+    from pipeline.stages import Placement, no_progress
 
+    placement = Placement(per_trial=per_trial, selection_workers=selection_workers, tasks_at_once=tasks_at_once)
     given = [task for task in tasks if isinstance(task, Task)]
     read = load_tasks([Path(task) for task in tasks if not isinstance(task, Task)], overrides=overrides)
     batch = [*given, *read]
@@ -58,8 +64,8 @@ def run(
         batch,
         Path(workdir),
         address=address,
-        selection_workers=selection_workers,
-        per_trial=per_trial,
+        placement=placement,
+        registry_patience_seconds=registry_patience_seconds,
         on_progress=on_progress or no_progress,
     )
 
@@ -70,17 +76,20 @@ def find(
     max_bytes: int | None = None,
     min_metric: float | None = None,
     limit: int = 50,
+    after: str | None = None,
     workdir: str | Path = WORKDIR,
 ) -> list[RegisteredPack]:
     """Registered packs by numbers, best test metric first.
 
     Args:
         min_metric: smallest test metric, in [0, 1].
+        after: the pack, as NAME/VERSION, behind which to begin: the last one of an earlier answer gives the next page.
         workdir: whose embedded registry to ask where MLFLOW_TRACKING_URI is not set.
     """
     from pipeline.registry.store import open_registry
 
-    return open_registry(None, Path(workdir).resolve()).search(task=task, max_bytes=max_bytes, min_metric=min_metric, limit=limit)
+    registry = open_registry(None, Path(workdir).resolve())
+    return registry.search(task=task, max_bytes=max_bytes, min_metric=min_metric, limit=limit, after=after)
 
 
 def load(reference: str | Path, *, backbone: str | Path | None = None, workdir: str | Path = WORKDIR) -> Predictor:

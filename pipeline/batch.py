@@ -1,7 +1,8 @@
 """A batch: every task through prepare, select, search, fit and register, on one Ray.
 
-All tasks are prepared first, so that a fault in the last one's data shows before the first one's search. One task's failure never stops the others.
-Every stage leaves its result on disk before the next begins, so the same command after an interruption redoes nothing that was finished.
+All tasks are prepared first, so that a fault in the last one's data shows before the first one's search. Then as many run at a time as fill the
+cluster. One task's failure never stops the others. Every stage leaves its result on disk before the next begins, so the same command after an
+interruption redoes nothing that was finished.
 """
 
 from __future__ import annotations
@@ -9,23 +10,24 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from pipeline.adaptation.packing import SizePlanner
 from pipeline.cluster import ray_session, session_logs
 from pipeline.errors import TaskpackError
+from pipeline.registrar import PATIENCE_SECONDS, Registrar
 from pipeline.registry.record import Champion, RegisteredPack
 from pipeline.registry.store import open_registry
 from pipeline.reports.front import draw_front
 from pipeline.search.champion import choose_champion
 from pipeline.search.record import TrialRecord
-from pipeline.search.study import Study, TrialResources, run_study
+from pipeline.search.study import WORKER_DIED, Study, run_study
 from pipeline.selection import read_selection
-from pipeline.spec import Recipe, Task
-from pipeline.stages import OnProgress, Stage, Stages, fit_worker, named_errors, no_progress
-from pipeline.storage import exclusive
+from pipeline.spec import Task
+from pipeline.stages import OnProgress, Placement, Stage, Stages, fit_worker, named_errors, no_progress
+from pipeline.storage import await_file, exclusive
 from pipeline.training import Inputs, open_inputs
 from pipeline.training.fit import PACK_FILE, FitResult, read_fit
 from pipeline.watch.batch import BatchWatch, batch_name
@@ -48,6 +50,12 @@ class TaskOutcome:
     stage: Stage = "done"
     error: TaskpackError | None = None
 
+    def warnings(self) -> list[str]:
+        """What was odd about the champion, and which trials had no part in its choice because their workers died."""
+        odd = [trial.message for trial in self.trials if trial.id == self.champion_id and trial.message]
+        lost = sum(trial.message == WORKER_DIED for trial in self.trials)
+        return odd + ([f"{lost} of {len(self.trials)} trials are missing: {WORKER_DIED}; the same command tries them again"] if lost else [])
+
 
 def run_batch(
     tasks: Sequence[Task],
@@ -55,8 +63,8 @@ def run_batch(
     *,
     address: str | None = None,
     registry_uri: str | None = None,
-    selection_workers: int | None = None,
-    per_trial: tuple[float | None, float | None] = (None, None),
+    placement: Placement | None = None,
+    registry_patience_seconds: float = PATIENCE_SECONDS,
     on_progress: OnProgress = no_progress,
 ) -> list[TaskOutcome]:
     """Run every task to a registered pack.
@@ -65,9 +73,11 @@ def run_batch(
         workdir: keeps all intermediate results; on a cluster it must be a folder that every node sees.
         address: of a Ray cluster; None starts a private one here, and only when a stage needs it.
         registry_uri: MLflow tracking server; None takes MLFLOW_TRACKING_URI, else a SQLite file in `workdir`.
-        per_trial: CPUs and GPUs of a trial and of the final fit; a None takes one CPU, and one GPU where the cluster has some.
-        selection_workers: ranks of the selection's worker group; None takes the cluster's CPUs, or its GPUs where it has some, but no group where
-            this process is done before one has started.
+        registry_patience_seconds: how long the end of the run waits for a tracking server that is away.
+        on_progress: called from one thread at a time.
+
+    Returns:
+        An outcome a task, in the order given.
 
     Raises:
         StorageError: the work folder cannot be used.
@@ -78,20 +88,20 @@ def run_batch(
     with exclusive(workspace.root), contextlib.ExitStack() as stack:
         workspace.clear_leftovers()
         registry = open_registry(registry_uri, workspace.root)
-        ray_is_up = functools.cache(lambda: stack.enter_context(ray_session(address)))
+        start_ray = functools.cache(lambda: stack.enter_context(ray_session(address)))
         batch, copies = batch_name(), []
         if address is not None:
-            ray_is_up()
+            start_ray()
             copies = [session_logs() / state_file_name(batch)]
         names = [task.name for task in tasks]
         watch = stack.enter_context(BatchWatch(workspace.root, batch, names, copies=copies, on_progress=on_progress))
         driver = _Driver(
             workspace=workspace,
             registry=registry,
-            ray_is_up=ray_is_up,
+            registry_patience_seconds=registry_patience_seconds,
+            start_ray=start_ray,
             ray_is_private=address is None,
-            selection_workers=selection_workers,
-            per_trial=per_trial,
+            placement=placement or Placement(),
             on_progress=watch.progress,
             watch=watch,
         )
@@ -105,11 +115,19 @@ _Outcome = TypeVar("_Outcome")
 class _Driver(Stages):
     registry: Registry
     watch: BatchWatch
+    registry_patience_seconds: float
+    registrar: Registrar = field(init=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.registrar = Registrar(self.registry, self.together, self.registry_patience_seconds)
 
     def run(self, tasks: Sequence[Task]) -> list[TaskOutcome]:
         """All tasks to outcomes; an error is part of its task's. Every task is prepared before the first is run, so faults show early."""
         failed = {task.name: outcome for task in tasks if (outcome := self._outcome(task, self.prepare)) is not None}
-        return [failed.get(task.name) or self._run_prepared(task) for task in tasks]
+        prepared = [task for task in tasks if task.name not in failed]
+        ran = {outcome.task: outcome for outcome in self.together.run(self._run_prepared, prepared)}
+        return [(failed | ran)[task.name] for task in tasks]
 
     def _outcome(self, task: Task, stages: Callable[[Task], _Outcome]) -> _Outcome | TaskOutcome:
         """What `stages` return, or the failure they end in."""
@@ -118,7 +136,7 @@ class _Driver(Stages):
                 return stages(task)
         except TaskpackError as error:
             self.on_progress(task.name, "failed", 1.0, str(error))
-            return TaskOutcome(task=task.name, stage=self.stage, error=error)
+            return TaskOutcome(task=task.name, stage=self.stage[task.name], error=error)
 
     def _run_prepared(self, task: Task) -> TaskOutcome:
         outcome = self._outcome(task, self._stages)
@@ -128,7 +146,8 @@ class _Driver(Stages):
 
     def _stages(self, task: Task) -> TaskOutcome:
         data_folder = self.workspace.data(task.name)
-        inputs = self.with_shared_backbone(open_inputs(task, data_folder))
+        with self.here:
+            inputs = self.with_shared_backbone(open_inputs(task, data_folder))
         task = inputs.task
         top_k = task.search.max_top_k(task.recipe)
         folder = self.workspace.study(inputs, top_k)
@@ -136,16 +155,19 @@ class _Driver(Stages):
         trials = self._search(inputs, data_folder, selection, folder)
         champion = choose_champion(trials, task.budget)
         self.watch.searched(task.name, trials, task.budget)
-        draw_front(
-            [trial.row() for trial in trials],
-            folder.figure,
-            title=f"{task.name}: validation accuracy against the pack's size",
-            max_bytes=task.budget.max_bytes,
-            champion=champion.id,
-        )
+        with self.here:
+            draw_front(
+                [trial.row() for trial in trials],
+                folder.figure,
+                title=f"{task.name}: validation accuracy against the pack's size",
+                max_bytes=task.budget.max_bytes,
+                champion=champion.id,
+            )
         fitted = self._fit(inputs, data_folder, champion, selection, folder)
         self.enter(task, "register")
-        registered = self.registry.register(_describe(inputs, champion, trials, fitted, folder))
+        registered = self.registrar.register(
+            _describe(inputs, champion, trials, fitted, folder), lambda reason: self.on_progress(task.name, "register", 0.0, reason)
+        )
         self.watch.registered(task.name, champion.id, registered)
         return TaskOutcome(task=task.name, registered=registered, trials=tuple(trials), champion_id=champion.id, front_figure=folder.figure)
 
@@ -167,6 +189,7 @@ class _Driver(Stages):
             val_samples=len(inputs.splits["val"]),
             resources=self.resources,
             on_progress=report,
+            is_stopping=self.together.is_stopping,
         )
 
     def _fit(self, inputs: Inputs, data_folder: Path, champion: TrialRecord, selection: Path | None, folder: StudyFolder) -> FitResult:
@@ -176,22 +199,12 @@ class _Driver(Stages):
         if done is not None:
             return done
         recipe = task.search.recipe(task.recipe, champion.point)
-        return _fit_on_ray(task, recipe, data_folder, selection, folder.fit(champion.id), self.resources())
-
-
-def _fit_on_ray(task: Task, recipe: Recipe, data_folder: Path, selection: Path | None, folder: Path, resources: TrialResources) -> FitResult:
-    import ray
-
-    remote = ray.remote(num_cpus=resources.cpus, num_gpus=resources.gpus, max_retries=2)(fit_worker)
-    running = remote.remote(task.model_dump_json(), recipe.model_dump_json(), str(data_folder), selection, folder, max(1, int(resources.cpus)))
-    try:
-        result = ray.get(running)
-    except KeyboardInterrupt:  # where Ray is not ours, it outlives us
-        ray.cancel(running, force=True)
-        raise
-    if isinstance(result, TaskpackError):
-        raise result
-    return result
+        arguments = (task.model_dump_json(), recipe.model_dump_json(), str(data_folder), selection, folder.fit(champion.id))
+        ((_, result),) = self.on_ray(fit_worker, [arguments])
+        if isinstance(result, TaskpackError):
+            raise result
+        await_file(folder.fit(champion.id) / PACK_FILE)
+        return result
 
 
 def _describe(inputs: Inputs, champion: TrialRecord, trials: Sequence[TrialRecord], fitted: FitResult, folder: StudyFolder) -> Champion:

@@ -16,6 +16,7 @@ from rich.text import Text
 
 from pipeline import api, jobs
 from pipeline.errors import TaskpackError
+from pipeline.registrar import PATIENCE_SECONDS
 
 app = typer.Typer(
     help="One frozen vision backbone, hundreds of tasks, a few kilobytes each.",
@@ -41,7 +42,13 @@ Gpus = Annotated[
 ]
 SelectionWorkers = Annotated[
     int | None,
-    typer.Option(min=1, help="Workers that select connections; default one a GPU or CPU, but none where this process is done sooner."),
+    typer.Option(min=1, help="Workers that select connections; default an equal share, but none where this process is done sooner."),
+]
+TasksAtOnce = Annotated[
+    int | None, typer.Option(min=1, help="Tasks that run at a time; default as many as the trials of fill the cluster, and one more.")
+]
+RegistryPatience = Annotated[
+    float, typer.Option("--registry-patience", min=0, help="Seconds that the end of the run waits for an MLflow server that is away.")
 ]
 Address = Annotated[str | None, typer.Option(help="Ray cluster to use (auto: the one this machine belongs to); default: a private one here.")]
 JobsAddress = Annotated[
@@ -94,13 +101,16 @@ def run(
     cpus: Cpus = None,
     gpus: Gpus = None,
     selection_workers: SelectionWorkers = None,
+    tasks_at_once: TasksAtOnce = None,
+    registry_patience: RegistryPatience = PATIENCE_SECONDS,
     as_json: AsJson = False,
 ) -> None:
     """Run tasks to registered packs: prepare, select, search, fit, register. Interrupt it anywhere; the same command goes on."""
     from pipeline.task_files import load_tasks
 
     loaded = load_tasks(tasks, overrides=_overrides(recipe, search, max_bytes, trials))
-    _run_tasks(loaded, workdir, address=address, per_trial=(cpus, gpus), selection_workers=selection_workers, as_json=as_json)
+    placement: dict[str, Any] = {"per_trial": (cpus, gpus), "selection_workers": selection_workers, "tasks_at_once": tasks_at_once}
+    _run_tasks(loaded, workdir, address=address, registry_patience_seconds=registry_patience, as_json=as_json, **placement)
 
 
 def _run_tasks(tasks: list[Any], workdir: Path, *, as_json: bool = False, **options: Any) -> None:
@@ -130,14 +140,15 @@ def _print_outcomes(outcomes: list[Any]) -> None:
         out.print(champions_table(registered))
     for outcome in registered:
         out.print(f"front of {outcome.task}: {outcome.front_figure}", soft_wrap=True)
-        for trial in outcome.trials:
-            if trial.id == outcome.champion_id and trial.message:
-                out.print(f"warning: {outcome.task}: {trial.message}", soft_wrap=True)
+        for warning in outcome.warnings():
+            out.print(f"warning: {outcome.task}: {warning}", soft_wrap=True)
     for outcome in outcomes:
         if outcome.error is not None:
             _print_error(f"{outcome.task} failed in {outcome.stage}:", str(outcome.error))
     if len(outcomes) > len(registered) > 0:
         typer.echo(f"{len(registered)} of {len(outcomes)} tasks registered, {len(outcomes) - len(registered)} failed", err=True)
+    if len(outcomes) > len(registered):
+        typer.echo("the same command tries the failed ones again, from what they had finished; nothing finished is done again", err=True)
 
 
 def _outcome_as_json(outcome: Any) -> dict[str, Any]:
@@ -145,7 +156,9 @@ def _outcome_as_json(outcome: Any) -> dict[str, Any]:
         "task": outcome.task,
         "registered": asdict(outcome.registered) if outcome.registered else None,
         "front_figure": outcome.front_figure,
+        "stage": outcome.stage,
         "error": str(outcome.error) if outcome.error else None,
+        "warnings": outcome.warnings(),
         "trials": [trial.row() for trial in outcome.trials],
     }
 
@@ -163,20 +176,23 @@ def compare(
     address: Address = None,
     cpus: Cpus = None,
     gpus: Gpus = None,
+    tasks_at_once: TasksAtOnce = None,
     as_json: AsJson = False,
 ) -> None:
     """Methods side by side: each tuned on validation with as many trials, tested once a seed. Interrupt it anywhere; the same command goes on."""
     from pipeline.compare import compare_methods
     from pipeline.reports.comparison import comparison_table, write_comparison
     from pipeline.reports.progress import BatchProgress
+    from pipeline.stages import Placement
     from pipeline.task_files import known_methods, load_methods, tasks_to_compare
 
     chosen = load_methods(known_methods() if methods is None else [name.strip() for name in methods.split(",")])
     found, loaded = tasks_to_compare(tasks or [], suite, epochs)
     try:
         with BatchProgress(Console(stderr=True) if as_json else out, [task.name for task in loaded]) as progress:
+            placement = Placement(per_trial=(cpus, gpus), tasks_at_once=tasks_at_once)
             rows = compare_methods(
-                loaded, chosen, workdir, seeds=seeds, trials=trials, address=address, per_trial=(cpus, gpus), on_progress=progress.update
+                loaded, chosen, workdir, seeds=seeds, trials=trials, address=address, placement=placement, on_progress=progress.update
             )
     except KeyboardInterrupt:
         _print_error("interrupted;", f"what was finished is kept in {workdir}, the same command goes on from there")
@@ -212,11 +228,12 @@ def submit(
     cpus: Cpus = None,
     gpus: Gpus = None,
     selection_workers: SelectionWorkers = None,
+    tasks_at_once: TasksAtOnce = None,
 ) -> None:
     """Run tasks on a Ray cluster, from outside it. A batch that runs or is done is not started again; one that failed or was stopped goes on."""
     from pipeline.task_files import load_tasks
 
-    given = (("--cpus-per-trial", cpus), ("--gpus-per-trial", gpus), ("--selection-workers", selection_workers))
+    given = (("--cpus-per-trial", cpus), ("--gpus-per-trial", gpus), ("--selection-workers", selection_workers), ("--tasks-at-once", tasks_at_once))
     options = [text for name, value in given if value is not None for text in (name, f"{value:g}")]
     loaded = load_tasks(tasks, overrides=_overrides(recipe, search, max_bytes, trials), expand=False)
     batch = jobs.describe(loaded, workdir=workdir, options=options, shared=shared or [])
@@ -357,19 +374,23 @@ def list_packs(
     max_bytes: MaxBytes = None,
     min_metric: Annotated[float | None, typer.Option(help="Smallest test accuracy, in [0, 1].", min=0, max=1)] = None,
     limit: Annotated[int, typer.Option(min=1, help="Rows at most.")] = 50,
+    after: Annotated[str | None, typer.Option(help="Begin behind this pack, the last one of an earlier answer.", metavar="NAME/VERSION")] = None,
     workdir: Workdir = api.WORKDIR,
     as_json: AsJson = False,
 ) -> None:
     """Look packs up in the registry by numbers, best first."""
     from pipeline.reports.tables import packs_table
 
-    packs = api.find(task, max_bytes=_size(max_bytes), min_metric=min_metric, limit=limit, workdir=workdir)
+    found = api.find(task, max_bytes=_size(max_bytes), min_metric=min_metric, limit=limit + 1, after=after, workdir=workdir)
+    packs = found[:limit]
     if as_json:
         _print_json([asdict(pack) for pack in packs])
     elif packs:
         out.print(packs_table(packs))
     else:
         out.print("no pack matches")
+    if len(found) > limit:
+        typer.echo(f"there are more: the same command with --after {packs[-1].name}/{packs[-1].version} goes on", err=True)
 
 
 def _size(text: str | None) -> int | None:

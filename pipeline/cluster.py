@@ -3,26 +3,37 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import logging
+import math
 import os
 import secrets
 import socket
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from pipeline.errors import ClusterError
+from pipeline.together import Interrupted
 
-_QUIET = {
+_SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS": "0",
     "RAY_DEDUP_LOGS": "1",
+    # A worker group may have to wait for other tasks' trials to end, or for a node to start.
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "3600",
+    # Tune would warn of every trial that waits for another task's.
+    "TUNE_WARN_INSUFFICENT_RESOURCE_THRESHOLD_S": "1000000000",
 }
 _ANSWER_SECONDS = 10
+_NODE_SECONDS = 1200  # a GPU machine that pulls a large image takes its time
+_LOOK_SECONDS = 0.5
 
 Result = TypeVar("Result")
 
@@ -36,7 +47,7 @@ def ray_session(address: str | None = None) -> Iterator[None]:
     Raises:
         ClusterError: no cluster answers at `address`.
     """
-    for key, value in _QUIET.items():
+    for key, value in _SETTINGS.items():
         os.environ.setdefault(key, value)
     if address is None and "ray" not in sys.modules:
         # A private cluster listens on every interface; a token of its own keeps strangers out. Ray reads it at import.
@@ -44,6 +55,7 @@ def ray_session(address: str | None = None) -> Iterator[None]:
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     import ray
 
+    _import_libraries()
     if ray.is_initialized():
         yield
         return
@@ -52,6 +64,12 @@ def ray_session(address: str | None = None) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _import_libraries() -> None:
+    """Ray's Train and Tune import each other: two threads that begin with one each would meet half-made modules."""
+    for name in ("ray.train.torch", "ray.tune"):
+        importlib.import_module(name)
 
 
 def _connect(address: str | None) -> None:
@@ -89,11 +107,8 @@ def _no_cluster(address: str, detail: str) -> ClusterError:
     return ClusterError(f"--address: no Ray cluster answers at {address!r} ({detail}); start one with `ray start --head`, or leave --address out")
 
 
-def interruptible(action: Callable[[], Result]) -> Result:
-    """Run `action` in a thread, so that Ctrl-C stays with this one.
-
-    Called from the main thread, Ray Train puts a handler of its own for Ctrl-C, which ends the process without a word, and never takes it back.
-    """
+def interruptible(action: Callable[[], Result], is_stopping: Callable[[], bool]) -> Result:
+    """Run `action` in a thread, and leave it there with Interrupted where `is_stopping` comes to hold: Ray Train's own wait cannot be ended."""
     outcome: Future[Result] = Future()
 
     def run() -> None:
@@ -103,7 +118,10 @@ def interruptible(action: Callable[[], Result]) -> Result:
             outcome.set_exception(error)
 
     threading.Thread(target=run, daemon=True).start()
-    return outcome.result()
+    while not is_stopping():
+        with contextlib.suppress(TimeoutError):
+            return outcome.result(timeout=_LOOK_SECONDS)
+    raise Interrupted
 
 
 def session_logs() -> Path:
@@ -113,19 +131,99 @@ def session_logs() -> Path:
     return Path(ray.init(ignore_reinit_error=True, logging_level=logging.ERROR).address_info["session_dir"], "logs")
 
 
-def cluster_resources() -> tuple[int, int]:
-    """CPUs and GPUs of the cluster, whole numbers."""
+def first_ended(running: Sequence[Any], is_stopping: Callable[[], bool], timeout_seconds: float = math.inf) -> Any:
+    """The first of these Ray tasks to end; None where none does in time. Raises Interrupted where `is_stopping` comes to hold before."""
     import ray
 
-    resources = ray.cluster_resources()
-    return max(1, int(resources.get("CPU", 1))), int(resources.get("GPU", 0))
+    deadline = time.monotonic() + timeout_seconds
+    while not is_stopping():
+        ended, _ = ray.wait(list(running), timeout=_LOOK_SECONDS)
+        if ended or time.monotonic() > deadline:
+            return ended[0] if ended else None
+    raise Interrupted
 
 
-def check_fits_a_node(cpus: float, gpus: float) -> None:
-    """Raise ClusterError where no node has what one trial asks for: Ray would wait for ever."""
+@dataclass(frozen=True)
+class Node:
+    """What a node has, taken or not."""
+
+    cpus: float
+    gpus: float
+
+    def places(self, cpus: float, gpus: float) -> int:
+        """How many workers of so many CPUs and GPUs it holds."""
+        rooms = [int(has / asked + 1e-6) for has, asked in ((self.cpus, cpus), (self.gpus, gpus)) if asked]
+        return min(rooms, default=0)
+
+
+def is_connected() -> bool:
+    """Whether this process has a Ray."""
+    return "ray" in sys.modules and bool(sys.modules["ray"].is_initialized())
+
+
+def running_nodes() -> list[Node]:
+    """The nodes that the cluster has now."""
     import ray
 
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    if not any(node.get("CPU", 0) >= cpus and node.get("GPU", 0) >= gpus for node in nodes):
-        had = ", ".join(f"{node.get('CPU', 0):g} CPUs and {node.get('GPU', 0):g} GPUs" for node in nodes)
-        raise ClusterError(f"a trial asks for {cpus:g} CPUs and {gpus:g} GPUs, which no node has ({had}); lower --cpus-per-trial or --gpus-per-trial")
+    resources = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return [Node(each.get("CPU", 0), each.get("GPU", 0)) for each in resources]
+
+
+def has_gpus() -> bool:
+    """Whether the cluster has GPUs now."""
+    return any(node.gpus for node in running_nodes())
+
+
+def places(cpus: float, gpus: float) -> int:
+    """How many workers of so many CPUs and GPUs the cluster's nodes hold now."""
+    return sum(node.places(cpus, gpus) for node in running_nodes())
+
+
+def check_holds_group(workers: int, cpus: float, gpus: float) -> None:
+    """Raise ClusterError where the cluster cannot hold `workers` at once, unless it scales itself: Ray would wait for an hour."""
+    held = places(cpus, gpus)
+    if workers > held and not _scales_itself():
+        raise ClusterError(f"--selection-workers: given {workers}, the cluster has room for {held}, each with a CPU{' and a GPU' if gpus else ''}")
+
+
+def wait_for_node(cpus: float, gpus: float, is_stopping: Callable[[], bool]) -> None:
+    """Return when a node has `cpus` and `gpus`: at once where one is there, else, on a cluster that scales itself, when it has started one.
+
+    What asks for a node is a task, so nothing is left to ask for it once this process has ended.
+
+    Raises:
+        ClusterError: no node has that, and none comes: Ray would wait for ever.
+        Interrupted: `is_stopping` came to hold first.
+    """
+    if places(cpus, gpus):
+        return
+    waited = ""
+    if _scales_itself():
+        if _node_came(cpus, gpus, is_stopping):
+            return
+        waited = f", and the autoscaler brought none in {_NODE_SECONDS // 60} minutes"
+    had = ", ".join(f"{node.cpus:g} CPUs and {node.gpus:g} GPUs" for node in running_nodes())
+    raise ClusterError(
+        f"a trial asks for {cpus:g} CPUs and {gpus:g} GPUs, which no node has ({had}){waited}; lower --cpus-per-trial or --gpus-per-trial"
+    )
+
+
+def _node_came(cpus: float, gpus: float, is_stopping: Callable[[], bool]) -> bool:
+    import ray
+
+    asking = ray.remote(num_cpus=cpus, num_gpus=gpus)(_nothing).remote()
+    try:
+        return first_ended([asking], is_stopping, timeout_seconds=_NODE_SECONDS) is not None
+    finally:
+        ray.cancel(asking)
+
+
+def _scales_itself() -> bool:
+    """Whether the cluster was started with Ray's autoscaler (its second version), as KubeRay and `ray up` start it."""
+    from ray.autoscaler.v2.utils import is_autoscaler_v2
+
+    return is_autoscaler_v2(fetch_from_server=True)
+
+
+def _nothing() -> None:
+    pass

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import random
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean, stdev
@@ -21,10 +22,11 @@ from pipeline.adaptation.packing import SizePlanner
 from pipeline.cluster import ray_session
 from pipeline.errors import SpecError, TaskpackError, TrainingError
 from pipeline.search.record import TrialJournal, TrialRecord
+from pipeline.search.study import TrialResources
 from pipeline.search.trial import recipe_key, run_trial
 from pipeline.selection import read_selection
 from pipeline.spec import Method, Recipe, Task
-from pipeline.stages import OnProgress, Stages, fit_worker, named_errors, no_progress
+from pipeline.stages import OnProgress, Placement, Stages, fit_worker, named_errors, no_progress, one_at_a_time
 from pipeline.storage import exclusive
 from pipeline.training import Inputs, open_inputs
 from pipeline.training.fit import FitResult, read_fit
@@ -101,7 +103,7 @@ def compare_methods(
     seeds: int = 3,
     trials: int = 4,
     address: str | None = None,
-    per_trial: tuple[float | None, float | None] = (None, None),
+    placement: Placement | None = None,
     on_progress: OnProgress = no_progress,
 ) -> list[Comparison]:
     """Compare `methods` on `tasks`; one row for each pair, task by task.
@@ -124,19 +126,18 @@ def compare_methods(
     workspace = Workspace(workdir.resolve())
     with exclusive(workspace.root), contextlib.ExitStack() as stack:
         workspace.clear_leftovers()
-        ray_is_up = functools.cache(lambda: stack.enter_context(ray_session(address)))
+        start_ray = functools.cache(lambda: stack.enter_context(ray_session(address)))
         if address is not None:
-            ray_is_up()
+            start_ray()
         driver = _Driver(
             workspace=workspace,
-            ray_is_up=ray_is_up,
+            start_ray=start_ray,
             ray_is_private=address is None,
-            selection_workers=None,
-            per_trial=per_trial,
-            on_progress=on_progress,
+            placement=placement or Placement(),
+            on_progress=one_at_a_time(on_progress),
         )
         prepared = [driver.open(task) for task in tasks]
-        return [row for inputs in prepared for row in driver.compare(inputs, methods, seeds, trials)]
+        return list(itertools.chain.from_iterable(driver.together.run(lambda inputs: driver.compare(inputs, methods, seeds, trials), prepared)))
 
 
 @dataclass(kw_only=True)
@@ -183,7 +184,7 @@ class _Driver(Stages):
         jobs = [(entry, key) for entry in entries for key in entry.recipes if key not in entry.records]
         self.enter(task, "search")
         arguments = [self._trial_arguments(entry, key) for entry, key in jobs]
-        for done, (index, outcome) in enumerate(self._on_ray(_trial_worker, arguments), start=1):
+        for done, (index, outcome) in enumerate(self.on_ray(_trial_worker, arguments), start=1):
             entry, key = jobs[index]
             point, _, size_bytes = entry.recipes[key]
             record = _record(key, point, size_bytes, outcome)
@@ -199,7 +200,7 @@ class _Driver(Stages):
         jobs = [(entry, seed) for entry in entries for seed in range(seeds)]
         missing = [(entry, seed) for entry, seed in jobs if read_fit(_fit_folder(entry, seed)) is None]
         arguments = [self._fit_arguments(entry, seed) for entry, seed in missing]
-        for done, (index, outcome) in enumerate(self._on_ray(fit_worker, arguments), start=1):
+        for done, (index, outcome) in enumerate(self.on_ray(fit_worker, arguments), start=1):
             entry, _ = missing[index]
             if isinstance(outcome, TaskpackError):
                 entry.error = str(outcome)
@@ -216,23 +217,6 @@ class _Driver(Stages):
         recipe = entry.recipes[entry.best().id][1]
         return (task.model_dump_json(), recipe.model_dump_json(), str(entry.inputs.data_folder), entry.selection, _fit_folder(entry, seed))
 
-    def _on_ray(self, worker: Callable[..., Any], arguments: Sequence[tuple[Any, ...]]) -> Iterator[tuple[int, Any]]:
-        """Run `worker` on every set of arguments, side by side; yields (index, outcome) as they end."""
-        if not arguments:
-            return
-        resources = self.resources()
-        import ray
-
-        remote = ray.remote(num_cpus=resources.cpus, num_gpus=resources.gpus, max_retries=2)(worker)
-        running = {remote.remote(*each, max(1, int(resources.cpus))): index for index, each in enumerate(arguments)}
-        try:
-            while running:
-                (finished,), _ = ray.wait(list(running), num_returns=1)
-                yield running.pop(finished), ray.get(finished)
-        finally:
-            for each in running:  # interrupted; where Ray is not ours, it outlives us
-                ray.cancel(each, force=True)
-
 
 def _guarded(entry: _Entry, action: Callable[..., Any], *arguments: Any) -> None:
     """Do something for one entry; a named error becomes that entry's, and the others go on."""
@@ -242,16 +226,18 @@ def _guarded(entry: _Entry, action: Callable[..., Any], *arguments: Any) -> None
         entry.error = str(error)
 
 
-def _trial_worker(task_json: str, recipe_json: str, data_folder: str, selection: Path | None, threads: int) -> tuple[Any, ...] | TaskpackError:
+def _trial_worker(
+    task_json: str, recipe_json: str, data_folder: str, selection: Path | None, resources: TrialResources
+) -> tuple[Any, ...] | TaskpackError:
     """Validation metric after each epoch, a remark, and seconds; a named error is returned, so that Ray does not try again."""
     import torch
 
-    torch.set_num_threads(threads)
+    torch.set_num_threads(resources.threads)
     started = time.monotonic()
     try:
         inputs = open_inputs(Task.model_validate_json(task_json), Path(data_folder))
         selected = read_selection(selection) if selection is not None else None
-        epochs = list(run_trial(inputs, Recipe.model_validate_json(recipe_json), selected, device="cuda" if torch.cuda.is_available() else "cpu"))
+        epochs = list(run_trial(inputs, Recipe.model_validate_json(recipe_json), selected, device=resources.device()))
         return tuple(score.accuracy for score, _ in epochs), epochs[-1][1], time.monotonic() - started
     except TaskpackError as error:
         return error

@@ -73,6 +73,14 @@ class RegistryError(TaskpackError):
     exit_code = 8
 
 
+class RegistryAway(RegistryError):
+    """The MLflow server, its database or its artifact store does not answer now; the same call may succeed later."""
+
+
+class RegistryRefused(RegistryError):
+    """The MLflow server answers and does not let this user in, or not do this; trying again changes nothing."""
+
+
 class StorageError(TaskpackError):
     """A disk is full or a folder cannot be written."""
 

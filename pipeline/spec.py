@@ -166,9 +166,10 @@ class Biases(Spec):
 
 
 class Norms(Spec):
-    """Train norms: each block's second one, before the MLP, or all of the backbone's."""
+    """Train norms: each block's second one, before the MLP, or all of the backbone's; scale and shift, or the shift alone (BitFit)."""
 
     which: Literal["mlp", "all"] = "mlp"
+    parameters: Literal["all", "bias"] = "all"
     bits: Bits = 8
 
 
@@ -485,7 +486,7 @@ class Selection(Spec):
     """Which connections `top_k` keeps (GPS, arXiv 2312.10136): what makes one important, and which of them compete with each other.
 
     gradient: the loss's gradient, summed with its sign over the training set. magnitude: the weight. activation: the weight times its input's mean
-    size, without a backward pass (FPS, arXiv 2510.27359). random: a number drawn by the task's seed.
+    size, without a backward pass (FPS, arXiv 2510.27359). random: a number drawn by `seed`.
     """
 
     criterion: Criterion = "gradient"
@@ -494,10 +495,13 @@ class Selection(Spec):
     temperature: float = Field(0.07, gt=0, description="of the contrastive loss")
     batch_size: int = Field(32, ge=2)
     precision: Literal["fp32", "bf16"] = Field("fp32", description="of the passes; what they give is summed in float64 either way")
+    seed: int = Field(0, ge=0, description="of criterion random")
 
     @model_validator(mode="after")
     def _has_no_idle_setting(self) -> Selection:
-        uses = {"gradient": ("loss", "temperature", "batch_size", "precision"), "activation": ("batch_size", "precision")}.get(self.criterion, ())
+        uses = {"gradient": ("loss", "temperature", "batch_size", "precision"), "activation": ("batch_size", "precision"), "random": ("seed",)}.get(
+            self.criterion, ()
+        )
         used = {"criterion", "level", *uses} - ({"temperature"} if self.loss == "cross_entropy" else set())
         idle = [name for name, field in type(self).model_fields.items() if name not in used and getattr(self, name) != field.default]
         if idle:
@@ -597,21 +601,25 @@ class Suite(Spec):
 
 
 class Method(Spec):
-    """One way to adapt a backbone, to be compared with others: a recipe, and the values it is tuned over. Training settings that the recipe does not
-    name are the task's."""
+    """One way to adapt a backbone, to be compared with others: a recipe, the values it is tuned over, and how its connections are selected. Training
+    settings that the recipe does not name are the task's, and so is the selection."""
 
     description: str = ""
     recipe: Recipe
     search: SearchSpace
+    selection: Selection | None = None
 
     @model_validator(mode="after")
     def _can_be_tuned(self) -> Method:
         if fault := self.search.fault(self.recipe):
             raise ValueError(fault)
+        if self.selection is not None and not self.search.max_top_k(self.recipe):
+            raise ValueError("selection would change nothing: the method trains no connections; leave it out, or add `connections` to `recipe`")
         return self
 
     def on(self, task: Task) -> Task:
-        """The task with this method in place of its own recipe and search space."""
+        """The task with this method in place of its own recipe, search space and, where the method has one, selection."""
         own = self.recipe.training
         training = task.recipe.training.model_copy(update={key: getattr(own, key) for key in own.model_fields_set})
-        return task.model_copy(update={"recipe": self.recipe.model_copy(update={"training": training}), "search": self.search})
+        recipe = self.recipe.model_copy(update={"training": training})
+        return task.model_copy(update={"recipe": recipe, "search": self.search, "selection": self.selection or task.selection})

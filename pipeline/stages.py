@@ -4,24 +4,29 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import math
+import threading
 import traceback
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pipeline.adaptation import is_recomputable
 from pipeline.adaptation.packing import SizePlanner
 from pipeline.backbones import share
 from pipeline.backbones.known import remember
-from pipeline.cluster import check_fits_a_node, cluster_resources, interruptible
+from pipeline.cluster import check_holds_group, first_ended, has_gpus, interruptible, is_connected, places, wait_for_node
 from pipeline.data import prepare, untrained_classes
-from pipeline.errors import ClusterError, StorageError, TaskpackError
-from pipeline.search.study import TrialResources, check_budget
+from pipeline.errors import ClusterError, SpecError, StorageError, TaskpackError
+from pipeline.search.proposer import LAG
+from pipeline.search.study import WORKER_RETRIES, TrialResources, check_budget
 from pipeline.selection import read_selection, select, select_if_sooner
 from pipeline.spec import Recipe, Task
+from pipeline.storage import await_file
+from pipeline.together import Together
 from pipeline.training import Inputs, open_inputs
-from pipeline.training.fit import FitResult, fit
+from pipeline.training.fit import fit
 from pipeline.workspace import Workspace
 
 Stage = Literal["prepare", "select", "search", "fit", "register", "done", "failed"]
@@ -33,26 +38,79 @@ def no_progress(task: str, stage: Stage, share: float, remark: str) -> None:
     """Report nothing."""
 
 
-@dataclass(kw_only=True)
-class Stages:
-    """The stages that come before any recipe is tried, in one work folder on one Ray.
+def one_at_a_time(on_progress: OnProgress) -> OnProgress:
+    """The same for callers in several threads."""
+    lock = threading.Lock()
+
+    def report(task: str, stage: Stage, share: float, remark: str) -> None:
+        with lock:
+            on_progress(task, stage, share, remark)
+
+    return report
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placement:
+    """What a run asks of its cluster.
 
     Args:
-        ray_is_up: starts Ray where it does not run yet.
-        per_trial: CPUs and GPUs a trial or fit asks for; a None takes one CPU, and one GPU where the cluster has some.
+        per_trial: CPUs and GPUs of a trial and of a fit; a None takes one CPU, and one GPU where the cluster has some.
+        selection_workers: ranks of the selection's worker group; None takes an equal share of the cluster's GPUs, or of its CPUs where it has none,
+            but no group where this process is done before one has started.
+        tasks_at_once: None takes as many as the trials of fill the cluster, and one more.
+    """
+
+    per_trial: tuple[float | None, float | None] = (None, None)
+    selection_workers: int | None = None
+    tasks_at_once: int | None = None
+
+    def __post_init__(self) -> None:
+        gpus = self.per_trial[1] or 0
+        if gpus > 1:
+            raise SpecError(f"--gpus-per-trial: given {gpus:g}; a trial is one process and uses one GPU: give 1, or a share of one such as 0.5")
+
+
+@dataclass(kw_only=True)
+class Stages:
+    """The stages that come before any recipe is tried, in one work folder on one Ray. Several tasks' may run at a time, each in its thread.
+
+    Args:
+        start_ray: makes sure that Ray runs.
+        here: held by whoever computes in this process: one thread at a time, so that seeds and numbers of threads are its own.
     """
 
     workspace: Workspace
-    ray_is_up: Callable[[], None]
+    start_ray: Callable[[], None]
     ray_is_private: bool
-    selection_workers: int | None
-    per_trial: tuple[float | None, float | None]
+    placement: Placement
     on_progress: OnProgress
-    stage: Stage = "prepare"
+    together: Together = field(init=False)
+    here: threading.Lock = field(default_factory=threading.Lock)
+    stage: dict[str, Stage] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.together = Together(self.tasks_at_once)
+
+    def ray_is_up(self) -> None:
+        """Start Ray where it does not run yet. In the main thread: Ray sets handlers of signals."""
+        self.together.on_main_thread(self.start_ray)
+
+    def tasks_at_once(self) -> int:
+        """How many tasks may run now: as many as fill the cluster, and one more, for whose trials there is room while others select and fit.
+
+        One until Ray is up: maybe nothing is left to run.
+        """
+        if self.placement.tasks_at_once is not None:
+            return self.placement.tasks_at_once
+        return 1 + math.ceil(places(*self._per_trial()) / LAG) if is_connected() else 1
+
+    def _per_trial(self) -> tuple[float, float]:
+        cpus, gpus = self.placement.per_trial
+        return 1 if cpus is None else cpus, float(has_gpus()) if gpus is None else gpus
 
     def enter(self, task: Task, stage: Stage) -> None:
         """Say where the task stands."""
-        self.stage = stage
+        self.stage[task.name] = stage
         self.on_progress(task.name, stage, 0.0, "")
 
     def prepare(self, task: Task) -> None:
@@ -80,22 +138,51 @@ class Stages:
         self.enter(inputs.task, "select")
         path = self.workspace.selection(inputs, top_k)
         if not path.exists():
-            self.ray_is_up()
-            cpus, gpus = cluster_resources()
-            workers = self.selection_workers or gpus or cpus
-            may_be_here = self.ray_is_private and self.selection_workers is None and gpus == 0
-            if (may_be_here or is_recomputable(inputs.task.selection)) and select_if_sooner(inputs, top_k, path, workers=workers):
-                return path
-            interruptible(lambda: select(inputs.task, data_folder, top_k, path, workers=workers, use_gpu=gpus > 0))
+            self.workers_are_up()
+            use_gpu = has_gpus()
+            workers = self.placement.selection_workers or max(1, places(1, use_gpu) // max(1, self.together.running))
+            may_be_here = self.ray_is_private and self.placement.selection_workers is None and not use_gpu
+            if may_be_here or is_recomputable(inputs.task.selection):
+                with self.here:
+                    if select_if_sooner(inputs, top_k, path, workers=workers):
+                        return path
+            check_holds_group(workers, 1, use_gpu)
+            interruptible(
+                lambda: select(inputs.task, data_folder, top_k, path, workers=workers, use_gpu=use_gpu),
+                self.together.is_stopping,
+            )
+            await_file(path)
         return path
 
     def resources(self) -> TrialResources:
         """What a trial is given; starts Ray where it does not run yet."""
-        self.ray_is_up()
-        cpus, gpus = self.per_trial
-        resources = TrialResources(cpus=1 if cpus is None else cpus, gpus=min(1, cluster_resources()[1]) if gpus is None else gpus)
-        check_fits_a_node(resources.cpus, resources.gpus)
+        self.workers_are_up()
+        resources = TrialResources(*self._per_trial())
+        wait_for_node(resources.cpus, resources.gpus, self.together.is_stopping)
         return resources
+
+    def workers_are_up(self) -> None:
+        """Ray runs, and has a node for a trial as far as the user said what one needs: a cluster that scales itself may have none at first."""
+        self.ray_is_up()
+        cpus, gpus = self.placement.per_trial
+        wait_for_node(1 if cpus is None else cpus, gpus or 0, self.together.is_stopping)
+
+    def on_ray(self, worker: Callable[..., Any], arguments: Sequence[tuple[Any, ...]]) -> Iterator[tuple[int, Any]]:
+        """Run `worker` on every set of arguments, each with what a trial is given; yields (index, outcome) as they end."""
+        if not arguments:
+            return
+        resources = self.resources()
+        import ray
+
+        remote = ray.remote(num_cpus=resources.cpus, num_gpus=resources.gpus, max_retries=WORKER_RETRIES)(worker)
+        running = {remote.remote(*each, resources): index for index, each in enumerate(arguments)}
+        try:
+            while running:
+                ended = first_ended(list(running), self.together.is_stopping)
+                yield running.pop(ended), ray.get(ended)
+        finally:
+            for each in running:  # interrupted; where Ray is not ours, it outlives us
+                ray.cancel(each, force=True)
 
 
 @contextlib.contextmanager
@@ -105,12 +192,18 @@ def named_errors(log: Path) -> Iterator[None]:
         yield
     except TaskpackError:
         raise
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
-            raise StorageError(f"{error.filename or 'the work folder'}: {error.strerror}; free space, or choose another --workdir") from None
-        raise _unexpected(error, log) from error
     except Exception as error:
-        raise _unexpected(error, log) from error
+        raise _full_disk(error) or _unexpected(error, log) from error
+
+
+def _full_disk(error: Exception) -> StorageError | None:
+    """What an error says of the disk: one of this process, of a worker (Ray wraps it), or of safetensors' writer."""
+    cause = getattr(error, "cause", error)
+    if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+        return StorageError(f"{cause.filename or 'the work folder'}: {cause.strerror}; free space, or choose another --workdir")
+    if "No space left on device" in str(error):
+        return StorageError("the work folder, or a node's temporary folder: no space left on device; free space, or choose another --workdir")
+    return None
 
 
 def _unexpected(error: Exception, log: Path) -> ClusterError:
@@ -121,15 +214,15 @@ def _unexpected(error: Exception, log: Path) -> ClusterError:
     return ClusterError(f"unexpected {type(error).__name__}: {first}; details in {log}. The same command tries again from the last finished stage")
 
 
-def fit_worker(task_json: str, recipe_json: str, data_folder: str, selection: Path | None, folder: Path, threads: int) -> FitResult | TaskpackError:
+def fit_worker(task_json: str, recipe_json: str, data_folder: str, selection: Path | None, folder: Path, resources: TrialResources) -> Any:
     """`fit` in a worker; a named error is returned, so that Ray does not try again."""
     import torch
 
-    torch.set_num_threads(threads)
+    torch.set_num_threads(resources.threads)
     try:
         inputs = open_inputs(Task.model_validate_json(task_json), Path(data_folder))
         recipe = Recipe.model_validate_json(recipe_json)
         selected = read_selection(selection) if selection is not None else None
-        return fit(inputs, recipe, selected, folder, device="cuda" if torch.cuda.is_available() else "cpu")
+        return fit(inputs, recipe, selected, folder, device=resources.device())
     except TaskpackError as error:
         return error

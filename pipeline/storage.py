@@ -7,6 +7,7 @@ import json
 import os
 import secrets
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,12 @@ from filelock import FileLock, Timeout
 
 from pipeline.errors import StorageError
 
+SEEN_SECONDS = 90
+
 
 def write_json(path: Path, content: Any) -> None:
     """Write JSON atomically, making its folder. Raises StorageError where the disk is full or the folder cannot be written."""
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    scratch = path.with_name(f".{path.name}.{secrets.token_hex(4)}")  # not the process: two machines may write into one folder
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         scratch.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n", encoding="utf-8")
@@ -47,6 +50,19 @@ def whole(path: Path) -> Iterator[Path]:
         shutil.rmtree(scratch, ignore_errors=True)
         with contextlib.suppress(OSError):
             scratch.unlink()
+
+
+def await_file(path: Path) -> None:
+    """Wait until a file that another machine has written is seen here: a network file system may take a minute.
+
+    Raises:
+        StorageError: it is not seen.
+    """
+    deadline = time.monotonic() + SEEN_SECONDS
+    while not path.exists():
+        if time.monotonic() > deadline:
+            raise StorageError(f"{path}: a worker has written this file, and it is not seen here; --workdir must be a folder that every node shares")
+        time.sleep(0.5)
 
 
 def read_json(path: Path) -> Any:

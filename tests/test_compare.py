@@ -7,6 +7,7 @@ from pathlib import Path
 from statistics import fmean
 
 import pytest
+from pydantic import ValidationError
 from typer.testing import CliRunner
 
 from pipeline import compare as compare_module
@@ -18,12 +19,13 @@ from pipeline.errors import SpecError
 from pipeline.packs import read_pack
 from pipeline.reports.comparison import comparison_csv, comparison_markdown, suite_scores, write_comparison
 from pipeline.search.record import TrialJournal
-from pipeline.spec import Backbone, Input, Method, Recipe, SearchSpace, Suite, Task, Training
+from pipeline.spec import Backbone, Input, Method, Recipe, SearchSpace, Selection, Suite, Task, Training
 from pipeline.task_files import known_methods, load_methods, tasks_to_compare
 
 METHODS = {
     "linear": Method(recipe=Recipe(), search=SearchSpace(learning_rate=(0.003, 0.03, 0.1))),
     "gps": Method.model_validate({"recipe": {"connections": {"bits": 4}}, "search": {"learning_rate": [0.003, 0.03], "head_bits": [4, 8]}}),
+    "random": Method.model_validate({"recipe": {"connections": {}}, "search": {"bits": [4, 8]}, "selection": {"criterion": "random"}}),
     "misfit": Method.model_validate({"recipe": {"lora": {"targets": ["query"]}}, "search": {"learning_rate": [0.003, 0.03]}}),
     "diverges": Method.model_validate({"recipe": {"biases": {}}, "search": {"learning_rate": [1e30, 1e31]}}),
 }
@@ -40,10 +42,11 @@ def test_methods_are_tuned_alike_tested_once_a_seed_and_resumed(compared: tuple[
     workdir, task = compared
     rows = compare_methods([task], METHODS, workdir, seeds=2, trials=2)
     assert [(row.task, row.method) for row in rows] == [("tiny", name) for name in METHODS]
-    linear, gps, misfit, diverges = rows
+    linear, gps, random, misfit, diverges = rows
+    assert random.size_bytes < gps.size_bytes, "a pack of random connections stores no position"
     assert "matches no layer of VisionTransformer" in misfit.error
     assert "learning rate 1e+3" in diverges.error
-    for row, method in ((linear, METHODS["linear"]), (gps, METHODS["gps"])):
+    for row, method in zip((linear, gps, random), METHODS.values(), strict=False):
         assert (row.trials, len(row.test_accuracies), row.test_samples, row.error) == (2, 2, 40, "")
         recipe = method.on(task).search.recipe(method.on(task).recipe, row.point)
         journals = [TrialJournal(folder).read() for folder in workdir.glob("studies/*/compared")]
@@ -60,7 +63,7 @@ def test_methods_are_tuned_alike_tested_once_a_seed_and_resumed(compared: tuple[
 
 
 def test_a_space_with_too_few_points_is_refused(compared: tuple[Path, Task]) -> None:
-    with pytest.raises(SpecError, match="misfit: search: its 2 points are fewer than the 3 trials"):
+    with pytest.raises(SpecError, match="random: search: its 2 points are fewer than the 3 trials"):
         compare_methods([compared[1]], METHODS, compared[0], trials=3)
 
 
@@ -69,6 +72,15 @@ def test_training_that_a_method_does_not_name_is_the_tasks(tiny_task: Task) -> N
     training = method.on(tiny_task).recipe.training
     assert training == tiny_task.recipe.training.model_copy(update={"weight_decay": 0.1})
     assert method.on(tiny_task).recipe.connections is None
+
+
+def test_a_selection_that_a_method_does_not_name_is_the_tasks(tiny_task: Task) -> None:
+    content = {"recipe": {"connections": {}}, "search": {"learning_rate": [0.1]}}
+    task = tiny_task.model_copy(update={"selection": Selection(level="layer")})
+    assert Method.model_validate(content).on(task).selection == Selection(level="layer")
+    assert Method.model_validate({**content, "selection": {"criterion": "random"}}).on(task).selection == Selection(criterion="random")
+    with pytest.raises(ValidationError, match="selection would change nothing"):
+        Method.model_validate({"recipe": {"biases": {}}, "search": {"learning_rate": [0.1]}, "selection": {"level": "layer"}})
 
 
 # --- the catalogue's methods ----------------------------------------------------------------------------------------------------------------

@@ -35,6 +35,7 @@ PARTS: dict[str, dict[str, Any]] = {
     "biases": {"biases": {}},
     "norms": {"norms": {}},
     "norms all": {"norms": {"which": "all"}},
+    "all biases": {"biases": {}, "norms": {"which": "all", "parameters": "bias"}},
     "smoa": {"smoa": {"experts": 3, "width": 4}},
     "smoa after_mlp": {"smoa": {"experts": 3, "width": 4, "placement": "after_mlp"}},
     "smoa of sub-tokens": {"smoa": {"experts": 4, "width": 4, "heads": 2, "top_k": 2}},

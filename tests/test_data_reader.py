@@ -54,7 +54,7 @@ def test_the_cache_is_bounded_and_drops_the_least_recently_used(tmp_path: Path, 
     loaded: list[int] = []
     reader = Reader(tmp_path, index.splits["train"], SIZE_PX, cache_bytes=2 * SHARD_BYTES)
     decode = reader._decode
-    monkeypatch.setattr(reader, "_decode", lambda shard: (loaded.append(index.splits["train"].index(shard)), decode(shard))[1])
+    monkeypatch.setattr(reader, "_decode", lambda shard, content: (loaded.append(index.splits["train"].index(shard)), decode(shard, content))[1])
     for number in (0, 1, 0, 2, 0, 1):
         reader.read(np.array([[number, 0]]))
         assert CACHE.size_bytes() <= 2 * SHARD_BYTES

@@ -121,7 +121,7 @@ def test_an_empty_file_is_truncated() -> None:
         read_pack(b"")
 
 
-@pytest.mark.parametrize(("version", "message"), [("3", "upgrade"), ("17", "upgrade"), ("9" * 5000, "upgrade"), ("1", "run its task again")])
+@pytest.mark.parametrize(("version", "message"), [("4", "upgrade"), ("17", "upgrade"), ("9" * 5000, "upgrade"), ("1", "run its task again")])
 def test_another_version_is_told_apart_from_damage(version: str, message: str) -> None:
     header = header_of(DATA)
     header["__metadata__"] |= {"version": version, "novelty": "unknown to us"}
@@ -187,14 +187,14 @@ def deflated(text: bytes) -> bytes:
 
 def with_description(data: bytes, rest: bytes | None = None) -> bytes:
     """The pack with another compressed description before the same numbers, and a digest that agrees."""
-    content = container_from_bytes(DATA)
+    _, content = container_from_bytes(DATA)
     after = content[4 + int.from_bytes(content[:4], "little") :] if rest is None else rest
     return container_to_bytes(len(data).to_bytes(4, "little") + data + after)
 
 
 def forge(change: Callable[[dict[str, Any]], Any]) -> bytes:
     """The pack with its description changed in place."""
-    content = container_from_bytes(DATA)
+    _, content = container_from_bytes(DATA)
     described = Description.from_bytes(content[4 : 4 + int.from_bytes(content[:4], "little")]).model_dump(mode="json")
     change(described)
     return with_description(deflated(json.dumps(described).encode()))
@@ -259,8 +259,9 @@ def test_forgeries_are_damage(name: str) -> None:
         read_pack(forge(FORGERIES[name]))
 
 
-NUMBERS = container_from_bytes(DATA)[4 + int.from_bytes(container_from_bytes(DATA)[:4], "little") :]
-DESCRIPTION = container_from_bytes(DATA)[4 : -len(NUMBERS)]
+_, CONTENT = container_from_bytes(DATA)
+NUMBERS = CONTENT[4 + int.from_bytes(CONTENT[:4], "little") :]
+DESCRIPTION = CONTENT[4 : -len(NUMBERS)]
 
 
 @pytest.mark.parametrize("rest", [b"", NUMBERS[:-1], NUMBERS + b"\0", bytes(len(NUMBERS)), b"\xff" * len(NUMBERS)])

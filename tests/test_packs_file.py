@@ -66,7 +66,7 @@ def random_places(rng: np.random.Generator) -> tuple[np.ndarray, ...]:
 def random_part(name: str, bits: Any, rng: np.random.Generator) -> Part:
     empty = zero_example(name, bits)
     codes = rng.integers(0, 2**bits, empty.count).astype(np.uint8) if bits <= 8 else rng.normal(size=empty.count).astype(empty.codes.dtype)
-    scales = None if empty.scales is None else np.abs(rng.normal(size=empty.scales.shape)).astype(np.float32)
+    scales = None if empty.scales is None else np.abs(rng.normal(size=empty.scales.shape)).astype(np.float16).astype(np.float32)
     positions = random_places(rng) if empty.layers else ()
     return Part(empty.name, bits, empty.tensors, codes, scales, positions, empty.layers)
 
@@ -85,13 +85,8 @@ def assert_same(left: Pack, right: Pack) -> None:
     np.testing.assert_array_equal(left.probe_logits, right.probe_logits)
     assert len(left.parts) == len(right.parts)
     for one, other in zip(left.parts, right.parts, strict=True):
-        assert (one.name, one.bits, one.tensors, one.layers, one.recomputed) == (
-            other.name,
-            other.bits,
-            other.tensors,
-            other.layers,
-            other.recomputed,
-        )
+        for name in ("name", "bits", "tensors", "layers", "recomputed", "codebook", "by_row", "scale_bits"):
+            assert getattr(one, name) == getattr(other, name)
         for name in ("codes", "scales"):
             np.testing.assert_array_equal(getattr(one, name), getattr(other, name), strict=True)
         for places, others in zip(one.positions, other.positions, strict=True):
@@ -202,13 +197,29 @@ def test_the_ledger_charges_each_part_what_it_takes() -> None:
     spent = ledger(pack)
     assert tuple(spent) == LEDGER_KEYS
     assert spent["positions"] == len(pack.parts[0].encoded_positions)
-    assert spent["values"] == (9 * 2 + 7 * 3 + 1) // 2 + 2 * 8
-    assert spent["adapters"] == 192 // 8 + 4 * 8
-    assert spent["biases"] == 16 + 2 * 8
+    assert spent["values"] == (9 * 2 + 7 * 3 + 1) // 2 + 2 * 4
+    assert spent["adapters"] == 192 // 8 + 4 * 4
+    assert spent["biases"] == 16 + 2 * 4
     assert spent["norms"] == 16 * 4
-    assert spent["head"] == (5 * 16 // 4 + 8) + 5 * 2
+    assert spent["head"] == (5 * 16 // 4 + 4) + 5 * 2
     assert spent["probe"] == 3 * 5 * 2
     assert sum(spent.values()) == len(pack_to_bytes(pack))
+
+
+# --- versions -------------------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_pack_of_version_2_is_read_and_written_anew_with_the_scales_it_had() -> None:
+    old = read_pack(Path(__file__).parent / "data" / "example.version2.taskpack")
+    for part, same in zip(old.parts, example_pack().parts, strict=True):
+        np.testing.assert_array_equal(part.codes, same.codes)
+        if part.scales is not None and same.scales is not None:
+            assert part.scale_bits == 32
+            np.testing.assert_array_equal(part.scales.astype(np.float16), same.scales)
+            assert (part.scales != same.scales).any()
+    again = pack_to_bytes(old)
+    assert b'"version":"3"' in again
+    assert_same(read_pack(again), old)
 
 
 # --- the file system ------------------------------------------------------------------------------------------------------------------------

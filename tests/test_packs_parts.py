@@ -29,7 +29,7 @@ def connections(**changes: Any) -> Part:
 def test_low_bit_values_are_level_times_sd_plus_mean_of_each_matrix(bits: int) -> None:
     rng = np.random.default_rng(bits)
     codes = rng.integers(0, 2**bits, 30 + 20 + 7).astype(np.uint8)
-    scales = np.abs(rng.normal(size=(3 + 1 + 1, 2))).astype(np.float32)
+    scales = np.abs(rng.normal(size=(3 + 1 + 1, 2))).astype(np.float16).astype(np.float32)
     values = Part("adapters", bits, BANK, codes, scales).values()
     group_of_value = [0] * 10 + [1] * 10 + [2] * 10 + [3] * 20 + [4] * 7
     slow = [levels(bits)[code] * scales[group, 1] + scales[group, 0] for code, group in zip(codes, group_of_value, strict=True)]
@@ -72,6 +72,7 @@ def test_zero_parts_are_valid(bits: int) -> None:
         ({"scales": np.ones((1, 2))}, "expected float32 scales"),
         ({"scales": np.array([[0, np.nan]], np.float32)}, "finite"),
         ({"scales": np.array([[0, -1]], np.float32)}, "sd at least 0"),
+        ({"scales": np.full((1, 2), 1.0001, np.float32)}, "float16 numbers"),
         ({"bits": 16, "codes": np.zeros(6, np.float16)}, "no scales"),
         ({"bits": 16, "codes": np.zeros(6, np.float32), "scales": None}, "float16; given float32"),
         ({"bits": 32, "codes": np.full(6, np.inf, np.float32), "scales": None}, "not finite"),

@@ -48,6 +48,10 @@ def joined(tensors: list[torch.Tensor]) -> torch.Tensor:
     return torch.cat([tensor.reshape(-1) for tensor in tensors])
 
 
+def half(number: float) -> float:
+    return float(np.float16(number))
+
+
 def slow_quantise(tensor: torch.Tensor, bits: int) -> tuple[list[int], list[float]]:
     """Codes and stored values, number by number in double precision."""
     codes, values = [], []
@@ -57,7 +61,7 @@ def slow_quantise(tensor: torch.Tensor, bits: int) -> tuple[list[int], list[floa
             z = (value - mean) / (deviation + 1e-5)
             code = min(range(2**bits), key=lambda code: abs(codebook(bits)[code] - z))
             codes.append(code)
-            values.append(codebook(bits)[code] * deviation + mean)
+            values.append(codebook(bits)[code] * half(deviation) + half(mean))
     return codes, values
 
 
@@ -71,7 +75,8 @@ def test_every_value_becomes_the_nearest_level(shape: tuple[int, ...], bits: Bit
     torch.testing.assert_close(quantise(latent.reshape(-1), lengths(latent), bits), torch.tensor(values), rtol=0, atol=3e-5)
     assert scales is not None
     expected = [[statistics.fmean(group), statistics.stdev(group)] for group in groups(latent)]
-    np.testing.assert_allclose(scales, expected, rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(scales, expected, rtol=2**-11, atol=1e-7)
+    assert scales.tolist() == scales.astype(np.float16).tolist()
 
 
 @pytest.mark.parametrize("bits", LOW_BITS)
@@ -86,7 +91,7 @@ def test_the_pack_reads_what_training_used(shape: tuple[int, ...], bits: Bits) -
 
 @pytest.mark.parametrize("bits", LOW_BITS)
 def test_runs_of_one_vector_do_not_know_of_each_other(bits: Bits) -> None:
-    latents = [draw(shape, seed) * 10.0**seed for seed, shape in enumerate([*SHAPES, (1,), (3, 1, 1), (200,)])]
+    latents = [draw(shape, seed) * 10.0 ** (seed - 4) for seed, shape in enumerate([*SHAPES, (1,), (3, 1, 1), (200,)])]
     together, (codes, scales) = quantise(joined(latents), lengths(*latents), bits), encode(joined(latents), lengths(*latents), bits)
     alone = [quantise(latent.reshape(-1), lengths(latent), bits) for latent in latents]
     encoded = [encode(latent.reshape(-1), lengths(latent), bits) for latent in latents]
@@ -157,12 +162,12 @@ def test_the_gradient_of_floats_is_the_identity(bits: Bits) -> None:
 
 @pytest.mark.parametrize("bits", LOW_BITS)
 @pytest.mark.parametrize("shape", [(1,), (4,), (3, 5), (2, 3, 4)])
-@pytest.mark.parametrize("value", [0.0, 0.7, -1e6])
+@pytest.mark.parametrize("value", [0.0, 0.7, -1e4])
 def test_equal_values_stay_what_they_are_with_a_finite_gradient(shape: tuple[int, ...], value: float, bits: Bits) -> None:
     latent = torch.full(shape, value, requires_grad=True)
     stored = quantise(latent.reshape(-1), lengths(latent), bits).view(shape)
     stored.square().sum().backward()
-    torch.testing.assert_close(stored, latent, rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(stored, latent.half().float(), rtol=1e-6, atol=1e-9)
     assert latent.grad is not None
     assert bool(latent.grad.isfinite().all())
 

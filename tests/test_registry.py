@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from pipeline.errors import RegistryError
+from pipeline.registry import store
 from pipeline.registry.connection import initialise_sqlite
 from pipeline.registry.record import Champion
 from pipeline.registry.store import EXPERIMENT, Registry, open_registry
@@ -198,6 +199,65 @@ def test_an_unfinished_registration_is_not_found(registry, tmp_path) -> None:
         registry.get("digits")
 
 
+# --- two at once ----------------------------------------------------------------------------------------------------------------------------
+
+
+class InterleavingClient:
+    """Before its call number `calls`, lets another driver do all of its work."""
+
+    def __init__(self, client: Any, calls: int, other: Any) -> None:
+        self._client, self._left, self._other = client, calls, other
+
+    def __getattr__(self, name: str) -> Any:
+        method = getattr(self._client, name)
+
+        def call(*arguments: Any, **options: Any) -> Any:
+            self._left -= 1
+            if self._left == -1:
+                self._other()
+            return method(*arguments, **options)
+
+        return call
+
+    @property
+    def was_long_enough(self) -> bool:
+        return self._left < 0
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_two_batches_may_register_a_task_at_once(registry, workdir, tmp_path, same) -> None:
+    """Whatever step of one the other falls into: one pack is one version, two packs are two, and the alias is on one of them."""
+    client, other, packs = registry.client, open_registry(None, workdir), 0
+    for calls in range(0, 100, 1 if same else 4):
+        mine = champion(tmp_path, seed=calls)
+        theirs = mine if same else champion(tmp_path, seed=1000 + calls)
+        answers = []
+        registry.client = InterleavingClient(client, calls, lambda theirs=theirs, answers=answers: answers.append(other.register(theirs)))
+        answers.append(registry.register(mine))
+        if not registry.client.was_long_enough:
+            break
+        registry.client, packs = client, packs + (1 if same else 2)
+        assert {answer.pack_digest for answer in answers} == {mine.pack_digest, theirs.pack_digest}
+        assert registry.get("digits").version in {answer.version for answer in answers}
+        found = registry.search(task="digits", limit=1000)
+        assert len(found) == len({pack.pack_digest for pack in found}) == packs
+    assert calls > 12, "the loop must have walked through every step"
+    registry.client = client
+    assert counts(registry) == {"runs": packs + 1, "models": packs + 1, "versions": packs + 1}
+
+
+def test_what_another_batch_left_is_discarded_when_it_is_old(registry, workdir, tmp_path, monkeypatch) -> None:
+    client = registry.client
+    registry.client = CrashingClient(client, 6)
+    with pytest.raises(Crash):
+        registry.register(champion(tmp_path))
+    registry.client = client
+    assert counts(registry) == {"runs": 1, "models": 1, "versions": 0}
+    monkeypatch.setattr(store, "_ABANDONED_SECONDS", -60)
+    open_registry(None, workdir).register(champion(tmp_path))
+    assert counts(registry) == {"runs": 1, "models": 1, "versions": 1}
+
+
 # --- looking up -----------------------------------------------------------------------------------------------------------------------------
 
 
@@ -232,6 +292,32 @@ def test_a_deleted_version_is_left_out_without_shortening_the_answer(registry, t
     registry.register(champion(tmp_path, "pets", accuracy=0.93))
     registry.client.delete_registered_model("flowers")
     assert [pack.name for pack in registry.search(limit=1)] == ["pets"]
+
+
+def test_pages_join_without_gap_or_repetition(registry, tmp_path) -> None:
+    """Ties in accuracy and in size, a page that ends inside them, a version deleted, and a pack registered between two pages."""
+    for seed, (size_bytes, accuracy) in enumerate([(100, 0.5), (100, 0.7), (100, 0.7), (90, 0.7), (100, 0.7), (100, 1 / 3), (100, 0.0)]):
+        registry.register(champion(tmp_path, f"task{seed}", size_bytes, accuracy, seed))
+    whole = registry.search()
+    assert len(whole) == 7
+    for limit in (1, 2, 3, 7):
+        pages, after = [], None
+        while page := registry.search(limit=limit, after=after):
+            pages += page
+            after = f"{page[-1].name}/{page[-1].version}"
+        assert pages == whole
+    registry.register(champion(tmp_path, "newest", accuracy=0.99))
+    registry.client.delete_registered_model(whole[4].name)
+    assert registry.search(limit=2, after=f"{whole[3].name}/1") == whole[5:7]
+    with pytest.raises(RegistryError, match="no task of this name"):
+        registry.search(after="nowhere/1")
+
+
+def test_a_page_costs_three_requests(registry, tmp_path) -> None:
+    for seed in range(5):
+        registry.register(champion(tmp_path, f"task{seed}", seed=seed))
+    registry.client = CrashingClient(registry.client, 3)
+    assert len(registry.search()) == 5
 
 
 @pytest.mark.parametrize(

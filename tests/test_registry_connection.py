@@ -14,8 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.errors import RegistryError, StorageError
+from pipeline.errors import RegistryAway, RegistryError, RegistryRefused, StorageError
 from pipeline.registry.connection import initialise_sqlite, resolve_tracking_uri
+from pipeline.registry.failures import registry_errors
 from pipeline.registry.store import Registry, open_registry
 
 OPEN = """
@@ -83,7 +84,7 @@ def test_a_server_that_is_not_there_is_reported_soon(tmp_path) -> None:
         unused.bind(("127.0.0.1", 0))
         port = unused.getsockname()[1]
     before, begin = dict(os.environ), time.monotonic()
-    with pytest.raises(RegistryError, match=f"user:\\*\\*\\*@127.0.0.1:{port}: the MLflow server cannot be reached") as caught:
+    with pytest.raises(RegistryAway, match=f"user:\\*\\*\\*@127.0.0.1:{port}: the MLflow server cannot be reached") as caught:
         open_registry(f"http://user:secret@127.0.0.1:{port}", tmp_path)
     assert "secret" not in str(caught.value)
     assert caught.value.__cause__ is None
@@ -99,8 +100,17 @@ def test_a_server_that_never_answers_is_given_up_soon(tmp_path) -> None:
         assert time.monotonic() - begin < 15
 
 
-@pytest.mark.parametrize(("status", "message"), [(404, "not as MLflow does"), (401, "MLFLOW_TRACKING_TOKEN"), (403, "MLFLOW_TRACKING_PASSWORD")])
-def test_a_server_that_refuses_is_explained(tmp_path, status, message) -> None:
+@pytest.mark.parametrize(
+    ("status", "kind", "message"),
+    [
+        (404, RegistryError, "not as MLflow does"),
+        (401, RegistryRefused, "MLFLOW_TRACKING_TOKEN"),
+        (403, RegistryRefused, "READ, runs EDIT"),
+        (429, RegistryAway, "cannot answer now"),
+        (503, RegistryAway, "cannot answer now"),
+    ],
+)
+def test_a_server_that_refuses_is_explained(tmp_path, status, kind, message) -> None:
     class Refusing(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             self.send_error(status)
@@ -112,8 +122,37 @@ def test_a_server_that_refuses_is_explained(tmp_path, status, message) -> None:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
         try:
-            with pytest.raises(RegistryError, match=message):
+            with pytest.raises(kind, match=message):
                 open_registry(f"http://127.0.0.1:{server.server_port}", tmp_path)
         finally:
             server.shutdown()
             thread.join()
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "message"),
+    [
+        (
+            "request to http://h/api/2.0/mlflow-artifacts/artifacts/1 failed: ResponseError('too many 500 error responses')",
+            RegistryAway,
+            "its artifact store",
+        ),
+        ("(sqlite3.OperationalError) database is locked", RegistryAway, "another process is writing"),
+        ("failed with error code 403 != 200. Response body: 'Invalid Host header'", RegistryRefused, "--allowed-hosts"),
+        ("INVALID_PARAMETER_VALUE: no such filter\n\nTraceback", RegistryError, "MLflow refused: INVALID_PARAMETER_VALUE: no such filter$"),
+        ("", RegistryError, "no reason given"),
+    ],
+)
+def test_what_may_pass_is_told_from_what_does_not(text, kind, message) -> None:
+    with pytest.raises(kind, match=message) as caught, registry_errors("http://h"):
+        raise sqlite3.Error(text)
+    assert type(caught.value) is kind
+
+
+def test_no_secret_is_in_a_message() -> None:
+    text = "500 Server Error for url: http://me:hidden@h/x?X-Amz-Credential=hidden/1&X-Amz-Signature=hidden&a=shown or https://h/y?sig=hidden"
+    with pytest.raises(RegistryAway) as caught, registry_errors("https://me:hidden@h:5000"):
+        raise sqlite3.Error(text)
+    assert "hidden" not in str(caught.value)
+    assert "https://me:***@h:5000: " in str(caught.value)
+    assert "a=shown" in str(caught.value)

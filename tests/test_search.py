@@ -445,7 +445,7 @@ def test_a_remark_on_the_training_comes_with_the_last_epoch_and_is_kept(tiny_inp
     study = make_study(make_task(SMALL), tmp_path)
     first = study.next_slot()
     assert first is not None
-    searcher = StudySearcher(study, first, lambda study: None)
+    searcher = StudySearcher(study, first, lambda study: None, {}, lambda: False)
     searcher.suggest("a")
     study.report(0, 1, 0.5)
     searcher.on_trial_complete("a", {"metric": 0.5, "epoch": 1, "remark": "an expert was never used"})
@@ -472,7 +472,7 @@ def test_tunes_messages_become_records(tmp_path: Path) -> None:
     study = make_study(make_task(SMALL), tmp_path)
     first = study.next_slot()
     assert first is not None
-    searcher = StudySearcher(study, first, lambda study: None)
+    searcher = StudySearcher(study, first, lambda study: None, {}, lambda: False)
     configs = {trial: searcher.suggest(trial) for trial in ("a", "b", "c")}
     assert [config["slot"] for config in configs.values()] == [0, 1, 2]  # type: ignore[index,call-overload]
     searcher.on_trial_complete("a", {"error": "TrainingError", "message": "diverged", "time_total_s": 2.0})

@@ -16,7 +16,7 @@ from pipeline.adaptation.dropout import SeededDropout
 from pipeline.adaptation.full import TunedNetwork
 from pipeline.adaptation.lora import LowRankLayer, attach_lora
 from pipeline.adaptation.norms import TunedNorm
-from pipeline.adaptation.plan import norm_names, plan
+from pipeline.adaptation.plan import norm_names, norm_parameters, plan
 from pipeline.adaptation.prompts import attach_class_token, attach_generator, attach_prompts
 from pipeline.adaptation.ranking import SelectedIndex, kept_places
 from pipeline.adaptation.sites import MlpSlot, mlp_slots, tunable_layers
@@ -26,7 +26,7 @@ from pipeline.adaptation.tensors import PlannedTensor, initial_values
 from pipeline.adaptation.values import TrainedValues
 from pipeline.adaptation.working import WorkingCopies
 from pipeline.backbones import LoadedBackbone
-from pipeline.spec import Recipe, Smoa
+from pipeline.spec import Norms, Recipe, Smoa
 
 
 class LinearHead(nn.Module):
@@ -184,7 +184,7 @@ def attach(backbone: LoadedBackbone, recipe: Recipe, class_count: int, *, select
     modules |= _tune_layers(model, recipe, selected)
     modules |= attach_lora(model, backbone.model, recipe.lora, dropouts["lora"]) if recipe.lora else {}
     modules |= attach_ssf(model, backbone.model) if recipe.ssf else {}
-    modules |= _tune_norms(model, norm_names(backbone.model, slots, recipe.norms)) if recipe.norms else {}
+    modules |= _tune_norms(model, slots, recipe.norms) if recipe.norms else {}
     modules |= attach_prompts(model, recipe.prompts) if recipe.prompts else {}
     modules |= attach_class_token(model) if recipe.class_token else {}
     modules |= _attach_banks(model, slots, recipe.smoa) if recipe.smoa else {}
@@ -204,8 +204,9 @@ def _address(tensor: PlannedTensor, modules: Mapping[str, Receiver]) -> tuple[st
     return owner, tensor.name[len(owner) + 1 :]
 
 
-def _tune_norms(model: nn.Module, names: Sequence[str]) -> dict[str, TunedNorm]:
-    norms = {name: TunedNorm(model.get_submodule(name)) for name in names}
+def _tune_norms(model: nn.Module, slots: Sequence[MlpSlot], spec: Norms) -> dict[str, TunedNorm]:
+    bases = {name: model.get_submodule(name) for name in norm_names(model, slots, spec)}
+    norms = {name: TunedNorm(base, norm_parameters(base, spec)) for name, base in bases.items()}
     for name, norm in norms.items():
         model.set_submodule(name, norm)
     return norms

@@ -81,7 +81,7 @@ class SizePlanner:
     def _assumed(self, top_k: int) -> SelectedIndex:
         spec = self._task.selection
         if is_recomputable(spec):
-            return recompute(self._backbone, spec, self._task.seed, top_k)
+            return recompute(self._backbone, spec, top_k)
         return rank_places({name: torch.zeros(shape) for name, shape in weight_shapes(self._backbone.model).items()}, spec.level, top_k)
 
 
@@ -145,7 +145,7 @@ def _selected(pack: Pack, recipe: Recipe, spec: Selection, backbone: LoadedBackb
     if any(part.recomputed for part in pack.parts):
         if not is_recomputable(spec):
             raise PackDamaged(f"the pack leaves out its positions, which criterion {spec.criterion} cannot compute anew")
-        return recompute(backbone, spec, pack.metadata.seed, top_k)
+        return recompute(backbone, spec, top_k)
     stored = {spec.name: places for part in pack.parts for spec, places in zip(part.tensors, part.positions, strict=False)}
     expected = sum(kept_at(shape, top_k) for shape in weight_shapes(backbone.model).values())
     if spec.level == "network" and expected != sum(len(places) for places in stored.values()):

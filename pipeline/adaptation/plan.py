@@ -93,13 +93,18 @@ def _plan_norms(model: nn.Module, slots: Sequence[MlpSlot], spec: Norms) -> list
     return [
         PlannedTensor("norms", f"{norm}.{name}", tuple(tensor.shape), spec.bits)
         for norm in norm_names(model, slots, spec)
-        for name, tensor in model.get_submodule(norm).named_parameters()
+        for name, tensor in norm_parameters(model.get_submodule(norm), spec).items()
     ]
 
 
 def norm_names(model: nn.Module, slots: Sequence[MlpSlot], spec: Norms) -> list[str]:
     """The norms that train."""
     return list(norms_of(model)) if spec.which == "all" else [f"{slot.block}.{slot.norm}" for slot in slots]
+
+
+def norm_parameters(norm: nn.Module, spec: Norms) -> dict[str, nn.Parameter]:
+    """Those of a norm's parameters that train."""
+    return {name: tensor for name, tensor in norm.named_parameters() if spec.parameters in ("all", name)}
 
 
 def _plan_head(width: int, class_count: int, spec: Head) -> list[PlannedTensor]:

@@ -1,7 +1,8 @@
 """The b-bit quantiser: parameters train as latent floats and are used exactly as they will be stored.
 
 Per matrix, z = (w - mean) / (sd + 1e-5) is replaced by the nearest level of a fixed codebook for N(0, 1), and w_hat = Q(z) * sd + mean. Gradients
-pass Q unchanged (straight-through) and also flow through mean and sd. 16 bits round to half precision, 32 bits are plain floats.
+pass Q unchanged (straight-through) and also flow through mean and sd, which are used as a pack keeps them: in half precision. 16 bits round to half
+precision, 32 bits are plain floats.
 Source: Binary Adapter (arXiv 2307.16867), section 3; see `pipeline.packs.codebook` for the levels.
 
 All tensors of one width are quantised at once, as one flat vector of N values in G runs, one run a matrix or, by choice, one a row; sums are taken in
@@ -41,6 +42,11 @@ def statistics(values_N: torch.Tensor, lengths_G: torch.Tensor) -> tuple[torch.T
     return mean_G, variance_G.clamp_min(SMALLEST_VARIANCE).sqrt().to(values_N.dtype)
 
 
+def _as_stored(statistic_G: torch.Tensor) -> torch.Tensor:
+    """A statistic as a pack keeps it."""
+    return statistic_G.half().to(statistic_G.dtype)
+
+
 def _standardise(values_N: torch.Tensor, lengths_G: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """z [N], mean [G] and sd [G]."""
     mean_G, sd_G = statistics(values_N, lengths_G)
@@ -69,7 +75,7 @@ class _Quantise(torch.autograd.Function):
         z_N, mean_G, sd_G = _standardise(latent_N, lengths_G)
         rounded_N = level_values.to(latent_N.dtype)[torch.bucketize(z_N, edges, right=True)]
         ctx.save_for_backward(z_N, rounded_N, sd_G, lengths_G)
-        mean_N, sd_N = (each.repeat_interleave(lengths_G, output_size=len(latent_N)) for each in (mean_G, sd_G))
+        mean_N, sd_N = (each.repeat_interleave(lengths_G, output_size=len(latent_N)) for each in (_as_stored(mean_G), _as_stored(sd_G)))
         return rounded_N * sd_N + mean_N
 
     @staticmethod
@@ -95,10 +101,10 @@ def quantise(latent_N: torch.Tensor, lengths_G: torch.Tensor, bits: Bits, codebo
 
 @torch.no_grad()
 def encode(latent_N: torch.Tensor, lengths_G: torch.Tensor, bits: Bits, codebook: Codebook = "median") -> tuple[np.ndarray, np.ndarray | None]:
-    """What a pack stores: codes [N] (uint8, float16 or float32) and, below 16 bits, scales float32 [G, 2] of (mean, sd)."""
+    """What a pack stores: codes [N] (uint8, float16 or float32) and, below 16 bits, scales float32 [G, 2] of (mean, sd), as rounded."""
     latent_N, lengths_G = latent_N.detach().cpu(), lengths_G.cpu()
     if bits >= 16:
         return latent_N.numpy().astype(np.float16 if bits == 16 else np.float32), None
     z_N, mean_G, sd_G = _standardise(latent_N, lengths_G)
     codes_N = torch.bucketize(z_N, _codebook(bits, codebook, z_N.device)[1], right=True).to(torch.uint8)
-    return codes_N.numpy(), torch.stack([mean_G, sd_G], dim=1).numpy()
+    return codes_N.numpy(), torch.stack([_as_stored(mean_G), _as_stored(sd_G)], dim=1).numpy()

@@ -1,7 +1,7 @@
-"""Selections that need no data: whoever has the backbone and the seed computes them anew, so a pack need not store their positions.
+"""Selections that need no data: whoever has the backbone computes them anew, so a pack need not store their positions.
 
     magnitude    |W[o, i]|
-    random       a number in [0, 1) for each entry, drawn by the task's seed and the layer's name
+    random       a number in [0, 1) for each entry, drawn by the selection's seed and the layer's name
 
 Random numbers come from Philox, whose stream numpy promises to keep, 24 bits each: as many as a float32 tells apart.
 """
@@ -23,18 +23,18 @@ RANDOM_BITS = 24
 
 
 def is_recomputable(spec: Selection) -> bool:
-    """Whether a selection follows from backbone and seed alone."""
+    """Whether a selection follows from the backbone alone."""
     return spec.criterion in ("magnitude", "random")
 
 
-def recompute(backbone: LoadedBackbone, spec: Selection, seed: int, top_k: int) -> dict[str, RankedPlaces]:
-    """The selection of a task with this seed, from the backbone's weights alone."""
+def recompute(backbone: LoadedBackbone, spec: Selection, top_k: int) -> dict[str, RankedPlaces]:
+    """The selection, from the backbone's weights alone."""
     assert is_recomputable(spec)
     layers = tunable_layers(backbone.model)
     if spec.criterion == "magnitude":
         importance = {name: layer.weight.detach().flatten(1) for name, layer in layers.items()}
     else:
-        importance = {name: random_importance(layer, seed, name) for name, layer in layers.items()}
+        importance = {name: random_importance(layer, spec.seed, name) for name, layer in layers.items()}
     return rank_places(importance, spec.level, top_k)
 
 

@@ -2,27 +2,31 @@
 
 Random access to single members of a tar, over and over, would decode each image once an epoch. A whole shard is decoded once instead and kept; the
 least recently used goes first. The cache belongs to the process: trials that follow one another in a process, and tasks that share shards, find them
-decoded. Its key is the content's SHA-256, never the file's name: WebDataset's own cache confuses shards of the same name.
+decoded. Its key is the content's SHA-256, never the file's name. Shards behind URLs are fetched a few ahead of their use, and kept on disk
+(remote.py).
 """
 
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import torch
 
 from pipeline.data.decode import decode_image
 from pipeline.data.index import ShardEntry
+from pipeline.data.remote import fetch_checked, shard_store
 from pipeline.data.shards import samples_in
 from pipeline.data.splits import Split
-from pipeline.data.urls import fetch, resolve, sha256_hex
-from pipeline.errors import DataError
+from pipeline.data.urls import is_url, resolve
 
 CACHE_BYTES = 1024**3
+SHARDS_AHEAD = 4
 Key = tuple[str, int]  # sha256, size_px
 
 
@@ -42,6 +46,11 @@ class ShardCache:
             while len(self._images) > 1 and self.size_bytes() > limit_bytes:
                 self._images.popitem(last=False)
             return self._images[key]
+
+    def holds(self, key: Key) -> bool:
+        """Whether a shard is held now."""
+        with self._lock:
+            return key in self._images
 
     def size_bytes(self) -> int:
         """Bytes held."""
@@ -71,8 +80,10 @@ class Reader:
         sizes_bytes = [3 * self.size_px**2 * shard.samples for shard in self.shards]
         return None if sum(sizes_bytes) <= self.cache_bytes else max(1, self.cache_bytes // max(sizes_bytes))
 
-    def read(self, samples: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+    def read(self, samples: np.ndarray, content: Callable[[ShardEntry], bytes] | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Images uint8 [B, 3, S, S] and labels int64 [B] of `samples`, int [B, 2] rows of (shard, position), in their order.
+
+        content: where a shard's bytes come from; default: its path or URL.
 
         Raises DataError where a shard is missing, or is not the one that was indexed.
         """
@@ -81,19 +92,64 @@ class Reader:
         for number in np.unique(samples[:, 0]):
             rows = np.flatnonzero(samples[:, 0] == number)
             positions = samples[rows, 1]
-            images[torch.from_numpy(rows)] = self._shard(self.shards[number])[torch.from_numpy(positions.astype(np.int64))]
+            images[torch.from_numpy(rows)] = self._shard(self.shards[number], content or self._content)[torch.from_numpy(positions.astype(np.int64))]
             labels[torch.from_numpy(rows)] = torch.from_numpy(self._labels[number][positions])
         return images, labels
 
-    def _shard(self, shard: ShardEntry) -> torch.Tensor:
-        return CACHE.get((shard.sha256, self.size_px), lambda: self._decode(shard), self.cache_bytes)
+    def batches(self, plan: Sequence[np.ndarray]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """`read` for each batch of a plan. While one is used, the next shards behind URLs are on their way.
 
-    def _decode(self, shard: ShardEntry) -> torch.Tensor:
+        Raises DataError as `read`, when the shard's turn comes.
+        """
+        numbers = list(dict.fromkeys(int(number) for samples in plan for number in samples[:, 0]))
+        remote = [shard for shard in (self.shards[number] for number in numbers) if is_url(shard.path) and not CACHE.holds(self._key(shard))]
+        if not remote:
+            yield from map(self.read, plan)
+            return
+        with _Ahead(remote, self._content) as ahead:
+            for samples in plan:
+                yield self.read(samples, ahead)
+
+    def _shard(self, shard: ShardEntry, content: Callable[[ShardEntry], bytes]) -> torch.Tensor:
+        return CACHE.get(self._key(shard), lambda: self._decode(shard, content(shard)), self.cache_bytes)
+
+    def _key(self, shard: ShardEntry) -> Key:
+        return shard.sha256, self.size_px
+
+    def _content(self, shard: ShardEntry) -> bytes:
         url = resolve(self.index_folder, shard.path)
-        content = fetch(url)
-        if sha256_hex(content) != shard.sha256:
-            raise DataError(f"{url}: damaged, or changed since it was indexed (its SHA-256 differs); prepare the dataset again")
+        return shard_store().read(url, shard.sha256) if is_url(url) else fetch_checked(url, shard.sha256)
+
+    def _decode(self, shard: ShardEntry, content: bytes) -> torch.Tensor:
+        url = resolve(self.index_folder, shard.path)
         images = np.empty((shard.samples, 3, self.size_px, self.size_px), np.uint8)
         for position, (key, image, _) in enumerate(samples_in(content, url)):
             images[position] = decode_image(image, self.size_px, f"{url}: {key}")
         return torch.from_numpy(images)
+
+
+class _Ahead:
+    """Fetches shards in threads, in the order of their first use and SHARDS_AHEAD of them at a time; called for a shard, gives its bytes."""
+
+    def __init__(self, shards: Sequence[ShardEntry], fetch: Callable[[ShardEntry], bytes]) -> None:
+        self._waiting, self._fetch = deque(shards), fetch
+        self._coming: dict[str, Future[bytes]] = {}
+        self._pool = ThreadPoolExecutor(SHARDS_AHEAD, thread_name_prefix="shards")
+
+    def __enter__(self) -> Self:
+        self._send_for_more()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def __call__(self, shard: ShardEntry) -> bytes:
+        coming = self._coming.pop(shard.sha256, None)
+        content = self._fetch(shard) if coming is None else coming.result()
+        self._send_for_more()
+        return content
+
+    def _send_for_more(self) -> None:
+        while self._waiting and len(self._coming) < SHARDS_AHEAD:
+            shard = self._waiting.popleft()
+            self._coming[shard.sha256] = self._pool.submit(self._fetch, shard)

@@ -2,7 +2,7 @@
 
 WebDataset's own opener sends `pipe:` URLs to a shell, runs `curl` for http and expands variables and braces in names. Shards are opened here
 instead: a plain path with `open`, a URL of a known object store or web protocol with fsspec. Every other scheme, and every chained URL (`a::b`),
-is refused by name.
+is refused by name. A store that fails is asked three times; a web server that falls silent is given up after half a minute each time.
 """
 
 from __future__ import annotations
@@ -11,10 +11,12 @@ import glob
 import hashlib
 import os
 import re
+import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, TypeVar
 
 import fsspec
 
@@ -22,6 +24,10 @@ from pipeline.errors import DataError
 
 PROTOCOLS = ("abfs", "abfss", "az", "file", "gcs", "gs", "hf", "http", "https", "memory", "s3", "s3a")
 _STAMP_KEYS = ("mtime", "created", "ETag", "etag", "LastModified", "last_modified", "Last-Modified", "md5Hash", "Content-MD5", "blob_id")
+SILENT_SECONDS = 30
+"""How long a web server may send nothing. A download as a whole may take as long as it takes. The other stores' clients have limits of their own."""
+PAUSES_SECONDS = (1, 5)
+"""Before a failed read is tried again."""
 _SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]+):")
 
 
@@ -41,13 +47,44 @@ def resolve(folder: Path, path: str) -> str:
     return path if is_url(path) else str(folder / path)
 
 
+Result = TypeVar("Result")
+
+
 def fetch(url: str) -> bytes:
     """The whole content of a local file or URL. Raises DataError where it cannot be read."""
     with _named_errors(url):
         if not is_url(url):
             return Path(url).read_bytes()
-        filesystem, path = fsspec.core.url_to_fs(url)
-        return bytes(filesystem.cat_file(path))
+        return bytes(_patiently(lambda: _call(url, "cat_file")))
+
+
+def _call(url: str, method: str) -> Any:
+    filesystem, path = _filesystem(url)
+    try:
+        return getattr(filesystem, method)(path)
+    except FileNotFoundError as error:  # what fsspec says, too, where a web server is silent or fails
+        raise error.__cause__ or error from None
+
+
+def _filesystem(url: str) -> tuple[Any, str]:
+    if not url.startswith(("http://", "https://")):
+        return fsspec.core.url_to_fs(url)
+    import aiohttp
+
+    timeout = aiohttp.ClientTimeout(total=None, connect=SILENT_SECONDS, sock_read=SILENT_SECONDS)
+    return fsspec.core.url_to_fs(url, client_kwargs={"timeout": timeout})
+
+
+def _patiently(read: Callable[[], Result]) -> Result:
+    """What `read` returns. What may pass is tried again; that a file is not there, or not allowed, does not pass."""
+    for pause_seconds in PAUSES_SECONDS:
+        try:
+            return read()
+        except (FileNotFoundError, PermissionError, ImportError, DataError):
+            raise
+        except Exception:
+            time.sleep(pause_seconds)
+    return read()
 
 
 @contextmanager
@@ -62,7 +99,7 @@ def _named_errors(url: str) -> Iterator[None]:
     except ImportError as error:
         raise DataError(f"{url}: this protocol needs a package that is not installed ({error})") from None
     except Exception as error:  # each store's client has errors of its own, many of which are not OSErrors
-        reason = str(error) or type(error).__name__
+        reason = f"no answer within {SILENT_SECONDS} s" if isinstance(error, TimeoutError) else str(error) or type(error).__name__
         raise DataError(f"{url}: cannot be read ({reason}); check the path, the permissions and the connection") from None
 
 
@@ -97,8 +134,8 @@ def _expand_url(pattern: str) -> list[str]:
     if not glob.has_magic(pattern):
         return [pattern]
     with _named_errors(pattern):
-        filesystem, path = fsspec.core.url_to_fs(pattern)
-        found = sorted(str(filesystem.unstrip_protocol(match)) for match in filesystem.glob(path))
+        filesystem, path = _filesystem(pattern)
+        found = sorted(str(filesystem.unstrip_protocol(match)) for match in _patiently(lambda: filesystem.glob(path)))
     if not found:
         raise DataError(f"{pattern}: no such shard; expected a tar file, or a glob (*, ?, [..]) that matches some")
     return found
@@ -110,7 +147,6 @@ def stamp(url: str) -> str:
         if not is_url(url):
             status = os.stat(url)
             return f"{status.st_size}:{status.st_mtime_ns}"
-        filesystem, path = fsspec.core.url_to_fs(url)
-        details = filesystem.info(path)
+        details = _patiently(lambda: _call(url, "info"))
         tags = [f"{key}={details[key]}" for key in _STAMP_KEYS if details.get(key)]
     return f"{details.get('size')}:{':'.join(tags)}" if tags else sha256_hex(fetch(url))

@@ -77,7 +77,7 @@ def _read_part(name: PartName, bits: int, specs: Sequence[TensorSpec], data: byt
         codes.append(unpack_codes(data[start:middle], spec.count, 1).astype(np.uint8))
         scales.append(np.frombuffer(data[middle:stop], "<f4").astype(np.float32))
         start = stop
-    return Part(name, 1, tuple(specs), np.concatenate(codes), np.stack(scales))
+    return Part(name, 1, tuple(specs), np.concatenate(codes), np.stack(scales), scale_bits=32)
 
 
 def write_parts(parts: Sequence[Part]) -> bytes:

@@ -2,7 +2,7 @@
 
     8 bytes    N, little-endian: the header's length
     N bytes    JSON, padded with spaces to a multiple of 8:
-               {"__metadata__":{"format":"taskpack","version":"2"},"pack":{"dtype":"U8","shape":[S],"data_offsets":[0,S]}}
+               {"__metadata__":{"format":"taskpack","version":"3"},"pack":{"dtype":"U8","shape":[S],"data_offsets":[0,S]}}
     S - 32     the content (file.py)
     32 bytes   SHA-256 of every byte before it
 
@@ -20,6 +20,7 @@ from pipeline.errors import PackDamaged, PackForeign, PackTruncated, PackVersion
 from pipeline.packs.metadata import FORMAT_VERSION
 
 MAX_HEADER_BYTES = 1_000_000
+READ_VERSIONS = (2, FORMAT_VERSION)
 DIGEST_BYTES = 32
 _FORMAT = "taskpack"
 _LENGTH_BYTES = 8
@@ -32,21 +33,21 @@ def container_to_bytes(content: bytes) -> bytes:
     return signed + hashlib.sha256(signed).digest()
 
 
-def container_from_bytes(data: bytes) -> bytes:
-    """The content. Raises PackForeign, PackTruncated, PackVersionError or PackDamaged."""
+def container_from_bytes(data: bytes) -> tuple[int, bytes]:
+    """Format version, and the content. Raises PackForeign, PackTruncated, PackVersionError or PackDamaged."""
     header, start = _read_header(data)
     metadata = header.get("__metadata__")
     if not isinstance(metadata, dict) or metadata.get("format") != _FORMAT:
         raise PackForeign("a safetensors file, but not a taskpack pack")
-    _check_version(metadata.get("version"))
+    version = _checked_version(metadata.get("version"))
     size_bytes = _claimed_size_bytes(header)
     if len(data) - start < size_bytes:
         raise PackTruncated(f"the pack takes {size_bytes} bytes; the file holds {len(data) - start} of them")
-    if data[:start] != start_of_file(size_bytes) or len(data) - start != size_bytes or size_bytes < DIGEST_BYTES:
+    if data[:start] != start_of_file(size_bytes, version) or len(data) - start != size_bytes or size_bytes < DIGEST_BYTES:
         raise PackDamaged(f"expected one tensor 'pack' and nothing else in {len(data)} bytes")
     if content_digest(data) != data[-DIGEST_BYTES:].hex():
         raise PackDamaged("the content does not match its digest; copy or download the pack again")
-    return data[start:-DIGEST_BYTES]
+    return version, data[start:-DIGEST_BYTES]
 
 
 def content_digest(data: bytes) -> str:
@@ -54,15 +55,15 @@ def content_digest(data: bytes) -> str:
     return hashlib.sha256(memoryview(data)[:-DIGEST_BYTES]).hexdigest()
 
 
-def start_of_file(size_bytes: int) -> bytes:
+def start_of_file(size_bytes: int, version: int = FORMAT_VERSION) -> bytes:
     """All that comes before a pack of so many bytes, its digest included."""
-    header = _header(size_bytes)
+    header = _header(size_bytes, version)
     return len(header).to_bytes(_LENGTH_BYTES, "little") + header
 
 
-def _header(size_bytes: int) -> bytes:
+def _header(size_bytes: int, version: int = FORMAT_VERSION) -> bytes:
     tensor = {"dtype": "U8", "shape": [size_bytes], "data_offsets": [0, size_bytes]}
-    header = {"__metadata__": {"format": _FORMAT, "version": str(FORMAT_VERSION)}, "pack": tensor}
+    header = {"__metadata__": {"format": _FORMAT, "version": str(version)}, "pack": tensor}
     text = json.dumps(header, separators=(",", ":")).encode()
     return text + b" " * (-len(text) % _LENGTH_BYTES)
 
@@ -83,11 +84,11 @@ def _read_header(data: bytes) -> tuple[dict[str, Any], int]:
     return header, start
 
 
-def _check_version(version: Any) -> None:
-    if version == str(FORMAT_VERSION):
-        return
+def _checked_version(version: Any) -> int:
+    if version in [str(known) for known in READ_VERSIONS]:
+        return int(version)
     if isinstance(version, str) and version.isascii() and version.isdigit() and int(version[:9]) > FORMAT_VERSION:
-        raise PackVersionError(f"written by format version {version[:20]}; this taskpack reads version {FORMAT_VERSION}; upgrade taskpack")
+        raise PackVersionError(f"written by format version {version[:20]}; this taskpack reads versions up to {FORMAT_VERSION}; upgrade taskpack")
     if version == "1":
         raise PackVersionError(f"written by format version 1, which only development versions wrote; run its task again for version {FORMAT_VERSION}")
     raise PackDamaged(f"format version: expected the text {FORMAT_VERSION}, found {str(version)[:20]!r}")

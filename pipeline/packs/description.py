@@ -14,8 +14,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pipeline.errors import PackDamaged, PackError
 from pipeline.packs.codebook import Codebook
-from pipeline.packs.metadata import PackMetadata
-from pipeline.packs.parts import PartBits, PartName
+from pipeline.packs.metadata import FORMAT_VERSION, PackMetadata
+from pipeline.packs.parts import PartBits, PartName, ScaleBits
 
 MAX_TEXT_BYTES = 1_000_000
 
@@ -35,6 +35,7 @@ class PartLayout(BaseModel):
     positions: _Length | Literal["recomputed"] = 0
     codebook: Codebook = "median"
     by_row: bool = False
+    scale_bits: ScaleBits = 16
 
 
 class Description(BaseModel):
@@ -56,15 +57,15 @@ class Description(BaseModel):
         return deflater.compress(text) + deflater.flush()
 
     @classmethod
-    def from_bytes(cls, data: bytes) -> Description:
-        """Read `to_bytes`. Raises PackDamaged, naming the first key at fault."""
+    def from_bytes(cls, data: bytes, version: int = FORMAT_VERSION) -> Description:
+        """Read `to_bytes`; in version 2 all scales were of 32 bits. Raises PackDamaged, naming the first key at fault."""
         inflater = zlib.decompressobj(-zlib.MAX_WBITS, zdict=_DICTIONARY)
         try:
             # bounded: a few bytes can inflate to a thousand times as many
             text = inflater.decompress(data, MAX_TEXT_BYTES)
             if not inflater.eof or inflater.unused_data:
                 raise PackDamaged(f"description: expected one compressed text of at most {MAX_TEXT_BYTES} bytes")
-            return cls.model_validate_json(text)
+            description = cls.model_validate_json(text)
         except zlib.error as error:
             raise PackDamaged(f"description: {error}") from None
         except ValidationError as error:
@@ -72,6 +73,10 @@ class Description(BaseModel):
             raise PackDamaged(f"description: {'.'.join(str(key) for key in fault['loc']) or 'JSON'}: {fault['msg']}") from None
         except (ValueError, RecursionError) as error:
             raise PackDamaged(f"description: {error}") from None
+        if version == 2:
+            parts = [part.model_copy(update={"scale_bits": 32}) for part in description.parts]
+            description = description.model_copy(update={"parts": parts})
+        return description
 
 
 def _words() -> bytes:

@@ -7,7 +7,7 @@ The content of the container (container.py):
     for each part, in the description's order
               positions (positions.py), for connections
               codes: bits a code, end to end, the last byte filled with zeros (bits.py); or the values in float16 or float32, little-endian
-              scales: float32 (mean, sd) of each matrix, for codes of up to 8 bits
+              scales: float16 or float32 (mean, sd) of each matrix, for codes of up to 8 bits
     the rest  float16 [P, C]: logits of the probe images, by which a reloaded model is verified
 
 Legend: P probe images, C classes.
@@ -38,6 +38,7 @@ from pipeline.packs.parts import Part, TensorSpec
 from pipeline.packs.positions import LayerShape, decode_positions
 
 _LENGTH_BYTES = 4
+_SCALES = {16: "<f2", 32: "<f4"}
 LEDGER_KEYS = ("positions", "values", "adapters", "biases", "norms", "prompts", "full", "head", "probe", "metadata")
 
 
@@ -108,7 +109,7 @@ def _sections(pack: Pack) -> tuple[list[tuple[str, bytes]], Description]:
     for part in pack.parts:
         key = "values" if part.name == "connections" else part.name
         codes = part.codes.astype(part.codes.dtype.newbyteorder("<")).tobytes() if part.scales is None else pack_codes(part.codes, part.bits)
-        scales = b"" if part.scales is None else part.scales.astype("<f4").tobytes()
+        scales = b"" if part.scales is None else part.scales.astype(_SCALES[part.scale_bits]).tobytes()
         sections += [("positions", part.encoded_positions), (key, codes), (key, scales)]
         layouts.append(_layout(part))
     sections.append(("probe", pack.probe_logits.astype("<f2").tobytes()))
@@ -124,6 +125,7 @@ def _layout(part: Part) -> PartLayout:
         positions="recomputed" if part.recomputed else len(part.encoded_positions),
         codebook=part.codebook,
         by_row=part.by_row,
+        scale_bits=part.scale_bits,
     )
 
 
@@ -153,8 +155,9 @@ def read_pack(source: Path | str | bytes) -> Pack:
 
 
 def _parse(data: bytes) -> Pack:
-    content = _Content(container_from_bytes(data))
-    description = Description.from_bytes(content.take(int.from_bytes(content.take(_LENGTH_BYTES), "little")))
+    version, body = container_from_bytes(data)
+    content = _Content(body)
+    description = Description.from_bytes(content.take(int.from_bytes(content.take(_LENGTH_BYTES), "little")), version)
     parts = tuple(_read_part(layout, content) for layout in description.parts)
     shape = (description.probe, len(description.metadata.classes))
     probe_logits = content.array("<f2", math.prod(shape)).reshape(shape).astype(np.float32)
@@ -192,7 +195,7 @@ def _read_part(layout: PartLayout, content: _Content) -> Part:
     scales = None
     if layout.bits <= MAX_CODE_BITS:
         codes: NDArray[Any] = unpack_codes(content.take(packed_size_bytes(count, layout.bits)), count, layout.bits).astype(np.uint8)
-        scales = content.array("<f4", groups * 2).reshape(groups, 2)
+        scales = content.array(_SCALES[layout.scale_bits], groups * 2).reshape(groups, 2).astype(np.float32)
     else:
         codes = content.array("<f2" if layout.bits == 16 else "<f4", count)
     positions: tuple[NDArray[np.int64], ...] = ()
@@ -203,4 +206,16 @@ def _read_part(layout: PartLayout, content: _Content) -> Part:
         positions = tuple(decode_positions(positions_data, shapes))
     elif positions_data:
         raise PackDamaged(f"part {layout.name!r} has positions but no layers")
-    return Part(layout.name, layout.bits, specs, codes, scales, positions, tuple(layout.layers), recomputed, layout.codebook, layout.by_row)
+    return Part(
+        layout.name,
+        layout.bits,
+        specs,
+        codes,
+        scales,
+        positions,
+        tuple(layout.layers),
+        recomputed,
+        layout.codebook,
+        layout.by_row,
+        layout.scale_bits,
+    )

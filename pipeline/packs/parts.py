@@ -1,9 +1,10 @@
 """A part: the trained tensors of one kind that share a bit width, as the codes that the file stores.
 
 Up to 8 bits a tensor is codes of a fixed codebook with one (mean, sd) for each trailing 2-D matrix: a bank of experts [E, h, D] has E pairs, a
-matrix or a vector one; `by_row`, every row of a matrix has its own. At 16 and 32 bits the codes are the values themselves. Connections also carry
-their positions: tensor n, of shape [N], holds the values at the ascending places `positions[n]` [N] of a weight of `layers[n]` = (O, I), seen as one
-row-major [O, I] matrix. Positions that a reader computes anew from the backbone (the largest weights, say) are not stored: `recomputed`.
+matrix or a vector one; `by_row`, every row of a matrix has its own. Scales are floats of 16 bits, or of 32 where another program wrote them. At 16
+and 32 bits the codes are the values themselves. Connections also carry their positions: tensor n, of shape [N], holds the values at the ascending
+places `positions[n]` [N] of a weight of `layers[n]` = (O, I), seen as one row-major [O, I] matrix. Positions that a reader computes anew from the
+backbone (the largest weights, say) are not stored: `recomputed`.
 
 A conceptual part may mix widths (a head's weight at 1 bit, its bias at 16): it is then several Parts of one name.
 
@@ -27,6 +28,7 @@ from pipeline.packs.positions import LayerShape, check_places, encode_positions
 
 PartName = Literal["connections", "biases", "norms", "adapters", "prompts", "full", "head"]
 PartBits = Literal[1, 2, 3, 4, 5, 6, 7, 8, 16, 32]
+ScaleBits = Literal[16, 32]
 PART_NAMES: tuple[PartName, ...] = get_args(PartName)
 PART_BITS: tuple[PartBits, ...] = get_args(PartBits)
 
@@ -52,7 +54,8 @@ class TensorSpec:
 class Part:
     """Codes of the tensors, flat and in order; checked when built. Raises PackDamaged for anything that contradicts itself.
 
-    codes: uint8 below 2^bits for bits <= 8, float16 for 16, float32 for 32. scales: float32 [G, 2] of (mean, sd) for bits <= 8, otherwise None.
+    codes: uint8 below 2^bits for bits <= 8, float16 for 16, float32 for 32. scales: float32 [G, 2] of (mean, sd) for bits <= 8, otherwise None;
+    numbers that `scale_bits` hold.
     layers: (O, I) of each tensor's layer, and positions: int64 [N] each unless `recomputed`; for connections only.
     """
 
@@ -66,6 +69,7 @@ class Part:
     recomputed: bool = False
     codebook: Codebook = "median"
     by_row: bool = False
+    scale_bits: ScaleBits = 16
 
     def __post_init__(self) -> None:
         self._require(self.name in PART_NAMES, f"expected one of {', '.join(PART_NAMES)}")
@@ -138,6 +142,9 @@ class Part:
         self._require(given == (np.dtype(np.float32), expected), f"expected float32 scales of shape {list(expected)}; given {given}")
         assert self.scales is not None
         self._require(bool(np.isfinite(self.scales).all() and (self.scales[:, 1] >= 0).all()), "scales must be finite, and each sd at least 0")
+        if self.scale_bits == 16:
+            with np.errstate(over="ignore"):
+                self._require(np.array_equal(self.scales.astype(np.float16), self.scales), "scales of 16 bits must be float16 numbers")
 
     def _check_positions(self) -> None:
         expected = len(self.tensors) if self.name == "connections" else 0

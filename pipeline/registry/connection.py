@@ -1,4 +1,4 @@
-"""Reaching MLflow: quiet settings, a SQLite store made exactly once, and errors a user can act on.
+"""Reaching MLflow: quiet settings, and a SQLite store made exactly once.
 
 MLflow is imported late (it costs seconds) and only after its environment is set, because telemetry starts on import. A fresh SQLite store takes
 seconds of migrations; two processes that both start them leave a database that no process can open. So the store is migrated under a file lock in a
@@ -9,19 +9,17 @@ from __future__ import annotations
 
 import os
 import re
-import sqlite3
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
-from urllib.parse import urlsplit
 
 from pipeline.errors import RegistryError, StorageError
 
 _SETTINGS = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
-    # MLflow logs the whole traceback of what it then raises; `registry_errors` says it in one line.
+    # MLflow logs the whole traceback of what it then raises; `registry/failures.py` says it in one line.
     "MLFLOW_LOGGING_LEVEL": "CRITICAL",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
@@ -119,46 +117,3 @@ def short_patience() -> Iterator[None]:
                 del os.environ[name]
             else:
                 os.environ[name] = value
-
-
-@contextmanager
-def registry_errors(tracking_uri: str) -> Iterator[None]:
-    """Turn what MLflow, its database or its transport raise into one RegistryError that names the store and what to check."""
-    import_mlflow()
-    from mlflow.exceptions import MlflowException
-    from requests import RequestException
-    from sqlalchemy.exc import SQLAlchemyError
-
-    try:
-        yield
-    except (MlflowException, RequestException, SQLAlchemyError, sqlite3.Error) as error:
-        raise RegistryError(_explain(tracking_uri, str(error))) from None
-
-
-def _explain(tracking_uri: str, text: str) -> str:
-    where = _without_password(tracking_uri)
-    reason = text.strip().splitlines()[0] if text.strip() else "no reason given"
-    reason = reason if len(reason) <= 300 else reason[:297] + "..."
-    if re.search(r"Max retries exceeded|Connection ?(refused|error|aborted|reset)|timed out", text, re.IGNORECASE):
-        return f"{where}: the MLflow server cannot be reached; check that it runs, the address and port in MLFLOW_TRACKING_URI, and any proxy"
-    if re.search(r"error code (401|403)|UNAUTHENTICATED|PERMISSION_DENIED", text):
-        return (
-            f"{where}: the MLflow server refuses access; check MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN, "
-            f"and the server's --allowed-hosts ({reason})"
-        )
-    if re.search(r"disk is full|No space left", text):
-        return f"{where}: the disk is full; free space, then the same command goes on"
-    if "failed with error code 404" in text:
-        return f"{where}: a server answers here, but not as MLflow does; check the address, its port and its path"
-    if "while downloading one or more artifacts" in text:
-        return f"{where}: a file cannot be read from the artifact store; see whether it is still there and readable ({reason.rstrip(':')})"
-    if "out-of-date database schema" in text:
-        return f"{where}: the database belongs to another MLflow version; back it up and run `mlflow db upgrade {where}`"
-    if re.search(r"file is not a database|malformed", text):
-        return f"{where}: this file is not an intact SQLite database; move it away or name another"
-    return f"{where}: MLflow refused: {reason}"
-
-
-def _without_password(uri: str) -> str:
-    password = urlsplit(uri).password
-    return uri if password is None else uri.replace(f":{password}@", ":***@")

@@ -5,7 +5,8 @@ number (MLflow compares tags as text), so each belongs to a LoggedModel whose me
 orders; the LoggedModel's files are the pack and an MLmodel that names our loader, hence neither pickle nor stored code.
 
 Writing happens in one process, the driver. Creating the version, with the pack's digest as its tag, is the one step that commits: what an interrupted
-`register` left before it is discarded by the next, what was missing after it is made good.
+`register` left before it is discarded by the next, what was missing after it is made good. Two drivers may register the same pack at once: MLflow has
+no lock, so both create a version, and the later one is withdrawn before it is published.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ import json
 import re
 import shutil
 import tempfile
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -24,11 +27,11 @@ from pipeline.registry.connection import (
     import_mlflow,
     import_pyfunc,
     initialise_sqlite,
-    registry_errors,
     resolve_tracking_uri,
     short_patience,
     sqlite_path,
 )
+from pipeline.registry.failures import registry_errors
 from pipeline.registry.record import DIGEST_TAG, MODEL_ID_TAG, TASK_TAG, Champion, RegisteredPack
 
 EXPERIMENT = "taskpack"
@@ -37,7 +40,10 @@ PACK_FILE = "pack.safetensors"
 # The tag by which MLflow itself links a LoggedModel to its registered versions; having it is what makes a LoggedModel "registered" here.
 _VERSIONS_TAG = "mlflow.modelVersions"
 _REFERENCE = re.compile(r"(?P<name>[^/@:'\"`%\\]+)(?:@(?P<alias>[\w.-]+)|/(?P<version>[0-9]+))?")
-_PAGE = 50
+# More than the 50 rows of a plain `taskpack ls`; the ids of a page still fit into one address.
+_PAGE = 64
+# A registration takes seconds. One that is older and not finished is nobody's.
+_ABANDONED_SECONDS = 3600
 
 
 def open_registry(uri: str | None, workdir: Path) -> Registry:
@@ -60,6 +66,8 @@ class Registry:
 
     def __init__(self, tracking_uri: str, artifact_root: Path | None) -> None:
         self.tracking_uri = tracking_uri
+        # Runs and LoggedModels of this process; where their registration did not finish, its next try discards them.
+        self._begun: set[str] = set()
         with registry_errors(tracking_uri), short_patience():
             self.client: Any = import_mlflow().MlflowClient(tracking_uri=tracking_uri, registry_uri=tracking_uri)
             self._experiment_id: str = self._find_or_create_experiment(artifact_root)
@@ -73,13 +81,24 @@ class Registry:
         """
         champion.check()
         with registry_errors(self.tracking_uri):
-            version = self._find_version(champion) or self._create_version(champion)
+            version = self._find_version(champion) or self._settle(champion, self._create_version(champion))
             self._publish(version)
-            return self._complete(self.client.get_model_version(version.name, str(version.version)))
+            version = self.client.get_model_version(version.name, str(version.version))
+            return _merge(version, self._model_of(version), version.aliases)
 
     def _find_version(self, champion: Champion) -> Any:
-        found = self.client.search_model_versions(f"name = '{champion.task}' AND tags.{DIGEST_TAG} = '{champion.pack_digest}'", max_results=1)
+        mine = f"name = '{champion.task}' AND tags.{DIGEST_TAG} = '{champion.pack_digest}'"
+        found = self.client.search_model_versions(mine, max_results=1, order_by=["version_number ASC"])
         return found[0] if found else None
+
+    def _settle(self, champion: Champion, created: Any) -> Any:
+        """The version that counts: of the same pack registered twice at once, the earlier one; the other is withdrawn."""
+        earliest = self._find_version(champion)
+        if earliest.version == created.version:
+            return created
+        _denied_as_none(self.client.delete_model_version, created.name, str(created.version))
+        self._discard_unfinished(champion)
+        return earliest
 
     def _create_version(self, champion: Champion) -> Any:
         self._discard_unfinished(champion)
@@ -95,17 +114,22 @@ class Registry:
         )
 
     def _discard_unfinished(self, champion: Champion) -> None:
+        """Delete what earlier tries of this registry left, and what is too old to be another batch's at work; as far as the server permits it."""
         mine = f"tags.{TASK_TAG} = '{champion.task}' AND tags.{DIGEST_TAG} = '{champion.pack_digest}'"
+        abandoned_ms = (datetime.now(UTC).timestamp() - _ABANDONED_SECONDS) * 1000
         for model in self.client.search_logged_models([self._experiment_id], filter_string=mine):
-            self.client.delete_logged_model(model.model_id)
+            if model.model_id in self._begun or model.creation_timestamp < abandoned_ms:
+                _denied_as_none(self.client.delete_logged_model, model.model_id)
         for run in self.client.search_runs([self._experiment_id], filter_string=mine):
-            self.client.delete_run(run.info.run_id)
+            if run.info.run_id in self._begun or run.info.start_time < abandoned_ms:
+                _denied_as_none(self.client.delete_run, run.info.run_id)
 
     def _log(self, champion: Champion) -> Any:
         """One run and one LoggedModel with the champion's files and numbers."""
         from mlflow.entities import LoggedModelOutput, LoggedModelStatus
 
         run_id = self.client.create_run(self._experiment_id, run_name=champion.task, tags=champion.all_tags()).info.run_id
+        self._begun.add(run_id)
         model = self.client.create_logged_model(
             self._experiment_id,
             name=champion.task,
@@ -114,6 +138,7 @@ class Registry:
             params=champion.params,
             model_type=EXPERIMENT,
         )
+        self._begun.add(model.model_id)
         with tempfile.TemporaryDirectory(prefix="taskpack-") as folder:
             self.client.log_model_artifacts(model.model_id, str(_write_model(champion, Path(folder), model.model_id)))
             self.client.log_artifacts(run_id, str(_write_front(champion, Path(folder))), "front")
@@ -157,19 +182,32 @@ class Registry:
 
     # --- looking up -------------------------------------------------------------------------------------------------------------------------
 
-    def search(self, task: str | None = None, max_bytes: int | None = None, min_metric: float | None = None, limit: int = 50) -> list[RegisteredPack]:
+    def search(
+        self,
+        task: str | None = None,
+        max_bytes: int | None = None,
+        min_metric: float | None = None,
+        limit: int = 50,
+        after: str | None = None,
+    ) -> list[RegisteredPack]:
         """Registered packs within `max_bytes` and of at least `min_metric` test accuracy (0 to 1): best first, then smallest, at most `limit`.
 
-        The server filters and orders by number; versions deleted since are left out. Raises RegistryError.
+        The server filters and orders by number; versions deleted since are left out. `after` names the pack, such as the last one of an earlier
+        answer, behind which this one begins, so packs registered meanwhile move nothing. Raises RegistryError.
         """
-        filter_string = _search_filter(task, max_bytes, min_metric, limit)
+        clauses = _search_clauses(task, max_bytes, min_metric, limit)
         order = [{"field_name": "metrics.test_accuracy", "ascending": False}, {"field_name": "metrics.size_bytes", "ascending": True}]
         found: list[RegisteredPack] = []
         page_token: str | None = None
         with registry_errors(self.tracking_uri):
+            last = None if after is None else _place(self._version_and_model(after)[1])
+            if last is not None:
+                # Packs as good as the last one are on both sides of it; rounding must not leave one out.
+                clauses.append(f"metrics.test_accuracy <= {1e-9 - last[0]:.12f}")
             while len(found) < limit:
-                page = self.client.search_logged_models([self._experiment_id], filter_string, None, min(limit, _PAGE), order, page_token)
-                found += [pack for pack in map(self._registered_from_model, page) if pack is not None]
+                size = min(limit - len(found), _PAGE) if last is None else _PAGE
+                page = self.client.search_logged_models([self._experiment_id], " AND ".join(clauses), None, size, order, page_token)
+                found += self._registered_from_models([model for model in page if last is None or _place(model) > last])
                 page_token = page.token
                 if not page_token:
                     break
@@ -177,18 +215,22 @@ class Registry:
 
     def get(self, reference: str) -> RegisteredPack:
         """The pack at `name` (its champion), `name@alias` or `name/3`. Raises RegistryError with near names where there is none."""
+        with registry_errors(self.tracking_uri):
+            version, model = self._version_and_model(reference)
+            return _merge(version, model, version.aliases)
+
+    def _version_and_model(self, reference: str) -> tuple[Any, Any]:
         match = _REFERENCE.fullmatch(reference)
         if match is None:
             raise RegistryError(f"{reference!r}: not a reference to a pack; give NAME, NAME@ALIAS or NAME/VERSION")
-        with registry_errors(self.tracking_uri):
-            model = _absent_as_none(self.client.get_registered_model, match["name"])
-            if model is None:
-                raise RegistryError(f"{reference}: no task of this name is registered; {self._near_names(match['name'])}")
-            number = match["version"] or model.aliases.get(match["alias"] or CHAMPION_ALIAS)
-            version = None if number is None else _absent_as_none(self.client.get_model_version, model.name, str(int(number)))
-            if version is None:
-                raise RegistryError(f"{reference}: no such version; {self._known_versions(model)}")
-            return self._complete(version)
+        registered = _absent_as_none(self.client.get_registered_model, match["name"])
+        if registered is None:
+            raise RegistryError(f"{reference}: no task of this name is registered; {self._near_names(match['name'])}")
+        number = match["version"] or registered.aliases.get(match["alias"] or CHAMPION_ALIAS)
+        version = None if number is None else _absent_as_none(self.client.get_model_version, registered.name, str(int(number)))
+        if version is None:
+            raise RegistryError(f"{reference}: no such version; {self._known_versions(registered)}")
+        return version, self._model_of(version)
 
     def download(self, registered: RegisteredPack, folder: Path) -> Path:
         """Copy the pack file into `folder` as NAME-VERSION.safetensors. Raises RegistryError where the copy is not whole."""
@@ -225,15 +267,32 @@ class Registry:
         with registry_errors(self.tracking_uri):
             return Path(import_mlflow().artifacts.download_artifacts(uri, dst_path=folder, tracking_uri=self.tracking_uri))
 
-    def _complete(self, version: Any) -> RegisteredPack:
+    def _model_of(self, version: Any) -> Any:
+        """The LoggedModel of a version."""
         if MODEL_ID_TAG not in version.tags or DIGEST_TAG not in version.tags:
             raise RegistryError(f"{version.name}/{version.version}: a model that taskpack did not register; `taskpack ls` lists those it did")
-        return _merge(version, self.client.get_logged_model(version.tags[MODEL_ID_TAG]))
+        return self.client.get_logged_model(version.tags[MODEL_ID_TAG])
 
-    def _registered_from_model(self, model: Any) -> RegisteredPack | None:
-        link = json.loads(model.tags[_VERSIONS_TAG])[0]
-        version = _absent_as_none(self.client.get_model_version, link["name"], str(link["version"]))
-        return None if version is None else _merge(version, model)
+    def _registered_from_models(self, models: list[Any]) -> list[RegisteredPack]:
+        """Those of `models` whose versions are still there. Two requests at once, however many models: a server that checks passwords takes
+        a third of a second for each."""
+        if not models:
+            return []
+        links = [json.loads(model.tags[_VERSIONS_TAG])[0] for model in models]
+        runs = ", ".join(f"'{model.source_run_id}'" for model in models)
+        names = ", ".join(f"'{name}'" for name in sorted({link["name"] for link in links}))
+        with ThreadPoolExecutor(max_workers=2) as pool:
+            searched = pool.submit(self.client.search_model_versions, f"run_id IN ({runs})", max_results=4 * _PAGE)
+            # A version that was searched for does not say its aliases; its registered model does.
+            named = pool.submit(self.client.search_registered_models, f"name IN ({names})", max_results=_PAGE)
+            versions = {(version.name, int(version.version)): version for version in searched.result()}
+            aliases = {model.name: model.aliases for model in named.result()}
+        found = []
+        for link, model in zip(links, models, strict=True):
+            number = int(link["version"])
+            if version := versions.get((link["name"], number)):
+                found.append(_merge(version, model, [alias for alias, at in aliases.get(version.name, {}).items() if int(at) == number]))
+        return found
 
     def _near_names(self, name: str) -> str:
         # The first two letters are enough for the server to leave out most of the registry.
@@ -246,12 +305,12 @@ class Registry:
         return f"newest version: {newest[0].version if newest else 'none'}, aliases: {', '.join(sorted(model.aliases)) or 'none'}"
 
 
-def _merge(version: Any, model: Any) -> RegisteredPack:
+def _merge(version: Any, model: Any, aliases: Iterable[str]) -> RegisteredPack:
     metrics = {metric.key: float(metric.value) for metric in model.metrics or ()}
     return RegisteredPack(
         name=version.name,
         version=int(version.version),
-        aliases=tuple(sorted(version.aliases)),
+        aliases=tuple(sorted(aliases)),
         model_id=model.model_id,
         task=model.tags[TASK_TAG],
         metrics=metrics,
@@ -263,7 +322,13 @@ def _merge(version: Any, model: Any) -> RegisteredPack:
     )
 
 
-def _search_filter(task: str | None, max_bytes: int | None, min_metric: float | None, limit: int) -> str:
+def _place(model: Any) -> tuple[float, float, int, str]:
+    """Where the server puts a LoggedModel in the order of `search`: by accuracy, size, age and id."""
+    metrics = {metric.key: float(metric.value) for metric in model.metrics}
+    return -metrics["test_accuracy"], metrics["size_bytes"], -model.creation_timestamp, model.model_id
+
+
+def _search_clauses(task: str | None, max_bytes: int | None, min_metric: float | None, limit: int) -> list[str]:
     if limit < 1:
         raise RegistryError(f"limit: given {limit}, expected 1 or more")
     if task is not None and re.search(r"['\"`\\]", task):
@@ -274,7 +339,7 @@ def _search_filter(task: str | None, max_bytes: int | None, min_metric: float | 
     clauses += [] if task is None else [f"tags.{TASK_TAG} = '{task}'"]
     clauses += [] if max_bytes is None else [f"metrics.size_bytes <= {max_bytes}"]
     clauses += [] if min_metric is None else [f"metrics.test_accuracy >= {min_metric:.12f}"]
-    return " AND ".join(clauses)
+    return clauses
 
 
 def _write_model(champion: Champion, folder: Path, model_id: str) -> Path:
@@ -305,6 +370,10 @@ def _write_front(champion: Champion, folder: Path) -> Path:
 
 def _absent_as_none(call: Any, *arguments: Any) -> Any:
     return _error_as_none(("RESOURCE_DOES_NOT_EXIST", "NOT_FOUND"), call, *arguments)
+
+
+def _denied_as_none(call: Any, *arguments: Any) -> Any:
+    return _error_as_none(("PERMISSION_DENIED",), call, *arguments)
 
 
 def _existing_as_none(call: Any, *arguments: Any, **options: Any) -> Any:

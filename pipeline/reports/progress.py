@@ -29,7 +29,7 @@ class BatchProgress:
         """Show where a task stands."""
         if self._live is not None:
             self._show(task, stage, share, remark)
-        elif self._stages[task] != stage or (stage == "prepare" and remark):  # what prepare remarks, it remarks once
+        elif self._stages[task] != stage or (stage in ("prepare", "register") and remark):  # what these two remark, should be read
             line = f"[{time.monotonic() - self._started:6.1f} s] {task}: {stage}{' - ' + remark if remark else ''}"
             self._console.print(line, markup=False, highlight=False, emoji=False, soft_wrap=True)
         self._stages[task] = stage

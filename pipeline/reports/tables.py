@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 from rich.text import Text
 
-from pipeline.adaptation import PlannedTensor
-from pipeline.batch import TaskOutcome
-from pipeline.jobs import Attempt
-from pipeline.registry.record import RegisteredPack
-from pipeline.spec import Task
+if TYPE_CHECKING:  # a table of packs must not wait for torch
+    from pipeline.adaptation import PlannedTensor
+    from pipeline.batch import TaskOutcome
+    from pipeline.jobs import Attempt
+    from pipeline.registry.record import RegisteredPack
+    from pipeline.spec import Task
 
 BAR_CELLS = 30
 

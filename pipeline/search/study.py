@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,9 +23,11 @@ from pipeline.search.stopping import is_dominated
 from pipeline.search.trial import run_trial
 from pipeline.selection import read_selection
 from pipeline.spec import Recipe, Task
+from pipeline.together import Interrupted
 from pipeline.training import open_inputs
 
 WORKER_RETRIES = 2
+WORKER_DIED = "its worker died more than twice"
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,17 @@ class TrialResources:
 
     cpus: float = 1
     gpus: float = 0
+
+    @property
+    def threads(self) -> int:
+        """That its process computes with."""
+        return max(1, int(self.cpus))
+
+    def device(self) -> str:
+        """Where its process computes. Ray shows every GPU of a node to a process that asked for none."""
+        import torch
+
+        return "cuda" if self.gpus and torch.cuda.is_available() else "cpu"
 
 
 class Study:
@@ -152,22 +166,25 @@ def run_study(
     val_samples: int,
     resources: Callable[[], TrialResources] = TrialResources,
     on_progress: OnRecord = lambda study: None,
+    is_stopping: Callable[[], bool] = lambda: False,
 ) -> list[TrialRecord]:
-    """Run every trial that the journal does not hold yet.
+    """Run every trial that the journal does not hold yet. Several studies may run at a time, each in a thread of its own.
 
     Args:
         size_of: bytes of the pack a recipe will give.
         resources: asked for what a trial is given once one has to run; Ray must run by then.
+        is_stopping: whether the run was interrupted; running trials are then ended and not kept.
 
     Raises:
         BudgetError: no configuration fits `max_bytes`.
         TaskpackError: what every trial failed of, where none came to an end.
+        Interrupted: `is_stopping` came to hold.
     """
     study = Study(task, make_proposer(task, size_of), journal, val_samples)
     first = study.next_slot()
     if not study.slots:
         raise _nothing_fits(task, study.all_records())
-    crashes = _run_with_tune(study, first, data_folder, selection_path, resources(), on_progress) if first is not None else []
+    crashes = _run_with_tune(study, first, data_folder, selection_path, resources(), on_progress, is_stopping) if first is not None else []
     records = study.all_records()
     if not any(record.state == "complete" for record in records):
         reasons = sorted({record.message for record in records if record.state == "failed"})
@@ -185,7 +202,13 @@ def _nothing_fits(task: Task, rejected: Sequence[TrialRecord]) -> BudgetError:
 
 
 def _run_with_tune(
-    study: Study, first: int, data_folder: Path, selection_path: Path | None, resources: TrialResources, on_progress: OnRecord
+    study: Study,
+    first: int,
+    data_folder: Path,
+    selection_path: Path | None,
+    resources: TrialResources,
+    on_progress: OnRecord,
+    is_stopping: Callable[[], bool],
 ) -> list[str]:
     """Run what is left; the last line of what each crashed trial raised."""
     os.environ.update(TUNE_DISABLE_SIGINT_HANDLER="1", TUNE_DISABLE_AUTO_CALLBACK_LOGGERS="1", RAY_AIR_NEW_OUTPUT="0")
@@ -193,43 +216,62 @@ def _run_with_tune(
     os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(LAG)
     from ray import tune
 
-    from pipeline.search.tune import StoppingScheduler, StudySearcher
+    from pipeline.search.tune import StoppingScheduler, StudySearcher, WhenInterrupted
 
     context = {
         "task": study.task.model_dump_json(),
         "data_folder": str(data_folder),
         "selection": str(selection_path) if selection_path is not None else None,
-        "threads": max(1, int(resources.cpus)),
+        "resources": resources,
     }
-    searcher = StudySearcher(study, first, on_progress)
-    request = {"CPU": resources.cpus, **({"GPU": resources.gpus} if resources.gpus else {})}
+    searcher = StudySearcher(study, first, on_progress, context, is_stopping)
     scratch = Path(tempfile.mkdtemp(prefix="taskpack-study-"))
     try:
         results = tune.Tuner(
-            tune.with_resources(tune.with_parameters(_trainable, context=context), request),
+            _registered_trainable(resources),
             tune_config=tune.TuneConfig(search_alg=searcher, scheduler=StoppingScheduler(study), num_samples=-1, reuse_actors=True),
             run_config=tune.RunConfig(
-                name=study.task.name, storage_path=str(scratch), verbose=0, failure_config=tune.FailureConfig(max_failures=WORKER_RETRIES)
+                name=study.task.name,
+                storage_path=str(scratch),
+                verbose=0,
+                failure_config=tune.FailureConfig(max_failures=WORKER_RETRIES),
+                stop=WhenInterrupted(is_stopping),
             ),
         ).fit()
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+    if is_stopping():
+        raise Interrupted
     if searcher.fatal is not None:
         raise searcher.fatal
     return sorted({(str(error).strip().splitlines() or [type(error).__name__])[-1] for error in results.errors})
 
 
-def _trainable(config: dict[str, Any], context: dict[str, Any]) -> None:
+_REGISTERING = threading.Lock()
+
+
+def _registered_trainable(resources: TrialResources) -> str:
+    """The name under which Tune knows `_trainable`. All studies share it, so what differs between them is in a trial's config."""
+    from ray import tune
+
+    name = f"trial of {resources.cpus:g} CPUs and {resources.gpus:g} GPUs"
+    request = {"CPU": resources.cpus, **({"GPU": resources.gpus} if resources.gpus else {})}
+    with _REGISTERING:  # Tune's register is not safe to share between threads
+        tune.register_trainable(name, tune.with_resources(_trainable, request))
+    return name
+
+
+def _trainable(config: dict[str, Any]) -> None:
     """One trial in a worker. A named error is reported, not raised: trying again would not help."""
     import torch
     from ray import tune
 
-    torch.set_num_threads(context["threads"])
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    selected = read_selection(Path(context["selection"])) if context["selection"] else None
+    resources: TrialResources = config["resources"]
+    torch.set_num_threads(resources.threads)
+    selected = read_selection(Path(config["selection"])) if config["selection"] else None
     try:
-        inputs = open_inputs(Task.model_validate_json(context["task"]), Path(context["data_folder"]))
-        epochs = run_trial(inputs, Recipe.model_validate_json(config["recipe"]), selected, device=device)
+        inputs = open_inputs(Task.model_validate_json(config["task"]), Path(config["data_folder"]))
+        epochs = run_trial(inputs, Recipe.model_validate_json(config["recipe"]), selected, device=resources.device())
         for epoch, (score, remark) in enumerate(epochs, start=1):
             tune.report({"epoch": epoch, "metric": score.accuracy, "remark": remark})
     except TaskpackError as error:

@@ -1,24 +1,32 @@
-"""The two places where Ray Tune asks a study what to do: which trial next, and whether a trial goes on."""
+"""The places where Ray Tune asks what to do: which trial next, whether a trial goes on, whether all of it should end."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
+from ray.tune.stopper import Stopper
 
 from pipeline import errors
 from pipeline.errors import TaskpackError, TrainingError
-from pipeline.search.study import OnRecord, Study
+from pipeline.search.study import WORKER_DIED, OnRecord, Study
 
 
 class StudySearcher(Searcher):
-    """Hands Tune the study's slots and brings back their outcomes. `fatal` is an error that no other trial would escape."""
+    """Hands Tune the study's slots and brings back their outcomes. `fatal` is an error that no other trial would escape.
 
-    def __init__(self, study: Study, first: int, on_progress: OnRecord) -> None:
+    Args:
+        context: goes into every trial's config: Tune shares the trainable between studies, so it cannot hold what is a study's own.
+        is_stopping: whether trials end because the run was interrupted.
+    """
+
+    def __init__(self, study: Study, first: int, on_progress: OnRecord, context: Mapping[str, Any], is_stopping: Callable[[], bool]) -> None:
         super().__init__(metric="metric", mode="max")
         self.fatal: TaskpackError | None = None
         self._study, self._on_progress = study, on_progress
+        self._context, self._is_stopping = context, is_stopping
         self._next: int | None = first
         self._slots: dict[str, int] = {}
 
@@ -31,12 +39,14 @@ class StudySearcher(Searcher):
             return Searcher.FINISHED if self._study.is_exhausted else None
         self._slots[trial_id] = slot
         self._on_progress(self._study)
-        return {"slot": slot, "recipe": self._study.slots[slot].recipe.model_dump_json()}
+        return {**self._context, "slot": slot, "recipe": self._study.slots[slot].recipe.model_dump_json()}
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         self._on_progress(self._study)
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        if self._is_stopping():
+            return
         try:
             self._take(trial_id, result or {}, error)
         except TaskpackError as fault:  # a full disk: Tune would take it for a fault of the trial and run that again
@@ -46,7 +56,7 @@ class StudySearcher(Searcher):
     def _take(self, trial_id: str, result: dict[str, Any], error: bool) -> None:
         slot, seconds = self._slots[trial_id], float(result.get("time_total_s", 0.0))
         if error:
-            self._study.finish(slot, seconds, "its worker failed more than twice", is_final=False)
+            self._study.finish(slot, seconds, WORKER_DIED, is_final=False)
         elif "error" in result:
             fault = getattr(errors, result["error"])(result["message"])
             if not isinstance(fault, TrainingError):
@@ -78,6 +88,23 @@ class StoppingScheduler(FIFOScheduler):
             return TrialScheduler.CONTINUE
         goes_on = self._study.report(trial.config["slot"], result["epoch"], result["metric"])
         return TrialScheduler.CONTINUE if goes_on else TrialScheduler.STOP
+
+    def __getstate__(self) -> dict[str, Any]:
+        """As the searcher's."""
+        return {}
+
+
+class WhenInterrupted(Stopper):
+    """Ends a study's trials once the run is interrupted."""
+
+    def __init__(self, is_stopping: Callable[[], bool]) -> None:
+        self._is_stopping = is_stopping
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        return False
+
+    def stop_all(self) -> bool:
+        return self._is_stopping()
 
     def __getstate__(self) -> dict[str, Any]:
         """As the searcher's."""

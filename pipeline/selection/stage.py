@@ -34,6 +34,7 @@ from pipeline.training.inputs import Inputs, open_inputs
 
 ALGORITHM_VERSION = 2
 _PLACES, _RANKS = ".places", ".ranks"
+NEVER_SECONDS = 1e9
 GROUP_SECONDS = 13
 """What a worker group of one machine takes to start and to end, measured on two cores."""
 
@@ -78,7 +79,10 @@ def select(task: Task, data_folder: Path, top_k: int, path: Path, *, workers: in
         _worker,
         train_loop_config={"task": task.model_dump_json(), "data_folder": str(data_folder), "top_k": top_k, "path": str(path), "use_gpu": use_gpu},
         torch_config=TorchConfig(backend="gloo"),  # adds on the CPU, also where gradients come from GPUs: once a layer, not once a batch
-        scaling_config=ray.train.ScalingConfig(num_workers=workers, use_gpu=use_gpu, resources_per_worker={"CPU": 1}),
+        # With a node less, the group starts again with fewer workers; it is not started again to grow.
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=(1, workers), use_gpu=use_gpu, resources_per_worker={"CPU": 1}, elastic_resize_monitor_interval_s=NEVER_SECONDS
+        ),
         run_config=ray.train.RunConfig(
             name="selection",
             storage_path=str(scratch.resolve()),
@@ -158,7 +162,7 @@ def _sums(inputs: Inputs, batches: Iterable[NumberedBatch], device: str = "cpu")
 def _ranked(inputs: Inputs, totals: dict[str, torch.Tensor], top_k: int) -> dict[str, RankedPlaces]:
     spec = inputs.task.selection
     if is_recomputable(spec):
-        return recompute(inputs.backbone, spec, inputs.task.seed, top_k)
+        return recompute(inputs.backbone, spec, top_k)
     if spec.criterion == "activation":
         layers = tunable_layers(inputs.backbone.model)
         totals = {name: activation_importance(layers[name], total_GI) for name, total_GI in totals.items()}
@@ -173,7 +177,7 @@ def _worker(config: dict[str, Any]) -> TaskpackError | None:
     error: TaskpackError | None = None
     try:
         inputs = open_inputs(Task.model_validate_json(config["task"]), Path(config["data_folder"]))
-        sums = _sums(inputs, _numbered_batches(inputs)[rank::world], "cuda" if config["use_gpu"] else "cpu")
+        sums = _sums(inputs, _numbered_batches(inputs)[rank::world], "cuda" if config["use_gpu"] and torch.cuda.is_available() else "cpu")
     except TaskpackError as fault:
         error = fault
     errors: list[TaskpackError | None] = [None] * world

@@ -36,7 +36,6 @@ def evaluate(model: AdaptedModel, reader: Reader, split: Split, *, device: str =
     """Classify every sample of `split` once."""
     correct = 0
     with model.merged():
-        for samples in evaluation_batches(split, EVALUATION_BATCH):
-            images, labels = reader.read(samples)
+        for images, labels in reader.batches(evaluation_batches(split, EVALUATION_BATCH)):
             correct += int((model(images.to(device)).argmax(dim=1).cpu() == labels).sum())
     return Score(correct, len(split.samples))

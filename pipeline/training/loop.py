@@ -35,11 +35,11 @@ def train_epochs(model: AdaptedModel, reader: Reader, split: Split, spec: Traini
     for epoch in range(spec.epochs):
         model.train()  # again in every epoch: the caller may have evaluated the model
         losses = []
-        for index, samples in enumerate(training_batches(split, spec.batch_size, seed=seed, epoch=epoch, window=reader.window())):
+        plan = training_batches(split, spec.batch_size, seed=seed, epoch=epoch, window=reader.window())
+        for index, (images, labels) in enumerate(reader.batches(plan)):
             step = epoch * steps_per_epoch + index
             for group in optimiser.param_groups:
                 group["lr"] = spec.learning_rate * learning_rate_factor(step, steps, warmup_steps)
-            images, labels = reader.read(samples)
             images = augment(images, generator, flip=flip) if spec.augment else images
             losses.append(_step(model, optimiser, images.to(device), labels.to(device), spec))
             if not math.isfinite(losses[-1]):

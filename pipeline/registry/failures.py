@@ -1,0 +1,91 @@
+"""What MLflow, its database or its transport raise, as named errors that say what to do.
+
+Two kinds matter to a caller that could try again: `RegistryAway` may pass by itself, `RegistryRefused` does not until a password or a
+permission is changed. MLflow tells them apart only in the text of its exceptions, so that is what is read here. No text leaves with a password or
+with the signature of an address in it.
+"""
+
+from __future__ import annotations
+
+import re
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from pipeline.errors import RegistryAway, RegistryError, RegistryRefused
+from pipeline.registry.connection import import_mlflow
+
+_CREDENTIALS = "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
+_STORE_AWAY = "the MLflow server runs, but its artifact store does not answer; check that store and its bucket, then give the same command again"
+# What to look for, what to raise, what to say. The first that is found counts; the last is found in every text.
+_KINDS: tuple[tuple[str, type[RegistryError], str], ...] = (
+    (r"disk is full|No space left", RegistryError, "the disk is full; free space, then the same command goes on"),
+    (r"mlflow-artifacts/.*too many 5\d\d error responses", RegistryAway, _STORE_AWAY),
+    (
+        r"too many (429|5\d\d) error responses|error code (429|5\d\d)|TEMPORARILY_UNAVAILABLE|REQUEST_LIMIT_EXCEEDED|\b5\d\d Server Error",
+        RegistryAway,
+        "the MLflow server cannot answer now ({reason}); see whether its database runs, then give the same command again",
+    ),
+    (
+        r"Max retries exceeded|Connection ?(refused|error|aborted|reset)|timed out",
+        RegistryAway,
+        "the MLflow server cannot be reached; check that it runs, the address and port in MLFLOW_TRACKING_URI, and any proxy",
+    ),
+    (r"database is locked", RegistryAway, "another process is writing to this database; wait for it, then give the same command again"),
+    (
+        r"Invalid Host header",
+        RegistryRefused,
+        "the MLflow server does not answer to this name; start it with --allowed-hosts that has it, or use another address",
+    ),
+    (
+        r"error code 401|401 Client Error|UNAUTHENTICATED",
+        RegistryRefused,
+        f"the MLflow server does not know this user and password; check {_CREDENTIALS}",
+    ),
+    (
+        r"error code 403|403 Client Error|PERMISSION_DENIED",
+        RegistryRefused,
+        "the MLflow server does not permit this ({reason}); look-ups need READ, runs EDIT, on the experiment taskpack and on the models: "
+        f"ask its administrator, or be another user with {_CREDENTIALS}",
+    ),
+    ("failed with error code 404", RegistryError, "a server answers here, but not as MLflow does; check the address, its port and its path"),
+    (
+        "while downloading one or more artifacts|mlflow-artifacts/.*RESOURCE_DOES_NOT_EXIST",
+        RegistryError,
+        "a file cannot be read from the artifact store; see whether it is still there and readable ({reason})",
+    ),
+    ("out-of-date database schema", RegistryError, "the database belongs to another MLflow version; back it up and run `mlflow db upgrade {where}`"),
+    (r"file is not a database|malformed", RegistryError, "this file is not an intact SQLite database; move it away or name another"),
+    ("", RegistryError, "MLflow refused: {reason}"),
+)
+
+
+@contextmanager
+def registry_errors(tracking_uri: str) -> Iterator[None]:
+    """Turn what MLflow, its database or its transport raise into one RegistryError that names the store and what to check."""
+    import_mlflow()
+    from mlflow.exceptions import MlflowException
+    from requests import RequestException
+    from sqlalchemy.exc import SQLAlchemyError
+
+    try:
+        yield
+    except (MlflowException, RequestException, SQLAlchemyError, sqlite3.Error) as error:
+        raise _explained(tracking_uri, str(error)) from None
+
+
+def _explained(tracking_uri: str, text: str) -> RegistryError:
+    where, text = _without_secrets(tracking_uri), _without_secrets(text)
+    kind, message = next((kind, message) for pattern, kind, message in _KINDS if re.search(pattern, text, re.IGNORECASE | re.DOTALL))
+    return kind(f"{where}: {message.format(where=where, reason=_reason(text))}")
+
+
+def _reason(text: str) -> str:
+    """The first line, without what MLflow wraps around an answer and around its own retries."""
+    body = re.search(r"Response body: '(.+?)'|Caused by \w+\('(.+?)'", text, re.DOTALL)
+    line = next(iter((next(filter(None, body.groups())) if body else text).strip().splitlines()), "no reason given").rstrip(":")
+    return line if len(line) <= 300 else line[:297] + "..."
+
+
+def _without_secrets(text: str) -> str:
+    return re.sub(r"\b(X-Amz-\w+(?:-\w+)*|Signature|sig)=[^&\s'\")]+", r"\1=***", re.sub(r"(//[^/:@\s]*):[^/@\s]+@", r"\1:***@", text))
