@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from pipeline.adaptation.packing import SizePlanner
-from pipeline.cluster import ray_session
+from pipeline.cluster import ray_session, session_logs
 from pipeline.errors import TaskpackError
 from pipeline.registrar import PATIENCE_SECONDS, Registrar
 from pipeline.registry.record import Champion, RegisteredPack
@@ -26,10 +26,12 @@ from pipeline.search.record import TrialRecord
 from pipeline.search.study import WORKER_DIED, Study, run_study
 from pipeline.selection import read_selection
 from pipeline.spec import Task
-from pipeline.stages import OnProgress, Placement, Stage, Stages, fit_worker, named_errors, no_progress, one_at_a_time
+from pipeline.stages import OnProgress, Placement, Stage, Stages, fit_worker, named_errors, no_progress
 from pipeline.storage import await_file, exclusive
 from pipeline.training import Inputs, open_inputs
 from pipeline.training.fit import PACK_FILE, FitResult, read_fit
+from pipeline.watch.batch import BatchWatch, batch_name
+from pipeline.watch.state import state_file_name
 from pipeline.workspace import StudyFolder, Workspace
 
 if TYPE_CHECKING:
@@ -87,8 +89,12 @@ def run_batch(
         workspace.clear_leftovers()
         registry = open_registry(registry_uri, workspace.root)
         start_ray = functools.cache(lambda: stack.enter_context(ray_session(address)))
+        batch, copies = batch_name(), []
         if address is not None:
             start_ray()
+            copies = [session_logs() / state_file_name(batch)]
+        names = [task.name for task in tasks]
+        watch = stack.enter_context(BatchWatch(workspace.root, batch, names, copies=copies, on_progress=on_progress))
         driver = _Driver(
             workspace=workspace,
             registry=registry,
@@ -96,7 +102,8 @@ def run_batch(
             start_ray=start_ray,
             ray_is_private=address is None,
             placement=placement or Placement(),
-            on_progress=one_at_a_time(on_progress),
+            on_progress=watch.progress,
+            watch=watch,
         )
         return driver.run(tasks)
 
@@ -107,6 +114,7 @@ _Outcome = TypeVar("_Outcome")
 @dataclass(kw_only=True)
 class _Driver(Stages):
     registry: Registry
+    watch: BatchWatch
     registry_patience_seconds: float
     registrar: Registrar = field(init=False)
 
@@ -146,6 +154,7 @@ class _Driver(Stages):
         selection = self.select(inputs, data_folder, top_k) if top_k else None
         trials = self._search(inputs, data_folder, selection, folder)
         champion = choose_champion(trials, task.budget)
+        self.watch.searched(task.name, trials, task.budget)
         with self.here:
             draw_front(
                 [trial.row() for trial in trials],
@@ -159,6 +168,7 @@ class _Driver(Stages):
         registered = self.registrar.register(
             _describe(inputs, champion, trials, fitted, folder), lambda reason: self.on_progress(task.name, "register", 0.0, reason)
         )
+        self.watch.registered(task.name, champion.id, registered)
         return TaskOutcome(task=task.name, registered=registered, trials=tuple(trials), champion_id=champion.id, front_figure=folder.figure)
 
     def _search(self, inputs: Inputs, data_folder: Path, selection: Path | None, folder: StudyFolder) -> list[TrialRecord]:
@@ -167,8 +177,8 @@ class _Driver(Stages):
         planner = SizePlanner(task, inputs.backbone, inputs.index.classes, read_selection(selection) if selection is not None else None)
 
         def report(study: Study) -> None:
-            total = min(task.search.trials, task.search.size())
-            self.on_progress(task.name, "search", min(1.0, study.epochs_done() / total), study.remark())
+            self.watch.study(study, samples=len(inputs.splits["train"]), fit_samples=len(inputs.splits["trainval"]))
+            self.on_progress(task.name, "search", min(1.0, study.epochs_done() / study.trials_planned()), study.remark())
 
         return run_study(
             task,

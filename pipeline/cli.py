@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -249,25 +250,72 @@ def submit(
 
 @app.command()
 def status(
-    batch: Annotated[str | None, typer.Argument(help="Only this batch.", metavar="BATCH")] = None,
+    batch: Annotated[str | None, typer.Argument(help="Only this batch, and where each of its tasks stands.", metavar="BATCH")] = None,
+    workdir: Annotated[Path | None, typer.Option(help="Work folder of a run on this machine, to see where its tasks stand; asks no cluster.")] = None,
     address: JobsAddress = jobs.DEFAULT_ADDRESS,
     as_json: AsJson = False,
 ) -> None:
-    """The batches that a cluster knows of, every attempt, newest first."""
+    """The batches that a cluster knows of, every attempt, newest first; with BATCH or --workdir, where the tasks of one stand."""
+    if workdir is not None:
+        _status_of_run(workdir, batch, as_json)
+    elif batch is not None:
+        _status_of_batch(jobs.JobServer(address), batch, as_json)
+    else:
+        _status_of_cluster(jobs.JobServer(address), as_json)
+
+
+def _status_of_cluster(server: jobs.JobServer, as_json: bool) -> None:
     from pipeline.reports.tables import attempts_table
 
-    server = jobs.JobServer(address)
-    if batch is not None:
-        server.find(batch)
-    attempts = [attempt for attempt in server.attempts() if batch in (None, attempt.batch)]
+    attempts = server.attempts()
     if as_json:
         _print_json([asdict(attempt) for attempt in attempts])
     elif attempts:
         out.print(attempts_table(attempts))
-        if batch is not None and attempts[0].message:
-            out.print(attempts[0].message, soft_wrap=True)
     else:
         out.print("no batch was submitted to this cluster since it was started")
+
+
+def _status_of_batch(server: jobs.JobServer, batch: str, as_json: bool) -> None:
+    from pipeline.reports.tables import attempts_table
+
+    last = server.find(batch)
+    attempts = [attempt for attempt in server.attempts() if attempt.batch == batch]
+    progress = server.progress(last)
+    if as_json:
+        shown = {last.job: progress.as_json() if progress is not None else None}
+        _print_json([{**asdict(attempt), "progress": shown.get(attempt.job)} for attempt in attempts])
+        return
+    out.print(attempts_table(attempts))
+    if last.message:
+        out.print(last.message, soft_wrap=True)
+    if progress is not None:
+        _print_progress(progress, is_running=last.is_active)
+
+
+def _status_of_run(workdir: Path, batch: str | None, as_json: bool) -> None:
+    from pipeline.errors import SpecError, StorageError
+    from pipeline.watch.state import read_state
+
+    if batch is not None:
+        raise SpecError(f"BATCH: given {batch!r} beside --workdir; a batch is asked for on its cluster, a run in its work folder: leave one out")
+    progress = read_state(workdir)
+    if progress is None:
+        raise StorageError(f"--workdir: {workdir} holds no state of a run; give the work folder of a `taskpack run` that has begun")
+    if as_json:
+        _print_json(progress.as_json())
+    else:
+        _print_progress(progress, is_running=not progress.is_over, age_seconds=time.time() - progress.written)
+
+
+def _print_progress(progress: Any, *, is_running: bool, age_seconds: float | None = None) -> None:
+    from pipeline.reports.status import state_table, summary
+
+    out.print(state_table(progress, is_running=is_running))
+    for task in progress.tasks:
+        if task.stage == "failed":
+            _print_error(f"{task.task}:", task.remark)
+    out.print(summary(progress, is_running=is_running, age_seconds=age_seconds), soft_wrap=True)
 
 
 @app.command()

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 from pipeline.errors import ClusterError
@@ -121,6 +122,13 @@ def interruptible(action: Callable[[], Result], is_stopping: Callable[[], bool])
         with contextlib.suppress(TimeoutError):
             return outcome.result(timeout=_LOOK_SECONDS)
     raise Interrupted
+
+
+def session_logs() -> Path:
+    """The folder of this node's logs of Ray, whose files the cluster's dashboard hands out. Ray must run."""
+    import ray
+
+    return Path(ray.init(ignore_reinit_error=True, logging_level=logging.ERROR).address_info["session_dir"], "logs")
 
 
 def first_ended(running: Sequence[Any], is_stopping: Callable[[], bool], timeout_seconds: float = math.inf) -> Any:

@@ -28,6 +28,7 @@ import yaml
 from pipeline.errors import ClusterError, SpecError
 from pipeline.spec import Task
 from pipeline.task_files import local_paths
+from pipeline.watch.state import BATCH_VARIABLE, BatchState, parse_state, state_file_name
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 ACTIVE = ("PENDING", "RUNNING")
@@ -83,7 +84,10 @@ def describe(tasks: Sequence[Task], *, workdir: str, options: Sequence[str] = ()
 
 @dataclass(frozen=True, kw_only=True)
 class Attempt:
-    """One job of a batch, as the server knows it. `state`: PENDING, RUNNING, SUCCEEDED, FAILED or STOPPED; times in seconds since 1970."""
+    """One job of a batch, as the server knows it.
+
+    `state`: PENDING, RUNNING, SUCCEEDED, FAILED or STOPPED; times in seconds since 1970; `node`: where its driver runs, once it does.
+    """
 
     batch: str
     attempt: int
@@ -94,6 +98,7 @@ class Attempt:
     message: str
     started: float | None
     ended: float | None
+    node: str | None = None
 
     @property
     def is_active(self) -> bool:
@@ -111,6 +116,7 @@ class JobServer:
     def __init__(self, address: str, client: Any = None) -> None:
         self.address = address.rstrip("/")
         self._client = client if client is not None else _connect(self.address)
+        self._headers = _headers()
 
     def submit(self, batch: Batch, batch_id: str | None = None, *, working_dir: Path | None = None, python: str = "python") -> tuple[Attempt, bool]:
         """Start `batch`, unless it runs or is done: the batch's last attempt, and whether it was started by this call.
@@ -148,13 +154,14 @@ class JobServer:
             tasks.mkdir()
             for name, text in batch.files.items():
                 (tasks / name).write_text(text, encoding="utf-8")
-            environment: dict[str, Any] = {"working_dir": folder, "excludes": ["__pycache__"]}
+            job = f"{batch_id}.{attempt}"
+            environment: dict[str, Any] = {"working_dir": folder, "excludes": ["__pycache__"], "env_vars": {BATCH_VARIABLE: job}}
             if working_dir is not None:
                 environment["py_modules"] = [str((working_dir / "pipeline").resolve())]
             with self._named_errors():
                 self._client.submit_job(
                     entrypoint=shlex.join(command),
-                    submission_id=f"{batch_id}.{attempt}",
+                    submission_id=job,
                     runtime_env=environment,
                     metadata={f"taskpack_{key}": value for key, value in notes.items()},
                 )
@@ -179,6 +186,20 @@ class JobServer:
                 f"A cluster that was started anew has forgotten its batches: submit this one again, it goes on from its work folder"
             )
         return last
+
+    def progress(self, attempt: Attempt) -> BatchState | None:
+        """Where every task of an attempt stands, as its driver wrote it last; None where it has not, or is of another version of taskpack."""
+        import requests
+
+        if attempt.node is None:
+            return None
+        wanted = {"node_id": attempt.node, "filename": state_file_name(attempt.job), "lines": "-1"}
+        with self._named_errors():
+            answer = requests.get(f"{self.address}/api/v0/logs/file", params=wanted, headers=self._headers, timeout=_ANSWER_SECONDS)
+        try:
+            return parse_state(answer.json()) if answer.ok else None
+        except ValueError:
+            return None
 
     def logs(self, batch_id: str) -> str:
         """What the last attempt of a batch has printed so far."""
@@ -235,6 +256,7 @@ def _attempt(job: Any) -> Attempt:
         message=job.message or "",
         started=job.start_time / 1000 if job.start_time else None,
         ended=job.end_time / 1000 if job.end_time else None,
+        node=job.driver_node_id,
     )
 
 
@@ -250,9 +272,13 @@ def _connect(address: str) -> Any:
         raise _unreachable(address, str(error)) from None
     from ray.job_submission import JobSubmissionClient
 
-    token = _token()
     with _named_errors(address), _without_address_variables():
-        return JobSubmissionClient(address, headers={"Authorization": f"Bearer {token}"} if token else None)
+        return JobSubmissionClient(address, headers=_headers())
+
+
+def _headers() -> dict[str, str] | None:
+    token = _token()
+    return {"Authorization": f"Bearer {token}"} if token else None
 
 
 def _token() -> str | None:

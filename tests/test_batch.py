@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,39 @@ def test_the_same_seed_gives_the_same_bytes(batch: tuple[Path, Answer], finished
     (pack,) = batch[0].glob("studies/bars-*/fits/*/pack.safetensors")
     assert (selection.name, selection.read_bytes()) == (finished.selection.name, finished.selection.read_bytes())
     assert pack.read_bytes() == finished.pack.read_bytes()
+
+
+def test_the_log_tells_every_stage_and_trial(batch: tuple[Path, Answer]) -> None:
+    workdir, _ = batch
+    events = [json.loads(line) for line in (workdir / "logs" / "batch.jsonl").read_text().splitlines()]
+    assert [event["event"] for event in events if "task" not in event] == ["started", "ended"]
+    assert (events[-1]["tasks"], events[-1]["done"], events[-1]["failed"]) == (3, 2, 1)
+    stages = [event["stage"] for event in events if event["event"] == "stage" and event["task"] == "bars"]
+    assert stages == ["prepare", "waiting", "select", "search", "fit", "register", "done"]
+    trials = {event["trial"]: event for event in events if event["event"] == "trial"}
+    journal = {path.stem: json.loads(path.read_text()) for path in workdir.glob("studies/*/trials/*.json")}
+    assert {name: trial["size_bytes"] for name, trial in trials.items()} == {name: record["size_bytes"] for name, record in journal.items()}
+    assert all(trial["images_per_second"] > 0 for trial in trials.values())
+    (registered,) = [event for event in events if event["event"] == "registered" and event["task"] == "dots"]
+    (pack,) = workdir.glob(f"studies/dots-*/fits/{registered['trial']}/pack.safetensors")
+    assert registered["size_bytes"] == pack.stat().st_size
+    (failure,) = [event for event in events if event.get("stage") == "failed"]
+    assert (failure["task"], failure["after"]) == ("broken", "prepare")
+    assert "no such shard" in failure["remark"]
+
+
+def test_status_tells_where_the_tasks_of_a_work_folder_stand(batch: tuple[Path, Answer]) -> None:
+    workdir, _ = batch
+    told = taskpack("status", "--workdir", workdir, "--json").json()
+    champions = {
+        pack["name"]: (pack["metrics"]["val_accuracy"], pack["size_bytes"]) for pack in taskpack("ls", "--workdir", workdir, "--json").json()
+    }
+    best = {task["task"]: (task["val_metric"], task["size_bytes"]) for task in told["tasks"]}
+    assert best == {**champions, "broken": (None, None)}
+    assert [task["stage"] for task in told["tasks"]] == ["done", "failed", "done"]
+    shown = taskpack("status", "--workdir", workdir)
+    assert "3 tasks, 2 done, 1 failed; the run is over" in shown.words
+    assert "broken: " in shown.err
 
 
 # --- without Ray ----------------------------------------------------------------------------------------------------------------------------

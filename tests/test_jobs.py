@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import http.server
+import json
+import os
 import shlex
 import threading
 from collections.abc import Iterator
@@ -10,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from urllib.parse import parse_qs, urlsplit
 
 import pytest
 import yaml
@@ -19,6 +22,7 @@ from pipeline import jobs
 from pipeline.errors import ClusterError, SpecError
 from pipeline.jobs import Batch, JobServer, describe
 from pipeline.task_files import DATA_ROOT, load_tasks, local_paths
+from pipeline.watch.state import BATCH_VARIABLE, BatchState, TaskState
 
 CATALOGUE = Path(__file__).resolve().parent.parent / "tasks"
 
@@ -31,7 +35,7 @@ class FakeClient:
     faster: bool = False  # somebody else submits the same job just before
 
     def list_jobs(self) -> list[SimpleNamespace]:
-        foreign = SimpleNamespace(metadata=None, status="RUNNING", submission_id=None, message=None, start_time=1, end_time=None)
+        foreign = SimpleNamespace(metadata=None, status="RUNNING", submission_id=None, message=None, start_time=1, end_time=None, driver_node_id=None)
         return [foreign, *self.jobs]
 
     def submit_job(self, *, entrypoint: str, submission_id: str, runtime_env: dict[str, Any], metadata: dict[str, str]) -> None:
@@ -41,7 +45,7 @@ class FakeClient:
         if submission_id in [job.submission_id for job in self.jobs]:
             raise RuntimeError(f"Request failed with status code 500: Traceback:\n ...\nRuntimeError: {submission_id} already exists")
         sent = {path.name: path.read_text() for path in Path(runtime_env["working_dir"], "tasks").iterdir()}
-        times = {"start_time": 1000 * len(self.jobs) + 1000, "end_time": None}
+        times = {"start_time": 1000 * len(self.jobs) + 1000, "end_time": None, "driver_node_id": None}
         job = {"submission_id": submission_id, "status": "PENDING", "message": "queued", "metadata": metadata, "entrypoint": entrypoint}
         self.jobs.append(SimpleNamespace(**job, **times, sent=sent, runtime_env=runtime_env))
 
@@ -185,6 +189,7 @@ def test_the_job_is_the_command_and_the_description(server: JobServer, client: F
     assert shlex.split(job.entrypoint) == words
     assert job.sent == batch.files
     assert job.runtime_env["py_modules"] == [str(tmp_path / "pipeline")]
+    assert job.runtime_env["env_vars"] == {BATCH_VARIABLE: job.submission_id}
     assert not Path(job.runtime_env["working_dir"]).exists()
     with pytest.raises(SpecError, match="--working-dir"):
         server.submit(batch, working_dir=tmp_path / "pipeline")
@@ -200,6 +205,38 @@ def test_logs_and_stop_are_of_the_last_attempt(server: JobServer, client: FakeCl
     written: list[str] = []
     assert server.follow("friday", written.append).state == "SUCCEEDED"
     assert written == ["one\n", "two\n"]
+
+
+def test_where_tasks_stand_is_asked_of_the_node_that_knows(client: FakeClient, batch: Batch) -> None:
+    asked: list[tuple[str, dict[str, list[str]]]] = []
+    state = BatchState(batch="friday.1", started=1.0, written=2.0, is_over=False, seconds_left=None, tasks=(TaskState(task="bars"),))
+    answers = [(200, json.dumps(state.as_json())), (500, "A file is not found"), (200, "not JSON"), (200, "{}")]
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append((self.headers["Authorization"], parse_qs(urlsplit(self.path).query)))
+            status, text = answers[len(asked) - 1]
+            self.send_response(status)
+            self.end_headers()
+            self.wfile.write(text.encode())
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as cluster:
+        threading.Thread(target=cluster.serve_forever, daemon=True).start()
+        server = JobServer(f"http://127.0.0.1:{cluster.server_port}", client)
+        attempt, _ = server.submit(batch, "friday")
+        assert server.progress(attempt) is None
+        assert asked == []  # its driver runs nowhere yet
+        client.jobs[0].driver_node_id = "node"
+        attempt = server.find("friday")
+        assert [server.progress(attempt) for _ in answers] == [state, None, None, None]
+        cluster.shutdown()
+    wanted = {"node_id": ["node"], "filename": ["taskpack-friday.1.json"], "lines": ["-1"]}
+    assert asked == [(f"Bearer {os.environ['RAY_AUTH_TOKEN']}", wanted)] * 4
+    with pytest.raises(ClusterError, match="no jobs server answers"):
+        server.progress(attempt)
 
 
 def test_a_batch_that_is_not_there(server: JobServer, batch: Batch) -> None:

@@ -130,6 +130,7 @@ def test_a_batch_that_fails_is_stopped_and_succeeds(head: str, stub: Path, tmp_p
     assert "is done already, nothing was started" in submit(head, task_file, *options).words
     assert state(head, "friday") == [(3, "SUCCEEDED"), (2, "STOPPED"), (1, "FAILED")]
     assert "friday  succeeded        3      1" in taskpack("status", "--address", head).out
+    assert taskpack("status", "friday", "--address", head, "--json").json()[0]["progress"] is None  # the stub writes no state
 
 
 def test_the_token_is_asked_for(head: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,3 +156,9 @@ def test_a_batch_runs_on_the_cluster_to_a_registered_pack(head: str, tmp_path: P
     assert stages == ["prepare", "select", "search", "fit", "register", "done"]
     (pack,) = taskpack("ls", "--workdir", workdir, "--json").json()
     assert pack["task"] == "bars"
+
+    (told,) = taskpack("status", "real", "--address", head, "--json").json()
+    (task,) = told["progress"]["tasks"]
+    assert (told["progress"]["batch"], task["task"], task["stage"], task["size_bytes"]) == ("real.1", "bars", "done", pack["size_bytes"])
+    shown = taskpack("status", "real", "--address", head).out.splitlines()
+    assert shown[-1] == "real.1: 1 task, 1 done; the run is over"

@@ -509,7 +509,7 @@ def test_a_study_runs_on_ray_tune(tiny_task: Task, tiny_data: Path, tiny_inputs:
             journal,
             size_of=planner.size_bytes,
             val_samples=len(tiny_inputs.splits["val"]),
-            on_progress=lambda study: asked_for.append(len(study.slots)),
+            on_progress=lambda study: asked_for.append(len(study.slots)) if study.epochs_done() else None,
         )
 
     records = run_once()

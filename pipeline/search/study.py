@@ -50,12 +50,13 @@ class TrialResources:
 
 
 class Study:
-    """The slots of a study, what each gave, and what may start next. Knows nothing of Ray."""
+    """The slots of a study, what each gave, and what may start next. Knows nothing of Ray. `ended` are the slots that this run ended, in time."""
 
     def __init__(self, task: Task, proposer: Proposer, journal: TrialJournal, val_samples: int) -> None:
         self.task = task
         self.slots: list[Proposal] = []
         self.records: dict[int, TrialRecord] = {}
+        self.ended: list[int] = []
         self._proposer, self._journal, self._val_samples = proposer, journal, val_samples
         self._remembered = journal.read()
         self._told = 0
@@ -118,6 +119,7 @@ class Study:
             message=failure or remark,
         )
         self.records[slot] = record
+        self.ended.append(slot)
         if is_final:
             self._journal.write(record)
 
@@ -125,6 +127,12 @@ class Study:
         """Trials' worth of epochs behind us: a finished trial counts as one."""
         running = {slot: len(curve) / self.slots[slot].recipe.training.epochs for slot, curve in self._curves.items() if slot not in self.records}
         return len(self.records) + sum(running.values())
+
+    def trials_planned(self) -> int:
+        """How many trials there will be at most, earlier runs' included."""
+        if self.is_exhausted:
+            return len(self.slots)
+        return min(self.task.search.trials, self.task.search.size() - len(self._proposer.rejected))
 
     def remark(self) -> str:
         """The best complete trial so far, in a few words."""

@@ -38,6 +38,7 @@ class StudySearcher(Searcher):
         if slot is None:
             return Searcher.FINISHED if self._study.is_exhausted else None
         self._slots[trial_id] = slot
+        self._on_progress(self._study)
         return {**self._context, "slot": slot, "recipe": self._study.slots[slot].recipe.model_dump_json()}
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:

@@ -1,0 +1,53 @@
+"""Numbers of a running batch as metrics of Ray, which every node's metrics endpoint hands to Prometheus under the prefix `ray_`.
+
+They are set once a stage and once a trial, never within one. Where Ray does not run yet, nothing is set.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+STAGES = ("failed", "waiting", "prepare", "select", "search", "fit", "register", "done")
+"""`taskpack_stage` is a stage's place in this row, counted from -1."""
+GAUGES = {
+    "stage": "stage of the task: " + ", ".join(f"{number} {stage}" for number, stage in enumerate(STAGES, start=-1)),
+    "trials_running": "trials of the task that run now",
+    "images_per_second": "training images a second of the task's last trial, its validation included",
+    "champion_bytes": "size of the pack of the task's best trial by now",
+    "champion_val_metric": "validation metric of the task's best trial by now",
+}
+_SECONDS = [1, 3, 10, 30, 100, 300, 1000, 3000, 10000]
+
+
+class RayMetrics:
+    """The metrics of one batch, with the tag `batch` and, but for the histogram, `task`. Made by `ray_metrics` where Ray runs."""
+
+    def __init__(self, batch: str) -> None:
+        from ray.util.metrics import Counter, Gauge, Histogram
+
+        tags = ("batch", "task")
+        self._gauges = {name: Gauge(f"taskpack_{name}", text, tags).set_default_tags({"batch": batch}) for name, text in GAUGES.items()}
+        self._trials = Counter("taskpack_trials", "trials that have ended", (*tags, "state")).set_default_tags({"batch": batch})
+        self._seconds = Histogram("taskpack_trial_seconds", "how long trials took", _SECONDS, ("batch",)).set_default_tags({"batch": batch})
+
+    def set(self, task: str, **values: float | None) -> None:
+        """Set gauges of a task by name; None leaves one as it is."""
+        for name, value in values.items():
+            if value is not None:
+                self._gauges[name].set(float(value), {"task": task})
+
+    def enter(self, task: str, stage: str) -> None:
+        """Set the stage of a task."""
+        self.set(task, stage=STAGES.index(stage) - 1)
+
+    def count_trial(self, task: str, state: str, seconds: float) -> None:
+        """A trial has ended."""
+        self._trials.inc(1, {"task": task, "state": state})
+        self._seconds.observe(seconds)
+
+
+def ray_metrics(batch: str) -> RayMetrics | None:
+    """The metrics of a batch; None where Ray does not run in this process."""
+    ray: Any = sys.modules.get("ray")
+    return RayMetrics(batch) if ray is not None and ray.is_initialized() else None
