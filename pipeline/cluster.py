@@ -143,6 +143,27 @@ def first_ended(running: Sequence[Any], is_stopping: Callable[[], bool], timeout
     raise Interrupted
 
 
+def ended_tasks(
+    worker: Callable[..., Any], arguments: Sequence[tuple[Any, ...]], cpus: float, gpus: float, *, retries: int, is_stopping: Callable[[], bool]
+) -> Iterator[tuple[int, Any]]:
+    """Run `worker` as a Ray task on every set of arguments; yields (index, outcome) as they end. Raises Interrupted where `is_stopping` holds.
+
+    Args:
+        retries: of a task whose worker or node died.
+    """
+    import ray
+
+    remote = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=retries)(worker)
+    running = {remote.remote(*each): index for index, each in enumerate(arguments)}
+    try:
+        while running:
+            ended = first_ended(list(running), is_stopping)
+            yield running.pop(ended), ray.get(ended)
+    finally:
+        for each in running:  # where Ray is not ours, it outlives us
+            ray.cancel(each, force=True)
+
+
 @dataclass(frozen=True)
 class Node:
     """What a node has, taken or not."""

@@ -85,7 +85,7 @@ def test_cluster(folder: Path, nodes: int) -> Iterator[TestCluster]:
         "PYTHONPATH": os.pathsep.join([str(HOOKS), str(HOOKS.parent.parent)]),
         "TASKPACK_TEST_NOTES": str(folder),
         "RAY_health_check_period_ms": "1000",
-        "RAY_health_check_failure_threshold": "3",
+        "RAY_health_check_failure_threshold": "8",
     }
     with pytest.MonkeyPatch.context() as patch:
         for name, value in changes.items():
