@@ -59,11 +59,19 @@ def ray_session(address: str | None = None) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
+    _keep_output_clean()
     _connect(address)
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _keep_output_clean() -> None:
+    """Ray prints to standard output what befalls nodes, with pages of their logs: among results, where nobody asked for it."""
+    import ray
+
+    ray._private.worker.print_to_stdstream = lambda data, ignore_prefix: logging.getLogger("ray").info("%s", data["lines"])
 
 
 def _import_libraries() -> None:

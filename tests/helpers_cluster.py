@@ -70,7 +70,7 @@ class TestCluster:
 
     def wait_for(self, kind: str, count: int, command: Command) -> int:
         """The process of the `count`-th beginning."""
-        wait_until(lambda: len(self.begun(kind)) >= count or command.process.poll() is not None or ": failed" in command.out.read_text())
+        wait_until(lambda: len(self.begun(kind)) >= count or command.process.poll() is not None or ": failed" in command.said())
         assert len(self.begun(kind)) >= count, f"no {kind} number {count} has begun: {self.counts()} {command.said()}"
         return self.begun(kind)[count - 1]
 

@@ -89,7 +89,8 @@ def test_nodes_lost_in_every_stage_change_nothing(
     workdir = new_workdir(tmp_path_factory.getbasetemp(), tmp_path)
     with cluster.held("fit"):
         with cluster.held("select"):
-            command = start(tmp_path, "run", tasks, "--workdir", workdir, "--address", cluster.address)
+            options = ("--address", cluster.address, "--selection-workers", "1", "--json")
+            command = start(tmp_path, "run", tasks, "--workdir", workdir, *options)
             cluster.lose_node_of(cluster.wait_for("select", 1, command))
             cluster.wait_for("select", 2, command)
             cluster.wait_for("fit", 1, command)  # of dots, which has nothing to select
@@ -99,6 +100,7 @@ def test_nodes_lost_in_every_stage_change_nothing(
         cluster.lose_node_of(cluster.begun("fit")[0])
     answer = command.end()
     assert answer.code == 0, command.said()
+    assert [(task["task"], task["stage"]) for task in answer.json()] == [("bars", "done"), ("dots", "done")]
     assert results(workdir) == expected
     assert cluster.counts() == {"select": 2, "trial": TRIALS + 1, "fit": 3}, "what was lost is done again, and nothing else"
 
