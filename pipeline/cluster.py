@@ -151,13 +151,21 @@ def first_ended(running: Sequence[Any], is_stopping: Callable[[], bool], timeout
     raise Interrupted
 
 
+class WorkersDied(Exception):
+    """A Ray task has lost its worker again and again."""
+
+
 def ended_tasks(
     worker: Callable[..., Any], arguments: Sequence[tuple[Any, ...]], cpus: float, gpus: float, *, retries: int, is_stopping: Callable[[], bool]
 ) -> Iterator[tuple[int, Any]]:
-    """Run `worker` as a Ray task on every set of arguments; yields (index, outcome) as they end. Raises Interrupted where `is_stopping` holds.
+    """Run `worker` as a Ray task on every set of arguments; yields (index, outcome) as they end.
 
     Args:
         retries: of a task whose worker or node died.
+
+    Raises:
+        WorkersDied: they did so more often.
+        Interrupted: `is_stopping` came to hold.
     """
     import ray
 
@@ -166,7 +174,11 @@ def ended_tasks(
     try:
         while running:
             ended = first_ended(list(running), is_stopping)
-            yield running.pop(ended), ray.get(ended)
+            try:
+                outcome = ray.get(ended)
+            except (ray.exceptions.WorkerCrashedError, ray.exceptions.NodeDiedError) as error:
+                raise WorkersDied from error
+            yield running.pop(ended), outcome
     finally:
         for each in running:  # where Ray is not ours, it outlives us
             ray.cancel(each, force=True)
@@ -187,7 +199,8 @@ class Node:
 
 def is_connected() -> bool:
     """Whether this process has a Ray."""
-    return "ray" in sys.modules and bool(sys.modules["ray"].is_initialized())
+    is_initialized = getattr(sys.modules.get("ray"), "is_initialized", None)  # another thread may be importing it
+    return is_initialized is not None and bool(is_initialized())
 
 
 def running_nodes() -> list[Node]:

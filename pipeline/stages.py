@@ -16,11 +16,11 @@ from pipeline.adaptation import is_recomputable
 from pipeline.adaptation.packing import SizePlanner
 from pipeline.backbones import share
 from pipeline.backbones.known import remember
-from pipeline.cluster import check_holds_group, ended_tasks, has_gpus, interruptible, is_connected, places, wait_for_node
+from pipeline.cluster import WorkersDied, check_holds_group, ended_tasks, has_gpus, interruptible, is_connected, places, wait_for_node
 from pipeline.data import prepare, untrained_classes
 from pipeline.errors import ClusterError, SpecError, StorageError, TaskpackError
 from pipeline.search.proposer import LAG
-from pipeline.search.study import WORKER_RETRIES, TrialResources, check_budget
+from pipeline.search.study import WORKER_DIED, WORKER_RETRIES, TrialResources, check_budget
 from pipeline.selection import read_selection, select, select_if_sooner
 from pipeline.spec import Recipe, Task
 from pipeline.storage import await_file
@@ -28,6 +28,8 @@ from pipeline.together import Together
 from pipeline.training import Inputs, open_inputs
 from pipeline.training.fit import fit
 from pipeline.workspace import Workspace
+
+_AGAIN = "The same command tries again from the last finished stage"
 
 Stage = Literal["prepare", "select", "search", "fit", "register", "done", "failed"]
 OnProgress = Callable[[str, Stage, float, str], None]
@@ -172,7 +174,11 @@ class Stages:
         if arguments:
             resources = self.resources()
             given = [(*each, resources) for each in arguments]
-            yield from ended_tasks(worker, given, resources.cpus, resources.gpus, retries=WORKER_RETRIES, is_stopping=self.together.is_stopping)
+            ended = ended_tasks(worker, given, resources.cpus, resources.gpus, retries=WORKER_RETRIES, is_stopping=self.together.is_stopping)
+            try:
+                yield from ended
+            except WorkersDied:
+                raise ClusterError(f"a fit or trial did not end: {WORKER_DIED}; see whether its memory suffices. {_AGAIN}") from None
 
 
 @contextlib.contextmanager
@@ -201,7 +207,7 @@ def _unexpected(error: Exception, log: Path) -> ClusterError:
         log.parent.mkdir(parents=True, exist_ok=True)
         log.write_text(traceback.format_exc())
     first = (str(error).strip().splitlines() or [""])[0][:200]
-    return ClusterError(f"unexpected {type(error).__name__}: {first}; details in {log}. The same command tries again from the last finished stage")
+    return ClusterError(f"unexpected {type(error).__name__}: {first}; details in {log}. {_AGAIN}")
 
 
 def fit_worker(task_json: str, recipe_json: str, data_folder: str, selection: Path | None, folder: Path, resources: TrialResources) -> Any:

@@ -163,7 +163,7 @@ def test_a_lost_trial_and_an_odd_champion_are_told() -> None:
     outcome = TaskOutcome(task="t", trials=(kept, lost), champion_id="a")
     assert outcome.warnings() == [
         "an expert was never used",
-        "1 of 2 trials are missing: its worker died more than twice; the same command tries them again",
+        f"1 of 2 trials are missing: {WORKER_DIED}; the same command tries them again",
     ]
 
 

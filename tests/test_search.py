@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import random
 import tempfile
 from collections.abc import Callable
@@ -14,21 +15,23 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pipeline import stages as stages_module
 from pipeline.adaptation import AdaptedModel, attach
 from pipeline.adaptation.packing import SizePlanner
 from pipeline.backbones import fingerprint, load_backbone, share
-from pipeline.errors import BudgetError, DataError, TrainingError
+from pipeline.errors import BudgetError, ClusterError, DataError, TrainingError
 from pipeline.search import study as study_module
 from pipeline.search.champion import choose_champion
 from pipeline.search.front import pareto_front
 from pipeline.search.proposer import LAG, Enumerated, Sampled, make_proposer
 from pipeline.search.record import TrialJournal, TrialRecord
 from pipeline.search.stopping import is_dominated
-from pipeline.search.study import Study, run_study
+from pipeline.search.study import WORKER_DIED, Study, run_study
 from pipeline.search.trial import recipe_key, run_trial
 from pipeline.selection import read_selection, select_here, write_selection
 from pipeline.spec import Backbone, Budget, Connections, DrawnData, Recipe, SearchSpace, Smoa, Task, Training
 from pipeline.training import Inputs, evaluate, train_epochs
+from pipeline.workspace import Workspace
 
 EPOCHS = 6
 VAL_SAMPLES = 1000
@@ -529,6 +532,20 @@ def test_a_study_runs_on_ray_tune(tiny_task: Task, tiny_data: Path, tiny_inputs:
     assert sorted(path.name for path in journal.folder.iterdir()) == sorted(f"{each.id}.json" for each in records)
     monkeypatch.setattr(study_module, "_run_with_tune", lambda *args: pytest.fail("nothing is left to run"))
     assert run_once() == records
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_a_fit_whose_worker_dies_again_and_again_is_an_error_that_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stages_module, "WORKER_RETRIES", 0)
+    stages = stages_module.Stages(
+        workspace=Workspace(tmp_path),
+        start_ray=lambda: None,
+        ray_is_private=True,
+        placement=stages_module.Placement(),
+        on_progress=stages_module.no_progress,
+    )
+    with pytest.raises(ClusterError, match=f"did not end: {WORKER_DIED}; see whether its memory suffices. The same command tries again"):
+        list(stages.on_ray(lambda resources: os._exit(1), [()]))
 
 
 # --- what a journal means to another space ----------------------------------------------------------------------------------------------------

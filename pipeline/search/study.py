@@ -26,8 +26,9 @@ from pipeline.spec import Recipe, Task
 from pipeline.together import Interrupted
 from pipeline.training import open_inputs
 
-WORKER_RETRIES = 2
-WORKER_DIED = "its worker died more than twice"
+WORKER_RETRIES = 5
+"""How often a trial or a fit starts again when its worker dies: machines that may be taken away are, and a long one meets that more than once."""
+WORKER_DIED = f"its worker died more than {WORKER_RETRIES} times"
 
 
 @dataclass(frozen=True)
