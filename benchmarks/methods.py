@@ -2,8 +2,8 @@
 
     python benchmarks/methods.py [--size 32] [--epochs 6] [--seeds 3] [--trials 4] [--workdir runs/methods]
 
-Needs the data folder that the task files name. The tasks' own settings, `--size 64 --epochs 15`, take ten times as long. Interrupt it, start it again:
-it goes on. Writes benchmarks/results/methods/: comparison.csv, comparison.md and a figure a task.
+Needs the data folder that the task files name. The tasks' own settings, `--size 64 --epochs 15`, take ten times as long. Interrupt it, start it
+again: it goes on. Writes benchmarks/results/methods/: comparison.csv, comparison.md and a figure a task.
 """
 
 from __future__ import annotations
@@ -67,9 +67,9 @@ def notes(rows: Sequence[Comparison], arguments: argparse.Namespace) -> str:
     lines = [
         f"`{command}` on {machine['cpu']}, {machine['cores']} cores, torch {machine['torch']}, commit {machine['commit']}.",
         "",
-        f"Embedded backbone (ViT, width 192, depth 6), 1000 training images a task. To fit two cores, images are of {arguments.size} px and training takes",
-        f"{arguments.epochs} epochs; the task files say 64 px and 15 epochs, which `--size 64 --epochs 15` runs. Every method is tuned on validation by as",
-        "many trials, and fitted once a seed. Seconds are of a machine that other work shared.",
+        f"Embedded backbone (ViT, width 192, depth 6), 1000 training images a task. To fit two cores, images are of {arguments.size} px and training",
+        f"takes {arguments.epochs} epochs; the task files say 64 px and 15 epochs, which `--size 64 --epochs 15` runs. Every method is tuned on",
+        "validation by as many trials, and fitted once a seed. Seconds are of a machine that other work shared.",
         "",
         "Differences of test accuracy in points, mean ± standard error over the seeds:",
         *claims(rows),
