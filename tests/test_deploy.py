@@ -468,6 +468,7 @@ def test_services_wait_for_services_that_are_there_and_can_tell() -> None:
     services = compose()["services"]
     for service in services.values():
         for name, condition in service.get("depends_on", {}).items():
+            assert name in services
             assert condition["condition"] in ("service_healthy", "service_completed_successfully")
             if condition["condition"] == "service_healthy":
                 assert services[name]["healthcheck"]["test"][0] == "CMD"
