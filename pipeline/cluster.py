@@ -22,6 +22,7 @@ _QUIET = {
     "RAY_DEDUP_LOGS": "1",
 }
 _ANSWER_SECONDS = 10
+_NODE_SECONDS = 1200  # a GPU machine that pulls a large image takes its time
 
 Result = TypeVar("Result")
 
@@ -113,11 +114,38 @@ def cluster_resources() -> tuple[int, int]:
     return max(1, int(resources.get("CPU", 1))), int(resources.get("GPU", 0))
 
 
-def check_fits_a_node(cpus: float, gpus: float) -> None:
-    """Raise ClusterError where no node has what one trial asks for: Ray would wait for ever."""
+def wait_for_node(cpus: float, gpus: float) -> None:
+    """Return when a node has `cpus` and `gpus`: at once where one is there, else, on a cluster that scales itself, when it has started one.
+
+    What asks for a node is a task, so nothing is left to ask for it once this process has ended.
+
+    Raises:
+        ClusterError: no node has that, and none comes: Ray would wait for ever.
+    """
     import ray
 
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    if not any(node.get("CPU", 0) >= cpus and node.get("GPU", 0) >= gpus for node in nodes):
-        had = ", ".join(f"{node.get('CPU', 0):g} CPUs and {node.get('GPU', 0):g} GPUs" for node in nodes)
-        raise ClusterError(f"a trial asks for {cpus:g} CPUs and {gpus:g} GPUs, which no node has ({had}); lower --cpus-per-trial or --gpus-per-trial")
+    if any(node.get("CPU", 0) >= cpus and node.get("GPU", 0) >= gpus for node in nodes):
+        return
+    waited = ""
+    if _scales_itself():
+        asking = ray.remote(num_cpus=cpus, num_gpus=gpus)(_nothing).remote()
+        if ray.wait([asking], timeout=_NODE_SECONDS)[0]:
+            return
+        ray.cancel(asking)
+        waited = f", and the autoscaler brought none in {_NODE_SECONDS // 60} minutes"
+    had = ", ".join(f"{node.get('CPU', 0):g} CPUs and {node.get('GPU', 0):g} GPUs" for node in nodes)
+    raise ClusterError(
+        f"a trial asks for {cpus:g} CPUs and {gpus:g} GPUs, which no node has ({had}){waited}; lower --cpus-per-trial or --gpus-per-trial"
+    )
+
+
+def _scales_itself() -> bool:
+    """Whether the cluster was started with Ray's autoscaler (its second version), as KubeRay and `ray up` start it."""
+    from ray.autoscaler.v2.utils import is_autoscaler_v2
+
+    return is_autoscaler_v2(fetch_from_server=True)
+
+
+def _nothing() -> None:
+    pass

@@ -14,7 +14,7 @@ from pipeline.adaptation import is_recomputable
 from pipeline.adaptation.packing import SizePlanner
 from pipeline.backbones import share
 from pipeline.backbones.known import remember
-from pipeline.cluster import check_fits_a_node, cluster_resources, interruptible
+from pipeline.cluster import cluster_resources, interruptible, wait_for_node
 from pipeline.data import prepare, untrained_classes
 from pipeline.errors import ClusterError, StorageError, TaskpackError
 from pipeline.search.study import TrialResources, check_budget
@@ -79,7 +79,7 @@ class Stages:
         self.enter(inputs.task, "select")
         path = self.workspace.selection(inputs, top_k)
         if not path.exists():
-            self.ray_is_up()
+            self.workers_are_up()
             cpus, gpus = cluster_resources()
             workers = self.selection_workers or gpus or cpus
             may_be_here = self.ray_is_private and self.selection_workers is None and gpus == 0
@@ -90,11 +90,17 @@ class Stages:
 
     def resources(self) -> TrialResources:
         """What a trial is given; starts Ray where it does not run yet."""
-        self.ray_is_up()
+        self.workers_are_up()
         cpus, gpus = self.per_trial
         resources = TrialResources(cpus=1 if cpus is None else cpus, gpus=min(1, cluster_resources()[1]) if gpus is None else gpus)
-        check_fits_a_node(resources.cpus, resources.gpus)
+        wait_for_node(resources.cpus, resources.gpus)
         return resources
+
+    def workers_are_up(self) -> None:
+        """Ray runs, and has a node for a trial as far as the user said what one needs: a cluster that scales itself may have none at first."""
+        self.ray_is_up()
+        cpus, gpus = self.per_trial
+        wait_for_node(1 if cpus is None else cpus, gpus or 0)
 
 
 @contextlib.contextmanager
