@@ -1,6 +1,6 @@
 """What the scales of low-bit codes may cost: validation accuracy with means and deviations of 32 bits, of 16 bits, and without means.
 
-    python benchmarks/scales.py [--seeds 2] [--epochs 5] [--workdir runs/scales]
+    python benchmarks/scales.py [--size 32] [--seeds 3] [--epochs 6] [--workdir runs/scales]
 
 Trains connections and adapters of 1 bit on three real tasks, each variant from the same seeds, and reports the difference to 32 bits seed by seed.
 Needs the data folder that the task files name. Writes benchmarks/results/scales.json and .md.
@@ -72,12 +72,13 @@ def measure(inputs: Inputs, recipe: Recipe, selected: SelectedIndex | None, name
         return [score.accuracy for score, _ in run_trial(opened, recipe, selected)][-1]
 
 
-def rows_of(task_name: str, epochs: int, seeds: int, workdir: Path) -> list[dict[str, Any]]:
+def rows_of(task_name: str, size_px: int, epochs: int, seeds: int, workdir: Path) -> list[dict[str, Any]]:
     """Every recipe and variant on one task."""
     task = load_task(HERE / "tasks" / f"{task_name}.yaml")
+    task = task.model_copy(update={"input": task.input.model_copy(update={"size_px": size_px})})
     prepare(task, workdir / task_name)
     inputs = open_inputs(task, workdir / task_name)
-    selection = workdir / f"{task_name}.safetensors"
+    selection = workdir / f"{task_name}-{size_px}.safetensors"
     if not selection.exists():
         write_selection(select_here(inputs, 1), selection)
     rows = []
@@ -126,13 +127,14 @@ def markdown(result: dict[str, Any]) -> str:
 def main() -> None:
     """Train, measure, write."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seeds", type=int, default=2)
-    parser.add_argument("--epochs", type=int, default=5)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--epochs", type=int, default=6)
+    parser.add_argument("--size", type=int, default=32)
     parser.add_argument("--workdir", type=Path, default=HERE.parent / "runs" / "scales")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    rows = [row for task in TASKS for row in rows_of(task, arguments.epochs, arguments.seeds, arguments.workdir)]
-    command = f"python benchmarks/scales.py --seeds {arguments.seeds} --epochs {arguments.epochs}"
+    rows = [row for task in TASKS for row in rows_of(task, arguments.size, arguments.epochs, arguments.seeds, arguments.workdir)]
+    command = f"python benchmarks/scales.py --size {arguments.size} --seeds {arguments.seeds} --epochs {arguments.epochs}"
     result = {"command": command, "machine": describe_machine(), "epochs": arguments.epochs, "seeds": arguments.seeds, "rows": rows}
     RESULTS.write_text(json.dumps(result, indent=1) + "\n")
     RESULTS.with_suffix(".md").write_text(markdown(result))

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from pipeline.errors import PackDamaged
 from pipeline.packs import LayerShape, decode_positions, encode_positions
 from pipeline.packs import columns as columns_module
+from pipeline.packs.coder import Decoder, Encoder
 from pipeline.packs.columns import block_bounds, ranks_of_first, runs
 from pipeline.packs.positions import CODED, PLAIN, _coded
 from pipeline.packs.tracks import CONCENTRATION, DISCOUNT
@@ -208,3 +209,44 @@ def test_runs_and_ranks() -> None:
     assert runs(np.array([3, 10, 7]), np.array([2, 0, 3])).tolist() == [3, 4, 7, 8, 9]
     assert runs(np.array([], int), np.array([], int)).tolist() == []
     assert ranks_of_first(np.array([0, 0, 0, 2, 2, 2]), np.array([5, 9, 5, 9, 4, 9])).tolist() == [1, 2, 1, 1, 2, 1]
+
+
+# --- the coder ------------------------------------------------------------------------------------------------------------------------------
+
+
+def random_symbols(seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Weights [1, A] and symbols; often one symbol is all but certain, or the only one."""
+    rng = np.random.default_rng(seed)
+    count, alphabet = int(rng.integers(0, 40)), int(rng.integers(1, 50))
+    weights_TA = rng.integers(1, 1000, (1, alphabet))
+    if rng.random() < 0.3:
+        weights_TA[0, 0] = 10**8
+    symbols_R = rng.integers(0, alphabet, count)
+    return weights_TA, symbols_R * (rng.random() >= 0.5)
+
+
+@pytest.mark.parametrize("first", [0, 876])  # 876: the last word that would be rounded up does not exist
+def test_any_symbols_survive_the_coder_and_bytes_after_them_are_noticed(first: int) -> None:
+    for seed in range(first, first + 200):
+        weights_TA, symbols_R = random_symbols(seed)
+        encoder, table_R = Encoder(), np.zeros(len(symbols_R), np.int64)
+        encoder.categorical(weights_TA, table_R, symbols_R)
+        data = encoder.to_bytes()
+        for surplus in (b"", b"\0", bytes(64) + b"surplus"):  # zeros are what a decoder takes missing bytes for
+            decoder = Decoder(data + surplus)
+            np.testing.assert_array_equal(decoder.categorical(weights_TA, table_R, None), symbols_R)
+            if surplus:
+                with pytest.raises(PackDamaged, match="bytes are left"):
+                    decoder.check_end()
+            else:
+                decoder.check_end()
+
+
+def test_bytes_after_coded_positions_are_refused() -> None:
+    rng = np.random.default_rng(0)
+    layers = layers_of((per_row(192, 64, 1, rng), 192, 64))
+    data = assert_survives(layers)
+    assert data[:1] == CODED
+    for surplus in (b"\0", bytes(range(1, 30))):
+        with pytest.raises(PackDamaged, match="bytes are left"):
+            decode_positions(data + surplus, layers[1])

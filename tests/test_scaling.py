@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import ray
@@ -14,6 +15,8 @@ from ray.cluster_utils import Cluster
 from pipeline import cluster as joined
 from pipeline.cluster import wait_for_node
 from pipeline.errors import ClusterError
+
+PROJECT_ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture
@@ -51,3 +54,8 @@ def test_a_cluster_of_fixed_size_refuses_what_no_node_has() -> None:
     with pytest.raises(ClusterError, match="asks for 1 CPUs and 1 GPUs"):
         wait_for_node(1, 1, lambda: False)
     assert time.monotonic() - started < 10
+
+
+def test_the_documents_say_how_long_the_driver_waits() -> None:
+    for name in ("README.md", "deploy/README.md"):
+        assert f"at most {joined._NODE_SECONDS // 60} minutes" in (PROJECT_ROOT / name).read_text(encoding="utf-8")

@@ -139,6 +139,10 @@ class AdaptedModel(nn.Module):
         """Weighted load-balance terms of the last forward pass."""
         return sum((bank.spec.balance_weight * bank.balance_loss() for bank in self._banks()), start=torch.zeros((), device=self.mean.device))
 
+    def generators(self) -> list[torch.Generator]:
+        """Whatever draws random numbers in training."""
+        return [dropout.generator(self.mean.device) for dropout in self.dropouts if isinstance(dropout, SeededDropout)]
+
     def positions(self) -> dict[str, torch.Tensor]:
         """The connections of each layer: places [N] in its weight seen as one row-major [O, I] matrix, ascending."""
         return {name: layer.index_N for name, layer in self._tuned.items() if layer.index_N is not None}

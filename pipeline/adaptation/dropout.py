@@ -17,7 +17,11 @@ class SeededDropout(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.training or not self.share:
             return x
-        if x.device not in self._generators:
-            self._generators[x.device] = torch.Generator(x.device).manual_seed(self.seed)
-        kept = torch.empty_like(x).bernoulli_(1 - self.share, generator=self._generators[x.device])
+        kept = torch.empty_like(x).bernoulli_(1 - self.share, generator=self.generator(x.device))
         return x * kept.div_(1 - self.share)
+
+    def generator(self, device: torch.device) -> torch.Generator:
+        """What it draws from on a device."""
+        if device not in self._generators:
+            self._generators[device] = torch.Generator(device).manual_seed(self.seed)
+        return self._generators[device]

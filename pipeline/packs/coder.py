@@ -24,6 +24,8 @@ PRECISION_BITS = 24
 MAX_WEIGHT_BITS = 38
 """Largest sum of a row of weights; its product with 2^24 must fit 63 bits."""
 _WORD_BYTES = 4
+_CODER_BYTES = 8
+"""What the coder may take beyond the symbols' information: its state."""
 _ROWS_AT_ONCE_CELLS = 1 << 22
 
 Integers = NDArray[np.int64]
@@ -66,7 +68,7 @@ class Encoder:
         words = self._coder.get_compressed()
         written, (lower, span) = self._coder.pos()
         if len(words) == written + 1 and lower + (1 << 32) <= 1 << 64:  # no carry is pending
-            words[-1] = _roundest(lower, lower + span) >> 32
+            words[-1] = _roundest(lower, min(lower + span, 1 << 64)) >> 32
         return words.astype(">u4").tobytes().rstrip(b"\0")
 
 
@@ -83,6 +85,7 @@ class Decoder:
     """Bytes to symbols. Raises PackDamaged where no encoder can have written them."""
 
     def __init__(self, data: bytes) -> None:
+        self._data, self._bits = data, 0.0
         whole_words = data + bytes(-len(data) % _WORD_BYTES)
         self._coder = constriction.stream.queue.RangeDecoder(np.frombuffer(whole_words, ">u4").astype(np.uint32))
 
@@ -92,13 +95,21 @@ class Decoder:
         decoded_R = np.zeros(len(sizes_R), np.int64)
         if some_R.any():
             decoded_R[some_R] = self._decode(_UNIFORM, sizes_R[some_R].astype(np.int32))
+            self._bits += float(np.log2(sizes_R[some_R]).sum())
         return decoded_R
 
     def categorical(self, weights_TA: Integers, table_R: Integers, symbols_R: Integers | None) -> Integers:
         """See Coder."""
         tables_TA = _tables(weights_TA)
         chunks = [self._decode(_CATEGORICAL, tables_TA[table_R[rows]]) for rows in _chunks(table_R, tables_TA.shape[1])]
-        return np.concatenate(chunks).astype(np.int64) if chunks else np.zeros(0, np.int64)
+        decoded_R = np.concatenate(chunks).astype(np.int64) if chunks else np.zeros(0, np.int64)
+        self._bits += float((PRECISION_BITS - np.log2(1 + tables_TA[table_R, decoded_R])).sum())
+        return decoded_R
+
+    def check_end(self) -> None:
+        """Raise PackDamaged where there are more bytes than the symbols take: zeros at the end, or more than a few beyond their information."""
+        if self._data.endswith(b"\0") or len(self._data) > self._bits / 8 + _CODER_BYTES:
+            raise PackDamaged("coded symbols: bytes are left after the last")
 
     def _decode(self, model: Any, parameters: NDArray[Any]) -> NDArray[np.int32]:
         try:

@@ -127,7 +127,10 @@ def _coded(layers: Sequence[Integers], shapes: Sequence[LayerShape]) -> bytes:
 
 
 def _read_coded(data: bytes, shapes: Sequence[LayerShape]) -> list[Integers]:
-    return _code(Decoder(data), shapes, None)
+    decoder = Decoder(data)
+    layers = _code(decoder, shapes, None)
+    decoder.check_end()
+    return layers
 
 
 def _code(coder: Coder, shapes: Sequence[LayerShape], layers: Sequence[Integers] | None) -> list[Integers]:

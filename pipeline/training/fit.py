@@ -1,6 +1,7 @@
 """The final fit: the champion's recipe trained on train and validation, packed, reloaded from the file, and tested once.
 
-The result file is written last. A pack without one was interrupted between training and testing: it is tested, not trained again.
+The result file is written last. Training that died goes on from its checkpoint. A pack without a result was interrupted between training and testing:
+it is tested, not trained again.
 """
 
 from __future__ import annotations
@@ -8,9 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -20,12 +21,14 @@ from pipeline.backbones import fingerprint
 from pipeline.packs import ledger, read_pack, write_pack
 from pipeline.spec import Recipe
 from pipeline.storage import read_json, write_json
+from pipeline.training.checkpoint import Checkpoint
 from pipeline.training.evaluate import evaluate
 from pipeline.training.inputs import Inputs
 from pipeline.training.loop import train_epochs
 
 PACK_FILE = "pack.safetensors"
 RESULT_FILE = "result.json"
+CHECKPOINT_FILE = "checkpoint.safetensors"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,17 +75,17 @@ def fit(inputs: Inputs, recipe: Recipe, selected: SelectedIndex | None, folder: 
 
 
 def _train_and_pack(inputs: Inputs, recipe: Recipe, selected: SelectedIndex | None, folder: Path, device: str) -> None:
-    task, started = inputs.task, time.monotonic()
+    task, checkpoint = inputs.task, Checkpoint(folder / CHECKPOINT_FILE)
     frozen = inputs.backbone.model.state_dict()
     before = fingerprint(frozen)
     model = attach(inputs.backbone, recipe, len(inputs.index.classes), selected=selected, seed=task.seed).to(device)
-    for _ in train_epochs(
-        model, inputs.reader("trainval"), inputs.splits["trainval"], recipe.training, seed=task.seed, flip=task.input.flip, device=device
-    ):
+    options: dict[str, Any] = {"seed": task.seed, "flip": task.input.flip, "device": device, "checkpoint": checkpoint}
+    for _ in train_epochs(model, inputs.reader("trainval"), inputs.splits["trainval"], recipe.training, **options):
         pass
     assert fingerprint(frozen) == before, "training changed the frozen backbone"
-    write_json(folder / "training.json", {"seconds": round(time.monotonic() - started, 2)})
+    write_json(folder / "training.json", {"seconds": round(checkpoint.seconds(), 2)})
     write_pack(folder / PACK_FILE, to_pack(model.to("cpu"), describe(task, recipe, inputs.backbone, inputs.index.classes)))
+    checkpoint.clear()
 
 
 def _test(inputs: Inputs, folder: Path, device: str) -> FitResult:

@@ -1,0 +1,113 @@
+"""A fit's state on disk, so that one that died goes on where it was, in the middle of an epoch too.
+
+The frozen backbone is no part of it: trained values, the optimiser's moments and the random generators are a few times the size of the pack. Batches
+are planned from the index, so a step's number says what is read next. A run that goes on gives the same bytes as one that was not interrupted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from pipeline.errors import StorageError
+
+EVERY_SECONDS = 60.0
+
+
+@dataclass
+class Progress:
+    """Steps that are done, the losses of the current epoch's, and the seconds that they took."""
+
+    step: int = 0
+    losses: list[float] = field(default_factory=list)
+    seconds: float = 0.0
+
+
+class Checkpoint:
+    """The state of one run in the file `path`, written no more often than `every_seconds`."""
+
+    def __init__(self, path: Path, every_seconds: float = EVERY_SECONDS) -> None:
+        self.path = path
+        self.every_seconds = every_seconds
+        self._started = self._written = time.monotonic()
+        self._seconds_before = 0.0
+
+    def seconds(self) -> float:
+        """Seconds of this run, those before an interruption included."""
+        return self._seconds_before + time.monotonic() - self._started
+
+    def restore(self, parameters: Sequence[torch.nn.Parameter], optimiser: torch.optim.Optimizer, generators: Sequence[torch.Generator]) -> Progress:
+        """Put the state that was saved last into `parameters`, `optimiser` and `generators`. A file that is missing or damaged is a fresh start."""
+        try:
+            with safe_open(self.path, "pt") as file:
+                tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+            progress = Progress(int(metadata["step"]), tensors["losses"].tolist(), float(metadata["seconds"]))
+            _put(tensors, parameters, optimiser, generators)
+        except (OSError, SafetensorError, KeyError, ValueError, TypeError):
+            return Progress()
+        self._seconds_before = progress.seconds
+        return progress
+
+    def save_if_due(
+        self, progress: Progress, parameters: Sequence[torch.nn.Parameter], optimiser: torch.optim.Optimizer, generators: Sequence[torch.Generator]
+    ) -> None:
+        """Write the state, whole or not at all. Raises StorageError where the disk is full."""
+        if time.monotonic() - self._written < self.every_seconds:
+            return
+        scratch = self.path.with_name(f".{self.path.name}.{os.getpid()}")
+        metadata = {"step": str(progress.step), "seconds": str(self.seconds())}
+        try:
+            save_file(_state(progress, parameters, optimiser, generators), scratch, metadata)
+            os.replace(scratch, self.path)
+        except (OSError, SafetensorError) as error:
+            raise StorageError(f"{self.path}: cannot be written ({error}); free space, or choose another folder") from None
+        finally:
+            with contextlib.suppress(OSError):
+                scratch.unlink()
+        self._written = time.monotonic()
+
+    def clear(self) -> None:
+        """Remove the file."""
+        self.path.unlink(missing_ok=True)
+
+
+def _state(
+    progress: Progress, parameters: Sequence[torch.nn.Parameter], optimiser: torch.optim.Optimizer, generators: Sequence[torch.Generator]
+) -> dict[str, torch.Tensor]:
+    tensors = {"losses": torch.tensor(progress.losses, dtype=torch.float64)}
+    for number, parameter in enumerate(parameters):
+        tensors[f"value.{number}"] = parameter.detach().clone()
+        tensors |= {f"optimiser.{number}.{name}": torch.as_tensor(value).clone() for name, value in optimiser.state[parameter].items()}
+    return tensors | {f"generator.{number}": generator.get_state() for number, generator in enumerate(generators)}
+
+
+def _put(
+    tensors: Mapping[str, torch.Tensor],
+    parameters: Sequence[torch.nn.Parameter],
+    optimiser: torch.optim.Optimizer,
+    generators: Sequence[torch.Generator],
+) -> None:
+    """`_state` back into its places, or nothing of it where any is missing or of another shape. Raises KeyError or ValueError."""
+    values = [tensors[f"value.{number}"] for number in range(len(parameters))]
+    states = [tensors[f"generator.{number}"] for number in range(len(generators))]
+    if any(value.shape != parameter.shape for value, parameter in zip(values, parameters, strict=True)):
+        raise ValueError("the state is of another model")
+    given = optimiser.state_dict()
+    moments = {
+        number: {name.split(".", 2)[2]: value for name, value in tensors.items() if name.startswith(f"optimiser.{number}.")}
+        for number in range(len(parameters))
+    }
+    optimiser.load_state_dict({**given, "state": moments})
+    for value, parameter in zip(values, parameters, strict=True):
+        with torch.no_grad():
+            parameter.copy_(value)
+    for state, generator in zip(states, generators, strict=True):
+        generator.set_state(state)
