@@ -59,11 +59,19 @@ def ray_session(address: str | None = None) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
+    _keep_output_clean()
     _connect(address)
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _keep_output_clean() -> None:
+    """Ray prints to standard output what befalls nodes, with pages of their logs: among results, where nobody asked for it."""
+    import ray
+
+    ray._private.worker.print_to_stdstream = lambda data, ignore_prefix: logging.getLogger("ray").info("%s", data["lines"])
 
 
 def _import_libraries() -> None:
@@ -143,6 +151,39 @@ def first_ended(running: Sequence[Any], is_stopping: Callable[[], bool], timeout
     raise Interrupted
 
 
+class WorkersDied(Exception):
+    """A Ray task has lost its worker again and again."""
+
+
+def ended_tasks(
+    worker: Callable[..., Any], arguments: Sequence[tuple[Any, ...]], cpus: float, gpus: float, *, retries: int, is_stopping: Callable[[], bool]
+) -> Iterator[tuple[int, Any]]:
+    """Run `worker` as a Ray task on every set of arguments; yields (index, outcome) as they end.
+
+    Args:
+        retries: of a task whose worker or node died.
+
+    Raises:
+        WorkersDied: they did so more often.
+        Interrupted: `is_stopping` came to hold.
+    """
+    import ray
+
+    remote = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=retries)(worker)
+    running = {remote.remote(*each): index for index, each in enumerate(arguments)}
+    try:
+        while running:
+            ended = first_ended(list(running), is_stopping)
+            try:
+                outcome = ray.get(ended)
+            except (ray.exceptions.WorkerCrashedError, ray.exceptions.NodeDiedError) as error:
+                raise WorkersDied from error
+            yield running.pop(ended), outcome
+    finally:
+        for each in running:  # where Ray is not ours, it outlives us
+            ray.cancel(each, force=True)
+
+
 @dataclass(frozen=True)
 class Node:
     """What a node has, taken or not."""
@@ -158,7 +199,8 @@ class Node:
 
 def is_connected() -> bool:
     """Whether this process has a Ray."""
-    return "ray" in sys.modules and bool(sys.modules["ray"].is_initialized())
+    is_initialized = getattr(sys.modules.get("ray"), "is_initialized", None)  # another thread may be importing it
+    return is_initialized is not None and bool(is_initialized())
 
 
 def running_nodes() -> list[Node]:

@@ -16,7 +16,7 @@ from pipeline.adaptation import is_recomputable
 from pipeline.adaptation.packing import SizePlanner
 from pipeline.backbones import share
 from pipeline.backbones.known import remember
-from pipeline.cluster import check_holds_group, first_ended, has_gpus, interruptible, is_connected, places, wait_for_node
+from pipeline.cluster import WorkersDied, check_holds_group, ended_tasks, has_gpus, interruptible, is_connected, places, wait_for_node
 from pipeline.data import prepare, untrained_classes
 from pipeline.errors import ClusterError, SpecError, StorageError, TaskpackError
 from pipeline.search.proposer import LAG
@@ -171,24 +171,14 @@ class Stages:
 
     def on_ray(self, worker: Callable[..., Any], arguments: Sequence[tuple[Any, ...]]) -> Iterator[tuple[int, Any]]:
         """Run `worker` on every set of arguments, each with what a trial is given; yields (index, outcome) as they end."""
-        if not arguments:
-            return
-        resources = self.resources()
-        import ray
-
-        remote = ray.remote(num_cpus=resources.cpus, num_gpus=resources.gpus, max_retries=WORKER_RETRIES)(worker)
-        running = {remote.remote(*each, resources): index for index, each in enumerate(arguments)}
-        try:
-            while running:
-                ended = first_ended(list(running), self.together.is_stopping)
-                try:
-                    outcome = ray.get(ended)
-                except (ray.exceptions.WorkerCrashedError, ray.exceptions.NodeDiedError):
-                    raise ClusterError(f"a fit or trial did not end: {WORKER_DIED}; see whether its memory suffices. {_AGAIN}") from None
-                yield running.pop(ended), outcome
-        finally:
-            for each in running:  # interrupted; where Ray is not ours, it outlives us
-                ray.cancel(each, force=True)
+        if arguments:
+            resources = self.resources()
+            given = [(*each, resources) for each in arguments]
+            ended = ended_tasks(worker, given, resources.cpus, resources.gpus, retries=WORKER_RETRIES, is_stopping=self.together.is_stopping)
+            try:
+                yield from ended
+            except WorkersDied:
+                raise ClusterError(f"a fit or trial did not end: {WORKER_DIED}; see whether its memory suffices. {_AGAIN}") from None
 
 
 @contextlib.contextmanager

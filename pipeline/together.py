@@ -18,8 +18,8 @@ from typing import TypeVar
 
 LOOK_SECONDS = 1
 """How often it is asked anew how many fit: clusters grow and shrink."""
-STOP_SECONDS = 20
-"""How long threads are given to take their work off the cluster after an interruption."""
+STOP_SECONDS = 5
+"""How long an interruption waits for threads to take their work off the cluster. On a Ray that goes with this process, the rest goes with it."""
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")

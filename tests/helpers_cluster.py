@@ -38,11 +38,12 @@ class TestCluster:
     def add_node(self) -> None:
         self.nodes.append(self.cluster.add_node(num_cpus=1))
 
-    def remove_node_of(self, process: int) -> None:
-        """Kill the node that a worker process belongs to, without warning, and everything on it."""
+    def lose_node_of(self, process: int) -> None:
+        """Kill the node that a worker process belongs to, without warning, and everything on it; another takes its place."""
         (node,) = [node for node in self.nodes if node.all_processes["raylet"][0].process.pid == parent(process)]
         self.nodes.remove(node)
         self.cluster.remove_node(node, allow_graceful=False)
+        self.add_node()
 
     def begun(self, kind: str) -> list[int]:
         """The process of each beginning of a kind, in order."""
@@ -63,11 +64,15 @@ class TestCluster:
         finally:
             gate.unlink()
 
-    def wait_for_new(self, kind: str, before: int, command: Command) -> int:
-        """The process of the first beginning after the first `before`."""
-        wait_until(lambda: len(self.begun(kind)) > before or command.process.poll() is not None or ": failed" in command.out.read_text())
-        assert len(self.begun(kind)) > before, f"no {kind} has begun: {command.said()}"
-        return self.begun(kind)[before]
+    def counts(self) -> dict[str, int]:
+        """How often each kind has begun."""
+        return {kind: len(self.begun(kind)) for kind in ("select", "trial", "fit")}
+
+    def wait_for(self, kind: str, count: int, command: Command) -> int:
+        """The process of the `count`-th beginning."""
+        wait_until(lambda: len(self.begun(kind)) >= count or command.process.poll() is not None or ": failed" in command.said())
+        assert len(self.begun(kind)) >= count, f"no {kind} number {count} has begun: {self.counts()} {command.said()}"
+        return self.begun(kind)[count - 1]
 
 
 @contextlib.contextmanager
@@ -80,7 +85,7 @@ def test_cluster(folder: Path, nodes: int) -> Iterator[TestCluster]:
         "PYTHONPATH": os.pathsep.join([str(HOOKS), str(HOOKS.parent.parent)]),
         "TASKPACK_TEST_NOTES": str(folder),
         "RAY_health_check_period_ms": "1000",
-        "RAY_health_check_failure_threshold": "3",
+        "RAY_health_check_failure_threshold": "8",
     }
     with pytest.MonkeyPatch.context() as patch:
         for name, value in changes.items():

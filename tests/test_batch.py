@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import threading
 from pathlib import Path
 
 import pytest
 from helpers_cli import TASK, Answer, FinishedRun, finished_run, new_workdir, taskpack, taskpack_process, write_task
 
-from pipeline.batch import flatten, run_batch
-from pipeline.errors import ClusterError
+from pipeline.batch import TaskOutcome, flatten, run_batch
+from pipeline.errors import ClusterError, StorageError
+from pipeline.search.record import TrialRecord
+from pipeline.search.study import WORKER_DIED
+from pipeline.stages import named_errors
+from pipeline.storage import await_file
 from pipeline.task_files import load_task
 
 
@@ -50,10 +56,11 @@ def test_the_other_tasks_are_registered(batch: tuple[Path, Answer]) -> None:
 def test_the_summary_and_the_exit_code_tell_of_the_failure(batch: tuple[Path, Answer]) -> None:
     _, answer = batch
     assert answer.code == 3
-    failure, summary = answer.err.splitlines()
+    failure, summary, advice = answer.err.splitlines()
     assert failure.startswith("broken failed in prepare: ")
     assert "none.tar: no such shard" in failure
     assert summary == "2 of 3 tasks registered, 1 failed"
+    assert advice.startswith("the same command tries the failed ones again")
 
 
 def test_the_failure_shows_before_any_task_is_searched(batch: tuple[Path, Answer]) -> None:
@@ -123,6 +130,41 @@ def test_an_unforeseen_error_ends_its_task_alone_and_is_kept(base: Path, tmp_pat
     log = workdir / "logs" / "one.txt"
     assert str(outcomes[0].error).startswith(f"unexpected ZeroDivisionError: a mistake of ours; details in {log}")
     assert "second line" in log.read_text()
+
+
+def test_a_full_disk_is_named_wherever_it_was_met(tmp_path: Path) -> None:
+    """In this process, in a worker, and in the library that writes tensors."""
+    from ray.exceptions import RayTaskError
+    from safetensors import SafetensorError
+
+    full = OSError(errno.ENOSPC, "No space left on device", "/mnt/runs/a")
+    of_worker = RayTaskError("fit", "traceback", full).as_instanceof_cause()
+    for error in (full, of_worker, SafetensorError('IoError(Os { code: 28, message: "No space left on device" })')):
+        with (
+            pytest.raises(StorageError, match=r"(?i)no space left on device; free space, or choose another --workdir"),
+            named_errors(tmp_path / "log"),
+        ):
+            raise error
+    assert not (tmp_path / "log").exists()
+
+
+def test_a_result_that_a_worker_wrote_elsewhere_is_not_waited_for_in_vain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.storage.SEEN_SECONDS", 0.1)
+    with pytest.raises(StorageError, match="--workdir must be a folder that every node shares"):
+        await_file(tmp_path / "pack")
+    threading.Timer(0.3, (tmp_path / "pack").touch).start()
+    monkeypatch.setattr("pipeline.storage.SEEN_SECONDS", 30)
+    await_file(tmp_path / "pack")
+
+
+def test_a_lost_trial_and_an_odd_champion_are_told() -> None:
+    kept = TrialRecord(id="a", point={}, size_bytes=1, state="complete", val_metric=0.5, curve=(0.5,), message="an expert was never used")
+    lost = TrialRecord(id="b", point={}, size_bytes=1, state="failed", message=WORKER_DIED)
+    outcome = TaskOutcome(task="t", trials=(kept, lost), champion_id="a")
+    assert outcome.warnings() == [
+        "an expert was never used",
+        f"1 of 2 trials are missing: {WORKER_DIED}; the same command tries them again",
+    ]
 
 
 def test_progress_tells_each_task_s_stages_in_order(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from helpers_cli import TASK, new_workdir, write_task
-from helpers_cluster import TestCluster, results, start, test_cluster
+from helpers_cli import TASK, empty_registry, environment, new_workdir, taskpack_process, write_task
+from helpers_cluster import Command, TestCluster, results, start, test_cluster, wait_until, written
 
 from pipeline.adaptation.packing import SizePlanner
 from pipeline.data import prepare
@@ -80,19 +88,106 @@ def test_nodes_lost_in_every_stage_change_nothing(
     cluster.forget()
     workdir = new_workdir(tmp_path_factory.getbasetemp(), tmp_path)
     with cluster.held("fit"):
-        with cluster.held("trial"), cluster.held("select"):
-            command = start(tmp_path, "run", tasks, "--workdir", workdir, "--address", cluster.address)
-            cluster.remove_node_of(cluster.wait_for_new("select", 0, command))
-            cluster.add_node()
-            cluster.wait_for_new("select", 1, command)
-            (cluster.notes / "hold-select").unlink()
-            cluster.remove_node_of(cluster.wait_for_new("trial", 0, command))
-            cluster.add_node()
-            (cluster.notes / "hold-select").touch()
-        cluster.remove_node_of(cluster.wait_for_new("fit", 0, command))
-        cluster.add_node()
+        with cluster.held("select"):
+            options = ("--address", cluster.address, "--selection-workers", "1", "--json")
+            command = start(tmp_path, "run", tasks, "--workdir", workdir, *options)
+            cluster.lose_node_of(cluster.wait_for("select", 1, command))
+            cluster.wait_for("select", 2, command)
+            cluster.wait_for("fit", 1, command)  # of dots, which has nothing to select
+            (cluster.notes / "hold-trial").touch()
+        cluster.lose_node_of(cluster.wait_for("trial", 3, command))
+        (cluster.notes / "hold-trial").unlink()
+        cluster.lose_node_of(cluster.begun("fit")[0])
     answer = command.end()
     assert answer.code == 0, command.said()
+    assert [(task["task"], task["stage"]) for task in answer.json()] == [("bars", "done"), ("dots", "done")]
     assert results(workdir) == expected
-    begun = {kind: len(cluster.begun(kind)) for kind in ("select", "trial", "fit")}
-    print(begun, answer.out)
+    assert cluster.counts() == {"select": 2, "trial": TRIALS + 1, "fit": 3}, "what was lost is done again, and nothing else"
+
+
+class MlflowServer:
+    """A tracking server on a copy of an empty store, which can be killed and started again at the same address."""
+
+    def __init__(self, base: Path, folder: Path) -> None:
+        folder.mkdir()
+        self.folder = folder
+        shutil.copyfile(empty_registry(base), folder / "server.db")
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        self.address = f"http://127.0.0.1:{self.port}"
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        store, artifacts = f"sqlite:///{self.folder / 'server.db'}", self.folder / "artifacts"
+        options = ("--host", "127.0.0.1", "--port", str(self.port), "--workers", "1")
+        command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", store, "--artifacts-destination", str(artifacts), *options]
+        with (self.folder / "log").open("a") as log:
+            changes = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+            self.process = subprocess.Popen(command, env=environment(**changes), stdout=log, stderr=log, start_new_session=True)
+        assert wait_until(self._answers), (self.folder / "log").read_text()
+
+    def _answers(self) -> bool:
+        with contextlib.suppress(OSError), urllib.request.urlopen(f"{self.address}/health", timeout=2) as answer:
+            return bool(answer.status == 200)
+        return False
+
+    def kill(self) -> None:
+        if self.process is not None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+            self.process = None
+
+
+@pytest.fixture
+def server(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[MlflowServer]:
+    server = MlflowServer(tmp_path_factory.getbasetemp(), tmp_path / "server")
+    server.start()
+    yield server
+    server.kill()
+
+
+@pytest.mark.slow
+def test_a_killed_driver_and_a_registry_that_goes_and_comes_back(
+    cluster: TestCluster, server: MlflowServer, tasks: Path, expected: dict[str, bytes], tmp_path: Path
+) -> None:
+    """The driver is killed in the search and in the fit; in the last run, the server goes away before the first pack is registered."""
+    cluster.forget()
+    workdir = tmp_path / "work"
+    finished: dict[Path, int] = {}
+
+    def run(name: str) -> Command:
+        given = ("run", tasks, "--workdir", workdir, "--address", cluster.address)
+        return start(tmp_path / name, *given, MLFLOW_TRACKING_URI=server.address)
+
+    def check_kept() -> None:
+        now = written(workdir)
+        assert {path: now.get(path) for path in finished} == finished, "what was finished was written again"
+        finished.update(now)
+
+    command = run("killed in search")
+    assert wait_until(lambda: any(workdir.glob("studies/*/trials/*.json")) or command.process.poll() is not None)
+    command.kill()
+    finished |= written(workdir)
+
+    with cluster.held("fit"):
+        command = run("killed in fit")
+        cluster.wait_for("fit", 2, command)
+        command.kill()
+    check_kept()
+    trials, selections = len(cluster.begun("trial")), len(cluster.begun("select"))
+    assert trials <= TRIALS + 2, "no more was done twice than what two nodes were at"
+
+    with cluster.held("fit"):
+        command = run("while the registry is away")
+        cluster.wait_for("fit", 4, command)
+        server.kill()
+    assert wait_until(lambda: "register - waiting: " in command.out.read_text() or command.process.poll() is not None)
+    server.start()
+    answer = command.end()
+    assert answer.code == 0, command.said()
+    check_kept()
+    assert (len(cluster.begun("trial")), len(cluster.begun("select"))) == (trials, selections), "the last run searched nothing"
+    assert results(workdir) == expected
+    packs = taskpack_process("ls", "--json", MLFLOW_TRACKING_URI=server.address).json()
+    assert sorted((pack["name"], pack["version"]) for pack in packs) == [("bars", 1), ("dots", 1)]

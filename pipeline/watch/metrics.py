@@ -6,7 +6,6 @@ They are set once a stage and once a trial, never within one. Where Ray does not
 from __future__ import annotations
 
 import sys
-from typing import Any
 
 STAGES = ("failed", "waiting", "prepare", "select", "search", "fit", "register", "done")
 """`taskpack_stage` is a stage's place in this row, counted from -1."""
@@ -49,5 +48,5 @@ class RayMetrics:
 
 def ray_metrics(batch: str) -> RayMetrics | None:
     """The metrics of a batch; None where Ray does not run in this process."""
-    ray: Any = sys.modules.get("ray")
-    return RayMetrics(batch) if ray is not None and ray.is_initialized() else None
+    is_initialized = getattr(sys.modules.get("ray"), "is_initialized", None)  # another thread may be importing it
+    return RayMetrics(batch) if is_initialized is not None and is_initialized() else None

@@ -1,0 +1,81 @@
+"""What a run asks of a cluster: how many trials its nodes hold, how many tasks that makes, what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pipeline import cluster, stages
+from pipeline.cluster import Node, check_holds_group
+from pipeline.errors import ClusterError, SpecError
+from pipeline.stages import Placement, Stages, no_progress
+from pipeline.workspace import Workspace
+
+
+@pytest.mark.parametrize(
+    ("node", "asked", "held"),
+    [
+        (Node(4, 0), (1, 0), 4),
+        (Node(4, 0), (1.5, 0), 2),
+        (Node(1, 0), (0.1, 0), 10),
+        (Node(16, 2), (1, 0.25), 8),
+        (Node(3, 2), (1, 0.25), 3),
+        (Node(16, 0), (1, 1), 0),
+        (Node(0, 0), (1, 0), 0),
+    ],
+    ids=["CPUs", "and a half", "tenths", "quarters of GPUs", "CPUs run out first", "no GPU", "a head that takes no work"],
+)
+def test_a_node_holds_as_many_trials_as_fit(node: Node, asked: tuple[float, float], held: int) -> None:
+    assert node.places(*asked) == held
+
+
+def stages_on(nodes: list[Node], placement: Placement, monkeypatch: pytest.MonkeyPatch) -> Stages:
+    monkeypatch.setattr(cluster, "running_nodes", lambda: nodes)
+    monkeypatch.setattr(stages, "is_connected", lambda: True)
+    return Stages(workspace=Workspace(Path("runs")), start_ray=lambda: None, ray_is_private=True, placement=placement, on_progress=no_progress)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "per_trial", "tasks"),
+    [
+        ([Node(2, 0)], (None, None), 2),
+        ([Node(0, 0)], (None, None), 1),
+        ([Node(4, 0)], (None, None), 2),
+        ([Node(8, 0)] * 2, (None, None), 5),
+        ([Node(8, 0)] * 2, (4, None), 2),
+        ([Node(64, 8)] * 4, (None, None), 9),
+        ([Node(64, 8)] * 4, (None, 0.5), 17),
+    ],
+    ids=["a laptop", "no worker yet", "one study fills it", "two nodes", "large trials", "GPUs by default", "two trials a GPU"],
+)
+def test_as_many_tasks_run_as_their_trials_fill_the_cluster_and_one_more(
+    nodes: list[Node], per_trial: tuple[float | None, float | None], tasks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert stages_on(nodes, Placement(per_trial=per_trial), monkeypatch).tasks_at_once() == tasks
+    assert stages_on(nodes, Placement(per_trial=per_trial, tasks_at_once=3), monkeypatch).tasks_at_once() == 3
+
+
+def test_one_task_runs_until_ray_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = stages_on([Node(64, 0)], Placement(), monkeypatch)
+    monkeypatch.setattr(stages, "is_connected", lambda: False)
+    assert driver.tasks_at_once() == 1
+
+
+def test_a_trial_takes_one_gpu_or_a_share_of_one() -> None:
+    for gpus in (None, 0, 0.25, 1):
+        assert Placement(per_trial=(None, gpus)).per_trial[1] == gpus
+    with pytest.raises(
+        SpecError, match=r"--gpus-per-trial: given 2; a trial is one process and uses one GPU: give 1, or a share of one such as 0\.5"
+    ):
+        Placement(per_trial=(1, 2))
+
+
+def test_a_selection_with_more_workers_than_the_cluster_holds_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cluster, "running_nodes", lambda: [Node(2, 0), Node(1, 0)])
+    monkeypatch.setattr(cluster, "_scales_itself", lambda: False)
+    check_holds_group(3, 1, 0)
+    with pytest.raises(ClusterError, match=r"--selection-workers: given 4, the cluster has room for 3, each with a CPU$"):
+        check_holds_group(4, 1, 0)
+    monkeypatch.setattr(cluster, "_scales_itself", lambda: True)
+    check_holds_group(4, 1, 0)
