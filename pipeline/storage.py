@@ -19,12 +19,16 @@ from pipeline.errors import StorageError
 SEEN_SECONDS = 90
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Write JSON atomically, making its folder. Raises StorageError where the disk is full or the folder cannot be written."""
+def write_json(path: Path, content: Any, *, indent: int | None = 1) -> None:
+    """Write JSON atomically, making its folder; without `indent` several times faster.
+
+    Raises:
+        StorageError: the disk is full or the folder cannot be written.
+    """
     scratch = path.with_name(f".{path.name}.{secrets.token_hex(4)}")  # not the process: two machines may write into one folder
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        scratch.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        scratch.write_text(json.dumps(content, indent=indent, sort_keys=True) + "\n", encoding="utf-8")
         os.replace(scratch, path)
     except OSError as error:
         raise StorageError(f"{path}: cannot be written ({error.strerror}); free space, or choose another folder") from None

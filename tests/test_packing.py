@@ -15,7 +15,7 @@ from pipeline.adaptation.packing import SizePlanner, describe, from_pack, probe_
 from pipeline.backbones import LoadedBackbone, load, load_backbone
 from pipeline.backbones.fingerprint import fingerprint_and_trail
 from pipeline.errors import PackBackboneMismatch, PackDamaged
-from pipeline.packs import Pack, ledger, pack_to_bytes, read_pack
+from pipeline.packs import Pack, encode_positions, ledger, pack_to_bytes, read_pack
 from pipeline.spec import Backbone, Input, Recipe, Task
 
 CLASSES = ("one", "two", "three")
@@ -67,6 +67,25 @@ def test_a_pack_has_its_planned_size_and_gives_the_trained_model_back(
     expected = logits(model)
     torch.testing.assert_close(logits(reloaded), expected, rtol=1e-5, atol=1e-5 * max(1.0, float(expected.abs().max())))
     assert Recipe.model_validate(pack.metadata.recipe) == recipe
+
+
+def test_places_are_coded_once_for_all_widths_of_their_values(
+    tiny_task: Task, tiny_backbone: Backbone, random_selection: Select, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    coded: list[int] = []
+
+    def counted(layers: Any, shapes: Any) -> bytes:
+        coded.append(len(layers))
+        return encode_positions(layers, shapes)
+
+    monkeypatch.setattr("pipeline.packs.parts.encode_positions", counted)
+    backbone = load_backbone(tiny_backbone, tiny_task.input)
+    selected = random_selection(backbone, 4)
+    planner = SizePlanner(tiny_task, backbone, CLASSES, selected)
+    recipes = [Recipe.model_validate({"connections": {"top_k": top_k, "bits": bits}}) for top_k in (1, 3) for bits in (1, 4, 16)]
+    sizes = [planner.size_bytes(recipe) for recipe in recipes]
+    assert len(coded) == 2
+    assert sizes == [SizePlanner(tiny_task, backbone, CLASSES, selected).size_bytes(recipe) for recipe in recipes]
 
 
 def test_packing_a_reloaded_model_again_gives_the_same_logits(tiny_task: Task, tiny_backbone: Backbone, random_selection: Select) -> None:

@@ -52,6 +52,7 @@ class SizePlanner:
     def __init__(self, task: Task, backbone: LoadedBackbone, classes: Sequence[str], selected: SelectedIndex | None = None) -> None:
         self._task, self._backbone, self._classes, self._selected = task, backbone, classes, selected
         self._connections: dict[str, tuple[SelectedIndex, Part]] = {}
+        self._same_places: dict[int, Part] = {}
 
     def size_bytes(self, recipe: Recipe) -> int:
         """Size of the pack."""
@@ -75,7 +76,9 @@ class SizePlanner:
             alone = Recipe(connections=recipe.connections, quantiser=recipe.quantiser)
             group, places = _groups(plan(self._backbone, alone, 1, selected))[0], kept_places(selected, top_k)
             positions = tuple(_as_places(places[tensor.name]) for tensor in group) if is_stored else ()
-            self._connections[key] = selected, _zeros(group, positions, recomputed=not is_stored)
+            part = _zeros(group, positions, recomputed=not is_stored)
+            vars(part)["encoded_positions"] = self._same_places.setdefault(top_k, part).encoded_positions  # whatever the values' bits
+            self._connections[key] = selected, part
         return self._connections[key]
 
     def _assumed(self, top_k: int) -> SelectedIndex:

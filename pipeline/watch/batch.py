@@ -162,7 +162,7 @@ class BatchWatch:
         content = self.state(is_over=is_over).as_json()
         for path in self._files:
             with contextlib.suppress(StorageError):  # a state that cannot be written is no reason to end a batch
-                write_json(path, content)
+                write_json(path, content, indent=None)
 
     def __enter__(self) -> BatchWatch:
         self._log.write("started", tasks=len(self._tasks))

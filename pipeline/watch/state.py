@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +67,7 @@ class BatchState:
 
     def as_json(self) -> dict[str, Any]:
         """As plain data."""
-        return asdict(self)
+        return {**vars(self), "tasks": [dict(vars(task)) for task in self.tasks]}
 
 
 def parse_state(content: Any) -> BatchState | None:
