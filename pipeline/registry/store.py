@@ -74,6 +74,11 @@ class Registry:
 
     # --- writing ----------------------------------------------------------------------------------------------------------------------------
 
+    def check_writable(self) -> None:
+        """Write a tag, so that a user who may only read is refused before hours of training. Raises RegistryRefused."""
+        with registry_errors(self.tracking_uri):
+            self.client.set_experiment_tag(self._experiment_id, "written_by", EXPERIMENT)
+
     def register(self, champion: Champion) -> RegisteredPack:
         """Make `champion` the newest version of its task and point the alias `champion` at it.
 
