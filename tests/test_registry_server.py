@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from helpers_cli import Answer, taskpack, taskpack_process, write_task
+from helpers_cli import Answer, environment, taskpack, taskpack_process, write_task
 from helpers_servers import ADMIN, TrackingServer, tracking_server, why_not
 from test_registry import champion
 
@@ -80,6 +83,15 @@ def test_pages_go_on_behind_a_pack(batch: Answer, ask) -> None:
     second = ask("ls", "--limit", "1", "--after", f"{row['name']}/1", "--json")
     assert {row["name"], second.json()[0]["name"]} == set(TASKS)
     assert "--after" not in second.err
+
+
+def test_ls_does_not_import_mlflow(batch: Answer, server: TrackingServer, tmp_path: Path) -> None:
+    """The import takes longer than the look-up."""
+    listing = ["taskpack", "ls", "--json", "--workdir", str(tmp_path)]
+    script = f"import sys; sys.argv = {listing}; from pipeline.cli import app; app(standalone_mode=False); sys.exit('mlflow' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], env=environment(**server.as_user("reader")), capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert {row["name"] for row in json.loads(done.stdout)} == set(TASKS)
 
 
 def test_a_pack_is_downloaded_and_opened(batch: Answer, ask) -> None:
