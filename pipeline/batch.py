@@ -81,13 +81,14 @@ def run_batch(
 
     Raises:
         StorageError: the work folder cannot be used.
-        RegistryError: the registry cannot be reached.
+        RegistryError: the registry cannot be reached, or not be written to.
         ClusterError: no cluster answers at `address`.
     """
     workspace = Workspace(workdir.resolve())
     with exclusive(workspace.root), contextlib.ExitStack() as stack:
         workspace.clear_leftovers()
         registry = open_registry(registry_uri, workspace.root)
+        registry.check_writable()
         start_ray = functools.cache(lambda: stack.enter_context(ray_session(address)))
         batch, copies = batch_name(), []
         if address is not None:

@@ -12,7 +12,7 @@ import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from pipeline.errors import RegistryAway, RegistryError, RegistryRefused
+from pipeline.errors import RegistryAway, RegistryError, RegistryRefused, TaskpackError
 from pipeline.registry.connection import import_mlflow
 
 _CREDENTIALS = "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
@@ -63,15 +63,24 @@ _KINDS: tuple[tuple[str, type[RegistryError], str], ...] = (
 @contextmanager
 def registry_errors(tracking_uri: str) -> Iterator[None]:
     """Turn what MLflow, its database or its transport raise into one RegistryError that names the store and what to check."""
+    try:
+        yield
+    except TaskpackError:
+        raise
+    except Exception as error:
+        if not isinstance(error, _foreign()):
+            raise
+        raise _explained(tracking_uri, str(error)) from None
+
+
+def _foreign() -> tuple[type[Exception], ...]:
+    """Looked up only when something was raised: a look-up over REST loads none of them but requests."""
     import_mlflow()
     from mlflow.exceptions import MlflowException
     from requests import RequestException
     from sqlalchemy.exc import SQLAlchemyError
 
-    try:
-        yield
-    except (MlflowException, RequestException, SQLAlchemyError, sqlite3.Error) as error:
-        raise _explained(tracking_uri, str(error)) from None
+    return MlflowException, RequestException, SQLAlchemyError, sqlite3.Error
 
 
 def _explained(tracking_uri: str, text: str) -> RegistryError:

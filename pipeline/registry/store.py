@@ -12,6 +12,7 @@ no lock, so both create a version, and the later one is withdrawn before it is p
 from __future__ import annotations
 
 import difflib
+import functools
 import json
 import re
 import shutil
@@ -33,6 +34,7 @@ from pipeline.registry.connection import (
 )
 from pipeline.registry.failures import registry_errors
 from pipeline.registry.record import DIGEST_TAG, MODEL_ID_TAG, TASK_TAG, Champion, RegisteredPack
+from pipeline.registry.rest import plain_rest
 
 EXPERIMENT = "taskpack"
 CHAMPION_ALIAS = "champion"
@@ -69,10 +71,24 @@ class Registry:
         # Runs and LoggedModels of this process; where their registration did not finish, its next try discards them.
         self._begun: set[str] = set()
         with registry_errors(tracking_uri), short_patience():
-            self.client: Any = import_mlflow().MlflowClient(tracking_uri=tracking_uri, registry_uri=tracking_uri)
+            self._rest = plain_rest(tracking_uri)
             self._experiment_id: str = self._find_or_create_experiment(artifact_root)
 
+    @functools.cached_property
+    def client(self) -> Any:
+        """MLflow's own client, for all that writes."""
+        return import_mlflow().MlflowClient(tracking_uri=self.tracking_uri, registry_uri=self.tracking_uri)
+
+    @property
+    def _reader(self) -> Any:
+        return self._rest or self.client
+
     # --- writing ----------------------------------------------------------------------------------------------------------------------------
+
+    def check_writable(self) -> None:
+        """Write a tag, so that a user who may only read is refused before hours of training. Raises RegistryRefused."""
+        with registry_errors(self.tracking_uri):
+            self.client.set_experiment_tag(self._experiment_id, "written_by", EXPERIMENT)
 
     def register(self, champion: Champion) -> RegisteredPack:
         """Make `champion` the newest version of its task and point the alias `champion` at it.
@@ -169,11 +185,11 @@ class Registry:
 
     def _find_or_create_experiment(self, artifact_root: Path | None) -> str:
         location = None if artifact_root is None else artifact_root.resolve().as_uri()
-        experiment = self.client.get_experiment_by_name(EXPERIMENT)
+        experiment = self._reader.get_experiment_by_name(EXPERIMENT)
         if experiment is None:
             # Two processes may both get here; the one that comes second finds the other's.
             _existing_as_none(self.client.create_experiment, EXPERIMENT, artifact_location=location)
-            experiment = self.client.get_experiment_by_name(EXPERIMENT)
+            experiment = self._reader.get_experiment_by_name(EXPERIMENT)
         if experiment.lifecycle_stage != "active":
             raise RegistryError(
                 f"the MLflow experiment {EXPERIMENT!r} is deleted; restore it: mlflow experiments restore -x {experiment.experiment_id}"
@@ -206,7 +222,7 @@ class Registry:
                 clauses.append(f"metrics.test_accuracy <= {1e-9 - last[0]:.12f}")
             while len(found) < limit:
                 size = min(limit - len(found), _PAGE) if last is None else _PAGE
-                page = self.client.search_logged_models([self._experiment_id], " AND ".join(clauses), None, size, order, page_token)
+                page = self._reader.search_logged_models([self._experiment_id], " AND ".join(clauses), None, size, order, page_token)
                 found += self._registered_from_models([model for model in page if last is None or _place(model) > last])
                 page_token = page.token
                 if not page_token:
@@ -223,11 +239,11 @@ class Registry:
         match = _REFERENCE.fullmatch(reference)
         if match is None:
             raise RegistryError(f"{reference!r}: not a reference to a pack; give NAME, NAME@ALIAS or NAME/VERSION")
-        registered = _absent_as_none(self.client.get_registered_model, match["name"])
+        registered = _absent_as_none(self._reader.get_registered_model, match["name"])
         if registered is None:
             raise RegistryError(f"{reference}: no task of this name is registered; {self._near_names(match['name'])}")
         number = match["version"] or registered.aliases.get(match["alias"] or CHAMPION_ALIAS)
-        version = None if number is None else _absent_as_none(self.client.get_model_version, registered.name, str(int(number)))
+        version = None if number is None else _absent_as_none(self._reader.get_model_version, registered.name, str(int(number)))
         if version is None:
             raise RegistryError(f"{reference}: no such version; {self._known_versions(registered)}")
         return version, self._model_of(version)
@@ -271,7 +287,7 @@ class Registry:
         """The LoggedModel of a version."""
         if MODEL_ID_TAG not in version.tags or DIGEST_TAG not in version.tags:
             raise RegistryError(f"{version.name}/{version.version}: a model that taskpack did not register; `taskpack ls` lists those it did")
-        return self.client.get_logged_model(version.tags[MODEL_ID_TAG])
+        return self._reader.get_logged_model(version.tags[MODEL_ID_TAG])
 
     def _registered_from_models(self, models: list[Any]) -> list[RegisteredPack]:
         """Those of `models` whose versions are still there. Two requests at once, however many models: a server that checks passwords takes
@@ -282,9 +298,9 @@ class Registry:
         runs = ", ".join(f"'{model.source_run_id}'" for model in models)
         names = ", ".join(f"'{name}'" for name in sorted({link["name"] for link in links}))
         with ThreadPoolExecutor(max_workers=2) as pool:
-            searched = pool.submit(self.client.search_model_versions, f"run_id IN ({runs})", max_results=4 * _PAGE)
+            searched = pool.submit(self._reader.search_model_versions, f"run_id IN ({runs})", max_results=4 * _PAGE)
             # A version that was searched for does not say its aliases; its registered model does.
-            named = pool.submit(self.client.search_registered_models, f"name IN ({names})", max_results=_PAGE)
+            named = pool.submit(self._reader.search_registered_models, f"name IN ({names})", max_results=_PAGE)
             versions = {(version.name, int(version.version)): version for version in searched.result()}
             aliases = {model.name: model.aliases for model in named.result()}
         found = []
@@ -296,12 +312,12 @@ class Registry:
 
     def _near_names(self, name: str) -> str:
         # The first two letters are enough for the server to leave out most of the registry.
-        candidates = [found.name for found in self.client.search_registered_models(f"name ILIKE '{name[:2]}%'", max_results=500)]
+        candidates = [found.name for found in self._reader.search_registered_models(f"name ILIKE '{name[:2]}%'", max_results=500)]
         near = difflib.get_close_matches(name.lower(), candidates, n=3, cutoff=0.5)
         return f"did you mean {' or '.join(near)}?" if near else "`taskpack ls` lists what there is"
 
     def _known_versions(self, model: Any) -> str:
-        newest = self.client.search_model_versions(f"name = '{model.name}'", max_results=1, order_by=["version_number DESC"])
+        newest = self._reader.search_model_versions(f"name = '{model.name}'", max_results=1, order_by=["version_number DESC"])
         return f"newest version: {newest[0].version if newest else 'none'}, aliases: {', '.join(sorted(model.aliases)) or 'none'}"
 
 
@@ -381,11 +397,9 @@ def _existing_as_none(call: Any, *arguments: Any, **options: Any) -> Any:
 
 
 def _error_as_none(codes: tuple[str, ...], call: Any, *arguments: Any, **options: Any) -> Any:
-    from mlflow.exceptions import MlflowException
-
     try:
         return call(*arguments, **options)
-    except MlflowException as error:
-        if error.error_code not in codes:
+    except Exception as error:
+        if getattr(error, "error_code", None) not in codes:
             raise
         return None

@@ -1,0 +1,142 @@
+"""MLflow's look-ups over its REST API, without MLflow: importing that takes longer than the server's answer.
+
+The methods are those of `MlflowClient`, as far as looking packs up needs them, and give objects with the same attributes. Where the user's settings
+ask for more than a name and password or a token, `plain_rest` gives None and MLflow's own client does the work.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+_TIMEOUT_SECONDS = (4, 60)  # to connect, to answer
+_RETRIED = (429, 500, 502, 503, 504)
+# What MLflow's client knows and this one does not.
+_BEYOND = ("AUTH", "AWS_SIGV4", "INSECURE_TLS", "SERVER_CERT_PATH", "CLIENT_CERT_PATH")
+
+
+def plain_rest(tracking_uri: str) -> Rest | None:
+    """A client of the server at `tracking_uri`; None where it is no server, or where logging in takes more than MLFLOW_TRACKING_USERNAME and
+    MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN."""
+    needs_more = any(os.environ.get(f"MLFLOW_TRACKING_{name}") for name in _BEYOND) or os.environ.get("MLFLOW_WORKSPACE")
+    if not tracking_uri.startswith(("http://", "https://")) or needs_more or Path("~/.mlflow/credentials").expanduser().exists():
+        return None
+    return Rest(tracking_uri)
+
+
+class Page(list[Any]):
+    """Rows of an answer and where the next page begins."""
+
+    token: str | None = None
+
+
+class Rest:
+    """The server's look-ups. What it raises reads like MLflow's own errors; `error_code` says what the server called it."""
+
+    def __init__(self, tracking_uri: str) -> None:
+        import requests
+        from requests.adapters import HTTPAdapter
+        from urllib3.util import Retry
+
+        self._uri = tracking_uri.rstrip("/")
+        self._session = requests.Session()
+        retries = int(os.environ.get("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1"))
+        adapter = HTTPAdapter(max_retries=Retry(retries, backoff_factor=1, status_forcelist=_RETRIED, allowed_methods=None))
+        self._session.mount(self._uri, adapter)
+        user, password = os.environ.get("MLFLOW_TRACKING_USERNAME"), os.environ.get("MLFLOW_TRACKING_PASSWORD")
+        if user and password:
+            self._session.auth = (user, password)
+        elif token := os.environ.get("MLFLOW_TRACKING_TOKEN"):
+            self._session.headers["Authorization"] = f"Bearer {token}"
+
+    def get_experiment_by_name(self, name: str) -> Any:
+        """The experiment, or None."""
+        try:
+            return SimpleNamespace(**self._ask("GET", "experiments/get-by-name", {"experiment_name": name})["experiment"])
+        except Exception as error:
+            if getattr(error, "error_code", None) != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            return None
+
+    def search_logged_models(
+        self, experiment_ids: list[str], filter_string: str, datasets: None, max_results: int, order_by: list[dict[str, Any]], page_token: str | None
+    ) -> Page:
+        """As MLflow's; `datasets` is not supported."""
+        content = {"experiment_ids": experiment_ids, "filter": filter_string, "max_results": max_results, "order_by": order_by}
+        answer = self._ask("POST", "logged-models/search", content | ({"page_token": page_token} if page_token else {}))
+        page = Page(_logged_model(model) for model in answer.get("models", ()))
+        page.token = answer.get("next_page_token")
+        return page
+
+    def get_logged_model(self, model_id: str) -> Any:
+        """As MLflow's."""
+        return _logged_model(self._ask("GET", f"logged-models/{model_id}", {})["model"])
+
+    def search_model_versions(self, filter_string: str, max_results: int, order_by: list[str] | None = None) -> list[Any]:
+        """As MLflow's; aliases are not told."""
+        answer = self._ask("GET", "model-versions/search", {"filter": filter_string, "max_results": max_results, "order_by": order_by or []})
+        return [_version(version) for version in answer.get("model_versions", ())]
+
+    def get_model_version(self, name: str, version: str) -> Any:
+        """As MLflow's."""
+        return _version(self._ask("GET", "model-versions/get", {"name": name, "version": version})["model_version"])
+
+    def search_registered_models(self, filter_string: str, max_results: int) -> list[Any]:
+        """As MLflow's."""
+        answer = self._ask("GET", "registered-models/search", {"filter": filter_string, "max_results": max_results})
+        return [_registered_model(model) for model in answer.get("registered_models", ())]
+
+    def get_registered_model(self, name: str) -> Any:
+        """As MLflow's."""
+        return _registered_model(self._ask("GET", "registered-models/get", {"name": name})["registered_model"])
+
+    def _ask(self, method: str, path: str, content: dict[str, Any]) -> dict[str, Any]:
+        from requests import HTTPError, JSONDecodeError
+
+        given: dict[str, Any] = {"json": content} if method == "POST" else {"params": content}
+        response = self._session.request(method, f"{self._uri}/api/2.0/mlflow/{path}", timeout=_TIMEOUT_SECONDS, **given)
+        try:
+            answer = response.json()
+        except JSONDecodeError:
+            answer = None
+        if response.ok and isinstance(answer, dict):
+            return answer
+        if isinstance(answer, dict) and "error_code" in answer:
+            error = HTTPError(f"{answer['error_code']}: {answer.get('message', '')}")
+            error.error_code = answer["error_code"]  # type: ignore[attr-defined]
+            raise error
+        status = 404 if response.ok else response.status_code  # a page, but not an answer: some other server
+        raise HTTPError(f"API request to endpoint {path} failed with error code {status} != 200. Response body: '{response.text}'")
+
+
+def _pairs(rows: list[dict[str, Any]] | None) -> dict[str, Any]:
+    return {row["key"]: row.get("value", "") for row in rows or ()}
+
+
+def _logged_model(content: dict[str, Any]) -> Any:
+    info, data = content["info"], content.get("data", {})
+    return SimpleNamespace(
+        model_id=info["model_id"],
+        source_run_id=info["source_run_id"],
+        artifact_location=info["artifact_uri"],
+        creation_timestamp=int(info["creation_timestamp_ms"]),
+        tags=_pairs(info.get("tags")),
+        params=_pairs(data.get("params")),
+        metrics=[SimpleNamespace(key=row["key"], value=row.get("value", 0.0)) for row in data.get("metrics", ())],
+    )
+
+
+def _version(content: dict[str, Any]) -> Any:
+    return SimpleNamespace(
+        name=content["name"],
+        version=content["version"],
+        creation_timestamp=int(content["creation_timestamp"]),
+        tags=_pairs(content.get("tags")),
+        aliases=content.get("aliases", []),
+    )
+
+
+def _registered_model(content: dict[str, Any]) -> Any:
+    return SimpleNamespace(name=content["name"], aliases={row["alias"]: row["version"] for row in content.get("aliases", ())})
