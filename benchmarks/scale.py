@@ -319,7 +319,7 @@ def scenarios(costs: Costs, arguments: argparse.Namespace) -> list[dict[str, Any
     filling = 1 + -(-arguments.gpus // LAG)
     rows = []
     more = filling * 3 // 2
-    for studies, trial_seconds in ((1, 300), (filling, 30), (filling, 100), (filling, 300), (more, 300), (filling, 1000), (more, 1000)):
+    for studies, trial_seconds in ((1, 300), (filling, 30), (filling, 100), (filling, 300), (more, 300)):
         plan = Plan(tasks=arguments.tasks, trials=arguments.trials, gpus=arguments.gpus, studies=studies, trial_seconds=trial_seconds)
         rows.append(simulate(plan, costs))
     return rows

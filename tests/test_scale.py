@@ -71,4 +71,8 @@ def test_the_page_shows_the_tables_that_the_script_wrote() -> None:
     page = (PROJECT_ROOT / "docs" / "scale.md").read_text(encoding="utf-8")
     shown = re.search(r"<!-- tables -->\n\n(.+?)\n\n<!-- end of tables -->", page, flags=re.DOTALL)
     assert shown is not None
-    assert shown[1] in (PROJECT_ROOT / "benchmarks" / "results" / "scale.md").read_text(encoding="utf-8")
+    results = PROJECT_ROOT / "benchmarks" / "results" / "scale.md"
+    if results.exists():
+        assert shown[1] in results.read_text(encoding="utf-8")
+    else:
+        assert shown[1] == "Not measured yet: the script writes its tables here."
