@@ -11,7 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-_TIMEOUT_SECONDS = (4, 60)  # to connect, to answer
+_CONNECT_SECONDS, _ANSWER_SECONDS = 4, "60"
 _RETRIED = (429, 500, 502, 503, 504)
 # What MLflow's client knows and this one does not.
 _BEYOND = ("AUTH", "AWS_SIGV4", "INSECURE_TLS", "SERVER_CERT_PATH", "CLIENT_CERT_PATH")
@@ -95,8 +95,9 @@ class Rest:
     def _ask(self, method: str, path: str, content: dict[str, Any]) -> dict[str, Any]:
         from requests import HTTPError, JSONDecodeError
 
+        seconds = (_CONNECT_SECONDS, float(os.environ.get("MLFLOW_HTTP_REQUEST_TIMEOUT", _ANSWER_SECONDS)))
         given: dict[str, Any] = {"json": content} if method == "POST" else {"params": content}
-        response = self._session.request(method, f"{self._uri}/api/2.0/mlflow/{path}", timeout=_TIMEOUT_SECONDS, **given)
+        response = self._session.request(method, f"{self._uri}/api/2.0/mlflow/{path}", timeout=seconds, **given)
         try:
             answer = response.json()
         except JSONDecodeError:
