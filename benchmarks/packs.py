@@ -175,7 +175,7 @@ def format_rows(tasks: Mapping[str, tuple[Inputs, dict[str, torch.Tensor]]]) -> 
     for bits in (16, 8, 4, 1):
         recipe = Recipe.model_validate({"connections": {"top_k": 1, "bits": bits}})
         spent = SizePlanner(inputs.task, inputs.backbone, inputs.index.classes, ranked).ledger(recipe)
-        rows.append({"format": f"pack at {bits} bit{"s" if bits > 1 else ""}: positions and values", "bytes": spent["positions"] + spent["values"]})
+        rows.append({"format": f"pack at {bits} bit{'s' if bits > 1 else ''}: positions and values", "bytes": spent["positions"] + spent["values"]})
     return [{**row, "task": name, "bytes_a_value": row["bytes"] / selected.count} for row in rows]
 
 
