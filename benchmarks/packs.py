@@ -24,8 +24,12 @@ import zstandard
 from machine import describe_machine
 from packs_figure import draw
 
+from pipeline.adaptation import RankedPlaces, SelectedIndex
+from pipeline.adaptation import RankedPlaces, SelectedIndex
 from pipeline.adaptation.packing import SizePlanner
+from pipeline.adaptation.ranking import kept_places
 from pipeline.adaptation.resident import ResidentBackbone
+from pipeline.adaptation.sites import weight_shapes
 from pipeline.data import prepare
 from pipeline.packs import (
     LayerShape,
@@ -87,20 +91,14 @@ class Selected:
         return bits / 8
 
 
-def selected_of(ranked: Mapping[str, torch.Tensor], inputs: Inputs, top_k: int) -> Selected:
-    """The first `top_k` columns of every neuron as places."""
-    names, places, shapes = [], [], []
-    for name, index_OK in ranked.items():
-        weight = inputs.backbone.model.get_submodule(name).weight
-        columns = int(weight[0].numel())
-        chosen_OK = index_OK[:, :top_k].numpy().astype(np.int64)
-        names.append(name)
-        places.append(np.sort((np.arange(len(chosen_OK))[:, None] * columns + chosen_OK).ravel()))
-        shapes.append(LayerShape(len(chosen_OK), columns, chosen_OK.size))
-    return Selected(names, places, shapes)
+def selected_of(ranked: SelectedIndex, inputs: Inputs, top_k: int) -> Selected:
+    """The places that `top_k` keeps."""
+    kept, shapes = kept_places(ranked, top_k), weight_shapes(inputs.backbone.model)
+    places = {name: place_N.numpy() for name, place_N in kept.items()}
+    return Selected(list(places), list(places.values()), [LayerShape(*shapes[name], len(each)) for name, each in places.items()])
 
 
-def open_task(path: Path, workdir: Path) -> tuple[Inputs, dict[str, torch.Tensor]]:
+def open_task(path: Path, workdir: Path) -> tuple[Inputs, dict[str, RankedPlaces]]:
     """A task's inputs and its ranked selection of 3 connections a neuron, computed once."""
     task = load_task(path)
     folder = workdir / "data" / task.name
@@ -116,7 +114,7 @@ def open_task(path: Path, workdir: Path) -> tuple[Inputs, dict[str, torch.Tensor
 # --- positions and files on real selections -------------------------------------------------------------------------------------------------
 
 
-def position_rows(tasks: Mapping[str, tuple[Inputs, dict[str, torch.Tensor]]]) -> list[dict[str, Any]]:
+def position_rows(tasks: Mapping[str, tuple[Inputs, dict[str, RankedPlaces]]]) -> list[dict[str, Any]]:
     """Coded positions against entropy and fixed width."""
     rows = []
     for name, (inputs, ranked) in tasks.items():
@@ -139,7 +137,7 @@ def position_rows(tasks: Mapping[str, tuple[Inputs, dict[str, torch.Tensor]]]) -
     return rows
 
 
-def file_rows(tasks: Mapping[str, tuple[Inputs, dict[str, torch.Tensor]]]) -> list[dict[str, Any]]:
+def file_rows(tasks: Mapping[str, tuple[Inputs, dict[str, RankedPlaces]]]) -> list[dict[str, Any]]:
     """GPS at K = 1 and 1 bit, head at 1 bit: the whole file against the bound of positions and codes."""
     recipe = Recipe.model_validate({"connections": {"top_k": 1, "bits": 1}, "head": {"bits": 1}})
     rows = []
@@ -153,7 +151,7 @@ def file_rows(tasks: Mapping[str, tuple[Inputs, dict[str, torch.Tensor]]]) -> li
     return rows
 
 
-def format_rows(tasks: Mapping[str, tuple[Inputs, dict[str, torch.Tensor]]]) -> list[dict[str, Any]]:
+def format_rows(tasks: Mapping[str, tuple[Inputs, dict[str, RankedPlaces]]]) -> list[dict[str, Any]]:
     """K = 1 of one task in other sparse layouts, plain and under zstd; values are normal."""
     name, (inputs, ranked) = next(iter(tasks.items()))
     selected = selected_of(ranked, inputs, 1)
@@ -335,7 +333,7 @@ def vars_of(part: Part) -> dict[str, Any]:
 # --- one store for many tasks ---------------------------------------------------------------------------------------------------------------
 
 
-def sharing_row(tasks: Mapping[str, tuple[Inputs, dict[str, torch.Tensor]]], top_k: int) -> dict[str, Any]:
+def sharing_row(tasks: Mapping[str, tuple[Inputs, dict[str, RankedPlaces]]], top_k: int) -> dict[str, Any]:
     """Bytes of the tasks' packs alone, and what a common base could save: column models, identical positions, descriptions.
 
     Models: the tasks' rows of a layer (of a head, in qkv) in one track, one segment a task, so that what one task taught serves the next.
@@ -391,8 +389,9 @@ def _cost_beside(first: Selected, other: Selected, size_bytes: int) -> float:
     return float(flag_bits / 8 + (1 - share) * size_bytes)
 
 
-def _saved_in_descriptions(tasks: Mapping[str, tuple[Inputs, dict[str, torch.Tensor]]]) -> int:
-    from pipeline.adaptation.packing import describe
+def _saved_in_descriptions(tasks: Mapping[str, tuple[Inputs, dict[str, RankedPlaces]]]) -> int:
+    from pipeline.adaptation import RankedPlaces, SelectedIndex
+from pipeline.adaptation.packing import describe
 
     recipe = Recipe.model_validate({"connections": {"top_k": 1, "bits": 1}, "head": {"bits": 1}})
     descriptions = [
