@@ -25,8 +25,7 @@ from machine import describe_machine
 from packs_figure import draw
 
 from pipeline.adaptation import RankedPlaces, SelectedIndex
-from pipeline.adaptation import RankedPlaces, SelectedIndex
-from pipeline.adaptation.packing import SizePlanner
+from pipeline.adaptation.packing import SizePlanner, describe
 from pipeline.adaptation.ranking import kept_places
 from pipeline.adaptation.resident import ResidentBackbone
 from pipeline.adaptation.sites import weight_shapes
@@ -390,9 +389,6 @@ def _cost_beside(first: Selected, other: Selected, size_bytes: int) -> float:
 
 
 def _saved_in_descriptions(tasks: Mapping[str, tuple[Inputs, dict[str, RankedPlaces]]]) -> int:
-    from pipeline.adaptation import RankedPlaces, SelectedIndex
-from pipeline.adaptation.packing import describe
-
     recipe = Recipe.model_validate({"connections": {"top_k": 1, "bits": 1}, "head": {"bits": 1}})
     descriptions = [
         Description(metadata=describe(inputs.task, recipe, inputs.backbone, inputs.index.classes), parts=[], probe=2) for inputs, _ in tasks.values()
