@@ -63,11 +63,15 @@ def _call(url: str, method: str) -> Any:
     try:
         return getattr(filesystem, method)(path)
     except FileNotFoundError as error:  # what fsspec says, too, where a web server is silent or fails
-        raise error.__cause__ or error from None
+        raise (error.__cause__ if _is_web(url) and error.__cause__ else error) from None
+
+
+def _is_web(url: str) -> bool:
+    return url.startswith(("http://", "https://"))
 
 
 def _filesystem(url: str) -> tuple[Any, str]:
-    if not url.startswith(("http://", "https://")):
+    if not _is_web(url):
         return fsspec.core.url_to_fs(url)
     import aiohttp
 

@@ -86,7 +86,9 @@ class Registry:
     # --- writing ----------------------------------------------------------------------------------------------------------------------------
 
     def check_writable(self) -> None:
-        """Write a tag, so that a user who may only read is refused before hours of training. Raises RegistryRefused."""
+        """Write a tag to a server, so that a user who may only read is refused before hours of training. Raises RegistryRefused."""
+        if sqlite_path(self.tracking_uri) is not None:
+            return
         with registry_errors(self.tracking_uri):
             self.client.set_experiment_tag(self._experiment_id, "written_by", EXPERIMENT)
 

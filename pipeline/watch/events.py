@@ -45,7 +45,8 @@ class EventLog:
 
     def close(self) -> None:
         """Nothing is written after this."""
-        self._file.close()
+        with contextlib.suppress(OSError):  # what a full disk did not take before
+            self._file.close()
 
 
 class _QuietFile(RotatingFileHandler):
