@@ -21,10 +21,10 @@ import numpy as np
 from machine import describe_machine
 
 from pipeline.packs import Pack, read_pack
+from pipeline.packs.codebook import MAX_CODE_BITS
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "codes.json"
-MAX_CODE_BITS = 8
 
 
 def coded_bits(codes_N: np.ndarray, bits: int) -> float:

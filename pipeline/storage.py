@@ -19,6 +19,11 @@ from pipeline.errors import StorageError
 SEEN_SECONDS = 90
 
 
+def user_cache() -> Path:
+    """The folder of what this user's runs keep for later ones."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "taskpack"
+
+
 def write_json(path: Path, content: Any, *, indent: int | None = 1) -> None:
     """Write JSON atomically, making its folder; without `indent` several times faster.
 

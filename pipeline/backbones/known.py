@@ -6,11 +6,10 @@ A pack names its backbone by fingerprint, never by a path. Every run notes the c
 from __future__ import annotations
 
 import contextlib
-import os
 from pathlib import Path
 
 from pipeline.errors import StorageError
-from pipeline.storage import read_json, write_json
+from pipeline.storage import read_json, user_cache, write_json
 
 
 def remember(fingerprint: str, weights: str) -> None:
@@ -29,5 +28,4 @@ def recall(fingerprint: str) -> str | None:
 
 
 def _note() -> Path:
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(cache) / "taskpack" / "backbones.json"
+    return user_cache() / "backbones.json"

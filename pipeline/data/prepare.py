@@ -19,6 +19,7 @@ from pipeline.data.decode import decode_image
 from pipeline.data.drawn import drawn_source
 from pipeline.data.index import INDEX_NAME, DataIndex, ShardEntry, SplitName, read_index, write_index
 from pipeline.data.listed import json_source, lists_source
+from pipeline.data.remote import shard_store
 from pipeline.data.shards import Sample, samples_in, write_shards
 from pipeline.data.sources import Source, SourceSample, class_names, csv_source, digits_source, folder_source
 from pipeline.data.splits import split_samples
@@ -120,7 +121,10 @@ def _scan(url: str, classes: list[str] | None) -> ShardEntry:
             raise DataError(f"{url}: {key}.cls: label {label} is outside the {len(classes)} classes; expected 0 to {len(classes) - 1}")
         decode_image(image, _CHECK_SIZE_PX, f"{url}: {key}")
         labels.append(label)
-    return ShardEntry(path=url, samples=len(labels), size_bytes=len(content), sha256=sha256_hex(content), labels=labels)
+    sha256 = sha256_hex(content)
+    if is_url(url):
+        shard_store().keep(content, sha256)  # training need not fetch it again
+    return ShardEntry(path=url, samples=len(labels), size_bytes=len(content), sha256=sha256, labels=labels)
 
 
 def _check_shards_differ(entries: dict[SplitName, list[ShardEntry]]) -> None:

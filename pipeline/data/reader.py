@@ -101,11 +101,12 @@ class Reader:
 
         Raises DataError as `read`, when the shard's turn comes.
         """
-        numbers = list(dict.fromkeys(int(number) for samples in plan for number in samples[:, 0]))
-        remote = [shard for shard in (self.shards[number] for number in numbers) if is_url(shard.path) and not CACHE.holds(self._key(shard))]
-        if not remote:
+        if all(not is_url(shard.path) or CACHE.holds(self._key(shard)) for shard in self.shards):
             yield from map(self.read, plan)
             return
+        numbers, first_use = np.unique(np.concatenate(plan)[:, 0], return_index=True)
+        coming = [self.shards[number] for number in numbers[np.argsort(first_use)]]
+        remote = [shard for shard in coming if is_url(shard.path) and not CACHE.holds(self._key(shard))]
         with _Ahead(remote, self._content) as ahead:
             for samples in plan:
                 yield self.read(samples, ahead)

@@ -16,6 +16,7 @@ from filelock import FileLock
 
 from pipeline.data.urls import fetch, sha256_hex
 from pipeline.errors import DataError
+from pipeline.storage import user_cache
 
 FOLDER_VARIABLE = "TASKPACK_SHARDS"
 LIMIT_VARIABLE = "TASKPACK_SHARDS_GB"
@@ -42,11 +43,16 @@ class ShardStore:
             content = _kept(path, sha256)
             if content is None:
                 content = fetch_checked(url, sha256)
-                with contextlib.suppress(OSError):
-                    self._keep(path, content)
+                self.keep(content, sha256)
         return content
 
-    def _keep(self, path: Path, content: bytes) -> None:
+    def keep(self, content: bytes, sha256: str) -> None:
+        """Add a shard that was fetched already, where the folder takes it."""
+        with contextlib.suppress(OSError):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._write(self.folder / sha256, content)
+
+    def _write(self, path: Path, content: bytes) -> None:
         scratch = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
         try:
             scratch.write_bytes(content)
@@ -95,7 +101,7 @@ def fetch_checked(url: str, sha256: str) -> bytes:
 
 def shard_store() -> ShardStore:
     """The store of this machine: `$TASKPACK_SHARDS`, or a folder of the user's cache; `$TASKPACK_SHARDS_GB` bounds it. Raises DataError."""
-    folder = os.environ.get(FOLDER_VARIABLE) or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "taskpack" / "shards"
+    folder = os.environ.get(FOLDER_VARIABLE) or user_cache() / "shards"
     limit = os.environ.get(LIMIT_VARIABLE, str(DEFAULT_LIMIT_GB))
     try:
         return ShardStore(Path(folder), float(limit) * 1e9)
