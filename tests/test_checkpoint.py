@@ -68,7 +68,7 @@ def test_a_fit_that_dies_goes_on_and_gives_the_same_bytes(
         assert not (folder / CHECKPOINT_FILE).exists()
 
 
-@pytest.mark.parametrize("damage", ["cut", "foreign", "of another model"])
+@pytest.mark.parametrize("damage", ["cut", "one bit", "foreign", "of another model"])
 def test_a_checkpoint_that_cannot_be_used_is_a_fresh_start(
     damage: str, tiny_inputs: Inputs, selected: dict[str, RankedPlaces], steps: list[int], tmp_path: Path
 ) -> None:
@@ -80,6 +80,10 @@ def test_a_checkpoint_that_cannot_be_used_is_a_fresh_start(
     path = tmp_path / CHECKPOINT_FILE
     if damage == "cut":
         path.write_bytes(path.read_bytes()[:-100])
+    elif damage == "one bit":
+        content = bytearray(path.read_bytes())
+        content[-100] ^= 1
+        path.write_bytes(content)
     elif damage == "foreign":
         path.write_bytes(b"something else")
     steps[:] = [0, 1 << 30]
@@ -93,11 +97,11 @@ def test_a_full_disk_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     checkpoint = Checkpoint(tmp_path / "file" / "state", every_seconds=0)
     with pytest.raises(StorageError, match="cannot be written"):
-        checkpoint.save_if_due(Progress(), [parameter], torch.optim.AdamW([parameter]), [])
+        checkpoint.save_if_due(Progress(), torch.optim.AdamW([parameter]), [])
 
 
 def test_it_is_written_no_more_often_than_asked(tmp_path: Path) -> None:
     parameter = torch.nn.Parameter(torch.zeros(2))
     checkpoint = Checkpoint(tmp_path / "state", every_seconds=3600)
-    checkpoint.save_if_due(Progress(), [parameter], torch.optim.AdamW([parameter]), [])
+    checkpoint.save_if_due(Progress(), torch.optim.AdamW([parameter]), [])
     assert not list(tmp_path.iterdir())

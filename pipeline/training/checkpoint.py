@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from pipeline.backbones import fingerprint
 from pipeline.errors import StorageError
 
 EVERY_SECONDS = 60.0
@@ -44,28 +45,29 @@ class Checkpoint:
         """Seconds of this run, those before an interruption included."""
         return self._seconds_before + time.monotonic() - self._started
 
-    def restore(self, parameters: Sequence[torch.nn.Parameter], optimiser: torch.optim.Optimizer, generators: Sequence[torch.Generator]) -> Progress:
-        """Put the state that was saved last into `parameters`, `optimiser` and `generators`. A file that is missing or damaged is a fresh start."""
+    def restore(self, optimiser: torch.optim.Optimizer, generators: Sequence[torch.Generator]) -> Progress:
+        """Put the state saved last into `optimiser`, what it trains, and `generators`. A missing or damaged file is a fresh start."""
         try:
             with safe_open(self.path, "pt") as file:
                 tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+            if metadata["digest"] != fingerprint(tensors):
+                raise ValueError("damaged")
             progress = Progress(int(metadata["step"]), tensors["losses"].tolist(), float(metadata["seconds"]))
-            _put(tensors, parameters, optimiser, generators)
+            _put(tensors, optimiser, generators)
         except (OSError, SafetensorError, KeyError, ValueError, TypeError):
             return Progress()
         self._seconds_before = progress.seconds
         return progress
 
-    def save_if_due(
-        self, progress: Progress, parameters: Sequence[torch.nn.Parameter], optimiser: torch.optim.Optimizer, generators: Sequence[torch.Generator]
-    ) -> None:
+    def save_if_due(self, progress: Progress, optimiser: torch.optim.Optimizer, generators: Sequence[torch.Generator]) -> None:
         """Write the state, whole or not at all. Raises StorageError where the disk is full."""
         if time.monotonic() - self._written < self.every_seconds:
             return
         scratch = self.path.with_name(f".{self.path.name}.{os.getpid()}")
-        metadata = {"step": str(progress.step), "seconds": str(self.seconds())}
+        tensors = _state(progress, optimiser, generators)
+        metadata = {"step": str(progress.step), "seconds": str(self.seconds()), "digest": fingerprint(tensors)}
         try:
-            save_file(_state(progress, parameters, optimiser, generators), scratch, metadata)
+            save_file(tensors, scratch, metadata)
             os.replace(scratch, self.path)
         except (OSError, SafetensorError) as error:
             raise StorageError(f"{self.path}: cannot be written ({error}); free space, or choose another folder") from None
@@ -79,35 +81,32 @@ class Checkpoint:
         self.path.unlink(missing_ok=True)
 
 
-def _state(
-    progress: Progress, parameters: Sequence[torch.nn.Parameter], optimiser: torch.optim.Optimizer, generators: Sequence[torch.Generator]
-) -> dict[str, torch.Tensor]:
+def _trained(optimiser: torch.optim.Optimizer) -> list[torch.Tensor]:
+    return [parameter for group in optimiser.param_groups for parameter in group["params"]]
+
+
+def _state(progress: Progress, optimiser: torch.optim.Optimizer, generators: Sequence[torch.Generator]) -> dict[str, torch.Tensor]:
     tensors = {"losses": torch.tensor(progress.losses, dtype=torch.float64)}
-    for number, parameter in enumerate(parameters):
+    for number, parameter in enumerate(_trained(optimiser)):
         tensors[f"value.{number}"] = parameter.detach().clone()
         tensors |= {f"optimiser.{number}.{name}": torch.as_tensor(value).clone() for name, value in optimiser.state[parameter].items()}
     return tensors | {f"generator.{number}": generator.get_state() for number, generator in enumerate(generators)}
 
 
-def _put(
-    tensors: Mapping[str, torch.Tensor],
-    parameters: Sequence[torch.nn.Parameter],
-    optimiser: torch.optim.Optimizer,
-    generators: Sequence[torch.Generator],
-) -> None:
+@torch.no_grad()
+def _put(tensors: Mapping[str, torch.Tensor], optimiser: torch.optim.Optimizer, generators: Sequence[torch.Generator]) -> None:
     """`_state` back into its places, or nothing of it where any is missing or of another shape. Raises KeyError or ValueError."""
+    parameters = _trained(optimiser)
     values = [tensors[f"value.{number}"] for number in range(len(parameters))]
     states = [tensors[f"generator.{number}"] for number in range(len(generators))]
     if any(value.shape != parameter.shape for value, parameter in zip(values, parameters, strict=True)):
         raise ValueError("the state is of another model")
-    given = optimiser.state_dict()
     moments = {
         number: {name.split(".", 2)[2]: value for name, value in tensors.items() if name.startswith(f"optimiser.{number}.")}
         for number in range(len(parameters))
     }
-    optimiser.load_state_dict({**given, "state": moments})
+    optimiser.load_state_dict({**optimiser.state_dict(), "state": moments})
     for value, parameter in zip(values, parameters, strict=True):
-        with torch.no_grad():
-            parameter.copy_(value)
+        parameter.copy_(value)
     for state, generator in zip(states, generators, strict=True):
         generator.set_state(state)

@@ -47,8 +47,8 @@ def train_epochs(
     steps_per_epoch = len(training_batches(split, spec.batch_size, seed=seed, epoch=0))
     steps, warmup_steps = spec.epochs * steps_per_epoch, round(spec.warmup_epochs * steps_per_epoch)
     generator = torch.Generator().manual_seed(seed)
-    state = (list(model.values.parameters()), optimiser, [generator, *model.generators()])
-    progress = checkpoint.restore(*state) if checkpoint is not None else Progress()
+    generators = [generator, *model.generators()]
+    progress = checkpoint.restore(optimiser, generators) if checkpoint is not None else Progress()
     first_epoch, first_index = divmod(progress.step, steps_per_epoch)
     for epoch in range(first_epoch, spec.epochs):
         model.train()  # again in every epoch: the caller may have evaluated the model
@@ -65,7 +65,7 @@ def train_epochs(
             progress.step += 1
             progress.losses.append(loss)
             if checkpoint is not None:
-                checkpoint.save_if_due(progress, *state)
+                checkpoint.save_if_due(progress, optimiser, generators)
         yield sum(progress.losses) / len(progress.losses)
         first_index = 0
     model.eval()
