@@ -7,15 +7,13 @@ interruption redoes nothing that was finished.
 
 from __future__ import annotations
 
-import contextlib
-import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from pipeline.adaptation.packing import SizePlanner
-from pipeline.cluster import ray_session, session_logs
+from pipeline.cluster import session_logs
 from pipeline.errors import TaskpackError
 from pipeline.registrar import PATIENCE_SECONDS, Registrar
 from pipeline.registry.record import Champion, RegisteredPack
@@ -26,13 +24,13 @@ from pipeline.search.record import TrialRecord
 from pipeline.search.study import WORKER_DIED, Study, run_study
 from pipeline.selection import read_selection
 from pipeline.spec import Task
-from pipeline.stages import OnProgress, Placement, Stage, Stages, fit_worker, named_errors, no_progress
-from pipeline.storage import await_file, exclusive
+from pipeline.stages import OnProgress, Placement, Stage, Stages, fit_worker, named_errors, no_progress, work_folder
+from pipeline.storage import await_file
 from pipeline.training import Inputs, open_inputs
 from pipeline.training.fit import PACK_FILE, FitResult, read_fit
 from pipeline.watch.batch import BatchWatch, batch_name
 from pipeline.watch.state import state_file_name
-from pipeline.workspace import StudyFolder, Workspace
+from pipeline.workspace import StudyFolder
 
 if TYPE_CHECKING:
     from pipeline.registry.store import Registry
@@ -84,29 +82,26 @@ def run_batch(
         RegistryError: the registry cannot be reached, or not be written to.
         ClusterError: no cluster answers at `address`.
     """
-    workspace = Workspace(workdir.resolve())
-    with exclusive(workspace.root), contextlib.ExitStack() as stack:
-        workspace.clear_leftovers()
+    with work_folder(workdir, address) as (workspace, start_ray):
         registry = open_registry(registry_uri, workspace.root)
         registry.check_writable()
-        start_ray = functools.cache(lambda: stack.enter_context(ray_session(address)))
         batch, copies = batch_name(), []
         if address is not None:
             start_ray()
             copies = [session_logs() / state_file_name(batch)]
         names = [task.name for task in tasks]
-        watch = stack.enter_context(BatchWatch(workspace.root, batch, names, copies=copies, on_progress=on_progress))
-        driver = _Driver(
-            workspace=workspace,
-            registry=registry,
-            registry_patience_seconds=registry_patience_seconds,
-            start_ray=start_ray,
-            ray_is_private=address is None,
-            placement=placement or Placement(),
-            on_progress=watch.progress,
-            watch=watch,
-        )
-        return driver.run(tasks)
+        with BatchWatch(workspace.root, batch, names, copies=copies, on_progress=on_progress) as watch:
+            driver = _Driver(
+                workspace=workspace,
+                registry=registry,
+                registry_patience_seconds=registry_patience_seconds,
+                start_ray=start_ray,
+                ray_is_private=address is None,
+                placement=placement or Placement(),
+                on_progress=watch.progress,
+                watch=watch,
+            )
+            return driver.run(tasks)
 
 
 _Outcome = TypeVar("_Outcome")

@@ -7,8 +7,6 @@ its file. What is finished is kept in the work folder, so the same command goes 
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import itertools
 import random
 import time
@@ -19,18 +17,16 @@ from statistics import fmean, stdev
 from typing import Any
 
 from pipeline.adaptation.packing import SizePlanner
-from pipeline.cluster import ray_session
 from pipeline.errors import SpecError, TaskpackError, TrainingError
 from pipeline.search.record import TrialJournal, TrialRecord
 from pipeline.search.study import TrialResources
 from pipeline.search.trial import recipe_key, run_trial
 from pipeline.selection import read_selection
 from pipeline.spec import Method, Recipe, Task
-from pipeline.stages import OnProgress, Placement, Stages, fit_worker, named_errors, no_progress, one_at_a_time
-from pipeline.storage import exclusive
+from pipeline.stages import OnProgress, Placement, Stages, fit_worker, named_errors, no_progress, one_at_a_time, work_folder
 from pipeline.training import Inputs, open_inputs
 from pipeline.training.fit import FitResult, read_fit
-from pipeline.workspace import StudyFolder, Workspace
+from pipeline.workspace import StudyFolder
 
 NO_BUDGET = 1 << 62
 
@@ -123,10 +119,7 @@ def compare_methods(
                 f"{name}: search: its {method.search.size()} points are fewer than the {trials} trials that every method is tuned with; "
                 "add values, or lower --trials"
             )
-    workspace = Workspace(workdir.resolve())
-    with exclusive(workspace.root), contextlib.ExitStack() as stack:
-        workspace.clear_leftovers()
-        start_ray = functools.cache(lambda: stack.enter_context(ray_session(address)))
+    with work_folder(workdir, address) as (workspace, start_ray):
         if address is not None:
             start_ray()
         driver = _Driver(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import math
 import threading
 import traceback
@@ -16,14 +17,14 @@ from pipeline.adaptation import is_recomputable
 from pipeline.adaptation.packing import SizePlanner
 from pipeline.backbones import share
 from pipeline.backbones.known import remember
-from pipeline.cluster import WorkersDied, check_holds_group, ended_tasks, has_gpus, interruptible, is_connected, places, wait_for_node
+from pipeline.cluster import WorkersDied, check_holds_group, ended_tasks, has_gpus, interruptible, is_connected, places, ray_session, wait_for_node
 from pipeline.data import prepare, untrained_classes
 from pipeline.errors import ClusterError, SpecError, StorageError, TaskpackError
 from pipeline.search.proposer import LAG
 from pipeline.search.study import WORKER_DIED, WORKER_RETRIES, TrialResources, check_budget
 from pipeline.selection import read_selection, select, select_if_sooner
 from pipeline.spec import Recipe, Task
-from pipeline.storage import await_file
+from pipeline.storage import await_file, exclusive
 from pipeline.together import Together
 from pipeline.training import Inputs, open_inputs
 from pipeline.training.fit import fit
@@ -49,6 +50,19 @@ def one_at_a_time(on_progress: OnProgress) -> OnProgress:
             on_progress(task, stage, share, remark)
 
     return report
+
+
+@contextlib.contextmanager
+def work_folder(workdir: Path, address: str | None) -> Iterator[tuple[Workspace, Callable[[], None]]]:
+    """A run's work folder, held alone, and what makes sure that its Ray runs: that at `address`, or a private one, until the context is left.
+
+    Raises:
+        StorageError: the work folder cannot be used.
+    """
+    workspace = Workspace(workdir.resolve())
+    with exclusive(workspace.root), contextlib.ExitStack() as stack:
+        workspace.clear_leftovers()
+        yield workspace, functools.cache(lambda: stack.enter_context(ray_session(address)))
 
 
 @dataclass(frozen=True, kw_only=True)
