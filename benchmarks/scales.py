@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import functools
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -40,27 +39,18 @@ LEARNING_RATE = {"connections": 0.003, "adapter": 0.003}
 VARIANTS = ("32 bits", "16 bits", "16 bits, no mean")
 
 
-def without_mean(values_N: torch.Tensor, lengths_G: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Zero, and the root of the mean square, of each run."""
-    square_G = quantiser.run_sums(values_N.square(), lengths_G) / lengths_G
-    return torch.zeros(len(lengths_G)), square_G.clamp_min(quantiser.SMALLEST_VARIANCE).sqrt().to(values_N.dtype)
-
-
 @contextlib.contextmanager
 def variant(name: str) -> Iterator[None]:
     """Train with scales of this kind; only codes of 1 bit lose their mean."""
+    has_mean, quantise = not name.endswith("no mean"), values.quantise
+
+    def patched(latent_N: torch.Tensor, lengths_G: torch.Tensor, bits: Any, codebook: Any, _: bool) -> torch.Tensor:
+        return quantise(latent_N, lengths_G, bits, codebook, has_mean or bits > 1)
+
     with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.object(values, "quantise", patched))
         if name == "32 bits":
             stack.enter_context(mock.patch.object(quantiser, "_as_stored", lambda statistic_G: statistic_G))
-        if name.endswith("no mean"):
-            whole, low = quantiser.statistics, functools.partial(mock.patch.object, quantiser, "statistics")
-            quantise = values.quantise
-
-            def patched(latent_N: torch.Tensor, lengths_G: torch.Tensor, bits: Any, codebook: Any) -> torch.Tensor:
-                with low(without_mean if bits == 1 else whole):
-                    return quantise(latent_N, lengths_G, bits, codebook)
-
-            stack.enter_context(mock.patch.object(values, "quantise", patched))
         yield
 
 

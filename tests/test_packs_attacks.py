@@ -121,7 +121,7 @@ def test_an_empty_file_is_truncated() -> None:
         read_pack(b"")
 
 
-@pytest.mark.parametrize(("version", "message"), [("4", "upgrade"), ("17", "upgrade"), ("9" * 5000, "upgrade"), ("1", "run its task again")])
+@pytest.mark.parametrize(("version", "message"), [("5", "upgrade"), ("17", "upgrade"), ("9" * 5000, "upgrade"), ("1", "run its task again")])
 def test_another_version_is_told_apart_from_damage(version: str, message: str) -> None:
     header = header_of(DATA)
     header["__metadata__"] |= {"version": version, "novelty": "unknown to us"}

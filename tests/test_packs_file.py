@@ -5,6 +5,7 @@ import hashlib
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +86,7 @@ def assert_same(left: Pack, right: Pack) -> None:
     np.testing.assert_array_equal(left.probe_logits, right.probe_logits)
     assert len(left.parts) == len(right.parts)
     for one, other in zip(left.parts, right.parts, strict=True):
-        for name in ("name", "bits", "tensors", "layers", "recomputed", "codebook", "by_row", "scale_bits"):
+        for name in ("name", "bits", "tensors", "layers", "recomputed", "codebook", "by_row", "scale_bits", "has_mean"):
             assert getattr(one, name) == getattr(other, name)
         for name in ("codes", "scales"):
             np.testing.assert_array_equal(getattr(one, name), getattr(other, name), strict=True)
@@ -218,8 +219,26 @@ def test_a_pack_of_version_2_is_read_and_written_anew_with_the_scales_it_had() -
             np.testing.assert_array_equal(part.scales.astype(np.float16), same.scales)
             assert (part.scales != same.scales).any()
     again = pack_to_bytes(old)
-    assert b'"version":"3"' in again
+    assert b'"version":"4"' in again
     assert_same(read_pack(again), old)
+
+
+def test_a_pack_of_version_3_is_read_as_it_was() -> None:
+    old = read_pack(Path(__file__).parent / "data" / "example.version3.taskpack")
+    assert_same(old, example_pack())
+
+
+def test_a_part_without_means_takes_two_bytes_less_a_matrix() -> None:
+    part = random_part("connections", 1, np.random.default_rng(0))
+    assert part.scales is not None
+    scales = np.where([False, True], part.scales, np.float32(0))
+    centred, plain = (
+        Pack(example_metadata(), (replace(part, scales=scales, has_mean=has_mean),), np.zeros((2, 5), np.float32)) for has_mean in (True, False)
+    )
+    assert_same(read_pack(pack_to_bytes(plain)), plain)
+    assert ledger(centred)["values"] - ledger(plain)["values"] == 2 * part.groups
+    with pytest.raises(PackDamaged, match="mean that is not 0"):
+        replace(part, has_mean=False)
 
 
 # --- the file system ------------------------------------------------------------------------------------------------------------------------

@@ -52,11 +52,18 @@ def half(number: float) -> float:
     return float(np.float16(number))
 
 
-def slow_quantise(tensor: torch.Tensor, bits: int) -> tuple[list[int], list[float]]:
+def slow_scales(group: list[float], has_mean: bool) -> tuple[float, float]:
+    """Mean and standard deviation, or 0 and the root of the mean square."""
+    if has_mean:
+        return statistics.fmean(group), statistics.stdev(group)
+    return 0.0, statistics.fmean([value * value for value in group]) ** 0.5
+
+
+def slow_quantise(tensor: torch.Tensor, bits: int, has_mean: bool) -> tuple[list[int], list[float]]:
     """Codes and stored values, number by number in double precision."""
     codes, values = [], []
     for group in groups(tensor):
-        mean, deviation = statistics.fmean(group), statistics.stdev(group)
+        mean, deviation = slow_scales(group, has_mean)
         for value in group:
             z = (value - mean) / (deviation + 1e-5)
             code = min(range(2**bits), key=lambda code: abs(codebook(bits)[code] - z))
@@ -65,16 +72,18 @@ def slow_quantise(tensor: torch.Tensor, bits: int) -> tuple[list[int], list[floa
     return codes, values
 
 
+@pytest.mark.parametrize("has_mean", [True, False])
 @pytest.mark.parametrize("bits", LOW_BITS)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_every_value_becomes_the_nearest_level(shape: tuple[int, ...], bits: Bits) -> None:
+def test_every_value_becomes_the_nearest_level(shape: tuple[int, ...], bits: Bits, has_mean: bool) -> None:
     latent = draw(shape)
-    codes, values = slow_quantise(latent, bits)
-    stored_codes, scales = encode(latent.reshape(-1), lengths(latent), bits)
+    codes, values = slow_quantise(latent, bits, has_mean)
+    stored_codes, scales = encode(latent.reshape(-1), lengths(latent), bits, has_mean=has_mean)
     assert stored_codes.tolist() == codes
-    torch.testing.assert_close(quantise(latent.reshape(-1), lengths(latent), bits), torch.tensor(values), rtol=0, atol=3e-5)
+    used = quantise(latent.reshape(-1), lengths(latent), bits, has_mean=has_mean)
+    torch.testing.assert_close(used, torch.tensor(values), rtol=0, atol=3e-5)
     assert scales is not None
-    expected = [[statistics.fmean(group), statistics.stdev(group)] for group in groups(latent)]
+    expected = [slow_scales(group, has_mean) for group in groups(latent)]
     np.testing.assert_allclose(scales, expected, rtol=2**-11, atol=1e-7)
     assert scales.tolist() == scales.astype(np.float16).tolist()
 
@@ -113,16 +122,16 @@ def test_sixteen_and_thirty_two_bits_are_floats(bits: Bits, kind: type[np.generi
 # --- gradient -------------------------------------------------------------------------------------------------------------------------------
 
 
-def slow_gradient(latent: torch.Tensor, bits: int, gradient: torch.Tensor) -> list[float]:
+def slow_gradient(latent: torch.Tensor, bits: int, gradient: torch.Tensor, has_mean: bool = True) -> list[float]:
     """d sum_i g_i w_hat_i / d w_j, with w_hat_i = L_i s + m, dL_i := dz_i (straight through), by the chain rule in loops."""
     result = []
     for group, outer in zip(groups(latent), groups(gradient), strict=True):
-        count, mean, deviation = len(group), statistics.fmean(group), statistics.stdev(group)
+        count, (mean, deviation) = len(group), slow_scales(group, has_mean)
         z = [(value - mean) / (deviation + EPSILON) for value in group]
         level = [min(codebook(bits), key=lambda level, z=z_i: abs(level - z)) for z_i in z]
         for j in range(count):
-            d_mean = 1 / count
-            d_deviation = (group[j] - mean) / ((count - 1) * deviation)
+            d_mean = 1 / count if has_mean else 0.0
+            d_deviation = (group[j] - mean) / ((count - 1 if has_mean else count) * deviation)
             total = 0.0
             for i in range(count):
                 d_z = ((i == j) - d_mean) / (deviation + EPSILON) - (group[i] - mean) * d_deviation / (deviation + EPSILON) ** 2
@@ -131,24 +140,27 @@ def slow_gradient(latent: torch.Tensor, bits: int, gradient: torch.Tensor) -> li
     return result
 
 
+@pytest.mark.parametrize("has_mean", [True, False])
 @pytest.mark.parametrize("bits", LOW_BITS)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_the_gradient_is_straight_through_and_flows_through_mean_and_deviation(shape: tuple[int, ...], bits: Bits) -> None:
+def test_the_gradient_is_straight_through_and_flows_through_mean_and_deviation(shape: tuple[int, ...], bits: Bits, has_mean: bool) -> None:
     latent, gradient = draw(shape).requires_grad_(), draw(shape, seed=9)
-    quantise(latent.reshape(-1), lengths(latent), bits).backward(gradient.reshape(-1))
+    quantise(latent.reshape(-1), lengths(latent), bits, has_mean=has_mean).backward(gradient.reshape(-1))
     assert latent.grad is not None
-    torch.testing.assert_close(latent.grad.reshape(-1), torch.tensor(slow_gradient(latent.detach(), bits, gradient)), rtol=1e-3, atol=1e-4)
+    expected = torch.tensor(slow_gradient(latent.detach(), bits, gradient, has_mean))
+    torch.testing.assert_close(latent.grad.reshape(-1), expected, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("has_mean", [True, False])
 @pytest.mark.parametrize("bits", LOW_BITS)
-def test_the_gradient_is_right_where_values_are_as_small_as_epsilon(bits: Bits) -> None:
+def test_the_gradient_is_right_where_values_are_as_small_as_epsilon(bits: Bits, has_mean: bool) -> None:
     """Changes start this small: there d w_hat / d mean is not next to nothing."""
     latents, gradients = ([draw(shape, seed + number) for number, shape in enumerate(SHAPES)] for seed in (0, 9))
     small = [latent * 1e-4 for latent in latents]
     vector = joined(small).requires_grad_()
-    quantise(vector, lengths(*small), bits).backward(joined(gradients))
+    quantise(vector, lengths(*small), bits, has_mean=has_mean).backward(joined(gradients))
     assert vector.grad is not None
-    expected = [number for latent, gradient in zip(small, gradients, strict=True) for number in slow_gradient(latent, bits, gradient)]
+    expected = [number for latent, gradient in zip(small, gradients, strict=True) for number in slow_gradient(latent, bits, gradient, has_mean)]
     torch.testing.assert_close(vector.grad, torch.tensor(expected), rtol=1e-3, atol=1e-4)
 
 
@@ -180,12 +192,13 @@ MIXED = (
     PlannedTensor("connections", "first", (15,), 4, (3, 9)),
     PlannedTensor("biases", "first", (7,), 16),
     PlannedTensor("norms", "norm.weight", (6,), 1),
+    PlannedTensor("connections", "second", (8,), 1, (4, 9), has_mean=False),
     PlannedTensor("adapters", "bank.up", (3, 2, 4), 1),
     PlannedTensor("norms", "norm.bias", (6,), 1),
     PlannedTensor("head", "head.weight", (2, 4), 32),
     PlannedTensor("head", "head.bias", (2,), 16),
 )
-WIDTHS = (1, 4, 16, 32)
+KINDS = ((1, False), (1, True), (4, True), (16, True), (32, True))  # bits, has_mean
 
 
 def draw_mixed(seed: int = 0) -> dict[PlannedTensor, torch.Tensor]:
@@ -196,14 +209,14 @@ def only(shape: tuple[int, ...], bits: Bits) -> PlannedTensor:
     return PlannedTensor("head", "only", shape, bits)
 
 
-def test_an_optimiser_sees_one_parameter_a_width_in_the_plans_order() -> None:
+def test_an_optimiser_sees_one_parameter_a_way_of_rounding_in_the_plans_order() -> None:
     initial = draw_mixed()
     values = TrainedValues(initial)
     assert values.tensors == MIXED
     latents = [parameter for parameter in values.parameters() if parameter.requires_grad]
-    assert len(latents) == len(list(values.parameters())) == len(WIDTHS)
-    for bits, latent in zip(WIDTHS, latents, strict=True):
-        assert torch.equal(latent.detach(), joined([initial[tensor] for tensor in MIXED if tensor.bits == bits]))
+    assert len(latents) == len(list(values.parameters())) == len(KINDS)
+    for kind, latent in zip(KINDS, latents, strict=True):
+        assert torch.equal(latent.detach(), joined([initial[tensor] for tensor in MIXED if (tensor.bits, tensor.has_mean) == kind]))
 
 
 def test_every_tensor_is_quantised_at_its_own_width_and_each_of_its_matrices_alone() -> None:
@@ -216,7 +229,7 @@ def test_every_tensor_is_quantised_at_its_own_width_and_each_of_its_matrices_alo
         if tensor.bits >= 16:
             assert torch.equal(values, latent.half().float() if tensor.bits == 16 else latent), tensor
         else:
-            torch.testing.assert_close(values.reshape(-1), torch.tensor(slow_quantise(latent, tensor.bits)[1]), rtol=0, atol=3e-5)
+            torch.testing.assert_close(values.reshape(-1), torch.tensor(slow_quantise(latent, tensor.bits, tensor.has_mean)[1]), rtol=0, atol=3e-5)
 
 
 @pytest.mark.parametrize("tensor", MIXED, ids=lambda tensor: f"{tensor.part} {tensor.name}")
@@ -241,11 +254,14 @@ def test_gradients_reach_the_latent_values_of_their_own_tensor() -> None:
     used = values()
     torch.autograd.backward([used[tensor] for tensor in MIXED], [outer[tensor] for tensor in MIXED])
     expected = {
-        tensor: torch.tensor(slow_gradient(initial[tensor], tensor.bits, outer[tensor])) if tensor.bits < 16 else outer[tensor] for tensor in MIXED
+        tensor: torch.tensor(slow_gradient(initial[tensor], tensor.bits, outer[tensor], tensor.has_mean)) if tensor.bits < 16 else outer[tensor]
+        for tensor in MIXED
     }
-    for bits, latent in zip(WIDTHS, values.parameters(), strict=True):
+    for kind, latent in zip(KINDS, values.parameters(), strict=True):
         assert latent.grad is not None
-        torch.testing.assert_close(latent.grad, joined([expected[tensor] for tensor in MIXED if tensor.bits == bits]), rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(
+            latent.grad, joined([expected[tensor] for tensor in MIXED if (tensor.bits, tensor.has_mean) == kind]), rtol=1e-3, atol=1e-4
+        )
 
 
 def test_what_is_encoded_is_what_training_used() -> None:
@@ -260,7 +276,7 @@ def test_what_is_encoded_is_what_training_used() -> None:
             assert codes.tolist() == used[tensor].tolist()
         else:
             assert scales is not None
-            assert codes.tolist() == slow_quantise(initial[tensor], tensor.bits)[0]
+            assert codes.tolist() == slow_quantise(initial[tensor], tensor.bits, tensor.has_mean)[0]
             assert scales.shape == (tensor.shape[0] if len(tensor.shape) == 3 else 1, 2)
             np.testing.assert_allclose(dequantise(codes, scales, tensor.bits), used[tensor].numpy(), rtol=1e-6, atol=1e-7)
 

@@ -169,7 +169,11 @@ def probe_logits(model: AdaptedModel, size_px: int) -> np.ndarray:
 
 def _groups(tensors: Sequence[PlannedTensor]) -> list[list[PlannedTensor]]:
     """Neighbours of one part, stored alike, share a part of the file."""
-    return [list(group) for _, group in itertools.groupby(tensors, key=lambda tensor: (tensor.part, tensor.bits, tensor.codebook, tensor.by_row))]
+
+    def kind(tensor: PlannedTensor) -> tuple[object, ...]:
+        return tensor.part, tensor.bits, tensor.codebook, tensor.by_row, tensor.has_mean
+
+    return [list(group) for _, group in itertools.groupby(tensors, kind)]
 
 
 def _specs(group: list[PlannedTensor]) -> tuple[PartName, PartBits, tuple[TensorSpec, ...], tuple[tuple[int, int], ...]]:
@@ -179,7 +183,7 @@ def _specs(group: list[PlannedTensor]) -> tuple[PartName, PartBits, tuple[Tensor
 
 def _zeros(group: list[PlannedTensor], positions: tuple[np.ndarray, ...] = (), recomputed: bool = False) -> Part:
     name, bits, specs, layers = _specs(group)
-    return zero_part(name, bits, specs, positions, layers, recomputed, codebook=group[0].codebook, by_row=group[0].by_row)
+    return zero_part(name, bits, specs, positions, layers, recomputed, group[0].codebook, group[0].by_row, group[0].has_mean)
 
 
 def _as_places(places_N: torch.Tensor) -> np.ndarray:
@@ -206,6 +210,7 @@ def _part(
         recomputed=bool(layers) and recomputed,
         codebook=group[0].codebook,
         by_row=group[0].by_row,
+        has_mean=group[0].has_mean,
     )
 
 

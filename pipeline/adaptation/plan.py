@@ -58,10 +58,11 @@ def plan(backbone: LoadedBackbone, recipe: Recipe, class_count: int, selected: S
 
 
 def _stored_as(tensor: PlannedTensor, spec: Quantiser) -> PlannedTensor:
-    """The tensor with the recipe's way of rounding, where it is rounded to codes."""
+    """The tensor with the recipe's way of rounding, where it is rounded to codes. A mean of connections of one bit is noise: benchmarks/scales.py."""
     if tensor.bits >= 16:
         return tensor
-    return replace(tensor, codebook=spec.codebook, by_row=spec.scales == "row" and len(tensor.shape) > 1)
+    has_mean = tensor.part != "connections" or tensor.bits > 1
+    return replace(tensor, codebook=spec.codebook, by_row=spec.scales == "row" and len(tensor.shape) > 1, has_mean=has_mean)
 
 
 _MLP_BLOCKS = "it needs blocks with a norm before an MLP (mlp.fc1)"

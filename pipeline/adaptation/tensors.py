@@ -22,7 +22,8 @@ _DEVIATIONS = {"near_zero": 1e-3, "unit": 1.0, "head": 0.02}
 class PlannedTensor:
     """One trained tensor. `layer` is (neurons, inputs of a neuron) of the layer whose connections these are, None for other parts.
 
-    codebook, by_row: what its codes stand for below 16 bits, and whether every row of a matrix has a mean and an sd of its own.
+    codebook, by_row, has_mean: what its codes stand for below 16 bits, whether every row of a matrix has scales of its own, and whether a mean is one
+    of the scales beside the sd.
     """
 
     part: PartName
@@ -33,6 +34,7 @@ class PlannedTensor:
     start: Start = "change"
     codebook: Codebook = "median"
     by_row: bool = False
+    has_mean: bool = True
 
     @property
     def values(self) -> int:

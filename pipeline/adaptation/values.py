@@ -1,4 +1,4 @@
-"""All trained values of a model: one flat parameter for each bit width, handed to the modules as named tensors before every forward pass.
+"""All trained values of a model: one flat parameter for each way of rounding, handed to the modules as named tensors before every forward pass.
 
 An optimiser sees one to three parameters instead of a hundred, and quantising costs a few operations a step, whatever the number of layers.
 """
@@ -13,11 +13,12 @@ from torch import nn
 
 from pipeline.adaptation.quantiser import encode, quantise
 from pipeline.adaptation.tensors import PlannedTensor
+from pipeline.packs import Codebook
 from pipeline.spec import Bits
 
 
 class FlatValues(nn.Module):
-    """The trained values of one bit width, in the plan's order."""
+    """The trained values that are rounded alike, in the plan's order."""
 
     lengths_G: torch.Tensor
 
@@ -26,20 +27,20 @@ class FlatValues(nn.Module):
         self.tensors = tuple(tensors)
         self.bits: Bits = tensors[0].bits
         self.latent_N = nn.Parameter(torch.cat([values.reshape(-1) for values in initial]))
-        self.codebook = tensors[0].codebook
+        self.codebook, self.has_mean = tensors[0].codebook, tensors[0].has_mean
         runs = [tensor.values // tensor.runs for tensor in tensors for _ in range(tensor.runs)]
         self.register_buffer("lengths_G", torch.tensor(runs), persistent=False)
         self.is_stored = False
 
     def forward(self) -> list[torch.Tensor]:
         """Each tensor's values as they are, or will be, stored."""
-        values_N = self.latent_N if self.is_stored else quantise(self.latent_N, self.lengths_G, self.bits, self.codebook)
+        values_N = self.latent_N if self.is_stored else quantise(self.latent_N, self.lengths_G, self.bits, self.codebook, self.has_mean)
         pieces = values_N.split([tensor.values for tensor in self.tensors])
         return [piece.view(tensor.shape) for piece, tensor in zip(pieces, self.tensors, strict=True)]
 
     def encode(self) -> dict[PlannedTensor, tuple[np.ndarray, np.ndarray | None]]:
         """For each tensor its flat codes and, below 16 bits, its scales [runs, 2]."""
-        codes_N, scales_G2 = encode(self.latent_N, self.lengths_G, self.bits, self.codebook)
+        codes_N, scales_G2 = encode(self.latent_N, self.lengths_G, self.bits, self.codebook, self.has_mean)
         codes = np.split(codes_N, np.cumsum([tensor.values for tensor in self.tensors])[:-1])
         if scales_G2 is None:
             return {tensor: (code, None) for tensor, code in zip(self.tensors, codes, strict=True)}
@@ -53,14 +54,18 @@ class FlatValues(nn.Module):
         self.is_stored = True
 
 
+def _kind(tensor: PlannedTensor) -> tuple[Bits, Codebook, bool]:
+    return tensor.bits, tensor.codebook, tensor.has_mean
+
+
 class TrainedValues(nn.Module):
     """Every trained tensor of a model."""
 
     def __init__(self, initial: Mapping[PlannedTensor, torch.Tensor]) -> None:
         super().__init__()
         self.tensors = tuple(initial)
-        kinds = sorted({(tensor.bits, tensor.codebook) for tensor in initial})
-        groups = [[tensor for tensor in initial if (tensor.bits, tensor.codebook) == kind] for kind in kinds]
+        kinds = sorted({_kind(tensor) for tensor in initial})
+        groups = [[tensor for tensor in initial if _kind(tensor) == kind] for kind in kinds]
         self.flat = nn.ModuleList([FlatValues(group, [initial[tensor] for tensor in group]) for group in groups])
 
     def forward(self) -> dict[PlannedTensor, torch.Tensor]:

@@ -20,7 +20,7 @@ from pipeline.errors import PackDamaged, PackForeign, PackTruncated, PackVersion
 from pipeline.packs.metadata import FORMAT_VERSION
 
 MAX_HEADER_BYTES = 1_000_000
-READ_VERSIONS = (2, FORMAT_VERSION)
+READ_VERSIONS = (2, 3, FORMAT_VERSION)
 DIGEST_BYTES = 32
 _FORMAT = "taskpack"
 _LENGTH_BYTES = 8

@@ -36,6 +36,7 @@ class PartLayout(BaseModel):
     codebook: Codebook = "median"
     by_row: bool = False
     scale_bits: ScaleBits = 16
+    has_mean: bool = True
 
 
 class Description(BaseModel):
@@ -58,7 +59,7 @@ class Description(BaseModel):
 
     @classmethod
     def from_bytes(cls, data: bytes, version: int = FORMAT_VERSION) -> Description:
-        """Read `to_bytes`; in version 2 all scales were of 32 bits. Raises PackDamaged, naming the first key at fault."""
+        """Read `to_bytes`; in version 2 all scales were of 32 bits, in 2 and 3 all had a mean. Raises PackDamaged, naming the first key at fault."""
         inflater = zlib.decompressobj(-zlib.MAX_WBITS, zdict=_DICTIONARY)
         try:
             # bounded: a few bytes can inflate to a thousand times as many

@@ -7,7 +7,7 @@ The content of the container (container.py):
     for each part, in the description's order
               positions (positions.py), for connections
               codes: bits a code, end to end, the last byte filled with zeros (bits.py); or the values in float16 or float32, little-endian
-              scales: float16 or float32 (mean, sd) of each matrix, for codes of up to 8 bits
+              scales: float16 or float32 (mean, sd) of each matrix, or its sd alone, for codes of up to 8 bits
     the rest  float16 [P, C]: logits of the probe images, by which a reloaded model is verified
 
 Legend: P probe images, C classes.
@@ -109,7 +109,7 @@ def _sections(pack: Pack) -> tuple[list[tuple[str, bytes]], Description]:
     for part in pack.parts:
         key = "values" if part.name == "connections" else part.name
         codes = part.codes.astype(part.codes.dtype.newbyteorder("<")).tobytes() if part.scales is None else pack_codes(part.codes, part.bits)
-        scales = b"" if part.scales is None else part.scales.astype(_SCALES[part.scale_bits]).tobytes()
+        scales = b"" if part.scales is None else part.scales[:, 0 if part.has_mean else 1 :].astype(_SCALES[part.scale_bits]).tobytes()
         sections += [("positions", part.encoded_positions), (key, codes), (key, scales)]
         layouts.append(_layout(part))
     sections.append(("probe", pack.probe_logits.astype("<f2").tobytes()))
@@ -126,6 +126,7 @@ def _layout(part: Part) -> PartLayout:
         codebook=part.codebook,
         by_row=part.by_row,
         scale_bits=part.scale_bits,
+        has_mean=part.has_mean,
     )
 
 
@@ -195,7 +196,9 @@ def _read_part(layout: PartLayout, content: _Content) -> Part:
     scales = None
     if layout.bits <= MAX_CODE_BITS:
         codes: NDArray[Any] = unpack_codes(content.take(packed_size_bytes(count, layout.bits)), count, layout.bits).astype(np.uint8)
-        scales = content.array(_SCALES[layout.scale_bits], groups * 2).reshape(groups, 2).astype(np.float32)
+        scales = np.zeros((groups, 2), np.float32)
+        stored = scales[:, 0 if layout.has_mean else 1 :]
+        stored[:] = content.array(_SCALES[layout.scale_bits], stored.size).reshape(stored.shape)
     else:
         codes = content.array("<f2" if layout.bits == 16 else "<f4", count)
     positions: tuple[NDArray[np.int64], ...] = ()
@@ -218,4 +221,5 @@ def _read_part(layout: PartLayout, content: _Content) -> Part:
         layout.codebook,
         layout.by_row,
         layout.scale_bits,
+        layout.has_mean,
     )

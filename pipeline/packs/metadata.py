@@ -13,7 +13,7 @@ from typing_extensions import TypedDict
 
 from pipeline.errors import PackError
 
-FORMAT_VERSION: Final = 3
+FORMAT_VERSION: Final = 4
 
 Channels = tuple[float, float, float]
 Positive = Annotated[float, Field(gt=0)]

@@ -1,10 +1,12 @@
 """A part: the trained tensors of one kind that share a bit width, as the codes that the file stores.
 
 Up to 8 bits a tensor is codes of a fixed codebook with one (mean, sd) for each trailing 2-D matrix: a bank of experts [E, h, D] has E pairs, a
-matrix or a vector one; `by_row`, every row of a matrix has its own. Scales are floats of 16 bits, or of 32 where another program wrote them. At 16
-and 32 bits the codes are the values themselves. Connections also carry their positions: tensor n, of shape [N], holds the values at the ascending
-places `positions[n]` [N] of a weight of `layers[n]` = (O, I), seen as one row-major [O, I] matrix. Positions that a reader computes anew from the
-backbone (the largest weights, say) are not stored: `recomputed`.
+matrix or a vector one; `by_row`, every row of a matrix has its own. Scales are floats of 16 bits, or of 32 where another program wrote them. A part
+without `has_mean` keeps each sd alone: its means are 0. At 16 and 32 bits the codes are the values themselves.
+
+Connections also carry their positions: tensor n, of shape [N], holds the values at the ascending places `positions[n]` [N] of a weight of
+`layers[n]` = (O, I), seen as one row-major [O, I] matrix. Positions that a reader computes anew from the backbone (the largest weights, say) are not
+stored: `recomputed`.
 
 A conceptual part may mix widths (a head's weight at 1 bit, its bias at 16): it is then several Parts of one name.
 
@@ -70,6 +72,7 @@ class Part:
     codebook: Codebook = "median"
     by_row: bool = False
     scale_bits: ScaleBits = 16
+    has_mean: bool = True
 
     def __post_init__(self) -> None:
         self._require(self.name in PART_NAMES, f"expected one of {', '.join(PART_NAMES)}")
@@ -142,6 +145,7 @@ class Part:
         self._require(given == (np.dtype(np.float32), expected), f"expected float32 scales of shape {list(expected)}; given {given}")
         assert self.scales is not None
         self._require(bool(np.isfinite(self.scales).all() and (self.scales[:, 1] >= 0).all()), "scales must be finite, and each sd at least 0")
+        self._require(self.has_mean or not self.scales[:, 0].any(), "a mean that is not 0 in a part without means")
         if self.scale_bits == 16:
             with np.errstate(over="ignore"):
                 self._require(np.array_equal(self.scales.astype(np.float16), self.scales), "scales of 16 bits must be float16 numbers")
@@ -169,11 +173,12 @@ def zero_part(
     recomputed: bool = False,
     codebook: Codebook = "median",
     by_row: bool = False,
+    has_mean: bool = True,
 ) -> Part:
     """A part of these shapes and positions with codes and scales 0; it takes as many bytes as the trained one."""
     count, groups = sum(tensor.count for tensor in tensors), sum(tensor.groups(by_row) for tensor in tensors)
     scales = np.zeros((groups, 2), np.float32) if bits <= MAX_CODE_BITS else None
-    return Part(name, bits, tensors, np.zeros(count, code_dtype(bits)), scales, positions, layers, recomputed, codebook, by_row)
+    return Part(name, bits, tensors, np.zeros(count, code_dtype(bits)), scales, positions, layers, recomputed, codebook, by_row, has_mean=has_mean)
 
 
 def code_dtype(bits: int) -> type[np.generic]:
