@@ -17,6 +17,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipeline.packs import FORMAT_VERSION
 from pipeline.search.record import TrialJournal
 from pipeline.selection import selection_key
 from pipeline.training import Inputs
@@ -49,8 +50,8 @@ class Workspace:
         return self.root / "selections" / f"{selection_key(inputs, top_k)}.safetensors"
 
     def study(self, inputs: Inputs, top_k: int) -> StudyFolder:
-        """The study of a task; trials with equal inputs and selection share it, whatever space or budget led to them."""
-        seed = json.dumps([selection_key(inputs, top_k), inputs.task.metric, inputs.task.seed])
+        """The study of a task; trials with equal inputs, selection and pack format share it, whatever space or budget led to them."""
+        seed = json.dumps([FORMAT_VERSION, selection_key(inputs, top_k), inputs.task.metric, inputs.task.seed])
         return StudyFolder(self.root / "studies" / f"{inputs.task.name}-{hashlib.sha256(seed.encode()).hexdigest()[:12]}")
 
 
