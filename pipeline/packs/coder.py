@@ -126,7 +126,9 @@ def share(weights_TA: Integers, total: int) -> Integers:
     """Split `total` in proportion to each row of weights: whole numbers whose sum is `total` exactly. Every row needs a positive weight."""
     cumulated_TA = weights_TA.cumsum(axis=1)
     assert int(cumulated_TA[:, -1].max()) >> MAX_WEIGHT_BITS == 0
-    return np.diff(cumulated_TA * total // cumulated_TA[:, -1:], axis=1, prepend=0)
+    shares_TA = cumulated_TA * total // cumulated_TA[:, -1:]
+    shares_TA[:, 1:] -= shares_TA[:, :-1].copy()
+    return shares_TA
 
 
 def _tables(weights_TA: Integers) -> NDArray[np.float32]:

@@ -18,6 +18,8 @@ Q distinct tables of a call.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -127,10 +129,7 @@ class _Walk:
         """All columns [N]."""
         lengths_T = np.bincount(self.rows.track_G, minlength=len(self.rows.columns_T))
         start_T = lengths_T.cumsum() - lengths_T
-        bounds = [block_bounds(int(length), int(segment)) for length, segment in zip(lengths_T, self.rows.segment_rows_T, strict=True)]
-        for number in range(max(len(each) for each in bounds) - 1):
-            tracks_M = np.array([track for track, each in enumerate(bounds) if len(each) > number + 1])
-            from_M, to_M = (np.array([bounds[track][number + side] for track in tracks_M]) for side in (0, 1))
+        for tracks_M, from_M, to_M in _blocks_together(lengths_T, self.rows.segment_rows_T):
             rows_R = self.order_G[runs(start_T[tracks_M] + from_M, to_M - from_M)]
             owner_R = np.repeat(np.arange(len(tracks_M)), to_M - from_M)
             step = _Step(tracks_M, self.statistics.kinds_T[tracks_M], rows_R, owner_R, self.rows.counts_G[rows_R])
@@ -284,7 +283,23 @@ def _power(base_QA: Integers, exponent_Q: Integers) -> Integers:
     return result_QA
 
 
-def block_bounds(rows: int, segment_rows: int) -> list[int]:
+def _blocks_together(lengths_T: Integers, segment_rows_T: Integers) -> Iterator[tuple[Integers, Integers, Integers]]:
+    """For each number of a block the tracks [M] that have so many, and from which of their rows to which it goes [M]."""
+    bounds = [block_bounds(*each) for each in zip(lengths_T.tolist(), segment_rows_T.tolist(), strict=True)]
+    blocks_T = np.array([len(each) - 1 for each in bounds])
+    number_B = runs(np.zeros_like(blocks_T), blocks_T)
+    by_number_B = np.argsort(number_B, kind="stable")
+    columns = (
+        np.repeat(np.arange(len(bounds)), blocks_T),
+        np.concatenate([each[:-1] for each in bounds]),
+        np.concatenate([each[1:] for each in bounds]),
+    )
+    stops = np.bincount(number_B).cumsum()[:-1]
+    return zip(*(np.split(each_B[by_number_B], stops) for each_B in columns), strict=True)
+
+
+@functools.lru_cache(maxsize=64)
+def block_bounds(rows: int, segment_rows: int) -> Integers:
     """Where a track's blocks begin and end: a twentieth of the rows seen, less at the start of a segment, never across segments."""
     bounds = [0]
     while bounds[-1] < rows:
@@ -292,7 +307,7 @@ def block_bounds(rows: int, segment_rows: int) -> list[int]:
         within = seen % segment_rows if segment_rows else seen
         step = max(1, min(seen // 20, 1 + within // 5))
         bounds.append(min(rows, seen + step, seen - within + segment_rows if segment_rows else rows))
-    return bounds
+    return np.array(bounds)
 
 
 def runs(start_R: Integers, length_R: Integers) -> Integers:
