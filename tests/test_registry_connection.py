@@ -150,9 +150,9 @@ def test_what_may_pass_is_told_from_what_does_not(text, kind, message) -> None:
 
 
 def test_no_secret_is_in_a_message() -> None:
-    text = "500 Server Error for url: http://me:hidden@h/x?X-Amz-Credential=hidden/1&X-Amz-Signature=hidden&a=shown or https://h/y?sig=hidden"
+    text = "500 Server Error for url: http://me:hidden@h/x?X-Amz-Credential=hidden/1&X-Amz-Signature=hidden&a=1 or https://h/y?sig=hidden"
     with pytest.raises(RegistryAway) as caught, registry_errors("https://me:hidden@h:5000"):
         raise sqlite3.Error(text)
     assert "hidden" not in str(caught.value)
-    assert "https://me:***@h:5000: " in str(caught.value)
-    assert "a=shown" in str(caught.value)
+    assert "https://***@h:5000: " in str(caught.value)
+    assert "http://***@h/x?***" in str(caught.value)

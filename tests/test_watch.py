@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from helpers_cli import taskpack
 
+from pipeline.redaction import without_secrets
 from pipeline.registry.record import RegisteredPack
 from pipeline.reports.status import duration, state_table, summary
 from pipeline.search.proposer import make_proposer
@@ -22,7 +23,7 @@ from pipeline.spec import Recipe, SearchSpace, Task
 from pipeline.stages import no_progress
 from pipeline.watch import batch, events
 from pipeline.watch.batch import BatchWatch, batch_name
-from pipeline.watch.events import EventLog, without_secrets
+from pipeline.watch.events import EventLog
 from pipeline.watch.metrics import GAUGES, STAGES, RayMetrics, ray_metrics
 from pipeline.watch.state import BATCH_VARIABLE, BatchState, TaskState, parse_state, read_state
 from pipeline.watch.tracked import TrackedTask, remaining_seconds

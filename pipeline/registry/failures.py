@@ -1,8 +1,7 @@
 """What MLflow, its database or its transport raise, as named errors that say what to do.
 
 Two kinds matter to a caller that could try again: `RegistryAway` may pass by itself, `RegistryRefused` does not until a password or a
-permission is changed. MLflow tells them apart only in the text of its exceptions, so that is what is read here. No text leaves with a password or
-with the signature of an address in it.
+permission is changed. MLflow tells them apart only in the text of its exceptions, so that is what is read here.
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from pipeline.errors import RegistryAway, RegistryError, RegistryRefused, TaskpackError
+from pipeline.redaction import without_secrets
 from pipeline.registry.connection import import_mlflow
 
 _CREDENTIALS = "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
@@ -84,9 +84,9 @@ def _foreign() -> tuple[type[Exception], ...]:
 
 
 def _explained(tracking_uri: str, text: str) -> RegistryError:
-    where, text = _without_secrets(tracking_uri), _without_secrets(text)
     kind, message = next((kind, message) for pattern, kind, message in _KINDS if re.search(pattern, text, re.IGNORECASE | re.DOTALL))
-    return kind(f"{where}: {message.format(where=where, reason=_reason(text))}")
+    where, reason = without_secrets(tracking_uri), _reason(without_secrets(text))
+    return kind(f"{where}: {message.format(where=where, reason=reason)}")
 
 
 def _reason(text: str) -> str:
@@ -94,7 +94,3 @@ def _reason(text: str) -> str:
     body = re.search(r"Response body: '(.+?)'|Caused by \w+\('(.+?)'", text, re.DOTALL)
     line = next(iter((next(filter(None, body.groups())) if body else text).strip().splitlines()), "no reason given").rstrip(":")
     return line if len(line) <= 300 else line[:297] + "..."
-
-
-def _without_secrets(text: str) -> str:
-    return re.sub(r"\b(X-Amz-\w+(?:-\w+)*|Signature|sig)=[^&\s'\")]+", r"\1=***", re.sub(r"(//[^/:@\s]*):[^/@\s]+@", r"\1:***@", text))

@@ -12,13 +12,14 @@ from pathlib import Path
 from types import TracebackType
 
 from pipeline.errors import StorageError
+from pipeline.redaction import without_secrets
 from pipeline.registry.record import RegisteredPack
 from pipeline.search.record import TrialRecord
 from pipeline.search.study import Study
 from pipeline.spec import Budget
 from pipeline.stages import OnProgress, Stage
 from pipeline.storage import write_json
-from pipeline.watch.events import EventLog, without_secrets
+from pipeline.watch.events import EventLog
 from pipeline.watch.metrics import RayMetrics, ray_metrics
 from pipeline.watch.state import BATCH_VARIABLE, ENDED, HEARTBEAT_SECONDS, STATE_FILE, WAITING, BatchState
 from pipeline.watch.tracked import TrackedTask, remaining_seconds

@@ -9,22 +9,17 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import os
-import re
-from collections.abc import Mapping
 from datetime import UTC, datetime
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
 from typing import Any
 
+from pipeline.redaction import without_secrets
+
 FILE_BYTES = 16 * 2**20
 """Of each of the two files."""
 TEXT_CHARACTERS = 500
 """Longest text of an event."""
-_SECRET_NAME = re.compile(r"TOKEN|PASSWORD|PASSWD|SECRET|CREDENTIAL|(?:API|ACCESS|PRIVATE)_?KEY", re.IGNORECASE)
-_SECRET_CHARACTERS = 6
-_USER_OF_URL = re.compile(r"(?<=://)[^/\s@]+@")
-_QUERY_OF_URL = re.compile(r"(://[^\s?'\"]+\?)[^\s'\")]+")
 
 
 class EventLog:
@@ -52,11 +47,3 @@ class EventLog:
 class _QuietFile(RotatingFileHandler):
     def handleError(self, record: logging.LogRecord) -> None:
         """The disk is full, or the folder is gone."""
-
-
-def without_secrets(text: str, variables: Mapping[str, str] = os.environ) -> str:
-    """The text without users, passwords and queries of URLs, and without the values of environment variables whose names speak of secrets."""
-    for name, value in variables.items():
-        if _SECRET_NAME.search(name) and len(value) >= _SECRET_CHARACTERS:
-            text = text.replace(value, "***")
-    return _QUERY_OF_URL.sub(r"\1***", _USER_OF_URL.sub("***@", text))
