@@ -1,6 +1,6 @@
 """A batch: every task through prepare, select, search, fit and register, on one Ray.
 
-All tasks are prepared first, so that a fault in the last one's data shows before the first one's search. Then as many run at a time as fill the
+All tasks are prepared first, some at a time, so that a fault in the last one's data shows before the first one's search. Then as many run as fill the
 cluster. One task's failure never stops the others. Every stage leaves its result on disk before the next begins, so the same command after an
 interruption redoes nothing that was finished.
 """
@@ -26,6 +26,7 @@ from pipeline.selection import read_selection
 from pipeline.spec import Task
 from pipeline.stages import OnProgress, Placement, Stage, Stages, fit_worker, named_errors, no_progress, work_folder
 from pipeline.storage import await_file
+from pipeline.together import Together
 from pipeline.training import Inputs, open_inputs
 from pipeline.training.fit import PACK_FILE, FitResult, read_fit
 from pipeline.watch.batch import BatchWatch, batch_name
@@ -107,6 +108,10 @@ def run_batch(
 _Outcome = TypeVar("_Outcome")
 
 
+PREPARED_AT_ONCE = 8
+"""Tasks whose data is read at a time: a store that does not answer holds up its own task only."""
+
+
 @dataclass(kw_only=True)
 class _Driver(Stages):
     registry: Registry
@@ -120,7 +125,8 @@ class _Driver(Stages):
 
     def run(self, tasks: Sequence[Task]) -> list[TaskOutcome]:
         """All tasks to outcomes; an error is part of its task's. Every task is prepared before the first is run, so faults show early."""
-        failed = {task.name: outcome for task in tasks if (outcome := self._outcome(task, self.prepare)) is not None}
+        outcomes = Together(lambda: PREPARED_AT_ONCE).run(lambda task: self._outcome(task, self.prepare), tasks)
+        failed = {outcome.task: outcome for outcome in outcomes if outcome is not None}
         prepared = [task for task in tasks if task.name not in failed]
         ran = {outcome.task: outcome for outcome in self.together.run(self._run_prepared, prepared)}
         return [(failed | ran)[task.name] for task in tasks]

@@ -134,9 +134,10 @@ class Stages:
         self.enter(task, "prepare")
         data_folder = self.workspace.data(task.name)
         index = prepare(task, data_folder)
-        inputs = open_inputs(task, data_folder)
-        remember(inputs.backbone.fingerprint, task.backbone.weights)
-        check_budget(task, SizePlanner(task, inputs.backbone, inputs.index.classes).size_bytes)
+        with self.here:
+            inputs = open_inputs(task, data_folder)
+            remember(inputs.backbone.fingerprint, task.backbone.weights)
+            check_budget(task, SizePlanner(task, inputs.backbone, inputs.index.classes).size_bytes)
         untrained = untrained_classes(index)
         remark = f"no training sample of {len(untrained)} of the classes: {', '.join(untrained)}" if untrained else ""
         self.on_progress(task.name, "prepare", 1.0, remark)
