@@ -79,29 +79,34 @@ ClassCount = Annotated[int, Field(ge=2, le=65536)]
 ClassNames = Annotated[tuple[str, ...], Field(min_length=2)]
 
 
-class ListsData(Spec):
+class _ListedData(Spec):
+    """Images in a folder, and a file a split that lists them with their labels."""
+
+    root: str
+    train: str
+    val: str | None
+    test: str
+    images: str = Field("", description="folder inside `root` that the listed paths start from; default: `root` itself")
+    classes: ClassCount | ClassNames | str = Field(description="how many; or their names, or a file with one name a line")
+
+
+class ListsData(_ListedData):
     """List files of `path label` lines inside `root`: VTAB-1k's layout, and that of few-shot FGVC. Labels are numbers from 0."""
 
     format: Literal["lists"]
-    root: str
     train: str = "train800.txt"
     val: str | None = "val200.txt"
     test: str = "test.txt"
-    images: str = Field("", description="folder inside `root` that the listed paths start from; default: `root` itself")
-    classes: ClassCount | ClassNames | str = Field(description="how many; or their names, or a file with one name a line")
     repeats: bool = Field(False, description="whether a list may name an image more than once; it is read once")
 
 
-class JsonData(Spec):
+class JsonData(_ListedData):
     """JSON objects of `{"path": label}` inside `root`: the FGVC splits of VPT (arXiv 2203.12119). Labels are any whole numbers, one a class."""
 
     format: Literal["json"]
-    root: str
     train: str = "train.json"
     val: str | None = "val.json"
     test: str = "test.json"
-    images: str = Field("", description="folder inside `root` that the paths start from; default: `root` itself")
-    classes: ClassCount | ClassNames | str = Field(description="how many; or their names, or a file with one name a line")
 
 
 class DigitsData(Spec):
