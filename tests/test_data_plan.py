@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.data import DataIndex, ShardEntry, Split, evaluation_batches, shard_batches, split_samples, training_batches
+from pipeline.data import DataIndex, ShardEntry, Split, deal_shards, evaluation_batches, shard_batches, split_samples, training_batches
 from pipeline.data.splits import choose_by_class, class_quotas
 from pipeline.errors import DataError
 
@@ -108,36 +108,49 @@ def test_quotas_share_out_the_total(counts: list[int], total: int) -> None:
 # --- training -------------------------------------------------------------------------------------------------------------------------------
 
 
+UNEVEN = st.lists(st.integers(1, 30), min_size=1, max_size=6)
+
+
 @quick
-@given(st.lists(st.integers(1, 30), min_size=1, max_size=6), st.integers(1, 9), st.integers(1, 5), st.one_of(st.none(), st.integers(1, 4)))
+@given(UNEVEN, st.integers(1, 9), st.integers(1, 5), st.one_of(st.none(), st.integers(1, 4)))
 def test_training_epochs_are_exact(sizes: list[int], batch_size: int, world: int, window: int | None) -> None:
     split = whole(sizes)
-    if len(split) < world:
-        with pytest.raises(DataError, match="fewer than"):
-            training_batches(split, batch_size, 0, 0, 0, world)
-        return
     ranks = [training_batches(split, batch_size, 3, 1, rank, world, window) for rank in range(world)]
     assert sorted(rows([batch for batches in ranks for batch in batches])) == everything(split)
-    assert len({len(batches) for batches in ranks}) == 1
+    steps = len(training_batches(split, batch_size, 3, 1))
+    assert [len(batches) for batches in ranks] == [steps] * world
     lengths = np.array([[len(batch) for batch in batches] for batches in ranks])
-    assert lengths.min() >= 1
-    assert (lengths[:, :-1] == batch_size).all()
-    assert np.ptp(lengths[:, -1]) <= 1
-    assert lengths.max() <= batch_size + (world > 1)
-    assert all(batch.dtype == np.int32 and batch.shape[1] == 2 for batch in ranks[0])
+    assert lengths.sum(axis=0).max() <= batch_size
+    if world > 1:
+        assert np.ptp(lengths, axis=1).max() <= 1
+        assert np.ptp(lengths.sum(axis=0)) <= 1
+    assert all(batch.dtype == np.int32 and batch.shape[1] == 2 for batches in ranks for batch in batches)
+
+
+@quick
+@given(UNEVEN, st.integers(1, 5), st.integers(0, 3))
+def test_a_shard_is_one_ranks_in_every_epoch_and_split(sizes: list[int], world: int, epoch: int) -> None:
+    splits = split_samples(make_index([size + 20 for size in sizes]), 0.3, 0)
+    readers: dict[int, set[int]] = {number: set() for number in range(len(sizes))}
+    for rank in range(world):
+        read = [batches for split in splits.values() if split.name != "test" for batches in training_batches(split, 4, 0, epoch, rank, world)]
+        for number, _ in rows(read + evaluation_batches(splits["val"], 4, rank, world)):
+            readers[number].add(rank)
+    assert all(len(ranks) <= 1 for ranks in readers.values())
+
+
+@quick
+@given(UNEVEN, st.integers(1, 5))
+def test_ranks_have_as_many_samples_as_whole_shards_allow(sizes: list[int], world: int) -> None:
+    rank_of_shard = deal_shards(whole(sizes), world)
+    counts = np.bincount(rank_of_shard, weights=sizes, minlength=world)
+    assert np.ptp(counts) <= max(sizes)
+    assert len(set(rank_of_shard.tolist())) == min(world, len(sizes))
 
 
 def test_one_rank_reads_the_usual_epoch() -> None:
     split = whole([50, 53])
     assert [len(batch) for batch in training_batches(split, 25, 0, 0)] == [25, 25, 25, 25, 3]
-
-
-def test_full_steps_hold_the_same_samples_for_every_world() -> None:
-    split = whole([64, 64])
-    alone = training_batches(split, 16, 5, 2)
-    ranks = [training_batches(split, 8, 5, 2, rank, 2) for rank in range(2)]
-    for step, batch in enumerate(alone):
-        assert np.array_equal(batch, np.concatenate([ranks[0][step], ranks[1][step]]))
 
 
 def test_epochs_differ_and_repeat() -> None:
@@ -164,13 +177,14 @@ def test_a_window_bounds_the_shards_in_use() -> None:
 def test_plans_do_not_depend_on_the_process() -> None:
     code = (
         "import numpy as np\n"
-        "from pipeline.data import Split, training_batches, shard_batches\n"
+        "from pipeline.data import ShardEntry, Split, training_batches, shard_batches\n"
         "samples = np.stack([np.repeat(np.arange(4), 25), np.tile(np.arange(25), 4)], 1).astype(np.int32)\n"
-        "split = Split('train', (None,) * 4, samples, np.zeros(100, np.int64))\n"
+        "shard = ShardEntry(path='0.tar', samples=25, size_bytes=1, sha256='0' * 64, labels=[0] * 25)\n"
+        "split = Split('train', (shard,) * 4, samples, np.zeros(100, np.int64))\n"
         "print([b.tolist() for b in training_batches(split, 8, 7, 3, 1, 2) + shard_batches(split, 8, 1, 2)])\n"
     )
     samples = np.stack([np.repeat(np.arange(4), 25), np.tile(np.arange(25), 4)], 1).astype(np.int32)
-    split = Split("train", (None,) * 4, samples, np.zeros(100, np.int64))  # type: ignore[arg-type]
+    split = Split("train", (shard(0, [0] * 25),) * 4, samples, np.zeros(100, np.int64))
     np.random.default_rng(1).random(5)
     here = [batch.tolist() for batch in training_batches(split, 8, 7, 3, 1, 2) + shard_batches(split, 8, 1, 2)]
     there = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -3,7 +3,7 @@
 from pipeline.data.augment import augment, two_views
 from pipeline.data.decode import decode_image
 from pipeline.data.index import DataIndex, ShardEntry, read_index, write_index
-from pipeline.data.plan import evaluation_batches, shard_batches, training_batches
+from pipeline.data.plan import deal_shards, evaluation_batches, shard_batches, training_batches
 from pipeline.data.prepare import check, prepare, untrained_classes
 from pipeline.data.reader import Reader
 from pipeline.data.samples import save_samples
@@ -18,6 +18,7 @@ __all__ = [
     "augment",
     "check",
     "decode_image",
+    "deal_shards",
     "evaluation_batches",
     "prepare",
     "read_index",

@@ -9,37 +9,50 @@ from __future__ import annotations
 import numpy as np
 
 from pipeline.data.splits import Split
-from pipeline.errors import DataError
 
 Batches = list[np.ndarray]  # each int32 [B, 2]
 
 
-def training_batches(split: Split, batch_size: int, seed: int, epoch: int, rank: int = 0, world: int = 1, window: int | None = None) -> Batches:
-    """One rank's batches of one epoch: every sample once over all ranks, as many batches on each rank.
+def deal_shards(split: Split, world: int) -> np.ndarray:
+    """Which rank of `world` reads each shard, int64 [shards].
 
-    Step by step, rank r takes the r-th run of `batch_size` samples. The last step deals what remains as evenly as can be: its batches differ by one
-    sample at most. Where fewer than `world` samples remain, they join the step before, some of whose batches then have `batch_size + 1`, so that no
-    rank is left without. With one rank this is the usual epoch whose last batch may be smaller. `window`: mix samples within that many shards at a
-    time, in an order of shards that changes with the epoch, so that no more need be in memory. Raises DataError where samples are fewer than ranks.
+    The largest goes first, to the rank with the fewest samples so far. Whole shards are counted, whatever part of them is in the split: so the
+    training and validation samples of a shard go to one rank, which opens it for both.
     """
-    if len(split) < world:
-        raise DataError(f"{split.name} has {len(split)} samples, fewer than the {world} workers; use fewer workers")
-    order = _epoch_order(split, np.random.default_rng([seed, epoch]), window)
-    per_step = batch_size * world
-    full_steps = (len(order) - 1) // per_step
-    if len(order) - full_steps * per_step < world:
-        full_steps -= 1
-    full = order[: full_steps * per_step].reshape(full_steps * world, batch_size)
-    tail = np.array_split(order[full_steps * per_step :], world)
-    return [split.samples[batch] for batch in [*full, *tail][rank::world]]
+    rank_of_shard, samples_of_rank = np.zeros(len(split.shards), np.int64), np.zeros(world, np.int64)
+    for number, shard in sorted(enumerate(split.shards), key=lambda each: -each[1].samples):
+        rank_of_shard[number] = rank = samples_of_rank.argmin()
+        samples_of_rank[rank] += shard.samples
+    return rank_of_shard
 
 
-def _epoch_order(split: Split, rng: np.random.Generator, window: int | None) -> np.ndarray:
-    """The rows of the split in the order of one epoch, int64 [N]."""
-    shuffled = rng.permutation(len(split))
+def training_batches(split: Split, batch_size: int, seed: int, epoch: int, rank: int = 0, world: int = 1, window: int | None = None) -> Batches:
+    """One rank's part of every batch of one epoch: every sample once over all ranks, in as many steps as one rank alone would take.
+
+    With one rank this is the usual epoch whose last batch may be smaller. Several ranks spread the samples of their shards evenly over the steps: a
+    rank's parts differ by one sample at most, and so do whole batches. A rank with fewer samples than there are steps has empty parts. `window`: mix
+    samples within that many shards at a time, in an order of shards that changes with the epoch, so that no more need be in memory.
+    """
+    rank_of_shard = deal_shards(split, world)
+    rank_of_sample = rank_of_shard[split.samples[:, 0]]
+    order = _epoch_order(split, np.flatnonzero(rank_of_sample == rank), rank_of_shard == rank, np.random.default_rng([seed, epoch, rank]), window)
+    steps = -(-len(split) // batch_size)
+    if world == 1:
+        return np.split(split.samples[order], np.arange(1, steps) * batch_size)
+    # A rank's larger parts begin at the step where those of the rank before it ended: otherwise all would meet in the first steps.
+    first = (np.bincount(rank_of_sample, minlength=world)[:rank] % steps).sum()
+    sizes = np.full(steps, len(order) // steps)
+    sizes[(first + np.arange(len(order) % steps)) % steps] += 1
+    return np.split(split.samples[order], np.cumsum(sizes)[:-1])
+
+
+def _epoch_order(split: Split, rows: np.ndarray, is_read_M: np.ndarray, rng: np.random.Generator, window: int | None) -> np.ndarray:
+    """Those `rows` of the split that lie in the shards to be read, in the order of one epoch."""
+    shuffled = rows[rng.permutation(len(rows))]
     if window is None:
         return shuffled
-    place_of_shard = rng.permutation(len(split.shards))
+    place_of_shard = np.zeros(len(is_read_M), np.int64)
+    place_of_shard[is_read_M] = rng.permutation(is_read_M.sum())
     windows = place_of_shard[split.samples[shuffled, 0]] // window
     return shuffled[np.argsort(windows, kind="stable")]
 
@@ -63,6 +76,6 @@ def shard_batches(split: Split, batch_size: int, rank: int = 0, world: int = 1, 
 
 
 def evaluation_batches(split: Split, batch_size: int, rank: int = 0, world: int = 1) -> Batches:
-    """Every sample exactly once over all ranks, in stored order. Ranks may have one batch more or less than others."""
-    cuts = np.arange(batch_size, len(split), batch_size)
-    return np.split(split.samples, cuts)[rank::world] if len(split) else []
+    """Every sample exactly once over all ranks, each rank's from its own shards, in stored order. A rank may have none."""
+    samples = split.samples[deal_shards(split, world)[split.samples[:, 0]] == rank]
+    return np.split(samples, np.arange(batch_size, len(samples), batch_size)) if len(samples) else []

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Self
@@ -75,9 +75,10 @@ class Reader:
         self.cache_bytes = cache_bytes
         self._labels = [np.array(shard.labels, np.int64) for shard in self.shards]
 
-    def window(self) -> int | None:
-        """How many shards to mix at a time so that they stay in the cache; None where all fit."""
-        sizes_bytes = [3 * self.size_px**2 * shard.samples for shard in self.shards]
+    def window(self, numbers: Iterable[int] | None = None) -> int | None:
+        """How many shards to mix at a time, of those with these numbers (default: all), so that they stay in the cache; None where all fit."""
+        shards = self.shards if numbers is None else [self.shards[number] for number in numbers]
+        sizes_bytes = [3 * self.size_px**2 * shard.samples for shard in shards]
         return None if sum(sizes_bytes) <= self.cache_bytes else max(1, self.cache_bytes // max(sizes_bytes))
 
     def read(self, samples: np.ndarray, content: Callable[[ShardEntry], bytes] | None = None) -> tuple[torch.Tensor, torch.Tensor]:
