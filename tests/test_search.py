@@ -442,7 +442,7 @@ def test_a_trial_scores_validation_after_every_epoch(tiny_inputs: Inputs) -> Non
 def test_a_remark_on_the_training_comes_with_the_last_epoch_and_is_kept(tiny_inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from pipeline.search.tune import StudySearcher
 
-    monkeypatch.setattr(AdaptedModel, "idle_experts", lambda model: "an expert was never used")
+    monkeypatch.setattr(AdaptedModel, "idle_experts", lambda model, total: "an expert was never used")
     recipe = Recipe(training=Training(epochs=2, batch_size=16, precision="fp32"))
     assert [remark for _, remark in run_trial(tiny_inputs, recipe, None)] == ["", "an expert was never used"]
     study = make_study(make_task(SMALL), tmp_path)

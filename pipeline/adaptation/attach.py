@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -155,9 +155,10 @@ class AdaptedModel(nn.Module):
         """Tokens routed to each expert in training, by bank."""
         return {str(number): bank.expert_load.tolist() for number, bank in enumerate(self._banks())}
 
-    def idle_experts(self) -> str:
-        """What to say of experts that no token was ever sent to in training; empty where all were used."""
-        idle = {name: load for name, load in self.expert_load().items() if sum(load) and 0 in load}
+    def idle_experts(self, total: Callable[[int], int] = int) -> str:
+        """What to say of experts that no token was ever sent to in training; empty where all were used. `total` sums a count over processes."""
+        loads = {name: [total(tokens) for tokens in load] for name, load in self.expert_load().items()}
+        idle = {name: load for name, load in loads.items() if sum(load) and 0 in load}
         return "; ".join(
             f"bank {name}: {load.count(0)} of {len(load)} experts were never used (tokens: {', '.join(map(str, load))}); "
             "try fewer experts, or a larger smoa.balance_weight"

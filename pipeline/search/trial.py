@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from typing import Any
 
 from pipeline.adaptation import SelectedIndex, attach
 from pipeline.spec import Recipe
-from pipeline.training import Inputs, Score, evaluate, train_epochs
+from pipeline.training import ALONE, Inputs, Ranks, Score, evaluate, train_epochs
 
 
 def recipe_key(recipe: Recipe) -> str:
@@ -15,15 +16,21 @@ def recipe_key(recipe: Recipe) -> str:
     return hashlib.sha256(recipe.model_dump_json().encode()).hexdigest()[:16]
 
 
-def run_trial(inputs: Inputs, recipe: Recipe, selected: SelectedIndex | None, *, device: str = "cpu") -> Iterator[tuple[Score, str]]:
+def run_trial(
+    inputs: Inputs, recipe: Recipe, selected: SelectedIndex | None, *, device: str = "cpu", ranks: Ranks = ALONE
+) -> Iterator[tuple[Score, str]]:
     """Train on train; yields the validation score after every epoch, and in the end a remark on the training, where there is one.
 
+    Args:
+        ranks: who trains it with this process; all get the same scores.
+
     Raises:
-        TrainingError: the loss diverges.
+        TrainingError: the loss diverges. ClusterError: the ranks no longer have the same values.
     """
     task = inputs.task
     model = attach(inputs.backbone, recipe, len(inputs.index.classes), selected=selected, seed=task.seed).to(device)
-    epochs = train_epochs(model, inputs.reader("train"), inputs.splits["train"], recipe.training, seed=task.seed, flip=task.input.flip, device=device)
+    options: dict[str, Any] = {"seed": task.seed, "flip": task.input.flip, "device": device, "ranks": ranks}
+    epochs = train_epochs(model, inputs.reader("train"), inputs.splits["train"], recipe.training, **options)
     for epoch, _ in enumerate(epochs, start=1):
-        remark = model.idle_experts() if epoch == recipe.training.epochs else ""
-        yield evaluate(model, inputs.reader("val"), inputs.splits["val"], device=device), remark
+        remark = model.idle_experts(ranks.total) if epoch == recipe.training.epochs else ""
+        yield evaluate(model, inputs.reader("val"), inputs.splits["val"], device=device, ranks=ranks), remark

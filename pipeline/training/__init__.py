@@ -3,5 +3,6 @@
 from pipeline.training.evaluate import Score, evaluate
 from pipeline.training.inputs import Inputs, open_inputs
 from pipeline.training.loop import train_epochs
+from pipeline.training.ranks import ALONE, Ranks
 
-__all__ = ["Inputs", "Score", "evaluate", "open_inputs", "train_epochs"]
+__all__ = ["ALONE", "Inputs", "Ranks", "Score", "evaluate", "open_inputs", "train_epochs"]

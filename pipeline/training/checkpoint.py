@@ -1,12 +1,14 @@
 """A fit's state on disk, so that one that died goes on where it was, in the middle of an epoch too.
 
 The frozen backbone is no part of it: trained values, the optimiser's moments and the random generators are a few times the size of the pack. Batches
-are planned from the index, so a step's number says what is read next. A run that goes on gives the same bytes as one that was not interrupted.
+are planned from the index, so a step's number says what is read next. A run that goes on gives the same bytes as one that was not interrupted. Of
+several ranks, the first writes and reads for all; a state is good for as many ranks as left it.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -14,11 +16,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load, save_file
 
 from pipeline.backbones import fingerprint
 from pipeline.errors import StorageError
+from pipeline.training.ranks import ALONE, Ranks
 
 EVERY_SECONDS = 60.0
 
@@ -33,7 +36,7 @@ class Progress:
 
 
 class Checkpoint:
-    """The state of one run in the file `path`, written no more often than `every_seconds`."""
+    """The state of one run in the file `path`, due to be written every `every_seconds`."""
 
     def __init__(self, path: Path, every_seconds: float = EVERY_SECONDS) -> None:
         self.path = path
@@ -45,26 +48,37 @@ class Checkpoint:
         """Seconds of this run, those before an interruption included."""
         return self._seconds_before + time.monotonic() - self._started
 
-    def restore(self, optimiser: torch.optim.Optimizer, generators: Sequence[torch.Generator]) -> Progress:
+    def is_due(self) -> bool:
+        """Whether the state should be written again."""
+        return time.monotonic() - self._written >= self.every_seconds
+
+    def restore(self, optimiser: torch.optim.Optimizer, generators: Sequence[torch.Generator], ranks: Ranks = ALONE) -> Progress:
         """Put the state saved last into `optimiser`, what it trains, and `generators`. A missing or damaged file is a fresh start."""
         try:
-            with safe_open(self.path, "pt") as file:
-                tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+            content = ranks.from_first(self._content() if ranks.is_first else b"")
+            tensors, metadata = load(content), _metadata(content)
             if metadata["digest"] != fingerprint(tensors):
                 raise ValueError("damaged")
             progress = Progress(int(metadata["step"]), tensors["losses"].tolist(), float(metadata["seconds"]))
-            _put(tensors, optimiser, generators)
-        except (OSError, SafetensorError, KeyError, ValueError, TypeError):
+            _put(tensors, optimiser, generators, ranks)
+        except (SafetensorError, KeyError, ValueError, TypeError):
             return Progress()
         self._seconds_before = progress.seconds
         return progress
 
-    def save_if_due(self, progress: Progress, optimiser: torch.optim.Optimizer, generators: Sequence[torch.Generator]) -> None:
+    def _content(self) -> bytes:
+        try:
+            return self.path.read_bytes()
+        except OSError:
+            return b""
+
+    def save(self, progress: Progress, optimiser: torch.optim.Optimizer, generators: Sequence[torch.Generator], ranks: Ranks = ALONE) -> None:
         """Write the state, whole or not at all. Raises StorageError where the disk is full."""
-        if time.monotonic() - self._written < self.every_seconds:
+        states = [ranks.gathered(generator.get_state()) for generator in generators]
+        if not ranks.is_first:
             return
         scratch = self.path.with_name(f".{self.path.name}.{os.getpid()}")
-        tensors = _state(progress, optimiser, generators)
+        tensors = _state(progress, optimiser, states)
         metadata = {"step": str(progress.step), "seconds": str(self.seconds()), "digest": fingerprint(tensors)}
         try:
             save_file(tensors, scratch, metadata)
@@ -85,22 +99,29 @@ def _trained(optimiser: torch.optim.Optimizer) -> list[torch.Tensor]:
     return [parameter for group in optimiser.param_groups for parameter in group["params"]]
 
 
-def _state(progress: Progress, optimiser: torch.optim.Optimizer, generators: Sequence[torch.Generator]) -> dict[str, torch.Tensor]:
+def _state(progress: Progress, optimiser: torch.optim.Optimizer, generators: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
     tensors = {"losses": torch.tensor(progress.losses, dtype=torch.float64)}
     for number, parameter in enumerate(_trained(optimiser)):
         tensors[f"value.{number}"] = parameter.detach().clone()
         tensors |= {f"optimiser.{number}.{name}": torch.as_tensor(value).clone() for name, value in optimiser.state[parameter].items()}
-    return tensors | {f"generator.{number}": generator.get_state() for number, generator in enumerate(generators)}
+    return tensors | {f"generator.{number}": states for number, states in enumerate(generators)}
+
+
+def _metadata(content: bytes) -> dict[str, str]:
+    """Of a safetensors file: a JSON header behind its length, which `load` has checked."""
+    return dict(json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])["__metadata__"])
 
 
 @torch.no_grad()
-def _put(tensors: Mapping[str, torch.Tensor], optimiser: torch.optim.Optimizer, generators: Sequence[torch.Generator]) -> None:
+def _put(tensors: Mapping[str, torch.Tensor], optimiser: torch.optim.Optimizer, generators: Sequence[torch.Generator], ranks: Ranks) -> None:
     """`_state` back into its places, or nothing of it where any is missing or of another shape. Raises KeyError or ValueError."""
     parameters = _trained(optimiser)
     values = [tensors[f"value.{number}"] for number in range(len(parameters))]
     states = [tensors[f"generator.{number}"] for number in range(len(generators))]
     if any(value.shape != parameter.shape for value, parameter in zip(values, parameters, strict=True)):
         raise ValueError("the state is of another model")
+    if any(len(each) != ranks.world for each in states):
+        raise ValueError("the state is of another number of ranks")
     moments = {
         number: {name.split(".", 2)[2]: value for name, value in tensors.items() if name.startswith(f"optimiser.{number}.")}
         for number in range(len(parameters))
@@ -109,4 +130,4 @@ def _put(tensors: Mapping[str, torch.Tensor], optimiser: torch.optim.Optimizer, 
     for value, parameter in zip(values, parameters, strict=True):
         parameter.copy_(value)
     for state, generator in zip(states, generators, strict=True):
-        generator.set_state(state)
+        generator.set_state(state[ranks.rank].clone())  # of a view it would read the wrong bytes

@@ -9,6 +9,7 @@ import torch
 
 from pipeline.adaptation import AdaptedModel
 from pipeline.data import Reader, Split, evaluation_batches
+from pipeline.training.ranks import ALONE, Ranks
 
 EVALUATION_BATCH = 128
 
@@ -32,10 +33,10 @@ class Score:
 
 
 @torch.inference_mode()
-def evaluate(model: AdaptedModel, reader: Reader, split: Split, *, device: str = "cpu") -> Score:
-    """Classify every sample of `split` once."""
+def evaluate(model: AdaptedModel, reader: Reader, split: Split, *, device: str = "cpu", ranks: Ranks = ALONE) -> Score:
+    """Classify every sample of `split` once, each rank those of its shards."""
     correct = 0
     with model.merged():
-        for images, labels in reader.batches(evaluation_batches(split, EVALUATION_BATCH)):
+        for images, labels in reader.batches(evaluation_batches(split, EVALUATION_BATCH, ranks.rank, ranks.world)):
             correct += int((model(images.to(device)).argmax(dim=1).cpu() == labels).sum())
-    return Score(correct, len(split.samples))
+    return Score(ranks.total(correct), len(split.samples))

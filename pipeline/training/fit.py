@@ -25,15 +25,20 @@ from pipeline.training.checkpoint import Checkpoint
 from pipeline.training.evaluate import evaluate
 from pipeline.training.inputs import Inputs
 from pipeline.training.loop import train_epochs
+from pipeline.training.ranks import ALONE, Ranks
 
 PACK_FILE = "pack.safetensors"
 RESULT_FILE = "result.json"
 CHECKPOINT_FILE = "checkpoint.safetensors"
+TRAINING_FILE = "training.json"
 
 
 @dataclass(frozen=True, kw_only=True)
 class FitResult:
-    """A finished pack and what was measured on it. `test_correct` of `test_samples` were classified correctly by the reloaded pack."""
+    """A finished pack and what was measured on it. `test_correct` of `test_samples` were classified correctly by the reloaded pack.
+
+    `device` is what trained it, and how many of them where there were several: another device or number may round otherwise.
+    """
 
     pack_digest: str
     size_bytes: int
@@ -56,43 +61,55 @@ def read_fit(folder: Path) -> FitResult | None:
     return result if (folder / PACK_FILE).exists() else None
 
 
-def fit(inputs: Inputs, recipe: Recipe, selected: SelectedIndex | None, folder: Path, *, device: str = "cpu") -> FitResult:
+def fit(inputs: Inputs, recipe: Recipe, selected: SelectedIndex | None, folder: Path, *, device: str = "cpu", ranks: Ranks = ALONE) -> FitResult:
     """Train, pack and test in `folder`, unless that is done.
+
+    Args:
+        ranks: who does it with this process. The first reads and writes the folder for all.
 
     Raises:
         TrainingError: the loss diverges.
         StorageError: the disk is full.
+        ClusterError: the ranks no longer have the same values.
     """
     done = read_fit(folder)
     if done is not None:
         return done
     folder.mkdir(parents=True, exist_ok=True)
-    if not (folder / PACK_FILE).exists():
-        _train_and_pack(inputs, recipe, selected, folder, device)
-    result = _test(inputs, folder, device)
-    write_json(folder / RESULT_FILE, asdict(result))
+    if not _read(folder / PACK_FILE, ranks):
+        _train_and_pack(inputs, recipe, selected, folder, device, ranks)
+    result = _test(inputs, folder, device, ranks)
+    if ranks.is_first:
+        write_json(folder / RESULT_FILE, asdict(result))
     return result
 
 
-def _train_and_pack(inputs: Inputs, recipe: Recipe, selected: SelectedIndex | None, folder: Path, device: str) -> None:
+def _read(path: Path, ranks: Ranks) -> bytes:
+    """A file's content as the first rank sees it; empty where there is none."""
+    return ranks.from_first(path.read_bytes() if ranks.is_first and path.exists() else b"")
+
+
+def _train_and_pack(inputs: Inputs, recipe: Recipe, selected: SelectedIndex | None, folder: Path, device: str, ranks: Ranks) -> None:
     task, checkpoint = inputs.task, Checkpoint(folder / CHECKPOINT_FILE)
     frozen = inputs.backbone.model.state_dict()
     before = fingerprint(frozen)
     model = attach(inputs.backbone, recipe, len(inputs.index.classes), selected=selected, seed=task.seed).to(device)
-    options: dict[str, Any] = {"seed": task.seed, "flip": task.input.flip, "device": device, "checkpoint": checkpoint}
+    options: dict[str, Any] = {"seed": task.seed, "flip": task.input.flip, "device": device, "checkpoint": checkpoint, "ranks": ranks}
     for _ in train_epochs(model, inputs.reader("trainval"), inputs.splits["trainval"], recipe.training, **options):
         pass
     assert fingerprint(frozen) == before, "training changed the frozen backbone"
-    write_json(folder / "training.json", {"seconds": round(checkpoint.seconds(), 2)})
+    if not ranks.is_first:
+        return
+    write_json(folder / TRAINING_FILE, {"seconds": round(checkpoint.seconds(), 2)})
     write_pack(folder / PACK_FILE, to_pack(model.to("cpu"), describe(task, recipe, inputs.backbone, inputs.index.classes)))
     checkpoint.clear()
 
 
-def _test(inputs: Inputs, folder: Path, device: str) -> FitResult:
-    content = (folder / PACK_FILE).read_bytes()
+def _test(inputs: Inputs, folder: Path, device: str, ranks: Ranks) -> FitResult:
+    content = _read(folder / PACK_FILE, ranks)
     pack = read_pack(content)
     model = from_pack(pack, inputs.backbone).to(device)
-    score = evaluate(model, inputs.reader("test"), inputs.splits["test"], device=device)
+    score = evaluate(model, inputs.reader("test"), inputs.splits["test"], device=device, ranks=ranks)
     return FitResult(
         pack_digest=hashlib.sha256(content).hexdigest(),
         size_bytes=len(content),
@@ -102,6 +119,10 @@ def _test(inputs: Inputs, folder: Path, device: str) -> FitResult:
         test_samples=score.samples,
         test_accuracy=score.accuracy,
         test_accuracy_stderr=score.standard_error,
-        train_seconds=json.loads((folder / "training.json").read_text())["seconds"],
-        device=torch.cuda.get_device_name() if device == "cuda" else f"CPU ({platform.machine()}, {torch.backends.cpu.get_cpu_capability()})",
+        train_seconds=json.loads(_read(folder / TRAINING_FILE, ranks))["seconds"],
+        device=f"{ranks.world} x {_device_name(device)}" if ranks.world > 1 else _device_name(device),
     )
+
+
+def _device_name(device: str) -> str:
+    return torch.cuda.get_device_name() if device == "cuda" else f"CPU ({platform.machine()}, {torch.backends.cpu.get_cpu_capability()})"

@@ -5,14 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
 from pipeline.adaptation import AdaptedModel
-from pipeline.data import Reader, Split, augment, training_batches
+from pipeline.data import Reader, Split, augment, deal_shards, training_batches
 from pipeline.errors import TrainingError
 from pipeline.spec import Training
 from pipeline.training.checkpoint import Checkpoint, Progress
+from pipeline.training.ranks import ALONE, Ranks
 
 
 def learning_rate_factor(step: int, steps: int, warmup_steps: int) -> float:
@@ -32,13 +34,16 @@ def train_epochs(
     flip: bool,
     device: str = "cpu",
     checkpoint: Checkpoint | None = None,
+    ranks: Ranks = ALONE,
 ) -> Iterator[float]:
     """Train epoch by epoch; yields each epoch's mean loss, so that the caller decides whether to go on.
 
     Args:
         checkpoint: where the run is kept, and goes on from; epochs that it has behind it are not yielded again.
+        ranks: who trains the model with this process, each with the samples of its own shards.
 
     Raises:
+        ClusterError: the ranks no longer have the same values.
         TrainingError: the loss is not finite.
         StorageError: the checkpoint cannot be written.
     """
@@ -48,34 +53,51 @@ def train_epochs(
     steps, warmup_steps = spec.epochs * steps_per_epoch, round(spec.warmup_epochs * steps_per_epoch)
     generator = torch.Generator().manual_seed(seed)
     generators = [generator, *model.generators()]
-    progress = checkpoint.restore(optimiser, generators) if checkpoint is not None else Progress()
+    for each in generators if not ranks.is_first else ():
+        each.manual_seed(ranks.seed(seed))
+    shards = np.flatnonzero(deal_shards(split, ranks.world) == ranks.rank)
+    progress = checkpoint.restore(optimiser, generators, ranks) if checkpoint is not None else Progress()
     first_epoch, first_index = divmod(progress.step, steps_per_epoch)
     for epoch in range(first_epoch, spec.epochs):
         model.train()  # again in every epoch: the caller may have evaluated the model
         progress.losses = progress.losses if first_index else []
-        plan = training_batches(split, spec.batch_size, seed=seed, epoch=epoch, window=reader.window())
+        plan = training_batches(split, spec.batch_size, seed, epoch, ranks.rank, ranks.world, reader.window(shards))
         for images, labels in reader.batches(plan[first_index:]):
             for group in optimiser.param_groups:
                 group["lr"] = spec.learning_rate * learning_rate_factor(progress.step, steps, warmup_steps)
-            images = augment(images, generator, flip=flip) if spec.augment else images
-            loss = _step(model, optimiser, images.to(device), labels.to(device), spec)
+            images = augment(images, generator, flip=flip) if spec.augment and len(images) else images
+            is_due = checkpoint is not None and ranks.is_first and checkpoint.is_due()
+            loss, is_due = _step(model, optimiser, images.to(device), labels.to(device), spec, ranks, is_due)
             if not math.isfinite(loss):
                 rate = f"learning rate {spec.learning_rate:g}"
                 raise TrainingError(f"the loss became {loss} at step {progress.step} of {steps} with {rate}; lower training.learning_rate")
             progress.step += 1
             progress.losses.append(loss)
-            if checkpoint is not None:
-                checkpoint.save_if_due(progress, optimiser, generators)
+            if checkpoint is not None and is_due:
+                checkpoint.save(progress, optimiser, generators, ranks)
+        ranks.check_agree(model.values.state_dict())
         yield sum(progress.losses) / len(progress.losses)
         first_index = 0
     model.eval()
 
 
-def _step(model: AdaptedModel, optimiser: torch.optim.Optimizer, images: torch.Tensor, labels: torch.Tensor, spec: Training) -> float:
-    with torch.autocast(images.device.type, torch.bfloat16, enabled=spec.precision == "bf16"):
-        logits = model(images)
-    loss = F.cross_entropy(logits.float(), labels, label_smoothing=spec.label_smoothing)
+def _step(
+    model: AdaptedModel,
+    optimiser: torch.optim.Optimizer,
+    images: torch.Tensor,
+    labels: torch.Tensor,
+    spec: Training,
+    ranks: Ranks,
+    is_due: bool,
+) -> tuple[float, bool]:
+    """The mean loss over all ranks, and whether any of them says that a checkpoint is due. A rank may have no images."""
     optimiser.zero_grad(set_to_none=True)
-    (loss + model.auxiliary_loss()).backward()
+    loss = torch.zeros((), device=images.device)
+    if len(images):
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=spec.precision == "bf16"):
+            logits = model(images)
+        loss = F.cross_entropy(logits.float(), labels, label_smoothing=spec.label_smoothing)
+        (loss + model.auxiliary_loss()).backward()
+    loss, is_due = ranks.mean_gradients(list(model.values.parameters()), loss, len(images), is_due)
     optimiser.step()
-    return float(loss.detach())
+    return float(loss.detach()), is_due
