@@ -28,6 +28,7 @@ def run(
     address: str | None = None,
     overrides: dict[str, Any] | None = None,
     per_trial: tuple[float | None, float | None] = (None, None),
+    ranks_per_trial: int = 1,
     selection_workers: int | None = None,
     tasks_at_once: int | None = None,
     registry_patience_seconds: float = PATIENCE_SECONDS,
@@ -39,7 +40,8 @@ def run(
         workdir: keeps every intermediate result; run again with the same one to resume.
         address: of a Ray cluster; None starts a private one on this machine.
         overrides: sections of the task files to replace, such as `{"budget": {"max_bytes": "32KiB"}, "search": {"trials": 6}}`.
-        per_trial: CPUs and GPUs a trial asks Ray for; a None takes 1 CPU, and 1 GPU where the cluster has some.
+        per_trial: CPUs and GPUs that each rank of a trial asks Ray for; a None takes 1 CPU, and 1 GPU where the cluster has some.
+        ranks_per_trial: processes that train each trial and fit together.
         selection_workers: that select connections; None takes an equal share of the GPUs or CPUs, but none where this process is done sooner.
         tasks_at_once: None takes as many as the trials of fill the cluster, and one more.
         registry_patience_seconds: how long the end of the run waits for a tracking server that is away.
@@ -50,7 +52,7 @@ def run(
     from pipeline.batch import run_batch
     from pipeline.stages import Placement, no_progress
 
-    placement = Placement(per_trial=per_trial, selection_workers=selection_workers, tasks_at_once=tasks_at_once)
+    placement = Placement(per_trial=per_trial, ranks_per_trial=ranks_per_trial, selection_workers=selection_workers, tasks_at_once=tasks_at_once)
     given = [task for task in tasks if isinstance(task, Task)]
     read = load_tasks([Path(task) for task in tasks if not isinstance(task, Task)], overrides=overrides)
     batch = [*given, *read]

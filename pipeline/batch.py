@@ -189,7 +189,7 @@ class _Driver(Stages):
             folder.journal,
             size_of=planner.size_bytes,
             val_samples=len(inputs.splits["val"]),
-            resources=self.resources,
+            resources=lambda: self.resources(self.ranks(inputs)),
             on_progress=report,
             is_stopping=self.together.is_stopping,
         )
@@ -202,7 +202,7 @@ class _Driver(Stages):
             return done
         recipe = task.search.recipe(task.recipe, champion.point)
         arguments = (task.model_dump_json(), recipe.model_dump_json(), str(data_folder), selection, folder.fit(champion.id))
-        ((_, result),) = self.on_ray(fit_worker, [arguments])
+        ((_, result),) = self.on_ray(fit_worker, [arguments], self.ranks(inputs))
         if isinstance(result, TaskpackError):
             raise result
         await_file(folder.fit(champion.id) / PACK_FILE)

@@ -36,10 +36,9 @@ RecipeFile = Annotated[Path | None, typer.Option("--recipe", help="YAML file tha
 SearchFile = Annotated[Path | None, typer.Option("--search", help="YAML file that replaces keys of the tasks' search space.")]
 MaxBytes = Annotated[str | None, typer.Option(help="Largest pack, such as 32KiB.")]
 Trials = Annotated[int | None, typer.Option(min=1, help="Configurations to try for each task.")]
-Cpus = Annotated[float | None, typer.Option("--cpus-per-trial", min=0.1, help="CPUs a trial asks Ray for; default 1.")]
-Gpus = Annotated[
-    float | None, typer.Option("--gpus-per-trial", min=0, help="GPUs a trial asks Ray for, or a share of one; default 1 where there are any.")
-]
+Cpus = Annotated[float | None, typer.Option("--cpus-per-trial", min=0.1, help="CPUs that each rank of a trial asks Ray for; default 1.")]
+Gpus = Annotated[float | None, typer.Option("--gpus-per-trial", min=0, help="The same in GPUs, or a share of one; default 1 where there are any.")]
+Ranks = Annotated[int, typer.Option("--ranks-per-trial", min=1, help="Processes that train each trial and fit together, for large tasks; default 1.")]
 SelectionWorkers = Annotated[
     int | None,
     typer.Option(min=1, help="Workers that select connections; default an equal share, but none where this process is done sooner."),
@@ -100,6 +99,7 @@ def run(
     address: Address = None,
     cpus: Cpus = None,
     gpus: Gpus = None,
+    ranks: Ranks = 1,
     selection_workers: SelectionWorkers = None,
     tasks_at_once: TasksAtOnce = None,
     registry_patience: RegistryPatience = PATIENCE_SECONDS,
@@ -109,7 +109,12 @@ def run(
     from pipeline.task_files import load_tasks
 
     loaded = load_tasks(tasks, overrides=_overrides(recipe, search, max_bytes, trials))
-    placement: dict[str, Any] = {"per_trial": (cpus, gpus), "selection_workers": selection_workers, "tasks_at_once": tasks_at_once}
+    placement: dict[str, Any] = {
+        "per_trial": (cpus, gpus),
+        "ranks_per_trial": ranks,
+        "selection_workers": selection_workers,
+        "tasks_at_once": tasks_at_once,
+    }
     _run_tasks(loaded, workdir, address=address, registry_patience_seconds=registry_patience, as_json=as_json, **placement)
 
 
@@ -176,6 +181,7 @@ def compare(
     address: Address = None,
     cpus: Cpus = None,
     gpus: Gpus = None,
+    ranks: Ranks = 1,
     tasks_at_once: TasksAtOnce = None,
     as_json: AsJson = False,
 ) -> None:
@@ -190,7 +196,7 @@ def compare(
     found, loaded = tasks_to_compare(tasks or [], suite, epochs)
     try:
         with BatchProgress(Console(stderr=True) if as_json else out, [task.name for task in loaded]) as progress:
-            placement = Placement(per_trial=(cpus, gpus), tasks_at_once=tasks_at_once)
+            placement = Placement(per_trial=(cpus, gpus), ranks_per_trial=ranks, tasks_at_once=tasks_at_once)
             rows = compare_methods(
                 loaded, chosen, workdir, seeds=seeds, trials=trials, address=address, placement=placement, on_progress=progress.update
             )
@@ -227,13 +233,17 @@ def submit(
     trials: Trials = None,
     cpus: Cpus = None,
     gpus: Gpus = None,
+    ranks: Ranks = 1,
     selection_workers: SelectionWorkers = None,
     tasks_at_once: TasksAtOnce = None,
 ) -> None:
     """Run tasks on a Ray cluster, from outside it. A batch that runs or is done is not started again; one that failed or was stopped goes on."""
     from pipeline.task_files import load_tasks
 
-    given = (("--cpus-per-trial", cpus), ("--gpus-per-trial", gpus), ("--selection-workers", selection_workers), ("--tasks-at-once", tasks_at_once))
+    given = (
+        *(("--cpus-per-trial", cpus), ("--gpus-per-trial", gpus), ("--ranks-per-trial", ranks if ranks > 1 else None)),
+        *(("--selection-workers", selection_workers), ("--tasks-at-once", tasks_at_once)),
+    )
     options = [text for name, value in given if value is not None for text in (name, f"{value:g}")]
     loaded = load_tasks(tasks, overrides=_overrides(recipe, search, max_bytes, trials), expand=False)
     batch = jobs.describe(loaded, workdir=workdir, options=options, shared=shared or [])

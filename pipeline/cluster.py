@@ -152,16 +152,28 @@ def first_ended(running: Sequence[Any], is_stopping: Callable[[], bool], timeout
 
 
 class WorkersDied(Exception):
-    """A Ray task has lost its worker again and again."""
+    """A Ray task has lost its workers again and again."""
+
+
+class RanksLost(Exception):
+    """Of several workers at one task, one died. Raised by the first of them; all of them may start again."""
 
 
 def ended_tasks(
-    worker: Callable[..., Any], arguments: Sequence[tuple[Any, ...]], cpus: float, gpus: float, *, retries: int, is_stopping: Callable[[], bool]
+    worker: Callable[..., Any],
+    arguments: Sequence[tuple[Any, ...]],
+    cpus: float,
+    gpus: float,
+    *,
+    ranks: int = 1,
+    retries: int,
+    is_stopping: Callable[[], bool],
 ) -> Iterator[tuple[int, Any]]:
     """Run `worker` as a Ray task on every set of arguments; yields (index, outcome) as they end.
 
     Args:
-        retries: of a task whose worker or node died.
+        ranks: workers that it finds places for, its own among them, in its placement group: all at once, or none. Each has `cpus` and `gpus`.
+        retries: of a task whose workers or nodes died; several then ask for places anew, so that none is held meanwhile.
 
     Raises:
         WorkersDied: they did so more often.
@@ -169,19 +181,55 @@ def ended_tasks(
     """
     import ray
 
-    remote = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=retries)(worker)
-    running = {remote.remote(*each): index for index, each in enumerate(arguments)}
+    died = (ray.exceptions.WorkerCrashedError, ray.exceptions.NodeDiedError, ray.exceptions.OutOfMemoryError, RanksLost)
+    own_retries = retries if ranks > 1 else 0  # of a single worker, Ray's
+    remote = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=retries - own_retries)(worker)
+    running: dict[Any, tuple[int, int, Any]] = {}
+
+    def start(index: int, tries: int = 0) -> None:
+        places = _reserve(ranks, cpus, gpus) if ranks > 1 else None
+        running[remote.options(**_first_of(places)).remote(*arguments[index])] = index, tries, places
+
     try:
+        for index in range(len(arguments)):
+            start(index)
         while running:
             ended = first_ended(list(running), is_stopping)
+            index, tries, places = running.pop(ended)
+            _release(places)
             try:
                 outcome = ray.get(ended)
-            except (ray.exceptions.WorkerCrashedError, ray.exceptions.NodeDiedError) as error:
-                raise WorkersDied from error
-            yield running.pop(ended), outcome
+            except died as error:
+                if tries == own_retries:
+                    raise WorkersDied from error
+                start(index, tries + 1)
+            else:
+                yield index, outcome
     finally:
-        for each in running:  # where Ray is not ours, it outlives us
+        for each, (_, _, places) in running.items():  # where Ray is not ours, it outlives us
             ray.cancel(each, force=True)
+            _release(places)
+
+
+def _reserve(ranks: int, cpus: float, gpus: float) -> Any:
+    """A placement group for so many workers, on as few nodes as can be; all of it is had at once, or nothing."""
+    import ray
+
+    return ray.util.placement_group([{"CPU": cpus, **({"GPU": gpus} if gpus else {})}] * ranks, strategy="PACK")
+
+
+def _first_of(places: Any | None) -> dict[str, Any]:
+    """Options of a task that takes the first place of a placement group, where there is one."""
+    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+    return {} if places is None else {"scheduling_strategy": PlacementGroupSchedulingStrategy(places, placement_group_bundle_index=0)}
+
+
+def _release(places: Any | None) -> None:
+    import ray
+
+    if places is not None:
+        ray.util.remove_placement_group(places)
 
 
 @dataclass(frozen=True)
@@ -228,36 +276,38 @@ def check_holds_group(workers: int, cpus: float, gpus: float) -> None:
         raise ClusterError(f"--selection-workers: given {workers}, the cluster has room for {held}, each with a CPU{' and a GPU' if gpus else ''}")
 
 
-def wait_for_node(cpus: float, gpus: float, is_stopping: Callable[[], bool]) -> None:
-    """Return when a node has `cpus` and `gpus`: at once where one is there, else, on a cluster that scales itself, when it has started one.
+def wait_for_room(ranks: int, cpus: float, gpus: float, is_stopping: Callable[[], bool]) -> None:
+    """Return when the cluster has nodes for `ranks` workers of `cpus` and `gpus` at once: now, or, where it scales itself, when it has started them.
 
-    What asks for a node is a task, so nothing is left to ask for it once this process has ended.
+    What asks for nodes is gone once this process has ended.
 
     Raises:
-        ClusterError: no node has that, and none comes: Ray would wait for ever.
+        ClusterError: they are not there, and do not come: Ray would wait for ever.
         Interrupted: `is_stopping` came to hold first.
     """
-    if places(cpus, gpus):
+    if places(cpus, gpus) >= ranks:
         return
     waited = ""
     if _scales_itself():
-        if _node_came(cpus, gpus, is_stopping):
+        if _nodes_came(ranks, cpus, gpus, is_stopping):
             return
         waited = f", and the autoscaler brought none in {_NODE_SECONDS // 60} minutes"
     had = ", ".join(f"{node.cpus:g} CPUs and {node.gpus:g} GPUs" for node in running_nodes())
+    asked = f"a trial asks for {cpus:g} CPUs and {gpus:g} GPUs"
+    options = "--cpus-per-trial or --gpus-per-trial"
+    if ranks == 1:
+        raise ClusterError(f"{asked}, which no node has ({had}){waited}; lower {options}")
     raise ClusterError(
-        f"a trial asks for {cpus:g} CPUs and {gpus:g} GPUs, which no node has ({had}){waited}; lower --cpus-per-trial or --gpus-per-trial"
+        f"{asked} for each of {ranks} ranks, and the nodes ({had}) have room for {places(cpus, gpus)}{waited}; lower --ranks-per-trial, {options}"
     )
 
 
-def _node_came(cpus: float, gpus: float, is_stopping: Callable[[], bool]) -> bool:
-    import ray
-
-    asking = ray.remote(num_cpus=cpus, num_gpus=gpus)(_nothing).remote()
+def _nodes_came(ranks: int, cpus: float, gpus: float, is_stopping: Callable[[], bool]) -> bool:
+    asking = _reserve(ranks, cpus, gpus)
     try:
-        return first_ended([asking], is_stopping, timeout_seconds=_NODE_SECONDS) is not None
+        return first_ended([asking.ready()], is_stopping, timeout_seconds=_NODE_SECONDS) is not None
     finally:
-        ray.cancel(asking)
+        _release(asking)
 
 
 def _scales_itself() -> bool:
@@ -265,7 +315,3 @@ def _scales_itself() -> bool:
     from ray.autoscaler.v2.utils import is_autoscaler_v2
 
     return is_autoscaler_v2(fetch_from_server=True)
-
-
-def _nothing() -> None:
-    pass

@@ -18,13 +18,13 @@ from typing import Any
 
 from pipeline.adaptation.packing import SizePlanner
 from pipeline.errors import SpecError, TaskpackError, TrainingError
+from pipeline.group import TrialResources, in_group
 from pipeline.search.record import TrialJournal, TrialRecord
-from pipeline.search.study import TrialResources
 from pipeline.search.trial import recipe_key, run_trial
 from pipeline.selection import read_selection
 from pipeline.spec import Method, Recipe, Task
 from pipeline.stages import OnProgress, Placement, Stages, fit_worker, named_errors, no_progress, one_at_a_time, work_folder
-from pipeline.training import Inputs, open_inputs
+from pipeline.training import Inputs, Ranks, Score, open_inputs
 from pipeline.training.fit import FitResult, read_fit
 from pipeline.workspace import StudyFolder
 
@@ -148,8 +148,8 @@ class _Driver(Stages):
         with named_errors(self.workspace.root / "logs" / f"{inputs.task.name}.txt"):
             for entry in entries:
                 _guarded(entry, self._plan_trials, trials)
-            self._tune(inputs.task, [entry for entry in entries if not entry.error])
-            self._test(inputs.task, [entry for entry in entries if not entry.error], seeds)
+            self._tune(inputs, [entry for entry in entries if not entry.error])
+            self._test(inputs, [entry for entry in entries if not entry.error], seeds)
         self.on_progress(inputs.task.name, "done", 1.0, "")
         return [_row(entry) for entry in entries]
 
@@ -173,11 +173,12 @@ class _Driver(Stages):
         assert entry.folder is not None
         return TrialJournal(entry.folder.root / "compared")
 
-    def _tune(self, task: Task, entries: Sequence[_Entry]) -> None:
+    def _tune(self, inputs: Inputs, entries: Sequence[_Entry]) -> None:
+        task = inputs.task
         jobs = [(entry, key) for entry in entries for key in entry.recipes if key not in entry.records]
         self.enter(task, "search")
         arguments = [self._trial_arguments(entry, key) for entry, key in jobs]
-        for done, (index, outcome) in enumerate(self.on_ray(_trial_worker, arguments), start=1):
+        for done, (index, outcome) in enumerate(self.on_ray(_trial_worker, arguments, self.ranks(inputs)), start=1):
             entry, key = jobs[index]
             point, _, size_bytes = entry.recipes[key]
             record = _record(key, point, size_bytes, outcome)
@@ -185,7 +186,8 @@ class _Driver(Stages):
             self._journal(entry).write(record)
             self.on_progress(task.name, "search", done / len(jobs), f"{done} of {len(jobs)} trials, last {entry.method}")
 
-    def _test(self, task: Task, entries: Sequence[_Entry], seeds: int) -> None:
+    def _test(self, inputs: Inputs, entries: Sequence[_Entry], seeds: int) -> None:
+        task = inputs.task
         self.enter(task, "fit")
         for entry in entries:
             _guarded(entry, _Entry.best)
@@ -193,7 +195,7 @@ class _Driver(Stages):
         jobs = [(entry, seed) for entry in entries for seed in range(seeds)]
         missing = [(entry, seed) for entry, seed in jobs if read_fit(_fit_folder(entry, seed)) is None]
         arguments = [self._fit_arguments(entry, seed) for entry, seed in missing]
-        for done, (index, outcome) in enumerate(self.on_ray(fit_worker, arguments), start=1):
+        for done, (index, outcome) in enumerate(self.on_ray(fit_worker, arguments, self.ranks(inputs)), start=1):
             entry, _ = missing[index]
             if isinstance(outcome, TaskpackError):
                 entry.error = str(outcome)
@@ -223,17 +225,20 @@ def _trial_worker(
     task_json: str, recipe_json: str, data_folder: str, selection: Path | None, resources: TrialResources
 ) -> tuple[Any, ...] | TaskpackError:
     """Validation metric after each epoch, a remark, and seconds; a named error is returned, so that Ray does not try again."""
-    import torch
-
-    torch.set_num_threads(resources.threads)
     started = time.monotonic()
     try:
-        inputs = open_inputs(Task.model_validate_json(task_json), Path(data_folder))
-        selected = read_selection(selection) if selection is not None else None
-        epochs = list(run_trial(inputs, Recipe.model_validate_json(recipe_json), selected, device=resources.device()))
-        return tuple(score.accuracy for score, _ in epochs), epochs[-1][1], time.monotonic() - started
+        epochs = in_group(_trial, (task_json, recipe_json, data_folder, selection), resources)
     except TaskpackError as error:
         return error
+    return tuple(score.accuracy for score, _ in epochs), epochs[-1][1], time.monotonic() - started
+
+
+def _trial(
+    task_json: str, recipe_json: str, data_folder: str, selection: Path | None, resources: TrialResources, ranks: Ranks
+) -> list[tuple[Score, str]]:
+    inputs = open_inputs(Task.model_validate_json(task_json), Path(data_folder))
+    selected = read_selection(selection) if selection is not None else None
+    return list(run_trial(inputs, Recipe.model_validate_json(recipe_json), selected, device=resources.device(), ranks=ranks))
 
 
 def _record(key: str, point: dict[str, Any], size_bytes: int, outcome: Any) -> TrialRecord:

@@ -17,17 +17,18 @@ from pipeline.adaptation import is_recomputable
 from pipeline.adaptation.packing import SizePlanner
 from pipeline.backbones import share
 from pipeline.backbones.known import remember
-from pipeline.cluster import WorkersDied, check_holds_group, ended_tasks, has_gpus, interruptible, is_connected, places, ray_session, wait_for_node
+from pipeline.cluster import WorkersDied, check_holds_group, ended_tasks, has_gpus, interruptible, is_connected, places, ray_session, wait_for_room
 from pipeline.data import prepare, untrained_classes
 from pipeline.errors import ClusterError, SpecError, StorageError, TaskpackError
+from pipeline.group import TrialResources, in_group
 from pipeline.search.proposer import LAG
-from pipeline.search.study import WORKER_DIED, WORKER_RETRIES, TrialResources, check_budget
+from pipeline.search.study import WORKER_DIED, WORKER_RETRIES, check_budget
 from pipeline.selection import read_selection, select, select_if_sooner
 from pipeline.spec import Recipe, Task
 from pipeline.storage import await_file, exclusive
 from pipeline.together import Together
-from pipeline.training import Inputs, open_inputs
-from pipeline.training.fit import fit
+from pipeline.training import Inputs, Ranks, open_inputs
+from pipeline.training.fit import FitResult, fit
 from pipeline.workspace import Workspace
 
 _AGAIN = "The same command tries again from the last finished stage"
@@ -70,20 +71,30 @@ class Placement:
     """What a run asks of its cluster.
 
     Args:
-        per_trial: CPUs and GPUs of a trial and of a fit; a None takes one CPU, and one GPU where the cluster has some.
+        per_trial: CPUs and GPUs of each rank of a trial and of a fit; a None takes one CPU, and one GPU where the cluster has some.
+        ranks_per_trial: processes that train each trial and fit together, but no more than the task's training set has shards.
         selection_workers: ranks of the selection's worker group; None takes an equal share of the cluster's GPUs, or of its CPUs where it has none,
             but no group where this process is done before one has started.
         tasks_at_once: None takes as many as the trials of fill the cluster, and one more.
     """
 
     per_trial: tuple[float | None, float | None] = (None, None)
+    ranks_per_trial: int = 1
     selection_workers: int | None = None
     tasks_at_once: int | None = None
 
     def __post_init__(self) -> None:
         gpus = self.per_trial[1] or 0
         if gpus > 1:
-            raise SpecError(f"--gpus-per-trial: given {gpus:g}; a trial is one process and uses one GPU: give 1, or a share of one such as 0.5")
+            raise SpecError(
+                f"--gpus-per-trial: given {gpus:g}; a process uses one GPU: give 1, or a share of one such as 0.5. "
+                "For more of them a trial, give --ranks-per-trial"
+            )
+        if self.ranks_per_trial > 1 and 0 < gpus < 1:
+            raise SpecError(
+                f"--gpus-per-trial: given {gpus:g} with --ranks-per-trial {self.ranks_per_trial}; ranks would share a GPU and gain nothing: "
+                "give 1 or 0, or one rank a trial"
+            )
 
 
 @dataclass(kw_only=True)
@@ -118,7 +129,7 @@ class Stages:
         """
         if self.placement.tasks_at_once is not None:
             return self.placement.tasks_at_once
-        return 1 + math.ceil(places(*self._per_trial()) / LAG) if is_connected() else 1
+        return 1 + math.ceil(places(*self._per_trial()) / self.placement.ranks_per_trial / LAG) if is_connected() else 1
 
     def _per_trial(self) -> tuple[float, float]:
         cpus, gpus = self.placement.per_trial
@@ -139,8 +150,14 @@ class Stages:
             remember(inputs.backbone.fingerprint, task.backbone.weights)
             check_budget(task, SizePlanner(task, inputs.backbone, inputs.index.classes).size_bytes)
         untrained = untrained_classes(index)
-        remark = f"no training sample of {len(untrained)} of the classes: {', '.join(untrained)}" if untrained else ""
-        self.on_progress(task.name, "prepare", 1.0, remark)
+        remarks = [f"no training sample of {len(untrained)} of the classes: {', '.join(untrained)}"] if untrained else []
+        ranks, asked = self.ranks(inputs), self.placement.ranks_per_trial
+        remarks += [f"{ranks} of {asked} ranks train: a shard is read by one, and there are {ranks}"] if ranks < asked else []
+        self.on_progress(task.name, "prepare", 1.0, "; ".join(remarks))
+
+    def ranks(self, inputs: Inputs) -> int:
+        """How many processes train a trial or fit of a task together: none is left without a shard."""
+        return min(self.placement.ranks_per_trial, len(inputs.splits["train"].shards))
 
     def with_shared_backbone(self, inputs: Inputs) -> Inputs:
         """The task as workers get it: all processes of a node map one file, whatever the backbone was loaded from."""
@@ -155,7 +172,7 @@ class Stages:
         self.enter(inputs.task, "select")
         path = self.workspace.selection(inputs, top_k)
         if not path.exists():
-            self.workers_are_up()
+            self.workers_are_up(self.ranks(inputs))
             use_gpu = has_gpus()
             workers = self.placement.selection_workers or max(1, places(1, use_gpu) // max(1, self.together.running))
             may_be_here = self.ray_is_private and self.placement.selection_workers is None and not use_gpu
@@ -171,25 +188,26 @@ class Stages:
             await_file(path)
         return path
 
-    def resources(self) -> TrialResources:
+    def resources(self, ranks: int) -> TrialResources:
         """What a trial is given; starts Ray where it does not run yet."""
-        self.workers_are_up()
-        resources = TrialResources(*self._per_trial())
-        wait_for_node(resources.cpus, resources.gpus, self.together.is_stopping)
+        self.workers_are_up(ranks)
+        resources = TrialResources(*self._per_trial(), ranks)
+        wait_for_room(ranks, resources.cpus, resources.gpus, self.together.is_stopping)
         return resources
 
-    def workers_are_up(self) -> None:
-        """Ray runs, and has a node for a trial as far as the user said what one needs: a cluster that scales itself may have none at first."""
+    def workers_are_up(self, ranks: int) -> None:
+        """Ray runs, and has nodes for a trial as far as the user said what one needs: a cluster that scales itself may have none at first."""
         self.ray_is_up()
         cpus, gpus = self.placement.per_trial
-        wait_for_node(1 if cpus is None else cpus, gpus or 0, self.together.is_stopping)
+        wait_for_room(ranks, 1 if cpus is None else cpus, gpus or 0, self.together.is_stopping)
 
-    def on_ray(self, worker: Callable[..., Any], arguments: Sequence[tuple[Any, ...]]) -> Iterator[tuple[int, Any]]:
-        """Run `worker` on every set of arguments, each with what a trial is given; yields (index, outcome) as they end."""
+    def on_ray(self, worker: Callable[..., Any], arguments: Sequence[tuple[Any, ...]], ranks: int) -> Iterator[tuple[int, Any]]:
+        """Run `worker` on every set of arguments, each with what a trial of `ranks` is given; yields (index, outcome) as they end."""
         if arguments:
-            resources = self.resources()
+            resources = self.resources(ranks)
             given = [(*each, resources) for each in arguments]
-            ended = ended_tasks(worker, given, resources.cpus, resources.gpus, retries=WORKER_RETRIES, is_stopping=self.together.is_stopping)
+            stopping = self.together.is_stopping
+            ended = ended_tasks(worker, given, resources.cpus, resources.gpus, ranks=ranks, retries=WORKER_RETRIES, is_stopping=stopping)
             try:
                 yield from ended
             except WorkersDied:
@@ -227,13 +245,15 @@ def _unexpected(error: Exception, log: Path) -> ClusterError:
 
 def fit_worker(task_json: str, recipe_json: str, data_folder: str, selection: Path | None, folder: Path, resources: TrialResources) -> Any:
     """`fit` in a worker; a named error is returned, so that Ray does not try again."""
-    import torch
-
-    torch.set_num_threads(resources.threads)
     try:
-        inputs = open_inputs(Task.model_validate_json(task_json), Path(data_folder))
-        recipe = Recipe.model_validate_json(recipe_json)
-        selected = read_selection(selection) if selection is not None else None
-        return fit(inputs, recipe, selected, folder, device=resources.device())
+        return in_group(_fit, (task_json, recipe_json, data_folder, selection, folder), resources)
     except TaskpackError as error:
         return error
+
+
+def _fit(
+    task_json: str, recipe_json: str, data_folder: str, selection: Path | None, folder: Path, resources: TrialResources, ranks: Ranks
+) -> FitResult:
+    inputs = open_inputs(Task.model_validate_json(task_json), Path(data_folder))
+    selected = read_selection(selection) if selection is not None else None
+    return fit(inputs, Recipe.model_validate_json(recipe_json), selected, folder, device=resources.device(), ranks=ranks)

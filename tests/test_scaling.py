@@ -13,7 +13,7 @@ import ray
 from ray.cluster_utils import Cluster
 
 from pipeline import cluster as joined
-from pipeline.cluster import wait_for_node
+from pipeline.cluster import wait_for_room
 from pipeline.errors import ClusterError
 
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
@@ -34,25 +34,25 @@ def scaling() -> Iterator[Cluster]:
 def test_the_driver_waits_for_a_node_and_not_for_ever(scaling: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(joined, "_NODE_SECONDS", 1)
     with pytest.raises(ClusterError, match=r"which no node has \(0 CPUs and 0 GPUs\), and the autoscaler brought none"):
-        wait_for_node(2, 0, lambda: False)
+        wait_for_room(1, 2, 0, lambda: False)
     monkeypatch.setattr(joined, "_NODE_SECONDS", 60)
     with ThreadPoolExecutor() as pool:
-        waiting = pool.submit(wait_for_node, 2, 0, lambda: False)
+        waiting = pool.submit(wait_for_room, 1, 2, 0, lambda: False)
         time.sleep(2)
         assert not waiting.done()
         scaling.add_node(num_cpus=2)
         waiting.result()
-    wait_for_node(1.5, 0, lambda: False)
+    wait_for_room(1, 1.5, 0, lambda: False)
 
 
 @pytest.mark.usefixtures("local_ray")
 def test_a_cluster_of_fixed_size_refuses_what_no_node_has() -> None:
     started = time.monotonic()
-    wait_for_node(3, 0, lambda: False)
+    wait_for_room(1, 3, 0, lambda: False)
     with pytest.raises(ClusterError, match=r"asks for 4 CPUs and 0 GPUs, which no node has \(3 CPUs and 0 GPUs\); lower --cpus-per-trial"):
-        wait_for_node(4, 0, lambda: False)
+        wait_for_room(1, 4, 0, lambda: False)
     with pytest.raises(ClusterError, match="asks for 1 CPUs and 1 GPUs"):
-        wait_for_node(1, 1, lambda: False)
+        wait_for_room(1, 1, 1, lambda: False)
     assert time.monotonic() - started < 10
 
 

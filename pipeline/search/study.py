@@ -10,13 +10,14 @@ import os
 import shutil
 import tempfile
 import threading
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from pipeline import errors
 from pipeline.errors import BudgetError, TaskpackError
+from pipeline.group import TrialResources, group
 from pipeline.search.proposer import LAG, Proposal, Proposer, make_proposer
 from pipeline.search.record import TrialJournal, TrialRecord
 from pipeline.search.stopping import is_dominated
@@ -24,30 +25,11 @@ from pipeline.search.trial import run_trial
 from pipeline.selection import read_selection
 from pipeline.spec import Recipe, Task
 from pipeline.together import Interrupted
-from pipeline.training import open_inputs
+from pipeline.training import Ranks, Score, open_inputs
 
 WORKER_RETRIES = 5
 """How often a trial or a fit starts again when its worker dies: machines that may be taken away are, and a long one meets that more than once."""
 WORKER_DIED = f"its worker died more than {WORKER_RETRIES} times"
-
-
-@dataclass(frozen=True)
-class TrialResources:
-    """What each trial is given. `gpus` may be a fraction: trials are single-rank."""
-
-    cpus: float = 1
-    gpus: float = 0
-
-    @property
-    def threads(self) -> int:
-        """That its process computes with."""
-        return max(1, int(self.cpus))
-
-    def device(self) -> str:
-        """Where its process computes. Ray shows every GPU of a node to a process that asked for none."""
-        import torch
-
-        return "cuda" if self.gpus and torch.cuda.is_available() else "cpu"
 
 
 class Study:
@@ -255,8 +237,9 @@ def _registered_trainable(resources: TrialResources) -> str:
     """The name under which Tune knows `_trainable`. All studies share it, so what differs between them is in a trial's config."""
     from ray import tune
 
-    name = f"trial of {resources.cpus:g} CPUs and {resources.gpus:g} GPUs"
-    request = {"CPU": resources.cpus, **({"GPU": resources.gpus} if resources.gpus else {})}
+    name = f"trial of {resources.ranks} x {resources.cpus:g} CPUs and {resources.gpus:g} GPUs"
+    each = {"CPU": resources.cpus, **({"GPU": resources.gpus} if resources.gpus else {})}
+    request = tune.PlacementGroupFactory([each] * resources.ranks, strategy="PACK")  # the trial itself takes the first
     with _REGISTERING:  # Tune's register is not safe to share between threads
         tune.register_trainable(name, tune.with_resources(_trainable, request))
     return name
@@ -264,17 +247,25 @@ def _registered_trainable(resources: TrialResources) -> str:
 
 def _trainable(config: dict[str, Any]) -> None:
     """One trial in a worker. A named error is reported, not raised: trying again would not help."""
-    import torch
     from ray import tune
 
     resources: TrialResources = config["resources"]
-    torch.set_num_threads(resources.threads)
-    selected = read_selection(Path(config["selection"])) if config["selection"] else None
     try:
-        inputs = open_inputs(Task.model_validate_json(config["task"]), Path(config["data_folder"]))
-        epochs = run_trial(inputs, Recipe.model_validate_json(config["recipe"]), selected, device=resources.device())
-        for epoch, (score, remark) in enumerate(epochs, start=1):
-            tune.report({"epoch": epoch, "metric": score.accuracy, "remark": remark})
+        with group(_follow, (config,), resources) as ranks:
+            for epoch, (score, remark) in enumerate(_epochs(config, resources, ranks), start=1):
+                tune.report({"epoch": epoch, "metric": score.accuracy, "remark": remark})
     except TaskpackError as error:
         # Tune refuses a report without the searcher's metric, and would end the whole study.
         tune.report({"metric": 0.0, "error": type(error).__name__, "message": str(error)})
+
+
+def _follow(config: dict[str, Any], resources: TrialResources, ranks: Ranks) -> None:
+    """The same trial on a rank that reports nothing."""
+    for _ in _epochs(config, resources, ranks):
+        pass
+
+
+def _epochs(config: dict[str, Any], resources: TrialResources, ranks: Ranks) -> Iterator[tuple[Score, str]]:
+    selected = read_selection(Path(config["selection"])) if config["selection"] else None
+    inputs = open_inputs(Task.model_validate_json(config["task"]), Path(config["data_folder"]))
+    yield from run_trial(inputs, Recipe.model_validate_json(config["recipe"]), selected, device=resources.device(), ranks=ranks)
