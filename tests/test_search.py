@@ -545,7 +545,7 @@ def test_a_fit_whose_worker_dies_again_and_again_is_an_error_that_says_so(tmp_pa
         on_progress=stages_module.no_progress,
     )
     with pytest.raises(ClusterError, match=f"did not end: {WORKER_DIED}; see whether its memory suffices. The same command tries again"):
-        list(stages.on_ray(lambda resources: os._exit(1), [()]))
+        list(stages.on_ray(lambda resources: os._exit(1), [()], 1))
 
 
 # --- what a journal means to another space ----------------------------------------------------------------------------------------------------

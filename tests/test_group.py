@@ -1,0 +1,166 @@
+"""Groups of ranks on Ray: had whole or not at all, ended as one, started again as one; a task trained by two of them from data to pack."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import astuple
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+import torch
+from helpers_cli import new_workdir
+
+from pipeline import api
+from pipeline.adaptation.packing import from_pack
+from pipeline.cluster import WorkersDied, ended_tasks, wait_for_room
+from pipeline.data import shards
+from pipeline.errors import ClusterError, DataError, TaskpackError
+from pipeline.group import TrialResources, in_group
+from pipeline.packs import read_pack
+from pipeline.spec import SearchSpace, Smoa, Task
+from pipeline.training import Ranks, evaluate, open_inputs
+from pipeline.training.fit import PACK_FILE, read_fit
+
+pytestmark = [pytest.mark.usefixtures("local_ray"), pytest.mark.filterwarnings("ignore::ResourceWarning")]
+PAIR = TrialResources(ranks=2)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def workers_know_this_file() -> Iterator[None]:
+    ray.cloudpickle.register_pickle_by_value(module := sys.modules[__name__])
+    yield
+    ray.cloudpickle.unregister_pickle_by_value(module)
+
+
+def exchange(said: int, folder: Path, resources: TrialResources, ranks: Ranks) -> list[list[int]]:
+    """What both ranks say, after a while in which other groups could start."""
+    heard = ranks.gathered(torch.tensor([said, ranks.rank])).tolist()
+    time.sleep(0.5)
+    ranks.total(0)
+    return heard
+
+
+def die_once(said: int, folder: Path, resources: TrialResources, ranks: Ranks) -> list[list[int]]:
+    """The second rank dies, the first time."""
+    ranks.total(0)
+    if not ranks.is_first and not (folder / f"died-{said}").exists():
+        (folder / f"died-{said}").touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return exchange(said, folder, resources, ranks)
+
+
+def die(said: int, folder: Path, resources: TrialResources, ranks: Ranks) -> None:
+    """The second rank dies each time."""
+    with (folder / "tries").open("a") as tries:
+        tries.write(str(ranks.rank))
+    ranks.total(0)
+    if not ranks.is_first:
+        os.kill(os.getpid(), signal.SIGKILL)
+    ranks.total(0)
+
+
+def fail(said: int, folder: Path, resources: TrialResources, ranks: Ranks) -> None:
+    """The second rank meets an error that has a name."""
+    ranks.total(0)
+    if not ranks.is_first:
+        raise DataError("a shard is missing")
+    ranks.total(0)
+
+
+def stop(said: int, folder: Path, resources: TrialResources, ranks: Ranks) -> str:
+    """The first rank needs no others any more, which would wait for it for ever."""
+    if ranks.is_first:
+        return "stopped"
+    ranks.total(0)
+    return "never"
+
+
+def on_pairs(work: Any, folder: Path, groups: int = 1, retries: int = 1) -> list[Any]:
+    """What each of so many groups of two gives."""
+
+    def worker(*arguments: Any) -> Any:
+        try:
+            return in_group(work, arguments, PAIR)
+        except TaskpackError as error:
+            return error
+
+    arguments = [(said, folder) for said in range(groups)]
+    ended = dict(ended_tasks(worker, arguments, 1, 0, ranks=2, retries=retries, is_stopping=lambda: False))
+    return [ended[said] for said in range(groups)]
+
+
+def all_is_given_back() -> bool:
+    """Whether the three places of the cluster are free again, soon."""
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        held = [each for each in ray.util.placement_group_table().values() if each["state"] != "REMOVED"]
+        if not held and ray.available_resources().get("CPU") == 3:
+            return True
+        time.sleep(0.1)
+    return False
+
+
+def test_groups_that_do_not_fit_side_by_side_follow_each_other(tmp_path: Path) -> None:
+    assert on_pairs(exchange, tmp_path, groups=3) == [[[said, 0], [said, 1]] for said in range(3)]
+    assert all_is_given_back()
+
+
+def test_a_group_that_loses_a_rank_starts_again_as_one(tmp_path: Path) -> None:
+    assert on_pairs(die_once, tmp_path, groups=2) == [[[said, 0], [said, 1]] for said in range(2)]
+    assert all_is_given_back()
+
+
+def test_a_group_that_loses_ranks_again_and_again_is_given_up(tmp_path: Path) -> None:
+    with pytest.raises(WorkersDied):
+        on_pairs(die, tmp_path, retries=1)
+    assert sorted((tmp_path / "tries").read_text()) == ["0", "0", "1", "1"]
+    assert all_is_given_back()
+
+
+def test_an_error_with_a_name_on_any_rank_is_that_of_the_group(tmp_path: Path) -> None:
+    started = time.monotonic()
+    (error,) = on_pairs(fail, tmp_path)
+    assert isinstance(error, DataError)
+    assert str(error) == "a shard is missing"
+    assert time.monotonic() - started < 60
+    assert all_is_given_back()
+
+
+def test_a_group_ends_with_its_first_rank(tmp_path: Path) -> None:
+    assert on_pairs(stop, tmp_path) == ["stopped"]
+    assert all_is_given_back()
+
+
+def test_a_cluster_of_fixed_size_refuses_more_ranks_than_it_can_ever_hold() -> None:
+    wait_for_room(3, 1, 0, lambda: False)
+    with pytest.raises(ClusterError, match=r"for each of 2 ranks, and the nodes \(3 CPUs and 0 GPUs\) have room for 1; lower --ranks-per-trial"):
+        wait_for_room(2, 2, 0, lambda: False)
+
+
+def test_two_ranks_take_a_task_from_data_to_pack(
+    tiny_task: Task, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More ranks are asked for than the task has shards; early trials end others."""
+    workdir = new_workdir(tmp_path_factory.getbasetemp(), tmp_path)
+    monkeypatch.setattr(shards, "SHARD_SIZE_BYTES", 200_000)
+    recipe = tiny_task.recipe.model_copy(update={"smoa": Smoa(experts=2, width=4, bits=4)})
+    task = tiny_task.model_copy(update={"recipe": recipe, "search": SearchSpace(bits=(4, 8))})
+    remarks: list[str] = []
+    (outcome,) = api.run([task], workdir=workdir, ranks_per_trial=3, on_progress=lambda *told: remarks.append(told[3]))
+    assert outcome.error is None
+    assert outcome.registered is not None
+    assert outcome.registered.tags["device"].startswith("2 x CPU (")
+    assert "2 of 3 ranks train: a shard is read by one, and there are 2" in remarks
+    assert [trial.state for trial in outcome.trials] == ["complete", "complete"]
+    (folder,) = workdir.glob("studies/*/fits/*")
+    result, inputs = read_fit(folder), open_inputs(task, workdir / "data" / task.name)
+    model = from_pack(read_pack(folder / PACK_FILE), inputs.backbone)
+    assert result is not None
+    assert (result.test_correct, result.test_samples) == astuple(evaluate(model, inputs.reader("test"), inputs.splits["test"]))
+    assert all_is_given_back()
