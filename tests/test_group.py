@@ -15,6 +15,7 @@ import pytest
 import ray
 import torch
 from helpers_cli import new_workdir
+from helpers_cluster import parent
 
 from pipeline import api
 from pipeline.adaptation.packing import from_pack
@@ -23,8 +24,10 @@ from pipeline.data import shards
 from pipeline.errors import ClusterError, DataError, TaskpackError
 from pipeline.group import TrialResources, in_group
 from pipeline.packs import read_pack
+from pipeline.search.record import TrialJournal
+from pipeline.search.study import Study, run_study
 from pipeline.spec import SearchSpace, Smoa, Task
-from pipeline.training import Ranks, evaluate, open_inputs
+from pipeline.training import Inputs, Ranks, evaluate, open_inputs
 from pipeline.training.fit import PACK_FILE, read_fit
 
 pytestmark = [pytest.mark.usefixtures("local_ray"), pytest.mark.filterwarnings("ignore::ResourceWarning")]
@@ -141,6 +144,44 @@ def test_a_cluster_of_fixed_size_refuses_more_ranks_than_it_can_ever_hold() -> N
     wait_for_room(3, 1, 0, lambda: False)
     with pytest.raises(ClusterError, match=r"for each of 2 ranks, and the nodes \(3 CPUs and 0 GPUs\) have room for 1; lower --ranks-per-trial"):
         wait_for_room(2, 2, 0, lambda: False)
+
+
+def test_a_study_ends_and_retries_groups_as_it_does_single_trials(
+    tiny_task: Task, tiny_data: Path, tiny_inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second rank of the first trial is killed; the second trial is stopped after its first epoch; the third runs in the processes left."""
+    space = SearchSpace(learning_rate=(1e-3, 2e-3, 3e-3))
+    training = tiny_task.recipe.training.model_copy(update={"epochs": 3})
+    recipe = tiny_task.recipe.model_copy(update={"connections": None, "training": training})
+    task = tiny_task.model_copy(update={"recipe": recipe, "search": space})
+    monkeypatch.setattr(Study, "_is_dominated", lambda study, slot, curve: slot == 1)
+    killed: list[int] = []
+
+    def kill_one(study: Study) -> None:
+        if study.epochs_done() and not killed:
+            killed.extend(other_ranks())
+            for process in killed:
+                os.kill(process, signal.SIGKILL)
+
+    records = run_study(
+        task,
+        tiny_data,
+        None,
+        TrialJournal(tmp_path),
+        size_of=lambda recipe: 1,
+        val_samples=len(tiny_inputs.splits["val"]),
+        resources=lambda: PAIR,
+        on_progress=kill_one,
+    )
+    assert len(killed) == 1
+    assert [(record.state, len(record.curve)) for record in records] == [("complete", 3), ("stopped", 1), ("complete", 3)]
+    assert all_is_given_back()
+
+
+def other_ranks() -> list[int]:
+    """The processes of this Ray, whose raylet is a child of this process, that are at work as ranks but the first."""
+    titles = {int(path.parent.name): path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if path.exists()}
+    return [process for process, title in titles.items() if title.startswith(b"ray::_other") and parent(parent(process)) == os.getpid()]
 
 
 def test_two_ranks_take_a_task_from_data_to_pack(
