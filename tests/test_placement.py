@@ -65,10 +65,20 @@ def test_one_task_runs_until_ray_is_asked_for(monkeypatch: pytest.MonkeyPatch) -
 def test_a_trial_takes_one_gpu_or_a_share_of_one() -> None:
     for gpus in (None, 0, 0.25, 1):
         assert Placement(per_trial=(None, gpus)).per_trial[1] == gpus
-    with pytest.raises(
-        SpecError, match=r"--gpus-per-trial: given 2; a trial is one process and uses one GPU: give 1, or a share of one such as 0\.5"
-    ):
+    words = r"--gpus-per-trial: given 2; a process uses one GPU: give 1, or a share of one such as 0\.5\. For more of them a trial, give --ranks-per-trial"
+    with pytest.raises(SpecError, match=words):
         Placement(per_trial=(1, 2))
+
+
+def test_ranks_do_not_share_a_gpu() -> None:
+    for gpus in (None, 0, 1):
+        assert Placement(per_trial=(None, gpus), ranks_per_trial=2).ranks_per_trial == 2
+    with pytest.raises(SpecError, match=r"--gpus-per-trial: given 0\.5 with --ranks-per-trial 2; .*: give 1 or 0, or one rank a trial"):
+        Placement(per_trial=(None, 0.5), ranks_per_trial=2)
+
+
+def test_trials_of_several_ranks_take_as_many_places(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert stages_on([Node(8, 0)] * 2, Placement(ranks_per_trial=4), monkeypatch).tasks_at_once() == 2
 
 
 def test_a_selection_with_more_workers_than_the_cluster_holds_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
