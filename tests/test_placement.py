@@ -65,8 +65,9 @@ def test_one_task_runs_until_ray_is_asked_for(monkeypatch: pytest.MonkeyPatch) -
 def test_a_trial_takes_one_gpu_or_a_share_of_one() -> None:
     for gpus in (None, 0, 0.25, 1):
         assert Placement(per_trial=(None, gpus)).per_trial[1] == gpus
-    words = r"--gpus-per-trial: given 2; a process uses one GPU: give 1, or a share of one such as 0\.5\. For more of them a trial, give --ranks-per-trial"
-    with pytest.raises(SpecError, match=words):
+    with pytest.raises(
+        SpecError, match=r"given 2; a process uses one GPU: give 1, or a share of one such as 0\.5\. For more .*, give --ranks-per-trial"
+    ):
         Placement(per_trial=(1, 2))
 
 

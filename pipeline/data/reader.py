@@ -88,14 +88,14 @@ class Reader:
 
         Raises DataError where a shard is missing, or is not the one that was indexed.
         """
-        images = torch.empty(len(samples), 3, self.size_px, self.size_px, dtype=torch.uint8)
-        labels = torch.empty(len(samples), dtype=torch.int64)
+        images = np.empty((len(samples), 3, self.size_px, self.size_px), np.uint8)  # numpy copies rows of bytes many times faster than torch
+        labels = np.empty(len(samples), np.int64)
         for number in np.unique(samples[:, 0]):
             rows = np.flatnonzero(samples[:, 0] == number)
             positions = samples[rows, 1]
-            images[torch.from_numpy(rows)] = self._shard(self.shards[number], content or self._content)[torch.from_numpy(positions.astype(np.int64))]
-            labels[torch.from_numpy(rows)] = torch.from_numpy(self._labels[number][positions])
-        return images, labels
+            images[rows] = self._shard(self.shards[number], content or self._content).numpy()[positions]
+            labels[rows] = self._labels[number][positions]
+        return torch.from_numpy(images), torch.from_numpy(labels)
 
     def batches(self, plan: Sequence[np.ndarray]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """`read` for each batch of a plan. While one is used, the next shards behind URLs are on their way.

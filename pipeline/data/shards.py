@@ -11,12 +11,12 @@ import io
 import os
 import re
 import tarfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from pathlib import Path
 
 os.environ["WDS_SECURE"] = "1"  # read by webdataset when it is imported
 
-from webdataset.tariterators import group_by_keys, tar_file_expander
+from webdataset.tariterators import group_by_keys
 from webdataset.writer import TarWriter
 
 from pipeline.data.index import ShardEntry
@@ -44,7 +44,6 @@ def read_shard(url: str) -> Iterator[Sample]:
 
 def samples_in(content: bytes, url: str) -> Iterator[Sample]:
     """The samples of a shard whose bytes are `content`; `url` is used in errors. Raises DataError."""
-    _check_tar(content, url)
     keys: set[str] = set()
     for members in _groups(content, url):
         key = str(members["__key__"])
@@ -61,33 +60,38 @@ def samples_in(content: bytes, url: str) -> Iterator[Sample]:
 
 def _groups(content: bytes, url: str) -> Iterator[dict[str, bytes]]:
     """The members of each key, by extension in lower case, and WebDataset's own entries such as `__key__`."""
+    members = ({"fname": name, "data": content[start:end], "__url__": url} for name, start, end in _members(content, url))
     try:
-        yield from group_by_keys(tar_file_expander([{"url": url, "stream": io.BytesIO(content)}]))
+        yield from group_by_keys(members)
     except ValueError as error:  # two extensions that differ in case alone
         raise DataError(f"{url}: {error.args[0]}; give each sample its own key") from None
 
 
-def _check_tar(content: bytes, url: str) -> None:
-    """Raise DataError unless `content` is one whole, plain tar of ordinary files that may all be read safely."""
+def _members(content: bytes, url: str) -> list[tuple[str, int, int]]:
+    """Each file's name, and where in `content` it begins and ends.
+
+    Raises DataError unless that is one whole, plain tar of ordinary files that may all be read safely.
+    """
     if not content:
         raise DataError(f"{url}: the shard is empty (0 bytes); copy or prepare it again")
-    names: set[str] = set()
+    members: dict[str, tuple[int, int]] = {}
     try:
         with tarfile.open(fileobj=io.BytesIO(content), mode="r:") as archive:
             for member in archive:
-                _check_member(member, names, url)
+                if not member.isdir():
+                    _check_member(member, members, url)
+                    members[member.name] = member.offset_data, member.offset_data + member.size
             end = int(archive.offset)
     except (tarfile.TarError, ValueError) as error:
         raise DataError(f"{url}: truncated, damaged or not an uncompressed tar ({error}); copy or prepare it again") from None
     after = content[end:]
     if len(after) < 2 * _BLOCK_BYTES or after.strip(b"\0"):
         reason = "a damaged header or a second tar" if after.strip(b"\0") else "no end mark: the file was cut short"
-        raise DataError(f"{url}: damaged at byte {end} after {len(names)} members ({reason}); copy or prepare it again")
+        raise DataError(f"{url}: damaged at byte {end} after {len(members)} members ({reason}); copy or prepare it again")
+    return [(name, *place) for name, place in members.items()]
 
 
-def _check_member(member: tarfile.TarInfo, names: set[str], url: str) -> None:
-    if member.isdir():
-        return
+def _check_member(member: tarfile.TarInfo, names: Container[str], url: str) -> None:
     if not member.isreg() or member.issparse():  # a sparse member of a few bytes may claim terabytes
         raise DataError(f"{url}: {member.name}: not an ordinary file (a link, device or sparse file); write the shard with the files themselves")
     if re.match(r"__[^/]*__($|/)", member.name):
@@ -100,7 +104,6 @@ def _check_member(member: tarfile.TarInfo, names: set[str], url: str) -> None:
         raise DataError(f"{url}: {member.name}: refused, WebDataset gives extensions that begin with two underscores another meaning; rename it")
     if member.name in names:
         raise DataError(f"{url}: {member.name}: this member occurs twice; give each sample its own key")
-    names.add(member.name)
 
 
 def _image_extension(members: dict[str, bytes], sample: str) -> str | None:
