@@ -187,7 +187,8 @@ def test_shares_of_the_batches_add_up_to_the_whole(precision: Literal["fp32", "b
 
     def sums(share: list) -> dict[str, torch.Tensor]:
         loss = make_loss(spec, tiny_inputs.backbone.width, 8, task.seed)
-        return gradient_sums(tiny_inputs.backbone, tiny_inputs.reader("train"), share, spec, loss, seed=task.seed, flip=False)
+        read = ((number, *tiny_inputs.reader("train").read(samples)) for number, samples in share)
+        return gradient_sums(tiny_inputs.backbone, read, spec, loss, seed=task.seed, flip=False)
 
     whole, first, second = sums(batches), sums(batches[0::2]), sums(batches[1::2])
     for name, sum_OI in whole.items():

@@ -102,7 +102,7 @@ class Reader:
 
         Raises DataError as `read`, when the shard's turn comes.
         """
-        if all(not is_url(shard.path) or CACHE.holds(self._key(shard)) for shard in self.shards):
+        if not plan or all(not is_url(shard.path) or CACHE.holds(self._key(shard)) for shard in self.shards):
             yield from map(self.read, plan)
             return
         numbers, first_use = np.unique(np.concatenate(plan)[:, 0], return_index=True)

@@ -17,17 +17,14 @@ from torch.nn import functional
 from pipeline.adaptation.connections import TunableLayer
 from pipeline.adaptation.sites import tunable_layers
 from pipeline.backbones import LoadedBackbone
-from pipeline.data import Reader
 from pipeline.errors import BackboneError
 from pipeline.selection.gradient import NumberedBatch
 from pipeline.spec import Selection
 
 
 @torch.inference_mode()
-def activation_sums(
-    backbone: LoadedBackbone, reader: Reader, batches: Iterable[NumberedBatch], spec: Selection, *, device: str = "cpu"
-) -> dict[str, torch.Tensor]:
-    """Sum the mean size of every layer's inputs over the images of numbered batches of samples [B, 2].
+def activation_sums(backbone: LoadedBackbone, batches: Iterable[NumberedBatch], spec: Selection, *, device: str = "cpu") -> dict[str, torch.Tensor]:
+    """Sum the mean size of every layer's inputs over the images of numbered batches.
 
     Returns:
         For each Linear and Conv2d, float64 [G, I] on `device`: one row for each group of a convolution.
@@ -39,8 +36,7 @@ def activation_sums(
     means = _watch(model)
     sums = {name: torch.zeros(_groups(layer), layer.weight[0].numel(), dtype=torch.float64, device=device) for name, layer in _layers(model)}
     mean, std = (torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (backbone.mean, backbone.std))
-    for _, samples in batches:
-        images, _ = reader.read(samples)
+    for _, images, _ in batches:
         means.clear()
         with torch.autocast(mean.device.type, torch.bfloat16, enabled=spec.precision == "bf16"):
             model((images.to(device).float() / 255 - mean) / std)

@@ -18,16 +18,15 @@ import torch
 from pipeline.adaptation.sites import tunable_layers
 from pipeline.adaptation.working import fuse_attention, slow_fused_attention
 from pipeline.backbones import LoadedBackbone
-from pipeline.data import Reader, two_views
+from pipeline.data import two_views
 from pipeline.selection.losses import Loss
 from pipeline.spec import Selection
 
-NumberedBatch = tuple[int, np.ndarray]
+NumberedBatch = tuple[int, torch.Tensor, torch.Tensor]  # its number, images uint8 [B, 3, S, S], labels int64 [B]
 
 
 def gradient_sums(
     backbone: LoadedBackbone,
-    reader: Reader,
     batches: Iterable[NumberedBatch],
     spec: Selection,
     loss: Loss,
@@ -36,7 +35,7 @@ def gradient_sums(
     flip: bool,
     device: str = "cpu",
 ) -> dict[str, torch.Tensor]:
-    """Sum the gradients of numbered batches of samples [B, 2], computed on `device`.
+    """Sum the gradients of numbered batches, computed on `device`.
 
     Returns:
         For each Linear and Conv2d, float64 [O, I] on `device`: neurons by input connections.
@@ -45,8 +44,7 @@ def gradient_sums(
     fuse_attention(slow_fused_attention(model, torch.bfloat16 if spec.precision == "bf16" else torch.float32), False)
     sums = _collect_gradients(model)
     mean, std = (torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (backbone.mean, backbone.std))
-    for index, samples in batches:
-        images, labels = reader.read(samples)
+    for index, images, labels in batches:
         views = two_views(images, batch_generator(seed, index), flip=flip).to(device)
         with torch.autocast(views.device.type, torch.bfloat16, enabled=spec.precision == "bf16"):
             features = model((views - mean) / std)

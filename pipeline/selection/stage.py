@@ -14,10 +14,11 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
@@ -27,11 +28,12 @@ from pipeline.adaptation.sites import tunable_layers
 from pipeline.data import shard_batches
 from pipeline.errors import ClusterError, TaskpackError
 from pipeline.selection.activation import activation_importance, activation_sums
-from pipeline.selection.gradient import NumberedBatch, gradient_sums
+from pipeline.selection.gradient import gradient_sums
 from pipeline.selection.losses import make_loss
 from pipeline.spec import Task
 from pipeline.training.inputs import Inputs, open_inputs
 
+PlannedBatch = tuple[int, np.ndarray]  # its number, and its samples [B, 2]
 ALGORITHM_VERSION = 2
 _PLACES, _RANKS = ".places", ".ranks"
 NEVER_SECONDS = 1e9
@@ -113,7 +115,7 @@ def select_if_sooner(inputs: Inputs, top_k: int, path: Path, *, workers: int) ->
     batches = _numbered_batches(inputs)
     try:
         with _one_thread():
-            selected = _ranked(inputs, _sums(inputs, _while_sooner(batches, workers)), top_k)
+            selected = _ranked(inputs, _sums(inputs, batches, pace=lambda batches: _while_sooner(batches, workers)), top_k)
     except _WorkersAreSooner:
         return False
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -125,7 +127,7 @@ class _WorkersAreSooner(Exception):
     """Ends a selection in this process."""
 
 
-def _while_sooner(batches: Sequence[NumberedBatch], workers: int) -> Iterator[NumberedBatch]:
+def _while_sooner(batches: Sequence[PlannedBatch], workers: int) -> Iterator[PlannedBatch]:
     started = time.monotonic()
     for done, batch in enumerate(batches):
         if done == 1 and (time.monotonic() - started) * (len(batches) - 1) * (1 - 1 / workers) > GROUP_SECONDS:
@@ -144,19 +146,26 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _numbered_batches(inputs: Inputs) -> list[NumberedBatch]:
+def _numbered_batches(inputs: Inputs) -> list[PlannedBatch]:
     return list(enumerate(shard_batches(inputs.splits["train"], inputs.task.selection.batch_size, seed=inputs.task.seed)))
 
 
-def _sums(inputs: Inputs, batches: Iterable[NumberedBatch], device: str = "cpu") -> dict[str, torch.Tensor]:
-    """What the criterion adds up over batches, float64, by layer; nothing where it needs no data."""
+def _sums(
+    inputs: Inputs,
+    batches: Sequence[PlannedBatch],
+    device: str = "cpu",
+    pace: Callable[[Sequence[PlannedBatch]], Iterable[PlannedBatch]] = iter,
+) -> dict[str, torch.Tensor]:
+    """What the criterion adds up over batches, float64, by layer; nothing where it needs no data. `pace` is asked before each is read."""
     task, spec = inputs.task, inputs.task.selection
     if is_recomputable(spec):
         return {}
+    in_order = inputs.reader("train").batches([samples for _, samples in batches])
+    read = ((number, *tensors) for (number, _), tensors in zip(pace(batches), in_order, strict=True))
     if spec.criterion == "activation":
-        return activation_sums(inputs.backbone, inputs.reader("train"), batches, spec, device=device)
+        return activation_sums(inputs.backbone, read, spec, device=device)
     loss = make_loss(spec, inputs.backbone.width, len(inputs.index.classes), task.seed)
-    return gradient_sums(inputs.backbone, inputs.reader("train"), batches, spec, loss, seed=task.seed, flip=task.input.flip, device=device)
+    return gradient_sums(inputs.backbone, read, spec, loss, seed=task.seed, flip=task.input.flip, device=device)
 
 
 def _ranked(inputs: Inputs, totals: dict[str, torch.Tensor], top_k: int) -> dict[str, RankedPlaces]:
