@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -71,12 +72,15 @@ def group(follow: Callable[..., Any], arguments: Sequence[Any], resources: Trial
     others = _start_others(follow, arguments, resources, (store.host, store.port))
     try:
         _await_start(store, others, resources.ranks)
-        with _joined(store, Ranks(0, resources.ranks)) as ranks:
-            yield ranks
-            ray.wait(others, num_returns=len(others), timeout=_END_SECONDS)
+        yield _join(store, Ranks(0, resources.ranks))
+        ray.wait(others, num_returns=len(others), timeout=_END_SECONDS)
     except RuntimeError as error:  # gloo has no other name for a rank that no longer answers
-        raise _what_befell(others) or error from error
+        befallen = _what_befell(others)
+        if befallen is None:
+            raise
+        raise befallen from error
     finally:
+        _leave()
         for each in others:
             ray.cancel(each, force=True)
 
@@ -108,10 +112,11 @@ def _other(follow: Callable[..., Any], arguments: Sequence[Any], resources: Tria
     store = dist.TCPStore(*meeting, is_master=False)
     store.set(_started(rank), "")
     try:
-        with _joined(store, Ranks(rank, resources.ranks)) as ranks:
-            follow(*arguments, resources, ranks)
+        follow(*arguments, resources, _join(store, Ranks(rank, resources.ranks)))
     except TaskpackError as error:
         return error
+    finally:
+        _leave()
     return None
 
 
@@ -120,37 +125,41 @@ def _started(rank: int) -> str:
 
 
 def _await_start(store: Any, others: Sequence[Any], world: int) -> None:
-    """Return when all others have started. Raises RuntimeError where one ends before, or none comes in time."""
-    import time
-
+    """Return when all others have started. Raises RuntimeError where one ends before, RanksLost where they take too long."""
     import ray
 
     deadline = time.monotonic() + _START_SECONDS
     while not store.check([_started(rank) for rank in range(1, world)]):
         ended, _ = ray.wait(list(others), timeout=_LOOK_SECONDS)
-        if ended or time.monotonic() > deadline:
-            raise RuntimeError("a rank did not start")
+        if ended:
+            raise RuntimeError("a rank ended before it had begun")
+        if time.monotonic() > deadline:
+            raise RanksLost("a rank did not start")
 
 
-@contextlib.contextmanager
-def _joined(store: Any, ranks: Ranks) -> Iterator[Ranks]:
-    """In the process group; leaving it tells the others, whatever they wait for."""
+def _join(store: Any, ranks: Ranks) -> Ranks:
+    """Enter the process group that the ranks use."""
     import torch.distributed as dist
 
     timeout = datetime.timedelta(seconds=_SILENCE_SECONDS)
     dist.init_process_group("gloo", store=store, rank=ranks.rank, world_size=ranks.world, timeout=timeout)
-    try:
-        yield ranks
-    finally:
+    return ranks
+
+
+def _leave() -> None:
+    """Leave the process group, which tells the others, whatever they wait for."""
+    import torch.distributed as dist
+
+    if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def _what_befell(others: Sequence[Any]) -> Exception | None:
-    """Why ranks no longer answer: the named error that one of them ended with, or that one is lost. None where all of them are well."""
+    """Why ranks no longer answer: the named error that one of them ended with, or that one is lost. None where all of them go on."""
     import ray
 
-    ended, running = ray.wait(list(others), num_returns=len(others), timeout=_END_SECONDS)
-    lost: Exception | None = RanksLost("a rank does not answer") if running else None
+    ended, _ = ray.wait(list(others), num_returns=len(others), timeout=_END_SECONDS)
+    lost: Exception | None = None
     for each in ended:
         try:
             outcome = ray.get(each)

@@ -76,6 +76,13 @@ def fail(said: int, folder: Path, resources: TrialResources, ranks: Ranks) -> No
     ranks.total(0)
 
 
+def err(said: int, folder: Path, resources: TrialResources, ranks: Ranks) -> None:
+    """The first rank fails by itself, as one without memory does, while the other waits for it."""
+    if ranks.is_first:
+        raise RuntimeError("out of memory")
+    ranks.total(0)
+
+
 def stop(said: int, folder: Path, resources: TrialResources, ranks: Ranks) -> str:
     """The first rank needs no others any more, which would wait for it for ever."""
     if ranks.is_first:
@@ -132,6 +139,12 @@ def test_an_error_with_a_name_on_any_rank_is_that_of_the_group(tmp_path: Path) -
     assert isinstance(error, DataError)
     assert str(error) == "a shard is missing"
     assert time.monotonic() - started < 60
+    assert all_is_given_back()
+
+
+def test_an_error_of_the_first_rank_alone_is_not_blamed_on_the_others(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="out of memory"):
+        on_pairs(err, tmp_path)
     assert all_is_given_back()
 
 
