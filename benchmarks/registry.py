@@ -1,11 +1,14 @@
 """Look-ups among 10,000 registered packs, on MLflow with users, PostgreSQL and S3, all on this machine.
 
-    python benchmarks/registry.py [--packs 10000] [--auth-cache-seconds 0] [--before FOLDER]
+    python benchmarks/registry.py [--packs 10000] [--auth-cache-seconds 0]
 
 One pack is registered as a batch does it. The rows that this wrote are found by comparing every table before and after, and are copied with other
 names, ids and numbers, ten versions a task; that the copies are found and read like registered packs, and in the right order, is checked against a
-plain sort here. Then a pack is registered among them. --auth-cache-seconds is the server's setting of how long it remembers that a password was
-right; 0 is MLflow's default. --before names another checkout of the project, whose `taskpack ls` is timed too.
+plain sort here, and against a pack that is then registered among them. Look-ups are those of a user who may only read. --auth-cache-seconds is the
+server's setting of how long it remembers that a password was right; 0 is MLflow's default.
+
+Each look-up is repeated more than ten times, since psycopg prepares what it is asked five times, and PostgreSQL then goes over to a plan that is made
+once for all values. At the end the same question is put to MLflow's LoggedModels, which hold the same numbers, until an answer takes a minute.
 
 Needs PostgreSQL and the extra `dev`. Writes benchmarks/results/registry.json and .md; each setting of the server keeps its own row.
 """
@@ -44,13 +47,16 @@ from helpers_servers import ADMIN, TrackingServer, tracking_server  # noqa: E402
 VERSIONS_PER_TASK = 10
 TEMPLATE = "template-task"
 MAX_BYTES, MIN_METRIC = 24 * 1024, 0.8
-ROUNDS = 7
-BEFORE_ROUNDS = 1  # it takes a minute
+ROUNDS = 15
+PROCESSES = 7
+LOGGED_MODEL_SECONDS = 60
 Row = tuple[Any, ...]
 LEDGER = ("positions", "values", "biases", "norms", "experts", "router", "head", "probe", "metadata")
 LOOK_UPS: dict[str, dict[str, Any]] = {
     "within 24 KiB, at least 80 %": {"max_bytes": MAX_BYTES, "min_metric": MIN_METRIC},
     "the same, second page": {"max_bytes": MAX_BYTES, "min_metric": MIN_METRIC, "after": None},
+    "no limit": {},
+    "one task": {"task": "task-0007"},
 }
 
 
@@ -59,22 +65,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--packs", type=int, default=10_000)
     parser.add_argument("--auth-cache-seconds", type=int, default=0)
-    parser.add_argument("--before", type=Path)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as name, tracking_server(Path(name), auth_cache_seconds=arguments.auth_cache_seconds) as server:
         os.environ.update(server.as_user(ADMIN))
         registry, folder = open_registry(None, Path(name)), Path(name)
         numbers, fill_seconds = fill(registry, server, folder, arguments.packs)
         check(registry, numbers)
-        row = {
-            "packs": arguments.packs,
-            "auth_cache_seconds": arguments.auth_cache_seconds,
-            "fill_seconds": fill_seconds,
-            "register_seconds": timed(lambda: registry.register(made_champion(folder, "task-0007", seed=1))),
-            "look_ups": measure_look_ups(registry, folder),
-            "commands": measure_commands(arguments.before),
-            "load_average": os.getloadavg()[0],
-        }
+        row = {"packs": arguments.packs, "auth_cache_seconds": arguments.auth_cache_seconds, "fill_seconds": fill_seconds}
+        row["register_seconds"] = timed(lambda: registry.register(made_champion(folder, "task-0007", seed=1)))
+        check_alike(registry)
+        os.environ.update(server.as_user("reader"))
+        reader = open_registry(None, folder)
+        row |= {"look_ups": measure_look_ups(reader, folder), "commands": measure_commands(), "load_average": os.getloadavg()[0]}
+        row["logged_models"] = logged_model_seconds(reader)
     save(row)
 
 
@@ -126,7 +129,13 @@ def fill(registry: Registry, server: TrackingServer, folder: Path, packs: int) -
         connection.execute("ANALYZE")
     registry.client.delete_registered_model(TEMPLATE)
     registry.client.delete_logged_model(template.model_id)
+    registry.client.delete_run(run_of(written))
     return numbers, time.perf_counter() - started
+
+
+def run_of(written: dict[str, list[Row]]) -> str:
+    """The id of the template's run."""
+    return str(written["runs"][0][0])
 
 
 ORDER = ("runs", "logged_models", "registered_models", "model_versions")  # before the tables that refer to them
@@ -142,9 +151,8 @@ def copied(
     connection: psycopg.Connection, written: dict[str, list[Row]], template: Any, task: str, version: int, numbers: dict[str, float]
 ) -> Iterator[tuple[str, list[Row]]]:
     """The template's rows for another pack; those of the registered model only with its first version, its alias only with its last."""
-    run_id = next(row[0] for row in written["runs"])
     texts = {
-        run_id: uuid.uuid4().hex,
+        run_of(written): uuid.uuid4().hex,
         template.model_id: f"m-{uuid.uuid4().hex}",
         template.pack_digest: hashlib.sha256(f"{task}/{version}".encode()).hexdigest(),
         TEMPLATE: task,
@@ -209,6 +217,14 @@ def check(registry: Registry, numbers: dict[str, tuple[float, int]]) -> None:
     assert one == next(pack for pack in registry.search(task="task-0007") if pack.version == one.version)
 
 
+def check_alike(registry: Registry) -> None:
+    """A pack registered among the copies is the newest of its task and says of itself what they say."""
+    registered, copy = registry.get("task-0007"), registry.get(f"task-0007/{VERSIONS_PER_TASK}")
+    assert (registered.version, registered.aliases, copy.aliases) == (VERSIONS_PER_TASK + 1, ("champion",), ())
+    for said in ("metrics", "params", "tags"):
+        assert getattr(registered, said).keys() == getattr(copy, said).keys(), said
+
+
 # --- measuring --------------------------------------------------------------------------------------------------------------------------------
 
 
@@ -259,25 +275,39 @@ def requests_of(call: Callable[[], object]) -> int:
     return count
 
 
-def measure_commands(before: Path | None) -> dict[str, dict[str, Any]]:
+def measure_commands() -> dict[str, dict[str, Any]]:
     """Whole processes, from start to exit."""
-    look_up = ["-m", "pipeline.cli", "ls", "--max-bytes", str(MAX_BYTES), "--min-metric", str(MIN_METRIC)]
     parts = {
         "python": ["-c", "pass"],
         "taskpack --help": ["-m", "pipeline.cli", "--help"],
         "import mlflow": ["-c", "from pipeline.registry.connection import import_mlflow; import_mlflow()"],
-        "taskpack ls": look_up,
+        "taskpack ls": ["-m", "pipeline.cli", "ls", "--max-bytes", str(MAX_BYTES), "--min-metric", str(MIN_METRIC)],
     }
-    measured = {name: spread([process_seconds(command, HERE.parent) for _ in range(ROUNDS)]) for name, command in parts.items()}
-    if before is not None:
-        measured["taskpack ls, before"] = spread([process_seconds(look_up, before) for _ in range(BEFORE_ROUNDS)])
-    return measured
+    return {name: spread([process_seconds(command) for _ in range(PROCESSES)]) for name, command in parts.items()}
 
 
-def process_seconds(arguments: list[str], code: Path) -> float:
-    """Seconds of a Python process that runs the code of a checkout."""
-    environment = {**os.environ, "PYTHONPATH": str(code)}
-    return timed(lambda: subprocess.run([sys.executable, *arguments], env=environment, cwd=code, check=True, capture_output=True))
+def process_seconds(arguments: list[str]) -> float:
+    """Seconds of a Python process."""
+    environment = {**os.environ, "PYTHONPATH": str(HERE.parent)}
+    return timed(lambda: subprocess.run([sys.executable, *arguments], env=environment, cwd=HERE.parent, check=True, capture_output=True))
+
+
+def logged_model_seconds(registry: Registry) -> list[float | None]:
+    """The second page asked of LoggedModels, again and again; None, and no more, once an answer takes LOGGED_MODEL_SECONDS."""
+    import requests
+
+    bounds = f"metrics.size_bytes <= {MAX_BYTES} AND metrics.test_accuracy >= {MIN_METRIC} AND metrics.test_accuracy <= 0.95"
+    order = [{"field_name": "metrics.test_accuracy", "ascending": False}, {"field_name": "metrics.size_bytes", "ascending": True}]
+    content = {"experiment_ids": [registry._experiment_id], "filter": bounds, "max_results": 64, "order_by": order}
+    who = os.environ["MLFLOW_TRACKING_USERNAME"], os.environ["MLFLOW_TRACKING_PASSWORD"]
+    address, session = f"{registry.tracking_uri}/api/2.0/mlflow/logged-models/search", requests.Session()
+    taken: list[float | None] = []
+    for _ in range(ROUNDS):
+        try:
+            taken.append(timed(lambda: session.post(address, json=content, auth=who, timeout=LOGGED_MODEL_SECONDS).raise_for_status()))
+        except requests.Timeout:
+            return [*taken, None]
+    return taken
 
 
 # --- the page ---------------------------------------------------------------------------------------------------------------------------------
@@ -315,12 +345,22 @@ def markdown(rows: list[dict[str, Any]]) -> str:
             "",
             f"Registering one more pack took {row['register_seconds']:.1f} s.",
             "",
+            logged_models_words(row["logged_models"]),
+            "",
             "| process | seconds |",
             "|---|---|",
             *(f"| `{name}` | {cell(each)} |" for name, each in row["commands"].items()),
             "",
         ]
     return "\n".join(lines)
+
+
+def logged_models_words(taken: list[float | None]) -> str:
+    """What became of asking LoggedModels."""
+    answered = [seconds for seconds in taken if seconds is not None]
+    spent = f"{min(answered):.2f} to {max(answered):.2f} s" if answered else "no time"
+    words = f"The second page, asked of MLflow's LoggedModels instead of its runs: {len(answered)} answers in {spent}"
+    return f"{words}, then none within {LOGGED_MODEL_SECONDS} s." if None in taken else f"{words}."
 
 
 def cell(measured: dict[str, Any]) -> str:

@@ -67,7 +67,7 @@ class Champion:
 
 @dataclass(frozen=True, kw_only=True)
 class RegisteredPack:
-    """One version of a task's pack, as the registry holds it. `name` is the task's; `model_id` names the MLflow LoggedModel with the metrics."""
+    """One version of a task's pack, as the registry holds it. `name` is the task's; `model_id` names the MLflow LoggedModel with the files."""
 
     name: str
     version: int

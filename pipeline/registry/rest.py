@@ -60,19 +60,17 @@ class Rest:
                 raise
             return None
 
-    def search_logged_models(
-        self, experiment_ids: list[str], filter_string: str, datasets: None, max_results: int, order_by: list[dict[str, Any]], page_token: str | None
-    ) -> Page:
-        """As MLflow's; `datasets` is not supported."""
+    def search_runs(self, experiment_ids: list[str], filter_string: str, *, max_results: int, order_by: list[str], page_token: str | None) -> Page:
+        """As MLflow's."""
         content = {"experiment_ids": experiment_ids, "filter": filter_string, "max_results": max_results, "order_by": order_by}
-        answer = self._ask("POST", "logged-models/search", content | ({"page_token": page_token} if page_token else {}))
-        page = Page(_logged_model(model) for model in answer.get("models", ()))
+        answer = self._ask("POST", "runs/search", content | ({"page_token": page_token} if page_token else {}))
+        page = Page(_run(run) for run in answer.get("runs", ()))
         page.token = answer.get("next_page_token")
         return page
 
-    def get_logged_model(self, model_id: str) -> Any:
+    def get_run(self, run_id: str) -> Any:
         """As MLflow's."""
-        return _logged_model(self._ask("GET", f"logged-models/{model_id}", {})["model"])
+        return _run(self._ask("GET", "runs/get", {"run_id": run_id})["run"])
 
     def search_model_versions(self, filter_string: str, max_results: int, order_by: list[str] | None = None) -> list[Any]:
         """As MLflow's; aliases are not told."""
@@ -116,16 +114,15 @@ def _pairs(rows: list[dict[str, Any]] | None) -> dict[str, Any]:
     return {row["key"]: row.get("value", "") for row in rows or ()}
 
 
-def _logged_model(content: dict[str, Any]) -> Any:
-    info, data = content["info"], content.get("data", {})
+def _run(content: dict[str, Any]) -> Any:
+    info, data = content["info"], content["data"]
     return SimpleNamespace(
-        model_id=info["model_id"],
-        source_run_id=info["source_run_id"],
-        artifact_location=info["artifact_uri"],
-        creation_timestamp=int(info["creation_timestamp_ms"]),
-        tags=_pairs(info.get("tags")),
-        params=_pairs(data.get("params")),
-        metrics=[SimpleNamespace(key=row["key"], value=row.get("value", 0.0)) for row in data.get("metrics", ())],
+        info=SimpleNamespace(run_id=info["run_id"], start_time=int(info["start_time"])),
+        data=SimpleNamespace(
+            metrics={row["key"]: float(row.get("value", 0.0)) for row in data.get("metrics", ())},
+            params=_pairs(data.get("params")),
+            tags=_pairs(data.get("tags")),
+        ),
     )
 
 
@@ -133,6 +130,7 @@ def _version(content: dict[str, Any]) -> Any:
     return SimpleNamespace(
         name=content["name"],
         version=content["version"],
+        run_id=content.get("run_id", ""),
         creation_timestamp=int(content["creation_timestamp"]),
         tags=_pairs(content.get("tags")),
         aliases=content.get("aliases", []),

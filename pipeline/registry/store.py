@@ -1,8 +1,9 @@
 """The registry: packs as versions of an MLflow registered model, found again by numbers.
 
 One registered model a task, one version a pack, the alias `champion` on the version that was registered last. A version alone cannot be searched by
-number (MLflow compares tags as text), so each belongs to a LoggedModel whose metrics (accuracy, `size_bytes`, `bytes_<part>`) the server filters and
-orders; the LoggedModel's files are the pack and an MLmodel that names our loader, hence neither pickle nor stored code.
+number (MLflow compares tags as text), so each belongs to a run whose metrics (accuracy, `size_bytes`, `bytes_<part>`) the server filters and orders.
+Beside it stands a LoggedModel with the same numbers, whose files are the pack and an MLmodel that names our loader, hence neither pickle nor stored
+code. It is not searched: MLflow ranks all values a LoggedModel's metric ever had, and PostgreSQL may do so again for every model.
 
 Writing happens in one process, the driver. Creating the version, with the pack's digest as its tag, is the one step that commits: what an interrupted
 `register` left before it is discarded by the next, what was missing after it is made good. Two drivers may register the same pack at once: MLflow has
@@ -39,7 +40,7 @@ from pipeline.registry.rest import plain_rest
 EXPERIMENT = "taskpack"
 CHAMPION_ALIAS = "champion"
 PACK_FILE = "pack.safetensors"
-# The tag by which MLflow itself links a LoggedModel to its registered versions; having it is what makes a LoggedModel "registered" here.
+# The tag by which MLflow itself links a LoggedModel to its registered versions.
 _VERSIONS_TAG = "mlflow.modelVersions"
 _REFERENCE = re.compile(r"(?P<name>[^/@:'\"`%\\]+)(?:@(?P<alias>[\w.-]+)|/(?P<version>[0-9]+))?")
 # More than the 50 rows of a plain `taskpack ls`; the ids of a page still fit into one address.
@@ -101,8 +102,7 @@ class Registry:
         with registry_errors(self.tracking_uri):
             version = self._find_version(champion) or self._settle(champion, self._create_version(champion))
             self._publish(version)
-            version = self.client.get_model_version(version.name, str(version.version))
-            return _merge(version, self._model_of(version), version.aliases)
+            return self.get(f"{version.name}/{version.version}")
 
     def _find_version(self, champion: Champion) -> Any:
         mine = f"name = '{champion.task}' AND tags.{DIGEST_TAG} = '{champion.pack_digest}'"
@@ -163,7 +163,6 @@ class Registry:
         self._log_numbers(champion, run_id, model.model_id)
         self.client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step=0)])
         self.client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
-        self.client.set_terminated(run_id)
         return model
 
     def _log_numbers(self, champion: Champion, run_id: str, model_id: str) -> None:
@@ -178,12 +177,14 @@ class Registry:
             _existing_as_none(self.client.create_registered_model, name)
 
     def _publish(self, version: Any) -> None:
-        """Mark the LoggedModel as registered and move the alias, where that is not done yet."""
-        model_id, number = version.tags[MODEL_ID_TAG], int(version.version)
+        """Tell the LoggedModel its version, end the run, by which `search` finds it from now on, and move the alias, where that is not done yet."""
+        model_id, number = version.tags[MODEL_ID_TAG], str(version.version)
         if _VERSIONS_TAG not in self.client.get_logged_model(model_id).tags:
-            self.client.set_logged_model_tags(model_id, {_VERSIONS_TAG: json.dumps([{"name": version.name, "version": number}])})
-        if CHAMPION_ALIAS not in self.client.get_model_version(version.name, str(number)).aliases:
-            self.client.set_registered_model_alias(version.name, CHAMPION_ALIAS, str(number))
+            self.client.set_logged_model_tags(model_id, {_VERSIONS_TAG: json.dumps([{"name": version.name, "version": int(number)}])})
+        if self.client.get_run(version.run_id).info.status != "FINISHED":
+            self.client.set_terminated(version.run_id)
+        if CHAMPION_ALIAS not in self.client.get_model_version(version.name, number).aliases:
+            self.client.set_registered_model_alias(version.name, CHAMPION_ALIAS, number)
 
     def _find_or_create_experiment(self, artifact_root: Path | None) -> str:
         location = None if artifact_root is None else artifact_root.resolve().as_uri()
@@ -214,18 +215,18 @@ class Registry:
         answer, behind which this one begins, so packs registered meanwhile move nothing. Raises RegistryError.
         """
         clauses = _search_clauses(task, max_bytes, min_metric, limit)
-        order = [{"field_name": "metrics.test_accuracy", "ascending": False}, {"field_name": "metrics.size_bytes", "ascending": True}]
+        order = ["metrics.test_accuracy DESC", "metrics.size_bytes ASC"]
         found: list[RegisteredPack] = []
         page_token: str | None = None
         with registry_errors(self.tracking_uri):
-            last = None if after is None else _place(self._version_and_model(after)[1])
+            last = None if after is None else _place(self._version_and_run(after)[1])
             if last is not None:
                 # Packs as good as the last one are on both sides of it; rounding must not leave one out.
                 clauses.append(f"metrics.test_accuracy <= {1e-9 - last[0]:.12f}")
             while len(found) < limit:
                 size = min(limit - len(found), _PAGE) if last is None else _PAGE
-                page = self._reader.search_logged_models([self._experiment_id], " AND ".join(clauses), None, size, order, page_token)
-                found += self._registered_from_models([model for model in page if last is None or _place(model) > last])
+                page = self._reader.search_runs([self._experiment_id], " AND ".join(clauses), max_results=size, order_by=order, page_token=page_token)
+                found += self._registered_from_runs([run for run in page if last is None or _place(run) > last])
                 page_token = page.token
                 if not page_token:
                     break
@@ -234,10 +235,10 @@ class Registry:
     def get(self, reference: str) -> RegisteredPack:
         """The pack at `name` (its champion), `name@alias` or `name/3`. Raises RegistryError with near names where there is none."""
         with registry_errors(self.tracking_uri):
-            version, model = self._version_and_model(reference)
-            return _merge(version, model, version.aliases)
+            version, run = self._version_and_run(reference)
+            return _merge(version, run, version.aliases)
 
-    def _version_and_model(self, reference: str) -> tuple[Any, Any]:
+    def _version_and_run(self, reference: str) -> tuple[Any, Any]:
         match = _REFERENCE.fullmatch(reference)
         if match is None:
             raise RegistryError(f"{reference!r}: not a reference to a pack; give NAME, NAME@ALIAS or NAME/VERSION")
@@ -248,7 +249,7 @@ class Registry:
         version = None if number is None else _absent_as_none(self._reader.get_model_version, registered.name, str(int(number)))
         if version is None:
             raise RegistryError(f"{reference}: no such version; {self._known_versions(registered)}")
-        return version, self._model_of(version)
+        return version, self._run_of(version)
 
     def download(self, registered: RegisteredPack, folder: Path) -> Path:
         """Copy the pack file into `folder` as NAME-VERSION.safetensors. Raises RegistryError where the copy is not whole."""
@@ -285,31 +286,30 @@ class Registry:
         with registry_errors(self.tracking_uri):
             return Path(import_mlflow().artifacts.download_artifacts(uri, dst_path=folder, tracking_uri=self.tracking_uri))
 
-    def _model_of(self, version: Any) -> Any:
-        """The LoggedModel of a version."""
-        if MODEL_ID_TAG not in version.tags or DIGEST_TAG not in version.tags:
+    def _run_of(self, version: Any) -> Any:
+        """The run of a version."""
+        if not _is_ours(version):
             raise RegistryError(f"{version.name}/{version.version}: a model that taskpack did not register; `taskpack ls` lists those it did")
-        return self._reader.get_logged_model(version.tags[MODEL_ID_TAG])
+        return self._reader.get_run(version.run_id)
 
-    def _registered_from_models(self, models: list[Any]) -> list[RegisteredPack]:
-        """Those of `models` whose versions are still there. Two requests at once, however many models: a server that checks passwords takes
-        a third of a second for each."""
-        if not models:
+    def _registered_from_runs(self, runs: list[Any]) -> list[RegisteredPack]:
+        """Those of `runs` whose versions are still there. Two requests at once, however many runs: a server that checks passwords takes a third of a
+        second for each."""
+        if not runs:
             return []
-        links = [json.loads(model.tags[_VERSIONS_TAG])[0] for model in models]
-        runs = ", ".join(f"'{model.source_run_id}'" for model in models)
-        names = ", ".join(f"'{name}'" for name in sorted({link["name"] for link in links}))
+        ids = ", ".join(f"'{run.info.run_id}'" for run in runs)
+        names = ", ".join(f"'{name}'" for name in sorted({run.data.tags[TASK_TAG] for run in runs}))
         with ThreadPoolExecutor(max_workers=2) as pool:
-            searched = pool.submit(self._reader.search_model_versions, f"run_id IN ({runs})", max_results=4 * _PAGE)
+            searched = pool.submit(self._reader.search_model_versions, f"run_id IN ({ids})", max_results=4 * _PAGE)
             # A version that was searched for does not say its aliases; its registered model does.
             named = pool.submit(self._reader.search_registered_models, f"name IN ({names})", max_results=_PAGE)
-            versions = {(version.name, int(version.version)): version for version in searched.result()}
+            versions = {version.run_id: version for version in searched.result() if _is_ours(version)}
             aliases = {model.name: model.aliases for model in named.result()}
         found = []
-        for link, model in zip(links, models, strict=True):
-            number = int(link["version"])
-            if version := versions.get((link["name"], number)):
-                found.append(_merge(version, model, [alias for alias, at in aliases.get(version.name, {}).items() if int(at) == number]))
+        for run in runs:
+            if version := versions.get(run.info.run_id):
+                at = aliases.get(version.name, {}).items()
+                found.append(_merge(version, run, [alias for alias, number in at if int(number) == int(version.version)]))
         return found
 
     def _near_names(self, name: str) -> str:
@@ -323,27 +323,30 @@ class Registry:
         return f"newest version: {newest[0].version if newest else 'none'}, aliases: {', '.join(sorted(model.aliases)) or 'none'}"
 
 
-def _merge(version: Any, model: Any, aliases: Iterable[str]) -> RegisteredPack:
-    metrics = {metric.key: float(metric.value) for metric in model.metrics or ()}
+def _is_ours(version: Any) -> bool:
+    return MODEL_ID_TAG in version.tags and DIGEST_TAG in version.tags
+
+
+def _merge(version: Any, run: Any, aliases: Iterable[str]) -> RegisteredPack:
     return RegisteredPack(
         name=version.name,
         version=int(version.version),
         aliases=tuple(sorted(aliases)),
-        model_id=model.model_id,
-        task=model.tags[TASK_TAG],
-        metrics=metrics,
-        params=dict(model.params or {}),
-        tags={key: value for key, value in model.tags.items() if not key.startswith("mlflow.")},
-        size_bytes=int(metrics["size_bytes"]),
+        model_id=version.tags[MODEL_ID_TAG],
+        task=run.data.tags[TASK_TAG],
+        metrics=dict(run.data.metrics),
+        params=dict(run.data.params),
+        tags={key: value for key, value in run.data.tags.items() if not key.startswith("mlflow.")},
+        size_bytes=int(run.data.metrics["size_bytes"]),
         pack_digest=version.tags[DIGEST_TAG],
         created=datetime.fromtimestamp(version.creation_timestamp / 1000, tz=UTC),
     )
 
 
-def _place(model: Any) -> tuple[float, float, int, str]:
-    """Where the server puts a LoggedModel in the order of `search`: by accuracy, size, age and id."""
-    metrics = {metric.key: float(metric.value) for metric in model.metrics}
-    return -metrics["test_accuracy"], metrics["size_bytes"], -model.creation_timestamp, model.model_id
+def _place(run: Any) -> tuple[float, float, int, str]:
+    """Where the server puts a run in the order of `search`: by accuracy, size, age and id."""
+    metrics = run.data.metrics
+    return -metrics["test_accuracy"], metrics["size_bytes"], -run.info.start_time, run.info.run_id
 
 
 def _search_clauses(task: str | None, max_bytes: int | None, min_metric: float | None, limit: int) -> list[str]:
@@ -353,11 +356,9 @@ def _search_clauses(task: str | None, max_bytes: int | None, min_metric: float |
         raise RegistryError(f"task: given {task!r}, which no task can be called; quotes and backslashes are not part of names")
     if min_metric is not None and not 0 <= min_metric <= 1:
         raise RegistryError(f"min_metric: given {min_metric}, expected an accuracy between 0 and 1")
-    clauses = [f"tags.`{_VERSIONS_TAG}` != ''"]
-    clauses += [] if task is None else [f"tags.{TASK_TAG} = '{task}'"]
-    clauses += [] if max_bytes is None else [f"metrics.size_bytes <= {max_bytes}"]
-    clauses += [] if min_metric is None else [f"metrics.test_accuracy >= {min_metric:.12f}"]
-    return clauses
+    # The two numbers are always asked for: what else somebody keeps in the experiment has none.
+    numbers = ["metrics.size_bytes " + ("> 0" if max_bytes is None else f"<= {max_bytes}"), f"metrics.test_accuracy >= {min_metric or 0:.12f}"]
+    return ["attributes.status = 'FINISHED'", *numbers, *([] if task is None else [f"tags.{TASK_TAG} = '{task}'"])]
 
 
 def _write_model(champion: Champion, folder: Path, model_id: str) -> Path:
