@@ -24,7 +24,7 @@ from pipeline.search.record import TrialRecord
 from pipeline.search.study import WORKER_DIED, Study, run_study
 from pipeline.selection import read_selection
 from pipeline.spec import Task
-from pipeline.stages import OnProgress, Placement, Stage, Stages, fit_worker, named_errors, no_progress, work_folder
+from pipeline.stages import OnProgress, Placement, Stage, Stages, named_errors, no_progress, work_folder
 from pipeline.storage import await_file
 from pipeline.together import Together
 from pipeline.training import Inputs, open_inputs
@@ -202,7 +202,7 @@ class _Driver(Stages):
             return done
         recipe = task.search.recipe(task.recipe, champion.point)
         arguments = (task.model_dump_json(), recipe.model_dump_json(), str(data_folder), selection, folder.fit(champion.id))
-        ((_, result),) = self.on_ray(fit_worker, [arguments], self.ranks(inputs))
+        ((_, result),) = self.fits([arguments], self.ranks(inputs))
         if isinstance(result, TaskpackError):
             raise result
         await_file(folder.fit(champion.id) / PACK_FILE)

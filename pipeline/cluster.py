@@ -167,13 +167,16 @@ def ended_tasks(
     *,
     ranks: int = 1,
     retries: int,
+    kept: Callable[..., object] = lambda *given: None,
     is_stopping: Callable[[], bool],
 ) -> Iterator[tuple[int, Any]]:
     """Run `worker` as a Ray task on every set of arguments; yields (index, outcome) as they end.
 
     Args:
         ranks: workers that it finds places for, its own among them, in its placement group: all at once, or none. Each has `cpus` and `gpus`.
-        retries: of a task whose workers or nodes died; several then ask for places anew, so that none is held meanwhile.
+        retries: of a task whose workers or nodes died and that has kept nothing new since the death before. Several workers ask for places anew, so
+            that none is held meanwhile.
+        kept: asked with a set of arguments: what its task has kept for a next try, by any value that differs once it is more.
 
     Raises:
         WorkersDied: they did so more often.
@@ -182,31 +185,34 @@ def ended_tasks(
     import ray
 
     died = (ray.exceptions.WorkerCrashedError, ray.exceptions.NodeDiedError, ray.exceptions.OutOfMemoryError, RanksLost)
-    own_retries = retries if ranks > 1 else 0  # of a single worker, Ray's
-    remote = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=retries - own_retries)(worker)
-    running: dict[Any, tuple[int, int, Any]] = {}
+    remote = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=0)(worker)
+    running: dict[Any, tuple[int, Any]] = {}
+    deaths, kept_before = [0] * len(arguments), [kept(*each) for each in arguments]
 
-    def start(index: int, tries: int = 0) -> None:
+    def start(index: int) -> None:
         places = _reserve(ranks, cpus, gpus) if ranks > 1 else None
-        running[remote.options(**_first_of(places)).remote(*arguments[index])] = index, tries, places
+        running[remote.options(**_first_of(places)).remote(*arguments[index])] = index, places
 
     try:
         for index in range(len(arguments)):
             start(index)
         while running:
             ended = first_ended(list(running), is_stopping)
-            index, tries, places = running.pop(ended)
+            index, places = running.pop(ended)
             _release(places)
             try:
                 outcome = ray.get(ended)
             except died as error:
-                if tries == own_retries:
+                kept_now = kept(*arguments[index])
+                deaths[index] = deaths[index] + 1 if kept_now == kept_before[index] else 0
+                kept_before[index] = kept_now
+                if deaths[index] > retries:
                     raise WorkersDied from error
-                start(index, tries + 1)
+                start(index)
             else:
                 yield index, outcome
     finally:
-        for each, (_, _, places) in running.items():  # where Ray is not ours, it outlives us
+        for each, (_, places) in running.items():  # where Ray is not ours, it outlives us
             ray.cancel(each, force=True)
             _release(places)
 

@@ -23,7 +23,7 @@ from pipeline.search.record import TrialJournal, TrialRecord
 from pipeline.search.trial import recipe_key, run_trial
 from pipeline.selection import read_selection
 from pipeline.spec import Method, Recipe, Task
-from pipeline.stages import OnProgress, Placement, Stages, fit_worker, named_errors, no_progress, one_at_a_time, work_folder
+from pipeline.stages import OnProgress, Placement, Stages, named_errors, no_progress, one_at_a_time, work_folder
 from pipeline.training import Inputs, Ranks, Score, open_inputs
 from pipeline.training.fit import FitResult, read_fit
 from pipeline.workspace import StudyFolder
@@ -195,7 +195,7 @@ class _Driver(Stages):
         jobs = [(entry, seed) for entry in entries for seed in range(seeds)]
         missing = [(entry, seed) for entry, seed in jobs if read_fit(_fit_folder(entry, seed)) is None]
         arguments = [self._fit_arguments(entry, seed) for entry, seed in missing]
-        for done, (index, outcome) in enumerate(self.on_ray(fit_worker, arguments, self.ranks(inputs)), start=1):
+        for done, (index, outcome) in enumerate(self.fits(arguments, self.ranks(inputs)), start=1):
             entry, _ = missing[index]
             if isinstance(outcome, TaskpackError):
                 entry.error = str(outcome)

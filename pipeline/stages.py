@@ -28,7 +28,7 @@ from pipeline.spec import Recipe, Task
 from pipeline.storage import await_file, exclusive
 from pipeline.together import Together
 from pipeline.training import Inputs, Ranks, open_inputs
-from pipeline.training.fit import FitResult, fit
+from pipeline.training.fit import FitResult, fit, steps_kept
 from pipeline.workspace import Workspace
 
 _AGAIN = "The same command tries again from the last finished stage"
@@ -201,15 +201,24 @@ class Stages:
         cpus, gpus = self.placement.per_trial
         wait_for_room(ranks, 1 if cpus is None else cpus, gpus or 0, self.together.is_stopping)
 
-    def on_ray(self, worker: Callable[..., Any], arguments: Sequence[tuple[Any, ...]], ranks: int) -> Iterator[tuple[int, Any]]:
-        """Run `worker` on every set of arguments, each with what a trial of `ranks` is given; yields (index, outcome) as they end."""
+    def fits(self, arguments: Sequence[tuple[Any, ...]], ranks: int) -> Iterator[tuple[int, Any]]:
+        """`fit_worker` on every set of arguments; yields (index, outcome) as they end. A fit that gets on is tried again however often it dies."""
+        return self.on_ray(fit_worker, arguments, ranks, kept=lambda *given: steps_kept(given[4]))
+
+    def on_ray(
+        self, worker: Callable[..., Any], arguments: Sequence[tuple[Any, ...]], ranks: int, kept: Callable[..., object] = lambda *given: None
+    ) -> Iterator[tuple[int, Any]]:
+        """Run `worker` on every set of arguments, each with what a trial of `ranks` is given; yields (index, outcome) as they end.
+
+        Args:
+            kept: as for `ended_tasks`.
+        """
         if arguments:
             resources = self.resources(ranks)
             given = [(*each, resources) for each in arguments]
-            stopping = self.together.is_stopping
-            ended = ended_tasks(worker, given, resources.cpus, resources.gpus, ranks=ranks, retries=WORKER_RETRIES, is_stopping=stopping)
+            limits: dict[str, Any] = {"ranks": ranks, "retries": WORKER_RETRIES, "kept": kept, "is_stopping": self.together.is_stopping}
             try:
-                yield from ended
+                yield from ended_tasks(worker, given, resources.cpus, resources.gpus, **limits)
             except WorkersDied:
                 raise ClusterError(f"a fit or trial did not end: {WORKER_DIED}; see whether its memory suffices. {_AGAIN}") from None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from pipeline.spec import Recipe
 from pipeline.training import Inputs, loop
 from pipeline.training import fit as fit_module
 from pipeline.training.checkpoint import Checkpoint, Progress
-from pipeline.training.fit import CHECKPOINT_FILE, PACK_FILE, fit
+from pipeline.training.fit import CHECKPOINT_FILE, PACK_FILE, fit, steps_kept
 
 RECIPE = {
     "connections": {"bits": 4},
@@ -36,7 +37,7 @@ def selected(tiny_inputs: Inputs) -> dict[str, RankedPlaces]:
 @pytest.fixture
 def steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """[steps taken, steps after which the next one dies]; a checkpoint follows every step."""
-    monkeypatch.setattr(fit_module, "Checkpoint", functools.partial(Checkpoint, every_seconds=0))
+    monkeypatch.setattr(fit_module, "Checkpoint", functools.partial(Checkpoint, every_seconds=0, cost_share=math.inf))
     counts, step = [0, 1 << 30], loop._step
 
     def counted(*arguments: object) -> tuple[float, bool]:
@@ -61,11 +62,13 @@ def test_a_fit_that_dies_goes_on_and_gives_the_same_bytes(
         folder = tmp_path / str(died_after)
         with pytest.raises(Killed):
             fit(tiny_inputs, recipe, selected, folder)
+        assert steps_kept(folder) == died_after
         steps[:] = [0, 1 << 30]
         fit(tiny_inputs, recipe, selected, folder)
         assert steps[0] == total - died_after, "no step is taken twice"
         assert (folder / PACK_FILE).read_bytes() == content, died_after
         assert not (folder / CHECKPOINT_FILE).exists()
+        assert steps_kept(folder) == math.inf
 
 
 @pytest.mark.parametrize("damage", ["cut", "one bit", "foreign", "of another model"])
@@ -105,3 +108,12 @@ def test_it_is_written_no_more_often_than_asked(tmp_path: Path) -> None:
     assert not checkpoint.is_due()
     checkpoint.every_seconds = 0
     assert checkpoint.is_due()
+
+
+def test_what_takes_long_to_write_is_written_less_often(tmp_path: Path) -> None:
+    parameter = torch.nn.Parameter(torch.zeros(2))
+    checkpoint = Checkpoint(tmp_path / "state", every_seconds=0, cost_share=1e-9)
+    assert checkpoint.is_due()
+    checkpoint.save(Progress(1), torch.optim.AdamW([parameter]), [])
+    assert checkpoint.step() == 1
+    assert not checkpoint.is_due()

@@ -534,18 +534,41 @@ def test_a_study_runs_on_ray_tune(tiny_task: Task, tiny_data: Path, tiny_inputs:
     assert run_once() == records
 
 
-@pytest.mark.usefixtures("local_ray")
-def test_a_fit_whose_worker_dies_again_and_again_is_an_error_that_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stages_module, "WORKER_RETRIES", 0)
-    stages = stages_module.Stages(
-        workspace=Workspace(tmp_path),
+def local_stages(folder: Path) -> stages_module.Stages:
+    return stages_module.Stages(
+        workspace=Workspace(folder),
         start_ray=lambda: None,
         ray_is_private=True,
         placement=stages_module.Placement(),
         on_progress=stages_module.no_progress,
     )
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_a_fit_whose_worker_dies_again_and_again_is_an_error_that_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stages_module, "WORKER_RETRIES", 0)
+    stages = local_stages(tmp_path)
     with pytest.raises(ClusterError, match=f"did not end: {WORKER_DIED}; see whether its memory suffices. The same command tries again"):
         list(stages.on_ray(lambda resources: os._exit(1), [()], 1))
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_what_gets_on_is_tried_again_however_often_its_worker_dies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stages_module, "WORKER_RETRIES", 1)
+    path = tmp_path / "tries"
+    path.touch()
+
+    def dies_every_time_but_the_last(path: Path, resources: object) -> int:
+        tries = path.stat().st_size
+        if tries < 4:
+            path.write_text("x" * (tries + 1))
+            os._exit(1)
+        return tries
+
+    def size(path: Path, resources: object) -> int:
+        return path.stat().st_size
+
+    assert list(local_stages(tmp_path).on_ray(dies_every_time_but_the_last, [(path,)], kept=size)) == [(0, 4)]
 
 
 # --- what a journal means to another space ----------------------------------------------------------------------------------------------------

@@ -23,7 +23,8 @@ from pipeline.backbones import fingerprint
 from pipeline.errors import StorageError
 from pipeline.training.ranks import ALONE, Ranks
 
-EVERY_SECONDS = 60.0
+EVERY_SECONDS = 5.0
+COST_SHARE = 0.01
 
 
 @dataclass
@@ -36,11 +37,12 @@ class Progress:
 
 
 class Checkpoint:
-    """The state of one run in the file `path`, due to be written every `every_seconds`."""
+    """The state of one run in the file `path`: due every `every_seconds`, but so seldom that writing takes at most `cost_share` of the time."""
 
-    def __init__(self, path: Path, every_seconds: float = EVERY_SECONDS) -> None:
+    def __init__(self, path: Path, every_seconds: float = EVERY_SECONDS, cost_share: float = COST_SHARE) -> None:
         self.path = path
         self.every_seconds = every_seconds
+        self._cost_share, self._cost_seconds = cost_share, 0.0
         self._started = self._written = time.monotonic()
         self._seconds_before = 0.0
 
@@ -50,7 +52,7 @@ class Checkpoint:
 
     def is_due(self) -> bool:
         """Whether the state should be written again."""
-        return time.monotonic() - self._written >= self.every_seconds
+        return time.monotonic() - self._written >= max(self.every_seconds, self._cost_seconds / self._cost_share)
 
     def restore(self, optimiser: torch.optim.Optimizer, generators: Sequence[torch.Generator], ranks: Ranks = ALONE) -> Progress:
         """Put the state saved last into `optimiser`, what it trains, and `generators`. A missing or damaged file is a fresh start."""
@@ -74,6 +76,7 @@ class Checkpoint:
 
     def save(self, progress: Progress, optimiser: torch.optim.Optimizer, generators: Sequence[torch.Generator], ranks: Ranks = ALONE) -> None:
         """Write the state, whole or not at all. Raises StorageError where the disk is full."""
+        started = time.monotonic()
         states = [ranks.gathered(generator.get_state()) for generator in generators]
         if not ranks.is_first:
             return
@@ -89,6 +92,14 @@ class Checkpoint:
             with contextlib.suppress(OSError):
                 scratch.unlink()
         self._written = time.monotonic()
+        self._cost_seconds = self._written - started
+
+    def step(self) -> int:
+        """The step of the state saved last; 0 where there is none."""
+        try:
+            return int(_metadata(self._content())["step"])
+        except (KeyError, ValueError, TypeError):
+            return 0
 
     def clear(self) -> None:
         """Remove the file."""

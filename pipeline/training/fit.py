@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import platform
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -59,6 +60,11 @@ def read_fit(folder: Path) -> FitResult | None:
     except TypeError:  # none yet, or one that an older version wrote
         return None
     return result if (folder / PACK_FILE).exists() else None
+
+
+def steps_kept(folder: Path) -> float:
+    """How far the fit in `folder` has come: the steps that a next try need not do again; infinitely many where only testing is left."""
+    return math.inf if (folder / PACK_FILE).exists() else Checkpoint(folder / CHECKPOINT_FILE).step()
 
 
 def fit(inputs: Inputs, recipe: Recipe, selected: SelectedIndex | None, folder: Path, *, device: str = "cpu", ranks: Ranks = ALONE) -> FitResult:
