@@ -297,8 +297,9 @@ def logged_model_seconds(registry: Registry) -> list[float | None]:
     import requests
 
     bounds = f"metrics.size_bytes <= {MAX_BYTES} AND metrics.test_accuracy >= {MIN_METRIC} AND metrics.test_accuracy <= 0.95"
+    registered = "tags.`mlflow.modelVersions` != ''"
     order = [{"field_name": "metrics.test_accuracy", "ascending": False}, {"field_name": "metrics.size_bytes", "ascending": True}]
-    content = {"experiment_ids": [registry._experiment_id], "filter": bounds, "max_results": 64, "order_by": order}
+    content = {"experiment_ids": [registry._experiment_id], "filter": f"{registered} AND {bounds}", "max_results": 64, "order_by": order}
     who = os.environ["MLFLOW_TRACKING_USERNAME"], os.environ["MLFLOW_TRACKING_PASSWORD"]
     address, session = f"{registry.tracking_uri}/api/2.0/mlflow/logged-models/search", requests.Session()
     taken: list[float | None] = []
