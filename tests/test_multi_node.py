@@ -172,7 +172,8 @@ def test_a_killed_driver_and_a_registry_that_goes_and_comes_back(
         command.kill()
     check_kept()
     trials, selections = len(cluster.begun("trial")), len(cluster.begun("select"))
-    assert trials <= TRIALS + 2, "no more was done twice than what two nodes were at"
+    assert TRIALS <= trials <= TRIALS + 2, "no more was done twice than what two nodes were at"
+    assert selections <= 2, "the one selection was made again at most where it was cut off"
 
     with cluster.held("fit"):
         command = run("while the registry is away")
@@ -183,7 +184,7 @@ def test_a_killed_driver_and_a_registry_that_goes_and_comes_back(
     answer = command.end()
     assert answer.code == 0, command.said()
     check_kept()
-    assert (len(cluster.begun("trial")), len(cluster.begun("select"))) == (trials, selections), "the last run searched nothing"
+    assert cluster.counts() == {"select": selections, "trial": trials, "fit": 4}, "the last run searched nothing and did the two lost fits again"
     assert results(workdir) == expected
     packs = taskpack_process("ls", "--json", MLFLOW_TRACKING_URI=server.address).json()
     assert sorted((pack["name"], pack["version"]) for pack in packs) == [("bars", 1), ("dots", 1)]
