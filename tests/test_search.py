@@ -568,7 +568,7 @@ def test_what_gets_on_is_tried_again_however_often_its_worker_dies(tmp_path: Pat
     def size(path: Path, resources: object) -> int:
         return path.stat().st_size
 
-    assert list(local_stages(tmp_path).on_ray(dies_every_time_but_the_last, [(path,)], kept=size)) == [(0, 4)]
+    assert list(local_stages(tmp_path).on_ray(dies_every_time_but_the_last, [(path,)], 1, kept=size)) == [(0, 4)]
 
 
 # --- what a journal means to another space ----------------------------------------------------------------------------------------------------
