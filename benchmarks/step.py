@@ -3,9 +3,9 @@
     python benchmarks/step.py [--model embedded --size 64 --batch 64] [--precision bf16] [--repeats 9] [--compile]
 
 Variants run in turn, round by round, in one process, so that all meet the same machine; each time is the median of `repeats`. Memory is counted three
-times: what lives beside the one copy of the weights that a variant multiplies with (trained values, gradients, optimiser states, masks); what is kept
-for the backward pass, tensor by tensor; and the peak of a process, or of the GPU, above the loaded backbone. Needs `pip install peft`. Writes
-benchmarks/results/step-<model>-<precision>[-<gpu>].json and .md.
+times: what lives beside the one copy of the weights that a variant multiplies with (trained values, gradients and optimiser states; by itself, the
+positions or masks that say which entries train); what is kept for the backward pass, tensor by tensor; and the peak of a process, or of the GPU,
+above the loaded backbone. Needs `pip install peft`. Writes benchmarks/results/step-<model>-<precision>[-<gpu>].json and .md.
 """
 
 from __future__ import annotations
@@ -79,6 +79,7 @@ def _measure(setting: Setting, repeats: int, is_compiled: bool) -> list[dict[str
             "median_ms": 1000 * statistics.median(times[variant.name]),
             "ratio_to_full": statistics.median(times[variant.name]) / full,
             "persistent_bytes": variant.persistent(),
+            "places_bytes": variant.places,
             "activation_bytes": _activation_bytes(variant),
         }
         for variant in built
@@ -149,8 +150,8 @@ def _markdown(result: dict[str, Any]) -> str:
         f"`{result['command']}` on {device}, torch {machine['torch']}, commit {machine['commit']}; medians of {arguments['repeats']}, one run.",
         "Peak: of a process of its own, above the loaded backbone.",
         "",
-        "| variant | step ms | ratio to full | beside the weights MiB | of full's % | kept for backward MiB | peak MiB |",
-        "|---|---|---|---|---|---|---|",
+        "| variant | step ms | ratio to full | beside the weights MiB | of full's % | positions or masks MiB | kept for backward MiB | peak MiB |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for row in result["rows"]:
         cells = [
@@ -159,6 +160,7 @@ def _markdown(result: dict[str, Any]) -> str:
             f"{row['ratio_to_full']:.3f}",
             f"{row['persistent_bytes'] / 2**20:.2f}",
             f"{100 * row['persistent_bytes'] / base['persistent_bytes']:.2f}",
+            f"{row['places_bytes'] / 2**20:.2f}",
             f"{row['activation_bytes'] / 2**20:.1f}",
             f"{row['peak_bytes'] / 2**20:.0f}",
         ]

@@ -18,6 +18,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 from pipeline.adaptation import AdaptedModel, SelectedIndex, attach, rank_places
+from pipeline.adaptation.connections import TunedLayer
 from pipeline.adaptation.sites import tunable_layers
 from pipeline.adaptation.working import fuse_attention, slow_fused_attention
 from pipeline.backbones import LoadedBackbone, load_backbone
@@ -35,11 +36,15 @@ MAX_TOP_K = 8
 
 @dataclass
 class Variant:
-    """A model's step, and the bytes of what lives beside the weights it multiplies with: trained values, gradients, optimiser states, masks."""
+    """A model's step, and the bytes of what lives beside the weights it multiplies with.
+
+    persistent: trained values, gradients and optimiser states. places: what says which entries train: positions, or masks.
+    """
 
     name: str
     step: Callable[[], None]
     persistent: Callable[[], int]
+    places: int
 
 
 @dataclass(frozen=True)
@@ -126,7 +131,8 @@ def _variant(
     model: nn.Module,
     forward: Callable[[torch.Tensor], torch.Tensor],
     after: Callable[[], None] | None = None,
-    extra: int = 0,
+    places: int = 0,
+    auxiliary_loss: Callable[[], torch.Tensor] | None = None,
 ) -> Variant:
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimiser = torch.optim.AdamW(trained, lr=1e-4, weight_decay=0.0, fused=True)
@@ -136,7 +142,8 @@ def _variant(
     def step() -> None:
         with torch.autocast(setting.device, torch.bfloat16, enabled=setting.precision == "bf16"):
             logits = forward(setting.images)
-        F.cross_entropy(logits.float(), setting.labels).backward()
+        loss = F.cross_entropy(logits.float(), setting.labels)
+        (loss if auxiliary_loss is None else loss + auxiliary_loss()).backward()
         if after is not None:
             after()
         optimiser.step()
@@ -145,11 +152,10 @@ def _variant(
     def persistent() -> int:
         states = sum(value.nbytes for state in optimiser.state.values() for value in state.values() if torch.is_tensor(value))
         values = sum(parameter.nbytes for parameter in trained)
-        return (
-            states + values + (0 if are_weights else values) + extra
-        )  # gradients, all alive at the end of a backward pass, are as large as the values
+        # Gradients, all alive at the end of a backward pass, are as large as the values.
+        return states + values + (0 if are_weights else values)
 
-    return Variant(name, step, persistent)
+    return Variant(name, step, persistent, places)
 
 
 def _dtype(setting: Setting) -> torch.dtype:
@@ -217,7 +223,8 @@ def _peft(name: str, setting: Setting, config: Callable[[list[str]], Any]) -> Va
     names = [layer for layer, module in plain[0].named_modules() if isinstance(module, nn.Linear)]
     plain[0] = get_peft_model(plain[0], config(names))  # type: ignore[arg-type]
     model = plain.to(setting.device)
-    return _variant(name, setting, model, _from_pixels(setting, model))
+    places = sum(indices.nbytes for module in model.modules() for indices in getattr(module, "shira_indices", {}).values())
+    return _variant(name, setting, model, _from_pixels(setting, model), places=places)
 
 
 def adapted(setting: Setting, recipe: Recipe) -> AdaptedModel:
@@ -238,4 +245,5 @@ def ours(name: str, setting: Setting, recipe: Recipe, is_compiled: bool = False)
     """A recipe of taskpack's, with the balance term where it has a bank."""
     model = adapted(setting, recipe)
     forward: Any = torch.compile(model) if is_compiled else model
-    return _variant(name, setting, model, forward)
+    places = sum(buffer.nbytes for layer in model.modules() if isinstance(layer, TunedLayer) for buffer in layer.buffers(recurse=False))
+    return _variant(name, setting, model, forward, places=places, auxiliary_loss=model.auxiliary_loss if recipe.smoa else None)
