@@ -22,28 +22,30 @@ SMALLEST_NORM = 1e-12
 
 
 class Routes(NamedTuple):
-    """Where each token goes, [E, T], and what it was found from: directions of tokens [R, T] and experts [E, R], norms of projected tokens [1, T]."""
+    """Where each token goes, [E, T], and what it was found from: directions of tokens [R, T], norms of projected tokens [1, T], directions of experts
+    over the temperature [E, R]."""
 
     probabilities_ET: torch.Tensor
     gates_ET: torch.Tensor
     directions_RT: torch.Tensor
     norms_1T: torch.Tensor
-    experts_ER: torch.Tensor
+    scaled_experts_ER: torch.Tensor
 
 
 def route(projected_RT: torch.Tensor, embeddings_ER: torch.Tensor, temperature: float, top_k: int = 1) -> Routes:
     """Cosine router with softmax (X-MoE, arXiv 2204.09179), and the probabilities of the best `top_k` experts as their gates."""
-    norms_1T = projected_RT.square().sum(dim=0, keepdim=True).sqrt().clamp_min(SMALLEST_NORM)
-    directions_RT, experts_ER = projected_RT / norms_1T, F.normalize(embeddings_ER, dim=1, eps=SMALLEST_NORM)
-    probabilities_ET = torch.softmax(experts_ER @ directions_RT / temperature, dim=0)
+    norms_1T = projected_RT.square().sum(dim=0, keepdim=True).sqrt_().clamp_min_(SMALLEST_NORM)
+    directions_RT, scaled_experts_ER = projected_RT / norms_1T, F.normalize(embeddings_ER, dim=1, eps=SMALLEST_NORM) / temperature
+    probabilities_ET = torch.softmax(scaled_experts_ER @ directions_RT, dim=0)
     gate_KT, choice_KT = probabilities_ET.max(dim=0, keepdim=True) if top_k == 1 else probabilities_ET.topk(top_k, dim=0)
     gates_ET = torch.zeros_like(probabilities_ET).scatter_(0, choice_KT, gate_KT)
-    return Routes(probabilities_ET, gates_ET, directions_RT, norms_1T, experts_ER)
+    return Routes(probabilities_ET, gates_ET, directions_RT, norms_1T, scaled_experts_ER)
 
 
 def _through_normalisation(gradient: torch.Tensor, direction: torch.Tensor, norm: torch.Tensor, dim: int) -> torch.Tensor:
     """Gradient of a vector from that of its direction."""
-    return (gradient - direction * (direction * gradient).sum(dim=dim, keepdim=True)) / norm
+    along = (direction * gradient).sum(dim=dim, keepdim=True)
+    return torch.addcmul(gradient, direction, along, value=-1).div_(norm)
 
 
 class Mixture(torch.autograd.Function):
@@ -94,13 +96,10 @@ class Mixture(torch.autograd.Function):
         else:
             routes = Routes(*saved)
             torch.mul(through_relu, routes.gates_ET[:, None].to(through_relu.dtype), out=into_hidden)
-            gates_gradient = (hidden_gradient * hidden_EHT).sum(dim=1, dtype=routes.gates_ET.dtype)
-            # d y / d gate is the ungated hidden units' part; those of experts not chosen are zero
-            chosen_gradient = torch.where(routes.gates_ET > 0, gates_gradient / routes.gates_ET, 0)
-            projected_gradient, embeddings_gradient = _through_router(
-                chosen_gradient + gradient_E[:, None] / len(x_TD), routes, embeddings_ER, ctx.temperature
-            )
-            read_gradient[len(up_XD) :] = projected_gradient
+            # Each probability times its gradient: hidden_EHT has the gates in it, which are the probabilities of the chosen and zero for the others.
+            worth_ET = (hidden_gradient * hidden_EHT).sum(dim=1, dtype=routes.gates_ET.dtype)
+            worth_ET.addcmul_(routes.probabilities_ET, gradient_E[:, None] / len(x_TD))
+            read_gradient[len(up_XD) :], embeddings_gradient = _through_router(worth_ET, routes, embeddings_ER, ctx.temperature)
         rows_gradient = read_gradient @ x_TD
         down_gradient = rows_gradient[: len(up_XD)].view(*hidden_EHT.shape[:2], -1)
         router_gradient = rows_gradient[len(up_XD) :] if saved else None
@@ -109,12 +108,10 @@ class Mixture(torch.autograd.Function):
         return (read_gradient.T @ rows if ctx.needs_input_grad[0] else None, gradient_TD, *trained, None, None)
 
 
-def _through_router(
-    probability_gradient_ET: torch.Tensor, routes: Routes, embeddings_ER: torch.Tensor, temperature: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradients of the projected tokens [R, T] and of the embeddings [E, R]."""
-    p_ET = routes.probabilities_ET
-    score_ET = p_ET * (probability_gradient_ET - (p_ET * probability_gradient_ET).sum(dim=0, keepdim=True)) / temperature
-    token_gradient = _through_normalisation(routes.experts_ER.T @ score_ET, routes.directions_RT, routes.norms_1T, dim=0)
-    norms_E1 = embeddings_ER.to(p_ET.dtype).norm(dim=1, keepdim=True).clamp_min(SMALLEST_NORM)
-    return token_gradient, _through_normalisation(score_ET @ routes.directions_RT.T, routes.experts_ER, norms_E1, dim=1)
+def _through_router(worth_ET: torch.Tensor, routes: Routes, embeddings_ER: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of the projected tokens [R, T] and of the embeddings [E, R], from each probability times its gradient."""
+    score_ET = torch.addcmul(worth_ET, routes.probabilities_ET, worth_ET.sum(dim=0, keepdim=True), value=-1)
+    token_gradient = _through_normalisation(routes.scaled_experts_ER.T @ score_ET, routes.directions_RT, routes.norms_1T, dim=0)
+    norms_E1 = embeddings_ER.to(score_ET.dtype).norm(dim=1, keepdim=True).clamp_min(SMALLEST_NORM)
+    cosine_gradient_ER = score_ET @ routes.directions_RT.T / temperature
+    return token_gradient, _through_normalisation(cosine_gradient_ER, routes.scaled_experts_ER * temperature, norms_E1, dim=1)
