@@ -202,8 +202,10 @@ def random_part(name: Any, bits: Any, tensors: Sequence[tuple[str, tuple[int, ..
     specs = tuple(TensorSpec(*tensor) for tensor in tensors)
     count, groups = sum(spec.count for spec in specs), sum(spec.groups(by_row=False) for spec in specs)
     if bits <= 8:
-        scales = np.abs(rng.normal(size=(groups, 2))).astype(np.float16).astype(np.float32)
-        return Part(name, bits, specs, rng.integers(0, 2**bits, count).astype(np.uint8), scales, **positions)
+        has_mean = name != "connections" or bits > 1
+        scales = np.abs(rng.normal(size=(groups, 2))).astype(np.float16).astype(np.float32) * [has_mean, True]
+        codes = rng.integers(0, 2**bits, count).astype(np.uint8)
+        return Part(name, bits, specs, codes, scales.astype(np.float32), has_mean=has_mean, **positions)
     return Part(name, bits, specs, rng.normal(size=count).astype(np.float16 if bits == 16 else np.float32), **positions)
 
 

@@ -50,7 +50,7 @@ def by_tensor(model: AdaptedModel, flat: Callable[[FlatValues], torch.Tensor]) -
     for group in model.values.flat:
         assert isinstance(group, FlatValues)
         start = 0
-        for tensor in (tensor for tensor in model.values.tensors if tensor.bits == group.bits):
+        for tensor in (tensor for tensor in model.values.tensors if (tensor.bits, tensor.has_mean) == (group.bits, group.has_mean)):
             found[tensor] = flat(group)[start : start + math.prod(tensor.shape)].reshape(tensor.shape)
             start += math.prod(tensor.shape)
         assert start == len(flat(group))
