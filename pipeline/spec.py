@@ -288,7 +288,10 @@ class Head(Spec):
 
 
 class Training(Spec):
-    """One loop: AdamW, cosine decay after a linear warm-up, cross-entropy."""
+    """One loop: AdamW, cosine decay after a linear warm-up, cross-entropy.
+
+    precision: of the passes; `bf16` is float32 on a processor without units for it, which would be slower.
+    """
 
     epochs: int = Field(12, ge=1)
     batch_size: int = Field(32, ge=1)

@@ -131,7 +131,17 @@ def test_a_seed_gives_the_same_values_and_the_same_pack(changes: dict[str, Any],
     assert contents[0] == contents[1] != contents[2]
 
 
-def test_bfloat16_comes_close_to_float32(tiny_inputs: Inputs, selected: Selected) -> None:
+@pytest.mark.parametrize("has_units", [True, False])
+def test_float32_stands_in_for_bfloat16_where_that_is_emulated(
+    has_units: bool, tiny_inputs: Inputs, selected: Selected, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {"avx2": True, "avx512_bf16": has_units})
+    losses = {precision: run(attached(tiny_inputs, selected), tiny_inputs, epochs=1, precision=precision) for precision in ("fp32", "bf16")}
+    assert (losses["bf16"] == losses["fp32"]) != has_units
+
+
+def test_bfloat16_comes_close_to_float32(tiny_inputs: Inputs, selected: Selected, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.training.precision.has_bf16_units", lambda device: True)
     losses = {precision: run(attached(tiny_inputs, selected), tiny_inputs, epochs=2, precision=precision) for precision in ("fp32", "bf16")}
     assert losses["bf16"] != losses["fp32"]
     assert losses["bf16"] == pytest.approx(losses["fp32"], rel=0.05)

@@ -14,6 +14,7 @@ from pipeline.data import Reader, Split, augment, deal_shards, training_batches
 from pipeline.errors import TrainingError
 from pipeline.spec import Training
 from pipeline.training.checkpoint import Checkpoint, Progress
+from pipeline.training.precision import training_dtype
 from pipeline.training.ranks import ALONE, Ranks
 
 
@@ -47,7 +48,8 @@ def train_epochs(
         TrainingError: the loss is not finite.
         StorageError: the checkpoint cannot be written.
     """
-    model.compute_in(torch.bfloat16 if spec.precision == "bf16" else torch.float32)
+    dtype = training_dtype(spec, device)
+    model.compute_in(dtype)
     optimiser = torch.optim.AdamW(model.values.parameters(), lr=spec.learning_rate, weight_decay=spec.weight_decay, fused=True)
     steps_per_epoch = len(training_batches(split, spec.batch_size, seed=seed, epoch=0))
     steps, warmup_steps = spec.epochs * steps_per_epoch, round(spec.warmup_epochs * steps_per_epoch)
@@ -67,7 +69,7 @@ def train_epochs(
                 group["lr"] = spec.learning_rate * learning_rate_factor(progress.step, steps, warmup_steps)
             images = augment(images, generator, flip=flip) if spec.augment and len(images) else images
             is_due = checkpoint is not None and ranks.is_first and checkpoint.is_due()
-            loss, is_due = _step(model, optimiser, images.to(device), labels.to(device), spec, ranks, is_due)
+            loss, is_due = _step(model, optimiser, images.to(device), labels.to(device), spec, dtype, ranks, is_due)
             if not math.isfinite(loss):
                 rate = f"learning rate {spec.learning_rate:g}"
                 raise TrainingError(f"the loss became {loss} at step {progress.step} of {steps} with {rate}; lower training.learning_rate")
@@ -87,6 +89,7 @@ def _step(
     images: torch.Tensor,
     labels: torch.Tensor,
     spec: Training,
+    dtype: torch.dtype,
     ranks: Ranks,
     is_due: bool,
 ) -> tuple[float, bool]:
@@ -94,7 +97,7 @@ def _step(
     optimiser.zero_grad(set_to_none=True)
     loss = torch.zeros((), device=images.device)
     if len(images):
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=spec.precision == "bf16"):
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
             logits = model(images)
         loss = F.cross_entropy(logits.float(), labels, label_smoothing=spec.label_smoothing)
         (loss + model.auxiliary_loss()).backward()
