@@ -7,8 +7,9 @@ names, ids and numbers, ten versions a task; that the copies are found and read 
 plain sort here, and against a pack that is then registered among them. Look-ups are those of a user who may only read. --auth-cache-seconds is the
 server's setting of how long it remembers that a password was right; 0 is MLflow's default.
 
-Each look-up is repeated more than ten times, since psycopg prepares what it is asked five times, and PostgreSQL then goes over to a plan that is made
-once for all values. At the end the same question is put to MLflow's LoggedModels, which hold the same numbers, until an answer takes a minute.
+Each look-up is repeated more than ten times on each of the server's connections to its database, since psycopg prepares what it is asked five times,
+and PostgreSQL may go over to a plan for all values once it has made five for given ones. At the end, MLflow's LoggedModels, which hold the same
+numbers, are asked the same, until an answer takes a minute.
 
 Needs PostgreSQL and the extra `dev`. Writes benchmarks/results/registry.json and .md; each setting of the server keeps its own row.
 """
@@ -47,8 +48,9 @@ from helpers_servers import ADMIN, TrackingServer, tracking_server  # noqa: E402
 VERSIONS_PER_TASK = 10
 TEMPLATE = "template-task"
 MAX_BYTES, MIN_METRIC = 24 * 1024, 0.8
-ROUNDS = 15
+ROUNDS = 30
 PROCESSES = 7
+LOGGED_MODEL_ROUNDS = 60
 LOGGED_MODEL_SECONDS = 60
 Row = tuple[Any, ...]
 LEDGER = ("positions", "values", "biases", "norms", "experts", "router", "head", "probe", "metadata")
@@ -303,7 +305,7 @@ def logged_model_seconds(registry: Registry) -> list[float | None]:
     who = os.environ["MLFLOW_TRACKING_USERNAME"], os.environ["MLFLOW_TRACKING_PASSWORD"]
     address, session = f"{registry.tracking_uri}/api/2.0/mlflow/logged-models/search", requests.Session()
     taken: list[float | None] = []
-    for _ in range(ROUNDS):
+    for _ in range(LOGGED_MODEL_ROUNDS):
         try:
             taken.append(timed(lambda: session.post(address, json=content, auth=who, timeout=LOGGED_MODEL_SECONDS).raise_for_status()))
         except requests.Timeout:
