@@ -27,6 +27,7 @@ _WORD_BYTES = 4
 _CODER_BYTES = 8
 """What the coder may take beyond the symbols' information: its state."""
 _ROWS_AT_ONCE_CELLS = 1 << 22
+_WIDE_TABLE = 256
 
 Integers = NDArray[np.int64]
 
@@ -126,7 +127,12 @@ def share(weights_TA: Integers, total: int) -> Integers:
     """Split `total` in proportion to each row of weights: whole numbers whose sum is `total` exactly. Every row needs a positive weight."""
     cumulated_TA = weights_TA.cumsum(axis=1)
     assert int(cumulated_TA[:, -1].max()) >> MAX_WEIGHT_BITS == 0
-    shares_TA = cumulated_TA * total // cumulated_TA[:, -1:]
+    shares_TA = cumulated_TA * total
+    if weights_TA.shape[1] >= _WIDE_TABLE:  # by a single number numpy divides several times as fast
+        for shares_A, sum_of_row in zip(shares_TA, cumulated_TA[:, -1].tolist(), strict=True):
+            shares_A //= sum_of_row
+    else:
+        shares_TA //= cumulated_TA[:, -1:]
     shares_TA[:, 1:] -= shares_TA[:, :-1].copy()
     return shares_TA
 

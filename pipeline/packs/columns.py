@@ -325,9 +325,10 @@ def _running_maximum(group_N: Integers, number_N: Integers) -> Integers:
 
 def ranks_of_first(group_N: Integers, kind_N: Integers) -> Integers:
     """For each value the rank, from 1, of its kind's first appearance within its group; groups come one after the other."""
-    _, first_Q, kind_of_N = np.unique(np.stack([group_N, kind_N], axis=1), axis=0, return_index=True, return_inverse=True)
+    kinds = int(kind_N.max()) + 1 if len(kind_N) else 1
+    _, first_Q, kind_of_N = np.unique(group_N * kinds + kind_N, return_index=True, return_inverse=True)
     in_order_Q = np.argsort(first_Q)
     group_Q = group_N[first_Q[in_order_Q]]
     rank_Q = np.zeros(len(first_Q), np.int64)
     rank_Q[in_order_Q] = np.arange(1, len(first_Q) + 1) - np.searchsorted(group_Q, group_Q)
-    return rank_Q[kind_of_N.reshape(-1)]
+    return rank_Q[kind_of_N]
