@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import json
+import math
 import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -88,7 +89,7 @@ def gradients(task_json: str, data_folder: Path, ranks: Ranks) -> list[tuple[flo
     for sizes in STEPS:
         first, second, third = np.split(samples[: sum(sizes)], np.cumsum(sizes)[:-1])
         parts = {1: [samples[: sum(sizes)]], 2: [first, np.concatenate([second, third])], 3: [first, second, third]}[ranks.world]
-        loss, _ = loop._step(model, optimiser, *reader.read(parts[ranks.rank]), recipe.training, ranks, False)
+        loss, _ = loop._step(model, optimiser, *reader.read(parts[ranks.rank]), recipe.training, torch.float32, ranks, False)
         steps.append((loss, [each.grad.numpy().copy() for each in model.values.parameters() if each.grad is not None]))
     return steps
 
@@ -161,7 +162,7 @@ def counted_fit(inputs: Inputs, folder: Path, ranks: Ranks, steps_before_death: 
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "_step", counted)
-        patch.setattr(fit_module, "Checkpoint", functools.partial(Checkpoint, every_seconds=0))
+        patch.setattr(fit_module, "Checkpoint", functools.partial(Checkpoint, every_seconds=0, cost_share=math.inf))
         fit(inputs, Recipe.model_validate(RECIPE), select_here(inputs, 2), folder, ranks=ranks)
     return taken
 
