@@ -328,7 +328,7 @@ def time_row() -> dict[str, Any]:
 
 def vars_of(part: Part) -> dict[str, Any]:
     """A part's fields without what it keeps for later calls, so that encoding is timed anew."""
-    return {name: getattr(part, name) for name in ("name", "bits", "tensors", "codes", "scales", "positions", "layers", "recomputed")}
+    return {name: getattr(part, name) for name in ("name", "bits", "tensors", "codes", "scales", "positions", "layers", "recomputed", "has_mean")}
 
 
 # --- one store for many tasks ---------------------------------------------------------------------------------------------------------------
