@@ -157,8 +157,6 @@ class _Driver(Stages):
         trials = self._search(inputs, data_folder, selection, folder)
         champion = choose_champion(trials, task.budget)
         self.watch.searched(task.name, trials, task.budget)
-        fitted = self._fit(inputs, data_folder, champion, selection, folder)
-        self.enter(task, "register")
         with self.here:
             draw_front(
                 [trial.row() for trial in trials],
@@ -167,6 +165,8 @@ class _Driver(Stages):
                 max_bytes=task.budget.max_bytes,
                 champion=champion.id,
             )
+        fitted = self._fit(inputs, data_folder, champion, selection, folder)
+        self.enter(task, "register")
         registered = self.registrar.register(
             _describe(inputs, champion, trials, fitted, folder), lambda reason: self.on_progress(task.name, "register", 0.0, reason)
         )

@@ -6,6 +6,7 @@ every kind of mark differs in shape or fill as well, so that the figure reads wi
 
 from __future__ import annotations
 
+import io
 import math
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,8 @@ def draw_front(trials: list[dict[str, Any]], path: Path, *, title: str, max_byte
     """Write a PNG: pack size in KiB (log) against validation accuracy in % for every trial.
 
     A trial: `id`, `point` (searched values), `size_bytes`, `state` (complete, stopped, rejected, failed), `val_metric` (0 to 1 or None). `champion`
-    is the id of a complete trial. Same trials, same bytes. Raises ValueError for an unknown champion.
+    is the id of a complete trial. Same trials, same bytes, which are not written again where they are there. Raises ValueError for an unknown
+    champion.
     """
     chosen = next((row for row in trials if row["id"] == champion and row["val_metric"] is not None), None)
     if champion is not None and chosen is None:
@@ -48,7 +50,10 @@ def draw_front(trials: list[dict[str, Any]], path: Path, *, title: str, max_byte
     if chosen is not None:
         _draw_champion(axes, canvas, chosen, trials)
     # Without the version of matplotlib in it, the file depends on its data alone.
-    canvas.print_png(path, metadata={"Software": None})
+    drawn = io.BytesIO()
+    canvas.print_png(drawn, metadata={"Software": None})
+    if not path.exists() or path.read_bytes() != drawn.getvalue():
+        path.write_bytes(drawn.getvalue())
 
 
 def _set_axes(axes: Axes, trials: list[dict[str, Any]], max_bytes: int | None, title: str) -> None:
