@@ -1,9 +1,10 @@
-"""Where a figure was measured: machine, commit, versions."""
+"""Where a figure was measured: machine, commit, versions. And a free place on it for a server."""
 
 from __future__ import annotations
 
 import os
 import platform
+import socket
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,13 @@ def describe_machine() -> dict[str, Any]:
         "torch": torch.__version__,
         "commit": _git("rev-parse", "--short", "HEAD") + ("+" if _git("status", "--porcelain", "--untracked-files=no") else ""),
     }
+
+
+def free_port() -> int:
+    """A port of the loopback interface that nobody listens at."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def _git(*arguments: str) -> str:

@@ -16,7 +16,6 @@ import os
 import pickle
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -29,7 +28,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from machine import describe_machine
+from machine import describe_machine, free_port
 from scale_simulation import Costs, Plan, simulate
 
 from pipeline.adaptation.packing import SizePlanner
@@ -275,9 +274,7 @@ def registry_costs(workdir: Path, repeats: int = 15) -> dict[str, float]:
 def mlflow_server(folder: Path) -> Iterator[str]:
     """A tracking server of this process alone, on the loopback interface."""
     folder.mkdir(parents=True)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     uri = f"http://127.0.0.1:{port}"
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     command += ["--backend-store-uri", f"sqlite:///{folder}/mlflow.db", "--artifacts-destination", str(folder / "artifacts")]

@@ -30,7 +30,7 @@ from typing import Any
 
 import torch
 import webdataset
-from machine import describe_machine
+from machine import describe_machine, free_port
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import Compose, InterpolationMode, PILToTensor, Resize
 
@@ -105,9 +105,7 @@ def make_dataset(name: str, size_px: int, samples: list[Sample], folder: Path) -
 @contextlib.contextmanager
 def served(folder: Path) -> Iterator[str]:
     """The address of a web server, a process of its own, that gives the folder's files."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-m", "http.server", str(port), "--bind", "127.0.0.1", "--directory", str(folder), "--protocol", "HTTP/1.1"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:

@@ -8,6 +8,7 @@ import io
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -54,6 +55,13 @@ def write_task(folder: Path, **changes: Any) -> Path:
     path = folder / f"{changes.get('name', TASK['name'])}.yaml"
     path.write_text(yaml.safe_dump({**TASK, **changes}))
     return path
+
+
+def free_port() -> int:
+    """A port of the loopback interface that nobody listens at."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,6 @@ import re
 import secrets
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -23,7 +22,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from helpers_cli import environment
+from helpers_cli import environment, free_port
 
 ADMIN = "admin"
 BUCKET = "packs"
@@ -133,7 +132,7 @@ def tracking_server(folder: Path, *, auth_cache_seconds: int = 60) -> Iterator[T
         settings.touch(mode=0o600)
         auth = AUTH.format(database_uri=database_uri.replace("/mlflow?", "/auth?"), admin=ADMIN, auth_cache_seconds=auth_cache_seconds)
         settings.write_text(auth)
-        port = _free_port()
+        port = free_port()
         options = ["--host", "127.0.0.1", "--port", str(port), "--workers", "1", "--app-name", "basic-auth", "--allowed-hosts", f"127.0.0.1:{port}"]
         stores = ["--backend-store-uri", database_uri, "--artifacts-destination", f"s3://{BUCKET}/mlflow"]
         secret = {"MLFLOW_AUTH_CONFIG_PATH": str(settings), "MLFLOW_AUTH_ADMIN_PASSWORD": password, "MLFLOW_FLASK_SERVER_SECRET_KEY": password}
@@ -196,12 +195,6 @@ def _s3_client(s3: dict[str, str]):  # type: ignore[no-untyped-def]
         aws_secret_access_key=s3["AWS_SECRET_ACCESS_KEY"],
         region_name=s3["AWS_DEFAULT_REGION"],
     )
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _wait_until_healthy(mlflow: Process, uri: str) -> None:

@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -18,7 +17,7 @@ from pathlib import Path
 
 import pytest
 import requests
-from helpers_cli import TASK, Answer, environment, new_workdir, taskpack, taskpack_process, write_task
+from helpers_cli import TASK, Answer, environment, free_port, new_workdir, taskpack, taskpack_process, write_task
 
 pytestmark = [
     pytest.mark.skipif(find_spec("aiohttp_cors") is None, reason="a head that takes jobs needs ray[default]"),
@@ -34,19 +33,13 @@ sys.exit(3 if os.path.exists("{folder}/fail") else 0)
 """
 
 
-def free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
-
-
 @pytest.fixture(scope="module")
 def head() -> Iterator[str]:
     """The jobs server's address of a head with two CPUs, which takes the token that this process has."""
     folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # short: Ray's sockets lie in it
-    address = f"http://127.0.0.1:{(port := free_port())}"
+    address = f"http://127.0.0.1:{(port := str(free_port()))}"
     options = {"--node-ip-address": "127.0.0.1", "--dashboard-host": "127.0.0.1", "--dashboard-port": port, "--temp-dir": folder, "--num-cpus": "2"}
-    options |= {f"--{name}": free_port() for name in ("port", "dashboard-agent-listen-port", "metrics-export-port", "ray-client-server-port")}
+    options |= {f"--{name}": str(free_port()) for name in ("port", "dashboard-agent-listen-port", "metrics-export-port", "ray-client-server-port")}
     command = [
         sys.executable,
         "-m",

@@ -6,7 +6,6 @@ import contextlib
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import urllib.request
@@ -14,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from helpers_cli import TASK, empty_registry, environment, new_workdir, taskpack_process, write_task
+from helpers_cli import TASK, empty_registry, environment, free_port, new_workdir, taskpack_process, write_task
 from helpers_cluster import Command, TestCluster, results, start, test_cluster, wait_until, written
 
 from pipeline.adaptation.packing import SizePlanner
@@ -108,9 +107,7 @@ class MlflowServer:
         folder.mkdir()
         self.folder = folder
         shutil.copyfile(empty_registry(base), folder / "server.db")
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
+        self.port = free_port()
         self.address = f"http://127.0.0.1:{self.port}"
         self.process: subprocess.Popen[bytes] | None = None
 
