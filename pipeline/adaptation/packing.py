@@ -169,11 +169,7 @@ def probe_logits(model: AdaptedModel, size_px: int) -> np.ndarray:
 
 def _groups(tensors: Sequence[PlannedTensor]) -> list[list[PlannedTensor]]:
     """Neighbours of one part, stored alike, share a part of the file."""
-
-    def kind(tensor: PlannedTensor) -> tuple[object, ...]:
-        return tensor.part, tensor.bits, tensor.codebook, tensor.by_row, tensor.has_mean
-
-    return [list(group) for _, group in itertools.groupby(tensors, kind)]
+    return [list(group) for _, group in itertools.groupby(tensors, key=lambda tensor: (tensor.part, tensor.rounding, tensor.by_row))]
 
 
 def _specs(group: list[PlannedTensor]) -> tuple[PartName, PartBits, tuple[TensorSpec, ...], tuple[tuple[int, int], ...]]:

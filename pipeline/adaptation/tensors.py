@@ -42,6 +42,11 @@ class PlannedTensor:
         return math.prod(self.shape)
 
     @property
+    def rounding(self) -> tuple[Bits, Codebook, bool]:
+        """What tensors share whose values are rounded together: bits, codebook, has_mean."""
+        return self.bits, self.codebook, self.has_mean
+
+    @property
     def runs(self) -> int:
         """Number of runs of values with a mean and an sd of their own: trailing 2-D matrices, or their rows; a vector is one."""
         return math.prod(self.shape[:-1] if self.by_row else self.shape[:-2])

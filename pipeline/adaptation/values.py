@@ -13,8 +13,6 @@ from torch import nn
 
 from pipeline.adaptation.quantiser import encode, quantise
 from pipeline.adaptation.tensors import PlannedTensor
-from pipeline.packs import Codebook
-from pipeline.spec import Bits
 
 
 class FlatValues(nn.Module):
@@ -25,9 +23,8 @@ class FlatValues(nn.Module):
     def __init__(self, tensors: Sequence[PlannedTensor], initial: Sequence[torch.Tensor]) -> None:
         super().__init__()
         self.tensors = tuple(tensors)
-        self.bits: Bits = tensors[0].bits
+        self.bits, self.codebook, self.has_mean = tensors[0].rounding
         self.latent_N = nn.Parameter(torch.cat([values.reshape(-1) for values in initial]))
-        self.codebook, self.has_mean = tensors[0].codebook, tensors[0].has_mean
         runs = [tensor.values // tensor.runs for tensor in tensors for _ in range(tensor.runs)]
         self.register_buffer("lengths_G", torch.tensor(runs), persistent=False)
         self.is_stored = False
@@ -54,18 +51,14 @@ class FlatValues(nn.Module):
         self.is_stored = True
 
 
-def _kind(tensor: PlannedTensor) -> tuple[Bits, Codebook, bool]:
-    return tensor.bits, tensor.codebook, tensor.has_mean
-
-
 class TrainedValues(nn.Module):
     """Every trained tensor of a model."""
 
     def __init__(self, initial: Mapping[PlannedTensor, torch.Tensor]) -> None:
         super().__init__()
         self.tensors = tuple(initial)
-        kinds = sorted({_kind(tensor) for tensor in initial})
-        groups = [[tensor for tensor in initial if _kind(tensor) == kind] for kind in kinds]
+        roundings = sorted({tensor.rounding for tensor in initial})
+        groups = [[tensor for tensor in initial if tensor.rounding == rounding] for rounding in roundings]
         self.flat = nn.ModuleList([FlatValues(group, [initial[tensor] for tensor in group]) for group in groups])
 
     def forward(self) -> dict[PlannedTensor, torch.Tensor]:
