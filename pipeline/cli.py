@@ -240,11 +240,14 @@ def submit(
     """Run tasks on a Ray cluster, from outside it. A batch that runs or is done is not started again; one that failed or was stopped goes on."""
     from pipeline.task_files import load_tasks
 
-    given = (
-        *(("--cpus-per-trial", cpus), ("--gpus-per-trial", gpus), ("--ranks-per-trial", ranks if ranks > 1 else None)),
-        *(("--selection-workers", selection_workers), ("--tasks-at-once", tasks_at_once)),
-    )
-    options = [text for name, value in given if value is not None for text in (name, f"{value:g}")]
+    given = {
+        "--cpus-per-trial": cpus,
+        "--gpus-per-trial": gpus,
+        "--ranks-per-trial": ranks if ranks > 1 else None,
+        "--selection-workers": selection_workers,
+        "--tasks-at-once": tasks_at_once,
+    }
+    options = [text for name, value in given.items() if value is not None for text in (name, f"{value:g}")]
     loaded = load_tasks(tasks, overrides=_overrides(recipe, search, max_bytes, trials), expand=False)
     batch = jobs.describe(loaded, workdir=workdir, options=options, shared=shared or [])
     attempt, is_new = jobs.JobServer(address).submit(batch, batch_id, working_dir=working_dir, python=python)

@@ -28,6 +28,7 @@ _CODER_BYTES = 8
 """What the coder may take beyond the symbols' information: its state."""
 _ROWS_AT_ONCE_CELLS = 1 << 22
 _WIDE_TABLE = 256
+"""Symbols from which on a table is divided row by row."""
 
 Integers = NDArray[np.int64]
 

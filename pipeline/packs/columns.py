@@ -289,13 +289,10 @@ def _blocks_together(lengths_T: Integers, segment_rows_T: Integers) -> Iterator[
     blocks_T = np.array([len(each) - 1 for each in bounds])
     number_B = runs(np.zeros_like(blocks_T), blocks_T)
     by_number_B = np.argsort(number_B, kind="stable")
-    columns = (
-        np.repeat(np.arange(len(bounds)), blocks_T),
-        np.concatenate([each[:-1] for each in bounds]),
-        np.concatenate([each[1:] for each in bounds]),
-    )
+    track_B = np.repeat(np.arange(len(bounds)), blocks_T)
+    from_B, to_B = (np.concatenate([each[side] for each in bounds]) for side in (slice(None, -1), slice(1, None)))
     stops = np.bincount(number_B).cumsum()[:-1]
-    return zip(*(np.split(each_B[by_number_B], stops) for each_B in columns), strict=True)
+    return zip(*(np.split(each_B[by_number_B], stops) for each_B in (track_B, from_B, to_B)), strict=True)
 
 
 @functools.lru_cache(maxsize=64)
