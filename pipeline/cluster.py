@@ -221,7 +221,12 @@ def _reserve(ranks: int, cpus: float, gpus: float) -> Any:
     """A placement group for so many workers, on as few nodes as can be; all of it is had at once, or nothing."""
     import ray
 
-    return ray.util.placement_group([{"CPU": cpus, **({"GPU": gpus} if gpus else {})}] * ranks, strategy="PACK")
+    return ray.util.placement_group(bundles(ranks, cpus, gpus), strategy="PACK")
+
+
+def bundles(ranks: int, cpus: float, gpus: float) -> list[dict[str, float]]:
+    """The places of a placement group for so many workers, as Ray wants them named."""
+    return [{"CPU": cpus, **({"GPU": gpus} if gpus else {})}] * ranks
 
 
 def _first_of(places: Any | None) -> dict[str, Any]:

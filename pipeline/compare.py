@@ -20,7 +20,7 @@ from pipeline.adaptation.packing import SizePlanner
 from pipeline.errors import SpecError, TaskpackError, TrainingError
 from pipeline.group import TrialResources, in_group
 from pipeline.search.record import TrialJournal, TrialRecord
-from pipeline.search.trial import recipe_key, run_trial
+from pipeline.search.trial import open_given, recipe_key, run_trial
 from pipeline.selection import read_selection
 from pipeline.spec import Method, Recipe, Task
 from pipeline.stages import OnProgress, Placement, Stages, named_errors, no_progress, one_at_a_time, work_folder
@@ -236,9 +236,7 @@ def _trial_worker(
 def _trial(
     task_json: str, recipe_json: str, data_folder: str, selection: Path | None, resources: TrialResources, ranks: Ranks
 ) -> list[tuple[Score, str]]:
-    inputs = open_inputs(Task.model_validate_json(task_json), Path(data_folder))
-    selected = read_selection(selection) if selection is not None else None
-    return list(run_trial(inputs, Recipe.model_validate_json(recipe_json), selected, device=resources.device(), ranks=ranks))
+    return list(run_trial(*open_given(task_json, recipe_json, data_folder, selection), device=resources.device(), ranks=ranks))
 
 
 def _record(key: str, point: dict[str, Any], size_bytes: int, outcome: Any) -> TrialRecord:

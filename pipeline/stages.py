@@ -23,8 +23,9 @@ from pipeline.errors import ClusterError, SpecError, StorageError, TaskpackError
 from pipeline.group import TrialResources, in_group
 from pipeline.search.proposer import LAG
 from pipeline.search.study import WORKER_DIED, WORKER_RETRIES, check_budget
-from pipeline.selection import read_selection, select, select_if_sooner
-from pipeline.spec import Recipe, Task
+from pipeline.search.trial import open_given
+from pipeline.selection import select, select_if_sooner
+from pipeline.spec import Task
 from pipeline.storage import await_file, exclusive
 from pipeline.together import Together
 from pipeline.training import Inputs, Ranks, open_inputs
@@ -263,6 +264,4 @@ def fit_worker(task_json: str, recipe_json: str, data_folder: str, selection: Pa
 def _fit(
     task_json: str, recipe_json: str, data_folder: str, selection: Path | None, folder: Path, resources: TrialResources, ranks: Ranks
 ) -> FitResult:
-    inputs = open_inputs(Task.model_validate_json(task_json), Path(data_folder))
-    selected = read_selection(selection) if selection is not None else None
-    return fit(inputs, Recipe.model_validate_json(recipe_json), selected, folder, device=resources.device(), ranks=ranks)
+    return fit(*open_given(task_json, recipe_json, data_folder, selection), folder, device=resources.device(), ranks=ranks)

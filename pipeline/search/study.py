@@ -16,16 +16,16 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import errors
+from pipeline.cluster import bundles
 from pipeline.errors import BudgetError, TaskpackError
 from pipeline.group import TrialResources, group
 from pipeline.search.proposer import LAG, Proposal, Proposer, make_proposer
 from pipeline.search.record import TrialJournal, TrialRecord
 from pipeline.search.stopping import is_dominated
-from pipeline.search.trial import run_trial
-from pipeline.selection import read_selection
+from pipeline.search.trial import open_given, run_trial
 from pipeline.spec import Recipe, Task
 from pipeline.together import Interrupted
-from pipeline.training import Ranks, Score, open_inputs
+from pipeline.training import Ranks, Score
 
 WORKER_RETRIES = 5
 """How often a trial or a fit starts again when its worker dies: machines that may be taken away are, and a long one meets that more than once."""
@@ -238,8 +238,8 @@ def _registered_trainable(resources: TrialResources) -> str:
     from ray import tune
 
     name = f"trial of {resources.ranks} x {resources.cpus:g} CPUs and {resources.gpus:g} GPUs"
-    each = {"CPU": resources.cpus, **({"GPU": resources.gpus} if resources.gpus else {})}
-    request = tune.PlacementGroupFactory([each] * resources.ranks, strategy="PACK")  # the trial itself takes the first
+    places = bundles(resources.ranks, resources.cpus, resources.gpus)
+    request = tune.PlacementGroupFactory(places, strategy="PACK")  # the trial itself takes the first
     with _REGISTERING:  # Tune's register is not safe to share between threads
         tune.register_trainable(name, tune.with_resources(_trainable, request))
     return name
@@ -266,6 +266,5 @@ def _follow(config: dict[str, Any], resources: TrialResources, ranks: Ranks) -> 
 
 
 def _epochs(config: dict[str, Any], resources: TrialResources, ranks: Ranks) -> Iterator[tuple[Score, str]]:
-    selected = read_selection(Path(config["selection"])) if config["selection"] else None
-    inputs = open_inputs(Task.model_validate_json(config["task"]), Path(config["data_folder"]))
-    yield from run_trial(inputs, Recipe.model_validate_json(config["recipe"]), selected, device=resources.device(), ranks=ranks)
+    given = open_given(config["task"], config["recipe"], config["data_folder"], config["selection"])
+    yield from run_trial(*given, device=resources.device(), ranks=ranks)

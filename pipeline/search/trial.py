@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from pipeline.adaptation import SelectedIndex, attach
-from pipeline.spec import Recipe
-from pipeline.training import ALONE, Inputs, Ranks, Score, evaluate, train_epochs
+from pipeline.selection import read_selection
+from pipeline.spec import Recipe, Task
+from pipeline.training import ALONE, Inputs, Ranks, Score, evaluate, open_inputs, train_epochs
 
 
 def recipe_key(recipe: Recipe) -> str:
     """Short SHA-256 of a recipe: equal recipes are one trial."""
     return hashlib.sha256(recipe.model_dump_json().encode()).hexdigest()[:16]
+
+
+def open_given(task_json: str, recipe_json: str, data_folder: str, selection: Path | str | None) -> tuple[Inputs, Recipe, SelectedIndex | None]:
+    """What a worker is sent for a trial or a fit, opened: the task with its data and backbone, the recipe, the connections."""
+    inputs = open_inputs(Task.model_validate_json(task_json), Path(data_folder))
+    return inputs, Recipe.model_validate_json(recipe_json), read_selection(Path(selection)) if selection is not None else None
 
 
 def run_trial(
