@@ -3,10 +3,10 @@
     python benchmarks/soak.py [--tasks 100] [--kill-seconds 20] [--minutes 600] [--workdir runs/benchmarks/soak]
 
 Tiny drawn tasks on a random ViT of width 64 and depth 2, two trials of two epochs each, as one `taskpack run` on a private Ray with two CPUs. Every
-`--kill-seconds` one worker process of that Ray, at work or idle, is killed. At the end every task must have exactly one registered pack, and the
-driver's memory must not have grown. A run that takes longer than `--minutes` is interrupted, as by Ctrl-C, and the same is asked of the tasks that
-have ended. A fit must be able to start and end between two kills: on a machine that is busy with other work, kill less often. Writes
-benchmarks/results/soak.json, soak.md and soak.png.
+`--kill-seconds` one of that Ray's workers is killed: the first found at work, for such tasks take a worker longer to start than to do. At the end
+every task must have exactly one registered pack, and the driver's memory must not have grown. A run that takes longer than `--minutes` is
+interrupted, as by Ctrl-C, and the same is asked of the tasks that have ended. A fit must be able to start and end between two kills: on a machine
+that is busy with other work, kill less often. Writes benchmarks/results/soak.json, soak.md and soak.png.
 """
 
 from __future__ import annotations
@@ -37,6 +37,8 @@ from pipeline.watch.state import ENDED, read_state
 
 RESULTS = Path(__file__).parent / "results" / "soak.json"
 SAMPLE_SECONDS = 1.0
+HUNT_SECONDS = 0.1
+"""How often it is looked for a worker at work, once one is to be killed."""
 MAX_GROWTH = 0.10
 """Largest share by which the driver's memory over the last quarter of the tasks may exceed that over the second quarter."""
 BACKBONE = {
@@ -74,20 +76,20 @@ def write_tasks(folder: Path, count: int) -> None:
 
 
 def workers_of(driver: psutil.Process) -> dict[int, str]:
-    """The Ray workers below the driver, by process id; Ray names a process after what it runs. Without a node's agents, no node lives."""
+    """What the Ray workers below the driver are doing, by process id; Ray names a process after it. Without a node's agents, no node lives."""
     found = {}
     for process in driver.children(recursive=True):
         try:
             name = (process.cmdline() or [""])[0]
         except psutil.Error:
             continue
-        if name.startswith("ray::") and not name.endswith("Agent"):
+        if name.startswith("ray::") and not name.endswith(("Agent", "IDLE")):
             found[process.pid] = name.removeprefix("ray::").split(" ")[0]
     return found
 
 
 def kill_one(driver: psutil.Process, draw: random.Random) -> str | None:
-    """Kill a worker, whether it is at work or not; what it was doing."""
+    """Kill a worker at work, if there is one; what it was doing."""
     workers = workers_of(driver)
     if not workers:
         return None
@@ -110,17 +112,17 @@ def watch_run(tasks: Path, workdir: Path, kill_seconds: float, limit_seconds: fl
         driver = psutil.Process(process.pid)
         while process.poll() is None:
             now = time.monotonic() - started
-            state = read_state(workdir)
-            ended = sum(task.stage in ENDED for task in state.tasks) if state is not None else 0
-            seen.samples.append((round(now, 1), driver.memory_info().rss, ended))
+            if not seen.samples or now >= seen.samples[-1][0] + SAMPLE_SECONDS:
+                state = read_state(workdir)
+                ended = sum(task.stage in ENDED for task in state.tasks) if state is not None else 0
+                seen.samples.append((round(now, 1), driver.memory_info().rss, ended))
             if now >= limit_seconds:
                 process.send_signal(signal.SIGINT)
                 process.wait()
-            elif now >= next_kill:
+            elif now >= next_kill and (name := kill_one(driver, draw)) is not None:
+                seen.kills.append((round(now, 1), name))
                 next_kill = now + kill_seconds
-                if (name := kill_one(driver, draw)) is not None:
-                    seen.kills.append((round(now, 1), name))
-            time.sleep(SAMPLE_SECONDS)
+            time.sleep(HUNT_SECONDS if now >= next_kill else SAMPLE_SECONDS)
         seen.seconds = round(time.monotonic() - started, 1)
     return seen
 
@@ -196,7 +198,7 @@ def markdown(result: dict[str, Any]) -> str:
             "",
             f"{machine['cpu']}, {machine['cores']} cores shared with other work; torch {machine['torch']}; commit {machine['commit']}.",
             "",
-            "One batch of tiny tasks, two trials of two epochs each, a random worker killed every "
+            "One batch of tiny tasks, two trials of two epochs each, a worker at work killed every "
             f"{result['kill_seconds']:g} s: {kills or 'none was killed'}.",
             "",
             "| | |",
