@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import importlib
 import logging
@@ -34,6 +35,9 @@ _SETTINGS = {
 _ANSWER_SECONDS = 10
 _NODE_SECONDS = 1200  # a GPU machine that pulls a large image takes its time
 _LOOK_SECONDS = 0.5
+_HEAD_LOOK_SECONDS = 2
+_HEAD_SECONDS = 50
+"""How long a cluster's head may be silent. Ray waits for 60 seconds, then ends the process without its say."""
 
 Result = TypeVar("Result")
 
@@ -45,7 +49,7 @@ def ray_session(address: str | None = None) -> Iterator[None]:
     A Ray that is already initialised in this process is used as it is and left running.
 
     Raises:
-        ClusterError: no cluster answers at `address`.
+        ClusterError: no cluster answers at `address`, or its head stopped to answer; the latter interrupts the main thread, whose session it must be.
     """
     for key, value in _SETTINGS.items():
         os.environ.setdefault(key, value)
@@ -62,9 +66,41 @@ def ray_session(address: str | None = None) -> Iterator[None]:
     _keep_output_clean()
     _connect(address)
     try:
-        yield
+        with contextlib.nullcontext() if address is None else _watched_head():
+            yield
     finally:
         ray.shutdown()
+
+
+@contextlib.contextmanager
+def _watched_head() -> Iterator[None]:
+    """Interrupt what runs meanwhile where the head of the cluster has died, and raise ClusterError in its place."""
+    import ray
+
+    address = ray.get_runtime_context().gcs_address
+    ended, lost = threading.Event(), threading.Event()
+
+    def watch() -> None:
+        answered = time.monotonic()
+        while not ended.wait(_HEAD_LOOK_SECONDS):
+            if _refusal(address) is None:
+                answered = time.monotonic()
+            elif time.monotonic() - answered > _HEAD_SECONDS and not ended.is_set():
+                lost.set()
+                return _thread.interrupt_main()
+
+    threading.Thread(target=watch, daemon=True).start()
+    try:
+        yield
+    except KeyboardInterrupt:
+        if not lost.is_set():
+            raise
+        raise ClusterError(
+            f"the head of the Ray cluster at {address} has not answered for {_HEAD_SECONDS} seconds; when the cluster is up again, "
+            f"run the same command: whatever was finished is kept"
+        ) from None
+    finally:
+        ended.set()
 
 
 def _keep_output_clean() -> None:
@@ -105,10 +141,18 @@ def _check_answers(address: str) -> None:
     host, _, port = address.rpartition(":")
     if not host or "/" in host or not port.isdigit():
         raise ClusterError(f"--address: given {address!r}; expected auto, or HOST:PORT of the cluster's head such as 10.0.0.1:6379")
+    if (refusal := _refusal(address)) is not None:
+        raise _no_cluster(address, refusal)
+
+
+def _refusal(address: str) -> str | None:
+    """Why nothing listens at HOST:PORT; None where something does."""
+    host, _, port = address.rpartition(":")
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=_ANSWER_SECONDS).close()
     except (OSError, OverflowError) as error:
-        raise _no_cluster(address, str(error)) from None
+        return str(error)
+    return None
 
 
 def _no_cluster(address: str, detail: str) -> ClusterError:

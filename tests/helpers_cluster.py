@@ -29,6 +29,7 @@ class TestCluster:
 
     cluster: Any
     notes: Path
+    options: dict[str, Any]
     nodes: list[Any] = field(default_factory=list)
 
     @property
@@ -36,7 +37,7 @@ class TestCluster:
         return str(self.cluster.address)
 
     def add_node(self) -> None:
-        self.nodes.append(self.cluster.add_node(num_cpus=1))
+        self.nodes.append(self.cluster.add_node(num_cpus=1, **self.options))
 
     def lose_node_of(self, process: int) -> None:
         """Kill the node that a worker process belongs to, without warning, and everything on it; another takes its place."""
@@ -44,6 +45,10 @@ class TestCluster:
         self.nodes.remove(node)
         self.cluster.remove_node(node, allow_graceful=False)
         self.add_node()
+
+    def lose_head(self) -> None:
+        """Kill the head without warning. The cluster is lost with it."""
+        self.cluster.head_node.kill_all_processes(check_alive=False, allow_graceful=False)
 
     def begun(self, kind: str) -> list[int]:
         """The process of each beginning of a kind, in order."""
@@ -76,8 +81,8 @@ class TestCluster:
 
 
 @contextlib.contextmanager
-def test_cluster(folder: Path, nodes: int) -> Iterator[TestCluster]:
-    """A cluster whose nodes are ended at the end. A node's death is noticed within seconds."""
+def test_cluster(folder: Path, nodes: int, **options: Any) -> Iterator[TestCluster]:
+    """A cluster whose nodes are ended at the end; `options` are of each node. A node's death is noticed within seconds."""
     from ray.cluster_utils import Cluster
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -93,7 +98,7 @@ def test_cluster(folder: Path, nodes: int) -> Iterator[TestCluster]:
         arguments = {"num_cpus": 0, "include_dashboard": False, "temp_dir": os.path.join(tempfile.gettempdir(), "ray")}
         cluster = Cluster(initialize_head=True, head_node_args=arguments)
         try:
-            made = TestCluster(cluster, folder)
+            made = TestCluster(cluster, folder, options)
             for _ in range(nodes):
                 made.add_node()
             yield made
@@ -145,6 +150,11 @@ def wait_until(holds: Callable[[], bool], seconds: float = WAIT_SECONDS) -> bool
 def parent(process: int) -> int:
     """The process that has started this one."""
     return int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
+
+
+def title(process: int) -> str:
+    """What a process calls itself; Ray names its workers after what they run."""
+    return Path(f"/proc/{process}/cmdline").read_text().partition("\0")[0].strip()
 
 
 def written(workdir: Path) -> dict[Path, int]:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from helpers_cli import TASK, empty_registry, environment, free_port, new_workdir, taskpack_process, write_task
-from helpers_cluster import Command, TestCluster, results, start, test_cluster, wait_until, written
+from helpers_cluster import Command, TestCluster, results, start, test_cluster, title, wait_until, written
 
 from pipeline.adaptation.packing import SizePlanner
 from pipeline.data import prepare
@@ -33,6 +33,7 @@ from pipeline.workspace import Workspace
 pytestmark = [pytest.mark.filterwarnings("ignore::ResourceWarning"), pytest.mark.filterwarnings("ignore::DeprecationWarning")]
 
 TRAINING = {"epochs": 3, "batch_size": 16, "precision": "fp32"}
+OBJECT_STORE_BYTES = 80 << 20  # the least that Ray allows is 75 MiB
 TRIALS = 6  # four of bars, two of dots
 
 
@@ -98,6 +99,92 @@ def test_a_node_that_is_lost_changes_nothing(
     assert results(workdir) == expected
     undisturbed = {"select": 1, "trial": TRIALS, "fit": 2}
     assert cluster.counts() == {**undisturbed, stage: undisturbed[stage] + 1}, "what was lost is done again, and nothing else"
+
+
+@pytest.mark.slow
+def test_nodes_that_are_lost_change_nothing_of_what_two_ranks_train(
+    cluster: TestCluster, tiny_data: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """One rank a node. In the fit, the node of the first rank dies, in another run that of the other."""
+    shards = {split: str(tiny_data / f"{split}-*.tar") for split in ("train", "test")}
+    recipe = {"connections": None, "training": TRAINING}
+    task = write_task(tmp_path / "tasks", name="bars", data={"format": "shards", **shards}, recipe=recipe, search={"head_bits": [4, 8]})
+
+    def run(name: str) -> tuple[Command, Path]:
+        cluster.forget()
+        workdir = new_workdir(tmp_path_factory.getbasetemp(), tmp_path / name)
+        return start(tmp_path / name, "run", task, "--workdir", workdir, "--address", cluster.address, "--ranks-per-trial", "2"), workdir
+
+    command, undisturbed = run("undisturbed")
+    assert command.end().code == 0, command.said()
+    assert cluster.counts() == {"select": 0, "trial": 4, "fit": 2}, "what a trial or a fit does, both ranks begin"
+    for rank in ("fit_worker", "_other"):
+        with cluster.held("fit"):
+            command, workdir = run(f"without {rank}")
+            cluster.wait_for("fit", 2, command)
+            (process,) = [process for process in cluster.begun("fit") if title(process) == f"ray::{rank}"]
+            cluster.lose_node_of(process)
+        assert command.end().code == 0, command.said()
+        assert cluster.counts() == {"select": 0, "trial": 4, "fit": 4}, rank
+        assert results(workdir) == results(undisturbed)
+
+
+@pytest.mark.slow
+def test_a_head_that_is_lost_ends_the_run_and_another_cluster_goes_on(
+    tasks: Path, expected: dict[str, bytes], tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """All trials of one task are finished when the head dies, in the selection of the other."""
+    workdir = new_workdir(tmp_path_factory.getbasetemp(), tmp_path)
+
+    def run(cluster: TestCluster) -> Command:
+        return start(tmp_path / cluster.notes.name, "run", tasks, "--workdir", workdir, "--address", cluster.address, "--selection-workers", "1")
+
+    with test_cluster(tmp_path / "first", nodes=2) as cluster, cluster.held("select"), cluster.held("fit"):
+        command = run(cluster)
+        cluster.wait_for("select", 1, command)
+        cluster.wait_for("fit", 1, command)
+        cluster.lose_head()
+        answer = command.end()
+    assert answer.code == 7, command.said()
+    assert "has not answered for 50 seconds; when the cluster is up again, run the same command" in command.said().replace("\n", " ")
+    finished = written(workdir)
+
+    with test_cluster(tmp_path / "second", nodes=2) as cluster:
+        command = run(cluster)
+        assert command.end().code == 0, command.said()
+        assert cluster.counts() == {"select": 1, "trial": TRIALS - 2, "fit": 2}, "the trials of dots were not run again"
+    assert {path: time for path, time in written(workdir).items() if path in finished} == finished, "what was finished was written again"
+    assert results(workdir) == expected
+
+
+@pytest.mark.slow
+def test_a_full_object_store_changes_nothing(
+    tasks: Path, expected: dict[str, bytes], tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Others have filled the nodes' object stores thrice over: what taskpack puts there pushes out what lies there, and may be pushed out itself."""
+    workdir = new_workdir(tmp_path_factory.getbasetemp(), tmp_path)
+    with test_cluster(tmp_path / "notes", nodes=2, object_store_memory=OBJECT_STORE_BYTES) as cluster, other_objects(cluster, 3 * OBJECT_STORE_BYTES):
+        command = start(tmp_path, "run", tasks, "--workdir", workdir, "--address", cluster.address, "--selection-workers", "1")
+        assert command.end().code == 0, command.said()
+        assert cluster.counts() == {"select": 1, "trial": TRIALS, "fit": 2}
+    assert results(workdir) == expected
+
+
+@contextlib.contextmanager
+def other_objects(cluster: TestCluster, total_bytes: int) -> Iterator[None]:
+    """Another user of the cluster holds so many bytes of objects on every node meanwhile."""
+    with subprocess.Popen(
+        [sys.executable, str(Path(__file__).with_name("helpers_objects.py")), cluster.address, str(total_bytes)],
+        env=environment(),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "held\n"
+        yield
+        other.communicate("end\n")
+    assert other.returncode == 0, "the other user's objects came back as they were"
 
 
 class MlflowServer:
