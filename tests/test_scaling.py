@@ -36,12 +36,13 @@ def test_the_driver_waits_for_a_node_and_not_for_ever(scaling: Cluster, monkeypa
     with pytest.raises(ClusterError, match=r"which no node has \(0 CPUs and 0 GPUs\), and the autoscaler brought none"):
         wait_for_room(1, 2, 0, lambda: False)
     monkeypatch.setattr(joined, "_NODE_SECONDS", 60)
-    with ThreadPoolExecutor() as pool:
-        waiting = pool.submit(wait_for_room, 1, 2, 0, lambda: False)
-        time.sleep(2)
-        assert not waiting.done()
-        scaling.add_node(num_cpus=2)
-        waiting.result()
+    for ranks, cpus in ((1, 2), (3, 1)):  # the second needs both nodes
+        with ThreadPoolExecutor() as pool:
+            waiting = pool.submit(wait_for_room, ranks, cpus, 0, lambda: False)
+            time.sleep(2)
+            assert not waiting.done()
+            scaling.add_node(num_cpus=cpus)
+            waiting.result()
     wait_for_room(1, 1.5, 0, lambda: False)
 
 
