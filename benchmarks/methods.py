@@ -88,7 +88,7 @@ def main() -> None:
     arguments = parser.parse_args()
     _, tasks = tasks_to_compare([HERE / "tasks" / f"{name}.yaml" for name in TASKS], None, arguments.epochs)
     tasks = [task.model_copy(update={"input": task.input.model_copy(update={"size_px": arguments.size})}) for task in tasks]
-    with BatchProgress(Console(), TASKS) as progress:
+    with BatchProgress(Console(), list(TASKS)) as progress:
         rows = compare_methods(
             tasks, load_methods(METHODS), arguments.workdir, seeds=arguments.seeds, trials=arguments.trials, on_progress=progress.update
         )

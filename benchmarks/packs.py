@@ -164,7 +164,7 @@ def format_rows(tasks: Mapping[str, tuple[Inputs, dict[str, RankedPlaces]]]) -> 
         "Super-Tuning: float32 value, int32 place": [part + value.tobytes() for part, value in zip(flat32, values, strict=True)],
         "float16 COO: float16 value, int32 place": [part + value.astype(np.float16).tobytes() for part, value in zip(flat32, values, strict=True)],
     }
-    rows = []
+    rows: list[dict[str, Any]] = []
     for layout, parts in layouts.items():
         content = b"".join(parts)
         packed = zstandard.ZstdCompressor(level=19).compress(content)
@@ -316,13 +316,17 @@ def time_row() -> dict[str, Any]:
     def open_and_apply() -> None:
         carrier.apply(read_pack(data))
 
+    def apply_and_undo() -> None:
+        carrier.apply(opened)
+        carrier.undo()
+
     return {
         "bytes": len(data),
         "encode_s": median_seconds(encode),
         "open_s": median_seconds(lambda: read_pack(data)),
         "open_and_apply_s": median_seconds(open_and_apply),
-        "apply_s": median_seconds(lambda: carrier.apply(opened)),
-        "apply_and_undo_s": median_seconds(lambda: (carrier.apply(opened), carrier.undo())),
+        "apply_s": median_seconds(functools.partial(carrier.apply, opened)),
+        "apply_and_undo_s": median_seconds(apply_and_undo),
     }
 
 
@@ -376,7 +380,8 @@ def _coded_together(tasks: Sequence[Selected]) -> bytes:
         rows_T += [run_rows] * tracks
         widths_T += [shape.columns] * tracks
     shares_T = np.zeros(len(rows_T), np.int64)
-    rows = Rows(*(np.concatenate(each) for each in (track_G, within_G, counts_G)), np.array(rows_T), np.array(widths_T), shares_T)
+    track, within, counts = map(np.concatenate, (track_G, within_G, counts_G))
+    rows = Rows(track, within, counts, np.array(rows_T), np.array(widths_T), shares_T)
     encoder = Encoder()
     code_columns(encoder, rows, np.concatenate(columns_N))
     return encoder.to_bytes()
@@ -516,7 +521,7 @@ def main() -> None:
     clock = time_row()
     tasks = {path.stem: open_task(path, arguments.workdir) for path in (*REAL, *DEMO)}
     real = {path.stem: tasks[path.stem] for path in REAL}
-    result = {
+    result: dict[str, Any] = {
         "machine": describe_machine(),
         "positions": position_rows(real),
         "files": file_rows(real),

@@ -29,6 +29,7 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -237,6 +238,11 @@ def timed(call: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
+def search_anew(folder: Path, options: dict[str, Any]) -> None:
+    """A look-up by a client that has yet to connect."""
+    open_registry(None, folder).search(**options, limit=51)
+
+
 def spread(seconds: list[float]) -> dict[str, Any]:
     """Median, smallest and largest of some runs."""
     return {"median_s": statistics.median(seconds), "min_s": min(seconds), "max_s": max(seconds), "runs": len(seconds)}
@@ -248,12 +254,13 @@ def measure_look_ups(registry: Registry, folder: Path) -> dict[str, dict[str, An
     found = {}
     for name, options in LOOK_UPS.items():
         options = {**options, "after": f"{last.name}/{last.version}"} if "after" in options else options
-        warm = [timed(lambda options=options: registry.search(**options, limit=51)) for _ in range(ROUNDS)]
-        cold = [timed(lambda options=options: open_registry(None, folder).search(**options, limit=51)) for _ in range(ROUNDS)]
+        look_up = partial(registry.search, **options, limit=51)
+        warm = [timed(look_up) for _ in range(ROUNDS)]
+        cold = [timed(partial(search_anew, folder, options)) for _ in range(ROUNDS)]
         found[name] = {
             "warm": spread(warm),
             "cold": spread(cold),
-            "requests": requests_of(lambda options=options: registry.search(**options, limit=51)),
+            "requests": requests_of(look_up),
         }
     return found
 
@@ -301,7 +308,12 @@ def logged_model_seconds(registry: Registry) -> list[float | None]:
     bounds = f"metrics.size_bytes <= {MAX_BYTES} AND metrics.test_accuracy >= {MIN_METRIC} AND metrics.test_accuracy <= 0.95"
     registered = "tags.`mlflow.modelVersions` != ''"
     order = [{"field_name": "metrics.test_accuracy", "ascending": False}, {"field_name": "metrics.size_bytes", "ascending": True}]
-    content = {"experiment_ids": [registry._experiment_id], "filter": f"{registered} AND {bounds}", "max_results": 64, "order_by": order}
+    content: dict[str, Any] = {
+        "experiment_ids": [registry._experiment_id],
+        "filter": f"{registered} AND {bounds}",
+        "max_results": 64,
+        "order_by": order,
+    }
     who = os.environ["MLFLOW_TRACKING_USERNAME"], os.environ["MLFLOW_TRACKING_PASSWORD"]
     address, session = f"{registry.tracking_uri}/api/2.0/mlflow/logged-models/search", requests.Session()
     taken: list[float | None] = []

@@ -39,7 +39,7 @@ from pipeline.cluster import ray_session
 from pipeline.data import prepare
 from pipeline.data.index import read_index
 from pipeline.registry.record import Champion
-from pipeline.registry.store import open_registry
+from pipeline.registry.store import Registry, open_registry
 from pipeline.reports.front import draw_front
 from pipeline.search.proposer import LAG, make_proposer
 from pipeline.search.record import TrialJournal, TrialRecord
@@ -69,12 +69,12 @@ def processor_seconds(action: Callable[[], object], repeats: int = 5) -> float:
     return median(taken)
 
 
-def wall_seconds(action: Callable[[int], object], repeats: int) -> float:
-    """Median wall time of `action`, which is given the number of the repeat."""
+def wall_seconds(action: Callable[[], object], repeats: int = 5) -> float:
+    """Median wall time of `action`."""
     taken = []
-    for number in range(repeats):
+    for _ in range(repeats):
         started = time.perf_counter()
-        action(number)
+        action()
         taken.append(time.perf_counter() - started)
     return median(taken)
 
@@ -193,6 +193,10 @@ def task_costs(workdir: Path) -> dict[str, Any]:
             assert proposal is not None
             proposer.tell(TrialRecord(id=proposal.id, point=proposal.point, size_bytes=proposal.size_bytes, state="complete", val_metric=0.5))
 
+    def write_records() -> None:
+        for record in records:
+            journal.write(record)
+
     recipe = task.search.recipe(task.recipe, {"bits": 4, "experts": 4, "top_k": 3, "learning_rate": 0.001})
     size_bytes = SizePlanner(task, backbone, classes, selected).size_bytes(recipe)
     records = records_of(task, size_bytes)
@@ -202,7 +206,7 @@ def task_costs(workdir: Path) -> dict[str, Any]:
         "open": processor_seconds(lambda: (read_index(data), open_inputs(task, data))),
         "plan": processor_seconds(plan, repeats=1),
         "selection_read": processor_seconds(lambda: read_selection(workdir / "selection.safetensors")),
-        "record_write": processor_seconds(lambda: [journal.write(record) for record in records]) / len(records),
+        "record_write": processor_seconds(write_records) / len(records),
         "front": processor_seconds(lambda: draw_front([r.row() for r in records], figure, title="t", max_bytes=65536, champion=records[0].id), 3),
     }
     sizes = {
@@ -230,8 +234,13 @@ def watch_costs(workdir: Path, tasks: int) -> dict[str, Any]:
     """Processor time of the watch over `tasks` tasks: one report of progress, one write of the state; and the state's bytes."""
     names = [f"task{number:04d}" for number in range(tasks)]
     watch = BatchWatch(workdir / "watch", "scale", names, on_progress=no_progress)
+
+    def report_all() -> None:
+        for name in names:
+            watch.progress(name, "search", 0.5, "5 trials")
+
     with watch:
-        report = processor_seconds(lambda: [watch.progress(name, "search", 0.5, "5 trials") for name in names]) / tasks
+        report = processor_seconds(report_all) / tasks
         write = processor_seconds(watch._write)
     return {"report": report, "state_write": write, "state_bytes": (workdir / "watch" / "state.json").stat().st_size}
 
@@ -263,11 +272,15 @@ def registry_costs(workdir: Path, repeats: int = 15) -> dict[str, float]:
     costs: dict[str, float] = {}
     with contextlib.ExitStack() as stack:
         for name, uri in (("embedded", None), ("server", stack.enter_context(mlflow_server(workdir / "server")))):
-            registry = open_registry(uri, workdir / name)
-            registry.register(champion(0, pack))  # what is made once is made now
-            costs[f"{name}_register"] = wall_seconds(lambda number, to=registry: to.register(champion(number + 1, pack)), repeats)
-            costs[f"{name}_search"] = wall_seconds(lambda _, to=registry: to.search(max_bytes=64 * 1024, limit=10), 5)
+            costs[f"{name}_register"], costs[f"{name}_search"] = _register_and_search(open_registry(uri, workdir / name), pack, repeats)
     return costs
+
+
+def _register_and_search(registry: Registry, pack: Path, repeats: int) -> tuple[float, float]:
+    champions = iter([champion(number, pack) for number in range(repeats + 1)])
+    registry.register(next(champions))  # what is made once is made now
+    register = wall_seconds(lambda: registry.register(next(champions)), repeats)
+    return register, wall_seconds(lambda: registry.search(max_bytes=64 * 1024, limit=10))
 
 
 @contextlib.contextmanager

@@ -70,7 +70,7 @@ def open_task(name: str, folder: Path) -> Inputs:
 
 def select_all(inputs: Inputs, top_k: int) -> dict[tuple[str, str], Made]:
     """The task with each selection, what it selects, and the seconds that took: those of its passes, which levels share, and of its ranking."""
-    made = {}
+    made: dict[tuple[str, str], Made] = {}
     for criterion, chosen in CRITERIA.items():
         started = time.perf_counter()
         sums = stage._sums(_with(inputs, chosen), stage._numbered_batches(inputs))

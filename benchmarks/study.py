@@ -58,9 +58,9 @@ def main() -> None:
         for mode in arguments.modes:
             measured[mode] = run_scripts(arguments.seed, Path(folder)) if mode == "scripts" else run_child(mode, arguments.seed, Path(folder))
             print(mode, round(measured[mode]["wall_seconds"], 1), "s", flush=True)
-            result["seeds"] = dict(sorted(result["seeds"].items()))
-            RESULTS.write_text(json.dumps(result, indent=1) + "\n")
-            RESULTS.with_suffix(".md").write_text(markdown(result))
+    result["seeds"] = dict(sorted(result["seeds"].items()))
+    RESULTS.write_text(json.dumps(result, indent=1) + "\n")
+    RESULTS.with_suffix(".md").write_text(markdown(result))
 
 
 # --- the task -------------------------------------------------------------------------------------------------------------------------------
@@ -172,7 +172,7 @@ def loop(seed: int, folder: Path) -> dict[str, Any]:
 def study(seed: int, folder: Path) -> dict[str, Any]:
     """The real study on a private Ray. Workers note when a trial enters, makes its first step and leaves."""
     from pipeline.adaptation.packing import SizePlanner
-    from pipeline.cluster import cluster_resources, ray_session
+    from pipeline.cluster import places, ray_session
     from pipeline.search import study as module
     from pipeline.search.record import TrialJournal
     from pipeline.selection import read_selection, select, select_if_sooner
@@ -183,7 +183,7 @@ def study(seed: int, folder: Path) -> dict[str, Any]:
     module._trainable = noting(module._trainable, log)
     with tempfile.TemporaryDirectory() as kept, ray_session():
         marks["Ray starts"] = time.time()
-        path, workers = Path(kept) / "selection", cluster_resources()[0]
+        path, workers = Path(kept) / "selection", places(1, 0)
         if not select_if_sooner(inputs, 1, path, workers=workers):
             select(inputs.task, folder / "data", 1, path, workers=workers)
         marks["selection"] = time.time()
@@ -207,7 +207,7 @@ def study(seed: int, folder: Path) -> dict[str, Any]:
 def noting(trainable: Callable[..., None], log: Path) -> Callable[..., None]:
     """The trainable, with one line in `log` a trial."""
 
-    def noted(config: dict[str, Any], context: dict[str, Any]) -> None:
+    def noted(config: dict[str, Any]) -> None:
         import os
 
         from pipeline.training import loop as training_loop
@@ -215,15 +215,15 @@ def noting(trainable: Callable[..., None], log: Path) -> Callable[..., None]:
         event: dict[str, Any] = {"pid": os.getpid(), "enter": time.time()}
         step = training_loop._step
 
-        def first_step(*arguments: Any) -> float:
+        def first_step(*arguments: Any) -> tuple[float, bool]:
             event.setdefault("step", time.time())
             return step(*arguments)
 
-        training_loop._step = first_step
+        vars(training_loop)["_step"] = first_step
         try:
-            trainable(config, context)
+            trainable(config)
         finally:
-            training_loop._step = step
+            vars(training_loop)["_step"] = step
             with log.open("a") as file:
                 file.write(json.dumps({**event, "leave": time.time()}) + "\n")
 
@@ -312,7 +312,7 @@ def replay(curves: list[list[float]], sizes_bytes: list[int], first_share: float
         records.append(TrialRecord(id=str(slot), point={}, size_bytes=size_bytes, state=state, curve=kept))  # type: ignore[arg-type]
     stopping.FIRST_SHARE, stopping.MARGIN_ERRORS = before
     complete = [record for record in records if record.state == "complete"]
-    lost = []
+    lost: list[float] = []
     for limit in sorted(set(sizes_bytes)):
         full = max(curve[-1] for curve, size_bytes in zip(curves, sizes_bytes, strict=True) if size_bytes <= limit)
         lost.append(full - max((record.curve[-1] for record in complete if record.size_bytes <= limit), default=0.0))

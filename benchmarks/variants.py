@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -120,9 +121,8 @@ def builders(setting: Setting, is_compiled: bool = False) -> dict[str, Callable[
     if setting.device != "cpu" or setting.precision != "bf16":
         del others["full fine-tuning, as timm runs it"]  # it is the first, then
     others[BOUND] = input_gradients
-    found = {name: (lambda name=name, build=build: build(name, setting)) for name, build in others.items()}
-    found |= {name: (lambda name=name, recipe=recipe: ours(name, setting, recipe, is_compiled)) for name, recipe in OURS.items()}
-    return found
+    found: dict[str, Callable[[], Variant]] = {name: partial(build, name, setting) for name, build in others.items()}
+    return found | {name: partial(ours, name, setting, recipe, is_compiled) for name, recipe in OURS.items()}
 
 
 def _variant(
@@ -189,7 +189,7 @@ def full_as_it_is(name: str, setting: Setting) -> Variant:
 def dense_masks(name: str, setting: Setting) -> Variant:
     """As GPS's released code trains: every gradient dense, multiplied by a dense mask."""
     model = _plain(setting).requires_grad_(True)
-    masks: dict[nn.Parameter, torch.Tensor] = {}
+    masks: dict[torch.Tensor, torch.Tensor] = {}
     for layer_name, layer in tunable_layers(model[0]).items():
         flat = torch.zeros(layer.weight.numel(), device=setting.device)
         masks[layer.weight] = flat.scatter_(0, setting.selected[layer_name].at(1).to(setting.device), 1.0).view(layer.weight.shape)

@@ -14,7 +14,7 @@ from pipeline.search.record import TrialRecord
 
 FIRST_SHARE = 1 / 3
 """No trial ends before this share of its epochs."""
-MARGIN_ERRORS = 2
+MARGIN_ERRORS = 2.0
 """Standard errors of the validation metric by which a rival must be better."""
 
 
