@@ -5,7 +5,7 @@
 Variants run in turn, round by round, in one process, so that all meet the same machine; each time is the median of `repeats`. Memory is counted three
 times: what lives beside the one copy of the weights that a variant multiplies with (trained values, gradients and optimiser states; by itself, the
 positions or masks that say which entries train); what is kept for the backward pass, tensor by tensor; and the peak of a process, or of the GPU,
-above the loaded backbone. Needs `pip install peft`. Writes benchmarks/results/step-<model>-<precision>[-<gpu>].json and .md.
+above the loaded backbone. Needs `pip install peft`. Writes benchmarks/results/step-<model>-<precision>-<hardware>.json and .md.
 """
 
 from __future__ import annotations
@@ -42,10 +42,13 @@ def main() -> None:
     for row in rows:
         row["peak_bytes"] = _peak_in_process_of_its_own(row["variant"])
     command = "python benchmarks/step.py " + shlex.join(sys.argv[1:])
-    result = {"machine": describe_machine(), "command": command, "arguments": vars(arguments), "rows": rows}
+    result: dict[str, Any] = {"machine": describe_machine(), "command": command, "arguments": vars(arguments), "rows": rows}
     RESULTS.mkdir(exist_ok=True)
-    gpu = f"-{torch.cuda.get_device_name().split()[-1].lower()}-batch{arguments.batch}" if device == "cuda" else ""
-    path = RESULTS / f"step-{arguments.model}-{arguments.precision}{gpu}{'-compiled' if arguments.compile else ''}.json"
+    if device == "cuda":
+        hardware = f"{torch.cuda.get_device_name().split()[-1].lower()}-batch{arguments.batch}"
+    else:
+        hardware = next((name for name in ("epyc", "xeon") if name in result["machine"]["cpu"].lower()), "cpu")
+    path = RESULTS / f"step-{arguments.model}-{arguments.precision}-{hardware}{'-compiled' if arguments.compile else ''}.json"
     path.write_text(json.dumps(result, indent=1) + "\n")
     path.with_suffix(".md").write_text(_markdown(result))
     print(path.with_suffix(".md").read_text())
