@@ -37,7 +37,7 @@ _NODE_SECONDS = 1200  # a GPU machine that pulls a large image takes its time
 _LOOK_SECONDS = 0.5
 _HEAD_LOOK_SECONDS = 2
 _HEAD_SECONDS = 50
-"""How long a cluster's head may be silent. Ray waits for 60 seconds, then ends the process without its say."""
+"""How long a cluster's head may be silent. After 60 seconds Ray ends the process, whatever it is at."""
 
 Result = TypeVar("Result")
 
@@ -49,7 +49,7 @@ def ray_session(address: str | None = None) -> Iterator[None]:
     A Ray that is already initialised in this process is used as it is and left running.
 
     Raises:
-        ClusterError: no cluster answers at `address`, or its head stopped to answer; the latter interrupts the main thread, whose session it must be.
+        ClusterError: no cluster answers at `address`, or its head has died since. The latter interrupts the main thread, which must be this one.
     """
     for key, value in _SETTINGS.items():
         os.environ.setdefault(key, value)
