@@ -59,23 +59,13 @@ TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads
 VIT_B = Backbone(model="vit_base_patch16_224", weights="random")
 
 
-def processor_seconds(action: Callable[[], object], repeats: int = 5) -> float:
-    """Median processor time of this process in `action`."""
+def median_seconds(action: Callable[[], object], repeats: int = 5, clock: Callable[[], float] = time.process_time) -> float:
+    """Median time of `action`: of this process on a processor, or by another clock."""
     taken = []
     for _ in range(repeats):
-        started = time.process_time()
+        started = clock()
         action()
-        taken.append(time.process_time() - started)
-    return median(taken)
-
-
-def wall_seconds(action: Callable[[], object], repeats: int = 5) -> float:
-    """Median wall time of `action`."""
-    taken = []
-    for _ in range(repeats):
-        started = time.perf_counter()
-        action()
-        taken.append(time.perf_counter() - started)
+        taken.append(clock() - started)
     return median(taken)
 
 
@@ -203,11 +193,11 @@ def task_costs(workdir: Path) -> dict[str, Any]:
     journal = TrialJournal(workdir / "journal")
     figure = workdir / "front.png"
     costs = {
-        "open": processor_seconds(lambda: (read_index(data), open_inputs(task, data))),
-        "plan": processor_seconds(plan, repeats=1),
-        "selection_read": processor_seconds(lambda: read_selection(workdir / "selection.safetensors")),
-        "record_write": processor_seconds(write_records) / len(records),
-        "front": processor_seconds(lambda: draw_front([r.row() for r in records], figure, title="t", max_bytes=65536, champion=records[0].id), 3),
+        "open": median_seconds(lambda: (read_index(data), open_inputs(task, data))),
+        "plan": median_seconds(plan, repeats=1),
+        "selection_read": median_seconds(lambda: read_selection(workdir / "selection.safetensors")),
+        "record_write": median_seconds(write_records) / len(records),
+        "front": median_seconds(lambda: draw_front([r.row() for r in records], figure, title="t", max_bytes=65536, champion=records[0].id), 3),
     }
     sizes = {
         "backbone": (workdir / "vit.safetensors").stat().st_size,
@@ -240,8 +230,8 @@ def watch_costs(workdir: Path, tasks: int) -> dict[str, Any]:
             watch.progress(name, "search", 0.5, "5 trials")
 
     with watch:
-        report = processor_seconds(report_all) / tasks
-        write = processor_seconds(watch._write)
+        report = median_seconds(report_all) / tasks
+        write = median_seconds(watch._write)
     return {"report": report, "state_write": write, "state_bytes": (workdir / "watch" / "state.json").stat().st_size}
 
 
@@ -279,8 +269,8 @@ def registry_costs(workdir: Path, repeats: int = 15) -> dict[str, float]:
 def _register_and_search(registry: Registry, pack: Path, repeats: int) -> tuple[float, float]:
     champions = iter([champion(number, pack) for number in range(repeats + 1)])
     registry.register(next(champions))  # what is made once is made now
-    register = wall_seconds(lambda: registry.register(next(champions)), repeats)
-    return register, wall_seconds(lambda: registry.search(max_bytes=64 * 1024, limit=10))
+    register = median_seconds(lambda: registry.register(next(champions)), repeats, time.perf_counter)
+    return register, median_seconds(lambda: registry.search(max_bytes=64 * 1024, limit=10), clock=time.perf_counter)
 
 
 @contextlib.contextmanager

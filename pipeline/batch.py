@@ -7,7 +7,6 @@ interruption redoes nothing that was finished.
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -143,7 +142,6 @@ class _Driver(Stages):
 
     def _run_prepared(self, task: Task) -> TaskOutcome:
         outcome = self._outcome(task, self._stages)
-        gc.collect()  # a study leaves rings of objects; among the libraries' million, Python itself would look for them once in fifty tasks
         if outcome.error is None:
             self.on_progress(task.name, "done", 1.0, "")
         return outcome

@@ -23,17 +23,16 @@ pytestmark = [pytest.mark.filterwarnings("ignore::ResourceWarning"), pytest.mark
 
 @pytest.mark.usefixtures("local_ray")
 def test_any_number_of_workers_writes_the_same_file(tiny_task: Task, tiny_data: Path, tiny_inputs: Inputs, tmp_path: Path) -> None:
-    paths = [select(tiny_task, tiny_data, TOP_K, tmp_path / f"{workers}" / "selection", workers=workers) for workers in (1, 3)]
+    paths = [select(tiny_task, tiny_data, TOP_K, tmp_path / f"{workers}" / "selection", workers=workers) for workers in (1, 2, 3)]
     paths.append(tmp_path / "here" / "selection")
     assert select_if_sooner(tiny_inputs, TOP_K, paths[-1], workers=1)
     assert len({path.read_bytes() for path in paths}) == 1
-    assert [sorted(entry.name for entry in path.parent.iterdir()) for path in paths] == [["selection"]] * 3, "nothing is left beside the file"
+    assert [sorted(entry.name for entry in path.parent.iterdir()) for path in paths] == [["selection"]] * 4, "nothing is left beside the file"
     expected, found = select_here(tiny_inputs, TOP_K), read_selection(paths[0])
     assert expected.keys() == found.keys()
     assert all(torch.equal(a, b) for name in expected for a, b in zip(expected[name], found[name], strict=True))
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("local_ray")
 def test_workers_select_by_activation_over_the_network(tiny_task: Task, tiny_data: Path, tiny_inputs: Inputs, tmp_path: Path) -> None:
     task = tiny_task.model_copy(update={"selection": Selection(criterion="activation", level="network")})

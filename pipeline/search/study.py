@@ -6,6 +6,7 @@ from records alone (see `proposer`). Trials run in reused worker processes, so b
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import tempfile
@@ -167,7 +168,10 @@ def run_study(
     first = study.next_slot()
     if not study.slots:
         raise _nothing_fits(task, study.all_records())
-    crashes = _run_with_tune(study, first, data_folder, selection_path, resources(), on_progress, is_stopping) if first is not None else []
+    crashes: list[str] = []
+    if first is not None:
+        crashes = _run_with_tune(study, first, data_folder, selection_path, resources(), on_progress, is_stopping)
+        gc.collect()  # Tune leaves rings of objects; among the libraries' million, Python itself would look for them once in fifty studies
     records = study.all_records()
     if not any(record.state == "complete" for record in records):
         reasons = sorted({record.message for record in records if record.state == "failed"})
