@@ -43,6 +43,15 @@ Deviations = tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)],
 Paths = Annotated[tuple[str, ...], Field(min_length=1)] | str
 
 
+def _named_augmentation(value: Any) -> Any:
+    """Earlier versions wrote `augment: true` or `false`, and so do their packs."""
+    return {True: "light", False: "none"}[value] if isinstance(value, bool) else value
+
+
+Augmentation = Literal["none", "light", "crop", "strong"]
+"""How images are varied, see pipeline/data/augment.py."""
+
+
 # --- data -----------------------------------------------------------------------------------------------------------------------------------
 
 
@@ -299,7 +308,7 @@ class Training(Spec):
     warmup_epochs: float = Field(1.0, ge=0)
     weight_decay: float = Field(0.0, ge=0)
     label_smoothing: float = Field(0.0, ge=0, lt=1)
-    augment: bool = False
+    augment: Annotated[Augmentation, BeforeValidator(_named_augmentation)] = "none"
     precision: Literal["fp32", "bf16"] = "bf16"
 
 
@@ -500,6 +509,7 @@ class Selection(Spec):
     criterion: Criterion = "gradient"
     level: Level = "neuron"
     loss: Literal["contrastive", "cross_entropy"] = Field("contrastive", description="of two views, without a head; or of a head that is not trained")
+    views: Augmentation = Field("strong", description="of each image, two; strong is what GPS draws")
     temperature: float = Field(0.07, gt=0, description="of the contrastive loss")
     batch_size: int = Field(32, ge=2)
     precision: Literal["fp32", "bf16"] = Field("fp32", description="of the passes; what they give is summed in float64 either way")
@@ -507,9 +517,11 @@ class Selection(Spec):
 
     @model_validator(mode="after")
     def _has_no_idle_setting(self) -> Selection:
-        uses = {"gradient": ("loss", "temperature", "batch_size", "precision"), "activation": ("batch_size", "precision"), "random": ("seed",)}.get(
-            self.criterion, ()
-        )
+        uses = {
+            "gradient": ("loss", "views", "temperature", "batch_size", "precision"),
+            "activation": ("batch_size", "precision"),
+            "random": ("seed",),
+        }.get(self.criterion, ())
         used = {"criterion", "level", *uses} - ({"temperature"} if self.loss == "cross_entropy" else set())
         idle = [name for name, field in type(self).model_fields.items() if name not in used and getattr(self, name) != field.default]
         if idle:

@@ -15,6 +15,7 @@ from pipeline.data import DataIndex, Reader, augment, decode_image, read_shard, 
 from pipeline.data.reader import CACHE, ShardCache
 from pipeline.data.sources import encode_png
 from pipeline.errors import DataError
+from pipeline.spec import Augmentation
 
 SIZE_PX = 8
 SHARD_BYTES = 10 * 3 * SIZE_PX * SIZE_PX
@@ -155,7 +156,7 @@ def test_two_views_of_each_image() -> None:
     assert not torch.equal(first, second)
     # Smooth images survive crop and jitter: view i of both halves is closest to image i.
     levels = torch.linspace(40, 200, 6).view(6, 1, 1, 1).expand(6, 3, 16, 16) * torch.tensor([1.0, 0.5, 0.2]).view(1, 3, 1, 1)
-    plain = two_views(levels.to(torch.uint8), torch.Generator().manual_seed(0), False)
+    plain = two_views(levels.to(torch.uint8), torch.Generator().manual_seed(0), False)  # the default: every kind of change
     assert torch.allclose(plain.std(dim=(2, 3)), torch.zeros(12, 3), atol=1e-4)
 
 
@@ -171,17 +172,27 @@ def test_mirrors_only_where_allowed() -> None:
     assert 0.35 < mirrored < 0.65
 
 
-def test_crops_cover_half_to_all_of_the_image(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.import_module("pipeline.data.augment"), "JITTER", 0.0)
+def relative_crops(kind: Augmentation) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Widths, heights and centres of 300 crops, as fractions of the image, read from its coordinates."""
     columns = torch.linspace(0, 1, 64).expand(64, 64)
     coordinates = torch.stack([columns, columns.T, columns]).expand(300, 3, 64, 64)
-    views = augment(coordinates, torch.Generator().manual_seed(0), True)
+    views = augment(coordinates, torch.Generator().manual_seed(0), True, kind)
     widths = (views[:, 0, 0, -1] - views[:, 0, 0, 0]).abs() * 64 / 63
-    heights = (views[:, 1, -1, 0] - views[:, 1, 0, 0]) * 64 / 63
+    return widths, (views[:, 1, -1, 0] - views[:, 1, 0, 0]) * 64 / 63, views[:, :2].mean(dim=(2, 3))
+
+
+@pytest.mark.parametrize(("kind", "smallest"), [("light", 0.5), ("crop", 0.08)])
+def test_crops_cover_the_stated_share_of_the_image(kind: Augmentation, smallest: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.import_module("pipeline.data.augment"), "JITTER", 0.0)
+    widths, heights, centres = relative_crops(kind)
     area = widths * heights
-    assert area.min() > 0.45
+    assert smallest * 0.9 < area.min() < smallest + 0.1
     assert area.max() > 0.85
     assert (widths / heights).min() > 0.7
     assert (widths / heights).max() < 1.4
-    centres = views[:, :2].mean(dim=(2, 3))
     assert centres.std() > 0.03
+
+
+def test_an_unaugmented_batch_is_the_images_themselves() -> None:
+    images = batch()
+    assert torch.equal(augment(images, torch.Generator().manual_seed(0), True, "none"), images.float() / 255)

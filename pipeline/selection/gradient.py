@@ -45,7 +45,7 @@ def gradient_sums(
     sums = _collect_gradients(model)
     mean, std = (torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (backbone.mean, backbone.std))
     for index, images, labels in batches:
-        views = two_views(images, batch_generator(seed, index), flip=flip).to(device)
+        views = two_views(images.to(device), batch_generator(seed, index), flip, spec.views)
         with torch.autocast(views.device.type, torch.bfloat16, enabled=spec.precision == "bf16"):
             features = model((views - mean) / std)
         loss(features.float(), labels.repeat(2).to(device)).backward()

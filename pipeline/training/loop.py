@@ -67,7 +67,7 @@ def train_epochs(
         for images, labels in reader.batches(plan[first_index:]):
             for group in optimiser.param_groups:
                 group["lr"] = spec.learning_rate * learning_rate_factor(progress.step, steps, warmup_steps)
-            images = augment(images, generator, flip=flip) if spec.augment and len(images) else images
+            images = augment(images, generator, flip, spec.augment) if spec.augment != "none" else images
             is_due = checkpoint is not None and ranks.is_first and checkpoint.is_due()
             loss, is_due = _step(model, optimiser, images.to(device), labels.to(device), spec, dtype, ranks, is_due)
             if not math.isfinite(loss):
