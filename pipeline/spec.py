@@ -299,6 +299,9 @@ class Head(Spec):
 class Training(Spec):
     """One loop: AdamW, cosine decay after a linear warm-up, cross-entropy.
 
+    ema: decay of a moving average of the trained values, which is what the pack gets; 0 takes the last values. mixup, cutmix: the alpha of their Beta
+    distributions, 0 for off.
+
     precision: of the passes; `bf16` is float32 on a processor without units for it, which would be slower.
     """
 
@@ -308,6 +311,9 @@ class Training(Spec):
     warmup_epochs: float = Field(1.0, ge=0)
     weight_decay: float = Field(0.0, ge=0)
     label_smoothing: float = Field(0.0, ge=0, lt=1)
+    mixup: float = Field(0.0, ge=0)
+    cutmix: float = Field(0.0, ge=0)
+    ema: float = Field(0.0, ge=0, lt=1)
     augment: Annotated[Augmentation, BeforeValidator(_named_augmentation)] = "none"
     precision: Literal["fp32", "bf16"] = "bf16"
 

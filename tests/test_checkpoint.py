@@ -21,7 +21,7 @@ from pipeline.training.fit import CHECKPOINT_FILE, PACK_FILE, fit, steps_kept
 RECIPE = {
     "connections": {"bits": 4},
     "adapter": {"width": 4, "bits": 1, "dropout": 0.5},
-    "training": {"epochs": 2, "batch_size": 16, "augment": True, "learning_rate": 0.01},
+    "training": {"epochs": 2, "batch_size": 16, "augment": "light", "mixup": 0.2, "ema": 0.9, "learning_rate": 0.01},
 }
 
 

@@ -10,8 +10,10 @@ from torchvision.transforms import functional as torchvision_functional
 
 from pipeline.data import augment
 from pipeline.data.augment import _colour_jitter, _Numbers, turn_hue
-from pipeline.spec import Selection
+from pipeline.spec import Selection, Training
 from pipeline.task_files import DATA_ROOT, load_task
+from pipeline.training.averaging import MovingAverage
+from pipeline.training.mixing import mix
 
 CATALOGUE = Path(__file__).resolve().parents[1] / "tasks"
 
@@ -124,3 +126,55 @@ def test_one_image_through_the_colour_operators_is_what_torchvision_makes_of_it(
             image = operators[operator](image, amounts[operator])
         expected = torchvision_functional.rgb_to_grayscale(image, 3) if grey[number] < 0.2 else image
         torch.testing.assert_close(ours[number], expected, atol=2e-5, rtol=0)
+
+
+# --- mixup, CutMix and the moving average --------------------------------------------------------------------------------------------------------
+
+
+def mixed(count: int = 6, **changes: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    images, labels = photographs(count), torch.arange(count) % 3
+    pixels, targets = mix(images, labels, 3, Training(**changes), torch.Generator().manual_seed(1))
+    return images, torch.nn.functional.one_hot(labels, 3).float(), pixels, targets
+
+
+def test_mixup_mixes_images_and_labels_by_one_share_as_timm_does() -> None:
+    images, labels, pixels, targets = mixed(mixup=0.8)
+    share = float(targets[0, 0])  # image 0 has class 0, its partner class 2
+    assert 0 < share < 1
+    torch.testing.assert_close(pixels, share * images + (1 - share) * images.flip(0))
+    torch.testing.assert_close(targets, share * labels + (1 - share) * labels.flip(0))
+
+
+def test_cutmix_states_the_share_of_pixels_that_it_kept() -> None:
+    images, labels, pixels, targets = mixed(cutmix=1.0)
+    is_own = (pixels == images).all(dim=1)[3]
+    share = float(is_own.float().mean())
+    assert 0 < share < 1
+    torch.testing.assert_close(targets, share * labels + (1 - share) * labels.flip(0))
+    assert torch.equal(pixels[3][:, ~is_own], images.flip(0)[3][:, ~is_own])
+
+
+def test_smoothed_mixed_labels_are_those_of_timm() -> None:
+    """timm smooths each label, then mixes; torch smooths the mixture: the same numbers."""
+    _, labels, _, targets = mixed(mixup=0.8)
+    logits, share = torch.randn(6, 3, generator=torch.Generator().manual_seed(0)), float(targets[0, 0])
+    smooth = 0.9 * labels + 0.1 / 3
+    expected = -((share * smooth + (1 - share) * smooth.flip(0)) * logits.log_softmax(1)).sum(1).mean()
+    torch.testing.assert_close(torch.nn.functional.cross_entropy(logits, targets, label_smoothing=0.1), expected)
+
+
+@pytest.mark.parametrize("decay", [0.9, 0.9998])
+def test_the_moving_average_is_that_of_its_formula(decay: float) -> None:
+    parameter = torch.nn.Parameter(torch.zeros(3))
+    optimiser = torch.optim.SGD([parameter], lr=1.0)
+    average, expected = MovingAverage(optimiser, decay), None
+    for step in range(40):
+        with torch.no_grad():
+            parameter.copy_(torch.tensor([step, step**0.5, 1.0]))
+        rate = min(decay, (1 + step) / (10 + step))
+        expected = parameter.detach().clone() if expected is None else rate * expected + (1 - rate) * parameter.detach()
+        average.update(step)
+    average.swap()
+    torch.testing.assert_close(parameter.detach(), expected)
+    average.swap()
+    assert parameter.tolist() == pytest.approx([39, 39**0.5, 1])

@@ -32,7 +32,7 @@ from pipeline.training.fit import PACK_FILE, fit
 RECIPE = {
     "connections": {"bits": 4},
     "adapter": {"width": 4, "bits": 1, "dropout": 0.5},
-    "training": {"epochs": 2, "batch_size": 16, "augment": True, "learning_rate": 0.01},
+    "training": {"epochs": 2, "batch_size": 16, "augment": "light", "learning_rate": 0.01},
 }
 
 

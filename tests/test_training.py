@@ -121,7 +121,7 @@ def test_the_first_loss_is_the_cross_entropy_of_the_first_batches(tiny_inputs: I
     assert loss == pytest.approx(float(sum(per_sample)) / len(per_sample), rel=1e-5)
 
 
-@pytest.mark.parametrize("changes", [{}, {"precision": "bf16"}, {"augment": True}], ids=["fp32", "bf16", "augmented"])
+@pytest.mark.parametrize("changes", [{}, {"precision": "bf16"}, {"augment": "light", "cutmix": 1.0}], ids=["fp32", "bf16", "augmented"])
 def test_a_seed_gives_the_same_values_and_the_same_pack(changes: dict[str, Any], tiny_inputs: Inputs, selected: Selected) -> None:
     models = [attached(tiny_inputs, selected) for _ in range(3)]
     losses = [run(model, tiny_inputs, seed=seed, epochs=1, **changes) for model, seed in zip(models, (1, 1, 2), strict=True)]

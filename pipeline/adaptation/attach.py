@@ -147,6 +147,11 @@ class AdaptedModel(nn.Module):
         """The connections of each layer: places [N] in its weight seen as one row-major [O, I] matrix, ascending."""
         return {name: layer.index_N for name, layer in self._tuned.items() if layer.index_N is not None}
 
+    @property
+    def class_count(self) -> int:
+        """Number of logits."""
+        return next(tensor.shape[0] for tensor in self.values.tensors if tensor.name == "head.weight")
+
     def trained_values(self) -> int:
         """Number of values the recipe trains."""
         return sum(tensor.values for tensor in self.values.tensors)

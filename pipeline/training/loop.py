@@ -1,4 +1,7 @@
-"""The one training loop: AdamW on the trained values, linear warm-up, cosine decay, cross-entropy plus the banks' balance term."""
+"""The one training loop: AdamW on the trained values, linear warm-up, cosine decay, cross-entropy plus the banks' balance term.
+
+What the papers add to it (augmentation, mixup and CutMix, label smoothing, a moving average of the trained values) is off by default.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,9 @@ from pipeline.adaptation import AdaptedModel
 from pipeline.data import Reader, Split, augment, deal_shards, training_batches
 from pipeline.errors import TrainingError
 from pipeline.spec import Training
+from pipeline.training.averaging import MovingAverage
 from pipeline.training.checkpoint import Checkpoint, Progress
+from pipeline.training.mixing import mix
 from pipeline.training.precision import training_dtype
 from pipeline.training.ranks import ALONE, Ranks
 
@@ -39,6 +44,8 @@ def train_epochs(
 ) -> Iterator[float]:
     """Train epoch by epoch; yields each epoch's mean loss, so that the caller decides whether to go on.
 
+    With `spec.ema`, the model holds the averaged values wherever the caller sees it.
+
     Args:
         checkpoint: where the run is kept, and goes on from; epochs that it has behind it are not yielded again.
         ranks: who trains the model with this process, each with the samples of its own shards.
@@ -51,6 +58,7 @@ def train_epochs(
     dtype = training_dtype(spec, device)
     model.compute_in(dtype)
     optimiser = torch.optim.AdamW(model.values.parameters(), lr=spec.learning_rate, weight_decay=spec.weight_decay, fused=True)
+    average = MovingAverage(optimiser, spec.ema)
     steps_per_epoch = len(training_batches(split, spec.batch_size, seed=seed, epoch=0))
     steps, warmup_steps = spec.epochs * steps_per_epoch, round(spec.warmup_epochs * steps_per_epoch)
     generator = torch.Generator().manual_seed(seed)
@@ -68,18 +76,24 @@ def train_epochs(
             for group in optimiser.param_groups:
                 group["lr"] = spec.learning_rate * learning_rate_factor(progress.step, steps, warmup_steps)
             images = augment(images, generator, flip, spec.augment) if spec.augment != "none" else images
+            if (spec.mixup or spec.cutmix) and len(images):
+                images, labels = mix(images, labels, model.class_count, spec, generator)
             is_due = checkpoint is not None and ranks.is_first and checkpoint.is_due()
             loss, is_due = _step(model, optimiser, images.to(device), labels.to(device), spec, dtype, ranks, is_due)
             if not math.isfinite(loss):
                 rate = f"learning rate {spec.learning_rate:g}"
                 raise TrainingError(f"the loss became {loss} at step {progress.step} of {steps} with {rate}; lower training.learning_rate")
+            average.update(progress.step)
             progress.step += 1
             progress.losses.append(loss)
             if checkpoint is not None and is_due:
                 checkpoint.save(progress, optimiser, generators, ranks)
         ranks.check_agree(model.values.state_dict())
+        average.swap()
         yield sum(progress.losses) / len(progress.losses)
+        average.swap()
         first_index = 0
+    average.swap()
     model.eval()
 
 
