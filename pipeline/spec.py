@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from fractions import Fraction
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 BITS = (1, 2, 3, 4, 5, 6, 7, 8, 16, 32)
 Bits = Literal[1, 2, 3, 4, 5, 6, 7, 8, 16, 32]
@@ -38,8 +38,17 @@ class Spec(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
-Channels = tuple[float, float, float]
-Deviations = tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]]
+def _of_unit_pixels(value: float) -> float:
+    """A mean or deviation, if it can be one of pixels in [0, 1]. Raises ValueError."""
+    if not 0 <= value <= 1:
+        raise ValueError("expected a value for pixels in [0, 1], such as 0.485; divide those of the 0-255 scale by 255")
+    return value
+
+
+UnitPixels = Annotated[float, AfterValidator(_of_unit_pixels)]
+Deviation = Annotated[UnitPixels, Field(gt=0)]
+Channels = tuple[UnitPixels, UnitPixels, UnitPixels]
+Deviations = tuple[Deviation, Deviation, Deviation]
 Paths = Annotated[tuple[str, ...], Field(min_length=1)] | str
 
 
@@ -56,7 +65,7 @@ Augmentation = Literal["none", "light", "crop", "strong"]
 
 
 class ShardsData(Spec):
-    """WebDataset tars (`key.jpg|png|webp`, `key.cls`), local or behind any fsspec URL; globs are expanded in sorted order."""
+    """WebDataset tars (`key.jpg`, `key.cls`), local or behind any fsspec URL; globs are expanded in sorted order."""
 
     format: Literal["shards"] = "shards"
     train: Paths

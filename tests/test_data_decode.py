@@ -85,7 +85,7 @@ def test_truncated_images_are_refused(kind: str) -> None:
             decode_image(content[:cut], 8, "s.tar: 7")
 
 
-@pytest.mark.parametrize("kind", ["GIF", "TIFF", "EPS", "PPM"])
+@pytest.mark.parametrize("kind", ["EPS", "ICO", "PCX"])
 def test_other_formats_are_not_opened(kind: str) -> None:
     with pytest.raises(DataError, match="cannot be decoded"):
         decode_image(encode(Image.fromarray(RGB), kind), 8)

@@ -201,7 +201,7 @@ def test_the_same_source_gives_the_same_bytes(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda root: (root / "train" / "cat" / "x.gif").write_bytes(b"GIF89a"), r"x\.gif: not an image"),
+        (lambda root: (root / "train" / "cat" / "x.psd").write_bytes(b"8BPS"), r"x\.psd: not an image"),
         (lambda root: (root / "train" / "cat" / "x.png").write_bytes(image_of(1)[:50]), r"x\.png: cannot be decoded"),
         (lambda root: (root / "train" / "empty").mkdir(), "empty: this class has no images"),
         (lambda root: shutil.copytree(root / "test" / "cat", root / "test" / "cow"), "test has class folders that train lacks: cow"),

@@ -1,53 +1,88 @@
 """An encoded image as a square of RGB bytes: the one way in, for training and for prediction.
 
-The resize is plain bicubic to a square, antialiased, aspect not kept. Only the formats named here are opened: Pillow knows dozens, some of which
-(EPS) start other programs. Its guard against decompression bombs stays on.
+The resize is plain bicubic to a square, antialiased, aspect not kept. Only the formats of `formats.py` are opened, of an
+animation its first frame. Pillow's limit on the number of pixels, its guard against decompression bombs, stays on.
 """
 
 from __future__ import annotations
 
 import io
 import os
+import warnings
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, UnidentifiedImageError
 
+from pipeline.data.formats import EXPECTED, explain, readable_formats
 from pipeline.errors import DataError
 
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What makes an image upright, by its EXIF orientation."""
 
 
 def decode_image(source: bytes | str | os.PathLike[str] | Image.Image, size_px: int, name: str = "") -> np.ndarray:
     """Decode `source` (encoded bytes, a file's path or a Pillow image) to uint8 [3, size_px, size_px].
 
-    Grey, palette, CMYK and 16-bit grey images become RGB; EXIF orientation is applied; transparency is dropped. Raises DataError, which calls the
-    image `name` (default: its path).
+    Grey, palette, CMYK and 16-bit grey images become RGB; EXIF orientation is applied where it can be read; transparency is
+    dropped. Raises DataError, which calls the image `name` (default: its path).
     """
     name = name or (str(source) if isinstance(source, (str, os.PathLike)) else "image")
+    content = _content(source, name) if isinstance(source, (str, os.PathLike)) else source
     try:
-        image = source if isinstance(source, Image.Image) else _open(source)
-        square = _to_rgb(ImageOps.exif_transpose(image)).resize((size_px, size_px), Image.Resampling.BICUBIC)
-    except DataError:
-        raise
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise DataError(f"{name}: refused, more than {Image.MAX_IMAGE_PIXELS} pixels; scale it down") from None
-    except FileNotFoundError:
-        raise DataError(f"{name}: no such image; check the path") from None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of damaged metadata and of many pixels: neither changes what is read
+            image = Image.open(io.BytesIO(content), formats=readable_formats()) if isinstance(content, bytes) else content
+            square = _to_rgb(_upright(image)).resize((size_px, size_px), Image.Resampling.BICUBIC)
+    except DataError as error:
+        raise DataError(f"{name}: {error}") from None
+    except UnidentifiedImageError:
+        assert isinstance(content, bytes)
+        raise DataError(f"{name}: cannot be decoded: {explain(content)}") from None
+    except Image.DecompressionBombError:
+        raise DataError(f"{name}: refused, more than {2 * (Image.MAX_IMAGE_PIXELS or 0):,} pixels; scale it down") from None
     except Exception as error:  # Pillow's decoders raise whatever a damaged file leads them to
-        raise DataError(f"{name}: cannot be decoded ({error}); expected a whole {', '.join(FORMATS)} image") from None
+        raise DataError(f"{name}: cannot be decoded ({error}); expected a whole {EXPECTED} image") from None
     return np.ascontiguousarray(np.asarray(square).transpose(2, 0, 1))
 
 
-def _open(source: bytes | str | os.PathLike[str]) -> Image.Image:
-    content = source if isinstance(source, bytes) else Path(source).read_bytes()
-    return Image.open(io.BytesIO(content), formats=FORMATS)
+def _content(path: str | os.PathLike[str], name: str) -> bytes:
+    try:
+        return Path(path).read_bytes()
+    except FileNotFoundError:
+        raise DataError(f"{name}: no such image; check the path") from None
+    except IsADirectoryError:
+        raise DataError(f"{name}: is a folder; expected an image") from None
+    except OSError as error:
+        raise DataError(f"{name}: cannot be read ({error.strerror}); check the path and the permissions") from None
+    except ValueError:  # NUL, or half a surrogate pair
+        raise DataError(f"{name!r}: holds what no path can; expected the path of an image") from None
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """`image` turned as its EXIF orientation says; as it is where the EXIF data are damaged."""
+    image.load()
+    try:
+        turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # as many kinds as there are ways to damage EXIF data
+        return image
+    return image if turn is None else image.transpose(turn)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     """`image` in mode RGB. 16-bit grey keeps its full range: 0..65535 becomes 0..255, where Pillow would clip at 255."""
     if image.mode.startswith("I"):
-        grey = np.clip(np.asarray(image).astype(np.float64), 0, 65535)
+        grey = np.asarray(image).astype(np.float64)
+        if grey.min() < 0 or grey.max() > 65535:
+            raise DataError("an image of values beyond 16 bits has no known range; convert it to 8 or 16 bits")
         return Image.fromarray(np.rint(grey / 257).astype(np.uint8)).convert("RGB")
     if image.mode == "F":
         raise DataError("an image of floating point values has no known range; convert it to 8 or 16 bits")

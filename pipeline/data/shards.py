@@ -1,4 +1,5 @@
-"""Shards: WebDataset tars of `key.jpg|png|webp|bmp` and `key.cls`, written byte for byte the same, read without losing a sample or running code.
+"""Shards: WebDataset tars of `key.jpg` (or another extension of `formats.py`) and `key.cls`, written byte for byte the same,
+read without losing a sample or running code.
 
 Python's tar reader stops without a word at a damaged header, and at a file that was cut between two members; both would lose samples. So a shard is
 read whole, and counts as whole only where its members are followed by the end mark of two zero blocks and by nothing else. Labels are read as decimal
@@ -19,17 +20,16 @@ os.environ["WDS_SECURE"] = "1"  # read by webdataset when it is imported
 from webdataset.tariterators import group_by_keys
 from webdataset.writer import TarWriter
 
+from pipeline.data.formats import IMAGE_EXTENSIONS, explain, extension_of
 from pipeline.data.index import ShardEntry
 from pipeline.data.urls import fetch, sha256_hex
 from pipeline.errors import DataError
 
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp")
 REFUSED_EXTENSIONS = ("pkl", "pickle", "pyd", "npy", "npz", "pt", "pth", "joblib", "dill")
 LABEL_EXTENSION = "cls"
 SAMPLES_PER_SHARD = 1000
 SHARD_SIZE_BYTES = 64 * 1024**2
 _BLOCK_BYTES = tarfile.BLOCKSIZE
-_SIGNATURES = ((b"\x89PNG\r\n", "png"), (b"\xff\xd8\xff", "jpg"), (b"BM", "bmp"))
 
 Sample = tuple[str, bytes, int]  # key, encoded image, label
 
@@ -171,9 +171,7 @@ def _tar(samples: list[Sample]) -> bytes:
 
 def _extension_of(image: bytes, name: str) -> str:
     """The extension that fits an encoded image's first bytes, whatever its file was called. Raises DataError."""
-    for signature, extension in _SIGNATURES:
-        if image.startswith(signature):
-            return extension
-    if image[:4] == b"RIFF" and image[8:12] == b"WEBP":
-        return "webp"
-    raise DataError(f"{name}: not an image that can be read; expected one of {', '.join(IMAGE_EXTENSIONS)}")
+    extension = extension_of(image)
+    if extension is None:
+        raise DataError(f"{name}: cannot be decoded: {explain(image)}")
+    return extension

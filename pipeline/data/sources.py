@@ -18,8 +18,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from pipeline.data.formats import IMAGE_EXTENSIONS
 from pipeline.data.index import SplitName
-from pipeline.data.shards import IMAGE_EXTENSIONS
 from pipeline.data.splits import choose_by_class, class_quotas
 from pipeline.data.urls import fetch
 from pipeline.errors import DataError

@@ -15,7 +15,7 @@ from pipeline.adaptation.packing import from_pack
 from pipeline.backbones import LoadedBackbone, load_backbone
 from pipeline.backbones.known import recall
 from pipeline.data import decode_image
-from pipeline.errors import BackboneError
+from pipeline.errors import BackboneError, DataError
 from pipeline.packs import Pack, PackMetadata, read_pack
 from pipeline.spec import Backbone, Input
 from pipeline.task_files import catalogue_folder, load_spec
@@ -34,9 +34,8 @@ class Predictor:
         self.model.merge()
 
     def logits(self, images: Sequence[ImageSource]) -> torch.Tensor:
-        """Logits [N, C] of images given as paths, encoded bytes, PIL images or uint8 arrays [H, W, 3]."""
-        size_px = self.metadata.input.size_px
-        decoded = [decode_image(Image.fromarray(image) if isinstance(image, np.ndarray) else image, size_px) for image in images]
+        """Logits [N, C] of images given as paths, encoded bytes, PIL images or uint8 arrays [H, W, 3]. Raises DataError."""
+        decoded = [_decode(image, number, self.metadata.input.size_px) for number, image in enumerate(images)]
         with torch.inference_mode():
             chunks = [torch.from_numpy(np.stack(decoded[start : start + PREDICT_BATCH])) for start in range(0, len(decoded), PREDICT_BATCH)]
             return torch.cat([self.model(chunk) for chunk in chunks]) if chunks else torch.zeros(0, len(self.metadata.classes))
@@ -46,6 +45,17 @@ class Predictor:
         probabilities, choices = self.logits(images).softmax(dim=1).max(dim=1)
         pairs = zip(choices.tolist(), probabilities.tolist(), strict=True)
         return [{"label": self.metadata.classes[choice], "probability": probability} for choice, probability in pairs]
+
+
+def _decode(image: ImageSource, number: int, size_px: int) -> np.ndarray:
+    """The image as uint8 [3, size_px, size_px]; errors call one without a path by its number."""
+    if isinstance(image, np.ndarray):
+        try:
+            picture = Image.fromarray(image)
+        except (TypeError, ValueError):
+            raise DataError(f"image {number}: given an array of {image.dtype} {list(image.shape)}; expected uint8 [H, W, 3]") from None
+        return decode_image(picture, size_px, f"image {number}")
+    return decode_image(image, size_px, "" if isinstance(image, (Path, str)) else f"image {number}")
 
 
 def load_predictor(pack_path: Path, weights: str | None = None) -> Predictor:
