@@ -79,3 +79,34 @@ def test_batch_norm_and_what_changes_are_added_to_stay_as_they_are() -> None:
     assert [parameter.dtype for parameter in model.parameters()] == [torch.bfloat16] * 2 + [torch.float32] * 2 + [torch.bfloat16, torch.float32]
     copies.use(False)
     assert [parameter.data_ptr() for parameter in model.parameters()] == before
+
+
+def test_a_model_that_moves_after_training_is_wholly_where_it_moved(
+    families: dict[str, Backbone], random_selection: Callable[..., SelectedIndex]
+) -> None:
+    model = build(load_backbone(families["vit"], Input(size_px=32)), random_selection)
+    model.compute_in(torch.bfloat16)
+    model.train()
+    model.eval()
+    model.to(torch.float64)  # stands in for another device: here, too, the parameters keep their objects and change their data
+    model.eval()
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float64}
+    model.train()
+    assert torch.bfloat16 in {parameter.dtype for parameter in model.backbone.parameters()}
+    model.to(torch.float32)
+    assert torch.bfloat16 in {parameter.dtype for parameter in model.backbone.parameters()}, "the mode survives the move"
+    model.eval()
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+
+
+@every_family
+def test_a_merged_model_takes_its_merged_weights_along(
+    family: str, families: dict[str, Backbone], random_selection: Callable[..., SelectedIndex]
+) -> None:
+    model = build(load_backbone(families[family], Input(size_px=32)), random_selection)
+    model.merge()
+    with torch.no_grad():
+        expected = model(pixels(32))
+        moved = model.to(torch.float64)(pixels(32).double())
+    assert moved.dtype == torch.float64
+    torch.testing.assert_close(moved.float(), expected, rtol=1e-4, atol=1e-5)

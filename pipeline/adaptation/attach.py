@@ -80,6 +80,7 @@ class AdaptedModel(nn.Module):
         self._mergeable = [module for module in modules.values() if isinstance(module, TunedLayer | LowRankLayer | TunedNetwork)]
         self._receivers = {tensor: (modules[address], key) for tensor in values.tensors for address, key in [_address(tensor, modules)]}
         self._is_merged = False
+        self._training_dtype: torch.dtype | None = None
         self._copies: WorkingCopies | None = None
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
@@ -118,7 +119,21 @@ class AdaptedModel(nn.Module):
     def compute_in(self, dtype: torch.dtype) -> None:
         """From the next `train()` on, train with the frozen tensors in `dtype`, under autocast where that is bfloat16. Evaluation stays as it is."""
         self.eval()
-        self._copies = WorkingCopies(self.backbone, dtype, self._own)
+        self._training_dtype, self._copies = dtype, None
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> AdaptedModel:
+        """Move or cast the model's own tensors; whatever was derived from them is made anew in their new place.
+
+        On a GPU, `to` swaps the data of parameters and keeps the objects. Copies made before would put the data of the
+        old device back at the next change of mode, and merged weights would stay behind.
+        """
+        mode = self.training
+        self.eval()
+        self._copies = None
+        super()._apply(fn, recurse)
+        if self._is_merged:
+            self.merge()
+        return self.train(mode)
 
     def normalise(self, images: torch.Tensor) -> torch.Tensor:
         """Scale uint8 images to [0, 1], then shift and scale each channel."""
@@ -131,6 +146,8 @@ class AdaptedModel(nn.Module):
         self.banks.train(mode)
         self.dropouts.train(mode)
         self.training = mode
+        if mode and self._copies is None and self._training_dtype is not None:
+            self._copies = WorkingCopies(self.backbone, self._training_dtype, self._own)
         if self._copies is not None:
             self._copies.use(mode)
         return self
