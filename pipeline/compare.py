@@ -16,13 +16,15 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
+from pydantic import ValidationError
+
 from pipeline.adaptation.packing import SizePlanner
 from pipeline.errors import SpecError, TaskpackError, TrainingError
 from pipeline.group import TrialResources, in_group
 from pipeline.search.record import TrialJournal, TrialRecord
 from pipeline.search.trial import open_given, recipe_key, run_trial
 from pipeline.selection import read_selection
-from pipeline.spec import Method, Recipe, Task
+from pipeline.spec import Method, Recipe, Task, first_fault
 from pipeline.stages import OnProgress, Placement, Stages, named_errors, no_progress, one_at_a_time, work_folder
 from pipeline.training import Inputs, Ranks, Score, open_inputs
 from pipeline.training.fit import FitResult, read_fit
@@ -110,7 +112,7 @@ def compare_methods(
         trials: of every method. A larger space is sampled, the same points in every run.
 
     Raises:
-        SpecError: a method has fewer points to try than `trials`.
+        SpecError: a method has fewer points to try than `trials`, or its settings do not go with a task's.
         DataError, BackboneError: a task cannot be used. A method that fails, or that a backbone has no place for, is a row with an error.
     """
     for name, method in methods.items():
@@ -119,6 +121,11 @@ def compare_methods(
                 f"{name}: search: its {method.search.size()} points are fewer than the {trials} trials that every method is tuned with; "
                 "add values, or lower --trials"
             )
+        for task in tasks:
+            try:
+                method.on(task)
+            except ValidationError as error:
+                raise SpecError(f"{name}: on the task {task.name}: {first_fault(error)}") from None
     with work_folder(workdir, address) as (workspace, start_ray):
         if address is not None:
             start_ray()

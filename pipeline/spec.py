@@ -9,9 +9,19 @@ import itertools
 import re
 from collections.abc import Iterator, Mapping
 from fractions import Fraction
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 BITS = (1, 2, 3, 4, 5, 6, 7, 8, 16, 32)
 Bits = Literal[1, 2, 3, 4, 5, 6, 7, 8, 16, 32]
@@ -36,6 +46,19 @@ class Spec(BaseModel):
     """A frozen section of configuration."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    def changed(self, **fields: Any) -> Self:
+        """The section as if these fields had been written in it. `model_copy` would not validate.
+
+        Raises:
+            ValidationError: the section is not valid with them.
+        """
+        return type(self).model_validate({name: getattr(self, name) for name in self.model_fields_set} | fields)
+
+
+def first_fault(error: ValidationError) -> str:
+    """The first thing that a validation complains about, in one line."""
+    return error.errors(include_url=False)[0]["msg"].removeprefix("Value error, ")
 
 
 def _of_unit_pixels(value: float) -> float:
@@ -147,7 +170,13 @@ class DrawnData(Spec):
     seed: int = Field(0, ge=0)
 
 
-Data = Annotated[ShardsData | FolderData | CsvData | ListsData | JsonData | DigitsData | DrawnData, Field(discriminator="format")]
+def _as_shards(data: Any) -> Any:
+    """Data without a format is shards: a union's discriminator has no default of its own."""
+    return {"format": "shards", **data} if isinstance(data, Mapping) else data
+
+
+_AnyFormat = Annotated[ShardsData | FolderData | CsvData | ListsData | JsonData | DigitsData | DrawnData, Field(discriminator="format")]
+Data = Annotated[_AnyFormat, BeforeValidator(_as_shards)]
 
 
 class Input(Spec):
@@ -317,7 +346,7 @@ class Training(Spec):
     epochs: int = Field(12, ge=1)
     batch_size: int = Field(32, ge=1)
     learning_rate: float = Field(8e-3, gt=0)
-    warmup_epochs: float = Field(1.0, ge=0)
+    warmup_epochs: float = Field(default_factory=lambda validated: min(1.0, validated.get("epochs", 1) / 2), ge=0)
     weight_decay: float = Field(0.0, ge=0)
     label_smoothing: float = Field(0.0, ge=0, lt=1)
     mixup: float = Field(0.0, ge=0)
@@ -391,6 +420,17 @@ def _with_house_parts(recipe: Any) -> Any:
     return recipe
 
 
+def _cools_down(recipe: Recipe) -> Recipe:
+    """A check of tasks, not of recipes: a pack that was trained otherwise can still be read."""
+    training = recipe.training
+    if training.warmup_epochs >= training.epochs:
+        raise ValueError(
+            f"training.warmup_epochs is {training.warmup_epochs:g} and training.epochs is {training.epochs}; the learning rate would only rise: "
+            "expected fewer epochs of warm-up than epochs"
+        )
+    return recipe
+
+
 # --- search ---------------------------------------------------------------------------------------------------------------------------------
 
 
@@ -445,12 +485,16 @@ class SearchSpace(Spec):
             yield dict(zip(axes, values, strict=True))
 
     def recipe(self, base: Recipe, point: dict[str, Any]) -> Recipe:
-        """The recipe at one point: `base` with the point's values written in."""
+        """The recipe at one point: `base` with the point's values written in.
+
+        Raises:
+            ValidationError: there is none, as `fault` says.
+        """
         parts: dict[str, Spec | None] = {name: getattr(base, name) for name in Recipe.model_fields}
         if "top_k" in point:
-            parts["connections"] = (base.connections or Connections()).model_copy(update={"top_k": point["top_k"]}) if point["top_k"] else None
+            parts["connections"] = (base.connections or Connections()).changed(top_k=point["top_k"]) if point["top_k"] else None
         if "experts" in point:
-            parts["smoa"] = (base.smoa or Smoa()).model_copy(update={"experts": point["experts"]}) if point["experts"] else None
+            parts["smoa"] = (base.smoa or Smoa()).changed(experts=point["experts"]) if point["experts"] else None
         connection_bits = point.get("connection_bits", point.get("bits"))
         adapter_bits = point.get("adapter_bits", point.get("bits"))
         changes: dict[str, dict[str, Any]] = {
@@ -462,8 +506,8 @@ class SearchSpace(Spec):
         }
         for name, part in parts.items():
             given = {key: value for key, value in changes.get(name, {}).items() if value is not None}
-            parts[name] = part.model_copy(update=given) if part is not None and given else part
-        return base.model_copy(update=parts)
+            parts[name] = part.changed(**given) if part is not None and given else part
+        return base.changed(**parts)
 
     def max_top_k(self, base: Recipe) -> int:
         """The largest K any trial uses: one selection of this K serves the whole study. 0 where no trial trains connections."""
@@ -489,13 +533,27 @@ class SearchSpace(Spec):
         """Why this space cannot be searched around `base`, in words; None where it can."""
         if idle := self.idle_axes(base):
             return f"{', '.join(idle)} would change nothing: no recipe of this space has the part; leave it out, or add the part to `recipe`"
-        if self.experts is None:
-            return None
-        top_k = base.smoa.top_k if base.smoa is not None else 1
-        if few := [count for count in self.experts if 0 < count < top_k]:
-            return f"experts: given {few[0]}, fewer than the {top_k} that each sub-token is sent to (smoa.top_k)"
-        conflict = slot_conflict(self.recipe(base, {"experts": max(self.experts)}))
-        return None if conflict is None else f"experts: {conflict}"
+        for point in self._deciding_points():
+            try:
+                self.recipe(base, point)
+            except ValidationError as error:
+                return f"at {', '.join(f'{axis} {value}' for axis, value in point.items())}: {first_fault(error)}"
+        return None
+
+    def _deciding_points(self) -> Iterator[dict[str, Any]]:
+        """A point for each combination of values that the checks of a recipe tell apart: a space may have millions of points, these are few."""
+        axes: dict[str, dict[Any, Any]] = {}
+        for axis, values in self.axes().items():
+            axes[axis] = {_kind(axis, value): value for value in reversed(values)}  # of each kind, the first
+        for values in itertools.product(*(kinds.values() for kinds in axes.values())):
+            yield dict(zip(axes, values, strict=True))
+
+
+def _kind(axis: str, value: Any) -> Any:
+    """What the checks of a recipe see of an axis's value: whether it is rounded, or which parts there are."""
+    if axis.endswith("bits"):
+        return value < 16
+    return value if axis == "experts" else value > 0
 
 
 def house_space(recipe: Recipe) -> SearchSpace:
@@ -575,7 +633,7 @@ class Task(Spec):
     val_fraction: float = Field(0.2, gt=0, lt=1, description="share of train held out for validation where the task brings no val split")
     metric: Literal["accuracy"] = "accuracy"
     backbone: Backbone
-    recipe: Annotated[Recipe, BeforeValidator(_with_house_parts)] = HOUSE_RECIPE
+    recipe: Annotated[Recipe, BeforeValidator(_with_house_parts), AfterValidator(_cools_down)] = HOUSE_RECIPE
     search: SearchSpace = Field(default_factory=lambda validated: house_space(validated.get("recipe", HOUSE_RECIPE)))
     selection: Selection = Selection()
     budget: Budget = Budget()
@@ -600,8 +658,7 @@ class Task(Spec):
     @field_validator("search")
     @classmethod
     def _changes_something(cls, search: SearchSpace, info: ValidationInfo) -> SearchSpace:
-        base = info.data.get("recipe", HOUSE_RECIPE)
-        fault = search.fault(base)
+        fault = search.fault(info.data["recipe"]) if "recipe" in info.data else None  # a recipe that is not valid is reported as such
         if fault is not None:
             raise ValueError(fault)
         return search
@@ -653,8 +710,12 @@ class Method(Spec):
         return self
 
     def on(self, task: Task) -> Task:
-        """The task with this method in place of its own recipe, search space and, where the method has one, selection."""
+        """The task with this method in place of its own recipe, search space and, where the method has one, selection.
+
+        Raises:
+            ValidationError: the method's training settings do not go with the task's.
+        """
         own = self.recipe.training
-        training = task.recipe.training.model_copy(update={key: getattr(own, key) for key in own.model_fields_set})
-        recipe = self.recipe.model_copy(update={"training": training})
-        return task.model_copy(update={"recipe": recipe, "search": self.search, "selection": self.selection or task.selection})
+        training = task.recipe.training.changed(**{key: getattr(own, key) for key in own.model_fields_set})
+        recipe = self.recipe.changed(training=training)
+        return task.changed(recipe=recipe, search=self.search, selection=self.selection or task.selection)

@@ -178,9 +178,14 @@ def tasks_to_compare(paths: Sequence[Path], suite: str | None, epochs: int | Non
     found, tasks = load_suite(suite) if suite is not None else (None, load_tasks(list(paths)))
     if epochs is None:
         return found, tasks
-    trained = [task.recipe.training.model_copy(update={"epochs": epochs}) for task in tasks]
-    recipes = [task.recipe.model_copy(update={"training": training}) for task, training in zip(tasks, trained, strict=True)]
-    return found, [task.model_copy(update={"recipe": recipe}) for task, recipe in zip(tasks, recipes, strict=True)]
+    return found, [_with_epochs(task, epochs) for task in tasks]
+
+
+def _with_epochs(task: Task, epochs: int) -> Task:
+    """The task trained for another number of epochs, of which the same share is warm-up."""
+    training = task.recipe.training
+    scaled = training.changed(epochs=epochs, warmup_epochs=training.warmup_epochs * epochs / training.epochs)
+    return task.changed(recipe=task.recipe.changed(training=scaled))
 
 
 def known_methods() -> list[str]:

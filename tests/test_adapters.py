@@ -196,7 +196,7 @@ def test_parts_that_do_not_go_together_are_refused_in_words(recipe: dict[str, An
 
 def test_a_search_cannot_bring_them_together_either(tiny_task: Task) -> None:
     content = {**tiny_task.model_dump(mode="json"), "recipe": {"adapter": {}}, "search": {"experts": [0, 4]}}
-    with pytest.raises(ValidationError, match="experts: smoa and adapter are both in parallel to the MLP"):
+    with pytest.raises(ValidationError, match="at experts 4: smoa and adapter are both in parallel to the MLP"):
         Task.model_validate(content)
 
 

@@ -101,7 +101,9 @@ def test_more_experts_a_token_than_there_are_is_refused() -> None:
         Smoa(experts=2, top_k=3)
     recipe = Recipe(smoa=Smoa(experts=4, top_k=3))
     assert SearchSpace(experts=(0, 3, 4)).fault(recipe) is None
-    assert SearchSpace(experts=(0, 2)).fault(recipe) == "experts: given 2, fewer than the 3 that each sub-token is sent to (smoa.top_k)"
+    assert SearchSpace(experts=(0, 2)).fault(recipe) == (
+        "at experts 2: given 3 experts a sub-token (top_k) of a bank of 2; expected at most as many as there are"
+    )
 
 
 @pytest.mark.parametrize("experts", [1, 3])

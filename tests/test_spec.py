@@ -2,6 +2,7 @@
 
 import itertools
 import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from pipeline.errors import SpecError, TaskpackError
 from pipeline.spec import (
@@ -728,6 +730,38 @@ def test_every_point_gives_the_recipe_it_describes(space: SearchSpace, base: Rec
         assert recipe.model_dump() == recipe_by_hand(base, point)
         assert Recipe.model_validate_json(recipe.model_dump_json()) == recipe
     assert base.model_dump_json() == before
+
+
+CONFLICTING_BASES = (
+    Recipe(connections=Connections(), quantiser=Quantiser(codebook="lloyd_max")),
+    Recipe(full=Full()),
+    Recipe(smoa=Smoa(experts=5, top_k=3), head=Head(bits=32)),
+    Recipe(adapter=Adapter(), prompts=Prompts()),
+    Recipe(smoa=Smoa(prompt_generator=True, placement="after_mlp"), adapter=Adapter(bits=32), quantiser=Quantiser(), ssf=Ssf(bits=16)),
+)
+
+
+@few_examples
+@given(spaces(), st.sampled_from(BASES + CONFLICTING_BASES))
+def test_a_space_is_at_fault_exactly_where_one_of_its_points_is_no_recipe(space: SearchSpace, base: Recipe) -> None:
+    def is_recipe(point: dict[str, Any]) -> bool:
+        try:
+            Recipe.model_validate(recipe_by_hand(base, point))
+        except ValidationError:
+            return False
+        return True
+
+    fault = space.fault(base)
+    assert (fault is None) == (not space.idle_axes(base) and all(is_recipe(point) for point in space.points())), fault
+
+
+def test_a_space_of_millions_of_points_is_checked_at_once() -> None:
+    bits = dict.fromkeys(("connection_bits", "adapter_bits", "head_bits"), BITS)
+    space = SearchSpace(**bits, experts=tuple(range(65)), top_k=tuple(range(65)), width=tuple(range(1, 200)))  # type: ignore[arg-type]
+    started = time.perf_counter()
+    fault = space.fault(HOUSE_RECIPE.changed(quantiser=Quantiser()))
+    assert fault is None, "its biases are always rounded"
+    assert time.perf_counter() - started < 5
 
 
 @few_examples
