@@ -1,7 +1,9 @@
 """Loading an unmodified timm model as a frozen feature extractor.
 
-The model is built at its native resolution, its weights are read and fingerprinted, and only then is it set to the task's input size, so that one
-checkpoint keeps one fingerprint at every resolution. A float32 checkpoint is not copied: the model's tensors are pages of the file, which all
+The model is built as `model` and `arguments` say, its weights are read and fingerprinted, and only then is it set to the task's input size, so
+that one checkpoint keeps one fingerprint at every `input.size_px`. The fingerprint is of the tensors as timm loads them into that model, after
+its filter: the same checkpoint at another `arguments.img_size` or `patch_size` is another backbone, because its resampled tensors differ.
+A float32 checkpoint is not copied: the model's tensors are pages of the file, which all
 processes of a machine that load it share. The mapping is private, so what a process might write into its tensors reaches neither the file nor
 another process.
 """
@@ -14,6 +16,7 @@ import difflib
 import functools
 import json
 import os
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,15 +25,17 @@ from typing import Any
 import timm
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from pipeline.backbones.checkpoint import read_checkpoint, weights_held_back
 from pipeline.backbones.fingerprint import fingerprint_and_trail
 from pipeline.errors import BackboneError, StorageError
 from pipeline.spec import Backbone, Input
 
 RANDOM_WEIGHTS_SEED = 0
+_one_at_a_time = threading.Lock()  # building sets the global generator's seed and, for a file, replaces timm's loader
 _NOT_ARCHITECTURE = {
     "checkpoint_path",
     "pretrained_cfg",
@@ -104,9 +109,7 @@ class _Uninitialised(TorchFunctionMode):
 @functools.lru_cache(maxsize=4)
 def _load_cached(spec_json: str, input_json: str) -> LoadedBackbone:
     spec, task_input = Backbone.model_validate_json(spec_json), Input.model_validate_json(input_json)
-    model = _create(spec)
-    if spec.weights not in ("pretrained", "random"):
-        _read_checkpoint(model, Path(spec.weights))
+    model = _build(spec)
     state = model.state_dict()
     digest, trail = fingerprint_and_trail(state)
     _set_input_size(model.eval(), spec.model, task_input.size_px)
@@ -125,6 +128,19 @@ def _load_cached(spec_json: str, input_json: str) -> LoadedBackbone:
     )
 
 
+def _build(spec: Backbone) -> nn.Module:
+    with _one_at_a_time:
+        if spec.weights in ("pretrained", "random"):
+            model = _create(spec)
+            _refuse_tied(model, spec.model)
+            return model
+        with weights_held_back() as filters, _Uninitialised():
+            model = _create(spec)
+        _refuse_tied(model, spec.model)
+        read_checkpoint(model, Path(spec.weights), filters[0] if filters else None)
+        return model
+
+
 def _create(spec: Backbone) -> nn.Module:
     refused = sorted(spec.arguments.keys() & _NOT_ARCHITECTURE)
     if refused:
@@ -135,11 +151,10 @@ def _create(spec: Backbone) -> nn.Module:
         near = difflib.get_close_matches(spec.model.split(".")[0], timm.list_models(), n=3, cutoff=0.5)
         hint = f"did you mean {', '.join(near)}?" if near else "timm.list_models() lists them"
         raise BackboneError(f"backbone.model: given {spec.model!r}, which timm {timm.__version__} does not know; {hint}")
-    all_are_read = spec.weights not in ("pretrained", "random")
-    with torch.random.fork_rng(devices=[]), _Uninitialised() if all_are_read else contextlib.nullcontext():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(RANDOM_WEIGHTS_SEED)
         try:
-            return timm.create_model(spec.model, pretrained=spec.weights == "pretrained", num_classes=0, **spec.arguments)
+            return timm.create_model(spec.model, pretrained=spec.weights != "random", num_classes=0, **spec.arguments)
         except Exception as error:
             if "pretrained tag" in str(error):
                 raise BackboneError(f"backbone.model: given {spec.model!r}: {error}; timm.list_pretrained() lists the tags") from None
@@ -153,33 +168,15 @@ def _create(spec: Backbone) -> nn.Module:
             ) from None
 
 
-def _read_checkpoint(model: nn.Module, path: Path) -> None:
-    if not path.is_file():
-        raise BackboneError(f"backbone.weights: given {str(path)!r}, no such file; give a safetensors checkpoint, 'pretrained' or 'random'")
-    try:
-        state = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise BackboneError(f"backbone.weights: {path} is not a readable safetensors file ({error}); download it again") from None
-    config: Any = model.pretrained_cfg
-    classifier = config.get("classifier") or ()
-    prefixes = tuple(f"{name}." for name in ((classifier,) if isinstance(classifier, str) else classifier))
-    state = {name: tensor for name, tensor in state.items() if not name.startswith(prefixes)}
-    expected = model.state_dict()
-    faults = _misfits(expected, state)
-    if faults:
-        raise BackboneError(f"backbone.weights: {path} does not fit {type(model).__name__} as configured: {'; '.join(faults)}")
-    model.load_state_dict({name: tensor.to(expected[name].dtype) for name, tensor in state.items()}, assign=True)
-
-
-def _misfits(expected: dict[str, torch.Tensor], given: dict[str, torch.Tensor]) -> list[str]:
-    missing, surplus = sorted(expected.keys() - given.keys()), sorted(given.keys() - expected.keys())
-    reshaped = [name for name in sorted(expected.keys() & given.keys()) if expected[name].shape != given[name].shape]
-    faults = [
-        f"{len(names)} {kind} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
-        for kind, names in (("missing", missing), ("unknown", surplus))
-        if names
-    ]
-    return faults + [f"{name} is {tuple(given[name].shape)}, expected {tuple(expected[name].shape)}" for name in reshaped[:3]]
+def _refuse_tied(model: nn.Module, name: str) -> None:
+    """A task changes tensors by name, and must not change others along with them."""
+    first: dict[int, str] = {}
+    for path, tensor in model.state_dict(keep_vars=True).items():
+        if (other := first.setdefault(id(tensor), path)) != path:
+            raise BackboneError(
+                f"backbone.model: given {name}, which uses one tensor under several names ({other}, {path}); "
+                "expected a name per tensor, because tasks change tensors by name; choose another model"
+            )
 
 
 def _set_input_size(model: nn.Module, name: str, size_px: int) -> None:
