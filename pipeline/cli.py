@@ -585,7 +585,7 @@ def prepare(
 ) -> None:
     """Turn a task's data into WebDataset shards with an index, and check it."""
     from pipeline.data import prepare as prepare_data
-    from pipeline.data import untrained_classes
+    from pipeline.data import remarks_on
     from pipeline.reports.tables import table
     from pipeline.storage import exclusive
     from pipeline.task_files import load_task
@@ -600,8 +600,8 @@ def prepare(
         built.add_row(name, f"{sum(shard.samples for shard in shards):,}", str(len(shards)), f"{sum(shard.size_bytes for shard in shards):,}")
     out.print(f"{target}: {len(index.classes)} classes, digest {index.digest[:16]}...", soft_wrap=True)
     out.print(built)
-    if untrained := untrained_classes(index):
-        out.print(f"no training sample of {len(untrained)} of the classes: {', '.join(untrained)}", soft_wrap=True)
+    for remark in remarks_on(index):
+        out.print(f"note: {remark}", soft_wrap=True, markup=False, highlight=False)
 
 
 if __name__ == "__main__":

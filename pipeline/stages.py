@@ -18,7 +18,7 @@ from pipeline.adaptation.packing import SizePlanner
 from pipeline.backbones import share
 from pipeline.backbones.known import remember
 from pipeline.cluster import WorkersDied, check_holds_group, ended_tasks, has_gpus, interruptible, is_connected, places, ray_session, wait_for_room
-from pipeline.data import prepare, untrained_classes
+from pipeline.data import prepare, remarks_on
 from pipeline.errors import ClusterError, SpecError, StorageError, TaskpackError
 from pipeline.group import TrialResources, in_group
 from pipeline.search.proposer import LAG
@@ -150,8 +150,7 @@ class Stages:
             inputs = open_inputs(task, data_folder)
             remember(inputs.backbone.fingerprint, task.backbone.weights)
             check_budget(task, SizePlanner(task, inputs.backbone, inputs.index.classes).size_bytes)
-        untrained = untrained_classes(index)
-        remarks = [f"no training sample of {len(untrained)} of the classes: {', '.join(untrained)}"] if untrained else []
+        remarks = remarks_on(index)
         ranks, asked = self.ranks(inputs), self.placement.ranks_per_trial
         remarks += [f"{ranks} of {asked} ranks train: a shard is read by one, and there are {ranks}"] if ranks < asked else []
         self.on_progress(task.name, "prepare", 1.0, "; ".join(remarks))

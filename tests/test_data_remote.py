@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from pipeline.data import DataIndex, Reader, split_samples, training_batches, write_shards
+from pipeline.data.inspection import Inspection
 from pipeline.data.prepare import _scan
 from pipeline.data.reader import CACHE, SHARDS_AHEAD
 from pipeline.data.remote import FOLDER_VARIABLE, LIMIT_VARIABLE, ShardStore, shard_store
@@ -110,7 +111,7 @@ def test_a_shard_that_fails_ends_the_epoch_when_its_turn_comes(served: tuple[Pat
 
 def test_training_does_not_fetch_what_preparing_has_read(served: tuple[Path, str, Counter[str]], tmp_path: Path) -> None:
     folder, url, asked = served
-    entries = [_scan(shard.path, ["a", "b"]) for shard in dataset(folder, url).splits["train"]]
+    entries = [_scan(shard.path, ["a", "b"], "train", Inspection()) for shard in dataset(folder, url).splits["train"]]
     Reader(tmp_path, entries, SIZE_PX).read(np.array([[number, 0] for number in range(SHARDS)]))
     assert set(asked.values()) == {1}
 

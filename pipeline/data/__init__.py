@@ -4,7 +4,7 @@ from pipeline.data.augment import augment, two_views
 from pipeline.data.decode import decode_image
 from pipeline.data.index import DataIndex, ShardEntry, read_index, write_index
 from pipeline.data.plan import deal_shards, evaluation_batches, shard_batches, training_batches
-from pipeline.data.prepare import check, prepare, untrained_classes
+from pipeline.data.prepare import check, prepare, remarks_on, untrained_classes
 from pipeline.data.reader import Reader
 from pipeline.data.samples import save_samples
 from pipeline.data.shards import read_shard, write_shards
@@ -23,6 +23,7 @@ __all__ = [
     "prepare",
     "read_index",
     "read_shard",
+    "remarks_on",
     "save_samples",
     "shard_batches",
     "split_samples",

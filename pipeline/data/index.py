@@ -39,7 +39,7 @@ class ShardEntry(BaseModel):
 
 
 class DataIndex(BaseModel):
-    """A prepared dataset. `source_digest` tells what it was made from; it is not part of `digest`."""
+    """A prepared dataset. `source_digest` tells what it was made from, `remarks` what a reader should know of it; neither is part of `digest`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -47,6 +47,7 @@ class DataIndex(BaseModel):
     classes: list[str]
     splits: dict[SplitName, list[ShardEntry]]
     source_digest: str = ""
+    remarks: tuple[str, ...] = ()
 
     @model_validator(mode="after")
     def _labels_are_classes(self) -> Self:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pipeline.data.index import SplitName
-from pipeline.data.sources import Source, SourceSample, class_names, read_file
+from pipeline.data.sources import Source, SourceSample, class_names, read_file, stamp_of
 from pipeline.errors import DataError
 from pipeline.spec import JsonData, ListsData
 
@@ -152,5 +152,5 @@ def _samples(entries: list[_Entry]) -> list[SourceSample]:
             raise DataError(f"{entry.where}: {entry.path}: cannot be read ({error.strerror}); add the image, or remove it from the list") from None
         except ValueError:  # NUL, or half a surrogate pair out of JSON
             raise DataError(f"{entry.where}: {entry.path!r} holds what no path can; expected the path of an image") from None
-        samples.append(SourceSample(entry.path, f"{status.st_size}:{status.st_mtime_ns}", entry.label, partial(read_file, Path(entry.path))))
+        samples.append(SourceSample(entry.path, stamp_of(status), entry.label, partial(read_file, Path(entry.path))))
     return samples

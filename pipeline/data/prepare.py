@@ -10,14 +10,15 @@ import errno
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from uuid import uuid4
 
 import numpy as np
 
-from pipeline.data.decode import decode_image
 from pipeline.data.drawn import drawn_source
 from pipeline.data.index import INDEX_NAME, DataIndex, ShardEntry, SplitName, read_index, write_index
+from pipeline.data.inspection import Inspection
 from pipeline.data.listed import json_source, lists_source
 from pipeline.data.remote import shard_store
 from pipeline.data.shards import Sample, samples_in, write_shards
@@ -29,7 +30,6 @@ from pipeline.spec import CsvData, DigitsData, DrawnData, FolderData, JsonData, 
 
 _VERSION = 1  # part of every source digest: raise it when the same source would give other shards
 _MAX_INFERRED_CLASSES = 65536
-_CHECK_SIZE_PX = 8
 
 
 def prepare(task: Task, folder: Path) -> DataIndex:
@@ -96,10 +96,13 @@ def _index_in_place(data: ShardsData, folder: Path) -> DataIndex:
     source_digest = sha256_hex("\n".join([f"shards {_VERSION} {names!r}", *stamps]).encode())
     if (index := _current(folder, source_digest)) is not None:
         return index
-    entries = {split: [_scan(url, names) for url in urls] for split, urls in splits.items()}
+    inspection = Inspection()
+    entries = {split: [_scan(url, names, split, inspection) for url in urls] for split, urls in splits.items()}
+    inspection.check()
     _check_shards_differ(entries)
     classes = names if names is not None else _inferred_classes(entries)
-    index = DataIndex(classes=classes, splits=entries, source_digest=source_digest)
+    remarks = (*inspection.remarks(classes), *_order_remarks(entries["train"]))
+    index = DataIndex(classes=classes, splits=entries, source_digest=source_digest, remarks=remarks)
     folder.mkdir(parents=True, exist_ok=True)
     write_index(folder, index)
     return index
@@ -112,14 +115,29 @@ def _inferred_classes(entries: dict[SplitName, list[ShardEntry]]) -> list[str]:
     return [str(label) for label in range(largest + 1)]
 
 
-def _scan(url: str, classes: list[str] | None) -> ShardEntry:
+def _order_remarks(shards: list[ShardEntry]) -> list[str]:
+    """A sentence where shards hold far fewer classes than if their samples were mixed: batches are drawn from one shard at a time."""
+    largest = max(max(shard.labels) for shard in shards)
+    counts = np.stack([np.bincount(shard.labels, minlength=largest + 1) for shard in shards])
+    shares = counts.sum(axis=0) / counts.sum()
+    mixed = np.mean([np.sum(1 - (1 - shares) ** shard.samples) for shard in shards])
+    held = np.mean(np.count_nonzero(counts, axis=1))
+    if held - 1 >= (mixed - 1) / 2:
+        return []
+    return [
+        f"the training samples are sorted by class: a shard holds {held:.1f} classes on average, {mixed:.1f} if they were mixed; "
+        "write the shards in random order, because contrastive batches are drawn from one shard at a time"
+    ]
+
+
+def _scan(url: str, classes: list[str] | None, split: SplitName, inspection: Inspection) -> ShardEntry:
     """Read every sample of a shard once, so that no fault is left to be found during training."""
     content = fetch(url)
     labels: list[int] = []
     for key, image, label in samples_in(content, url):
         if classes is not None and label >= len(classes):
             raise DataError(f"{url}: {key}.cls: label {label} is outside the {len(classes)} classes; expected 0 to {len(classes) - 1}")
-        decode_image(image, _CHECK_SIZE_PX, f"{url}: {key}")
+        inspection.look(split, f"{url}: {key}", label, partial(bytes, image))
         labels.append(label)
     sha256 = sha256_hex(content)
     if is_url(url):
@@ -148,8 +166,11 @@ def _write(source: Source, description: str, folder: Path) -> DataIndex:
     building = _sibling(folder)
     building.mkdir(parents=True)
     try:
-        splits = {split: write_shards(building, split, _shuffled(samples)) for split, samples in source.splits.items()}
-        index = DataIndex(classes=source.classes, splits=splits, source_digest=source_digest)
+        inspection = Inspection()
+        splits = {split: write_shards(building, split, _shuffled(split, samples, inspection)) for split, samples in source.splits.items()}
+        inspection.check()
+        remarks = tuple(inspection.remarks(source.classes))
+        index = DataIndex(classes=source.classes, splits=splits, source_digest=source_digest, remarks=remarks)
         write_index(building, index)
         _publish(building, folder, lambda: _current(folder, source_digest) is not None)
     finally:
@@ -161,12 +182,13 @@ def _sibling(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}.{uuid4().hex[:8]}")
 
 
-def _shuffled(samples: list[SourceSample]) -> Iterator[Sample]:
-    """Classes mixed, always in the same way: a shard must not hold one class alone."""
+def _shuffled(split: SplitName, samples: list[SourceSample], inspection: Inspection) -> Iterator[Sample]:
+    """Classes mixed, always in the same way: a shard must not hold one class alone. After a fault, the rest is only inspected."""
     for number, row in enumerate(np.random.default_rng(0).permutation(len(samples))):
-        image = samples[row].load()
-        decode_image(image, _CHECK_SIZE_PX, samples[row].name)
-        yield f"{number:06d}", image, samples[row].label
+        sample = samples[row]
+        image = inspection.look(split, sample.name, sample.label, sample.load)
+        if image is not None and not inspection.faults.messages:
+            yield f"{number:06d}", image, sample.label
 
 
 def _check_replaceable(folder: Path) -> None:
@@ -218,6 +240,13 @@ def check(index: DataIndex, task: Task) -> None:
     for key, batch_size in (("recipe.training.batch_size", task.recipe.training.batch_size), ("selection.batch_size", task.selection.batch_size)):
         if train_samples < batch_size:
             raise DataError(f"{task.name}: {train_samples} training samples are fewer than {key} = {batch_size}; lower it, or add samples")
+
+
+def remarks_on(index: DataIndex) -> list[str]:
+    """What a user should know of a dataset although it can be used: classes that cannot be learned, images that occur twice, ..."""
+    untrained = untrained_classes(index)
+    missing = [f"no training sample of {len(untrained)} of the classes: {', '.join(untrained)}"] if untrained else []
+    return [*missing, *index.remarks]
 
 
 def untrained_classes(index: DataIndex) -> list[str]:

@@ -1,7 +1,7 @@
 """What datasets are made from: image folders, CSV manifests, scikit-learn's digits.
 
 A source knows its classes and lists its samples; images are read one at a time, when they are written to shards. Each sample has a stamp that changes
-when the sample does (a file's size and time of modification), so a source can be compared with an existing dataset without reading the images.
+when the sample does (see `stamp_of`), so a source can be compared with an existing dataset without reading the images.
 """
 
 from __future__ import annotations
@@ -18,14 +18,13 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from pipeline.data.formats import IMAGE_EXTENSIONS
+from pipeline.data.faults import Faults
+from pipeline.data.folders import labelled_images
 from pipeline.data.index import SplitName
 from pipeline.data.splits import choose_by_class, class_quotas
 from pipeline.data.urls import fetch
 from pipeline.errors import DataError
 from pipeline.spec import CsvData, DigitsData, FolderData
-
-_LITTER = ("thumbs.db", "desktop.ini")  # left in image folders by desktops, beside hidden files
 
 
 @dataclass(frozen=True)
@@ -66,7 +65,12 @@ def _file_sample(path: Path, label: int) -> SourceSample:
         status = path.stat()
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}); check the path") from None
-    return SourceSample(str(path), f"{status.st_size}:{status.st_mtime_ns}", label, partial(read_file, path))
+    return SourceSample(str(path), stamp_of(status), label, partial(read_file, path))
+
+
+def stamp_of(status: os.stat_result) -> str:
+    """What changes when a file does. Its size and time of modification alone stay when tools such as `cp -p` or `rsync` replace it."""
+    return f"{status.st_size}:{status.st_mtime_ns}:{status.st_ctime_ns}:{status.st_ino}"
 
 
 def read_file(path: Path) -> bytes:
@@ -116,27 +120,10 @@ def _check_used_once(labelled: dict[SplitName, list[tuple[Path, str]]]) -> None:
 
 def folder_source(data: FolderData) -> Source:
     """One folder a class, in each split's folder; classes are the names of train's folders, sorted. Raises DataError."""
-    return _number_classes({split: _folder_samples(path) for split, path in _split_paths(data.train, data.val, data.test)}, "class folders")
-
-
-def _folder_samples(folder: Path) -> list[tuple[Path, str]]:
-    if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder; expected one that holds a folder of images for each class")
-    class_folders = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-    if not class_folders:
-        raise DataError(f"{folder}: holds no folders; expected a folder of images for each class")
-    return [(path, class_folder.name) for class_folder in class_folders for path in _images_below(class_folder)]
-
-
-def _images_below(folder: Path) -> list[Path]:
-    shown = (path for path in sorted(folder.rglob("*")) if not any(name.startswith(".") for name in path.relative_to(folder).parts))
-    images = [path for path in shown if path.is_file() and path.name.lower() not in _LITTER]
-    if not images:
-        raise DataError(f"{folder}: this class has no images; add some, or remove the folder")
-    for path in images:
-        if path.suffix.lower().lstrip(".") not in IMAGE_EXTENSIONS:
-            raise DataError(f"{path}: not an image that can be read; expected {', '.join(IMAGE_EXTENSIONS)}; convert it, or move it away")
-    return images
+    faults = Faults()
+    labelled = {split: labelled_images(path, faults) for split, path in _split_paths(data.train, data.val, data.test)}
+    faults.check()
+    return _number_classes(labelled, "class folders")
 
 
 # --- CSV manifests --------------------------------------------------------------------------------------------------------------------------

@@ -39,6 +39,8 @@ class BatchProgress:
         line = self._lines[task]
         if not self._stages[task]:
             self._live.start_task(line)
+        if stage == "prepare" and remark:  # longer than the line, and gone with the next stage
+            self._live.console.print(f"{task}: {remark}", markup=False, highlight=False, emoji=False, soft_wrap=True)
         self._live.update(line, completed=share, stage=stage, remark=remark.splitlines()[0][:60] if remark else "")
         if stage in ("done", "failed"):
             self._live.stop_task(line)

@@ -1,0 +1,65 @@
+"""A look at every image while a dataset is prepared: can it be read, and does it occur twice?
+
+Identical files in two splits make a test result too good; identical files with two labels cannot both be right. Both are
+told by a hash of the encoded image, so a copy that was compressed again is not noticed. Neither stops a preparation.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Callable
+
+from pipeline.data.decode import decode_image
+from pipeline.data.faults import Faults, printable
+from pipeline.data.index import SplitName
+
+_CHECK_SIZE_PX = 8
+_Named = tuple[int, str]  # label, name
+
+
+class Inspection:
+    """The faults and the repetitions of the images it was shown."""
+
+    def __init__(self) -> None:
+        self.faults = Faults()
+        self._first: dict[SplitName, dict[bytes, _Named]] = defaultdict(dict)  # by hash: the first image of that content
+        self._shared: dict[tuple[SplitName, SplitName], list[tuple[_Named, _Named]]] = defaultdict(list)
+        self._two_labels: dict[SplitName, dict[bytes, tuple[_Named, _Named]]] = defaultdict(dict)
+
+    def look(self, split: SplitName, name: str, label: int, load: Callable[[], bytes]) -> bytes | None:
+        """The encoded image that `load` gives; None where it cannot be read, which is noted. Faults call it `name`."""
+        with self.faults.gathered():
+            image = load()
+            decode_image(image, _CHECK_SIZE_PX, name)
+            self._note_repetition(split, hashlib.blake2b(image, digest_size=16).digest(), (label, name))
+            return image
+        return None
+
+    def check(self) -> None:
+        """Raise DataError where images cannot be read; it names the first ones by name, in whatever order they were looked at."""
+        self.faults.messages.sort()
+        self.faults.check()
+
+    def _note_repetition(self, split: SplitName, content: bytes, image: _Named) -> None:
+        first = self._first[split].setdefault(content, image)
+        if first[0] != image[0]:
+            self._two_labels[split].setdefault(content, (first, image))
+        if first is image:
+            for other, images in self._first.items():
+                if other != split and content in images:
+                    self._shared[other, split].append((images[content], image))
+
+    def remarks(self, classes: list[str]) -> list[str]:
+        """One sentence for each pair of splits that share images, and for each split that has images with two labels."""
+        lines = []
+        for (split, other), pairs in self._shared.items():
+            (_, name), (_, copy) = pairs[0]
+            verb = "image is" if len(pairs) == 1 else "images are"
+            lines.append(f"{len(pairs):,} {verb} in both {split} and {other}; the first is {name}, the same as {copy}")
+        for split, conflicts in self._two_labels.items():
+            (label, name), (other_label, copy) = next(iter(conflicts.values()))
+            verb = "image of {} has" if len(conflicts) == 1 else "images of {} have"
+            first = f"{name} is {classes[label]!r}, the same file {copy} is {classes[other_label]!r}"
+            lines.append(f"{len(conflicts):,} {verb.format(split)} two labels; the first: {first}")
+        return [printable(line) for line in lines]
