@@ -32,6 +32,7 @@ def run(
     selection_workers: int | None = None,
     tasks_at_once: int | None = None,
     registry_patience_seconds: float = PATIENCE_SECONDS,
+    log_trials: bool = True,
     on_progress: OnProgress | None = None,
 ) -> list[TaskOutcome]:
     """Run tasks, given as `Task`s or as task files or folders of them, to registered packs.
@@ -45,6 +46,7 @@ def run(
         selection_workers: that select connections; None takes an equal share of the GPUs or CPUs, but none where this process is done sooner.
         tasks_at_once: None takes as many as the trials of fill the cluster, and one more.
         registry_patience_seconds: how long the end of the run waits for a tracking server that is away.
+        log_trials: whether each trial becomes a child run of its pack's MLflow run.
 
     Raises:
         TaskpackError: nothing could be run at all. What befell single tasks is in their outcomes.
@@ -68,6 +70,7 @@ def run(
         address=address,
         placement=placement,
         registry_patience_seconds=registry_patience_seconds,
+        log_trials=log_trials,
         on_progress=on_progress or no_progress,
     )
 

@@ -7,8 +7,10 @@ interruption redoes nothing that was finished.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -16,10 +18,11 @@ from pipeline.adaptation.packing import SizePlanner
 from pipeline.cluster import session_logs
 from pipeline.errors import TaskpackError
 from pipeline.registrar import PATIENCE_SECONDS, Registrar
-from pipeline.registry.record import Champion, RegisteredPack
+from pipeline.registry.record import Champion, RegisteredPack, UsedData
 from pipeline.registry.store import open_registry
 from pipeline.reports.front import draw_front
 from pipeline.search.champion import choose_champion
+from pipeline.search.front import pareto_front
 from pipeline.search.record import TrialRecord
 from pipeline.search.study import WORKER_DIED, Study, run_study
 from pipeline.selection import read_selection
@@ -64,6 +67,7 @@ def run_batch(
     registry_uri: str | None = None,
     placement: Placement | None = None,
     registry_patience_seconds: float = PATIENCE_SECONDS,
+    log_trials: bool = True,
     on_progress: OnProgress = no_progress,
 ) -> list[TaskOutcome]:
     """Run every task to a registered pack.
@@ -73,6 +77,7 @@ def run_batch(
         address: of a Ray cluster; None starts a private one here, and only when a stage needs it.
         registry_uri: MLflow tracking server; None takes MLFLOW_TRACKING_URI, else a SQLite file in `workdir`.
         registry_patience_seconds: how long the end of the run waits for a tracking server that is away.
+        log_trials: whether each trial becomes a child run of its pack's run.
         on_progress: called from one thread at a time.
 
     Returns:
@@ -96,6 +101,7 @@ def run_batch(
                 workspace=workspace,
                 registry=registry,
                 registry_patience_seconds=registry_patience_seconds,
+                log_trials=log_trials,
                 start_ray=start_ray,
                 ray_is_private=address is None,
                 placement=placement or Placement(),
@@ -117,11 +123,13 @@ class _Driver(Stages):
     registry: Registry
     watch: BatchWatch
     registry_patience_seconds: float
+    log_trials: bool
     registrar: Registrar = field(init=False)
+    started: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.registrar = Registrar(self.registry, self.together, self.registry_patience_seconds)
+        self.registrar = Registrar(self.registry, self.together, self.registry_patience_seconds, with_trials=self.log_trials)
 
     def run(self, tasks: Sequence[Task]) -> list[TaskOutcome]:
         """All tasks to outcomes; an error is part of its task's. Every task is prepared before the first is run, so faults show early."""
@@ -147,6 +155,7 @@ class _Driver(Stages):
         return outcome
 
     def _stages(self, task: Task) -> TaskOutcome:
+        self.started[task.name] = time.time()
         data_folder = self.workspace.data(task.name)
         with self.here:
             inputs = self.with_shared_backbone(open_inputs(task, data_folder))
@@ -167,9 +176,8 @@ class _Driver(Stages):
             )
         fitted = self._fit(inputs, data_folder, champion, selection, folder)
         self.enter(task, "register")
-        registered = self.registrar.register(
-            _describe(inputs, champion, trials, fitted, folder), lambda reason: self.on_progress(task.name, "register", 0.0, reason)
-        )
+        finished = _describe(inputs, champion, trials, fitted, folder, self.started[task.name])
+        registered = self.registrar.register(finished, lambda reason: self.on_progress(task.name, "register", 0.0, reason))
         self.watch.registered(task.name, champion.id, registered)
         return TaskOutcome(task=task.name, registered=registered, trials=tuple(trials), champion_id=champion.id, front_figure=folder.figure)
 
@@ -209,8 +217,12 @@ class _Driver(Stages):
         return result
 
 
-def _describe(inputs: Inputs, champion: TrialRecord, trials: Sequence[TrialRecord], fitted: FitResult, folder: StudyFolder) -> Champion:
+def _describe(
+    inputs: Inputs, champion: TrialRecord, trials: Sequence[TrialRecord], fitted: FitResult, folder: StudyFolder, started: float
+) -> Champion:
+    """The finished pack for the registry. The task began with its first trial, be it of an earlier run."""
     task = inputs.task
+    started = min([started, *(trial.ended - trial.seconds for trial in trials if trial.ended)])
     assert champion.val_metric is not None
     return Champion(
         task=task.name,
@@ -236,7 +248,21 @@ def _describe(inputs: Inputs, champion: TrialRecord, trials: Sequence[TrialRecor
             "device": fitted.device,
         },
         front=[trial.row() for trial in trials],
+        on_front=tuple(row["id"] for row in pareto_front([trial.row() for trial in trials])),
         front_figure=folder.figure,
+        data=_used_data(inputs),
+        started=datetime.fromtimestamp(started, UTC),
+    )
+
+
+def _used_data(inputs: Inputs) -> tuple[UsedData, ...]:
+    """Train, validation and test, with where the user keeps them."""
+    data, classes = inputs.task.data, len(inputs.index.classes)
+    sources = {split: getattr(data, split, None) or getattr(data, "train", None) or data.format for split in ("train", "val", "test")}
+    digest = inputs.index.digest
+    return tuple(
+        UsedData(split=split, source=str(source), digest=digest, samples=len(inputs.splits[split]), classes=classes)
+        for split, source in sources.items()
     )
 
 

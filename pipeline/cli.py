@@ -49,6 +49,7 @@ TasksAtOnce = Annotated[
 RegistryPatience = Annotated[
     float, typer.Option("--registry-patience", min=0, help="Seconds that the end of the run waits for an MLflow server that is away.")
 ]
+LogTrials = Annotated[bool, typer.Option("--log-trials/--no-log-trials", help="Log each trial as a child run in MLflow.")]
 Address = Annotated[str | None, typer.Option(help="Ray cluster to use (auto: the one this machine belongs to); default: a private one here.")]
 JobsAddress = Annotated[
     str, typer.Option("--address", envvar="RAY_API_SERVER_ADDRESS", help="Jobs server of the cluster; its token is read from RAY_AUTH_TOKEN.")
@@ -103,6 +104,7 @@ def run(
     selection_workers: SelectionWorkers = None,
     tasks_at_once: TasksAtOnce = None,
     registry_patience: RegistryPatience = PATIENCE_SECONDS,
+    log_trials: LogTrials = True,
     as_json: AsJson = False,
 ) -> None:
     """Run tasks to registered packs: prepare, select, search, fit, register. Interrupt it anywhere; the same command goes on."""
@@ -115,7 +117,8 @@ def run(
         "selection_workers": selection_workers,
         "tasks_at_once": tasks_at_once,
     }
-    _run_tasks(loaded, workdir, address=address, registry_patience_seconds=registry_patience, as_json=as_json, **placement)
+    options = {"address": address, "registry_patience_seconds": registry_patience, "log_trials": log_trials}
+    _run_tasks(loaded, workdir, as_json=as_json, **options, **placement)
 
 
 def _run_tasks(tasks: list[Any], workdir: Path, *, as_json: bool = False, **options: Any) -> None:

@@ -28,8 +28,8 @@ _LOOK_SECONDS = 0.5
 class Registrar:
     """The only caller of `registry.register`, from any thread."""
 
-    def __init__(self, registry: Registry, together: Together, patience_seconds: float = PATIENCE_SECONDS) -> None:
-        self._registry, self._together, self._patience_seconds = registry, together, patience_seconds
+    def __init__(self, registry: Registry, together: Together, patience_seconds: float = PATIENCE_SECONDS, *, with_trials: bool = True) -> None:
+        self._registry, self._together, self._patience_seconds, self._with_trials = registry, together, patience_seconds, with_trials
         self._lock = threading.Lock()
         self._away_since: float | None = None
         self._is_given_up = False
@@ -51,7 +51,7 @@ class Registrar:
                 if time.monotonic() >= self._next_try:
                     none_runs = self._together.all_wait()
                     try:
-                        registered = self._registry.register(champion)
+                        registered = self._registry.register(champion, with_trials=self._with_trials)
                     except RegistryAway as error:
                         self._note_absence(none_runs)
                         on_waiting(f"waiting: {error}")

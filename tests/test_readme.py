@@ -71,7 +71,7 @@ def test_every_command_is_shown() -> None:
 
 
 def test_options_named_in_the_text_exist() -> None:
-    known = {option for command in COMMANDS.values() for parameter in command.params for option in parameter.opts}
+    known = {option for command in COMMANDS.values() for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
     named = {option for text in (README, ARCHITECTURE) for option in re.findall(r"`(--[a-z-]+)", text)}
     assert "--address" in named
     assert named <= known

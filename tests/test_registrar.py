@@ -30,7 +30,7 @@ class Server:
         self.registered: list[str] = []
         self._writer = threading.Lock()
 
-    def register(self, champion: Champion) -> Any:
+    def register(self, champion: Champion, *, with_trials: bool) -> Any:
         assert self._writer.acquire(blocking=False), "two threads write at a time"
         try:
             self.asked.append(champion.task)

@@ -18,6 +18,7 @@ from pipeline.registry import store
 from pipeline.registry.connection import initialise_sqlite
 from pipeline.registry.record import Champion
 from pipeline.registry.store import EXPERIMENT, Registry, open_registry
+from pipeline.registry.trial_runs import PARENT_TAG
 
 FRONT = [{"id": "t0", "point": {"bits": 4}, "size_bytes": 100, "state": "complete", "val_metric": 0.9, "epochs": 2, "seconds": 1.5}]
 
@@ -92,7 +93,10 @@ def test_what_is_registered_is_found_again(registry, tmp_path) -> None:
 def test_what_is_stored_holds_neither_code_nor_pickle_nor_the_users_paths(registry, workdir, tmp_path) -> None:
     registry.register(champion(tmp_path))
     stored = {path.relative_to(workdir / "artifacts").parts[-1]: path for path in (workdir / "artifacts").rglob("*") if path.is_file()}
-    assert stored.keys() == {"MLmodel", "conda.yaml", "python_env.yaml", "requirements.txt", "pack.safetensors", "front.json", "front.png"}
+    assert stored.keys() == {"MLmodel", "conda.yaml", "python_env.yaml", "requirements.txt", "pack.safetensors", "front.json", "front.png"} | {
+        "input_example.json",
+        "serving_input_example.json",
+    }
     for name in ("MLmodel", "conda.yaml", "python_env.yaml", "requirements.txt", "front.json"):
         assert str(tmp_path) not in stored[name].read_text()
     run = registry.client.search_runs([registry.client.get_experiment_by_name(EXPERIMENT).experiment_id])[0]
@@ -112,7 +116,7 @@ def test_a_second_pack_is_a_second_version_and_the_alias_moves(registry, tmp_pat
 def counts(registry: Registry) -> dict[str, int]:
     experiment_id = registry.client.get_experiment_by_name(EXPERIMENT).experiment_id
     return {
-        "runs": len(registry.client.search_runs([experiment_id])),
+        "runs": sum(PARENT_TAG not in run.data.tags for run in registry.client.search_runs([experiment_id])),
         "models": len(registry.client.search_logged_models([experiment_id])),
         "versions": len(registry.client.search_model_versions("")),
     }

@@ -79,10 +79,13 @@ def test_mlflow_loads_a_registered_pack_without_stored_code(loaded, template, tm
     assert flavor["loader_module"] == "pipeline.registry.pyfunc"
     assert "python_model" not in flavor
     assert flavor["code"] is None
-    answer = model.predict([str(png), png.read_bytes()])
+    answer = model.predict(pd.DataFrame({"image": [str(png), png.read_bytes()]}))
     assert answer.to_dict("list") == {"label": ["PosixPath", "bytes"], "probability": [1.0, 0.5]}
-    assert model.predict(np.zeros((3, 8, 8, 3), np.uint8)).label.tolist() == ["ndarray"] * 3
-    assert model.predict(pd.DataFrame({"image": [str(png)]})).columns.tolist() == ["label", "probability"]
+    text = base64.b64encode(png.read_bytes()).decode()
+    assert model.predict({"image": [str(png), text]}).label.tolist() == ["PosixPath", "bytes"]
+    assert model.predict(model.input_example).label.tolist() == ["bytes"]
+    assert model.metadata.get_input_schema().input_names() == ["image"]
+    assert model.metadata.get_output_schema().input_names() == ["label", "probability"]
 
 
 def test_the_pack_is_found_in_a_file_or_a_folder(loaded, tmp_path) -> None:

@@ -59,7 +59,7 @@ def _images(model_input: Any) -> list[Any]:
     if isinstance(model_input, pd.DataFrame):
         if "image" not in model_input.columns:
             raise DataError(f"no column 'image', given columns: {', '.join(map(str, model_input.columns))}; {_EXPECTED}")
-        model_input = model_input["image"].tolist()
+        model_input = [each for cell in model_input["image"] for each in (cell if isinstance(cell, list) else [cell])]
     if isinstance(model_input, np.ndarray):
         if model_input.ndim == 4 and model_input.dtype == np.uint8 and model_input.shape[-1] == 3:
             return list(model_input)

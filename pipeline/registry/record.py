@@ -17,7 +17,19 @@ from pipeline.errors import RegistryError
 TASK_TAG = "task"
 DIGEST_TAG = "pack_digest"
 MODEL_ID_TAG = "model_id"
-OWN_TAGS = (TASK_TAG, DIGEST_TAG, MODEL_ID_TAG)
+BEGUN_TAG = "registration_begun_ms"
+OWN_TAGS = (TASK_TAG, DIGEST_TAG, MODEL_ID_TAG, BEGUN_TAG)
+
+
+@dataclass(frozen=True, kw_only=True)
+class UsedData:
+    """One split that a pack was trained, chosen or tested on. `source` is where the user keeps it, `digest` that of the prepared data."""
+
+    split: str
+    source: str
+    digest: str
+    samples: int
+    classes: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +38,8 @@ class Champion:
 
     `ledger` holds bytes by part and sums to `size_bytes`; `metrics` such as test_accuracy (0 to 1), test_accuracy_stderr, val_accuracy,
     trained_values, search_seconds, fit_seconds; `params` the recipe, flattened; `tags` backbone, backbone_fingerprint, data_digest, description,
-    trial, device; `front` one row a trial.
+    trial, device; `front` one row per trial, of which those in `on_front` are beaten
+    by no other in both size and metric; `started` is when work on the task began, None for now.
     """
 
     task: str
@@ -38,7 +51,10 @@ class Champion:
     params: dict[str, str] = field(default_factory=dict)
     tags: dict[str, str] = field(default_factory=dict)
     front: list[dict[str, Any]] = field(default_factory=list)
+    on_front: tuple[str, ...] = ()
     front_figure: Path | None = None
+    data: tuple[UsedData, ...] = ()
+    started: datetime | None = None
 
     def check(self) -> None:
         """Refuse a record that contradicts its file or itself. Raises RegistryError."""
@@ -59,6 +75,11 @@ class Champion:
     def all_metrics(self) -> dict[str, float]:
         """`metrics` with the bytes beside them: `size_bytes` and `bytes_<part>`."""
         return {**self.metrics, "size_bytes": self.size_bytes, **{f"bytes_{part}": size for part, size in self.ledger.items()}}
+
+    def shown(self) -> dict[str, str]:
+        """The few facts that a list of models should show, as tags."""
+        tested = f"{100 * self.metrics['test_accuracy']:.1f} ± {100 * self.metrics.get('test_accuracy_stderr', 0):.1f} %"
+        return {"size": f"{self.size_bytes / 1024:.1f} KiB", "test accuracy": tested, "backbone": self.tags.get("backbone", "")}
 
     def all_tags(self) -> dict[str, str]:
         """`tags` with the two by which the registry finds this pack again."""

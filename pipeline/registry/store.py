@@ -2,6 +2,7 @@
 
 One registered model a task, one version a pack, the alias `champion` on the version that was registered last. A version alone cannot be searched by
 number (MLflow compares tags as text), so each belongs to a run whose metrics (accuracy, `size_bytes`, `bytes_<part>`) the server filters and orders.
+That run lasts from the task's start to its registration, names the data, and has the study's trials as its child runs.
 Beside it stands a LoggedModel with the same numbers, whose files are the pack and an MLmodel that names our loader, hence neither pickle nor stored
 code. It is not searched: MLflow ranks all values a LoggedModel's metric ever had, and PostgreSQL may do so again for every model.
 
@@ -25,21 +26,23 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import RegistryError, StorageError
+from pipeline.registry.card import version_card
 from pipeline.registry.connection import (
     import_mlflow,
-    import_pyfunc,
     initialise_sqlite,
     resolve_tracking_uri,
     short_patience,
     sqlite_path,
 )
 from pipeline.registry.failures import registry_errors
-from pipeline.registry.record import DIGEST_TAG, MODEL_ID_TAG, TASK_TAG, Champion, RegisteredPack
+from pipeline.registry.model_files import PACK_FILE, write_front, write_model
+from pipeline.registry.record import BEGUN_TAG, DIGEST_TAG, MODEL_ID_TAG, TASK_TAG, Champion, RegisteredPack
 from pipeline.registry.rest import plain_rest
+from pipeline.registry.trial_runs import delete_children, log_trials
 
 EXPERIMENT = "taskpack"
 CHAMPION_ALIAS = "champion"
-PACK_FILE = "pack.safetensors"
+_LONGEST_DIGEST = 36  # MLflow's limit
 # The tag by which MLflow itself links a LoggedModel to its registered versions.
 _VERSIONS_TAG = "mlflow.modelVersions"
 _REFERENCE = re.compile(r"(?P<name>[^/@:'\"`%\\]+)(?:@(?P<alias>[\w.-]+)|/(?P<version>[0-9]+))?")
@@ -93,15 +96,18 @@ class Registry:
         with registry_errors(self.tracking_uri):
             self.client.set_experiment_tag(self._experiment_id, "written_by", EXPERIMENT)
 
-    def register(self, champion: Champion) -> RegisteredPack:
+    def register(self, champion: Champion, *, with_trials: bool = True) -> RegisteredPack:
         """Make `champion` the newest version of its task and point the alias `champion` at it.
 
         A pack already registered for the task (same digest) is not written again; the alias returns to it. Raises RegistryError.
+
+        Args:
+            with_trials: whether each trial of the study becomes a child run.
         """
         champion.check()
         with registry_errors(self.tracking_uri):
-            version = self._find_version(champion) or self._settle(champion, self._create_version(champion))
-            self._publish(version)
+            version = self._find_version(champion) or self._settle(champion, self._create_version(champion, with_trials))
+            self._publish(version, champion)
             return self.get(f"{version.name}/{version.version}")
 
     def _find_version(self, champion: Champion) -> Any:
@@ -118,10 +124,12 @@ class Registry:
         self._discard_unfinished(champion)
         return earliest
 
-    def _create_version(self, champion: Champion) -> Any:
+    def _create_version(self, champion: Champion, with_trials: bool) -> Any:
         self._discard_unfinished(champion)
         model = self._log(champion)
-        self._ensure_registered_model(champion.task)
+        if with_trials:
+            log_trials(self.client, self._experiment_id, model.source_run_id, champion.front, _as_ms(datetime.now(UTC)))
+        self._ensure_registered_model(champion)
         # The location rather than `models:/m-...`: MLflow's SQL store resolves the latter through the process-wide tracking URI, not the client's.
         return self.client.create_model_version(
             champion.task,
@@ -139,14 +147,19 @@ class Registry:
             if model.model_id in self._begun or model.creation_timestamp < abandoned_ms:
                 _denied_as_none(self.client.delete_logged_model, model.model_id)
         for run in self.client.search_runs([self._experiment_id], filter_string=mine):
-            if run.info.run_id in self._begun or run.info.start_time < abandoned_ms:
+            begun_ms = int(run.data.tags.get(BEGUN_TAG, run.info.start_time))
+            if run.info.run_id in self._begun or begun_ms < abandoned_ms:
+                _denied_as_none(delete_children, self.client, self._experiment_id, run.info.run_id)
                 _denied_as_none(self.client.delete_run, run.info.run_id)
 
     def _log(self, champion: Champion) -> Any:
         """One run and one LoggedModel with the champion's files and numbers."""
         from mlflow.entities import LoggedModelOutput, LoggedModelStatus
 
-        run_id = self.client.create_run(self._experiment_id, run_name=champion.task, tags=champion.all_tags()).info.run_id
+        now_ms = _as_ms(datetime.now(UTC))
+        started_ms = now_ms if champion.started is None else _as_ms(champion.started)
+        tags = {**champion.all_tags(), BEGUN_TAG: str(now_ms)}
+        run_id = self.client.create_run(self._experiment_id, start_time=started_ms, run_name=champion.task, tags=tags).info.run_id
         self._begun.add(run_id)
         model = self.client.create_logged_model(
             self._experiment_id,
@@ -158,9 +171,10 @@ class Registry:
         )
         self._begun.add(model.model_id)
         with tempfile.TemporaryDirectory(prefix="taskpack-") as folder:
-            self.client.log_model_artifacts(model.model_id, str(_write_model(champion, Path(folder), model.model_id)))
-            self.client.log_artifacts(run_id, str(_write_front(champion, Path(folder))), "front")
+            self.client.log_model_artifacts(model.model_id, str(write_model(champion, Path(folder), model.model_id)))
+            self.client.log_artifacts(run_id, str(write_front(champion, Path(folder))), "front")
         self._log_numbers(champion, run_id, model.model_id)
+        self._log_data(champion, run_id)
         self.client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step=0)])
         self.client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
         return model
@@ -168,23 +182,52 @@ class Registry:
     def _log_numbers(self, champion: Champion, run_id: str, model_id: str) -> None:
         from mlflow.entities import Metric, Param
 
-        now_ms = int(datetime.now(UTC).timestamp() * 1000)
+        now_ms = _as_ms(datetime.now(UTC))
         metrics = [Metric(key, float(value), now_ms, 0, model_id=model_id) for key, value in sorted(champion.all_metrics().items())]
         self.client.log_batch(run_id, metrics=metrics, params=[Param(key, value) for key, value in sorted(champion.params.items())])
 
-    def _ensure_registered_model(self, name: str) -> None:
-        if _absent_as_none(self.client.get_registered_model, name) is None:
-            _existing_as_none(self.client.create_registered_model, name)
+    def _log_data(self, champion: Champion, run_id: str) -> None:
+        """The splits as the run's datasets."""
+        from mlflow.entities import Dataset, DatasetInput, InputTag
 
-    def _publish(self, version: Any) -> None:
-        """Tell the LoggedModel its version, end the run, by which `search` finds it from now on, and move the alias, where that is not done yet."""
+        inputs = [
+            DatasetInput(
+                Dataset(
+                    name=f"{champion.task} {used.split}",
+                    digest=used.digest[:_LONGEST_DIGEST],
+                    source_type="local",
+                    source=json.dumps({"uri": used.source}),
+                    profile=json.dumps({"num_rows": used.samples, "num_classes": used.classes}),
+                ),
+                tags=[InputTag("mlflow.data.context", used.split)],
+            )
+            for used in champion.data
+        ]
+        if inputs:
+            self.client.log_inputs(run_id, inputs)
+
+    def _ensure_registered_model(self, champion: Champion) -> None:
+        if _absent_as_none(self.client.get_registered_model, champion.task) is None:
+            _existing_as_none(self.client.create_registered_model, champion.task, description=champion.tags.get("description"))
+
+    def _publish(self, version: Any, champion: Champion) -> None:
+        """Do whatever is not done yet: describe the version, tell the LoggedModel of it, end the run, by which `search` finds it from now on, and
+        move the alias."""
         model_id, number = version.tags[MODEL_ID_TAG], str(version.version)
+        if not version.description:
+            self.client.update_model_version(version.name, number, version_card(champion, int(number)))
         if _VERSIONS_TAG not in self.client.get_logged_model(model_id).tags:
             self.client.set_logged_model_tags(model_id, {_VERSIONS_TAG: json.dumps([{"name": version.name, "version": int(number)}])})
         if self.client.get_run(version.run_id).info.status != "FINISHED":
             self.client.set_terminated(version.run_id)
         if CHAMPION_ALIAS not in self.client.get_model_version(version.name, number).aliases:
             self.client.set_registered_model_alias(version.name, CHAMPION_ALIAS, number)
+            self._show_champion(version.name, champion)
+
+    def _show_champion(self, name: str, champion: Champion) -> None:
+        """What the champion costs and reaches as tags of the registered model, which MLflow's list of models shows."""
+        for key, value in champion.shown().items():
+            self.client.set_registered_model_tag(name, key, value)
 
     def _find_or_create_experiment(self, artifact_root: Path | None) -> str:
         location = None if artifact_root is None else artifact_root.resolve().as_uri()
@@ -336,7 +379,7 @@ def _merge(version: Any, run: Any, aliases: Iterable[str]) -> RegisteredPack:
         task=run.data.tags[TASK_TAG],
         metrics=dict(run.data.metrics),
         params=dict(run.data.params),
-        tags={key: value for key, value in run.data.tags.items() if not key.startswith("mlflow.")},
+        tags={key: value for key, value in run.data.tags.items() if not key.startswith("mlflow.") and key != BEGUN_TAG},
         size_bytes=int(run.data.metrics["size_bytes"]),
         pack_digest=version.tags[DIGEST_TAG],
         created=datetime.fromtimestamp(version.creation_timestamp / 1000, tz=UTC),
@@ -361,30 +404,8 @@ def _search_clauses(task: str | None, max_bytes: int | None, min_metric: float |
     return ["attributes.status = 'FINISHED'", *numbers, *([] if task is None else [f"tags.{TASK_TAG} = '{task}'"])]
 
 
-def _write_model(champion: Champion, folder: Path, model_id: str) -> Path:
-    """A pyfunc model folder whose data is the pack and whose code is this package, installed."""
-    from mlflow.models import Model
-
-    pack, target = folder / PACK_FILE, folder / "model"
-    shutil.copyfile(champion.pack_path, pack)
-    import_pyfunc().save_model(
-        str(target),
-        loader_module="pipeline.registry.pyfunc",
-        data_path=str(pack),
-        mlflow_model=Model(model_id=model_id),
-        # Given, because MLflow otherwise imports the model in a subprocess to find out what it needs.
-        pip_requirements=["taskpack"],
-    )
-    return target
-
-
-def _write_front(champion: Champion, folder: Path) -> Path:
-    target = folder / "front"
-    target.mkdir()
-    (target / "front.json").write_text(json.dumps(champion.front, sort_keys=True, allow_nan=False, indent=1) + "\n", encoding="utf-8")
-    if champion.front_figure is not None:
-        shutil.copyfile(champion.front_figure, target / f"front{champion.front_figure.suffix}")
-    return target
+def _as_ms(when: datetime) -> int:
+    return int(when.timestamp() * 1000)
 
 
 def _absent_as_none(call: Any, *arguments: Any) -> Any:

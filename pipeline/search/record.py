@@ -16,7 +16,8 @@ class TrialRecord:
     """One trial.
 
     `id` is its recipe's key; `curve` the validation metric after each epoch; `val_metric` the last of a complete trial's curve. A rejected trial is
-    over budget and never ran. `message` says why a trial failed or was rejected, or what was odd about one that came to its end.
+    over budget and never ran. `message` says why a trial failed or was rejected, or what was odd about one that came to its end. `ended` is when, in
+    seconds since 1970; 0 for unknown.
     """
 
     id: str
@@ -26,6 +27,7 @@ class TrialRecord:
     val_metric: float | None = None
     curve: tuple[float, ...] = field(default=())
     seconds: float = 0.0
+    ended: float = 0.0
     message: str = ""
 
     def row(self) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import os
 import shutil
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -100,6 +101,7 @@ class Study:
             val_metric=curve[-1] if state == "complete" else None,
             curve=curve,
             seconds=round(seconds, 2),
+            ended=round(time.time(), 2),
             message=failure or remark,
         )
         self.records[slot] = record

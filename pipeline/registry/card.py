@@ -1,0 +1,77 @@
+"""The description of a registered version, as MLflow's pages show it: what the pack costs, what it reaches, how it was found, how to use it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from pipeline.registry.record import Champion
+
+
+def version_card(champion: Champion, version: int) -> str:
+    """Markdown for version number `version` of a pack."""
+    sections = [
+        champion.tags.get("description", ""),
+        _headline(champion),
+        "### Bytes",
+        _table(("part", "bytes", "share"), _ledger_rows(champion)),
+        "### Recipe",
+        _table(("setting", "value"), sorted(champion.params.items())),
+        "### Use it",
+        _usage(f"{champion.task}/{version}"),
+        f"### The front of the study ({len(champion.front)} trials; all are child runs of this version's run)",
+        _table(("configuration", "bytes", "validation"), (_front_row(row) for row in champion.front if row["id"] in champion.on_front)),
+    ]
+    return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def _headline(champion: Champion) -> str:
+    metrics = champion.metrics
+    tested = f"test accuracy **{100 * metrics['test_accuracy']:.1f} ± {100 * metrics.get('test_accuracy_stderr', 0):.1f} %** (standard error)"
+    facts = [f"**{champion.size_bytes / 1024:.1f} KiB** ({champion.size_bytes:,} bytes)", tested]
+    facts += [f"validation accuracy {100 * metrics['val_accuracy']:.1f} %"] if "val_accuracy" in metrics else []
+    facts += [f"{int(metrics['trained_values']):,} trained values"] if "trained_values" in metrics else []
+    tags = champion.tags
+    backbone = f"\n\nBackbone `{tags['backbone']}`, fingerprint `{tags.get('backbone_fingerprint', '')[:16]}`" if "backbone" in tags else ""
+    return " · ".join(facts) + backbone
+
+
+def _ledger_rows(champion: Champion) -> Iterable[tuple[str, str, str]]:
+    rows = [(part, f"{size:,}", f"{100 * size / champion.size_bytes:.1f} %") for part, size in champion.ledger.items() if size]
+    return [*rows, ("**file**", f"**{champion.size_bytes:,}**", "")]
+
+
+def _front_row(row: Mapping[str, Any]) -> tuple[str, str, str]:
+    point = ", ".join(f"{name} {value}" for name, value in row["point"].items())
+    return point or "the recipe", f"{row['size_bytes']:,}", f"{100 * row['val_metric']:.1f} %"
+
+
+def _usage(reference: str) -> str:
+    return "\n".join(
+        [
+            "```sh",
+            f"taskpack predict {reference} image.jpg",
+            "```",
+            "",
+            "```python",
+            "import pipeline",
+            "",
+            f'pipeline.load("{reference}").predict(["image.jpg"])',
+            "```",
+            "",
+            "```python",
+            "import mlflow, pandas as pd  # TASKPACK_BACKBONE names the backbone's checkpoint",
+            "",
+            f'mlflow.pyfunc.load_model("models:/{reference}").predict(pd.DataFrame({{"image": ["image.jpg"]}}))',
+            "```",
+        ]
+    )
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(_cell(cell) for cell in line) + " |" for line in lines)
+
+
+def _cell(text: str) -> str:
+    return str(text).replace("|", "\\|").replace("\n", " ")

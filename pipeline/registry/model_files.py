@@ -1,0 +1,70 @@
+"""The files of a registered pack: an MLflow model folder around the pack, and the study's front."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+from pipeline.registry.connection import import_pyfunc
+from pipeline.registry.record import Champion
+
+PACK_FILE = "pack.safetensors"
+_EXAMPLE_PX = 16
+
+
+def write_model(champion: Champion, folder: Path, model_id: str) -> Path:
+    """A pyfunc model folder whose data is the pack and whose code is this package, installed."""
+    from mlflow.models import Model
+
+    pack, target = folder / PACK_FILE, folder / "model"
+    shutil.copyfile(champion.pack_path, pack)
+    pyfunc = import_pyfunc()
+    with warnings.catch_warnings(action="ignore"):  # of pandas, about how MLflow writes the example
+        pyfunc.save_model(
+            str(target),
+            loader_module="pipeline.registry.pyfunc",
+            data_path=str(pack),
+            mlflow_model=Model(model_id=model_id),
+            signature=_signature(),
+            input_example=_input_example(),
+            # Given, because MLflow otherwise imports the model in a subprocess to find out what it needs.
+            pip_requirements=["taskpack"],
+        )
+    return target
+
+
+def write_front(champion: Champion, folder: Path) -> Path:
+    """A folder with the study's trials as JSON and, where there is one, the figure of its front."""
+    target = folder / "front"
+    target.mkdir()
+    (target / "front.json").write_text(json.dumps(champion.front, sort_keys=True, allow_nan=False, indent=1) + "\n", encoding="utf-8")
+    if champion.front_figure is not None:
+        shutil.copyfile(champion.front_figure, target / f"front{champion.front_figure.suffix}")
+    return target
+
+
+def _signature() -> Any:
+    """A column of images in, a label and its probability out. An image is a path, the bytes of an image file, or those bytes as base64."""
+    from mlflow.models import ModelSignature
+    from mlflow.types import ColSpec, DataType, Schema
+    from mlflow.types.schema import AnyType
+
+    return ModelSignature(
+        inputs=Schema([ColSpec(AnyType(), "image")]),
+        outputs=Schema([ColSpec(DataType.string, "label"), ColSpec(DataType.double, "probability")]),
+    )
+
+
+def _input_example() -> Any:
+    """One small image as base64: a grey ramp."""
+    import pandas as pd
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.linear_gradient("L").resize((_EXAMPLE_PX, _EXAMPLE_PX)).save(buffer, "PNG")
+    return pd.DataFrame({"image": [base64.b64encode(buffer.getvalue()).decode()]})
