@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import struct
+import sys
 import warnings
 import zlib
 from pathlib import Path
@@ -16,7 +17,7 @@ from PIL import Image
 from pydantic import ValidationError
 
 from pipeline.data import decode_image, prepare, read_shard
-from pipeline.data.formats import IMAGE_EXTENSIONS, explain, extension_of
+from pipeline.data.formats import IMAGE_EXTENSIONS, explain, extension_of, readable_formats
 from pipeline.data.sources import encode_png
 from pipeline.errors import DataError
 from pipeline.registry.pyfunc import PackModel
@@ -105,8 +106,6 @@ def test_grey_values_beyond_sixteen_bits_are_refused() -> None:
         (b"\n<?xml version='1.0'?><!-- x --><HTML>", "an HTML page"),
         (b"<?xml version='1.0'?><Error><Code>AccessDenied</Code>", "an XML text; download the image again"),
         (b'{"error": "rate limit"}', "a JSON text; download the image again"),
-        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "a HEIC image; convert it to JPEG or PNG, or install the package pillow-heif"),
-        (b"\0\0\0\x18ftypmif1\0\0\0\0mif1heic", "a HEIC image"),
         (b"\0\0\0\x18ftypisom\0\0\0\0", "a video; extract its frames as images"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\n", "a Git LFS pointer, not the image itself; run `git lfs pull`"),
         (b"%PDF-1.7\n", "a PDF document; convert it to JPEG or PNG"),
@@ -132,6 +131,15 @@ def test_naming_a_file_takes_no_longer_for_hostile_text() -> None:
     assert explain(b"<!a>" * 10_000)  # nested repetition would take 2^128 steps
 
 
+@pytest.mark.parametrize("brand", [b"heic", b"mif1"])
+def test_heic_is_refused_with_the_way_out(brand: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)  # as where it is not installed
+    readable_formats.cache_clear()
+    with pytest.raises(DataError, match="a HEIC image; convert it to JPEG or PNG, or install the package pillow-heif"):
+        decode_image(b"\0\0\0\x18ftyp" + brand + b"\0\0\0\0mif1heic", 8)
+    readable_formats.cache_clear()
+
+
 def test_heic_is_read_where_its_package_is_installed() -> None:
     heif = pytest.importorskip("pillow_heif")
     heif.register_heif_opener()
@@ -143,12 +151,11 @@ def test_heic_is_read_where_its_package_is_installed() -> None:
 # --- EXIF, and many pixels ------------------------------------------------------------------------------------------------------------------
 
 
-def png_with_exif(pixels: np.ndarray, exif: bytes) -> bytes:
-    """A PNG with an eXIf chunk of these bytes, with a right checksum."""
+def png_with(pixels: np.ndarray, name: bytes, body: bytes) -> bytes:
+    """A PNG with one more chunk, with a right checksum."""
     content = encode_png(pixels)
-    chunk = b"eXIf" + exif
     end = content.index(b"IDAT") - 4
-    return content[:end] + struct.pack(">I", len(exif)) + chunk + struct.pack(">I", zlib.crc32(chunk)) + content[end:]
+    return content[:end] + struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body)) + content[end:]
 
 
 @pytest.mark.parametrize(
@@ -164,8 +171,21 @@ def png_with_exif(pixels: np.ndarray, exif: bytes) -> bytes:
 def test_malformed_exif_does_not_make_an_image_unreadable(exif: bytes) -> None:
     pixels = pixels_of(3, (8, 8))
     webp = encode(Image.fromarray(pixels), "WEBP", lossless=True, exif=exif) if exif else encode_png(pixels)
-    for content in (png_with_exif(pixels, exif), webp):
+    for content in (png_with(pixels, b"eXIf", exif), webp):
         assert np.array_equal(decode_image(content, 8), pixels.transpose(2, 0, 1))
+
+
+@pytest.mark.parametrize(
+    ("name", "body"),
+    [(b"zTXt", b"workflow\0\0" + zlib.compress(b"x" * 3_000_000)), (b"iCCP", b"no end"), (b"gAMA", b"")],
+)
+def test_no_metadata_make_a_png_unreadable(name: bytes, body: bytes) -> None:
+    pixels = pixels_of(3, (8, 8))
+    content = png_with(pixels, name, body)
+    assert np.array_equal(decode_image(content, 8), pixels.transpose(2, 0, 1))
+    content = content.replace(b"IDAT", b"IDAt")
+    with pytest.raises(DataError, match="cannot be decoded"):
+        decode_image(content, 8)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -301,7 +321,15 @@ def test_images_beside_the_class_folders_are_not_left_out(tmp_path: Path) -> Non
 
 def test_what_desktops_and_storage_boxes_leave_is_no_image(tmp_path: Path) -> None:
     data = write_folders(tmp_path)
-    for litter in (".DS_Store", "._0.png", "Thumbs.db", "@eaDir/0.png/SYNOFILE_THUMB_M.jpg", "__MACOSX/._0.png", ".ipynb_checkpoints/0.png"):
+    for litter in (
+        ".DS_Store",
+        "._0.png",
+        "Thumbs.db",
+        "Icon\r",
+        "@eaDir/0.png/SYNOFILE_THUMB_M.jpg",
+        "__MACOSX/._0.png",
+        ".ipynb_checkpoints/0.png",
+    ):
         (tmp_path / "train" / "cat" / litter).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "train" / "cat" / litter).write_bytes(b"litter")
     (tmp_path / "train" / "__MACOSX").mkdir()
@@ -326,7 +354,7 @@ def test_a_file_name_that_is_not_utf8_can_be_read_and_reported(tmp_path: Path) -
     path = os.path.join(os.fsencode(tmp_path / "train" / "cat"), b"caf\xe9.png")
     Path(os.fsdecode(path)).write_bytes(encode_png(pixels_of(16)))  # the first test image
     index = prepare(task_of(data), tmp_path / "p")
-    assert "\\udce9.png" in index.remarks[0]
+    assert r"\udce9.png" in index.remarks[0]
     Path(os.fsdecode(path)).write_bytes(b"")
     refused(data, tmp_path / "q").encode()
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from pipeline.data.formats import EXPECTED, explain, readable_formats
+from pipeline.data.formats import EXPECTED, explain, extension_of, readable_formats
 from pipeline.errors import DataError
 
 _TURNS = {
@@ -40,7 +40,7 @@ def decode_image(source: bytes | str | os.PathLike[str] | Image.Image, size_px: 
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of damaged metadata and of many pixels: neither changes what is read
-            image = Image.open(io.BytesIO(content), formats=readable_formats()) if isinstance(content, bytes) else content
+            image = _open(content) if isinstance(content, bytes) else content
             square = _to_rgb(_upright(image)).resize((size_px, size_px), Image.Resampling.BICUBIC)
     except DataError as error:
         raise DataError(f"{name}: {error}") from None
@@ -67,9 +67,35 @@ def _content(path: str | os.PathLike[str], name: str) -> bytes:
         raise DataError(f"{name!r}: holds what no path can; expected the path of an image") from None
 
 
+def _open(content: bytes) -> Image.Image:
+    """The image, loaded. A PNG that cannot be read is read without its metadata: Pillow refuses it for a text of a megabyte."""
+    try:
+        return _loaded(content)
+    except Exception:
+        if extension_of(content) != "png":
+            raise
+        return _loaded(_png_without_metadata(content))
+
+
+def _loaded(content: bytes) -> Image.Image:
+    image = Image.open(io.BytesIO(content), formats=readable_formats())
+    image.load()
+    return image
+
+
+def _png_without_metadata(content: bytes) -> bytes:
+    """The chunks that make the pixels; each is a length, a name, as many bytes and a checksum of four."""
+    start, kept = 8, [content[:8]]
+    while start < len(content):
+        end = start + 12 + int.from_bytes(content[start : start + 4])
+        if content[start + 4 : start + 8] in (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"):
+            kept.append(content[start:end])
+        start = end
+    return b"".join(kept)
+
+
 def _upright(image: Image.Image) -> Image.Image:
     """`image` turned as its EXIF orientation says; as it is where the EXIF data are damaged."""
-    image.load()
     try:
         turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
     except Exception:  # as many kinds as there are ways to damage EXIF data

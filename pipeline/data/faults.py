@@ -39,5 +39,5 @@ class Faults:
 
 
 def printable(text: str) -> str:
-    """`text` with the bytes of file names that are not UTF-8 written as escapes, so that it can be printed and stored."""
-    return text.encode("utf-8", "backslashreplace").decode()
+    """`text` with what cannot be printed written as escapes: line ends, and bytes of file names that are not UTF-8."""
+    return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in text)

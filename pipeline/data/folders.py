@@ -10,7 +10,8 @@ from pipeline.data.faults import Faults, printable
 from pipeline.data.formats import EXPECTED, IMAGE_EXTENSIONS
 from pipeline.errors import DataError
 
-_LITTER = ("thumbs.db", "desktop.ini", "@eadir", "__macosx", "$recycle.bin")  # left by desktops and storage boxes, beside hidden files
+_LITTER = ("thumbs.db", "desktop.ini", "icon\r", "@eadir", "__macosx", "$recycle.bin")
+"""Left by desktops and storage boxes, beside hidden files."""
 
 
 def labelled_images(folder: Path, faults: Faults) -> list[tuple[Path, str]]:
@@ -29,7 +30,7 @@ def labelled_images(folder: Path, faults: Faults) -> list[tuple[Path, str]]:
     if not class_folders:
         raise DataError(f"{folder}: holds no folders; expected a folder of images for each class")
     for path in class_folders:
-        if printable(path.name) != path.name:
+        if not _is_utf8(path.name):
             raise DataError(f"{printable(str(path))}: the name of this class is not UTF-8 text; rename the folder")
     return [(path, class_folder.name) for class_folder in class_folders for path in _images_below(class_folder, faults)]
 
@@ -77,6 +78,10 @@ def _refuse(error: OSError) -> None:
 
 def _is_shown(name: str) -> bool:
     return not name.startswith(".") and name.lower() not in _LITTER
+
+
+def _is_utf8(name: str) -> bool:
+    return name.encode(errors="ignore").decode() == name
 
 
 def _has_image_extension(path: Path) -> bool:
