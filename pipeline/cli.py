@@ -589,6 +589,7 @@ def prepare(
     """Turn a task's data into WebDataset shards with an index, and check it."""
     from pipeline.data import prepare as prepare_data
     from pipeline.data import remarks_on
+    from pipeline.data.quoting import listing
     from pipeline.reports.tables import table
     from pipeline.storage import exclusive
     from pipeline.task_files import load_task
@@ -601,7 +602,7 @@ def prepare(
     built = table("split", "samples", "shards", "bytes")
     for name, shards in index.splits.items():
         built.add_row(name, f"{sum(shard.samples for shard in shards):,}", str(len(shards)), f"{sum(shard.size_bytes for shard in shards):,}")
-    out.print(f"{target}: {len(index.classes)} classes, digest {index.digest[:16]}...", soft_wrap=True)
+    out.print(f"{target}: {len(index.classes)} classes ({listing(index.classes)}), digest {index.digest[:16]}...", soft_wrap=True)
     out.print(built)
     for remark in remarks_on(index):
         out.print(f"note: {remark}", soft_wrap=True, markup=False, highlight=False)

@@ -88,13 +88,17 @@ Augmentation = Literal["none", "light", "crop", "strong"]
 
 
 class ShardsData(Spec):
-    """WebDataset tars (`key.jpg`, `key.cls`), local or behind any fsspec URL; globs are expanded in sorted order."""
+    """WebDataset tars or tar.gz (`key.jpg`, `key.cls` or `key.json`), local or behind any fsspec URL.
+
+    Globs are expanded in sorted order, and braces as WebDataset does: `train-{000000..000012}.tar`.
+    """
 
     format: Literal["shards"] = "shards"
     train: Paths
     val: Paths | None = None
     test: Paths
     classes: tuple[str, ...] | str | None = Field(None, description="names, or a file with one name a line; default: the labels' numbers")
+    label_field: str | None = Field(None, description="field of key.json that holds the label; default: key.cls, or without one `label`")
 
 
 class FolderData(Spec):
@@ -107,13 +111,15 @@ class FolderData(Spec):
 
 
 class CsvData(Spec):
-    """CSV manifests with the columns `path,label`; paths are relative to `root` (default: the manifest's folder)."""
+    """CSV manifests; paths are relative to `root` (default: the manifest's folder). Columns are separated by `,`, `;`, `|` or tabs."""
 
     format: Literal["csv"]
     train: str
     val: str | None = None
     test: str
     root: str | None = None
+    path_column: str = "path"
+    label_column: str = "label"
 
 
 ClassCount = Annotated[int, Field(ge=2, le=65536)]
@@ -142,7 +148,10 @@ class ListsData(_ListedData):
 
 
 class JsonData(_ListedData):
-    """JSON objects of `{"path": label}` inside `root`: the FGVC splits of VPT (arXiv 2203.12119). Labels are any whole numbers, one a class."""
+    """JSON objects of `{"path": label}` inside `root`: the FGVC splits of VPT (arXiv 2203.12119).
+
+    Labels are any whole numbers, one per class, or names.
+    """
 
     format: Literal["json"]
     train: str = "train.json"

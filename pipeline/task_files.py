@@ -288,7 +288,7 @@ def _resolved(value: Any, folder: Path, keep: str | None = None) -> Any:
         return [_resolved(item, folder, keep) for item in value]
     if not isinstance(value, str) or _is_url(value) or value.split("/")[0] == keep:
         return value
-    return str((folder / value).resolve())
+    return str((folder / os.path.expanduser(value)).resolve())
 
 
 def _is_url(path: str) -> bool:

@@ -152,13 +152,13 @@ def test_repeats_never_excuse_two_labels_or_two_splits(file: str, line: str, tmp
     [
         ("images/test/000000.jpg", "line 3: 'images/test/000000.jpg' has no label; expected `path label`"),
         ("7", "line 3: '7' has no label"),
-        ("images/test/000000.jpg cat", "line 3: label 'cat' is no number"),
-        ("images/test/000000.jpg -1", "line 3: label '-1' is no number"),
-        ("images/test/000000.jpg 1.0", "line 3: label '1.0' is no number"),
-        ("images/test/000000.jpg ²", "line 3: label '²' is no number"),
-        ("images/test/000000.jpg 1" + "0" * 5000, "is no number"),
+        ("images/test/000000.jpg cat", "line 3: the label is 'cat'; expected a whole number from 0"),
+        ("images/test/000000.jpg -1", "line 3: the label is '-1'"),
+        ("images/test/000000.jpg 1.0", "line 3: the label is '1.0'"),
+        ("images/test/000000.jpg ²", "line 3: the label is '²'"),
+        ("images/test/000000.jpg 1" + "0" * 5000, "line 3: the label is '1000"),
         ("images/test/000000.jpg 4", "line 3: label 4 is outside the 4 classes; expected 0 to 3"),
-        ("images/te\0st.jpg 0", "holds what no path can"),
+        ("images/te\0st.jpg 0", "line 3: holds a NUL character"),
         ("images/test/000009.jpg 0", "images/test/000009.jpg: cannot be read (No such file or directory); add the image, or remove it"),
     ],
 )
@@ -174,13 +174,16 @@ def test_bad_list_files_are_named(tmp_path: Path) -> None:
     data = ListsData(**write_vtab(tmp_path))
     file = tmp_path / "val200.txt"
     file.write_bytes(b"\xff\xfe\x00")
-    assert refusal(lists_source, data) == f"{file}: not UTF-8 text; expected the names of a split's images with their labels"
+    assert (
+        refusal(lists_source, data)
+        == f"{file}: line 1: byte 0x00 is not UTF-8 text; expected the names of a split's images with their labels; save it as UTF-8"
+    )
     file.write_text("\n  \n")
     assert refusal(lists_source, data) == f"{file}: lists no images; expected lines of `path label`"
     file.unlink()
     assert refusal(lists_source, data).startswith(f"{file}: no such file; ")
     file.mkdir()
-    assert refusal(lists_source, data).startswith(f"{file}: no such file; ")
+    assert refusal(lists_source, data).startswith(f"{file}: cannot be read (Is a directory); ")
 
 
 def test_a_dataset_that_is_not_there_says_where_it_comes_from(tmp_path: Path) -> None:
@@ -260,12 +263,12 @@ def test_labels_that_are_too_many_or_too_few_are_refused(tmp_path: Path) -> None
         ("", "not valid JSON ("),
         ("[" * 100_000, "not valid JSON ("),
         ('{"a.jpg": ' + "1" * 5000 + "}", "not valid JSON ("),
-        ('{"000.kind/test_3.jpg": "cat"}', "'000.kind/test_3.jpg': label 'cat'; expected a whole number from 0"),
-        ('{"000.kind/test_3.jpg": true}', "label True; expected a whole number"),
-        ('{"000.kind/test_3.jpg": 1.0}', "label 1.0; expected a whole number"),
-        ('{"000.kind/test_3.jpg": -1}', "label -1; expected a whole number"),
-        ('{"000.kind/test_3.jpg": null}', "label None; expected a whole number"),
-        ('{"000.kind/test_3.jpg": {"label": 0}}', "label [('label', 0)]; expected a whole number"),
+        ('{"000.kind/test_3.jpg": "cat"}', "'000.kind/test_3.jpg': the label is 'cat'; expected a whole number from 0"),
+        ('{"000.kind/test_3.jpg": true}', "the label is True; expected a whole number"),
+        ('{"000.kind/test_3.jpg": 1.0}', "the label is 1.0; expected a whole number"),
+        ('{"000.kind/test_3.jpg": -1}', "the label is -1; expected a whole number"),
+        ('{"000.kind/test_3.jpg": null}', "the label is None; expected a whole number"),
+        ('{"000.kind/test_3.jpg": {"label": 0}}', "the label is a list or an object; expected a whole number"),
         (r'{"\ud800": 0}', "holds what no path can"),
         ('{"a.jpg": 0}', "a.jpg: cannot be read (No such file or directory)"),
         ('{"000.kind/test_3.jpg": 0, "000.kind/test_3.jpg": 0}', "given before, at {file}: '000.kind/test_3.jpg'; give each image once"),

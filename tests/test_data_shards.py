@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gzip
 import io
 import pickle
 import tarfile
@@ -128,7 +127,7 @@ def test_two_tars_in_one_file_are_refused() -> None:
         ([("a.png", b"x"), ("a.PNG", b"y"), ("a.cls", b"1")], "duplicate"),
         ([("a.png", b"x"), ("a.cls", b"1"), ("a.__bad__", b"1")], "a.__bad__: refused"),
         ([("a.png", b"x"), ("a.cls", b"1"), ("a.__key__", b"1")], "a.__key__: refused"),
-        ([("a.png", b"x"), ("a.cls", b"cat")], r"a\.cls: the label is b'cat'"),
+        ([("a.png", b"x"), ("a.cls", b"cat")], r"a\.cls: the label is 'cat'"),
         ([("a.png", b"x"), ("a.cls", b"-1")], r"a\.cls: the label"),
         ([("a.png", b"x"), ("a.cls", b"1.5")], r"a\.cls: the label"),
         ([("a.png", b"x"), ("a.cls", b"")], r"a\.cls: the label"),
@@ -172,11 +171,6 @@ def test_links_are_refused() -> None:
         archive.addfile(link)
     with pytest.raises(DataError, match=r"a\.png: not an ordinary file"):
         list(samples_in(stream.getvalue(), "s.tar"))
-
-
-def test_a_compressed_tar_is_refused() -> None:
-    with pytest.raises(DataError, match="uncompressed"):
-        list(samples_in(gzip.compress(tar_of({"a.png": b"x", "a.cls": b"0"})), "s.tar.gz"))
 
 
 @pytest.mark.parametrize(

@@ -107,7 +107,7 @@ def test_grey_values_beyond_sixteen_bits_are_refused() -> None:
         (b"<?xml version='1.0'?><Error><Code>AccessDenied</Code>", "an XML text; download the image again"),
         (b'{"error": "rate limit"}', "a JSON text; download the image again"),
         (b"\0\0\0\x18ftypisom\0\0\0\0", "a video; extract its frames as images"),
-        (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\n", "a Git LFS pointer, not the image itself; run `git lfs pull`"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\n", "a Git LFS pointer, not the file itself; run `git lfs pull`"),
         (b"%PDF-1.7\n", "a PDF document; convert it to JPEG or PNG"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n", "a PostScript document"),
         (b"<svg xmlns='http://www.w3.org/2000/svg'>", "an SVG drawing"),

@@ -36,8 +36,8 @@ _SIGNATURES: tuple[tuple[str, bytes, str], ...] = (
     ("AVIF", rb"....ftyp(avi[fs]|m[is]f1.{4,56}avi[fs])", ""),
     ("HEIF", rb"....ftyp(he[iv][cmsx]|m[is]f1)", ""),
     ("PPM", rb"P[1-6][\s#]", ""),
-    ("a Git LFS pointer, not the image itself", rb"version https://git-lfs", "run `git lfs pull`"),
-    ("a git-annex pointer, not the image itself", rb"/annex/objects/", "run `git annex get`"),
+    ("a Git LFS pointer, not the file itself", rb"version https://git-lfs", "run `git lfs pull`"),
+    ("a git-annex pointer, not the file itself", rb"/annex/objects/", "run `git annex get`"),
     ("a JPEG 2000 image", rb"\x00\x00\x00\x0cjP  |\xff\x4f\xff\x51", _CONVERT),
     ("a JPEG XL image", rb"\xff\x0a|\x00\x00\x00\x0cJXL ", _CONVERT),
     ("an icon", rb"\x00\x00\x01\x00", _CONVERT),
@@ -81,11 +81,19 @@ def _recognise(content: bytes) -> tuple[str, str]:
     """What `content` is, and what to do if it should have been an image."""
     if not content:
         return "the file is empty, 0 bytes", "copy it again"
+    unknown = f"its first bytes are {content[:8]!r}, those of no image", f"expected {EXPECTED}"
+    return _known(content) or unknown
+
+
+def _known(content: bytes) -> tuple[str, str] | None:
     head = content[:_HEAD_BYTES]
-    for name, pattern, advice in _PATTERNS:
-        if pattern.match(head):
-            return name, advice
-    return f"its first bytes are {head[:8]!r}, those of no image", f"expected {EXPECTED}"
+    return next(((name, advice) for name, pattern, advice in _PATTERNS if pattern.match(head)), None)
+
+
+def kind_of(content: bytes) -> str | None:
+    """What a file is by its first bytes; None where they are of nothing known."""
+    known = _known(content)
+    return known[0] if known else None
 
 
 @cache

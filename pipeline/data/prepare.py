@@ -20,9 +20,12 @@ from pipeline.data.drawn import drawn_source
 from pipeline.data.index import INDEX_NAME, DataIndex, ShardEntry, SplitName, read_index, write_index
 from pipeline.data.inspection import Inspection
 from pipeline.data.listed import json_source, lists_source
+from pipeline.data.manifests import csv_source
+from pipeline.data.names import class_names
+from pipeline.data.quoting import listing, shortened
 from pipeline.data.remote import shard_store
 from pipeline.data.shards import Sample, samples_in, write_shards
-from pipeline.data.sources import Source, SourceSample, class_names, csv_source, digits_source, folder_source
+from pipeline.data.sources import Source, SourceSample, digits_source, folder_source
 from pipeline.data.splits import split_samples
 from pipeline.data.urls import expand, fetch, is_url, resolve, sha256_hex, stamp
 from pipeline.errors import DataError, StorageError
@@ -39,7 +42,7 @@ def prepare(task: Task, folder: Path) -> DataIndex:
     """
     folder = Path(os.path.abspath(folder))
     data = task.data
-    if isinstance(data, ListsData | JsonData) and not Path(data.root).is_dir():
+    if isinstance(data, ListsData | JsonData) and not is_url(data.root) and not Path(data.root).is_dir():
         origin = f"; it comes from {task.about.source}" if task.about.source else ""
         raise DataError(f"{data.root}: no such folder; expected the dataset of {task.name}, with its list of images for each split{origin}")
     try:
@@ -93,11 +96,11 @@ def _index_in_place(data: ShardsData, folder: Path) -> DataIndex:
     splits["test"] = expand(data.test)
     names = class_names(data.classes) if data.classes is not None else None
     stamps = [f"{split} {url} {stamp(url)}" for split, urls in splits.items() for url in urls]
-    source_digest = sha256_hex("\n".join([f"shards {_VERSION} {names!r}", *stamps]).encode())
+    source_digest = sha256_hex("\n".join([f"shards {_VERSION} {names!r} {data.label_field!r}", *stamps]).encode())
     if (index := _current(folder, source_digest)) is not None:
         return index
     inspection = Inspection()
-    entries = {split: [_scan(url, names, split, inspection) for url in urls] for split, urls in splits.items()}
+    entries = {split: [_scan(url, names, split, inspection, data.label_field) for url in urls] for split, urls in splits.items()}
     inspection.check()
     _check_shards_differ(entries)
     classes = names if names is not None else _inferred_classes(entries)
@@ -130,14 +133,12 @@ def _order_remarks(shards: list[ShardEntry]) -> list[str]:
     ]
 
 
-def _scan(url: str, classes: list[str] | None, split: SplitName, inspection: Inspection) -> ShardEntry:
+def _scan(url: str, names: list[str] | None, split: SplitName, inspection: Inspection, label_field: str | None = None) -> ShardEntry:
     """Read every sample of a shard once, so that no fault is left to be found during training."""
     content = fetch(url)
     labels: list[int] = []
-    for key, image, label in samples_in(content, url):
-        if classes is not None and label >= len(classes):
-            raise DataError(f"{url}: {key}.cls: label {label} is outside the {len(classes)} classes; expected 0 to {len(classes) - 1}")
-        inspection.look(split, f"{url}: {key}", label, partial(bytes, image))
+    for key, image, label in samples_in(content, url, names, label_field):
+        inspection.look(split, f"{url}: {shortened(key)}", label, partial(bytes, image))
         labels.append(label)
     sha256 = sha256_hex(content)
     if is_url(url):
@@ -225,7 +226,7 @@ def _publish(building: Path, folder: Path, is_current: Callable[[], bool]) -> No
 def check(index: DataIndex, task: Task) -> None:
     """Raise DataError unless a study of `task` can be run on the dataset: classes, and samples enough in each split."""
     if len(set(index.classes)) < max(2, len(index.classes)):
-        raise DataError(f"{task.name}: classes are {', '.join(index.classes)}; expected at least two, with different names")
+        raise DataError(f"{task.name}: classes are {listing(index.classes)}; expected at least two, with different names")
     if not index.splits.get("train") or not index.splits.get("test"):
         raise DataError(f"{task.name}: train or test is empty; each needs samples")
     trained = {label for shard in index.splits["train"] for label in shard.labels}
@@ -234,7 +235,7 @@ def check(index: DataIndex, task: Task) -> None:
     for split, shards in index.splits.items():
         missing = sorted({label for shard in shards for label in shard.labels} - trained)
         if missing and not isinstance(task.data, ListsData | JsonData):  # there, a benchmark's own lists say who is in train
-            names = ", ".join(index.classes[label] for label in missing)
+            names = listing([index.classes[label] for label in missing])
             raise DataError(f"{task.name}: {split} has classes without a training sample: {names}; every class needs training samples")
     train_samples = len(split_samples(index, task.val_fraction, task.seed)["train"])
     for key, batch_size in (("recipe.training.batch_size", task.recipe.training.batch_size), ("selection.batch_size", task.selection.batch_size)):
@@ -245,7 +246,7 @@ def check(index: DataIndex, task: Task) -> None:
 def remarks_on(index: DataIndex) -> list[str]:
     """What a user should know of a dataset although it can be used: classes that cannot be learned, images that occur twice, ..."""
     untrained = untrained_classes(index)
-    missing = [f"no training sample of {len(untrained)} of the classes: {', '.join(untrained)}"] if untrained else []
+    missing = [f"no training sample of {len(untrained)} of the classes: {listing(untrained)}"] if untrained else []
     return [*missing, *index.remarks]
 
 

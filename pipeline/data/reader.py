@@ -20,8 +20,9 @@ import torch
 
 from pipeline.data.decode import decode_image
 from pipeline.data.index import ShardEntry
+from pipeline.data.quoting import shortened
 from pipeline.data.remote import fetch_checked, shard_store
-from pipeline.data.shards import samples_in
+from pipeline.data.shards import images_in
 from pipeline.data.splits import Split
 from pipeline.data.urls import is_url, resolve
 
@@ -125,8 +126,8 @@ class Reader:
     def _decode(self, shard: ShardEntry, content: bytes) -> torch.Tensor:
         url = resolve(self.index_folder, shard.path)
         images = np.empty((shard.samples, 3, self.size_px, self.size_px), np.uint8)
-        for position, (key, image, _) in enumerate(samples_in(content, url)):
-            images[position] = decode_image(image, self.size_px, f"{url}: {key}")
+        for position, (key, image) in enumerate(images_in(content, url)):
+            images[position] = decode_image(image, self.size_px, f"{url}: {shortened(key)}")
         return torch.from_numpy(images)
 
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import itertools
+import re
+from collections.abc import Iterator
 from pathlib import Path
 
 from PIL import Image
 
 from pipeline.data.decode import decode_image
 from pipeline.data.index import read_index
-from pipeline.data.shards import read_shard
-from pipeline.data.urls import resolve
+from pipeline.data.shards import images_in
+from pipeline.data.urls import fetch, resolve
 
 SAMPLE_PX = 64
 
@@ -20,8 +22,13 @@ def save_samples(data_folder: Path, folder: Path, count: int) -> list[Path]:
     index = read_index(data_folder)
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
-    samples = (sample for shard in index.splits["test"] for sample in read_shard(resolve(data_folder, shard.path)))
-    for number, (_, image, label) in enumerate(itertools.islice(samples, count)):
-        paths.append(folder / f"{index.classes[label]}-{number}.png")
+    samples = (sample for shard in index.splits["test"] for sample in _labelled(resolve(data_folder, shard.path), shard.labels))
+    for number, (image, label) in enumerate(itertools.islice(samples, count)):
+        class_name = re.sub(r"[^\w.-]+", "_", index.classes[label])[:60]
+        paths.append(folder / f"{class_name}-{number}.png")
         Image.fromarray(decode_image(image, SAMPLE_PX).transpose(1, 2, 0)).save(paths[-1])
     return paths
+
+
+def _labelled(url: str, labels: list[int]) -> Iterator[tuple[bytes, int]]:
+    return zip((image for _, image in images_in(fetch(url), url)), labels, strict=True)

@@ -2,8 +2,9 @@
 read without losing a sample or running code.
 
 Python's tar reader stops without a word at a damaged header, and at a file that was cut between two members; both would lose samples. So a shard is
-read whole, and counts as whole only where its members are followed by the end mark of two zero blocks and by nothing else. Labels are read as decimal
-numbers; members that only a pickle loader could read are refused by name, and WebDataset's decoders, which would load them, are never called.
+read whole, and counts as whole only where its members are followed by the end mark of two zero blocks and by nothing else. Labels are numbers,
+names or a field of JSON (labels.py); members that only a pickle loader could read are refused by name, and WebDataset's decoders, which would
+load them, are never called.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import io
 import os
 import re
 import tarfile
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator, Sequence
 from pathlib import Path
 
 os.environ["WDS_SECURE"] = "1"  # read by webdataset when it is imported
@@ -20,8 +21,11 @@ os.environ["WDS_SECURE"] = "1"  # read by webdataset when it is imported
 from webdataset.tariterators import group_by_keys
 from webdataset.writer import TarWriter
 
-from pipeline.data.formats import IMAGE_EXTENSIONS, explain, extension_of
+from pipeline.data.formats import IMAGE_EXTENSIONS, explain, extension_of, kind_of
 from pipeline.data.index import ShardEntry
+from pipeline.data.labels import member_label
+from pipeline.data.quoting import listing, shortened
+from pipeline.data.unpack import unpacked
 from pipeline.data.urls import fetch, sha256_hex
 from pipeline.errors import DataError
 
@@ -42,18 +46,40 @@ def read_shard(url: str) -> Iterator[Sample]:
     return samples_in(fetch(url), url)
 
 
-def samples_in(content: bytes, url: str) -> Iterator[Sample]:
-    """The samples of a shard whose bytes are `content`; `url` is used in errors. Raises DataError."""
+def samples_in(content: bytes, url: str, names: Sequence[str] | None = None, label_field: str | None = None) -> Iterator[Sample]:
+    """The samples of a shard whose bytes are `content`; `url` is used in errors.
+
+    names: of the classes, where they are declared. label_field: the field of `key.json` that holds the label; by default
+    the label is `key.cls`, or without one the field `label`. Raises DataError.
+    """
+    for key, members, image_extension in _samples(content, url):
+        sample = f"{url}: {shortened(key)}"
+        label_extension = LABEL_EXTENSION if LABEL_EXTENSION in members and label_field is None else "json"
+        _check_alone(members, image_extension, label_extension, sample)
+        if label_extension not in members:
+            raise DataError(f"{sample}: no member .json; expected one with the field {label_field!r}, or leave out `label_field`")
+        field = (label_field or "label") if label_extension == "json" else None
+        yield key, members[image_extension], member_label(members[label_extension], field, names, f"{sample}.{label_extension}")
+
+
+def images_in(content: bytes, url: str) -> Iterator[tuple[str, bytes]]:
+    """Key and encoded image of each sample, in the same order; their labels are not looked at. Raises DataError."""
+    for key, members, image_extension in _samples(content, url):
+        yield key, members[image_extension]
+
+
+def _samples(content: bytes, url: str) -> Iterator[tuple[str, dict[str, bytes], str]]:
+    """Each sample's key, members by extension, and which of them is its image."""
     keys: set[str] = set()
-    for members in _groups(content, url):
+    for members in _groups(unpacked(content, url), url):
         key = str(members["__key__"])
-        image_extension = _image_extension(members, f"{url}: {key}")
+        image_extension = _image_extension(members, f"{url}: {shortened(key)}")
         if image_extension is None:
             continue
         if key in keys:
-            raise DataError(f"{url}: {key}: this key occurs twice; give each sample its own key, and keep its members next to each other")
+            raise DataError(f"{url}: {shortened(key)}: this key occurs twice; give each sample its own key, and keep its members next to each other")
         keys.add(key)
-        yield key, members[image_extension], _label(members[LABEL_EXTENSION], f"{url}: {key}.{LABEL_EXTENSION}")
+        yield key, members, image_extension
     if not keys:
         raise DataError(f"{url}: the shard holds no samples; expected members such as 000000.jpg and 000000.{LABEL_EXTENSION}")
 
@@ -64,7 +90,7 @@ def _groups(content: bytes, url: str) -> Iterator[dict[str, bytes]]:
     try:
         yield from group_by_keys(members)
     except ValueError as error:  # two extensions that differ in case alone
-        raise DataError(f"{url}: {error.args[0]}; give each sample its own key") from None
+        raise DataError(f"{url}: {shortened(str(error.args[0]), 120)}; give each sample its own key") from None
 
 
 def _members(content: bytes, url: str) -> list[tuple[str, int, int]]:
@@ -83,7 +109,9 @@ def _members(content: bytes, url: str) -> list[tuple[str, int, int]]:
                     members[member.name] = member.offset_data, member.offset_data + member.size
             end = int(archive.offset)
     except (tarfile.TarError, ValueError) as error:
-        raise DataError(f"{url}: truncated, damaged or not an uncompressed tar ({error}); copy or prepare it again") from None
+        kind = kind_of(content)
+        fault = kind if kind not in (None, "a tar archive") else f"truncated, damaged or not a tar ({shortened(str(error), 100)})"
+        raise DataError(f"{url}: {fault}; expected a tar, uncompressed or compressed with gzip; copy or prepare it again") from None
     after = content[end:]
     if len(after) < 2 * _BLOCK_BYTES or after.strip(b"\0"):
         reason = "a damaged header or a second tar" if after.strip(b"\0") else "no end mark: the file was cut short"
@@ -92,42 +120,48 @@ def _members(content: bytes, url: str) -> list[tuple[str, int, int]]:
 
 
 def _check_member(member: tarfile.TarInfo, names: Container[str], url: str) -> None:
+    where = f"{url}: {shortened(member.name)}"
     if not member.isreg() or member.issparse():  # a sparse member of a few bytes may claim terabytes
-        raise DataError(f"{url}: {member.name}: not an ordinary file (a link, device or sparse file); write the shard with the files themselves")
+        raise DataError(f"{where}: not an ordinary file (a link, device or sparse file); write the shard with the files themselves")
     if re.match(r"__[^/]*__($|/)", member.name):
-        raise DataError(f"{url}: {member.name}: refused, WebDataset skips names that begin with __...__ without a word; rename it")
+        raise DataError(f"{where}: refused, WebDataset skips names that begin with __...__ without a word; rename it")
     if member.name.lower().rpartition(".")[2] in REFUSED_EXTENSIONS:
-        raise DataError(
-            f"{url}: {member.name}: refused, members of this kind can run code when they are loaded; expected images and .{LABEL_EXTENSION}"
-        )
+        raise DataError(f"{where}: refused, members of this kind can run code when they are loaded; expected images and .{LABEL_EXTENSION}")
     if member.name.rpartition(".")[2].startswith("__"):
-        raise DataError(f"{url}: {member.name}: refused, WebDataset gives extensions that begin with two underscores another meaning; rename it")
+        raise DataError(f"{where}: refused, WebDataset gives extensions that begin with two underscores another meaning; rename it")
     if member.name in names:
-        raise DataError(f"{url}: {member.name}: this member occurs twice; give each sample its own key")
+        raise DataError(f"{where}: this member occurs twice; give each sample its own key")
 
 
 def _image_extension(members: dict[str, bytes], sample: str) -> str | None:
     """Which member is the sample's image; None where the group has nothing to do with images or labels (a README). Raises DataError."""
     extensions = [name for name in members if not name.startswith("__")]
     images = [name for name in extensions if name in IMAGE_EXTENSIONS]
-    if len(images) == 1 and LABEL_EXTENSION in members:
+    if len(images) == 1 and (LABEL_EXTENSION in members or "json" in members):
         return images[0]
     if not any(name.rpartition(".")[2] in (*IMAGE_EXTENSIONS, LABEL_EXTENSION) for name in extensions):
         return None
-    found = ", ".join(extensions)
     if len(images) > 1:
-        raise DataError(f"{sample}: more than one image ({found}); keep one for each key")
+        raise DataError(f"{sample}: more than one image ({listing(extensions)}); keep one for each key")
     if images:
-        raise DataError(f"{sample}.{images[0]}: an image without a label; expected a member {sample.rpartition(' ')[2]}.{LABEL_EXTENSION} next to it")
+        raise DataError(
+            f"{sample}.{images[0]}: an image without a label; expected a member with the same key and the extension {LABEL_EXTENSION} or json"
+        )
     # The key ends at the name's first dot, so `a.v2.jpg` is not the image of `a`.
-    raise DataError(f"{sample}: no image, only {found}; expected one of {', '.join(IMAGE_EXTENSIONS)} right after the key, which may have no dot")
+    raise DataError(
+        f"{sample}: no image, only {listing(extensions)}; expected one of {', '.join(IMAGE_EXTENSIONS)} right after the key, which may have no dot"
+    )
 
 
-def _label(content: bytes, member: str) -> int:
-    text = content.strip()
-    if not text.isdigit() or len(text) > 9:
-        raise DataError(f"{member}: the label is {content[:40]!r}; expected a class number such as 3")
-    return int(text)
+def _check_alone(members: dict[str, bytes], image_extension: str, label: str, sample: str) -> None:
+    """Raise DataError where a second image of the group has a label too: `a.v2.jpg` and `a.v2.cls` beside `a.jpg` and `a.cls`."""
+    for name in members:
+        stem, _, extension = name.rpartition(".")
+        if stem and extension in IMAGE_EXTENSIONS and f"{stem}.{label}" in members:
+            raise DataError(
+                f"{sample}.{shortened(name)}: a second labelled image beside {sample.rpartition(': ')[2]}.{image_extension}; "
+                "a key ends at the first dot of a name; rename it, without a dot in its key"
+            )
 
 
 # --- writing --------------------------------------------------------------------------------------------------------------------------------

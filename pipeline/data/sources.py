@@ -1,4 +1,4 @@
-"""What datasets are made from: image folders, CSV manifests, scikit-learn's digits.
+"""What datasets are made from: sources of labelled images, of which image folders and scikit-learn's digits are here.
 
 A source knows its classes and lists its samples; images are read one at a time, when they are written to shards. Each sample has a stamp that changes
 when the sample does (see `stamp_of`), so a source can be compared with an existing dataset without reading the images.
@@ -6,11 +6,10 @@ when the sample does (see `stamp_of`), so a source can be compared with an exist
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import io
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,10 +20,11 @@ from PIL import Image
 from pipeline.data.faults import Faults
 from pipeline.data.folders import labelled_images
 from pipeline.data.index import SplitName
+from pipeline.data.names import check_names
+from pipeline.data.quoting import listing
 from pipeline.data.splits import choose_by_class, class_quotas
-from pipeline.data.urls import fetch
 from pipeline.errors import DataError
-from pipeline.spec import CsvData, DigitsData, FolderData
+from pipeline.spec import DigitsData, FolderData
 
 
 @dataclass(frozen=True)
@@ -81,29 +81,22 @@ def read_file(path: Path) -> bytes:
         raise DataError(f"{path}: cannot be read ({error.strerror}); check the path") from None
 
 
-def class_names(classes: tuple[str, ...] | str) -> list[str]:
-    """Names as given, or those in a file (or URL) with one name a line. Raises DataError."""
-    if not isinstance(classes, str):
-        return list(classes)
-    try:
-        text = fetch(classes).decode("utf-8-sig")
-    except UnicodeDecodeError:
-        raise DataError(f"{classes}: not UTF-8 text; expected one class name a line") from None
-    return [line.strip() for line in text.splitlines() if line.strip()]
+def number_names(names: Mapping[SplitName, Sequence[str]], what: str) -> dict[str, int]:
+    """Number the names of classes that occur in train, in sorted order. Raises DataError where another split has one that train lacks."""
+    number = {name: label for label, name in enumerate(sorted(set(names["train"])))}
+    check_names(sorted({name for each in names.values() for name in each}), what)
+    for split, each in names.items():
+        unknown = sorted(set(each) - number.keys())
+        if unknown:
+            raise DataError(f"{split} has {what} that train lacks: {listing(unknown)}; every class needs training samples")
+    return number
 
 
 def _number_classes(labelled: dict[SplitName, list[tuple[Path, str]]], what: str) -> Source:
-    """Number the names that occur in train, in sorted order. Raises DataError where another split has a name that train lacks,
-    or an image is given twice.
-    """
+    """Samples with their classes as numbers. Raises DataError as `number_names`, or where an image is given twice."""
     _check_used_once(labelled)
-    classes = sorted({name for _, name in labelled["train"]})
-    number = {name: label for label, name in enumerate(classes)}
-    for split, samples in labelled.items():
-        unknown = sorted({name for _, name in samples} - set(classes))
-        if unknown:
-            raise DataError(f"{split} has {what} that train lacks: {', '.join(unknown)}; every class needs training samples")
-    return Source(classes, {split: [_file_sample(path, number[name]) for path, name in samples] for split, samples in labelled.items()})
+    number = number_names({split: [name for _, name in samples] for split, samples in labelled.items()}, what)
+    return Source(list(number), {split: [_file_sample(path, number[name]) for path, name in samples] for split, samples in labelled.items()})
 
 
 def _check_used_once(labelled: dict[SplitName, list[tuple[Path, str]]]) -> None:
@@ -124,34 +117,6 @@ def folder_source(data: FolderData) -> Source:
     labelled = {split: labelled_images(path, faults) for split, path in _split_paths(data.train, data.val, data.test)}
     faults.check()
     return _number_classes(labelled, "class folders")
-
-
-# --- CSV manifests --------------------------------------------------------------------------------------------------------------------------
-
-
-def csv_source(data: CsvData) -> Source:
-    """Manifests with the columns `path,label`; classes are the labels that occur in train, sorted. Raises DataError."""
-    labelled = {split: _manifest_samples(path, data.root) for split, path in _split_paths(data.train, data.val, data.test)}
-    return _number_classes(labelled, "labels")
-
-
-def _manifest_samples(manifest: Path, root: str | None) -> list[tuple[Path, str]]:
-    try:
-        with manifest.open(encoding="utf-8-sig", newline="") as stream:
-            reader = csv.DictReader(stream)
-            missing = {"path", "label"} - set(reader.fieldnames or [])
-            if missing:
-                raise DataError(f"{manifest}: no column {' or '.join(sorted(missing))}; expected a first line `path,label`")
-            rows = [(reader.line_num, row["path"], row["label"]) for row in reader]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{manifest}: cannot be read ({error}); expected a CSV file in UTF-8 with the columns path,label") from None
-    if not rows:
-        raise DataError(f"{manifest}: lists no images; expected lines of path,label")
-    for line, path, label in rows:
-        if not path or not label:
-            raise DataError(f"{manifest}: line {line}: path {path!r}, label {label!r}; expected both")
-    folder = Path(root) if root is not None else manifest.parent
-    return [(Path(os.path.normpath(folder / path)), label) for _, path, label in rows]
 
 
 # --- scikit-learn's digits ------------------------------------------------------------------------------------------------------------------

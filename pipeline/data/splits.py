@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from pipeline.data.index import DataIndex, ShardEntry, SplitName
+from pipeline.data.quoting import listing
 from pipeline.errors import DataError
 
 
@@ -56,7 +57,7 @@ def held_out_samples(labels: np.ndarray, fraction: float, seed: int, classes: li
     counts = np.bincount(labels, minlength=len(classes))
     single = [classes[number] for number in np.flatnonzero(counts == 1)]
     if single:
-        raise DataError(f"only one training sample of {', '.join(single)}: a validation set cannot be held out; add samples, or give a val split")
+        raise DataError(f"only one training sample of {listing(single)}: a validation set cannot be held out; add samples, or give a val split")
     quotas = class_quotas(counts, round(fraction * len(labels)))
     quotas = np.clip(quotas, np.minimum(counts, 1), np.maximum(counts - 1, 0))
     return choose_by_class(labels, quotas, np.random.default_rng([seed, 0]))

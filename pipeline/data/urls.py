@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import math
 import os
 import re
 import time
@@ -19,8 +20,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import fsspec
+from braceexpand import braceexpand
 
+from pipeline.data.quoting import shortened, shortened_path
 from pipeline.errors import DataError
+from pipeline.redaction import without_secrets
 
 PROTOCOLS = ("abfs", "abfss", "az", "file", "gcs", "gs", "hf", "http", "https", "memory", "s3", "s3a")
 _STAMP_KEYS = ("mtime", "created", "ETag", "etag", "LastModified", "last_modified", "Last-Modified", "md5Hash", "Content-MD5", "blob_id")
@@ -28,6 +32,8 @@ SILENT_SECONDS = 30
 """How long a web server may send nothing. A download as a whole may take as long as it takes. The other stores' clients have limits of their own."""
 PAUSES_SECONDS = (1, 5)
 """Before a failed read is tried again."""
+_NUMBER_RANGE = re.compile(r"(-?[0-9]{1,9})\.\.(-?[0-9]{1,9})")
+_BRACES_MAX = 100_000
 _SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]+):")
 
 
@@ -38,7 +44,9 @@ def is_url(path: str) -> bool:
         return False
     if scheme[1].lower() not in PROTOCOLS or not path.startswith(f"{scheme[1]}://") or "::" in path:
         known = ", ".join(PROTOCOLS)
-        raise DataError(f"{path}: refused; expected a file's path or a URL of one of these protocols, not chained and not a command: {known}")
+        raise DataError(
+            f"{shortened_path(path)}: refused; expected a file's path or a URL of one of these protocols, not chained and not a command: {known}"
+        )
     return True
 
 
@@ -94,17 +102,22 @@ def _patiently(read: Callable[[], Result]) -> Result:
 @contextmanager
 def _named_errors(url: str) -> Iterator[None]:
     """Turn what goes wrong while `url` is read into a DataError that names it."""
+    name = shortened_path(without_secrets(url)) if "://" in url else url
     try:
         yield
     except DataError:
         raise
     except FileNotFoundError:
-        raise DataError(f"{url}: no such file; check the path in the task's data section") from None
+        raise DataError(f"{name}: no such file; check the path in the task's data section") from None
     except ImportError as error:
-        raise DataError(f"{url}: this protocol needs a package that is not installed ({error})") from None
+        raise DataError(f"{name}: this protocol needs a package that is not installed ({error})") from None
     except Exception as error:  # each store's client has errors of its own, many of which are not OSErrors
-        reason = f"no answer within {SILENT_SECONDS} s" if isinstance(error, TimeoutError) else str(error) or type(error).__name__
-        raise DataError(f"{url}: cannot be read ({reason}); check the path, the permissions and the connection") from None
+        reason = (
+            f"no answer within {SILENT_SECONDS} s"
+            if isinstance(error, TimeoutError)
+            else getattr(error, "strerror", None) or shortened(str(error), 100) or type(error).__name__
+        )
+        raise DataError(f"{name}: cannot be read ({reason}); check the path, the permissions and the connection") from None
 
 
 def sha256_hex(content: bytes) -> str:
@@ -113,16 +126,33 @@ def sha256_hex(content: bytes) -> str:
 
 
 def expand(patterns: tuple[str, ...] | str) -> list[str]:
-    """Paths and globs as the list of shards they name, each glob in sorted order. Raises DataError where one matches nothing, or a shard repeats."""
+    """Paths, globs and brace patterns as the list of shards they name, each glob in sorted order.
+
+    Raises DataError where one matches nothing, or a shard repeats.
+    """
     shards: list[str] = []
-    for pattern in (patterns,) if isinstance(patterns, str) else patterns:
-        shards += _expand_url(pattern) if is_url(pattern) else _expand_local(pattern)
+    for written in (patterns,) if isinstance(patterns, str) else patterns:
+        for pattern in _without_braces(written):
+            shards += _expand_url(pattern) if is_url(pattern) else _expand_local(pattern)
     if not shards:
         raise DataError("no shards given; expected the path of at least one tar file")
     most_given, times = Counter(shards).most_common(1)[0]
     if times > 1:
         raise DataError(f"{most_given}: this shard is given more than once; list each shard once")
     return shards
+
+
+def _without_braces(pattern: str) -> list[str]:
+    """The paths that a brace pattern such as `train-{000..012}.tar` stands for; a file that exists is taken by its name. Raises DataError."""
+    if "{" not in pattern or os.path.exists(pattern):
+        return [pattern]
+    spans = [abs(int(last) - int(first)) + 1 for first, last in _NUMBER_RANGE.findall(pattern)]
+    if math.prod(spans) > _BRACES_MAX:
+        raise DataError(f"{pattern}: stands for more than {_BRACES_MAX:,} shards; expected a smaller range")
+    try:
+        return list(braceexpand(pattern, escape=False))
+    except ValueError:
+        raise DataError(f"{pattern}: a brace without its partner; expected a pattern such as train-{{000..012}}.tar, or the path of a file") from None
 
 
 def _expand_local(pattern: str) -> list[str]:

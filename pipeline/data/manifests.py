@@ -1,0 +1,110 @@
+"""CSV manifests: tables with a column of images and a column of labels.
+
+Columns are separated by commas, semicolons, tabs or bars, whichever of them gives the header both columns. Every record
+is read strictly: a quote that is never closed would otherwise swallow the rows after it without a word.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from pipeline.data.entries import Entry, listed_samples, located
+from pipeline.data.index import SplitName
+from pipeline.data.quoting import listing, quoted, shortened
+from pipeline.data.sources import Source, number_names
+from pipeline.data.text import lines_of, read_text
+from pipeline.errors import DataError
+from pipeline.spec import CsvData
+
+_SEPARATORS = (",", ";", "\t", "|")
+_HEADER_MAX = 100_000  # below what the csv module takes for a field
+
+
+class _Row(NamedTuple):
+    where: str
+    path: str
+    label: str
+
+
+class _Record(NamedTuple):
+    where: str
+    fields: list[str]
+
+
+def csv_source(data: CsvData) -> Source:
+    """Manifests with a column of paths and one of labels; classes are the labels that occur in train, sorted.
+
+    Raises DataError that names file and line.
+    """
+    manifests: dict[SplitName, str | None] = {"train": data.train, "val": data.val, "test": data.test}
+    rows = {split: _rows(manifest, data) for split, manifest in manifests.items() if manifest is not None}
+    number = number_names({split: [row.label for row in found] for split, found in rows.items()}, "labels")
+    listed = {split: [Entry(row.where, row.path, number[row.label]) for row in found] for split, found in rows.items()}
+    return Source(list(number), listed_samples(listed))
+
+
+def _rows(manifest: str, data: CsvData) -> list[_Row]:
+    columns = data.path_column, data.label_column
+    text = read_text(manifest, f"a CSV file with the columns {' and '.join(columns)}")
+    records = _records(text, _separator(text, manifest, columns), manifest)
+    header = next(records).fields
+    if not _has(header, columns):
+        raise DataError(f"{manifest}: a column's name goes on after the first line; is a quote left open?")
+    root = data.root if data.root is not None else os.path.dirname(manifest)
+    rows = [_row(record, header, columns, root) for record in records]
+    if not rows:
+        raise DataError(f"{manifest}: lists no images; expected lines with the columns {' and '.join(columns)}")
+    return rows
+
+
+def _separator(text: str, manifest: str, columns: tuple[str, str]) -> str:
+    """The one that gives the first line both columns. Raises DataError where none does."""
+    first = next((line for line in lines_of(text) if line.strip()), "")[:_HEADER_MAX]
+    headers = {separator: _fields(next(csv.reader([first], delimiter=separator, skipinitialspace=True), [])) for separator in _SEPARATORS}
+    for separator, header in headers.items():
+        if _has(header, columns):
+            return separator
+    header = max(headers.values(), key=len)
+    missing = [column for column in columns if column not in header]
+    fault = f"no column {' or '.join(missing)}" if missing else f"a column {' or '.join(columns)} twice"
+    raise DataError(f"{manifest}: {fault} in its first line ({listing(header)}); name the columns in `path_column` and `label_column`")
+
+
+def _has(header: list[str], columns: tuple[str, str]) -> bool:
+    return all(header.count(column) == 1 for column in columns)
+
+
+def _fields(record: list[str]) -> list[str]:
+    return [field.strip() for field in record]
+
+
+def _records(text: str, separator: str, manifest: str) -> Iterator[_Record]:
+    """The records that are not blank, each with the line that it begins at. Raises DataError."""
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, skipinitialspace=True, strict=True)
+    where = f"{manifest}: line 1"
+    try:
+        for record in reader:
+            if any(fields := _fields(record)):
+                yield _Record(where, fields)
+            where = f"{manifest}: line {reader.line_num + 1}"
+    except csv.Error as error:
+        fault = "a quote is opened and never closed" if "unexpected end" in str(error) else shortened(str(error), 100)
+        raise DataError(f'{where}: {fault}; expected fields without quotes, or in whole pairs of "') from None
+
+
+def _row(record: _Record, header: list[str], columns: tuple[str, str], root: str) -> _Row:
+    where, fields = record
+    if any(fields[len(header) :]):
+        raise DataError(f"{where}: {len(fields)} fields, but the first line has {len(header)}; put fields that hold the separator in quotes")
+    path, label = (fields[index] if (index := header.index(column)) < len(fields) else "" for column in columns)
+    if not path or not label:
+        raise DataError(f"{where}: {columns[0]} {quoted(path)}, {columns[1]} {quoted(label)}; expected both")
+    if len(lines_of(path + label)) > 1:
+        raise DataError(
+            f"{where}: {columns[0]} {quoted(path)}, {columns[1]} {quoted(label)}: a field goes on in the next line; is a quote left open?"
+        )
+    return _Row(where, located(path, root), label)

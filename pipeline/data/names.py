@@ -1,0 +1,53 @@
+"""Names of classes: as declared or as found, without pairs that a reader would take for one."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Iterable
+
+from pipeline.data.quoting import quoted, shortened
+from pipeline.data.text import lines_of, read_text
+from pipeline.errors import DataError
+
+_NAME_MAX = 200
+_NUMBER = re.compile(r"(-?[0-9]{1,18})(\.0*)?")
+
+
+def class_names(classes: tuple[str, ...] | str) -> list[str]:
+    """Names as given, or those in a file (or URL) with one name a line. Raises DataError."""
+    where = classes if isinstance(classes, str) else "classes"
+    lines = lines_of(read_text(classes, "one class name a line")) if isinstance(classes, str) else classes
+    names = [line.strip() for line in lines if line.strip()]
+    check_names(names, where)
+    return names
+
+
+def check_names(names: Iterable[str], where: str) -> None:
+    """Raise DataError where a name cannot be used, or two differ only by white space, case, Unicode form or how a number is written."""
+    first: dict[str, str] = {}
+    for name in names:
+        if len(name) > _NAME_MAX or not _is_text(name):
+            raise DataError(f"{where}: the class name {quoted(name)} cannot be used; expected at most {_NAME_MAX} characters of one line of text")
+        other = first.setdefault(_folded(name), name)
+        if other != name:
+            alike = f"{other!a} and {name!a}" if _looks(other) == _looks(name) else f"{other!r} and {name!r}"
+            raise DataError(
+                f"{where}: the class names {shortened(alike, 160)} differ only by how they are written; write them the same way, or rename one"
+            )
+
+
+def _is_text(name: str) -> bool:
+    """Whether a name can be written to a file and shown on one line: no lone surrogate, no control character."""
+    return not any(unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") for character in name)
+
+
+def _looks(name: str) -> str:
+    """A name without what cannot be seen: Unicode's form, white space and characters that only format (such as U+200B)."""
+    visible = "".join(character for character in unicodedata.normalize("NFKC", name) if unicodedata.category(character) != "Cf")
+    return " ".join(visible.split())
+
+
+def _folded(name: str) -> str:
+    number = _NUMBER.fullmatch(_looks(name))
+    return str(int(number[1])) if number else _looks(_looks(name).casefold())
