@@ -101,22 +101,37 @@ class ShardsData(Spec):
     label_field: str | None = Field(None, description="field of key.json that holds the label; default: key.cls, or without one `label`")
 
 
-class FolderData(Spec):
+class _ImagesData(Spec):
+    """Splits of single images: the test set is given, or held out of train."""
+
+    train: str
+    val: str | None = None
+    test: str | None = None
+    test_fraction: float | None = Field(None, gt=0, lt=1, description="share of each class of train to hold out as the test set, instead of `test`")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_default_test(cls, content: Any) -> Any:
+        """`test_fraction` replaces the name that a format gives its test list by default."""
+        return {"test": None, **content} if isinstance(content, Mapping) and content.get("test_fraction") is not None else content
+
+    @model_validator(mode="after")
+    def _one_test_set(self) -> Self:
+        if (self.test is None) == (self.test_fraction is None):
+            raise ValueError("expected either `test`, or `test_fraction: 0.2` to hold a fifth of train out as the test set")
+        return self
+
+
+class FolderData(_ImagesData):
     """Image folders: one folder a class inside each split's folder."""
 
     format: Literal["folder"]
-    train: str
-    val: str | None = None
-    test: str
 
 
-class CsvData(Spec):
+class CsvData(_ImagesData):
     """CSV manifests; paths are relative to `root` (default: the manifest's folder). Columns are separated by `,`, `;`, `|` or tabs."""
 
     format: Literal["csv"]
-    train: str
-    val: str | None = None
-    test: str
     root: str | None = None
     path_column: str = "path"
     label_column: str = "label"
@@ -126,13 +141,10 @@ ClassCount = Annotated[int, Field(ge=2, le=65536)]
 ClassNames = Annotated[tuple[str, ...], Field(min_length=2)]
 
 
-class _ListedData(Spec):
+class _ListedData(_ImagesData):
     """Images in a folder, and a file a split that lists them with their labels."""
 
     root: str
-    train: str
-    val: str | None
-    test: str
     images: str = Field("", description="folder inside `root` that the listed paths start from; default: `root` itself")
     classes: ClassCount | ClassNames | str = Field(description="how many; or their names, or a file with one name a line")
 
@@ -143,7 +155,7 @@ class ListsData(_ListedData):
     format: Literal["lists"]
     train: str = "train800.txt"
     val: str | None = "val200.txt"
-    test: str = "test.txt"
+    test: str | None = "test.txt"
     repeats: bool = Field(False, description="whether a list may name an image more than once; it is read once")
 
 
@@ -156,7 +168,7 @@ class JsonData(_ListedData):
     format: Literal["json"]
     train: str = "train.json"
     val: str | None = "val.json"
-    test: str = "test.json"
+    test: str | None = "test.json"
 
 
 class DigitsData(Spec):

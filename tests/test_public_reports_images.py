@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 from pydantic import ValidationError
 
-from pipeline.data import decode_image, prepare, read_shard
+from pipeline.data import decode_image, prepare, read_shard, split_samples
 from pipeline.data.formats import IMAGE_EXTENSIONS, explain, extension_of, readable_formats
 from pipeline.data.sources import encode_png
 from pipeline.errors import DataError
@@ -527,3 +527,80 @@ def test_prepare_prints_what_there_is_to_say(tmp_path: Path) -> None:
     answer = taskpack("prepare", str(tmp_path / "t.yaml"), "--out", str(tmp_path / "p"))
     assert answer.code == 0
     assert "note: 1 image is in both train and test" in answer.words
+
+
+# --- a test set held out of train -----------------------------------------------------------------------------------------------------------
+
+
+def test_data_without_a_test_split_have_one_held_out(tmp_path: Path) -> None:
+    folders = write_folders(tmp_path, train=20)
+    contents = {}
+    for kind in ("folder", "csv", "lists", "json"):
+        data = as_format(kind, folders, tmp_path)
+        data = {key: value for key, value in data.items() if key != "test"} | {"test_fraction": 0.2}
+        for seed in (0, 1):
+            index = prepare(task_of(data, seed=seed), tmp_path / kind)
+            contents[kind, seed] = {split: images_of(index, split, tmp_path / kind) for split in ("train", "test")}
+        assert sorted(label for shard in index.splits["test"] for label in shard.labels) == [0] * 4 + [1] * 4
+        assert sum(shard.samples for shard in index.splits["train"]) == 32
+        assert not index.remarks
+        assert sorted(split_samples(index, 0.25, 0)["val"].labels) == [0] * 4 + [1] * 4  # out of what is left
+    assert all(found == contents["folder", 0] for found in contents.values()), "the format and the seed change nothing"
+
+
+def images_of(index: Any, split: Any, folder: Path) -> set[bytes]:
+    return {image for shard in index.splits[split] for _, image, _ in read_shard(str(folder / shard.path))}
+
+
+def test_a_held_out_test_set_stays_when_images_are_added_or_moved(tmp_path: Path) -> None:
+    root = tmp_path / "a"
+    data = {"format": "folder", "train": write_folders(root, train=50)["train"], "test_fraction": 0.2}
+    before = prepare(task_of(data), tmp_path / "p")
+    root = root.rename(tmp_path / "b")
+    for number in range(1000, 1010):
+        (root / "train" / "cat" / f"{number}.png").write_bytes(encode_png(pixels_of(number)))
+    after = prepare(task_of({**data, "train": str(root / "train")}), tmp_path / "q")
+    kept = images_of(before, "test", tmp_path / "p") & images_of(after, "test", tmp_path / "q")
+    assert len(kept) >= 17
+    assert len(images_of(after, "test", tmp_path / "q")) == 22
+
+
+def test_a_held_out_test_set_and_a_given_validation_set(tmp_path: Path) -> None:
+    data = write_folders(tmp_path, train=10)
+    index = prepare(task_of({"format": "folder", "train": data["train"], "val": data["test"], "test_fraction": 0.1}), tmp_path / "p")
+    assert {split: sum(shard.samples for shard in shards) for split, shards in index.splits.items()} == {"train": 18, "val": 6, "test": 2}
+
+
+def test_a_class_of_one_image_cannot_be_held_out(tmp_path: Path) -> None:
+    data = write_folders(tmp_path)
+    (tmp_path / "train" / "ant").mkdir()
+    (tmp_path / "train" / "ant" / "x.png").write_bytes(encode_png(pixels_of(99)))
+    message = refused({"format": "folder", "train": data["train"], "test_fraction": 0.2}, tmp_path / "p")
+    assert message == "only one training sample of ant: a test set cannot be held out; add samples, or give a test split"
+
+
+@pytest.mark.parametrize("tests", [{}, {"test": "test", "test_fraction": 0.2}])
+def test_a_test_set_is_given_or_held_out(tests: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError, match=r"expected either `test`, or `test_fraction: 0\.2`"):
+        task_of({"format": "folder", "train": "train", **tests})
+
+
+def test_a_server_that_does_not_answer_is_asked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from pipeline.data import urls
+
+    monkeypatch.setattr(urls, "PAUSES_SECONDS", ())
+    asked = []
+
+    def call(url: str, method: str) -> bytes:
+        asked.append(url)
+        raise ConnectionRefusedError(111, "Connection refused") if "dead" in url else FileNotFoundError(url)
+
+    monkeypatch.setattr(urls, "_call", call)
+    for name, times in (("dead", 1), ("gone", 4)):
+        asked.clear()
+        rows = "".join(f"http://{name}.test/{number}.png,{'ab'[number % 2]}\n" for number in range(2))
+        for split in ("train", "test"):
+            (tmp_path / f"{split}.csv").write_text("path,label\n" + rows.replace(".test/", f".test/{split}"))
+        message = refused({"format": "csv", "train": str(tmp_path / "train.csv"), "test": str(tmp_path / "test.csv")}, tmp_path / "p")
+        assert len(asked) == times
+    assert message.startswith("4 images cannot be used")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from pipeline.data.urls import Unreachable
 from pipeline.errors import DataError
 
 _SHOWN = 10
@@ -22,9 +23,11 @@ class Faults:
 
     @contextmanager
     def gathered(self) -> Iterator[None]:
-        """Note the DataError that the block raises, instead of raising it."""
+        """Note the DataError that the block raises, instead of raising it, unless it is no fault of the image."""
         try:
             yield
+        except Unreachable:
+            raise
         except DataError as error:
             self.add(str(error))
 

@@ -17,6 +17,7 @@ from uuid import uuid4
 import numpy as np
 
 from pipeline.data.drawn import drawn_source
+from pipeline.data.held_out import hold_out_test
 from pipeline.data.index import INDEX_NAME, DataIndex, ShardEntry, SplitName, read_index, write_index
 from pipeline.data.inspection import Inspection
 from pipeline.data.listed import json_source, lists_source
@@ -57,18 +58,19 @@ def prepare(task: Task, folder: Path) -> DataIndex:
 
 def _source(data: FolderData | CsvData | ListsData | JsonData | DigitsData | DrawnData) -> Source:
     match data:
-        case FolderData():
-            return folder_source(data)
-        case CsvData():
-            return csv_source(data)
-        case ListsData():
-            return lists_source(data)
-        case JsonData():
-            return json_source(data)
         case DigitsData():
             return digits_source(data)
         case DrawnData():
             return drawn_source(data)
+        case FolderData():
+            source = folder_source(data)
+        case CsvData():
+            source = csv_source(data)
+        case ListsData():
+            source = lists_source(data)
+        case JsonData():
+            source = json_source(data)
+    return source if data.test_fraction is None else hold_out_test(source, data.test_fraction)
 
 
 def _current(folder: Path, source_digest: str) -> DataIndex | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -51,13 +51,6 @@ class Source:
             for sample in samples:
                 digest.update(f"{split} {sample.name!r} {sample.stamp} {sample.label}\n".encode())
         return digest.hexdigest()
-
-
-def _split_paths(train: str, val: str | None, test: str) -> Iterator[tuple[SplitName, Path]]:
-    yield "train", Path(train)
-    if val is not None:
-        yield "val", Path(val)
-    yield "test", Path(test)
 
 
 def _file_sample(path: Path, label: int) -> SourceSample:
@@ -114,7 +107,8 @@ def _check_used_once(labelled: dict[SplitName, list[tuple[Path, str]]]) -> None:
 def folder_source(data: FolderData) -> Source:
     """One folder a class, in each split's folder; classes are the names of train's folders, sorted. Raises DataError."""
     faults = Faults()
-    labelled = {split: labelled_images(path, faults) for split, path in _split_paths(data.train, data.val, data.test)}
+    folders: dict[SplitName, str | None] = {"train": data.train, "val": data.val, "test": data.test}
+    labelled = {split: labelled_images(Path(folder), faults) for split, folder in folders.items() if folder is not None}
     faults.check()
     return _number_classes(labelled, "class folders")
 

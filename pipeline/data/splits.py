@@ -54,13 +54,18 @@ def _subset(name: str, split: Split, chosen: np.ndarray | slice = slice(None)) -
 
 def held_out_samples(labels: np.ndarray, fraction: float, seed: int, classes: list[str]) -> np.ndarray:
     """Which of the samples with `labels` (int [N]) to hold out, as bool [N]. Raises DataError where a class has a single sample."""
+    return choose_by_class(labels, held_out_quotas(labels, fraction, classes, "val"), np.random.default_rng([seed, 0]))
+
+
+def held_out_quotas(labels: np.ndarray, fraction: float, classes: list[str], split: SplitName) -> np.ndarray:
+    """How many samples of each class to hold out for `split`, int [C]. Raises DataError where a class has a single sample."""
     counts = np.bincount(labels, minlength=len(classes))
     single = [classes[number] for number in np.flatnonzero(counts == 1)]
     if single:
-        raise DataError(f"only one training sample of {listing(single)}: a validation set cannot be held out; add samples, or give a val split")
+        what = {"val": "validation"}.get(split, split)
+        raise DataError(f"only one training sample of {listing(single)}: a {what} set cannot be held out; add samples, or give a {split} split")
     quotas = class_quotas(counts, round(fraction * len(labels)))
-    quotas = np.clip(quotas, np.minimum(counts, 1), np.maximum(counts - 1, 0))
-    return choose_by_class(labels, quotas, np.random.default_rng([seed, 0]))
+    return np.clip(quotas, np.minimum(counts, 1), np.maximum(counts - 1, 0))
 
 
 def class_quotas(counts: np.ndarray, total: int) -> np.ndarray:

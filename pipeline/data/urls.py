@@ -37,6 +37,10 @@ _BRACES_MAX = 100_000
 _SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]+):")
 
 
+class Unreachable(DataError):
+    """A disk or a server does not answer: the next file would fare no better."""
+
+
 def is_url(path: str) -> bool:
     """Whether `path` has a URL scheme. Raises DataError for one that is not in PROTOCOLS, such as `pipe:`."""
     scheme = _SCHEME.match(path)
@@ -117,7 +121,8 @@ def _named_errors(url: str) -> Iterator[None]:
             if isinstance(error, TimeoutError)
             else getattr(error, "strerror", None) or shortened(str(error), 100) or type(error).__name__
         )
-        raise DataError(f"{name}: cannot be read ({reason}); check the path, the permissions and the connection") from None
+        kind = Unreachable if isinstance(error, OSError) else DataError
+        raise kind(f"{name}: cannot be read ({reason}); check the path, the permissions and the connection") from None
 
 
 def sha256_hex(content: bytes) -> str:
