@@ -176,5 +176,5 @@ def import_pack(source: str | Path, *, path: str | Path, backbone: str | Path | 
     content = pack_to_bytes(import_binary_adapter(data, description, loaded))
     with whole(Path(path)) as scratch:
         scratch.write_bytes(content)
-    remember(loaded.fingerprint, spec.weights)
+    remember(loaded.fingerprint, loaded.spec.weights)
     return len(content)

@@ -203,7 +203,7 @@ Data = Annotated[_AnyFormat, BeforeValidator(_as_shards)]
 class Input(Spec):
     """Preprocessing: images are resized to a square, scaled to [0, 1], normalised. mean/std default to the backbone's own."""
 
-    size_px: int = Field(64, ge=8, le=1024)
+    size_px: int | None = Field(None, ge=8, le=1024, description="default: the size that the backbone is built for")
     mean: Channels | None = None
     std: Deviations | None = None
     flip: bool = Field(True, description="whether a mirrored image keeps its label (false for digits); used by augmentation only")
@@ -213,7 +213,10 @@ class Input(Spec):
 
 
 class Backbone(Spec):
-    """A timm model by name. `weights`: `pretrained` (timm's own), `random` (seeded; for tests), or the path of a safetensors checkpoint."""
+    """A timm model by name, or one that timm saved (`local-dir:FOLDER`, `hf-hub:OWNER/NAME`).
+
+    `weights`: `pretrained` (its own), `random` (seeded; for tests), or the path of a safetensors checkpoint or of a folder with one.
+    """
 
     model: str
     arguments: dict[str, int | float | str | bool | list[int]] = Field(default_factory=dict)

@@ -148,7 +148,7 @@ class Stages:
         index = prepare(task, data_folder)
         with self.here:
             inputs = open_inputs(task, data_folder)
-            remember(inputs.backbone.fingerprint, task.backbone.weights)
+            remember(inputs.backbone.fingerprint, inputs.backbone.spec.weights)
             check_budget(task, SizePlanner(task, inputs.backbone, inputs.index.classes).size_bytes)
         remarks = remarks_on(index)
         ranks, asked = self.ranks(inputs), self.placement.ranks_per_trial

@@ -35,6 +35,7 @@ _SHARED_SECTIONS: dict[str, type[Spec]] = {
     "selection": Selection,
 }
 _DATA_PATHS = ("train", "val", "test", "root")
+_FOLDER_MODEL = "local-dir:"
 _NAMED_WEIGHTS = ("pretrained", "random")
 _ROOTED_FORMATS = ("lists", "json")  # whose splits are files inside `root`
 SpecType = TypeVar("SpecType", bound=Spec)
@@ -232,8 +233,13 @@ def read_mapping(path: Path) -> dict[str, Any]:
 
 def _resolve_paths(section: str, content: dict[str, Any], folder: Path) -> dict[str, Any]:
     """A section whose paths, if it has any, are absolute. Those of `data` are resolved apart."""
-    if section == "backbone" and content.get("weights") not in (None, *_NAMED_WEIGHTS):
-        return {**content, "weights": _resolved(content["weights"], folder)}
+    if section != "backbone":
+        return content
+    model, weights = content.get("model"), content.get("weights")
+    if isinstance(model, str) and model.startswith(_FOLDER_MODEL):
+        content = {**content, "model": _FOLDER_MODEL + _resolved(model.removeprefix(_FOLDER_MODEL), folder)}
+    if weights not in (None, *_NAMED_WEIGHTS) and not str(weights).startswith("hf-hub:"):
+        content = {**content, "weights": _resolved(weights, folder)}
     return content
 
 
@@ -275,6 +281,8 @@ def local_paths(task: Task) -> list[tuple[str, str]]:
     found = [(f"data.{key}", value) for key in _data_keys(data) for value in _as_list(data.get(key))]
     if task.backbone.weights not in _NAMED_WEIGHTS:
         found.append(("backbone.weights", task.backbone.weights))
+    if task.backbone.model.startswith(_FOLDER_MODEL):
+        found.append(("backbone.model", task.backbone.model.removeprefix(_FOLDER_MODEL)))
     return [(key, path) for key, path in found if not _is_url(path) and path.split("/")[0] != f"${DATA_ROOT}"]
 
 

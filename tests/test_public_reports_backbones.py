@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import http.server
+import json
 import pickle
 import re
-from collections.abc import Callable
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import timm
 import torch
+from huggingface_hub import constants
 from safetensors.torch import save_file
 
-from pipeline.backbones import load_backbone, share
+from pipeline.backbones import hub, load_backbone, share
 from pipeline.errors import BackboneError
 from pipeline.spec import Backbone, Input
 
@@ -161,3 +167,135 @@ def test_real_checkpoints_load(model: str, arguments: Arguments, file: str, size
     backbone = load_backbone(Backbone(model=model, arguments=arguments, weights=str(path)), Input(size_px=size_px))
     expected = as_timm_loads_it(model, arguments, path)
     assert all(torch.equal(tensor, expected[name]) for name, tensor in backbone.state.items())
+
+
+# --- folders and the hub --------------------------------------------------------------------------------------------------------------------
+
+
+def saved_by_timm(folder: Path) -> State:
+    """A folder as timm saves a model for the hub; `test_vit` at another depth and size than its own."""
+    state = random_state("test_vit", {"depth": 2, "img_size": 64})
+    folder.mkdir(parents=True)
+    save_file(state, folder / "model.safetensors")
+    cfg = {"input_size": [3, 64, 64], "fixed_input_size": True, "mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6], "classifier": "head"}
+    config = {"architecture": "test_vit", "num_classes": 1000, "model_args": {"depth": 2, "num_classes": 1000}, "pretrained_cfg": cfg}
+    (folder / "config.json").write_text(json.dumps(config))
+    return state
+
+
+@pytest.fixture
+def cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> State:
+    """The hub's cache holds `someone/model`; what its weights are."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    repository = tmp_path / "hub" / "models--someone--model"
+    state = saved_by_timm(repository / "snapshots" / "0123456789")
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0123456789")
+    return state
+
+
+def test_a_folder_that_timm_saved_is_a_backbone_by_its_registry_name(tmp_path: Path) -> None:
+    state = saved_by_timm(tmp_path / "model")
+    backbone = load_backbone(Backbone(model=f"local-dir:{tmp_path / 'model'}"), Input())
+    assert (backbone.size_px, backbone.mean, backbone.std) == (64, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    assert all(torch.equal(tensor, state[name]) for name, tensor in backbone.state.items())
+    assert (backbone.spec.model, backbone.spec.arguments) == ("test_vit", {"depth": 2, "img_size": 64})
+    assert load_backbone(backbone.spec, Input()).fingerprint == backbone.fingerprint, "a pack needs no more than this"
+
+
+def test_a_cached_hub_model_loads_offline(cached: State) -> None:
+    backbone = load_backbone(Backbone(model="hf-hub:someone/model"), Input())
+    assert backbone.spec.model == "test_vit"
+    assert all(torch.equal(tensor, cached[name]) for name, tensor in backbone.state.items())
+
+
+def test_weights_may_be_a_folder(tmp_path: Path) -> None:
+    state = saved_by_timm(tmp_path / "model")
+    backbone = load_backbone(Backbone(model="test_vit", arguments={"depth": 2, "img_size": 64}, weights=str(tmp_path / "model")), Input())
+    assert all(torch.equal(tensor, state[name]) for name, tensor in backbone.state.items())
+
+
+@pytest.mark.parametrize(
+    ("model", "weights", "message"),
+    [
+        ("timm/vit_tiny_patch16_224.augreg_in21k", "pretrained", "expected 'vit_tiny_patch16_224.augreg_in21k', which is timm's own name of it"),
+        ("someone/model", "random", r"hf-hub:OWNER/NAME.*local-dir:FOLDER"),
+        ("test_vit", "https://example.com/weights.safetensors", "download the file and give its path"),
+        ("test_vit", "hf-hub:someone/model", "model: hf-hub:OWNER/NAME"),
+        ("test_vit", "{folder}", r"no safetensors file; expected model\.safetensors"),
+        ("local-dir:{folder}", "pretrained", r"no config\.json; expected a folder that timm saved"),
+    ],
+)
+def test_other_sources_are_refused_with_the_way_out(model: str, weights: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "pytorch_model.bin").touch()
+    with pytest.raises(BackboneError, match=message):
+        load_backbone(Backbone(model=model.format(folder=tmp_path), weights=weights.format(folder=tmp_path)), Input())
+
+
+@pytest.mark.parametrize("arguments", [{"checkpoint_path": "x.pth"}, {"depth": {"a": 1}}, {"no_such": 1}])
+def test_what_a_saved_config_asks_for_beyond_an_architecture_is_refused(arguments: dict[str, object], tmp_path: Path) -> None:
+    saved_by_timm(tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(json.dumps({**config, "model_args": arguments}))
+    with pytest.raises(BackboneError, match=next(iter(arguments))):
+        load_backbone(Backbone(model=f"local-dir:{tmp_path / 'model'}"), Input())
+
+
+# --- without a network ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+
+
+@pytest.fixture
+def mute_server() -> Iterator[str]:
+    """A server that accepts connections and never answers."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+
+
+def refusal_of(model: str) -> str:
+    with pytest.raises(BackboneError) as refusal:
+        load_backbone(Backbone(model=model), Input())
+    return str(refusal.value)
+
+
+MODELS = ["vit_tiny_patch16_224", "gcvit_base.in1k", "hf-hub:someone/absent"]
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_without_a_network_pretrained_weights_are_refused_at_once(
+    model: str, empty_cache: None, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
+    started = time.monotonic()
+    assert re.search(r"cannot be reached \(Connection refused\).*`weights`.*--backbone FILE", refusal_of(model))
+    assert time.monotonic() - started < 4
+    assert capfd.readouterr().err == ""
+
+
+def test_a_network_that_does_not_answer_is_given_up(empty_cache: None, mute_server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "ENDPOINT", mute_server)
+    monkeypatch.setattr(hub, "ANSWER_SECONDS", 0.3)
+    started = time.monotonic()
+    assert "cannot be reached" in refusal_of("vit_tiny_patch16_224")
+    assert time.monotonic() - started < 3
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_a_hub_that_is_switched_off_is_not_asked(model: str, empty_cache: None, mute_server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "ENDPOINT", mute_server)
+    started = time.monotonic()
+    assert "HF_HUB_OFFLINE is set" in refusal_of(model)
+    assert time.monotonic() - started < 2
+
+
+def test_any_answer_is_a_network() -> None:
+    with http.server.HTTPServer(("127.0.0.1", 0), http.server.BaseHTTPRequestHandler) as server:
+        threading.Thread(target=server.handle_request, daemon=True).start()
+        assert hub._no_answer(f"http://127.0.0.1:{server.server_port}/absent") is None

@@ -31,6 +31,8 @@ from torch.overrides import TorchFunctionMode
 
 from pipeline.backbones.checkpoint import read_checkpoint, weights_held_back
 from pipeline.backbones.fingerprint import fingerprint_and_trail
+from pipeline.backbones.hub import check_pretrained
+from pipeline.backbones.sources import resolve_source
 from pipeline.errors import BackboneError, StorageError
 from pipeline.spec import Backbone, Input
 
@@ -51,6 +53,7 @@ _NOT_ARCHITECTURE = {
 class LoadedBackbone:
     """A frozen network that maps images [B, 3, S, S] to features [B, `width`]; `state` are its tensors at its native resolution.
 
+    `spec` has the model's name in timm's registry, whatever it was loaded from.
     `trail` has two hex digits for each of them, in order of name (see `fingerprint_and_trail`).
     """
 
@@ -58,6 +61,7 @@ class LoadedBackbone:
     state: Mapping[str, torch.Tensor]
     fingerprint: str
     trail: str
+    spec: Backbone
     width: int
     size_px: int
     mean: tuple[float, float, float]
@@ -72,7 +76,7 @@ class LoadedBackbone:
 
 
 def load_backbone(spec: Backbone, task_input: Input) -> LoadedBackbone:
-    """Load `spec` for square inputs of `task_input.size_px`; one copy is kept for each configuration and process.
+    """Load `spec` for square inputs of `task_input.size_px`, by default the model's own size; one copy is kept for each configuration and process.
 
     Raises:
         BackboneError: unknown model or arguments, missing or misfitting checkpoint, or a size the model cannot take.
@@ -108,29 +112,42 @@ class _Uninitialised(TorchFunctionMode):
 
 @functools.lru_cache(maxsize=4)
 def _load_cached(spec_json: str, input_json: str) -> LoadedBackbone:
-    spec, task_input = Backbone.model_validate_json(spec_json), Input.model_validate_json(input_json)
+    spec, task_input = resolve_source(Backbone.model_validate_json(spec_json)), Input.model_validate_json(input_json)
     model = _build(spec)
     state = model.state_dict()
     digest, trail = fingerprint_and_trail(state)
-    _set_input_size(model.eval(), spec.model, task_input.size_px)
-    model.requires_grad_(False)
     config: Any = model.pretrained_cfg
+    size_px = task_input.size_px or _own_size(spec, config)
+    _set_input_size(model.eval(), spec.model, size_px)
+    model.requires_grad_(False)
     width: Any = model.head_hidden_size
     return LoadedBackbone(
         model=model,
         state=state,
         fingerprint=digest,
         trail=trail,
+        spec=spec,
         width=int(width),
-        size_px=task_input.size_px,
+        size_px=size_px,
         mean=tuple(task_input.mean or spec.mean or config["mean"]),
         std=tuple(task_input.std or spec.std or config["std"]),
     )
 
 
+def _own_size(spec: Backbone, config: Mapping[str, Any]) -> int:
+    """The size that the model is built for."""
+    size = spec.arguments.get("img_size", list(config["input_size"][1:]))
+    height, width = size if isinstance(size, list) else (size, size)
+    if height != width:
+        raise BackboneError(f"backbone.arguments: {spec.model} is built for {height} x {width} px; images are squares: give input.size_px")
+    return int(height)
+
+
 def _build(spec: Backbone) -> nn.Module:
     with _one_at_a_time:
         if spec.weights in ("pretrained", "random"):
+            if spec.weights == "pretrained":
+                check_pretrained(spec.model)
             model = _create(spec)
             _refuse_tied(model, spec.model)
             return model

@@ -24,11 +24,12 @@ class Inputs:
 
     def reader(self, split: str) -> Reader:
         """A reader of one split's samples."""
-        return Reader(self.data_folder, self.splits[split], self.task.input.size_px, CACHE_BYTES)
+        return Reader(self.data_folder, self.splits[split], self.backbone.size_px, CACHE_BYTES)
 
 
 def open_inputs(task: Task, data_folder: Path) -> Inputs:
     """Open a prepared task. Backbone and decoded images are kept by the process, so a second call is cheap."""
     index = read_index(data_folder)
     splits = split_samples(index, task.val_fraction, task.seed)
-    return Inputs(task, index, load_backbone(task.backbone, task.input), splits, data_folder)
+    backbone = load_backbone(task.backbone, task.input)
+    return Inputs(task.model_copy(update={"backbone": backbone.spec}), index, backbone, splits, data_folder)
