@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -178,3 +179,16 @@ def test_the_moving_average_is_that_of_its_formula(decay: float) -> None:
     torch.testing.assert_close(parameter.detach(), expected)
     average.swap()
     assert parameter.tolist() == pytest.approx([39, 39**0.5, 1])
+
+
+# --- the table ----------------------------------------------------------------------------------------------------------------------------------
+
+
+def test_every_row_of_the_table_names_a_test_that_exists() -> None:
+    text = (Path(__file__).resolve().parents[1] / "docs" / "fidelity.md").read_text(encoding="utf-8")
+    rows = [line for line in text.splitlines() if re.search(r"\| (same|choice|open) \|", line)]
+    named = [re.fullmatch(r".*\| `([a-z_]+\.py)::(test_[a-z0-9_]+)` \|", line) for line in rows]
+    assert len(rows) > 25
+    for line, match in zip(rows, named, strict=True):
+        assert match is not None, line
+        assert re.search(rf"^def {match[2]}\(", Path(__file__).with_name(match[1]).read_text(encoding="utf-8"), re.MULTILINE), line
