@@ -368,12 +368,21 @@ def test_a_split_that_is_no_folder_is_named(kind: str, tmp_path: Path) -> None:
     assert f"else.zip: {words}" in refused({**data, "train": str(path)}, tmp_path / "p")
 
 
-def test_what_is_not_an_ordinary_file_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["folder", "csv"])
+def test_what_is_not_an_ordinary_file_is_refused_rather_than_waited_for(kind: str, tmp_path: Path) -> None:
     import os
 
     data = write_folders(tmp_path)
     os.mkfifo(tmp_path / "train" / "cat" / "pipe.png")
-    assert "pipe.png: not an ordinary file" in refused(data, tmp_path / "p")
+    assert "pipe.png: not an ordinary file" in refused(as_format(kind, data, tmp_path), tmp_path / "p")
+
+
+def test_a_folder_in_a_list_of_images_is_named(tmp_path: Path) -> None:
+    data = as_format("csv", write_folders(tmp_path), tmp_path)
+    with (tmp_path / "train.csv").open("a") as stream:
+        stream.write(f"{tmp_path / 'train' / 'cat'},cat\n")
+    assert "line 18: " in (message := refused(data, tmp_path / "p"))
+    assert "train/cat: not an ordinary file; expected an image" in message
 
 
 # --- all bad images in one report -----------------------------------------------------------------------------------------------------------
@@ -527,6 +536,20 @@ def test_prepare_prints_what_there_is_to_say(tmp_path: Path) -> None:
     answer = taskpack("prepare", str(tmp_path / "t.yaml"), "--out", str(tmp_path / "p"))
     assert answer.code == 0
     assert "note: 1 image is in both train and test" in answer.words
+    assert "2 classes (cat, dog)" in answer.words
+
+
+def test_a_run_on_a_terminal_keeps_the_remarks_on_the_screen() -> None:
+    from rich.console import Console
+
+    from pipeline.reports.progress import BatchProgress
+
+    screen = io.StringIO()
+    remark = "7 images are in both train and test; the first is " + "x" * 100
+    with BatchProgress(Console(file=screen, force_terminal=True, width=80), ["t"]) as progress:
+        progress.update("t", "prepare", 1.0, remark)
+        progress.update("t", "search", 0.5, "trial 1")
+    assert remark in screen.getvalue()
 
 
 # --- a test set held out of train -----------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -74,4 +75,6 @@ def _sample(entry: Entry) -> SourceSample:
         raise DataError(f"{where}: {shortened_path(place)}: cannot be read ({error.strerror}); {advice}") from None
     except ValueError:  # NUL, or half a surrogate pair out of JSON
         raise DataError(f"{where}: {shortened_path(place)} holds what no path can; expected the path of an image") from None
+    if not stat.S_ISREG(status.st_mode):
+        raise DataError(f"{where}: {shortened_path(place)}: not an ordinary file; expected an image")
     return SourceSample(place, stamp_of(status), label, partial(read_file, Path(place)))

@@ -122,11 +122,10 @@ def _inferred_classes(entries: dict[SplitName, list[ShardEntry]]) -> list[str]:
 
 def _order_remarks(shards: list[ShardEntry]) -> list[str]:
     """A sentence where shards hold far fewer classes than if their samples were mixed: batches are drawn from one shard at a time."""
-    largest = max(max(shard.labels) for shard in shards)
-    counts = np.stack([np.bincount(shard.labels, minlength=largest + 1) for shard in shards])
-    shares = counts.sum(axis=0) / counts.sum()
+    counts = np.bincount(np.concatenate([shard.labels for shard in shards]))
+    shares = counts / counts.sum()
     mixed = np.mean([np.sum(1 - (1 - shares) ** shard.samples) for shard in shards])
-    held = np.mean(np.count_nonzero(counts, axis=1))
+    held = np.mean([len(set(shard.labels)) for shard in shards])
     if held - 1 >= (mixed - 1) / 2:
         return []
     return [
