@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from pipeline.data.entries import Entry, listed_samples, located
 from pipeline.data.index import SplitName
 from pipeline.data.labels import JsonObject, class_number, read_json
-from pipeline.data.names import class_names
+from pipeline.data.names import class_names, numbered
 from pipeline.data.quoting import quoted
 from pipeline.data.sources import Source
 from pipeline.data.text import lines_of, read_text
@@ -49,13 +49,13 @@ def json_source(data: JsonData) -> Source:
     """
     names = _names(data)
     pairs = {split: _json_pairs(file) for split, file in _split_files(data)}
-    declared = None if isinstance(data.classes, int) else names
-    if declared is not None:
-        _check_one_kind([pair for each in pairs.values() for pair in each])
+    declared = None if isinstance(data.classes, int) else numbered(names)
     listed = {
         split: [Entry(pair.where, _image(pair.path, data), class_number(pair.label, declared, pair.where)) for pair in each]
         for split, each in pairs.items()
     }
+    if declared is not None:
+        _check_one_kind([pair for each in pairs.values() for pair in each])
     labels = sorted({entry.label for entries in listed.values() for entry in entries})
     if labels[-1] >= len(names):
         _check_count(listed, labels, len(names))

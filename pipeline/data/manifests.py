@@ -64,6 +64,8 @@ def _rows(manifest: str, data: CsvData) -> list[_Row]:
 def _separator(text: str, manifest: str, columns: tuple[str, str]) -> str:
     """The one that gives the first line both columns. Raises DataError where none does."""
     first = next((line for line in lines_of(text) if line.strip()), "")[:_HEADER_MAX]
+    if not first:
+        raise DataError(f"{manifest}: the file is empty; expected the columns {' and '.join(columns)}")
     headers = {separator: _fields(next(csv.reader([first], delimiter=separator, skipinitialspace=True), [])) for separator in _SEPARATORS}
     for separator, header in headers.items():
         if _has(header, columns):
@@ -93,7 +95,7 @@ def _records(text: str, separator: str, manifest: str) -> Iterator[_Record]:
             where = f"{manifest}: line {reader.line_num + 1}"
     except csv.Error as error:
         fault = "a quote is opened and never closed" if "unexpected end" in str(error) else shortened(str(error), 100)
-        raise DataError(f'{where}: {fault}; expected fields without quotes, or in whole pairs of "') from None
+        raise DataError(f'{where}: {fault}; expected fields without quotes, or between two "') from None
 
 
 def _row(record: _Record, header: list[str], columns: tuple[str, str], root: str) -> _Row:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Iterable
 
 from pipeline.data.quoting import quoted, shortened
@@ -20,21 +21,27 @@ def class_names(classes: tuple[str, ...] | str) -> list[str]:
     lines = lines_of(read_text(classes, "one class name a line")) if isinstance(classes, str) else classes
     names = [line.strip() for line in lines if line.strip()]
     check_names(names, where)
+    name, times = Counter(names).most_common(1)[0] if names else ("", 0)
+    if times > 1:
+        raise DataError(f"{where}: the class {quoted(name)} is named {times} times; expected different names")
     return names
+
+
+def numbered(names: Iterable[str]) -> dict[str, int]:
+    """Each class's number by its name."""
+    return {name: number for number, name in enumerate(names)}
 
 
 def check_names(names: Iterable[str], where: str) -> None:
     """Raise DataError where a name cannot be used, or two differ only by white space, case, Unicode form or how a number is written."""
     first: dict[str, str] = {}
-    for name in names:
+    for name in sorted(names):
         if len(name) > _NAME_MAX or not _is_text(name):
             raise DataError(f"{where}: the class name {quoted(name)} cannot be used; expected at most {_NAME_MAX} characters of one line of text")
         other = first.setdefault(_folded(name), name)
         if other != name:
             alike = f"{other!a} and {name!a}" if _looks(other) == _looks(name) else f"{other!r} and {name!r}"
-            raise DataError(
-                f"{where}: the class names {shortened(alike, 160)} differ only by how they are written; write them the same way, or rename one"
-            )
+            raise DataError(f"{where}: the class names {shortened(alike, 160)} are one name written in two ways; write it in one way, or rename one")
 
 
 def _is_text(name: str) -> bool:

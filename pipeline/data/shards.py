@@ -24,6 +24,7 @@ from webdataset.writer import TarWriter
 from pipeline.data.formats import IMAGE_EXTENSIONS, explain, extension_of, kind_of
 from pipeline.data.index import ShardEntry
 from pipeline.data.labels import member_label
+from pipeline.data.names import numbered
 from pipeline.data.quoting import listing, shortened
 from pipeline.data.unpack import unpacked
 from pipeline.data.urls import fetch, sha256_hex
@@ -52,6 +53,7 @@ def samples_in(content: bytes, url: str, names: Sequence[str] | None = None, lab
     names: of the classes, where they are declared. label_field: the field of `key.json` that holds the label; by default
     the label is `key.cls`, or without one the field `label`. Raises DataError.
     """
+    numbers = numbered(names) if names is not None else None
     for key, members, image_extension in _samples(content, url):
         sample = f"{url}: {shortened(key)}"
         label_extension = LABEL_EXTENSION if LABEL_EXTENSION in members and label_field is None else "json"
@@ -59,7 +61,7 @@ def samples_in(content: bytes, url: str, names: Sequence[str] | None = None, lab
         if label_extension not in members:
             raise DataError(f"{sample}: no member .json; expected one with the field {label_field!r}, or leave out `label_field`")
         field = (label_field or "label") if label_extension == "json" else None
-        yield key, members[image_extension], member_label(members[label_extension], field, names, f"{sample}.{label_extension}")
+        yield key, members[image_extension], member_label(members[label_extension], field, numbers, f"{sample}.{label_extension}")
 
 
 def images_in(content: bytes, url: str) -> Iterator[tuple[str, bytes]]:
@@ -90,7 +92,8 @@ def _groups(content: bytes, url: str) -> Iterator[dict[str, bytes]]:
     try:
         yield from group_by_keys(members)
     except ValueError as error:  # two extensions that differ in case alone
-        raise DataError(f"{url}: {shortened(str(error.args[0]), 120)}; give each sample its own key") from None
+        name = shortened(str(error.args[0]).partition(": duplicate")[0])
+        raise DataError(f"{url}: {name}: a duplicate name but for upper and lower case; give each sample its own key") from None
 
 
 def _members(content: bytes, url: str) -> list[tuple[str, int, int]]:
@@ -145,12 +148,10 @@ def _image_extension(members: dict[str, bytes], sample: str) -> str | None:
         raise DataError(f"{sample}: more than one image ({listing(extensions)}); keep one for each key")
     if images:
         raise DataError(
-            f"{sample}.{images[0]}: an image without a label; expected a member with the same key and the extension {LABEL_EXTENSION} or json"
+            f"{sample}.{images[0]}: an image without a label; expected a member with the same key and the extension cls or json next to it"
         )
     # The key ends at the name's first dot, so `a.v2.jpg` is not the image of `a`.
-    raise DataError(
-        f"{sample}: no image, only {listing(extensions)}; expected one of {', '.join(IMAGE_EXTENSIONS)} right after the key, which may have no dot"
-    )
+    raise DataError(f"{sample}: no image, only {listing(extensions)}; expected an extension such as jpg right after the key, which may have no dot")
 
 
 def _check_alone(members: dict[str, bytes], image_extension: str, label: str, sample: str) -> None:

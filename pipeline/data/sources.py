@@ -20,7 +20,7 @@ from PIL import Image
 from pipeline.data.faults import Faults
 from pipeline.data.folders import labelled_images
 from pipeline.data.index import SplitName
-from pipeline.data.names import check_names
+from pipeline.data.names import check_names, numbered
 from pipeline.data.quoting import listing
 from pipeline.data.splits import choose_by_class, class_quotas
 from pipeline.errors import DataError
@@ -76,7 +76,7 @@ def read_file(path: Path) -> bytes:
 
 def number_names(names: Mapping[SplitName, Sequence[str]], what: str) -> dict[str, int]:
     """Number the names of classes that occur in train, in sorted order. Raises DataError where another split has one that train lacks."""
-    number = {name: label for label, name in enumerate(sorted(set(names["train"])))}
+    number = numbered(sorted(set(names["train"])))
     check_names(sorted({name for each in names.values() for name in each}), what)
     for split, each in names.items():
         unknown = sorted(set(each) - number.keys())
