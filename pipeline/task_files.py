@@ -338,7 +338,8 @@ def _written_keys(location: tuple[Any, ...], content: Any) -> Iterator[str]:
         )
         if inside:
             content = content[part]
-        if inside or (part == location[-1] and isinstance(content, dict)):
+        is_missing = part == location[-1] and isinstance(content, dict) and part != content.get("format")
+        if inside or is_missing:
             yield str(part)
 
 

@@ -608,6 +608,16 @@ def test_a_test_set_is_given_or_held_out(tests: dict[str, Any]) -> None:
         task_of({"format": "folder", "train": "train", **tests})
 
 
+def test_a_task_file_without_a_test_set_is_told_what_to_write(tmp_path: Path) -> None:
+    from helpers_cli import taskpack
+
+    (tmp_path / "t.yaml").write_text("{name: t, data: {format: folder, train: train}, backbone: {model: vit_tiny_patch16_224}}")
+    answer = taskpack("prepare", tmp_path / "t.yaml")
+    assert answer.code == 2
+    assert "t.yaml: data: given" in answer.words
+    assert "expected either `test`, or `test_fraction: 0.2` to hold a fifth of train out as the test set" in answer.words
+
+
 def test_a_server_that_does_not_answer_is_asked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from pipeline.data import urls
 
