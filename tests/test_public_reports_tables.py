@@ -172,10 +172,37 @@ def test_images_and_tables_behind_urls_are_fetched_once(images: Path) -> None:
     assert prepare(task, images / "p") == index
 
 
+def test_a_host_that_does_not_answer_is_not_asked_for_every_image(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def fail(_: object, path: str) -> bytes:
+        asked.append(path)
+        raise FileNotFoundError(path) if "gone" in path else OSError("no route to host")
+
+    monkeypatch.setattr("pipeline.data.urls.PAUSES_SECONDS", ())
+    monkeypatch.setattr(type(fsspec.filesystem("memory")), "cat_file", fail)
+    rows = "".join(f"memory://{place}/{number}.png,cat\n" for place in ("host", "other/gone") for number in range(3))
+    messages = [message_of(sample.load) for sample in read_csv(images, f"path,label\n{rows}0.png,dog\n").splits["train"][:6]]
+    assert asked == ["/host/0.png", *[f"/other/gone/{number}.png" for number in range(3)]]
+    assert messages[0] == "memory://host/0.png: cannot be read (no route to host); check the path, the permissions and the connection"
+    assert messages[1] == "memory://host/1.png: not asked for, because host did not answer before"
+
+
+@pytest.mark.parametrize("folder", ["", "images"])
+def test_lists_may_lie_behind_a_url(folder: str) -> None:
+    filesystem = fsspec.filesystem("memory")
+    for number in range(2):
+        filesystem.pipe_file(os.path.normpath(f"/lists/{folder}/{number}.png"), image_of(number))
+        filesystem.pipe_file(f"/lists/{('train', 'test')[number]}.txt", f"./{number}.png {number}\n".encode())
+    data = ListsData(format="lists", root="memory://lists", images=folder, train="train.txt", val=None, test="test.txt", classes=2)
+    assert [sample.load() for samples in lists_source(data).splits.values() for sample in samples] == [image_of(0), image_of(1)]
+
+
 def test_secrets_in_urls_are_not_shown(images: Path) -> None:
     source = read_csv(images, "path,label\nmemory://none/0.png?sig=s3cret,cat\n1.png,dog\n")
     message = message_of(source.splits["train"][0].load, "memory://none/0.png?***")
     assert "s3cret" not in message + source.splits["train"][0].name
+    assert read_csv(images, "path,label\nmemory://none/0.png?sig=other,cat\n1.png,dog\n").digest("") != source.digest("")
 
 
 # --- names of classes -----------------------------------------------------------------------------------------------------------------------
@@ -416,6 +443,12 @@ def test_labels_of_shards_are_numbers_names_or_a_field_of_json(members: dict[str
 def test_what_is_wrong_in_a_shard_is_named_in_one_short_line(members: dict[str, bytes], words: str) -> None:
     image = {} if any(name.endswith("png") for name in members) else {"a.jpg": b"x"}
     assert words in message_of(lambda: labels_in({**image, **members}, ["cat", "dog"]), "s.tar: ")
+
+
+def test_numbers_beside_names_are_refused() -> None:
+    """Numbers that count from 1 would pass for the classes before them."""
+    members = {"a.jpg": b"x", "a.cls": b"cat", "b.jpg": b"x", "b.cls": b"1"}
+    assert "b.cls: the label is '1', but 'cat' at s.tar: a.cls; expected either" in message_of(lambda: labels_in(members, ["cat", "dog"]))
 
 
 def test_a_label_field_needs_its_json() -> None:

@@ -13,7 +13,7 @@ from pipeline.data.faults import Faults
 from pipeline.data.index import SplitName
 from pipeline.data.quoting import shortened_path
 from pipeline.data.sources import SourceSample, read_file, stamp_of
-from pipeline.data.urls import fetch, is_url
+from pipeline.data.urls import fetch, is_url, sha256_hex
 from pipeline.errors import DataError
 from pipeline.redaction import without_secrets
 
@@ -31,7 +31,7 @@ def listed_samples(listed: Mapping[SplitName, Sequence[Entry]], repeats: bool = 
 
     Raises DataError where an image is missing, or is given twice, unless in one split, with one label, and `repeats` allows.
     """
-    faults = Faults()
+    faults, hosts = Faults(), _Hosts()
     first_use: dict[str, tuple[SplitName, Entry]] = {}
     samples: dict[SplitName, list[SourceSample]] = {split: [] for split in listed}
     for split, entries in listed.items():
@@ -39,7 +39,7 @@ def listed_samples(listed: Mapping[SplitName, Sequence[Entry]], repeats: bool = 
             use, first = first_use.setdefault(entry.place, (split, entry))
             if first is entry:
                 with faults.gathered():
-                    samples[split].append(_sample(entry))
+                    samples[split].append(_sample(entry, hosts))
             elif not (repeats and use == split and first.label == entry.label):
                 raise DataError(f"{entry.where}: {shortened_path(entry.place)}: given before, at {first.where}; give each image once")
     faults.check()
@@ -48,6 +48,8 @@ def listed_samples(listed: Mapping[SplitName, Sequence[Entry]], repeats: bool = 
 
 def located(path: str, root: str) -> str:
     """Where a listed image lies: `path` itself if it is a URL, absolute or begins with `~/`, otherwise below `root`."""
+    if not path:
+        return root
     if "://" in path:
         return path
     if "://" in root:
@@ -55,19 +57,42 @@ def located(path: str, root: str) -> str:
     return os.path.normpath(os.path.join(root, os.path.expanduser(path) if path.startswith("~/") else path))
 
 
-def _check_protocol(url: str, where: str) -> None:
+class _Hosts:
+    """Fetches images. A host that did not answer is not asked again: a long table would wait for it thousands of times."""
+
+    def __init__(self) -> None:
+        self._silent: set[str] = set()
+
+    def fetch(self, url: str) -> bytes:
+        """The image at `url`. Raises DataError."""
+        host = url.split("/")[2]
+        if host in self._silent:
+            raise DataError(
+                f"{shortened_path(without_secrets(url))}: not asked for, because {shortened_path(without_secrets(host))} did not answer before"
+            )
+        try:
+            return fetch(url)
+        except DataError as error:
+            answered = isinstance(error.__context__, FileNotFoundError | PermissionError) or hasattr(error.__context__, "status")
+            self._silent |= set() if answered else {host}
+            raise
+
+
+def _url_sample(entry: Entry, hosts: _Hosts) -> SourceSample:
+    """An image behind a URL, which is fetched when the dataset is prepared and never asked for again: its stamp is the URL's."""
+    where, url, label = entry
     try:
         is_url(url)
     except DataError as error:
         raise DataError(f"{where}: {error}") from None
+    name = f"{where}: {shortened_path(without_secrets(url))}"
+    return SourceSample(name, sha256_hex(url.encode("utf-8", "backslashreplace")), label, partial(hosts.fetch, url))
 
 
-def _sample(entry: Entry) -> SourceSample:
-    """An image behind a URL has no stamp: it is fetched once, when the dataset is prepared, and never asked for again."""
+def _sample(entry: Entry, hosts: _Hosts) -> SourceSample:
     where, place, label = entry
     if "://" in place:
-        _check_protocol(place, where)
-        return SourceSample(without_secrets(place), "", label, partial(fetch, place))
+        return _url_sample(entry, hosts)
     try:
         status = os.stat(place)
     except OSError as error:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from pipeline.data.names import numbered
 from pipeline.data.quoting import listing, quoted, shortened
 from pipeline.errors import DataError
 
@@ -39,16 +40,38 @@ def class_number(label: Any, numbers: Mapping[str, int] | None, where: str) -> i
     raise DataError(f"{where}: the label is {quoted(label)}; expected {expected}")
 
 
-def member_label(content: bytes, field: str | None, numbers: Mapping[str, int] | None, where: str) -> int:
-    """The class that a shard's `key.cls` names, or, with `field`, that field of `key.json`. Raises DataError."""
-    try:
-        text = content.decode("utf-8-sig").strip()
-    except UnicodeDecodeError:
-        raise DataError(f"{where}: not UTF-8 text; expected a label") from None
-    label = class_number(text if field is None else _field(text, field, where), numbers, where)
-    if numbers is not None and label >= len(numbers):
-        raise DataError(f"{where}: label {label} is outside the {len(numbers)} classes; expected 0 to {len(numbers) - 1}")
-    return label
+def is_name(label: Any) -> bool:
+    """Whether a label can only be a name."""
+    return isinstance(label, str) and not label.isdigit()
+
+
+class MemberLabels:
+    """Reads the labels of a shard's samples: all of them numbers, or all of them names of `names`."""
+
+    def __init__(self, names: Sequence[str] | None) -> None:
+        self._numbers = None if names is None else numbered(names)
+        self._first: tuple[Any, str] | None = None
+
+    def read(self, content: bytes, field: str | None, where: str) -> int:
+        """The class that `key.cls` means, or, with `field`, that field of `key.json`. Raises DataError naming `where`."""
+        try:
+            text = content.decode("utf-8-sig").strip()
+        except UnicodeDecodeError:
+            raise DataError(f"{where}: not UTF-8 text; expected a label") from None
+        label = text if field is None else _field(text, field, where)
+        number = class_number(label, self._numbers, where)
+        classes = number + 1 if self._numbers is None else len(self._numbers)
+        if number >= classes:
+            raise DataError(f"{where}: label {number} is outside the {classes} classes; expected 0 to {classes - 1}")
+        self._first = self._first or (label, where)
+        check_one_kind(label, where, *self._first)
+        return number
+
+
+def check_one_kind(label: Any, where: str, first: Any, first_where: str) -> None:
+    """Raise DataError where one label is a number and another a name: numbers that count from 1 would pass for others."""
+    if is_name(label) != is_name(first):
+        raise DataError(f"{where}: the label is {quoted(label)}, but {quoted(first)} at {first_where}; expected either numbers or names")
 
 
 def _field(text: str, field: str, where: str) -> Any:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from pipeline.data.entries import Entry, listed_samples, located
 from pipeline.data.index import SplitName
-from pipeline.data.labels import JsonObject, class_number, read_json
+from pipeline.data.labels import JsonObject, check_one_kind, class_number, read_json
 from pipeline.data.names import class_names, numbered
 from pipeline.data.quoting import quoted
 from pipeline.data.sources import Source
@@ -54,8 +54,9 @@ def json_source(data: JsonData) -> Source:
         split: [Entry(pair.where, _image(pair.path, data), class_number(pair.label, declared, pair.where)) for pair in each]
         for split, each in pairs.items()
     }
-    if declared is not None:
-        _check_one_kind([pair for each in pairs.values() for pair in each])
+    first = pairs["train"][0]
+    for pair in [pair for each in pairs.values() for pair in each]:
+        check_one_kind(pair.label, pair.where, first.label, first.where)
     labels = sorted({entry.label for entries in listed.values() for entry in entries})
     if labels[-1] >= len(names):
         _check_count(listed, labels, len(names))
@@ -63,18 +64,6 @@ def json_source(data: JsonData) -> Source:
         number = {label: index for index, label in enumerate(labels)}
         listed = {split: [entry._replace(label=number[entry.label]) for entry in entries] for split, entries in listed.items()}
     return Source(names, listed_samples(listed))
-
-
-def _check_one_kind(pairs: list[_Pair]) -> None:
-    """Raise DataError where some labels are numbers and others are text: numbers that count from 1 would pass for others."""
-    for pair in pairs:
-        if _is_name(pair.label) != _is_name(pairs[0].label):
-            first = f"{quoted(pairs[0].label)} at {pairs[0].where}"
-            raise DataError(f"{pair.where}: the label is {quoted(pair.label)}, but {first}; expected either numbers or names")
-
-
-def _is_name(label: Any) -> bool:
-    return isinstance(label, str) and not label.isdigit()
 
 
 def _check_count(listed: dict[SplitName, list[Entry]], labels: list[int], classes: int) -> None:

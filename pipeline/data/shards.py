@@ -23,8 +23,7 @@ from webdataset.writer import TarWriter
 
 from pipeline.data.formats import IMAGE_EXTENSIONS, explain, extension_of, kind_of
 from pipeline.data.index import ShardEntry
-from pipeline.data.labels import member_label
-from pipeline.data.names import numbered
+from pipeline.data.labels import MemberLabels
 from pipeline.data.quoting import listing, shortened
 from pipeline.data.unpack import unpacked
 from pipeline.data.urls import fetch, sha256_hex
@@ -53,7 +52,7 @@ def samples_in(content: bytes, url: str, names: Sequence[str] | None = None, lab
     names: of the classes, where they are declared. label_field: the field of `key.json` that holds the label; by default
     the label is `key.cls`, or without one the field `label`. Raises DataError.
     """
-    numbers = numbered(names) if names is not None else None
+    labels = MemberLabels(names)
     for key, members, image_extension in _samples(content, url):
         sample = f"{url}: {shortened(key)}"
         label_extension = LABEL_EXTENSION if LABEL_EXTENSION in members and label_field is None else "json"
@@ -61,7 +60,7 @@ def samples_in(content: bytes, url: str, names: Sequence[str] | None = None, lab
         if label_extension not in members:
             raise DataError(f"{sample}: no member .json; expected one with the field {label_field!r}, or leave out `label_field`")
         field = (label_field or "label") if label_extension == "json" else None
-        yield key, members[image_extension], member_label(members[label_extension], field, numbers, f"{sample}.{label_extension}")
+        yield key, members[image_extension], labels.read(members[label_extension], field, f"{sample}.{label_extension}")
 
 
 def images_in(content: bytes, url: str) -> Iterator[tuple[str, bytes]]:
