@@ -6,6 +6,7 @@ import contextlib
 import json
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,19 +14,29 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.text import Text
+from typer.core import TyperGroup
 
 from pipeline import api, jobs
 from pipeline.errors import TaskpackError
 from pipeline.registrar import PATIENCE_SECONDS
+from pipeline.signals import Terminated, exit_code, interruptible
+
+
+class _Commands(TyperGroup):
+    def invoke(self, ctx: Any) -> Any:
+        """An interrupted command ends with one line, whichever command it is."""
+        with _interruption_says("give the same command to start it again"):
+            return super().invoke(ctx)
+
 
 app = typer.Typer(
+    cls=_Commands,
     help="One frozen vision backbone, hundreds of tasks, a few kilobytes each.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
 )
 out = Console(markup=False, highlight=False, emoji=False)
-INTERRUPTED = 130
 
 Tasks = Annotated[list[Path], typer.Argument(help="Task files, or folders of them.", metavar="TASK.yaml...")]
 Reference = Annotated[str, typer.Argument(help="NAME, NAME@ALIAS or NAME/VERSION in the registry, or a pack file.", metavar="PACK")]
@@ -50,6 +61,9 @@ RegistryPatience = Annotated[
     float, typer.Option("--registry-patience", min=0, help="Seconds that the end of the run waits for an MLflow server that is away.")
 ]
 LogTrials = Annotated[bool, typer.Option("--log-trials/--no-log-trials", help="Log each trial as a child run in MLflow.")]
+Promote = Annotated[
+    bool, typer.Option("--promote", help="Give the alias champion to the new packs, also where what was registered before is better.")
+]
 Address = Annotated[str | None, typer.Option(help="Ray cluster to use (auto: the one this machine belongs to); default: a private one here.")]
 JobsAddress = Annotated[
     str, typer.Option("--address", envvar="RAY_API_SERVER_ADDRESS", help="Jobs server of the cluster; its token is read from RAY_AUTH_TOKEN.")
@@ -59,11 +73,26 @@ BatchId = Annotated[str, typer.Argument(help="The batch, as submit named it.", m
 
 def main() -> None:
     """Entry point: a named error becomes one message and its exit code."""
+    with interruptible():
+        try:
+            app()
+        except TaskpackError as error:
+            _print_error("error:", str(error))
+            sys.exit(error.exit_code)
+
+
+@contextlib.contextmanager
+def _interruption_says(remark: str) -> Iterator[None]:
+    """Ctrl-C and SIGTERM end the command with one line and the exit code of the signal."""
     try:
-        app()
-    except TaskpackError as error:
-        _print_error("error:", str(error))
-        sys.exit(error.exit_code)
+        yield
+    except KeyboardInterrupt as interruption:
+        _print_error("terminated;" if isinstance(interruption, Terminated) else "interrupted;", remark)
+        raise typer.Exit(exit_code(interruption)) from None
+
+
+def _kept(workdir: Path) -> str:
+    return f"what was finished is kept in {workdir}, the same command goes on from there"
 
 
 def _print_error(title: str, message: str) -> None:
@@ -105,32 +134,31 @@ def run(
     tasks_at_once: TasksAtOnce = None,
     registry_patience: RegistryPatience = PATIENCE_SECONDS,
     log_trials: LogTrials = True,
+    promote: Promote = False,
     as_json: AsJson = False,
 ) -> None:
     """Run tasks to registered packs: prepare, select, search, fit, register. Interrupt it anywhere; the same command goes on."""
     from pipeline.task_files import load_tasks
 
     loaded = load_tasks(tasks, overrides=_overrides(recipe, search, max_bytes, trials))
-    placement: dict[str, Any] = {
+    options: dict[str, Any] = {
+        "registry_patience_seconds": registry_patience,
+        "log_trials": log_trials,
+        "promote": promote,
         "per_trial": (cpus, gpus),
         "ranks_per_trial": ranks,
         "selection_workers": selection_workers,
         "tasks_at_once": tasks_at_once,
     }
-    options = {"address": address, "registry_patience_seconds": registry_patience, "log_trials": log_trials}
-    _run_tasks(loaded, workdir, as_json=as_json, **options, **placement)
+    _run_tasks(loaded, workdir, address=address, as_json=as_json, **options)
 
 
 def _run_tasks(tasks: list[Any], workdir: Path, *, as_json: bool = False, **options: Any) -> None:
-    try:
-        from pipeline.reports.progress import BatchProgress
+    from pipeline.reports.progress import BatchProgress
 
-        console = Console(stderr=True) if as_json else out
-        with BatchProgress(console, [task.name for task in tasks]) as progress:
-            outcomes = api.run(tasks, workdir=workdir, on_progress=progress.update, **options)
-    except KeyboardInterrupt:
-        _print_error("interrupted;", f"what was finished is kept in {workdir}, the same command goes on from there")
-        raise typer.Exit(INTERRUPTED) from None
+    console = Console(stderr=True) if as_json else out
+    with _interruption_says(_kept(workdir)), BatchProgress(console, [task.name for task in tasks]) as progress:
+        outcomes = api.run(tasks, workdir=workdir, on_progress=progress.update, **options)
     if as_json:
         _print_json([_outcome_as_json(outcome) for outcome in outcomes])
     else:
@@ -147,6 +175,7 @@ def _print_outcomes(outcomes: list[Any]) -> None:
     if registered:
         out.print(champions_table(registered))
     for outcome in registered:
+        out.print(outcome.registered.remark, soft_wrap=True)
         out.print(f"front of {outcome.task}: {outcome.front_figure}", soft_wrap=True)
         for warning in outcome.warnings():
             out.print(f"warning: {outcome.task}: {warning}", soft_wrap=True)
@@ -197,15 +226,10 @@ def compare(
 
     chosen = load_methods(known_methods() if methods is None else [name.strip() for name in methods.split(",")])
     found, loaded = tasks_to_compare(tasks or [], suite, epochs)
-    try:
-        with BatchProgress(Console(stderr=True) if as_json else out, [task.name for task in loaded]) as progress:
-            placement = Placement(per_trial=(cpus, gpus), ranks_per_trial=ranks, tasks_at_once=tasks_at_once)
-            rows = compare_methods(
-                loaded, chosen, workdir, seeds=seeds, trials=trials, address=address, placement=placement, on_progress=progress.update
-            )
-    except KeyboardInterrupt:
-        _print_error("interrupted;", f"what was finished is kept in {workdir}, the same command goes on from there")
-        raise typer.Exit(INTERRUPTED) from None
+    console = Console(stderr=True) if as_json else out
+    with _interruption_says(_kept(workdir)), BatchProgress(console, [task.name for task in loaded]) as progress:
+        placement = Placement(per_trial=(cpus, gpus), ranks_per_trial=ranks, tasks_at_once=tasks_at_once)
+        rows = compare_methods(loaded, chosen, workdir, seeds=seeds, trials=trials, address=address, placement=placement, on_progress=progress.update)
     written = write_comparison(rows, folder or workdir / "comparison", suite=found, notes=f"{trials} trials a method, {seeds} seeds.")
     if as_json:
         _print_json([asdict(row) for row in rows])
@@ -239,6 +263,7 @@ def submit(
     ranks: Ranks = 1,
     selection_workers: SelectionWorkers = None,
     tasks_at_once: TasksAtOnce = None,
+    promote: Promote = False,
 ) -> None:
     """Run tasks on a Ray cluster, from outside it. A batch that runs or is done is not started again; one that failed or was stopped goes on."""
     from pipeline.task_files import load_tasks
@@ -251,6 +276,7 @@ def submit(
         "--tasks-at-once": tasks_at_once,
     }
     options = [text for name, value in given.items() if value is not None for text in (name, f"{value:g}")]
+    options += ["--promote"] if promote else []
     loaded = load_tasks(tasks, overrides=_overrides(recipe, search, max_bytes, trials), expand=False)
     batch = jobs.describe(loaded, workdir=workdir, options=options, shared=shared or [])
     attempt, is_new = jobs.JobServer(address).submit(batch, batch_id, working_dir=working_dir, python=python)
@@ -347,11 +373,8 @@ def logs(
     if not follow:
         typer.echo(server.logs(batch), nl=False)
         return
-    try:
+    with _interruption_says(f"the batch goes on; `taskpack stop {batch}` ends it"):
         ended = server.follow(batch, lambda text: typer.echo(text, nl=False))
-    except KeyboardInterrupt:
-        _print_error("interrupted;", f"the batch goes on; `taskpack stop {batch}` ends it")
-        raise typer.Exit(INTERRUPTED) from None
     if ended.is_active:
         raise ClusterError(f"{batch}: the logs ended, and the batch goes on; the same command follows it again")
     if ended.state != jobs.SUCCEEDED:
@@ -548,11 +571,15 @@ def plan(
     search: SearchFile = None,
     max_bytes: MaxBytes = None,
     modules: Annotated[bool, typer.Option("--modules", help="One row a module.")] = False,
+    select: Annotated[
+        bool, typer.Option("--select/--no-select", help="Select connections, which takes longest; without it, sizes are bounds.")
+    ] = True,
     workdir: Workdir = api.WORKDIR,
     as_json: AsJson = False,
 ) -> None:
     """What a recipe attaches, and what every point of the search space would cost, before anything is trained."""
     from pipeline.reports.plan import plan_task
+    from pipeline.reports.progress import PlanProgress
     from pipeline.reports.tables import about_table, ledger_table, plan_table, space_table
     from pipeline.task_files import load_task
 
@@ -560,7 +587,8 @@ def plan(
     if loaded.about.model_fields_set and not as_json:  # before the data is needed: it says where to get it
         out.print(about_table(loaded))
         out.print()
-    planned = plan_task(loaded, workdir.resolve())
+    with PlanProgress(Console(stderr=True)) as progress:
+        planned = plan_task(loaded, workdir.resolve(), select=select, on_step=progress.step)
     if as_json:
         _print_json(
             {
@@ -568,13 +596,16 @@ def plan(
                 "tensors": [asdict(tensor) for tensor in planned.tensors],
                 "ledger": planned.ledger,
                 "space": planned.space,
+                "is_exact": planned.is_exact,
             }
         )
         return
     out.print(plan_table(planned.tensors, by_module=modules))
     out.print()
-    out.print(ledger_table(planned.ledger))
+    out.print(ledger_table(planned.ledger, title="Bytes" if planned.is_exact else "Bytes, with the cheapest positions possible"))
     out.print()
+    if not planned.is_exact:
+        out.print("No connections are selected yet, and what their positions take depends on them: the sizes are bounds.", soft_wrap=True)
     out.print(space_table(planned.space, loaded.budget.max_bytes))
 
 

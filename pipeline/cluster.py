@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from pipeline.errors import ClusterError
+from pipeline.signals import handlers_kept
 from pipeline.together import Interrupted
 
 _SETTINGS = {
@@ -64,8 +65,10 @@ def ray_session(address: str | None = None) -> Iterator[None]:
         yield
         return
     _keep_output_clean()
-    _connect(address)
+    _keep_signals()
     try:
+        with handlers_kept():
+            _connect(address)
         with contextlib.nullcontext() if address is None else _watched_head():
             yield
     finally:
@@ -108,6 +111,13 @@ def _keep_output_clean() -> None:
     import ray
 
     ray._private.worker.print_to_stdstream = lambda data, ignore_prefix: logging.getLogger("ray").info("%s", data["lines"])
+
+
+def _keep_signals() -> None:
+    """Ray's handler of SIGTERM would end this process in the middle of what it does, or while Ray itself starts."""
+    import ray
+
+    ray._private.utils.set_sigterm_handler = lambda handler: None
 
 
 def _import_libraries() -> None:

@@ -22,11 +22,12 @@ from typer.testing import CliRunner
 import pipeline
 from pipeline import errors
 from pipeline.batch import TaskOutcome
-from pipeline.cli import INTERRUPTED, app
+from pipeline.cli import app
 from pipeline.registry.record import RegisteredPack
 from pipeline.reports.tables import champions_table, ledger_table, packs_table
 from pipeline.search.proposer import LAG
 from pipeline.serving.predictor import Predictor
+from pipeline.signals import Terminated, exit_code
 from pipeline.spec import HOUSE_PARTS, Backbone, Budget, Head, Method, Recipe, SearchSpace, Spec, Task
 from pipeline.task_files import load_spec, load_task, validate
 
@@ -108,7 +109,9 @@ def test_the_tables_shown_have_the_columns_that_are_printed() -> None:
 
 def test_exit_codes_are_those_of_the_errors() -> None:
     kinds = [kind for kind in vars(errors).values() if inspect.isclass(kind) and kind is not errors.TaskpackError]
-    assert [int(row[0]) for row in table_rows(README, "## Exit codes")] == sorted({0, INTERRUPTED, *(kind.exit_code for kind in kinds)})
+    assert [int(row[0]) for row in table_rows(README, "## Exit codes")] == sorted(
+        {0, *map(exit_code, (KeyboardInterrupt(), Terminated())), *(kind.exit_code for kind in kinds)}
+    )
 
 
 # --- YAML -----------------------------------------------------------------------------------------------------------------------------------

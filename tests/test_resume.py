@@ -6,13 +6,25 @@ import json
 import os
 import signal
 import subprocess
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from helpers_cli import COMMAND, TIMEOUT_SECONDS, TRIALS, Answer, FinishedRun, environment, finished_run, one, taskpack, taskpack_process
+from helpers_cli import (
+    COMMAND,
+    TIMEOUT_SECONDS,
+    TRIALS,
+    Answer,
+    FinishedRun,
+    descendants,
+    environment,
+    finished_run,
+    one,
+    taskpack,
+    taskpack_process,
+    wait_until,
+)
 
 DAEMONS_GONE_SECONDS = 100  # most of Ray's end within seconds, two agents after a minute
 
@@ -35,12 +47,14 @@ class Journey:
         patterns = ("data/bars/*", "selections/*.safetensors", "studies/*/trials/*.json", "studies/*/fits/*/pack.safetensors")
         return {path: path.stat().st_mtime_ns for pattern in patterns for path in self.files(pattern)}
 
-    def interrupt(self, name: str, when: Callable[[str], bool], how: signal.Signals, *options: str) -> None:
-        """Start the command and send it `how` as soon as `when` of its output holds."""
+    def interrupt(
+        self, name: str, when: Callable[[str], bool], how: signal.Signals, *options: str, given: Callable[[], object] | None = None
+    ) -> None:
+        """Start the command, `given` being called in its process first, and send it `how` as soon as `when` of its output holds."""
         out, err = self.workdir.with_name(f"{name}.out"), self.workdir.with_name(f"{name}.err")
         command = [str(COMMAND), "run", str(self.task_file), "--workdir", str(self.workdir), *options]
         with out.open("w") as stdout, err.open("w") as stderr:
-            process = subprocess.Popen(command, env=environment(), stdout=stdout, stderr=stderr, start_new_session=True)
+            process = subprocess.Popen(command, env=environment(), stdout=stdout, stderr=stderr, start_new_session=True, preexec_fn=given)
             wait_until(lambda: when(out.read_text()) or process.poll() is not None, TIMEOUT_SECONDS)
             assert process.poll() is None, f"{name}: it ended before it could be interrupted: {out.read_text()}{err.read_text()}"
             self.families[name] = descendants(process.pid)
@@ -50,26 +64,9 @@ class Journey:
         self.snapshots[name] = self.snapshot()
 
 
-def wait_until(holds: Callable[[], bool], seconds: float) -> bool:
-    deadline = time.monotonic() + seconds
-    while not (held := holds()) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    return held
-
-
-def descendants(pid: int) -> list[int]:
-    """All processes below `pid`."""
-    children: dict[int, list[int]] = {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = stat.read_text().rpartition(")")[2].split()
-        except OSError:
-            continue
-        children.setdefault(int(fields[1]), []).append(int(stat.parent.name))
-    found = list(children.get(pid, []))
-    for child in found:
-        found += children.get(child, [])
-    return found
+def ignore_sigint() -> None:
+    """As a shell does for the jobs that it starts in the background."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 @pytest.fixture(scope="session")
@@ -94,10 +91,11 @@ def journey(finished: FinishedRun, tmp_path_factory: pytest.TempPathFactory) -> 
     workers = ("--selection-workers", "2")  # a task as small as this one would be done in the command itself
     trip.interrupt("killed in prepare", lambda out: "bars: prepare" in out, signal.SIGKILL)
     trip.interrupt("killed in select", workers_started, signal.SIGKILL, *workers)
-    trip.interrupt("interrupted in select", workers_started, signal.SIGINT, *workers)
+    trip.interrupt("interrupted in select", workers_started, signal.SIGINT, *workers, given=ignore_sigint)
     trip.interrupt("interrupted in search", trial_written, signal.SIGINT)
-    trials_before = len(trip.files("studies/*/trials/*.json"))
-    trip.interrupt("killed in search", lambda out: len(trip.files("studies/*/trials/*.json")) > trials_before, signal.SIGKILL)
+    for name, how in (("terminated in search", signal.SIGTERM), ("killed in search", signal.SIGKILL)):
+        before = len(trip.files("studies/*/trials/*.json"))
+        trip.interrupt(name, lambda out, before=before: len(trip.files("studies/*/trials/*.json")) > before, how)  # type: ignore[misc]
     trip.interrupt("killed in fit", lambda out: "bars: fit" in out, signal.SIGKILL)
     trip.interrupt("killed in register", lambda out: "bars: register" in out, signal.SIGKILL)
     trip.answers["last"] = taskpack_process("run", trip.task_file, "--workdir", trip.workdir)
@@ -149,7 +147,7 @@ def trial_curves(workdir: Path) -> dict[str, object]:
     return {record["id"]: (record["point"], record["state"], record["curve"]) for record in records}
 
 
-@pytest.mark.parametrize("name", ["killed in select", "interrupted in select"])
+@pytest.mark.parametrize("name", ["killed in select", "interrupted in select", "terminated in search"])
 def test_nothing_of_ray_outlives_the_driver(journey: Journey, name: str) -> None:
     def alive() -> list[int]:
         return [pid for pid in journey.families[name] if os.path.exists(f"/proc/{pid}")]
@@ -159,8 +157,11 @@ def test_nothing_of_ray_outlives_the_driver(journey: Journey, name: str) -> None
     assert alive() == []
 
 
-@pytest.mark.parametrize("stage", ["select", "search"])
-def test_ctrl_c_ends_with_one_line_that_says_what_to_do(journey: Journey, stage: str) -> None:
-    answer = journey.answers[f"interrupted in {stage}"]
-    assert answer.code == 130
-    assert answer.err.splitlines() == [f"interrupted; what was finished is kept in {journey.workdir}, the same command goes on from there"]
+@pytest.mark.parametrize(
+    ("name", "code", "word"),
+    [("interrupted in select", 130, "interrupted"), ("interrupted in search", 130, "interrupted"), ("terminated in search", 143, "terminated")],
+)
+def test_a_signal_ends_the_command_with_one_line_that_says_what_to_do(journey: Journey, name: str, code: int, word: str) -> None:
+    answer = journey.answers[name]
+    assert answer.code == code
+    assert answer.err.splitlines() == [f"{word}; what was finished is kept in {journey.workdir}, the same command goes on from there"]
