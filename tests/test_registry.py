@@ -61,7 +61,7 @@ def champion(folder: Path, task: str = "digits", size_bytes: int = 100, accuracy
         pack_digest=digest,
         size_bytes=size_bytes,
         ledger={"positions": 30, "head": size_bytes - 30},
-        metrics={"test_accuracy": accuracy, "test_accuracy_stderr": 0.01, "trained_parameters": 1234},
+        metrics={"test_accuracy": accuracy, "val_accuracy": accuracy, "test_accuracy_stderr": 0.01, "trained_parameters": 1234},
         params={"smoa.bits": "4", "connections.top_k": "3"},
         tags={"batch": "b1", "backbone": "f" * 64},
         front=FRONT,
@@ -105,7 +105,7 @@ def test_what_is_stored_holds_neither_code_nor_pickle_nor_the_users_paths(regist
     assert run.data.params == {"smoa.bits": "4", "connections.top_k": "3"}
 
 
-def test_a_second_pack_is_a_second_version_and_the_alias_moves(registry, tmp_path) -> None:
+def test_a_better_pack_is_a_second_version_and_takes_the_alias(registry, tmp_path) -> None:
     registry.register(champion(tmp_path, accuracy=0.8))
     second = registry.register(champion(tmp_path, accuracy=0.9))
     assert second.version == 2
@@ -129,11 +129,14 @@ def test_the_same_pack_is_written_once(registry, workdir, tmp_path) -> None:
     assert (workdir / "mlflow.db").read_bytes() == database
 
 
-def test_registering_an_older_pack_again_returns_the_alias_to_it(registry, tmp_path) -> None:
-    registry.register(champion(tmp_path, accuracy=0.8))
+def test_an_older_pack_registered_again_is_written_once_and_takes_the_alias_only_if_promoted(registry, tmp_path) -> None:
+    worse = champion(tmp_path, accuracy=0.8)
+    registry.register(worse)
     registry.register(champion(tmp_path, accuracy=0.9))
-    again = registry.register(champion(tmp_path, accuracy=0.8))
-    assert (again.version, again.aliases, registry.get("digits").version) == (1, ("champion",), 1)
+    again = registry.register(worse)
+    assert (again.version, again.aliases, registry.get("digits").version) == (1, (), 2)
+    promoted = registry.register(replace(worse, promote=True))
+    assert (promoted.version, promoted.aliases, registry.get("digits").version) == (1, ("champion",), 1)
     assert counts(registry) == {"runs": 2, "models": 2, "versions": 2}
 
 
@@ -174,7 +177,7 @@ def test_a_crash_at_any_step_is_mended_by_the_next_registration(registry, tmp_pa
     client = registry.client
     registry.register(champion(tmp_path, accuracy=0.5))
     for calls in range(100):
-        given = champion(tmp_path, seed=calls)
+        given = champion(tmp_path, accuracy=0.6 + calls / 1000)
         registry.client = CrashingClient(client, calls)
         try:
             registry.register(given)
@@ -230,11 +233,11 @@ class InterleavingClient:
 
 @pytest.mark.parametrize("same", [True, False])
 def test_two_batches_may_register_a_task_at_once(registry, workdir, tmp_path, same) -> None:
-    """Whatever step of one the other falls into: one pack is one version, two packs are two, and the alias is on one of them."""
+    """Whatever step of one the other falls into: one pack is one version, two packs are two, and the alias is on the better one."""
     client, other, packs = registry.client, open_registry(None, workdir), 0
     for calls in range(0, 100, 1 if same else 4):
-        mine = champion(tmp_path, seed=calls)
-        theirs = mine if same else champion(tmp_path, seed=1000 + calls)
+        mine = champion(tmp_path, accuracy=0.5 + calls / 1000)
+        theirs = mine if same else champion(tmp_path, accuracy=mine.metrics["val_accuracy"] + (0.0005 if calls % 8 else -0.0005))
         answers = []
         registry.client = InterleavingClient(client, calls, lambda theirs=theirs, answers=answers: answers.append(other.register(theirs)))
         answers.append(registry.register(mine))
@@ -242,7 +245,7 @@ def test_two_batches_may_register_a_task_at_once(registry, workdir, tmp_path, sa
             break
         registry.client, packs = client, packs + (1 if same else 2)
         assert {answer.pack_digest for answer in answers} == {mine.pack_digest, theirs.pack_digest}
-        assert registry.get("digits").version in {answer.version for answer in answers}
+        assert registry.get("digits").pack_digest == max(mine, theirs, key=lambda pack: pack.metrics["val_accuracy"]).pack_digest
         found = registry.search(task="digits", limit=1000)
         assert len(found) == len({pack.pack_digest for pack in found}) == packs
     assert calls > 12, "the loop must have walked through every step"

@@ -136,8 +136,9 @@ def test_a_registration_that_was_cut_off_logs_no_trial_twice(cut: str, registry:
 
 def test_the_models_tags_follow_the_champion(registry: Registry, tmp_path: Path) -> None:
     registry.register(champion(tmp_path))
-    better = replace(champion(tmp_path), pack_digest="other", metrics={"test_accuracy": 0.95, "test_accuracy_stderr": 0.006})
+    better = replace(champion(tmp_path), pack_digest="other", metrics={"test_accuracy": 0.95, "test_accuracy_stderr": 0.006, "val_accuracy": 0.95})
     registry.register(better)
+    registry.register(replace(champion(tmp_path), pack_digest="worse"))
     assert registry.client.get_registered_model("digits").tags["test accuracy"] == "95.0 ± 0.6 %"
 
 

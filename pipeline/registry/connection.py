@@ -7,8 +7,10 @@ draft file and moved into place when complete: whoever sees the database sees a 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
+import sqlite3
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,6 +35,14 @@ _SETTINGS = {
 # MLflow's own defaults retry for minutes; a server that does not answer the first call is more likely down than busy.
 _FIRST_CALL = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "4"}
 _LOCK_SECONDS = 120
+# Where MLflow's tables keep absolute URIs of artifacts.
+_ARTIFACT_COLUMNS = (
+    ("experiments", "artifact_location"),
+    ("runs", "artifact_uri"),
+    ("logged_models", "artifact_location"),
+    ("model_versions", "source"),
+    ("model_versions", "storage_location"),
+)
 
 
 def import_mlflow() -> ModuleType:
@@ -102,6 +112,16 @@ def initialise_sqlite(database: Path, artifact_root: Path) -> None:
         raise RegistryError(f"{lock.lock_file}: another process has held this lock for {_LOCK_SECONDS} s; see whether it hangs") from None
     except OSError as error:
         raise StorageError(f"{database}: the registry's database cannot be written ({error.strerror}); choose another folder") from None
+
+
+def rebase_artifacts(database: Path, old: str, new: str) -> None:
+    """Make the SQLite store say of every artifact below the URI `old` that it lies below `new`."""
+    with contextlib.closing(sqlite3.connect(database, timeout=_LOCK_SECONDS)) as connection, connection:
+        for table, column in _ARTIFACT_COLUMNS:
+            connection.execute(
+                f"UPDATE {table} SET {column} = ? || substr({column}, ?) WHERE {column} = ? OR substr({column}, 1, ?) = ?",
+                (new, len(old) + 1, old, len(old) + 1, f"{old}/"),
+            )
 
 
 @contextmanager

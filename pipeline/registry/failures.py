@@ -10,6 +10,7 @@ import re
 import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from pipeline.errors import RegistryAway, RegistryError, RegistryRefused, TaskpackError
 from pipeline.redaction import without_secrets
@@ -54,7 +55,7 @@ _KINDS: tuple[tuple[str, type[RegistryError], str], ...] = (
         RegistryError,
         "a file cannot be read from the artifact store; see whether it is still there and readable ({reason})",
     ),
-    ("out-of-date database schema", RegistryError, "the database belongs to another MLflow version; back it up and run `mlflow db upgrade {where}`"),
+    ("out-of-date database schema", RegistryError, "{schema}"),
     (r"file is not a database|malformed", RegistryError, "this file is not an intact SQLite database; move it away or name another"),
     ("", RegistryError, "MLflow refused: {reason}"),
 )
@@ -86,7 +87,23 @@ def _foreign() -> tuple[type[Exception], ...]:
 def _explained(tracking_uri: str, text: str) -> RegistryError:
     kind, message = next((kind, message) for pattern, kind, message in _KINDS if re.search(pattern, text, re.IGNORECASE | re.DOTALL))
     where, reason = without_secrets(tracking_uri), _reason(without_secrets(text))
-    return kind(f"{where}: {message.format(where=where, reason=reason)}")
+    return kind(f"{where}: {message.format(where=where, reason=reason, schema=_other_schema(text, where))}")
+
+
+def _other_schema(text: str, where: str) -> str:
+    """Which MLflow wrote a database whose schema is not that of the MLflow installed here, and what to do: it upgrades older ones only."""
+    schemas = re.search(r"found version (\w+), but expected (\w+)", text)
+    if schemas is None:
+        return ""
+    mlflow = import_mlflow()
+    found, expected = schemas.groups()
+    installed = f"MLflow {mlflow.__version__}, which is installed here, has schema {expected}"
+    if any(Path(str(mlflow.__file__)).parent.glob(f"store/db_migrations/versions/{found}_*.py")):
+        return f"an older MLflow wrote this database (schema {found}); {installed}. Back it up and run `mlflow db upgrade {where}`"
+    return (
+        f"a newer MLflow wrote this database (schema {found}); {installed} and cannot read it. "
+        "Install the MLflow that wrote it (`pip install --upgrade mlflow` for the newest), or name another registry"
+    )
 
 
 def _reason(text: str) -> str:

@@ -18,6 +18,9 @@ TASK_TAG = "task"
 DIGEST_TAG = "pack_digest"
 MODEL_ID_TAG = "model_id"
 BEGUN_TAG = "registration_begun_ms"
+DATA_TAG = "data_digest"
+VALIDATION_TAG = "validation"
+"""Which samples a pack's recipe was validated on, as a hash."""
 OWN_TAGS = (TASK_TAG, DIGEST_TAG, MODEL_ID_TAG, BEGUN_TAG)
 
 
@@ -37,9 +40,12 @@ class Champion:
     """A pack to register.
 
     `ledger` holds bytes by part and sums to `size_bytes`; `metrics` such as test_accuracy (0 to 1), test_accuracy_stderr, val_accuracy,
-    trained_values, search_seconds, fit_seconds; `params` the recipe, flattened; `tags` backbone, backbone_fingerprint, data_digest, description,
-    trial, device; `front` one row per trial, of which those in `on_front` are beaten
+    trained_values, search_seconds, fit_seconds; `params` the recipe, flattened; `tags` backbone, backbone_fingerprint, data_digest, validation,
+    description, trial, device; `front` one row per trial, of which those in `on_front` are beaten
     by no other in both size and metric; `started` is when work on the task began, None for now.
+
+    `within_points` is the budget's: by it, the pack competes with those registered before for the alias `champion`. With `promote` it takes the
+    alias in any case.
     """
 
     task: str
@@ -55,6 +61,8 @@ class Champion:
     front_figure: Path | None = None
     data: tuple[UsedData, ...] = ()
     started: datetime | None = None
+    within_points: float = 0.0
+    promote: bool = False
 
     def check(self) -> None:
         """Refuse a record that contradicts its file or itself. Raises RegistryError."""
@@ -76,11 +84,6 @@ class Champion:
         """`metrics` with the bytes beside them: `size_bytes` and `bytes_<part>`."""
         return {**self.metrics, "size_bytes": self.size_bytes, **{f"bytes_{part}": size for part, size in self.ledger.items()}}
 
-    def shown(self) -> dict[str, str]:
-        """The few facts that a list of models should show, as tags."""
-        tested = f"{100 * self.metrics['test_accuracy']:.1f} ± {100 * self.metrics.get('test_accuracy_stderr', 0):.1f} %"
-        return {"size": f"{self.size_bytes / 1024:.1f} KiB", "test accuracy": tested, "backbone": self.tags.get("backbone", "")}
-
     def all_tags(self) -> dict[str, str]:
         """`tags` with the two by which the registry finds this pack again."""
         return {**self.tags, TASK_TAG: self.task, DIGEST_TAG: self.pack_digest}
@@ -88,7 +91,10 @@ class Champion:
 
 @dataclass(frozen=True, kw_only=True)
 class RegisteredPack:
-    """One version of a task's pack, as the registry holds it. `name` is the task's; `model_id` names the MLflow LoggedModel with the files."""
+    """One version of a task's pack, as the registry holds it. `name` is the task's; `model_id` names the MLflow LoggedModel with the files.
+
+    `remark` says, where the pack has just been registered, what became of the alias `champion`.
+    """
 
     name: str
     version: int
@@ -101,3 +107,24 @@ class RegisteredPack:
     size_bytes: int
     pack_digest: str
     created: datetime
+    remark: str = field(default="", compare=False)
+
+    @property
+    def id(self) -> str:
+        """Its number among the versions, in the order of time."""
+        return f"{self.version:09d}"
+
+    @property
+    def val_metric(self) -> float | None:
+        """The validation metric of the trial it was made of."""
+        return self.metrics.get("val_accuracy")
+
+    @property
+    def reference(self) -> str:
+        """How the command line and the API name this version."""
+        return f"{self.name}/{self.version}"
+
+    def shown(self) -> dict[str, str]:
+        """The few facts that a list of models should show, as tags."""
+        tested = f"{100 * self.metrics['test_accuracy']:.1f} ± {100 * self.metrics.get('test_accuracy_stderr', 0):.1f} %"
+        return {"size": f"{self.size_bytes / 1024:.1f} KiB", "test accuracy": tested, "backbone": self.tags.get("backbone", "")}

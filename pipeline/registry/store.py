@@ -1,14 +1,18 @@
 """The registry: packs as versions of an MLflow registered model, found again by numbers.
 
-One registered model a task, one version a pack, the alias `champion` on the version that was registered last. A version alone cannot be searched by
-number (MLflow compares tags as text), so each belongs to a run whose metrics (accuracy, `size_bytes`, `bytes_<part>`) the server filters and orders.
+One registered model a task, one version a pack, the alias `champion` on the best of them (alias.py). A version alone cannot be searched by number
+(MLflow compares tags as text), so each belongs to a run whose metrics (accuracy, `size_bytes`, `bytes_<part>`) the server filters and orders.
 That run lasts from the task's start to its registration, names the data, and has the study's trials as its child runs.
 Beside it stands a LoggedModel with the same numbers, whose files are the pack and an MLmodel that names our loader, hence neither pickle nor stored
 code. It is not searched: MLflow ranks all values a LoggedModel's metric ever had, and PostgreSQL may do so again for every model.
 
 Writing happens in one process, the driver. Creating the version, with the pack's digest as its tag, is the one step that commits: what an interrupted
 `register` left before it is discarded by the next, what was missing after it is made good. Two drivers may register the same pack at once: MLflow has
-no lock, so both create a version, and the later one is withdrawn before it is published.
+no lock, so both create a version, and the later one is withdrawn before it is published. Whoever has moved the alias looks again, in case another has
+published a better pack meanwhile.
+
+MLflow's tables hold absolute URIs. Those of a SQLite store are taken for what they were when the work folder lay elsewhere: files are read from
+beside the database, and the next registration writes the new place into the tables.
 """
 
 from __future__ import annotations
@@ -21,15 +25,18 @@ import shutil
 import tempfile
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from pipeline.errors import RegistryError, StorageError
+from pipeline.registry.alias import place_alias
 from pipeline.registry.card import version_card
 from pipeline.registry.connection import (
     import_mlflow,
     initialise_sqlite,
+    rebase_artifacts,
     resolve_tracking_uri,
     short_patience,
     sqlite_path,
@@ -76,7 +83,9 @@ class Registry:
         self._begun: set[str] = set()
         with registry_errors(tracking_uri), short_patience():
             self._rest = plain_rest(tracking_uri)
-            self._experiment_id: str = self._find_or_create_experiment(artifact_root)
+            self._artifacts_here = "" if artifact_root is None else artifact_root.resolve().as_uri()
+            experiment = self._find_or_create_experiment()
+            self._experiment_id, self._artifacts_recorded = str(experiment.experiment_id), str(experiment.artifact_location)
 
     @functools.cached_property
     def client(self) -> Any:
@@ -97,18 +106,35 @@ class Registry:
             self.client.set_experiment_tag(self._experiment_id, "written_by", EXPERIMENT)
 
     def register(self, champion: Champion, *, with_trials: bool = True) -> RegisteredPack:
-        """Make `champion` the newest version of its task and point the alias `champion` at it.
+        """Make `champion` the newest version of its task, and point the alias `champion` at it if it is the one to choose, or to be promoted.
 
-        A pack already registered for the task (same digest) is not written again; the alias returns to it. Raises RegistryError.
+        A pack already registered for the task (same digest) is not written again; it competes for the alias all the same. Raises RegistryError.
 
         Args:
             with_trials: whether each trial of the study becomes a child run.
         """
         champion.check()
         with registry_errors(self.tracking_uri):
+            self._settle_here()
             version = self._find_version(champion) or self._settle(champion, self._create_version(champion, with_trials))
             self._publish(version, champion)
-            return self.get(f"{version.name}/{version.version}")
+            mine = self.get(f"{version.name}/{version.version}")
+            remark = self._place_alias(mine, champion)
+            return replace(self.get(mine.reference), remark=remark)
+
+    def _settle_here(self) -> None:
+        """Write the place of a moved or copied work folder into its database: what is registered now must not go to the former place."""
+        if (database := sqlite_path(self.tracking_uri)) is None:
+            return
+        self._artifacts_recorded = self.client.get_experiment(self._experiment_id).artifact_location
+        if self._lies_elsewhere():
+            rebase_artifacts(database, self._artifacts_recorded, self._artifacts_here)
+            self._artifacts_recorded = self._artifacts_here
+
+    def _lies_elsewhere(self) -> bool:
+        """Whether the SQLite store was made when its folder lay elsewhere. Artifacts that somebody keeps apart from the database stay there."""
+        recorded = self._artifacts_recorded
+        return self._artifacts_here not in ("", recorded) and recorded.startswith("file:") and recorded.endswith("/artifacts")
 
     def _find_version(self, champion: Champion) -> Any:
         mine = f"name = '{champion.task}' AND tags.{DIGEST_TAG} = '{champion.pack_digest}'"
@@ -211,8 +237,7 @@ class Registry:
             _existing_as_none(self.client.create_registered_model, champion.task, description=champion.tags.get("description"))
 
     def _publish(self, version: Any, champion: Champion) -> None:
-        """Do whatever is not done yet: describe the version, tell the LoggedModel of it, end the run, by which `search` finds it from now on, and
-        move the alias."""
+        """Do whatever is not done yet: describe the version, tell the LoggedModel of it, end the run, by which `search` finds it from now on."""
         model_id, number = version.tags[MODEL_ID_TAG], str(version.version)
         if not version.description:
             self.client.update_model_version(version.name, number, version_card(champion, int(number)))
@@ -220,27 +245,59 @@ class Registry:
             self.client.set_logged_model_tags(model_id, {_VERSIONS_TAG: json.dumps([{"name": version.name, "version": int(number)}])})
         if self.client.get_run(version.run_id).info.status != "FINISHED":
             self.client.set_terminated(version.run_id)
-        if CHAMPION_ALIAS not in self.client.get_model_version(version.name, number).aliases:
-            self.client.set_registered_model_alias(version.name, CHAMPION_ALIAS, number)
-            self._show_champion(version.name, champion)
 
-    def _show_champion(self, name: str, champion: Champion) -> None:
+    # --- the alias --------------------------------------------------------------------------------------------------------------------------
+
+    def _place_alias(self, mine: RegisteredPack, champion: Champion) -> str:
+        """Point the alias at the version that is to have it after `mine` was registered; say which, and why."""
+        if champion.promote:
+            self._point_alias_at(mine)
+            return f"champion: {mine.reference}, promoted"
+        holder = self._holder(mine.name)
+        chosen, remark = place_alias(mine, holder, self._best_versions(mine.name), champion.within_points)
+        while holder is None or holder.version != chosen.version:
+            self._point_alias_at(chosen)
+            holder = chosen
+            # Another driver may have published a better version, and have moved the alias before this one did.
+            chosen, again = place_alias(mine, None, self._best_versions(mine.name), champion.within_points)
+            remark = remark if chosen.version == holder.version else again
+        return remark
+
+    def _holder(self, name: str) -> RegisteredPack | None:
+        """The version that has the alias; None where none has, or one that taskpack did not register."""
+        registered = self._reader.get_registered_model(name)
+        number = registered.aliases.get(CHAMPION_ALIAS)
+        version = None if number is None else _absent_as_none(self._reader.get_model_version, name, str(int(number)))
+        return None if version is None or not _is_ours(version) else _merge(version, self._run_of(version), version.aliases)
+
+    def _best_versions(self, name: str) -> list[RegisteredPack]:
+        """The versions of a task that are best on validation."""
+        clauses = " AND ".join([*_search_clauses(name, None, None, 1), "metrics.val_accuracy >= 0"])
+        best_first = ["metrics.val_accuracy DESC"]
+        runs = self._reader.search_runs([self._experiment_id], clauses, max_results=_PAGE, order_by=best_first, page_token=None)
+        return self._registered_from_runs(list(runs))
+
+    def _point_alias_at(self, pack: RegisteredPack) -> None:
+        if CHAMPION_ALIAS not in self.client.get_model_version(pack.name, str(pack.version)).aliases:
+            self.client.set_registered_model_alias(pack.name, CHAMPION_ALIAS, str(pack.version))
+            self._show_champion(pack)
+
+    def _show_champion(self, pack: RegisteredPack) -> None:
         """What the champion costs and reaches as tags of the registered model, which MLflow's list of models shows."""
-        for key, value in champion.shown().items():
-            self.client.set_registered_model_tag(name, key, value)
+        for key, value in pack.shown().items():
+            self.client.set_registered_model_tag(pack.name, key, value)
 
-    def _find_or_create_experiment(self, artifact_root: Path | None) -> str:
-        location = None if artifact_root is None else artifact_root.resolve().as_uri()
+    def _find_or_create_experiment(self) -> Any:
         experiment = self._reader.get_experiment_by_name(EXPERIMENT)
         if experiment is None:
             # Two processes may both get here; the one that comes second finds the other's.
-            _existing_as_none(self.client.create_experiment, EXPERIMENT, artifact_location=location)
+            _existing_as_none(self.client.create_experiment, EXPERIMENT, artifact_location=self._artifacts_here or None)
             experiment = self._reader.get_experiment_by_name(EXPERIMENT)
         if experiment.lifecycle_stage != "active":
             raise RegistryError(
                 f"the MLflow experiment {EXPERIMENT!r} is deleted; restore it: mlflow experiments restore -x {experiment.experiment_id}"
             )
-        return str(experiment.experiment_id)
+        return experiment
 
     # --- looking up -------------------------------------------------------------------------------------------------------------------------
 
@@ -325,9 +382,15 @@ class Registry:
 
     def _fetch(self, location: str, path: str, folder: str) -> Path:
         # By location, for the same reason as in `_create_version`: `models:/` and `runs:/` would look in the process-wide store.
-        uri = f"{location.rstrip('/')}/{path}"
+        uri = f"{self._found_here(location).rstrip('/')}/{path}"
         with registry_errors(self.tracking_uri):
             return Path(import_mlflow().artifacts.download_artifacts(uri, dst_path=folder, tracking_uri=self.tracking_uri))
+
+    def _found_here(self, location: str) -> str:
+        """Where an artifact is whose place the store recorded before its folder was moved or copied."""
+        former = f"{self._artifacts_recorded}/"
+        is_former = self._lies_elsewhere() and location.startswith(former)
+        return f"{self._artifacts_here}/{location.removeprefix(former)}" if is_former else location
 
     def _run_of(self, version: Any) -> Any:
         """The run of a version."""
