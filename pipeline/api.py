@@ -33,6 +33,7 @@ def run(
     tasks_at_once: int | None = None,
     registry_patience_seconds: float = PATIENCE_SECONDS,
     log_trials: bool = True,
+    promote: bool = False,
     on_progress: OnProgress | None = None,
 ) -> list[TaskOutcome]:
     """Run tasks, given as `Task`s or as task files or folders of them, to registered packs.
@@ -47,6 +48,7 @@ def run(
         tasks_at_once: None takes as many as the trials of fill the cluster, and one more.
         registry_patience_seconds: how long the end of the run waits for a tracking server that is away.
         log_trials: whether each trial becomes a child run of its pack's MLflow run.
+        promote: give the alias `champion` to every pack of this run; otherwise to those better than what was registered before.
 
     Raises:
         TaskpackError: nothing could be run at all. What befell single tasks is in their outcomes.
@@ -71,6 +73,7 @@ def run(
         placement=placement,
         registry_patience_seconds=registry_patience_seconds,
         log_trials=log_trials,
+        promote=promote,
         on_progress=on_progress or no_progress,
     )
 

@@ -7,9 +7,10 @@ interruption redoes nothing that was finished.
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -18,7 +19,7 @@ from pipeline.adaptation.packing import SizePlanner
 from pipeline.cluster import session_logs
 from pipeline.errors import TaskpackError
 from pipeline.registrar import PATIENCE_SECONDS, Registrar
-from pipeline.registry.record import Champion, RegisteredPack, UsedData
+from pipeline.registry.record import DATA_TAG, VALIDATION_TAG, Champion, RegisteredPack, UsedData
 from pipeline.registry.store import open_registry
 from pipeline.reports.front import draw_front
 from pipeline.search.champion import choose_champion
@@ -27,7 +28,7 @@ from pipeline.search.record import TrialRecord
 from pipeline.search.study import WORKER_DIED, Study, run_study
 from pipeline.selection import read_selection
 from pipeline.spec import Task
-from pipeline.stages import OnProgress, Placement, Stage, Stages, named_errors, no_progress, work_folder
+from pipeline.stages import LOG, OnProgress, Placement, Stage, Stages, named_errors, no_progress, work_folder
 from pipeline.storage import await_file
 from pipeline.together import Together
 from pipeline.training import Inputs, open_inputs
@@ -68,6 +69,7 @@ def run_batch(
     placement: Placement | None = None,
     registry_patience_seconds: float = PATIENCE_SECONDS,
     log_trials: bool = True,
+    promote: bool = False,
     on_progress: OnProgress = no_progress,
 ) -> list[TaskOutcome]:
     """Run every task to a registered pack.
@@ -78,6 +80,7 @@ def run_batch(
         registry_uri: MLflow tracking server; None takes MLFLOW_TRACKING_URI, else a SQLite file in `workdir`.
         registry_patience_seconds: how long the end of the run waits for a tracking server that is away.
         log_trials: whether each trial becomes a child run of its pack's run.
+        promote: give the alias `champion` to every pack of this run; otherwise to those better than what was registered before.
         on_progress: called from one thread at a time.
 
     Returns:
@@ -102,6 +105,7 @@ def run_batch(
                 registry=registry,
                 registry_patience_seconds=registry_patience_seconds,
                 log_trials=log_trials,
+                promote=promote,
                 start_ray=start_ray,
                 ray_is_private=address is None,
                 placement=placement or Placement(),
@@ -124,6 +128,7 @@ class _Driver(Stages):
     watch: BatchWatch
     registry_patience_seconds: float
     log_trials: bool
+    promote: bool
     registrar: Registrar = field(init=False)
     started: dict[str, float] = field(default_factory=dict)
 
@@ -176,9 +181,10 @@ class _Driver(Stages):
             )
         fitted = self._fit(inputs, data_folder, champion, selection, folder)
         self.enter(task, "register")
-        finished = _describe(inputs, champion, trials, fitted, folder, self.started[task.name])
+        finished = replace(_describe(inputs, champion, trials, fitted, folder, self.started[task.name]), promote=self.promote)
         registered = self.registrar.register(finished, lambda reason: self.on_progress(task.name, "register", 0.0, reason))
         self.watch.registered(task.name, champion.id, registered)
+        LOG.info("%s: registered as %s; %s", task.name, registered.reference, registered.remark)
         return TaskOutcome(task=task.name, registered=registered, trials=tuple(trials), champion_id=champion.id, front_figure=folder.figure)
 
     def _search(self, inputs: Inputs, data_folder: Path, selection: Path | None, folder: StudyFolder) -> list[TrialRecord]:
@@ -214,6 +220,7 @@ class _Driver(Stages):
         if isinstance(result, TaskpackError):
             raise result
         await_file(folder.fit(champion.id) / PACK_FILE)
+        LOG.info("%s: fit: %s", task.name, result.line())
         return result
 
 
@@ -242,7 +249,8 @@ def _describe(
         tags={
             "backbone": task.backbone.model,
             "backbone_fingerprint": inputs.backbone.fingerprint,
-            "data_digest": inputs.index.digest,
+            DATA_TAG: inputs.index.digest,
+            VALIDATION_TAG: _validation(inputs),
             "description": task.description,
             "trial": champion.id,
             "device": fitted.device,
@@ -250,6 +258,7 @@ def _describe(
         front=[trial.row() for trial in trials],
         on_front=tuple(row["id"] for row in pareto_front([trial.row() for trial in trials])),
         front_figure=folder.figure,
+        within_points=task.budget.within_points,
         data=_used_data(inputs),
         started=datetime.fromtimestamp(started, UTC),
     )
@@ -264,6 +273,13 @@ def _used_data(inputs: Inputs) -> tuple[UsedData, ...]:
         UsedData(split=split, source=str(source), digest=digest, samples=len(inputs.splits[split]), classes=classes)
         for split, source in sources.items()
     )
+
+
+def _validation(inputs: Inputs) -> str:
+    """Which samples trials were validated on, by what metric, as a hash: only then can two validation metrics be compared."""
+    held_out = hashlib.sha256(f"{inputs.index.digest} {inputs.task.metric}".encode())
+    held_out.update(inputs.splits["val"].samples.tobytes())
+    return held_out.hexdigest()[:16]
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, str]:

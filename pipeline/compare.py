@@ -25,7 +25,7 @@ from pipeline.search.record import TrialJournal, TrialRecord
 from pipeline.search.trial import open_given, recipe_key, run_trial
 from pipeline.selection import read_selection
 from pipeline.spec import Method, Recipe, Task, first_fault
-from pipeline.stages import OnProgress, Placement, Stages, named_errors, no_progress, one_at_a_time, work_folder
+from pipeline.stages import LOG, OnProgress, Placement, Stages, named_errors, no_progress, one_at_a_time, work_folder
 from pipeline.training import Inputs, Ranks, Score, open_inputs
 from pipeline.training.fit import FitResult, read_fit
 from pipeline.workspace import StudyFolder
@@ -185,12 +185,14 @@ class _Driver(Stages):
         jobs = [(entry, key) for entry in entries for key in entry.recipes if key not in entry.records]
         self.enter(task, "search")
         arguments = [self._trial_arguments(entry, key) for entry, key in jobs]
+        planned = sum(len(entry.recipes) for entry in entries)
         for done, (index, outcome) in enumerate(self.on_ray(_trial_worker, arguments, self.ranks(inputs)), start=1):
             entry, key = jobs[index]
             point, _, size_bytes = entry.recipes[key]
             record = _record(key, point, size_bytes, outcome)
             entry.records[key] = record
             self._journal(entry).write(record)
+            LOG.info("%s: trial %d of %d: %s, %s", task.name, planned - len(jobs) + done, planned, entry.method, record.line())
             self.on_progress(task.name, "search", done / len(jobs), f"{done} of {len(jobs)} trials, last {entry.method}")
 
     def _test(self, inputs: Inputs, entries: Sequence[_Entry], seeds: int) -> None:
@@ -203,9 +205,11 @@ class _Driver(Stages):
         missing = [(entry, seed) for entry, seed in jobs if read_fit(_fit_folder(entry, seed)) is None]
         arguments = [self._fit_arguments(entry, seed) for entry, seed in missing]
         for done, (index, outcome) in enumerate(self.fits(arguments, self.ranks(inputs)), start=1):
-            entry, _ = missing[index]
+            entry, seed = missing[index]
             if isinstance(outcome, TaskpackError):
                 entry.error = str(outcome)
+            ended = f"failed - {outcome}" if isinstance(outcome, TaskpackError) else outcome.line()
+            LOG.info("%s: fit %d of %d: %s, seed %d, %s", task.name, len(jobs) - len(missing) + done, len(jobs), entry.method, seed, ended)
             self.on_progress(task.name, "fit", done / len(missing), f"{done} of {len(missing)} fits, last {entry.method}")
         for entry, seed in jobs:
             fitted = read_fit(_fit_folder(entry, seed))

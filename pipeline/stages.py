@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
+import logging
 import math
 import threading
 import traceback
@@ -32,6 +33,8 @@ from pipeline.training import Inputs, Ranks, open_inputs
 from pipeline.training.fit import FitResult, fit, steps_kept
 from pipeline.workspace import Workspace
 
+LOG = logging.getLogger("taskpack")
+"""One line for each trial and fit that has ended. The command line shows them where there is no terminal."""
 _AGAIN = "The same command tries again from the last finished stage"
 
 Stage = Literal["prepare", "select", "search", "fit", "register", "done", "failed"]

@@ -17,11 +17,13 @@ from pipeline.adaptation.recomputed import is_recomputable, recompute
 from pipeline.adaptation.sites import weight_shapes
 from pipeline.backbones import LoadedBackbone
 from pipeline.errors import PackBackboneMismatch, PackDamaged
-from pipeline.packs import Pack, PackBackbone, PackInput, PackMetadata, Part, PartBits, PartName, TensorSpec, ledger, zero_part
+from pipeline.packs import Pack, PackBackbone, PackInput, PackMetadata, Part, PartBits, PartName, TensorSpec, largest_size_bytes, ledger, zero_part
 from pipeline.spec import Recipe, Selection, Task
 
 _Section = TypeVar("_Section", Recipe, Selection)
 PROBE_IMAGES = 2
+_COUNT_BYTES = 8
+"""What a layer's number of connections may take in a pack's description, compressed or not."""
 PROBE_TOLERANCE = 0.02
 """Largest difference of a probe logit that other hardware may cause, as a share of the largest logit, or of 1 where all are smaller."""
 
@@ -58,6 +60,25 @@ class SizePlanner:
         """Size of the pack."""
         return sum(self.ledger(recipe).values())
 
+    def is_exact(self, recipe: Recipe) -> bool:
+        """Whether the recipe's size is known, not only bounded."""
+        return recipe.connections is None or self._selected is not None or is_recomputable(self._task.selection)
+
+    def largest_bytes(self, recipe: Recipe) -> int:
+        """The most that a pack of the recipe can take, whatever connections are selected."""
+        if self.is_exact(recipe):
+            return self.size_bytes(recipe)
+        assert recipe.connections is not None
+        level = self._task.selection.level
+        planner, slack = self, 0
+        if level == "network":  # the first layers would keep everything
+            spread = rank_places(self._equal_importance(), "layer", recipe.connections.top_k)
+            planner = SizePlanner(self._task, self._backbone, self._classes, spread)
+            slack = _COUNT_BYTES * len(spread)
+        shapes, cheapest = planner._planned_connections(recipe)[1].layer_shapes, planner.ledger(recipe)["positions"]
+        largest = largest_size_bytes(shapes, equal_rows=level == "neuron", fixed_layers=level != "network")
+        return planner.size_bytes(recipe) - cheapest + largest + slack
+
     def ledger(self, recipe: Recipe) -> dict[str, int]:
         """Bytes by part of the pack."""
         selected, connections = self._planned_connections(recipe) if recipe.connections else (None, None)
@@ -85,7 +106,10 @@ class SizePlanner:
         spec = self._task.selection
         if is_recomputable(spec):
             return recompute(self._backbone, spec, top_k)
-        return rank_places({name: torch.zeros(shape) for name, shape in weight_shapes(self._backbone.model).items()}, spec.level, top_k)
+        return rank_places(self._equal_importance(), spec.level, top_k)
+
+    def _equal_importance(self) -> dict[str, torch.Tensor]:
+        return {name: torch.zeros(shape) for name, shape in weight_shapes(self._backbone.model).items()}
 
 
 def to_pack(model: AdaptedModel, metadata: PackMetadata) -> Pack:

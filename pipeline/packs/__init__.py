@@ -6,7 +6,7 @@ from pipeline.packs.container import content_digest
 from pipeline.packs.file import LEDGER_KEYS, Pack, ledger, pack_to_bytes, read_pack, write_pack
 from pipeline.packs.metadata import FORMAT_VERSION, PackBackbone, PackInput, PackMetadata
 from pipeline.packs.parts import PART_BITS, PART_NAMES, Part, PartBits, PartName, TensorSpec, zero_part
-from pipeline.packs.positions import LayerShape, decode_positions, encode_positions
+from pipeline.packs.positions import LayerShape, decode_positions, encode_positions, largest_size_bytes
 
 __all__ = [
     "FORMAT_VERSION",
@@ -27,6 +27,7 @@ __all__ = [
     "decode_positions",
     "dequantise",
     "encode_positions",
+    "largest_size_bytes",
     "ledger",
     "levels",
     "pack_codes",

@@ -51,6 +51,23 @@ def encode_positions(layers: Sequence[Integers], shapes: Sequence[LayerShape]) -
     return min(plain, coded, key=len)
 
 
+def largest_size_bytes(shapes: Sequence[LayerShape], *, equal_rows: bool, fixed_layers: bool) -> int:
+    """The most that `encode_positions` makes of any selection: its plain form.
+
+    Args:
+        equal_rows: the rows of a layer keep equally many connections.
+        fixed_layers: each layer keeps as many as its shape says; otherwise that holds for all layers together only.
+    """
+    widest_bits = max(_column_bits(shape) for shape in shapes)
+    total = len(PLAIN)
+    for shape in shapes:
+        most = min(shape.columns, shape.count) if fixed_layers else shape.columns
+        counts = 0 if equal_rows else packed_size_bytes(shape.rows, most.bit_length())
+        columns = packed_size_bytes(shape.count, _column_bits(shape) if fixed_layers else widest_bits)
+        total += 1 + counts + columns + (not fixed_layers)
+    return total
+
+
 def decode_positions(data: bytes, shapes: Sequence[LayerShape]) -> list[Integers]:
     """The places [N] of each layer, int64. Raises PackDamaged for whatever is not such positions."""
     if any(shape.columns > MAX_COLUMNS for shape in shapes) or sum(shape.rows for shape in shapes) > MAX_ROWS:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,38 +14,61 @@ from pipeline.search.proposer import distinct_proposals
 from pipeline.selection import read_selection, select_here, write_selection
 from pipeline.spec import Task
 from pipeline.storage import exclusive
-from pipeline.training import open_inputs
+from pipeline.training import Inputs, open_inputs
 from pipeline.workspace import Workspace
+
+OnStep = Callable[[str, int, int], None]
+"""Called with what is being done, how many units of it are done, and how many there are (0 where that is not known)."""
 
 
 @dataclass(frozen=True)
 class TaskPlan:
-    """The base recipe's tensors and bytes by part, and one row for each distinct point of the search space."""
+    """The base recipe's tensors and bytes by part, and one row for each distinct point of the search space.
+
+    A row has `point` and `size_bytes`; where connections were not selected, `at_least_bytes` and `at_most_bytes` instead.
+    """
 
     tensors: tuple[PlannedTensor, ...]
     ledger: dict[str, int]
     space: list[dict[str, Any]]
+    is_exact: bool
 
 
-def plan_task(task: Task, workdir: Path) -> TaskPlan:
+def plan_task(task: Task, workdir: Path, *, select: bool = True, on_step: OnStep = lambda step, done, total: None) -> TaskPlan:
     """Prepare the task's data (its classes are part of a pack), select its connections (their positions are), and plan.
 
     The selection is kept for a run of the task. Raises as preparing and attaching do.
+
+    Args:
+        select: whether to select where no selection is kept yet; without one, sizes are bounds.
+        on_step: told what takes long.
     """
     workspace = Workspace(workdir)
     folder = workspace.data(task.name)
     with exclusive(workdir):
+        on_step("preparing the data", 0, 0)
         prepare(task, folder)
+        on_step("loading the backbone", 0, 0)
         inputs = open_inputs(task, folder)
         top_k = task.search.max_top_k(task.recipe)
-        selection = workspace.selection(inputs, top_k)
-        if top_k and not selection.exists():
-            write_selection(select_here(inputs, top_k), selection)
-    classes = inputs.index.classes
-    selected = read_selection(selection) if top_k else None
+        kept = workspace.selection(inputs, top_k)
+        if select and top_k and not kept.exists():
+            on_step("selecting connections", 0, 0)
+            write_selection(select_here(inputs, top_k, lambda done, total: on_step("selecting connections", done, total)), kept)
+    on_step("computing sizes", 0, 0)
+    return _planned(inputs, kept if top_k and kept.exists() else None)
+
+
+def _planned(inputs: Inputs, selection: Path | None) -> TaskPlan:
+    task, classes = inputs.task, inputs.index.classes
+    selected = read_selection(selection) if selection is not None else None
     planner = SizePlanner(task, inputs.backbone, classes, selected)
-    return TaskPlan(
-        plan(inputs.backbone, task.recipe, len(classes), selected),
-        planner.ledger(task.recipe),
-        [{"point": proposal.point, "size_bytes": proposal.size_bytes} for proposal in distinct_proposals(task, planner.size_bytes)],
-    )
+    proposals = distinct_proposals(task, planner.size_bytes)
+    is_exact = all(planner.is_exact(recipe) for recipe in [task.recipe, *(proposal.recipe for proposal in proposals)])
+    space = [
+        {"point": each.point, "size_bytes": each.size_bytes}
+        if is_exact
+        else {"point": each.point, "at_least_bytes": each.size_bytes, "at_most_bytes": planner.largest_bytes(each.recipe)}
+        for each in proposals
+    ]
+    return TaskPlan(plan(inputs.backbone, task.recipe, len(classes), selected), planner.ledger(task.recipe), space, is_exact)

@@ -95,9 +95,9 @@ def packs_table(packs: Sequence[RegisteredPack]) -> Table:
     return built
 
 
-def ledger_table(ledger: dict[str, int]) -> Table:
+def ledger_table(ledger: dict[str, int], title: str = "Bytes") -> Table:
     """Bytes by part, with bars; the sum is the file's size."""
-    built = table("part", "bytes", "share", "", title="Bytes")
+    built = table("part", "bytes", "share", "", title=title)
     built.columns[-1].justify = "left"
     total, largest = sum(ledger.values()), max(ledger.values())
     for part, size_bytes in ledger.items():
@@ -124,12 +124,15 @@ def plan_table(tensors: Sequence[PlannedTensor], *, by_module: bool) -> Table:
 
 
 def space_table(rows: Sequence[dict[str, Any]], max_bytes: int) -> Table:
-    """The search space's points and what each would cost."""
+    """The search space's points and what each would cost, exactly or within bounds."""
     names = list(rows[0]["point"]) if rows else []
-    built = table(*names, "bytes", "budget", title=f"Search space, budget {max_bytes:,} bytes", numbers_from=0)
+    sizes = {"size_bytes": "bytes"} if not rows or "size_bytes" in rows[0] else {"at_least_bytes": "at least", "at_most_bytes": "at most"}
+    built = table(*names, *sizes.values(), "budget", title=f"Search space, budget {max_bytes:,} bytes", numbers_from=0)
     for row in rows:
-        fits = row["size_bytes"] <= max_bytes
-        built.add_row(*(str(row["point"][name]) for name in names), f"{row['size_bytes']:,}", "fits" if fits else "over", style="" if fits else "dim")
+        bounds = [row[size] for size in sizes]
+        verdict = "over" if bounds[0] > max_bytes else "fits" if bounds[-1] <= max_bytes else "may fit"
+        cells = [*(str(row["point"][name]) for name in names), *(f"{size:,}" for size in bounds), verdict]
+        built.add_row(*cells, style="dim" if verdict == "over" else "")
     return built
 
 

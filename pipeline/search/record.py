@@ -34,6 +34,13 @@ class TrialRecord:
         """As plain data, for tables, figures and the registry."""
         return {**asdict(self), "curve": list(self.curve), "epochs": len(self.curve)}
 
+    def line(self) -> str:
+        """In a few words, for a log: `complete, validation 0.8125, 3046 bytes, 12.3 s`."""
+        metric = self.curve[-1] if self.curve else self.val_metric
+        validation = [] if metric is None else [f"validation {metric:.4f}"]
+        reason = f" - {self.message.splitlines()[0][:300]}" if self.message else ""
+        return ", ".join([self.state, *validation, f"{self.size_bytes} bytes", f"{self.seconds:.1f} s"]) + reason
+
 
 class TrialJournal:
     """A folder with one JSON file a trial, each written whole or not at all."""

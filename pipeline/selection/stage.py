@@ -34,6 +34,7 @@ from pipeline.spec import Task
 from pipeline.training.inputs import Inputs, open_inputs
 
 PlannedBatch = tuple[int, np.ndarray]  # its number, and its samples [B, 2]
+OnBatch = Callable[[int, int], None]
 ALGORITHM_VERSION = 2
 _PLACES, _RANKS = ".places", ".ranks"
 NEVER_SECONDS = 1e9
@@ -102,9 +103,20 @@ def select(task: Task, data_folder: Path, top_k: int, path: Path, *, workers: in
     return path
 
 
-def select_here(inputs: Inputs, top_k: int) -> dict[str, RankedPlaces]:
-    """The same selection in this process, without Ray."""
-    return _ranked(inputs, _sums(inputs, _numbered_batches(inputs)), top_k)
+def select_here(inputs: Inputs, top_k: int, on_batch: OnBatch = lambda done, batches: None) -> dict[str, RankedPlaces]:
+    """The same selection in this process, without Ray.
+
+    Args:
+        on_batch: told before each batch and at the end how many are done, and of how many.
+    """
+    return _ranked(inputs, _sums(inputs, _numbered_batches(inputs), pace=lambda batches: _counted(batches, on_batch)), top_k)
+
+
+def _counted(batches: Sequence[PlannedBatch], on_batch: OnBatch) -> Iterator[PlannedBatch]:
+    for done, batch in enumerate(batches):
+        on_batch(done, len(batches))
+        yield batch
+    on_batch(len(batches), len(batches))
 
 
 def select_if_sooner(inputs: Inputs, top_k: int, path: Path, *, workers: int) -> bool:

@@ -52,6 +52,10 @@ class FitResult:
     train_seconds: float
     device: str
 
+    def line(self) -> str:
+        """In a few words, for a log: `test 0.8125, 3046 bytes, 12.3 s`."""
+        return f"test {self.test_accuracy:.4f}, {self.size_bytes} bytes, {self.train_seconds:.1f} s"
+
 
 def read_fit(folder: Path) -> FitResult | None:
     """The finished fit in `folder`, or None."""

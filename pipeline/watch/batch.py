@@ -17,7 +17,7 @@ from pipeline.registry.record import RegisteredPack
 from pipeline.search.record import TrialRecord
 from pipeline.search.study import Study
 from pipeline.spec import Budget
-from pipeline.stages import OnProgress, Stage
+from pipeline.stages import LOG, OnProgress, Stage
 from pipeline.storage import write_json
 from pipeline.watch.events import EventLog
 from pipeline.watch.metrics import RayMetrics, ray_metrics
@@ -86,8 +86,10 @@ class BatchWatch:
             tracked.follow(study)
             new = study.ended[self._logged.get(task, 0) :]
             self._logged[task] = len(study.ended)
-            for slot in new:
+            before = len(study.records) - len(new)
+            for number, slot in enumerate(new, start=before + 1):
                 self._searched.add(task)
+                LOG.info("%s: trial %d of %d: %s", task, number, study.trials_planned(), without_secrets(study.records[slot].line()))
                 self._trial_ended(task, study.records[slot], samples)
             if (metrics := self._ray()) is not None:
                 metrics.set(task, trials_running=tracked.trials_running)
