@@ -19,7 +19,7 @@ from pipeline.redaction import without_secrets
 
 
 class Entry(NamedTuple):
-    """One image as it was listed: `where` names file and line or key, `place` is its path or URL."""
+    """One image of a table: `where` names file and line or key, `place` is its path or URL."""
 
     where: str
     place: str
@@ -29,7 +29,8 @@ class Entry(NamedTuple):
 def listed_samples(listed: Mapping[SplitName, Sequence[Entry]], repeats: bool = False) -> dict[SplitName, list[SourceSample]]:
     """The samples of each split.
 
-    Raises DataError where an image is missing, or is given twice, unless in one split, with one label, and `repeats` allows.
+    Raises DataError where an image is missing, or is given twice, unless in one split, with one label, and
+    `repeats` allows.
     """
     faults, hosts = Faults(), _Hosts()
     first_use: dict[str, tuple[SplitName, Entry]] = {}

@@ -1,4 +1,4 @@
-"""What a label means: a class's number, counted from 0, or the name of a class where the names are declared."""
+"""What a label means: the number of a class, from 0, or its name where the names are declared."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pipeline.data.names import numbered
 from pipeline.data.quoting import listing, quoted, shortened
 from pipeline.errors import DataError
 
-_DIGITS_MAX = 9  # longer runs of digits are no label
+_DIGITS_MAX = 18  # longer runs of digits are no label
 
 
 class JsonObject(list[tuple[str, Any]]):
@@ -26,9 +26,9 @@ def read_json(text: str, where: str, expected: str) -> Any:
 
 
 def class_number(label: Any, numbers: Mapping[str, int] | None, where: str) -> int:
-    """The class that `label` means: a whole number (also as text), of any size, or one of the names in `numbers`.
+    """The class that `label` means: a whole number (also as text) or a name in `numbers`.
 
-    Raises DataError naming `where`.
+    A number is not compared with how many classes there are. Raises DataError naming `where`.
     """
     if isinstance(label, str) and label.isascii() and label.isdigit() and len(label) <= _DIGITS_MAX:
         return int(label)
@@ -46,14 +46,14 @@ def is_name(label: Any) -> bool:
 
 
 class MemberLabels:
-    """Reads the labels of a shard's samples: all of them numbers, or all of them names of `names`."""
+    """Reads the labels of a shard's samples: all are numbers, or all are names of `names`."""
 
     def __init__(self, names: Sequence[str] | None) -> None:
         self._numbers = None if names is None else numbered(names)
         self._first: tuple[Any, str] | None = None
 
     def read(self, content: bytes, field: str | None, where: str) -> int:
-        """The class that `key.cls` means, or, with `field`, that field of `key.json`. Raises DataError naming `where`."""
+        """The class that `key.cls` means, or that field of `key.json`. Raises DataError."""
         try:
             text = content.decode("utf-8-sig").strip()
         except UnicodeDecodeError:
@@ -69,7 +69,10 @@ class MemberLabels:
 
 
 def check_one_kind(label: Any, where: str, first: Any, first_where: str) -> None:
-    """Raise DataError where one label is a number and another a name: numbers that count from 1 would pass for others."""
+    """Raise DataError where one label is a number and another a name.
+
+    Numbers that count from 1 would pass for other classes.
+    """
     if is_name(label) != is_name(first):
         raise DataError(f"{where}: the label is {quoted(label)}, but {quoted(first)} at {first_where}; expected either numbers or names")
 

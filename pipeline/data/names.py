@@ -33,7 +33,10 @@ def numbered(names: Iterable[str]) -> dict[str, int]:
 
 
 def check_names(names: Iterable[str], where: str) -> None:
-    """Raise DataError where a name cannot be used, or two differ only by white space, case, Unicode form or how a number is written."""
+    """Raise DataError where a name cannot be used, or two are the same name.
+
+    Two are, if they differ only by white space, case, Unicode form or how a number is written.
+    """
     first: dict[str, str] = {}
     for name in sorted(names):
         if len(name) > _NAME_MAX or not _is_text(name):
@@ -45,12 +48,12 @@ def check_names(names: Iterable[str], where: str) -> None:
 
 
 def _is_text(name: str) -> bool:
-    """Whether a name can be written to a file and shown on one line: no lone surrogate, no control character."""
+    """Whether a name can be stored and shown: it has no lone surrogate and no control character."""
     return not any(unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") for character in name)
 
 
 def _looks(name: str) -> str:
-    """A name without what cannot be seen: Unicode's form, white space and characters that only format (such as U+200B)."""
+    """A name without what cannot be seen: Unicode form, white space, characters such as U+200B."""
     visible = "".join(character for character in unicodedata.normalize("NFKC", name) if unicodedata.category(character) != "Cf")
     return " ".join(visible.split())
 

@@ -1,7 +1,7 @@
 """Text files that people write or export: tables, lists, JSON and class names.
 
-They come from editors and spreadsheets of every system, so byte order marks, UTF-16 and all three kinds of line ends are
-read.
+They come from editors and spreadsheets of every system, so byte order marks, UTF-16 and all three
+kinds of line ends are read.
 """
 
 from __future__ import annotations
@@ -13,7 +13,10 @@ from pipeline.errors import DataError
 
 
 def read_text(path: str, expected: str) -> str:
-    """The text at a path or URL: UTF-8, or UTF-16 with a byte order mark. Raises DataError that names the line."""
+    """The text at a path or URL: UTF-8, or UTF-16 with a byte order mark.
+
+    Raises DataError that names the line.
+    """
     content = fetch(path)
     encoding = "utf-16" if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
     try:
@@ -32,5 +35,8 @@ def _line(before: str) -> str:
 
 
 def lines_of(text: str) -> list[str]:
-    """The lines of a text, which may end in LF, CRLF or CR. `str.splitlines` also splits at characters that names may hold."""
+    """The lines of a text, which may end in LF, CRLF or CR.
+
+    `str.splitlines` also splits at U+2028 and others, which may be part of a file's name.
+    """
     return text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
