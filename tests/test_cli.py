@@ -42,14 +42,19 @@ def test_a_run_ends_well_and_says_only_what_it_should(finished: FinishedRun) -> 
     assert answer.code == 0, answer.err
     assert answer.err == ""
     lines = answer.out.splitlines()
-    stages = [line.split("] ")[1] for line in lines if line.startswith("[")]
-    assert stages == [f"bars: {stage}" for stage in ("prepare", "select", "search", "fit", "register", "done")]
-    champions = lines[len(stages) :]
+    logged = [line.split("] ")[1] for line in lines if line.startswith("[")]
+    ended = [line for line in logged if line.count(": ") > 1]
+    assert [line for line in logged if line not in ended] == [
+        f"bars: {stage}" for stage in ("prepare", "select", "search", "fit", "register", "done")
+    ]
+    assert [line.split()[1] for line in ended] == ["trial"] * TRIALS + ["fit:", "registered"]
+    champions = lines[len(logged) :]
     assert [line.strip() for line in champions[:1]] == ["Champions"]
     assert champions[2].startswith("bars ")
     assert f"{TRIALS}/{TRIALS}" in champions[2]
-    assert champions[3] == f"front of bars: {one(finished.workdir.glob('studies/*/front.png'))}"
-    assert len(champions) == 4, "a table row was wrapped, or something else was printed"
+    assert champions[3] == "champion: bars/1"
+    assert champions[4] == f"front of bars: {one(finished.workdir.glob('studies/*/front.png'))}"
+    assert len(champions) == 5, "a table row was wrapped, or something else was printed"
     assert all(len(line) <= 80 for line in champions[:3])
 
 

@@ -53,7 +53,6 @@ def plan_task(task: Task, workdir: Path, *, select: bool = True, on_step: OnStep
         top_k = task.search.max_top_k(task.recipe)
         kept = workspace.selection(inputs, top_k)
         if select and top_k and not kept.exists():
-            on_step("selecting connections", 0, 0)
             write_selection(select_here(inputs, top_k, lambda done, total: on_step("selecting connections", done, total)), kept)
     on_step("computing sizes", 0, 0)
     return _planned(inputs, kept if top_k and kept.exists() else None)

@@ -74,7 +74,7 @@ class BatchProgress(logging.Handler):
 
 
 class PlanProgress:
-    """Use as a context manager; its `step` is what a plan reports to. Lines elsewhere than on a terminal come every 15 seconds at most."""
+    """Use as a context manager; its `step` is what a plan reports to. Elsewhere than on a terminal it shows what is counted, every 15 seconds."""
 
     def __init__(self, console: Console) -> None:
         self._console, self._step, self._began, self._shown = console, "", 0.0, 0.0
@@ -92,10 +92,10 @@ class PlanProgress:
         left = "" if seconds_left is None else f"about {seconds_left:.0f} s left"
         if self._live is not None:
             self._show(name, done, total, left, is_new)
-        elif is_new or done == 1 or (done and now - self._shown >= _PLAN_LINE_SECONDS):
+        elif total and (done < 2 or now - self._shown >= _PLAN_LINE_SECONDS):
             self._shown = now
-            counted = f": {done} of {total} batches, {left}" if done else ""
-            self._console.print(f"{name}{counted}", markup=False, highlight=False, emoji=False, soft_wrap=True)
+            counted = f"{done} of {total} batches, {left}" if done else f"{total} batches"
+            self._console.print(f"{name}: {counted}", markup=False, highlight=False, emoji=False, soft_wrap=True)
 
     def _show(self, name: str, done: int, total: int, left: str, is_new: bool) -> None:
         assert self._live is not None
