@@ -633,7 +633,7 @@ def prepare(
     built = table("split", "samples", "shards", "bytes")
     for name, shards in index.splits.items():
         built.add_row(name, f"{sum(shard.samples for shard in shards):,}", str(len(shards)), f"{sum(shard.size_bytes for shard in shards):,}")
-    out.print(f"{target}: {len(index.classes)} classes ({listing(index.classes)}), digest {index.digest[:16]}...", soft_wrap=True)
+    out.print(f"{target}: {len(index.classes)} classes ({listing(index.classes, most=20)}), digest {index.digest[:16]}...", soft_wrap=True)
     out.print(built)
     for remark in remarks_on(index):
         out.print(f"note: {remark}", soft_wrap=True, markup=False, highlight=False)

@@ -437,6 +437,7 @@ def test_labels_of_shards_are_numbers_names_or_a_field_of_json(members: dict[str
         ({"a.cls": b"1", "a." + "e" * 9000 + ".pkl": b"x"}, "refused"),
         ({"a." + "p" * 9000: b"x", "a." + "P" * 9000: b"x"}, "a duplicate name but for upper and lower case"),
         ({"b\n\x1b[31m.png": b"x"}, "b\\n\\x1b[31m.png: an image without a label"),
+        ({".a.png": b"x", ".a.cls": b"1", "b.png": b"x", "b.cls": b"1"}, ".a.png: refused, WebDataset skips names that begin with a dot"),
         ({"a.txt": b"x", "b.png": b"x", "c.png": b"x", "b.cls": b"1"}, "an image without a label; expected a member with the same key"),
     ],
 )

@@ -28,7 +28,7 @@ def quoted(value: Any) -> str:
     return "a list or an object" if isinstance(value, list | dict) else shortened(repr(value))
 
 
-def listing(names: Collection[str]) -> str:
+def listing(names: Collection[str], most: int = _LISTED_MAX) -> str:
     """The first few names, and how many more there are."""
-    shown = ", ".join(shortened(name, 30) for name in list(names)[:_LISTED_MAX])
-    return shown if len(names) <= _LISTED_MAX else f"{shown} and {len(names) - _LISTED_MAX:,} more"
+    shown = ", ".join(shortened(name, 30) for name in list(names)[:most])
+    return shown if len(names) <= most else f"{shown} and {len(names) - most:,} more"

@@ -131,6 +131,9 @@ def _check_member(member: tarfile.TarInfo, names: Container[str], url: str) -> N
         raise DataError(f"{where}: refused, members of this kind can run code when they are loaded; expected images and .{LABEL_EXTENSION}")
     if member.name.rpartition(".")[2].startswith("__"):
         raise DataError(f"{where}: refused, WebDataset gives extensions that begin with two underscores another meaning; rename it")
+    base, extension = os.path.basename(member.name), member.name.lower().rpartition(".")[2]
+    if base.startswith(".") and not base.startswith("._") and extension in (*IMAGE_EXTENSIONS, LABEL_EXTENSION):
+        raise DataError(f"{where}: refused, WebDataset skips names that begin with a dot without a word; rename it")
     if member.name in names:
         raise DataError(f"{where}: this member occurs twice; give each sample its own key")
 
