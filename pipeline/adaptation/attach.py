@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from pipeline.adaptation.blocks import MlpSlot, mlp_slots
 from pipeline.adaptation.bottleneck import attach_adapter
 from pipeline.adaptation.connections import TunedLayer
 from pipeline.adaptation.dropout import SeededDropout
@@ -19,7 +20,7 @@ from pipeline.adaptation.norms import TunedNorm
 from pipeline.adaptation.plan import norm_names, norm_parameters, plan
 from pipeline.adaptation.prompts import attach_class_token, attach_generator, attach_prompts
 from pipeline.adaptation.ranking import SelectedIndex, kept_places
-from pipeline.adaptation.sites import MlpSlot, mlp_slots, tunable_layers
+from pipeline.adaptation.sites import tunable_layers
 from pipeline.adaptation.smoa import ParallelToMlp, SmoaBank
 from pipeline.adaptation.ssf import attach_ssf
 from pipeline.adaptation.tensors import PlannedTensor, initial_values
@@ -204,13 +205,14 @@ def attach(backbone: LoadedBackbone, recipe: Recipe, class_count: int, *, select
     planned = plan(backbone, recipe, class_count, selected)
     generator = torch.Generator().manual_seed(seed)
     values = TrainedValues({tensor: initial_values(tensor, generator) for tensor in planned})
-    model, slots = backbone.fresh_model(), mlp_slots(backbone.model)
+    model = backbone.fresh_model()
+    slots = mlp_slots(backbone) if recipe.smoa or recipe.adapter or recipe.norms else []
     dropouts = {name: SeededDropout(part.dropout, seed) for name in ("adapter", "lora") for part in [getattr(recipe, name)] if part is not None}
     modules: dict[str, Receiver] = {"head": LinearHead()}
     # Layers first, while they have the names that timm gave them.
     modules |= _tune_layers(model, recipe, selected)
-    modules |= attach_lora(model, backbone.model, recipe.lora, dropouts["lora"]) if recipe.lora else {}
-    modules |= attach_ssf(model, backbone.model) if recipe.ssf else {}
+    modules |= attach_lora(model, backbone, recipe.lora, dropouts["lora"]) if recipe.lora else {}
+    modules |= attach_ssf(model, backbone) if recipe.ssf else {}
     modules |= _tune_norms(model, slots, recipe.norms) if recipe.norms else {}
     modules |= attach_prompts(model, recipe.prompts) if recipe.prompts else {}
     modules |= attach_class_token(model) if recipe.class_token else {}

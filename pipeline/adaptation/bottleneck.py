@@ -7,7 +7,8 @@
     after_attention    x + h + a(h)                  h = attn(norm1(x))
     after_both         the last two together         Houlsby (arXiv 1902.00751)
 
-Forward hooks add the output where a branch ends, behind LayerScale or ConvNeXt's gamma, so the block's own code and names stay as they are.
+Forward hooks add the output where a branch ends, behind LayerScale or ConvNeXt's gamma, so the block's own code and names stay as they are. The
+module where it ends may serve several branches (CaiT's drop path): its first call after the branch has started is the one.
 Their low-bit form is Binary Adapter (arXiv 2307.16867). Shapes: D width of the backbone, H width of the bottleneck.
 """
 
@@ -20,8 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from pipeline.adaptation.blocks import Branch, MlpSlot
 from pipeline.adaptation.dropout import SeededDropout
-from pipeline.adaptation.sites import MlpSlot
 from pipeline.adaptation.tensors import PlannedTensor
 from pipeline.errors import BackboneError
 from pipeline.spec import Adapter
@@ -30,12 +31,19 @@ from pipeline.spec import Adapter
 class Bottleneck(nn.Module):
     """One adapter. `current` holds this forward pass's `down` [H, D] and `up` [D, H]."""
 
-    def __init__(self, spec: Adapter, dropout: SeededDropout, channels_first: bool) -> None:
+    def __init__(self, spec: Adapter, dropout: SeededDropout, block: nn.Module, branch: Branch) -> None:
         super().__init__()
-        self.scale, self.channels_first = spec.scale, channels_first
+        self.scale, self.channels_first = spec.scale, branch.channels_first
+        self.reads_stream = spec.placement == "parallel"
         self.dropout = [dropout]  # in a list: its mode is set in one place, for all adapters
         self.current: dict[str, torch.Tensor] = {}
         self._stream: torch.Tensor | None = None
+        self._has_started = False
+        if self.reads_stream:
+            reader = block.get_submodule(branch.stream) if branch.stream else block
+            reader.register_forward_pre_hook(self._keep_stream)
+        block.get_submodule(branch.start).register_forward_hook(self._start)
+        block.get_submodule(branch.end).register_forward_hook(self._add_to_branch)
 
     def forward(self, x: torch.Tensor, beside: torch.Tensor) -> torch.Tensor:
         """The adapter's output for inputs [..., D] (or [B, D, H, W] where channels come first), added to `beside` of the same shape."""
@@ -48,57 +56,53 @@ class Bottleneck(nn.Module):
         up_HD = (self.scale * self.current["up"]).T
         return torch.addmm(beside.reshape(-1, beside.shape[-1]), hidden_TH, up_HD).view(beside.shape)
 
-    def keep_stream(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+    def _keep_stream(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
         """Pre-hook of the module that reads the residual stream."""
         self._stream = inputs[0]
 
-    def add_to_branch(self, module: nn.Module, inputs: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
-        """Hook of the branch's end, for an adapter in parallel."""
-        stream, self._stream = self._stream, None
-        assert stream is not None, "the branch ended before it began"
-        return self(stream.reshape(output.shape), output)
+    def _start(self, module: nn.Module, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+        """Hook of the branch's first module."""
+        self._has_started = True
 
-    def follow_branch(self, module: nn.Module, inputs: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
-        """Hook of the branch's end, for an adapter that reads the branch's output."""
-        return self(output, output)
-
-
-def _ends(slot: MlpSlot, spec: Adapter) -> dict[str, str | None]:
-    """Which of a block's branches get an adapter, and the child that ends each."""
-    ends = {"mlp": slot.mlp_end, "attention": slot.attention_end}
-    if spec.placement == "after_both":
-        return ends
-    branch = "attention" if spec.placement == "after_attention" else "mlp"
-    return {branch: ends[branch]}
+    def _add_to_branch(self, module: nn.Module, inputs: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
+        """Hook of the branch's end."""
+        if not self._has_started:
+            return output  # the module serves another branch
+        stream, self._stream, self._has_started = self._stream, None, False
+        return self(output if stream is None else stream.reshape(output.shape), output)
 
 
-def plan_adapter(slots: Sequence[MlpSlot], spec: Adapter) -> list[PlannedTensor]:
-    """Two matrices an adapter. Raises BackboneError where a block lacks the branch it would follow."""
+def _branches(slot: MlpSlot, spec: Adapter) -> dict[str, Branch]:
+    """Those of a block's branches that get an adapter."""
+    wanted = {"parallel": ("mlp",), "after_mlp": ("mlp",), "after_attention": ("attention",), "after_both": ("mlp", "attention")}
+    found = {name: branch for name in wanted[spec.placement] for branch in [getattr(slot, name)] if branch is not None}
+    return {name: branch for name, branch in found.items() if spec.placement != "parallel" or branch.stream is not None}
+
+
+def plan_adapter(slots: Sequence[MlpSlot], spec: Adapter, model_name: str) -> list[PlannedTensor]:
+    """Two matrices an adapter. Raises BackboneError where no block has a branch that the placement names."""
+    branches = {(slot.block, name): slot.width for slot in slots for name in _branches(slot, spec)}
+    wanted = ("mlp", "attention") if spec.placement == "after_both" else ("attention",) if spec.placement == "after_attention" else ("mlp",)
+    missing = [name for name in wanted if name not in {branch for _, branch in branches}]
+    if missing and slots:
+        placements = ("parallel", "after_mlp", "after_attention")
+        others = [each for each in placements if any(_branches(slot, spec.model_copy(update={"placement": each})) for slot in slots)]
+        hint = f"choose {' or '.join(others)}" if others else "leave this part out"
+        raise BackboneError(
+            f"recipe.adapter.placement: given {spec.placement!r}; {model_name} has no {missing[0]} branch whose ends are known; {hint}"
+        )
     planned = []
-    for slot in slots:
-        for branch, end in _ends(slot, spec).items():
-            if end is None:
-                raise BackboneError(
-                    f"recipe.adapter.placement: given {spec.placement!r}; the block {slot.block!r} has no {branch} branch whose end is known; "
-                    "choose a placement at another branch"
-                )
-            name = f"adapter.{slot.block}.{branch}"
-            planned.append(PlannedTensor("adapters", f"{name}.down", (spec.width, slot.width), spec.bits, start="linear"))
-            planned.append(PlannedTensor("adapters", f"{name}.up", (slot.width, spec.width), spec.bits, start="up"))
+    for (block, branch), width in branches.items():
+        name = f"adapter.{block}.{branch}"
+        planned.append(PlannedTensor("adapters", f"{name}.down", (spec.width, width), spec.bits, start="linear"))
+        planned.append(PlannedTensor("adapters", f"{name}.up", (width, spec.width), spec.bits, start="up"))
     return planned
 
 
 def attach_adapter(model: nn.Module, slots: Sequence[MlpSlot], spec: Adapter, dropout: SeededDropout) -> dict[str, Bottleneck]:
-    """Hook an adapter into every block that `plan_adapter` planned one for."""
-    adapters = {}
-    for slot in slots:
-        block = model.get_submodule(slot.block)
-        for branch, end in _ends(slot, spec).items():
-            assert end is not None, "planned first"
-            adapter = adapters[f"adapter.{slot.block}.{branch}"] = Bottleneck(spec, dropout, slot.stream_channels_first)
-            if spec.placement == "parallel":
-                block.get_submodule(slot.stream).register_forward_pre_hook(adapter.keep_stream)
-                block.get_submodule(end).register_forward_hook(adapter.add_to_branch)
-            else:
-                block.get_submodule(end).register_forward_hook(adapter.follow_branch)
-    return adapters
+    """Hook an adapter into every branch that `plan_adapter` planned one for."""
+    return {
+        f"adapter.{slot.block}.{name}": Bottleneck(spec, dropout, model.get_submodule(slot.block), branch)
+        for slot in slots
+        for name, branch in _branches(slot, spec).items()
+    }

@@ -21,6 +21,7 @@ from torch import nn
 from torch.nn import grad as nn_grad
 
 from pipeline.adaptation.sampled import sampled_product
+from pipeline.adaptation.wrapper import Wrapper
 
 TunableLayer = nn.Linear | nn.Conv2d
 FEW_COLUMNS = 0.5
@@ -100,7 +101,7 @@ class _ConnectedProduct(torch.autograd.Function):
         return x_gradient, values_gradient.to(ctx.values_dtype), bias_gradient.to(ctx.bias_dtype) if ctx.needs_input_grad[2] else None, None, None
 
 
-class TunedLayer(nn.Module):
+class TunedLayer(Wrapper):
     """A frozen Linear or Conv2d with trained connections, a trained bias, or both.
 
     `current` holds what this forward pass uses: `connections` [N] is added to the weight's entries at the places `index_N`, `bias` [O] to the bias.
@@ -110,14 +111,14 @@ class TunedLayer(nn.Module):
         index_N: places of the selected entries, ascending, or None to leave the weight alone.
     """
 
+    base: TunableLayer
     index_N: torch.Tensor | None
     frozen_N: torch.Tensor
     columns_U: torch.Tensor
     sampled_place: torch.Tensor
 
     def __init__(self, base: TunableLayer, index_N: torch.Tensor | None) -> None:
-        super().__init__()
-        self.base = base
+        super().__init__(base)
         self.current: dict[str, torch.Tensor] = {}
         self.register_buffer("index_N", index_N, persistent=False)
         self.has_few_columns = False

@@ -24,13 +24,20 @@ class TunedNetwork(nn.Module):
 
     def merge(self, is_merged: bool) -> None:
         """Take the current changes into the weights, until told otherwise."""
+        self._forget()
         self._merged = self.changed() if is_merged else None
 
     def changed(self) -> dict[str, torch.Tensor]:
         """Its parameters with the current changes added."""
         return {name: frozen + self.current[name].view(frozen.shape) for name, frozen in self.base.named_parameters()}
 
+    def _forget(self) -> None:
+        """Setting the mode drops what a network keeps of its parameters from pass to pass (LeViT's attention biases)."""
+        self.base.train(False)
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self._merged is None:
+            self._forget()
         return torch.func.functional_call(self.base, self.changed() if self._merged is None else self._merged, (x,))
 
 

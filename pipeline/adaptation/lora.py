@@ -2,9 +2,9 @@
 
     y[rows] = (W x)[rows] + scale * up(dropout(down(x)))        down is [R, I], up [rows, R]; no activation, no biases
 
-timm fuses the projections of q, k and v into one Linear `qkv` of 3 D rows: q, k and v name its thirds. All low-rank changes of one layer are two
-matrix products: their `down`s are stacked, and each `up` is filled up with zeros to the layer's rows. Shapes: I inputs, O outputs, R rank, S ranks
-of all the layer's changes together.
+timm fuses the projections of q, k and v into one Linear `qkv` of 3 D rows: q, k and v name its thirds, where they are laid out so (fused.py). All
+low-rank changes of one layer are two matrix products: their `down`s are stacked, and each `up` is filled up with zeros to the layer's rows.
+Shapes: I inputs, O outputs, R rank, S ranks of all the layer's changes together.
 """
 
 from __future__ import annotations
@@ -17,8 +17,11 @@ from torch import nn
 
 from pipeline.adaptation.connections import TunableLayer, TunedLayer, apply_layer
 from pipeline.adaptation.dropout import SeededDropout
+from pipeline.adaptation.fused import in_thirds
 from pipeline.adaptation.sites import tunable_layers
 from pipeline.adaptation.tensors import PlannedTensor
+from pipeline.adaptation.wrapper import Wrapper
+from pipeline.backbones import LoadedBackbone
 from pipeline.errors import BackboneError
 from pipeline.spec import Lora
 
@@ -26,12 +29,14 @@ Rows = tuple[int, int]
 """First row, and the one after the last."""
 
 
-class LowRankLayer(nn.Module):
+class LowRankLayer(Wrapper):
     """A layer with low-rank changes. `current` holds `<target>.down` [R, I] and `<target>.up` [rows, R] of this forward pass."""
 
+    base: TunableLayer | TunedLayer
+
     def __init__(self, base: TunableLayer | TunedLayer, outputs: int, rows: Mapping[str, Rows], spec: Lora, dropout: SeededDropout) -> None:
-        super().__init__()
-        self.base, self.outputs, self.rows, self.scale = base, outputs, dict(rows), spec.scale
+        super().__init__(base)
+        self.outputs, self.rows, self.scale = outputs, dict(rows), spec.scale
         self._merged: tuple[torch.Tensor, torch.Tensor | None] | None = None
         self.dropout = [dropout]  # in a list: its mode is set in one place, not by the frozen network around this layer
         self.current: dict[str, torch.Tensor] = {}
@@ -66,23 +71,30 @@ class LowRankLayer(nn.Module):
         return y.movedim(-1, 1) if is_convolution else y
 
 
-def _possible_targets(model: nn.Module) -> dict[str, list[tuple[str, TunableLayer, Rows]]]:
+def _possible_targets(backbone: LoadedBackbone) -> dict[str, list[tuple[str, TunableLayer, Rows]]]:
     """For each name a target can have: the layers it matches, and which of their rows."""
     found: dict[str, list[tuple[str, TunableLayer, Rows]]] = {}
-    for name, layer in tunable_layers(model).items():
+    for name, layer in tunable_layers(backbone.model).items():
         if isinstance(layer, nn.Conv2d) and (layer.kernel_size != (1, 1) or layer.stride != (1, 1) or layer.groups != 1 or layer.padding != (0, 0)):
             continue
         leaf, outputs = name.rpartition(".")[2], layer.weight.shape[0]
         found.setdefault(leaf, []).append((name, layer, (0, outputs)))
-        if leaf == "qkv" and outputs % 3 == 0:
+        if in_thirds(backbone).get(name):
             for index, third in enumerate("qkv"):
                 found.setdefault(third, []).append((name, layer, (index * outputs // 3, (index + 1) * outputs // 3)))
     return found
 
 
-def _sites(model: nn.Module, spec: Lora) -> dict[str, tuple[TunableLayer, dict[str, Rows]]]:
+def _sites(backbone: LoadedBackbone, spec: Lora) -> dict[str, tuple[TunableLayer, dict[str, Rows]]]:
     """The layers that change, in the model's order, each with the rows of its targets."""
-    possible = _possible_targets(model)
+    model, possible = backbone.model, _possible_targets(backbone)
+    mixed = [name for name, is_in_thirds in in_thirds(backbone).items() if not is_in_thirds]
+    thirds = [target for target in spec.targets if target in ("q", "k", "v")]
+    if mixed and thirds:
+        raise BackboneError(
+            f"recipe.lora.targets: given {thirds[0]!r}; the rows of {mixed[0]!r} in {type(model).__name__} are not laid out as q, k and v in thirds; "
+            "name the whole layer, qkv"
+        )
     unknown = [target for target in spec.targets if target not in possible]
     if unknown:
         known = ", ".join(sorted(possible)) or "no Linear and no 1x1 convolution"
@@ -94,10 +106,10 @@ def _sites(model: nn.Module, spec: Lora) -> dict[str, tuple[TunableLayer, dict[s
     return {name: chosen[name] for name in tunable_layers(model) if name in chosen}
 
 
-def plan_lora(model: nn.Module, spec: Lora) -> list[PlannedTensor]:
+def plan_lora(backbone: LoadedBackbone, spec: Lora) -> list[PlannedTensor]:
     """Two matrices a target and layer. Raises BackboneError for a target that matches no layer."""
     planned = []
-    for name, (layer, targets) in _sites(model, spec).items():
+    for name, (layer, targets) in _sites(backbone, spec).items():
         for target, (first, end) in targets.items():
             prefix = f"lora.{name}.{target}"
             planned.append(PlannedTensor("adapters", f"{prefix}.down", (spec.rank, layer.weight.shape[1]), spec.bits, start="linear"))
@@ -105,10 +117,10 @@ def plan_lora(model: nn.Module, spec: Lora) -> list[PlannedTensor]:
     return planned
 
 
-def attach_lora(model: nn.Module, original: nn.Module, spec: Lora, dropout: SeededDropout) -> dict[str, LowRankLayer]:
-    """Wrap the layers named by `original`, the network as timm made it, in `model`, where they may be wrapped already."""
+def attach_lora(model: nn.Module, backbone: LoadedBackbone, spec: Lora, dropout: SeededDropout) -> dict[str, LowRankLayer]:
+    """Wrap the layers named by `backbone`, the network as timm made it, in `model`, where they may be wrapped already."""
     layers = {}
-    for name, (layer, rows) in _sites(original, spec).items():
+    for name, (layer, rows) in _sites(backbone, spec).items():
         layers[f"lora.{name}"] = LowRankLayer(_wrapped(model.get_submodule(name)), layer.weight.shape[0], rows, spec, dropout)
         model.set_submodule(name, layers[f"lora.{name}"])
     return layers

@@ -46,7 +46,8 @@ def changed_modules(model: AdaptedModel, original: nn.Module) -> dict[str, dict[
     """The tensors of every module that trained values are added to, by its name in `original`; the model has been given its values."""
     if isinstance(model.backbone, TunedNetwork):
         return {"": model.backbone.changed()}
-    found = {name: _plain_tensors(model.backbone.get_submodule(name)) for name, module in original.named_modules() if not list(module.children())}
+    adapted = dict(model.backbone.named_modules())
+    found = {name: _plain_tensors(adapted[name]) for name, _ in original.named_modules() if name in adapted}
     return {name: tensors for name, tensors in found.items() if tensors}
 
 

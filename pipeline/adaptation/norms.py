@@ -6,14 +6,16 @@ from collections.abc import Collection
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from pipeline.adaptation.wrapper import Wrapper
 
 
-class TunedNorm(nn.Module):
+class TunedNorm(Wrapper):
     """Any norm with a weight and a bias; `current` holds what this forward pass adds to each of its `trained` parameters."""
 
     def __init__(self, base: nn.Module, trained: Collection[str]) -> None:
-        super().__init__()
-        self.base = base
+        super().__init__(base)
         self.trained = frozenset(trained)
         self.current: dict[str, torch.Tensor] = {}
 
@@ -26,5 +28,7 @@ class TunedNorm(nn.Module):
         return {name: tensor + self.current[name] for name, tensor in self.base.named_parameters() if name in self.trained}
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        tensors = {name: tensor.to(x.dtype) for name, tensor in {**dict(self.base.named_parameters()), **self.changed()}.items()}
+        tensors = {**dict(self.base.named_parameters()), **self.changed()}
+        if not isinstance(self.base, _BatchNorm):  # whose running statistics stay float32, and its parameters must be of their type
+            tensors = {name: tensor.to(x.dtype) for name, tensor in tensors.items()}
         return torch.func.functional_call(self.base, tensors, (x,))

@@ -10,12 +10,13 @@ from dataclasses import replace
 
 from torch import nn
 
+from pipeline.adaptation.blocks import MlpSlot, mlp_slots
 from pipeline.adaptation.bottleneck import plan_adapter
 from pipeline.adaptation.full import plan_full
 from pipeline.adaptation.lora import plan_lora
 from pipeline.adaptation.prompts import plan_class_token, plan_generator, plan_prompts
 from pipeline.adaptation.ranking import SelectedIndex, kept_at, kept_places
-from pipeline.adaptation.sites import MlpSlot, mlp_slots, norms_of, tunable_layers, weight_shapes
+from pipeline.adaptation.sites import norms_of, tunable_layers, weight_shapes
 from pipeline.adaptation.smoa import plan_smoa
 from pipeline.adaptation.ssf import plan_ssf
 from pipeline.adaptation.tensors import PlannedTensor
@@ -36,15 +37,15 @@ def plan(backbone: LoadedBackbone, recipe: Recipe, class_count: int, selected: S
         BackboneError: a part of the recipe matches no module of this backbone.
     """
     model = backbone.model
-    slots = mlp_slots(model)
+    slots = mlp_slots(backbone) if recipe.smoa or recipe.adapter or recipe.norms else []
     parts = {
         "connections": recipe.connections and _plan_connections(model, recipe.connections, selected),
         "biases": recipe.biases and _plan_biases(model, recipe.biases),
         "norms": recipe.norms and _plan_norms(model, slots, recipe.norms),
         "smoa": recipe.smoa and plan_smoa(slots, recipe.smoa),
-        "adapter": recipe.adapter and plan_adapter(slots, recipe.adapter),
-        "lora": recipe.lora and plan_lora(model, recipe.lora),
-        "ssf": recipe.ssf and plan_ssf(model, recipe.ssf),
+        "adapter": recipe.adapter and plan_adapter(slots, recipe.adapter, type(model).__name__),
+        "lora": recipe.lora and plan_lora(backbone, recipe.lora),
+        "ssf": recipe.ssf and plan_ssf(backbone, recipe.ssf),
         "prompts": recipe.prompts and plan_prompts(model, recipe.prompts),
         "class_token": recipe.class_token and plan_class_token(model, recipe.class_token),
         "smoa.prompt_generator": plan_generator(model, recipe.smoa.bits) if recipe.smoa and recipe.smoa.prompt_generator else None,

@@ -2,7 +2,7 @@
 
     VPT, shallow (arXiv 2203.12119)     P tokens are appended to the first block's input
     VPT, deep                           every block gets P tokens of its own in place of the last block's
-    class token                         its change is added where the first block reads it
+    class token                         its change is added to the token, before the norm that some networks have there (CLIP)
     generator (arXiv 2406.03051)        scale * mean_tokens(bank's output) + shift: one token a block, appended for the next; they accumulate
 
 Blocks see a set of tokens (positions are added before the first one), so where they are appended does not matter. What was appended is cut off behind
@@ -62,7 +62,7 @@ class ChangedClassToken(nn.Module):
         self.current: dict[str, torch.Tensor] = {}
 
     def enter(self, module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        """Pre-hook of the first block."""
+        """Pre-hook of what reads the tokens."""
         x_BTD: torch.Tensor = inputs[0]
         change_1D = self.current["change"].to(x_BTD.dtype)
         return (torch.cat([x_BTD[:, :1] + change_1D, x_BTD[:, 1:]], dim=1), *inputs[1:])
@@ -112,9 +112,10 @@ def plan_class_token(model: nn.Module, spec: ClassToken) -> list[PlannedTensor]:
 
 
 def attach_class_token(model: nn.Module) -> dict[str, ChangedClassToken]:
-    """Hook the change into the first block."""
+    """Hook the change in where the class token has its position."""
     token = ChangedClassToken()
-    token_blocks(model, "class_token")[0].register_forward_pre_hook(token.enter)
+    assert isinstance(model, VisionTransformer), "planned first"
+    model.norm_pre.register_forward_pre_hook(token.enter)
     return {"class_token": token}
 
 

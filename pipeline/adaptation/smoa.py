@@ -13,14 +13,16 @@ Shapes: T sub-tokens, D their width, R router width, E experts.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
 
+from pipeline.adaptation.blocks import MlpSlot
 from pipeline.adaptation.mixture import Mixture
 from pipeline.adaptation.prompts import GeneratedPrompt
-from pipeline.adaptation.sites import MlpSlot
 from pipeline.adaptation.tensors import PlannedTensor, Start
+from pipeline.adaptation.wrapper import Wrapper
 from pipeline.errors import BackboneError
 from pipeline.spec import Smoa
 
@@ -87,7 +89,7 @@ class SmoaBank(nn.Module):
         return torch.stack(self.balance_terms).mean() if self.balance_terms else torch.zeros(())
 
 
-class ParallelToMlp(nn.Module):
+class ParallelToMlp(Wrapper):
     """A block's MLP with the shared bank: both read the second norm's output, or the bank reads the MLP's; their outputs are summed.
 
     Where a backbone scales its MLP branch (LayerScale, ConvNeXt's gamma), the bank's output is scaled with it.
@@ -97,16 +99,15 @@ class ParallelToMlp(nn.Module):
     """
 
     def __init__(self, mlp: nn.Module, bank: SmoaBank, channels_first: bool, generator: GeneratedPrompt | None = None) -> None:
-        super().__init__()
-        self.mlp = mlp
+        super().__init__(mlp)
         self.bank = [bank]  # in a list: the bank is registered once, in the model, not once a block
         self.channels_first = channels_first
         self.generator = [generator]
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, *arguments: Any, **named: Any) -> torch.Tensor:
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))  # once for both, which would each do it
-        y = self.mlp(x)
+        y = self.base(x, *arguments, **named)
         if self.bank[0].spec.placement == "after_mlp":
             x = y
         if self.channels_first:

@@ -201,7 +201,7 @@ def _set_input_size(model: nn.Module, name: str, size_px: int) -> None:
     try:
         if set_input_size is not None:
             set_input_size(img_size=(size_px, size_px))
-        with torch.inference_mode():
+        with torch.no_grad():  # some networks keep tensors from pass to pass, which training could not use if made in inference mode
             features = model(torch.zeros(1, 3, size_px, size_px))
     except (AssertionError, ValueError, RuntimeError) as error:
         raise BackboneError(f"input.size_px: given {size_px}, which {name} cannot take ({error}); choose a multiple of its patch size") from None

@@ -13,6 +13,7 @@ import contextlib
 import io
 import json
 import logging
+import re
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -75,10 +76,17 @@ def _write(model: AdaptedModel, size_px: int, facts: dict[str, str], path: Path)
                 verbose=False,
             )
         except torch.onnx.errors.OnnxExporterError as error:
-            raise ExportError(f"torch cannot express this model in ONNX: {str(error).splitlines()[0]}") from None
+            raise ExportError(f"torch cannot express this model in ONNX: {_reason(error)}") from None
         assert program is not None
         program.model.metadata_props.update(facts)
         program.save(path, external_data=False)
+
+
+def _reason(error: BaseException) -> str:
+    """What the first error of a chain says, as one line without colours; those after it tell how to debug torch."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return " ".join(re.sub(r"\x1b\[[0-9;]*m", "", str(error)).split())[:300]
 
 
 @contextlib.contextmanager
