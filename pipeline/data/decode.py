@@ -39,7 +39,7 @@ def decode_image(source: bytes | str | os.PathLike[str] | Image.Image, size_px: 
     content = _content(source, name) if isinstance(source, (str, os.PathLike)) else source
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of damaged metadata and of many pixels: neither changes what is read
+            warnings.simplefilter("ignore")  # damaged metadata and many pixels change nothing
             image = _open(content) if isinstance(content, bytes) else content
             square = _to_rgb(_upright(image)).resize((size_px, size_px), Image.Resampling.BICUBIC)
     except DataError as error:
@@ -68,7 +68,10 @@ def _content(path: str | os.PathLike[str], name: str) -> bytes:
 
 
 def _open(content: bytes) -> Image.Image:
-    """The image, loaded. A PNG that cannot be read is read without its metadata: Pillow refuses it for a text of a megabyte."""
+    """The image, loaded. A PNG that cannot be read is tried again without its metadata.
+
+    Pillow refuses a whole PNG for a text of more than a megabyte.
+    """
     try:
         return _loaded(content)
     except Exception:
@@ -84,7 +87,7 @@ def _loaded(content: bytes) -> Image.Image:
 
 
 def _png_without_metadata(content: bytes) -> bytes:
-    """The chunks that make the pixels; each is a length, a name, as many bytes and a checksum of four."""
+    """The chunks that make the pixels; each is a length, a name, as many bytes and a checksum."""
     start, kept = 8, [content[:8]]
     while start < len(content):
         end = start + 12 + int.from_bytes(content[start : start + 4])

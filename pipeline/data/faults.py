@@ -23,7 +23,7 @@ class Faults:
 
     @contextmanager
     def gathered(self) -> Iterator[None]:
-        """Note the DataError that the block raises, instead of raising it, unless it is no fault of the image."""
+        """Note the DataError that the block raises, unless it is no fault of the image."""
         try:
             yield
         except Unreachable:
@@ -32,7 +32,7 @@ class Faults:
             self.add(str(error))
 
     def check(self) -> None:
-        """Raise DataError where there are faults: the only one, or their number and the first ten, one per line."""
+        """Raise DataError where there are faults: the only one, or their number and the first ten."""
         if len(self.messages) == 1:
             raise DataError(self.messages[0])
         if self.messages:
@@ -42,5 +42,5 @@ class Faults:
 
 
 def printable(text: str) -> str:
-    """`text` with what cannot be printed written as escapes: line ends, and bytes of file names that are not UTF-8."""
+    """`text` with what cannot be printed as escapes: line ends, bytes that are not UTF-8."""
     return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in text)

@@ -15,9 +15,9 @@ _LITTER = ("thumbs.db", "desktop.ini", "icon\r", "@eadir", "__macosx", "$recycle
 
 
 def labelled_images(folder: Path, faults: Faults) -> list[tuple[Path, str]]:
-    """The images below `folder` in a fixed order, each with the name of its class's folder. Links to folders are followed.
+    """The images below `folder` in a fixed order, each with the name of its class's folder.
 
-    Files that are no images go to `faults`. Raises DataError where a folder is missing, empty or cannot be read.
+    Links to folders are followed. Files that are no images go to `faults`. Raises DataError where a folder is missing, empty or cannot be read.
     """
     if not folder.is_dir():
         found = "is a file" if folder.exists() else "no such folder"
@@ -48,7 +48,10 @@ def _images_below(class_folder: Path, faults: Faults) -> list[Path]:
 
 
 def _files_below(folder: Path) -> Iterator[Path]:
-    """Every file that is not hidden, those in subfolders too. A folder that links lead to again is read once."""
+    """Every file that is not hidden, those in subfolders too.
+
+    A folder that links lead to again is read once.
+    """
     seen = {_identity(parent) for parent in folder.resolve().parents}
     for path, folders, files in os.walk(folder, followlinks=True, onerror=_refuse):
         if (identity := _identity(Path(path))) in seen:

@@ -17,8 +17,10 @@ EXTENSIONS = {
     "PPM": ("ppm", "pgm", "pbm", "pnm"),
     "HEIF": ("heic", "heif"),
 }
-"""File name extensions by Pillow's name of the format; the first one is written to shards. Pillow knows dozens more,
-some of which (EPS) start other programs."""
+"""File name extensions by Pillow's name of the format; the first one is written to shards.
+
+Pillow knows dozens more, some of which (EPS) start other programs.
+"""
 
 IMAGE_EXTENSIONS = tuple(extension for extensions in EXTENSIONS.values() for extension in extensions)
 FORMATS = tuple(name for name in EXTENSIONS if name != "HEIF")
@@ -26,7 +28,7 @@ EXPECTED = f"{', '.join(FORMATS[:-1])} or {FORMATS[-1]}"
 
 _CONVERT = "convert it to JPEG or PNG"
 _SIGNATURES: tuple[tuple[str, bytes, str], ...] = (
-    # Pillow's name of the format, or what else it is; a regular expression of the first bytes; what to do.
+    # Pillow's name of the format, or what else it is; its first bytes; what to do.
     ("JPEG", rb"\xff\xd8\xff", ""),
     ("PNG", rb"\x89PNG\r\n\x1a\n", ""),
     ("WEBP", rb"RIFF....WEBP", ""),
@@ -62,7 +64,7 @@ _HEAD_BYTES = 512
 
 
 def extension_of(content: bytes) -> str | None:
-    """The file name extension that fits an encoded image; None where it is of no format in EXTENSIONS."""
+    """The file name extension that fits an encoded image; None where its format is unknown."""
     name, _ = _recognise(content)
     return EXTENSIONS[name][0] if name in EXTENSIONS else None
 
@@ -98,7 +100,7 @@ def kind_of(content: bytes) -> str | None:
 
 @cache
 def readable_formats() -> tuple[str, ...]:
-    """Pillow's names of the formats to open; HEIC is one of them where the package pillow-heif is installed."""
+    """Pillow's names of the formats to open, HEIC where the package pillow-heif is installed."""
     try:
         import_module("pillow_heif").register_heif_opener()
     except ImportError:

@@ -18,7 +18,10 @@ from pipeline.data.urls import sha256_hex
 
 
 def hold_out_test(source: Source, fraction: float) -> Source:
-    """`source` with about `fraction` of the training images of each class as its test set. Raises DataError where a class has a single one."""
+    """`source` with about `fraction` of the training images of each class as its test set.
+
+    Raises DataError where a class has a single image.
+    """
     train = source.splits["train"]
     quotas = held_out_quotas(np.array([sample.label for sample in train]), fraction, source.classes, "test")
     shared = len(os.path.commonprefix([sample.name for sample in train]).rpartition("/")[0])  # names may be URLs  # noqa: RUF071

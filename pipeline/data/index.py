@@ -39,7 +39,11 @@ class ShardEntry(BaseModel):
 
 
 class DataIndex(BaseModel):
-    """A prepared dataset. `source_digest` tells what it was made from, `remarks` what a reader should know of it; neither is part of `digest`."""
+    """A prepared dataset.
+
+    `source_digest` tells what it was made from, `remarks` what a reader should know of it; neither
+    is part of `digest`.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 

@@ -23,12 +23,15 @@ class Inspection:
 
     def __init__(self) -> None:
         self.faults = Faults()
-        self._first: dict[SplitName, dict[bytes, _Named]] = defaultdict(dict)  # by hash: the first image of that content
+        self._first: dict[SplitName, dict[bytes, _Named]] = defaultdict(dict)  # by hash
         self._shared: dict[tuple[SplitName, SplitName], list[tuple[_Named, _Named]]] = defaultdict(list)
         self._two_labels: dict[SplitName, dict[bytes, tuple[_Named, _Named]]] = defaultdict(dict)
 
     def look(self, split: SplitName, name: str, label: int, load: Callable[[], bytes]) -> bytes | None:
-        """The encoded image that `load` gives; None where it cannot be read, which is noted. Faults call it `name`."""
+        """The encoded image that `load` gives; None where it cannot be read, which is noted.
+
+        Faults call it `name`.
+        """
         with self.faults.gathered():
             image = load()
             decode_image(image, _CHECK_SIZE_PX, name)
@@ -37,7 +40,7 @@ class Inspection:
         return None
 
     def check(self) -> None:
-        """Raise DataError where images cannot be read; it names the first ones by name, in whatever order they were looked at."""
+        """Raise DataError where images cannot be read, whose names are in sorted order."""
         self.faults.messages.sort()
         self.faults.check()
 
@@ -51,7 +54,7 @@ class Inspection:
                     self._shared[other, split].append((images[content], image))
 
     def remarks(self, classes: list[str]) -> list[str]:
-        """One sentence for each pair of splits that share images, and for each split that has images with two labels."""
+        """One sentence for each pair of splits that share images, and each split with two labels."""
         lines = []
         for (split, other), pairs in self._shared.items():
             (_, name), (_, copy) = pairs[0]

@@ -121,7 +121,7 @@ def _inferred_classes(entries: dict[SplitName, list[ShardEntry]]) -> list[str]:
 
 
 def _order_remarks(shards: list[ShardEntry]) -> list[str]:
-    """A sentence where shards hold far fewer classes than if their samples were mixed: batches are drawn from one shard at a time."""
+    """A sentence where shards hold far fewer classes than if their samples were mixed."""
     counts = np.bincount(np.concatenate([shard.labels for shard in shards]))
     shares = counts / counts.sum()
     mixed = np.mean([np.sum(1 - (1 - shares) ** shard.samples) for shard in shards])
@@ -185,7 +185,10 @@ def _sibling(folder: Path) -> Path:
 
 
 def _shuffled(split: SplitName, samples: list[SourceSample], inspection: Inspection) -> Iterator[Sample]:
-    """Classes mixed, always in the same way: a shard must not hold one class alone. After a fault, the rest is only inspected."""
+    """Classes mixed, always in the same way: a shard must not hold one class alone.
+
+    After a fault, the rest is only inspected.
+    """
     for number, row in enumerate(np.random.default_rng(0).permutation(len(samples))):
         sample = samples[row]
         image = inspection.look(split, sample.name, sample.label, sample.load)
@@ -245,7 +248,7 @@ def check(index: DataIndex, task: Task) -> None:
 
 
 def remarks_on(index: DataIndex) -> list[str]:
-    """What a user should know of a dataset although it can be used: classes that cannot be learned, images that occur twice, ..."""
+    """What a user should know of a dataset that can be used: images that occur twice, ..."""
     untrained = untrained_classes(index)
     missing = [f"no training sample of {len(untrained)} of the classes: {listing(untrained)}"] if untrained else []
     return [*missing, *index.remarks]

@@ -62,7 +62,7 @@ def _file_sample(path: Path, label: int) -> SourceSample:
 
 
 def stamp_of(status: os.stat_result) -> str:
-    """What changes when a file does. Its size and time of modification alone stay when tools such as `cp -p` or `rsync` replace it."""
+    """What changes when a file does: `cp -p` and `rsync` keep size and time of modification."""
     return f"{status.st_size}:{status.st_mtime_ns}:{status.st_ctime_ns}:{status.st_ino}"
 
 

@@ -58,7 +58,10 @@ def held_out_samples(labels: np.ndarray, fraction: float, seed: int, classes: li
 
 
 def held_out_quotas(labels: np.ndarray, fraction: float, classes: list[str], split: SplitName) -> np.ndarray:
-    """How many samples of each class to hold out for `split`, int [C]. Raises DataError where a class has a single sample."""
+    """How many samples of each class to hold out for `split`, int [C].
+
+    Raises DataError where a class has a single sample.
+    """
     counts = np.bincount(labels, minlength=len(classes))
     single = [classes[number] for number in np.flatnonzero(counts == 1)]
     if single:
