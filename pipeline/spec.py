@@ -373,6 +373,7 @@ class Training(Spec):
     warmup_epochs: float = Field(default_factory=lambda validated: min(1.0, validated.get("epochs", 1) / 2), ge=0)
     weight_decay: float = Field(0.0, ge=0)
     label_smoothing: float = Field(0.0, ge=0, lt=1)
+    drop_path: float = Field(0.0, ge=0, lt=1, description="stochastic depth: the last block's rate")
     mixup: float = Field(0.0, ge=0)
     cutmix: float = Field(0.0, ge=0)
     ema: float = Field(0.0, ge=0, lt=1)

@@ -6,47 +6,53 @@ import re
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from torchvision.transforms import functional as torchvision_functional
 
+from pipeline.adaptation import AdaptedModel, attach
+from pipeline.adaptation.drop_path import drop_rates
+from pipeline.backbones import load_backbone
 from pipeline.data import augment
 from pipeline.data.augment import _colour_jitter, _Numbers, turn_hue
-from pipeline.spec import Selection, Training
+from pipeline.errors import BackboneError
+from pipeline.spec import Backbone, Input, Recipe, Selection, Training
 from pipeline.task_files import DATA_ROOT, load_task
 from pipeline.training.averaging import MovingAverage
 from pipeline.training.mixing import mix
 
 CATALOGUE = Path(__file__).resolve().parents[1] / "tasks"
 
-# Learning rate, batch size and K of the training scripts that GPS's authors released on 2024-10-17
-# (FightingFighting/GPS, train_scripts/vit).
+# Learning rate, batch size, K and drop path of the training scripts that GPS's authors released on
+# 2024-10-17 (FightingFighting/GPS, train_scripts/vit); for FGVC also mixup, CutMix, label smoothing and
+# the decay of the moving average, of which the first three are defaults of their args.py.
 GPS_VTAB = {
-    "caltech101": (0.002, 16, 1),
-    "cifar100": (0.01, 32, 1),
-    "clevr_count": (0.0003, 16, 1),
-    "clevr_dist": (0.002, 16, 1),
-    "diabetic_retinopathy": (0.002, 32, 1),
-    "dmlab": (0.0015, 16, 1),
-    "dsprites_loc": (0.007, 32, 1),
-    "dsprites_ori": (0.0005, 16, 1),
-    "dtd": (0.002, 16, 1),
-    "eurosat": (0.002, 16, 1),
-    "kitti": (0.001, 16, 1),
-    "oxford_flowers102": (0.002, 16, 1),
-    "oxford_iiit_pet": (0.003, 32, 1),
-    "patch_camelyon": (0.004, 32, 2),
-    "resisc45": (0.0015, 16, 1),
-    "smallnorb_azi": (0.003, 32, 1),
-    "smallnorb_ele": (0.0003, 32, 1),
-    "sun397": (0.0025, 16, 1),
-    "svhn": (0.005, 32, 1),
+    "caltech101": (0.002, 16, 1, 0),
+    "cifar100": (0.01, 32, 1, 0),
+    "clevr_count": (0.0003, 16, 1, 0.1),
+    "clevr_dist": (0.002, 16, 1, 0.1),
+    "diabetic_retinopathy": (0.002, 32, 1, 0.2),
+    "dmlab": (0.0015, 16, 1, 0.1),
+    "dsprites_loc": (0.007, 32, 1, 0),
+    "dsprites_ori": (0.0005, 16, 1, 0.2),
+    "dtd": (0.002, 16, 1, 0),
+    "eurosat": (0.002, 16, 1, 0),
+    "kitti": (0.001, 16, 1, 0),
+    "oxford_flowers102": (0.002, 16, 1, 0),
+    "oxford_iiit_pet": (0.003, 32, 1, 0),
+    "patch_camelyon": (0.004, 32, 2, 0),
+    "resisc45": (0.0015, 16, 1, 0.1),
+    "smallnorb_azi": (0.003, 32, 1, 0.1),
+    "smallnorb_ele": (0.0003, 32, 1, 0.2),
+    "sun397": (0.0025, 16, 1, 0),
+    "svhn": (0.005, 32, 1, 0),
 }
 GPS_FGVC = {
-    "cub": (0.003, 32, 2),
-    "nabirds": (0.0001, 32, 20),
-    "flowers": (0.001, 32, 1),
-    "cars": (0.0005, 32, 15),
-    "dogs": (0.0001, 64, 1),
+    "cub": (0.003, 32, 2, 0, 0.8, 1.0, 0.1, 0.9998),
+    "nabirds": (0.0001, 32, 20, 0.1, 0.8, 1.0, 0.1, 0.9998),
+    "flowers": (0.001, 32, 1, 0.1, 0.8, 1.0, 0.1, 0.99),
+    "cars": (0.0005, 32, 15, 0, 0.8, 1.0, 0.1, 0.9998),
+    "dogs": (0.0001, 64, 1, 0, 0.8, 1.0, 0.1, 0.9998),
 }
 
 
@@ -56,11 +62,13 @@ def data_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(("suite", "table"), [("vtab1k", GPS_VTAB), ("fgvc", GPS_FGVC)], ids=["vtab1k", "fgvc"])
-def test_the_catalogue_trains_as_the_released_scripts_of_gps(suite: str, table: dict[str, tuple[float, int, int]]) -> None:
+def test_the_catalogue_trains_as_the_released_scripts_of_gps(suite: str, table: dict[str, tuple[float, ...]]) -> None:
     tasks = {name: load_task(CATALOGUE / suite / f"{name}.yaml") for name in table}
+    names = ("drop_path",) if suite == "vtab1k" else ("drop_path", "mixup", "cutmix", "label_smoothing", "ema")
     ours = {
-        name: (task.recipe.training.learning_rate, task.recipe.training.batch_size, task.recipe.connections.top_k)
+        name: (training.learning_rate, training.batch_size, task.recipe.connections.top_k, *(getattr(training, each) for each in names))
         for name, task in tasks.items()
+        for training in [task.recipe.training]
         if task.recipe.connections is not None
     }
     assert ours == table
@@ -127,6 +135,47 @@ def test_one_image_through_the_colour_operators_is_what_torchvision_makes_of_it(
             image = operators[operator](image, amounts[operator])
         expected = torchvision_functional.rgb_to_grayscale(image, 3) if grey[number] < 0.2 else image
         torch.testing.assert_close(ours[number], expected, atol=2e-5, rtol=0)
+
+
+# --- drop path ------------------------------------------------------------------------------------------------------------------------------------
+
+
+def outputs_of(model: AdaptedModel, name: str, images: torch.Tensor) -> torch.Tensor:
+    """What a module of the backbone gives in one forward pass [B, T, D], after all changes of a branch's end."""
+    seen: list[torch.Tensor] = []
+    handle = model.backbone.get_submodule(name).register_forward_hook(lambda module, inputs, output: seen.append(output))
+    model(images)
+    handle.remove()
+    return seen[0].detach()
+
+
+def test_drop_path_leaves_out_branches_of_whole_samples_and_scales_the_others() -> None:
+    spec = Backbone(model="vit_tiny_patch16_224", arguments={"img_size": 32, "depth": 3, "embed_dim": 48, "num_heads": 3}, weights="random")
+    backbone = load_backbone(spec, Input(size_px=32))
+    images = photographs(64, 32)
+    plain = attach(backbone, Recipe(), 3)
+    dropping = attach(backbone, Recipe(training=Training(drop_path=0.5)), 3)
+    assert torch.equal(plain.eval()(images), dropping.eval()(images))
+    dropping.train()
+    branch, without = outputs_of(dropping, "blocks.0.drop_path2", images), outputs_of(plain, "blocks.0.drop_path2", images)
+    assert torch.equal(branch, without), "the first block keeps everything"
+    stream = outputs_of(dropping, "blocks.0", images)
+    branch, without = outputs_of(dropping, "blocks.1.drop_path1", images), outputs_of(plain, "blocks.1.drop_path1", images)
+    assert torch.equal(stream, outputs_of(plain, "blocks.0", images))
+    is_dropped = (branch == 0).flatten(1).all(dim=1)
+    assert 4 <= int(is_dropped.sum()) <= 28, "a quarter of 64"
+    torch.testing.assert_close(branch[~is_dropped], without[~is_dropped] / 0.75)
+
+
+def test_the_rates_of_drop_path_rise_as_timms() -> None:
+    theirs = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=4, embed_dim=48, num_heads=3, drop_path_rate=0.3)
+    assert drop_rates(0.3, 4) == pytest.approx([getattr(block.drop_path1, "drop_prob", 0.0) for block in theirs.blocks])
+
+
+def test_a_backbone_without_blocks_has_no_path_to_drop() -> None:
+    backbone = load_backbone(Backbone(model="test_efficientnet", weights="random"), Input(size_px=32))
+    with pytest.raises(BackboneError, match=r"recipe\.training\.drop_path: given 0\.1"):
+        attach(backbone, Recipe(training=Training(drop_path=0.1)), 3)
 
 
 # --- mixup, CutMix and the moving average --------------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from torch import nn
 from pipeline.adaptation.blocks import MlpSlot, mlp_slots
 from pipeline.adaptation.bottleneck import attach_adapter
 from pipeline.adaptation.connections import TunedLayer
+from pipeline.adaptation.drop_path import attach_drop_path
 from pipeline.adaptation.dropout import SeededDropout
 from pipeline.adaptation.full import TunedNetwork
 from pipeline.adaptation.lora import LowRankLayer, attach_lora
@@ -206,7 +207,8 @@ def attach(backbone: LoadedBackbone, recipe: Recipe, class_count: int, *, select
     generator = torch.Generator().manual_seed(seed)
     values = TrainedValues({tensor: initial_values(tensor, generator) for tensor in planned})
     model = backbone.fresh_model()
-    slots = mlp_slots(backbone) if recipe.smoa or recipe.adapter or recipe.norms else []
+    drop_path = recipe.training.drop_path
+    slots = mlp_slots(backbone) if recipe.smoa or recipe.adapter or recipe.norms or drop_path else []
     dropouts = {name: SeededDropout(part.dropout, seed) for name in ("adapter", "lora") for part in [getattr(recipe, name)] if part is not None}
     modules: dict[str, Receiver] = {"head": LinearHead()}
     # Layers first, while they have the names that timm gave them.
@@ -217,6 +219,8 @@ def attach(backbone: LoadedBackbone, recipe: Recipe, class_count: int, *, select
     modules |= attach_prompts(model, recipe.prompts) if recipe.prompts else {}
     modules |= attach_class_token(model) if recipe.class_token else {}
     modules |= _attach_banks(model, slots, recipe.smoa) if recipe.smoa else {}
+    if drop_path:
+        dropouts["drop_path"] = attach_drop_path(model, slots, drop_path, seed)
     modules |= attach_adapter(model, slots, recipe.adapter, dropouts["adapter"]) if recipe.adapter else {}
     if recipe.full:
         model = modules["full"] = TunedNetwork(model)

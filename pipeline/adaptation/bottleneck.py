@@ -7,8 +7,7 @@
     after_attention    x + h + a(h)                  h = attn(norm1(x))
     after_both         the last two together         Houlsby (arXiv 1902.00751)
 
-Forward hooks add the output where a branch ends, behind LayerScale or ConvNeXt's gamma, so the block's own code and names stay as they are. The
-module where it ends may serve several branches (CaiT's drop path): its first call after the branch has started is the one.
+Forward hooks add the output where a branch ends, after LayerScale or ConvNeXt's gamma, so the block's own code and names stay as they are.
 Their low-bit form is Binary Adapter (arXiv 2307.16867). Shapes: D width of the backbone, H width of the bottleneck.
 """
 
@@ -22,6 +21,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from pipeline.adaptation.blocks import Branch, MlpSlot
+from pipeline.adaptation.branch_ends import BranchEnd
 from pipeline.adaptation.dropout import SeededDropout
 from pipeline.adaptation.tensors import PlannedTensor
 from pipeline.errors import BackboneError
@@ -38,12 +38,10 @@ class Bottleneck(nn.Module):
         self.dropout = [dropout]  # in a list: its mode is set in one place, for all adapters
         self.current: dict[str, torch.Tensor] = {}
         self._stream: torch.Tensor | None = None
-        self._has_started = False
         if self.reads_stream:
             reader = block.get_submodule(branch.stream) if branch.stream else block
             reader.register_forward_pre_hook(self._keep_stream)
-        block.get_submodule(branch.start).register_forward_hook(self._start)
-        block.get_submodule(branch.end).register_forward_hook(self._add_to_branch)
+        BranchEnd(block, branch, self._add_to_branch)
 
     def forward(self, x: torch.Tensor, beside: torch.Tensor) -> torch.Tensor:
         """The adapter's output for inputs [..., D] (or [B, D, H, W] where channels come first), added to `beside` of the same shape."""
@@ -60,15 +58,8 @@ class Bottleneck(nn.Module):
         """Pre-hook of the module that reads the residual stream."""
         self._stream = inputs[0]
 
-    def _start(self, module: nn.Module, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-        """Hook of the branch's first module."""
-        self._has_started = True
-
-    def _add_to_branch(self, module: nn.Module, inputs: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
-        """Hook of the branch's end."""
-        if not self._has_started:
-            return output  # the module serves another branch
-        stream, self._stream, self._has_started = self._stream, None, False
+    def _add_to_branch(self, output: torch.Tensor) -> torch.Tensor:
+        stream, self._stream = self._stream, None
         return self(output if stream is None else stream.reshape(output.shape), output)
 
 

@@ -18,7 +18,7 @@ from pipeline.adaptation.sites import weight_shapes
 from pipeline.backbones import LoadedBackbone
 from pipeline.errors import PackBackboneMismatch, PackDamaged
 from pipeline.packs import Pack, PackBackbone, PackInput, PackMetadata, Part, PartBits, PartName, TensorSpec, largest_size_bytes, ledger, zero_part
-from pipeline.spec import Recipe, Selection, Task
+from pipeline.spec import Recipe, Selection, Task, Training
 
 _Section = TypeVar("_Section", Recipe, Selection)
 PROBE_IMAGES = 2
@@ -136,7 +136,7 @@ def from_pack(pack: Pack, backbone: LoadedBackbone) -> AdaptedModel:
     planned = plan(backbone, recipe, len(meta.classes), selected if spec.level == "network" else None)
     layers = {(part.name, spec.name): layer for part in pack.parts for spec, layer in zip(part.tensors, part.layers, strict=False)}
     _compare(planned, {key: (spec, part.bits, layers.get(key), part.codebook, part.by_row) for key, (part, spec) in stored.items()})
-    model = attach(backbone, recipe, len(meta.classes), selected=selected)
+    model = attach(backbone, recipe.model_copy(update={"training": Training()}), len(meta.classes), selected=selected)
     values = {(part.name, name): array for part in pack.parts for name, array in part.values().items()}
     model.values.load_stored({tensor: torch.from_numpy(values[tensor.part, tensor.name]) for tensor in planned})
     _check_probe(model, pack)
