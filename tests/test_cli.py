@@ -146,7 +146,7 @@ def test_pyfunc_gives_the_labels_of_predict(finished: FinishedRun, ask, images: 
     rows = ask("predict", "bars@champion", *images, "--json").json()
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{finished.workdir / 'mlflow.db'}")
     model = import_pyfunc().load_model("models:/bars@champion")
-    predicted = model.predict([str(image) for image in images])
+    predicted = model.predict({"image": [str(image) for image in images]})
     assert predicted["label"].tolist() == [row["label"] for row in rows]
     assert predicted["probability"].tolist() == pytest.approx([row["probability"] for row in rows], abs=1e-6)
 
