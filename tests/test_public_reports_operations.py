@@ -182,7 +182,7 @@ def test_packs_validated_on_other_data_are_not_compared(workdir: Path, tmp_path:
     registry.register(replace(champion(tmp_path, accuracy=0.5), tags={tag: "a"}))
     other = registry.register(replace(champion(tmp_path, accuracy=0.9), tags={tag: "b"}))
     assert other.aliases == ()
-    assert "digits/2 was validated on other data, so the two cannot be compared (--promote moves the alias to digits/2)" in other.remark
+    assert "digits/2 was validated on other samples, so the two cannot be compared (--promote moves the alias to digits/2)" in other.remark
 
 
 def test_the_test_metric_has_no_part_in_the_choice(workdir: Path, tmp_path: Path) -> None:

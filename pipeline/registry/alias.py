@@ -46,7 +46,7 @@ def _difference(mine: RegisteredPack, other: RegisteredPack) -> str:
         if pack.val_metric is None:
             return f"no validation metric of {pack.reference} is registered"
     tags = [tag for tag in (DATA_TAG, VALIDATION_TAG) if tag in mine.tags and tag in other.tags]  # earlier releases wrote no VALIDATION_TAG
-    return f"{mine.reference} was validated on other data" if any(mine.tags[tag] != other.tags[tag] for tag in tags) else ""
+    return f"{mine.reference} was validated on other samples" if any(mine.tags[tag] != other.tags[tag] for tag in tags) else ""
 
 
 def _numbers(pack: RegisteredPack) -> str:
