@@ -24,8 +24,8 @@ from pipeline.registry.store import open_registry
 from pipeline.reports.front import draw_front
 from pipeline.search.champion import choose_champion
 from pipeline.search.front import pareto_front
-from pipeline.search.record import TrialRecord
-from pipeline.search.study import WORKER_DIED, Study, run_study
+from pipeline.search.record import TrialRecord, failure_warnings
+from pipeline.search.study import Study, run_study
 from pipeline.selection import read_selection
 from pipeline.spec import Task
 from pipeline.stages import LOG, OnProgress, Placement, Stage, Stages, named_errors, no_progress, work_folder
@@ -54,10 +54,9 @@ class TaskOutcome:
     error: TaskpackError | None = None
 
     def warnings(self) -> list[str]:
-        """What was odd about the champion, and which trials had no part in its choice because their workers died."""
+        """What was odd about the champion, and which trials failed, so that they had no part in its choice."""
         odd = [trial.message for trial in self.trials if trial.id == self.champion_id and trial.message]
-        lost = sum(trial.message == WORKER_DIED for trial in self.trials)
-        return odd + ([f"{lost} of {len(self.trials)} trials are missing: {WORKER_DIED}; the same command tries them again"] if lost else [])
+        return odd + failure_warnings(self.trials)
 
 
 def run_batch(
@@ -147,7 +146,7 @@ class _Driver(Stages):
     def _outcome(self, task: Task, stages: Callable[[Task], _Outcome]) -> _Outcome | TaskOutcome:
         """What `stages` return, or the failure they end in."""
         try:
-            with named_errors(self.workspace.root / "logs" / f"{task.name}.txt"):
+            with named_errors(self.workspace.log(task.name)):
                 return stages(task)
         except TaskpackError as error:
             self.on_progress(task.name, "failed", 1.0, str(error))

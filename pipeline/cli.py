@@ -237,6 +237,8 @@ def compare(
     for task in loaded:
         out.print(comparison_table([row for row in rows if row.task == task.name], title=task.name))
     for row in rows:
+        if row.warning:
+            out.print(f"warning: {row.task}, {row.method}: {row.warning}", soft_wrap=True)
         if row.error:
             _print_error(f"{row.task}, {row.method}:", row.error)
     for path in written:

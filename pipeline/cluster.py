@@ -36,6 +36,7 @@ _SETTINGS = {
 _ANSWER_SECONDS = 10
 _NODE_SECONDS = 1200  # a GPU machine that pulls a large image takes its time
 _LOOK_SECONDS = 0.5
+_SOCKET_PATH_BYTES = 103 if sys.platform == "darwin" else 107
 _HEAD_LOOK_SECONDS = 2
 _HEAD_SECONDS = 50
 """How long a cluster's head may be silent. After 60 seconds Ray ends the process, whatever it is at."""
@@ -107,10 +108,14 @@ def _watched_head() -> Iterator[None]:
 
 
 def _keep_output_clean() -> None:
-    """Ray prints to standard output what befalls nodes, with pages of their logs: among results, where nobody asked for it."""
+    """Ray prints to standard output what befalls nodes, with pages of their logs: among results, where nobody asked for it.
+
+    Tune logs a page for each worker that dies, which is tried again, and another one for each trial that failed, which the study reports.
+    """
     import ray
 
     ray._private.worker.print_to_stdstream = lambda data, ignore_prefix: logging.getLogger("ray").info("%s", data["lines"])
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
 
 
 def _keep_signals() -> None:
@@ -131,8 +136,7 @@ def _connect(address: str | None) -> None:
 
     options: dict[str, object] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if address is None:
-        # A short folder: Ray's sockets live there, and their paths are limited to 107 bytes.
-        ray.init(address="local", include_dashboard=False, _temp_dir=os.path.join(tempfile.gettempdir(), "ray"), **options)
+        ray.init(address="local", include_dashboard=False, _temp_dir=_session_folder(), **options)
         return
     _check_answers(os.environ.get("RAY_ADDRESS", address) if address == "auto" else address)
     try:
@@ -140,6 +144,16 @@ def _connect(address: str | None) -> None:
     except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
         detail = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
         raise _no_cluster(address, detail) from None
+
+
+def _session_folder() -> str:
+    """Where a private Ray keeps its sessions. Raises ClusterError where the path of a socket in one would be too long."""
+    folder = os.path.join(tempfile.gettempdir(), "ray")
+    socket_path = os.path.join(folder, f"session_2026-01-01_00-00-00_000000_{os.getpid()}", "sockets", "plasma_store")
+    surplus = len(os.fsencode(socket_path)) - _SOCKET_PATH_BYTES
+    if surplus > 0:
+        raise ClusterError(f"the temporary folder {tempfile.gettempdir()} is {surplus} bytes too long for the sockets of Ray; set a shorter TMPDIR")
+    return folder
 
 
 def _check_answers(address: str) -> None:
@@ -209,10 +223,6 @@ class WorkersDied(Exception):
     """A Ray task has lost its workers again and again."""
 
 
-class RanksLost(Exception):
-    """Of several workers at one task, one died. Raised by the first of them; all of them may start again."""
-
-
 def ended_tasks(
     worker: Callable[..., Any],
     arguments: Sequence[tuple[Any, ...]],
@@ -237,6 +247,8 @@ def ended_tasks(
         Interrupted: `is_stopping` came to hold.
     """
     import ray
+
+    from pipeline.training.ranks import RanksLost
 
     died = (ray.exceptions.WorkerCrashedError, ray.exceptions.NodeDiedError, ray.exceptions.OutOfMemoryError, RanksLost)
     remote = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=0)(worker)

@@ -19,13 +19,14 @@ from typing import Any
 from pydantic import ValidationError
 
 from pipeline.adaptation.packing import SizePlanner
-from pipeline.errors import SpecError, TaskpackError, TrainingError
+from pipeline.errors import SpecError, TaskpackError, TrainingError, UnexpectedError
 from pipeline.group import TrialResources, in_group
-from pipeline.search.record import TrialJournal, TrialRecord
-from pipeline.search.trial import open_given, recipe_key, run_trial
+from pipeline.search.record import TrialRecord, failure_warnings
+from pipeline.search.trial import opened, recipe_key, run_trial
 from pipeline.selection import read_selection
 from pipeline.spec import Method, Recipe, Task, first_fault
 from pipeline.stages import LOG, OnProgress, Placement, Stages, named_errors, no_progress, one_at_a_time, work_folder
+from pipeline.storage import explained
 from pipeline.training import Inputs, Ranks, Score, open_inputs
 from pipeline.training.fit import FitResult, read_fit
 from pipeline.workspace import StudyFolder
@@ -35,7 +36,8 @@ NO_BUDGET = 1 << 62
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """One method on one task. `point` are the tuned values; `test_accuracies` one a seed, of `test_samples` each; `error` says why there are none."""
+    """One method on one task. `point` are the tuned values; `test_accuracies` one a seed, of `test_samples` each; `error` says why there are none,
+    `warning` which trials failed."""
 
     task: str
     method: str
@@ -50,6 +52,7 @@ class Comparison:
     fit_seconds: float = 0.0
     device: str = ""
     error: str = ""
+    warning: str = ""
 
     @property
     def test_accuracy(self) -> float:
@@ -85,11 +88,15 @@ class _Entry:
     def task(self) -> Task:
         return self.inputs.task
 
+    def warnings(self) -> list[str]:
+        """Which trials failed."""
+        return failure_warnings(list(self.records.values()))
+
     def best(self) -> TrialRecord:
         """The trial with the best validation metric; of equal ones the smallest pack."""
         complete = [record for record in self.records.values() if record.val_metric is not None]
         if not complete:
-            raise TrainingError(next(iter(self.records.values())).message)
+            raise TrainingError(f"no trial came to an end; {'; '.join(self.warnings())}")
         return max(complete, key=lambda record: (record.val_metric or 0.0, -record.size_bytes, record.id))
 
 
@@ -145,14 +152,14 @@ class _Driver(Stages):
     def open(self, task: Task) -> Inputs:
         """The prepared task, as workers get it."""
         task = task.model_copy(update={"budget": task.budget.model_copy(update={"max_bytes": NO_BUDGET})})
-        with named_errors(self.workspace.root / "logs" / f"{task.name}.txt"):
+        with named_errors(self.workspace.log(task.name)):
             self.prepare(task)
             return self.with_shared_backbone(open_inputs(task, self.workspace.data(task.name)))
 
     def compare(self, inputs: Inputs, methods: Mapping[str, Method], seeds: int, trials: int) -> list[Comparison]:
         """All methods on one task."""
         entries = [_Entry(name, replace(inputs, task=method.on(inputs.task))) for name, method in methods.items()]
-        with named_errors(self.workspace.root / "logs" / f"{inputs.task.name}.txt"):
+        with named_errors(self.workspace.log(inputs.task.name)):
             for entry in entries:
                 _guarded(entry, self._plan_trials, trials)
             self._tune(inputs, [entry for entry in entries if not entry.error])
@@ -172,13 +179,8 @@ class _Driver(Stages):
         for point in points if len(points) <= trials else random.Random(task.seed).sample(points, trials):
             recipe = task.search.recipe(task.recipe, point)
             entry.recipes[recipe_key(recipe)] = (point, recipe, planner.size_bytes(recipe))
-        known = self._journal(entry).read()
+        known = entry.folder.compared.read()
         entry.records = {key: known[key] for key in entry.recipes if key in known}
-
-    def _journal(self, entry: _Entry) -> TrialJournal:
-        """Trials that ran to their end: a study's own may have been stopped."""
-        assert entry.folder is not None
-        return TrialJournal(entry.folder.root / "compared")
 
     def _tune(self, inputs: Inputs, entries: Sequence[_Entry]) -> None:
         task = inputs.task
@@ -188,10 +190,9 @@ class _Driver(Stages):
         planned = sum(len(entry.recipes) for entry in entries)
         for done, (index, outcome) in enumerate(self.on_ray(_trial_worker, arguments, self.ranks(inputs)), start=1):
             entry, key = jobs[index]
-            point, _, size_bytes = entry.recipes[key]
-            record = _record(key, point, size_bytes, outcome)
-            entry.records[key] = record
-            self._journal(entry).write(record)
+            assert entry.folder is not None
+            record = entry.records[key] = _record(key, entry, outcome)
+            entry.folder.compared.write(record)
             LOG.info("%s: trial %d of %d: %s, %s", task.name, planned - len(jobs) + done, planned, entry.method, record.line())
             self.on_progress(task.name, "search", done / len(jobs), f"{done} of {len(jobs)} trials, last {entry.method}")
 
@@ -207,8 +208,8 @@ class _Driver(Stages):
         for done, (index, outcome) in enumerate(self.fits(arguments, self.ranks(inputs)), start=1):
             entry, seed = missing[index]
             if isinstance(outcome, TaskpackError):
-                entry.error = str(outcome)
-            ended = f"failed - {outcome}" if isinstance(outcome, TaskpackError) else outcome.line()
+                entry.error = explained(outcome, self.workspace.log(task.name), f"fit of {entry.method}, seed {seed}")
+            ended = f"failed - {entry.error}" if isinstance(outcome, TaskpackError) else outcome.line()
             LOG.info("%s: fit %d of %d: %s, seed %d, %s", task.name, len(jobs) - len(missing) + done, len(jobs), entry.method, seed, ended)
             self.on_progress(task.name, "fit", done / len(missing), f"{done} of {len(missing)} fits, last {entry.method}")
         for entry, seed in jobs:
@@ -237,22 +238,24 @@ def _trial_worker(
 ) -> tuple[Any, ...] | TaskpackError:
     """Validation metric after each epoch, a remark, and seconds; a named error is returned, so that Ray does not try again."""
     started = time.monotonic()
-    try:
-        epochs = in_group(_trial, (task_json, recipe_json, data_folder, selection), resources)
-    except TaskpackError as error:
-        return error
+    epochs = in_group(_trial, (task_json, recipe_json, data_folder, selection), resources)
+    if isinstance(epochs, TaskpackError):
+        return epochs
     return tuple(score.accuracy for score, _ in epochs), epochs[-1][1], time.monotonic() - started
 
 
 def _trial(
     task_json: str, recipe_json: str, data_folder: str, selection: Path | None, resources: TrialResources, ranks: Ranks
 ) -> list[tuple[Score, str]]:
-    return list(run_trial(*open_given(task_json, recipe_json, data_folder, selection), device=resources.device(), ranks=ranks))
+    with opened(task_json, recipe_json, data_folder, selection, resources.device()) as given:
+        return list(run_trial(*given, device=resources.device(), ranks=ranks))
 
 
-def _record(key: str, point: dict[str, Any], size_bytes: int, outcome: Any) -> TrialRecord:
-    if isinstance(outcome, TrainingError):
-        return TrialRecord(id=key, point=point, size_bytes=size_bytes, state="failed", message=str(outcome))
+def _record(key: str, entry: _Entry, outcome: Any) -> TrialRecord:
+    assert entry.folder is not None
+    point, _, size_bytes = entry.recipes[key]
+    if isinstance(outcome, TrainingError | UnexpectedError):
+        return TrialRecord(id=key, point=point, size_bytes=size_bytes, **entry.folder.compared.failure(key, outcome))
     if isinstance(outcome, TaskpackError):
         raise outcome
     curve, remark, seconds = outcome
@@ -283,4 +286,5 @@ def _row(entry: _Entry) -> Comparison:
         tune_seconds=sum(record.seconds for record in entry.records.values()),
         fit_seconds=sum(fitted.train_seconds for fitted in entry.fits),
         device=entry.fits[0].device,
+        warning="; ".join(entry.warnings()),
     )

@@ -4,6 +4,11 @@ Each carries one message a user can act on: what was given, what was expected, w
 `exit_code`; nothing else in the package prints or exits.
 """
 
+from __future__ import annotations
+
+import errno
+import traceback
+
 
 class TaskpackError(Exception):
     """Base of all errors that a user can mend."""
@@ -67,6 +72,18 @@ class ClusterError(TaskpackError):
     exit_code = 7
 
 
+class WorkerDied(ClusterError):
+    """A worker died at a trial, however often it was tried."""
+
+
+class UnexpectedError(ClusterError):
+    """An exception that has no name here, of the code or a library. The message is its type and text, `details` its traceback."""
+
+    def __init__(self, message: str, details: str = "") -> None:
+        super().__init__(message)
+        self.details = details
+
+
 class RegistryError(TaskpackError):
     """The MLflow server cannot be reached, or holds no such model."""
 
@@ -88,12 +105,35 @@ class StorageError(TaskpackError):
 
 
 class TrainingError(TaskpackError):
-    """Training diverged; the message names the step and the learning rate."""
+    """A recipe cannot be trained, now or later. Where it diverged, the message names the step and the learning rate."""
 
     exit_code = 10
+
+
+class OutOfMemory(TrainingError):
+    """A recipe needs more memory than its device has; the message names the batch, the model and what was free."""
 
 
 class ExportError(TaskpackError):
     """A pack cannot be written in the format asked for, or what was written does not compute the same."""
 
     exit_code = 11
+
+
+def named(error: Exception) -> TaskpackError:
+    """The named error that an exception is or amounts to."""
+    if isinstance(error, TaskpackError):
+        return error
+    first_line = (str(error).strip().splitlines() or [""])[0][:200]
+    details = "".join(traceback.format_exception(error))
+    return _full_disk(error) or UnexpectedError(f"{type(error).__name__}: {first_line}", details)
+
+
+def _full_disk(error: Exception) -> StorageError | None:
+    """What an error says of the disk: one of this process, of a worker (Ray wraps it), or of safetensors' writer."""
+    cause = getattr(error, "cause", error)
+    if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+        return StorageError(f"{cause.filename or 'the work folder'}: {cause.strerror}; free space, or choose another --workdir")
+    if "No space left on device" in str(error):
+        return StorageError("the work folder, or a node's temporary folder: no space left on device; free space, or choose another --workdir")
+    return None

@@ -13,9 +13,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from pipeline.cluster import RanksLost
-from pipeline.errors import TaskpackError
-from pipeline.training.ranks import ALONE, Ranks
+from pipeline.errors import TaskpackError, named
+from pipeline.training.ranks import ALONE, Ranks, RanksLost, answered
 
 _LOOK_SECONDS = 0.2
 _START_SECONDS = 300
@@ -47,10 +46,21 @@ class TrialResources:
         return "cuda" if self.gpus and torch.cuda.is_available() else "cpu"
 
 
-def in_group(work: Callable[..., Outcome], arguments: Sequence[Any], resources: TrialResources) -> Outcome:
-    """`work(*arguments, resources, ranks)` on every rank of a trial; what it gives on this one, the first."""
-    with group(work, arguments, resources) as ranks:
-        return work(*arguments, resources, ranks)
+def in_group(work: Callable[..., Outcome], arguments: Sequence[Any], resources: TrialResources) -> Outcome | TaskpackError:
+    """`work(*arguments, resources, ranks)` on every rank of a trial; what it gives on this one, the first.
+
+    An exception is returned as a named error: as long as all workers live, nothing would be different the next time.
+
+    Raises:
+        RanksLost: another rank died.
+    """
+    try:
+        with group(work, arguments, resources) as ranks:
+            return work(*arguments, resources, ranks)
+    except RanksLost:
+        raise
+    except Exception as error:
+        return named(error)
 
 
 @contextlib.contextmanager
@@ -74,11 +84,8 @@ def group(follow: Callable[..., Any], arguments: Sequence[Any], resources: Trial
         _await_start(store, others, resources.ranks)
         yield _join(store, Ranks(0, resources.ranks))
         ray.wait(others, num_returns=len(others), timeout=_END_SECONDS)
-    except RuntimeError as error:  # gloo has no other name for a rank that no longer answers
-        befallen = _what_befell(others)
-        if befallen is None:
-            raise
-        raise befallen from error
+    except RanksLost as lost:
+        raise _what_befell(others) or lost from None
     finally:
         _leave()
         for each in others:
@@ -105,7 +112,7 @@ def _start_others(follow: Callable[..., Any], arguments: Sequence[Any], resource
 
 
 def _other(follow: Callable[..., Any], arguments: Sequence[Any], resources: TrialResources, rank: int, meeting: tuple[str, int]) -> Any:
-    """A rank that is not the first. A named error is returned, so that it arrives as what it is."""
+    """A rank that is not the first. What it fails of by itself is returned, so that it arrives as what it is."""
     import torch.distributed as dist
 
     _set_threads(resources)
@@ -113,8 +120,10 @@ def _other(follow: Callable[..., Any], arguments: Sequence[Any], resources: Tria
     store.set(_started(rank), "")
     try:
         follow(*arguments, resources, _join(store, Ranks(rank, resources.ranks)))
-    except TaskpackError as error:
-        return error
+    except RanksLost:
+        raise
+    except Exception as error:
+        return named(error)
     finally:
         _leave()
     return None
@@ -125,14 +134,14 @@ def _started(rank: int) -> str:
 
 
 def _await_start(store: Any, others: Sequence[Any], world: int) -> None:
-    """Return when all others have started. Raises RuntimeError where one ends before, RanksLost where they take too long."""
+    """Return when all others have started. Raises RanksLost where one ends before, or where they take too long."""
     import ray
 
     deadline = time.monotonic() + _START_SECONDS
     while not store.check([_started(rank) for rank in range(1, world)]):
         ended, _ = ray.wait(list(others), timeout=_LOOK_SECONDS)
         if ended:
-            raise RuntimeError("a rank ended before it had begun")
+            raise RanksLost("a rank ended before it had begun")
         if time.monotonic() > deadline:
             raise RanksLost("a rank did not start")
 
@@ -142,7 +151,8 @@ def _join(store: Any, ranks: Ranks) -> Ranks:
     import torch.distributed as dist
 
     timeout = datetime.timedelta(seconds=_SILENCE_SECONDS)
-    dist.init_process_group("gloo", store=store, rank=ranks.rank, world_size=ranks.world, timeout=timeout)
+    with answered():
+        dist.init_process_group("gloo", store=store, rank=ranks.rank, world_size=ranks.world, timeout=timeout)
     return ranks
 
 

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import functools
 import logging
 import math
 import threading
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,14 +18,14 @@ from pipeline.backbones import share
 from pipeline.backbones.known import remember
 from pipeline.cluster import WorkersDied, check_holds_group, ended_tasks, has_gpus, interruptible, is_connected, places, ray_session, wait_for_room
 from pipeline.data import prepare, remarks_on
-from pipeline.errors import ClusterError, SpecError, StorageError, TaskpackError
+from pipeline.errors import ClusterError, SpecError, UnexpectedError, named
 from pipeline.group import TrialResources, in_group
 from pipeline.search.proposer import LAG
 from pipeline.search.study import WORKER_DIED, WORKER_RETRIES, check_budget
-from pipeline.search.trial import open_given
+from pipeline.search.trial import opened
 from pipeline.selection import select, select_if_sooner
 from pipeline.spec import Task
-from pipeline.storage import await_file, exclusive
+from pipeline.storage import await_file, exclusive, explained
 from pipeline.together import Together
 from pipeline.training import Inputs, Ranks, open_inputs
 from pipeline.training.fit import FitResult, fit, steps_kept
@@ -231,39 +229,22 @@ def named_errors(log: Path) -> Iterator[None]:
     """Turn what is not named yet into a named error whose details are in `log`."""
     try:
         yield
-    except TaskpackError:
-        raise
     except Exception as error:
-        raise _full_disk(error) or _unexpected(error, log) from error
-
-
-def _full_disk(error: Exception) -> StorageError | None:
-    """What an error says of the disk: one of this process, of a worker (Ray wraps it), or of safetensors' writer."""
-    cause = getattr(error, "cause", error)
-    if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
-        return StorageError(f"{cause.filename or 'the work folder'}: {cause.strerror}; free space, or choose another --workdir")
-    if "No space left on device" in str(error):
-        return StorageError("the work folder, or a node's temporary folder: no space left on device; free space, or choose another --workdir")
-    return None
-
-
-def _unexpected(error: Exception, log: Path) -> ClusterError:
-    with contextlib.suppress(OSError):
-        log.parent.mkdir(parents=True, exist_ok=True)
-        log.write_text(traceback.format_exc())
-    first = (str(error).strip().splitlines() or [""])[0][:200]
-    return ClusterError(f"unexpected {type(error).__name__}: {first}; details in {log}. {_AGAIN}")
+        fault = named(error)
+        if isinstance(fault, UnexpectedError):
+            raise ClusterError(f"unexpected {explained(fault, log, 'the task')}. {_AGAIN}") from error
+        if fault is error:
+            raise
+        raise fault from error
 
 
 def fit_worker(task_json: str, recipe_json: str, data_folder: str, selection: Path | None, folder: Path, resources: TrialResources) -> Any:
-    """`fit` in a worker; a named error is returned, so that Ray does not try again."""
-    try:
-        return in_group(_fit, (task_json, recipe_json, data_folder, selection, folder), resources)
-    except TaskpackError as error:
-        return error
+    """`fit` in a worker, or the named error it ends with."""
+    return in_group(_fit, (task_json, recipe_json, data_folder, selection, folder), resources)
 
 
 def _fit(
     task_json: str, recipe_json: str, data_folder: str, selection: Path | None, folder: Path, resources: TrialResources, ranks: Ranks
 ) -> FitResult:
-    return fit(*open_given(task_json, recipe_json, data_folder, selection), folder, device=resources.device(), ranks=ranks)
+    with opened(task_json, recipe_json, data_folder, selection, resources.device()) as given:
+        return fit(*given, folder, device=resources.device(), ranks=ranks)

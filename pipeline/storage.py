@@ -14,9 +14,10 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from pipeline.errors import StorageError
+from pipeline.errors import StorageError, TaskpackError, UnexpectedError
 
 SEEN_SECONDS = 90
+LOG_BYTES = 1_000_000
 
 
 def user_cache() -> Path:
@@ -37,6 +38,21 @@ def write_json(path: Path, content: Any, *, indent: int | None = 1) -> None:
         os.replace(scratch, path)
     except OSError as error:
         raise StorageError(f"{path}: cannot be written ({error.strerror}); free space, or choose another folder") from None
+
+
+def explained(fault: TaskpackError, log: Path, of: str) -> str:
+    """The message of an error. Where it has a traceback, that is added to `log`, as one `of` a trial or task, and the message says so.
+
+    A long log begins anew. One that cannot be written is no reason to fail.
+    """
+    if not isinstance(fault, UnexpectedError):
+        return str(fault)
+    with contextlib.suppress(OSError):
+        log.parent.mkdir(parents=True, exist_ok=True)
+        is_long = log.exists() and log.stat().st_size > LOG_BYTES
+        with log.open("w" if is_long else "a", encoding="utf-8") as file:
+            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {of}: {fault}\n{fault.details.rstrip()}\n\n")
+    return f"{fault}; details in {log}"
 
 
 @contextlib.contextmanager

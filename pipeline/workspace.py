@@ -6,6 +6,7 @@ selections/<key>.safetensors      ranked connections
 studies/<task>-<key>/trials/      one file a trial
 studies/<task>-<key>/fits/<id>/   a champion's pack and its test result
 studies/<task>-<key>/front.png
+logs/<task>.txt                   tracebacks
 mlflow.db, artifacts/             the embedded registry
 """
 
@@ -52,19 +53,30 @@ class Workspace:
     def study(self, inputs: Inputs, top_k: int) -> StudyFolder:
         """The study of a task; trials with equal inputs, selection and pack format share it, whatever space or budget led to them."""
         seed = json.dumps([FORMAT_VERSION, selection_key(inputs, top_k), inputs.task.metric, inputs.task.seed])
-        return StudyFolder(self.root / "studies" / f"{inputs.task.name}-{hashlib.sha256(seed.encode()).hexdigest()[:12]}")
+        name = inputs.task.name
+        return StudyFolder(self.root / "studies" / f"{name}-{hashlib.sha256(seed.encode()).hexdigest()[:12]}", self.log(name))
+
+    def log(self, task: str) -> Path:
+        """Tracebacks of what went wrong with a task."""
+        return self.root / "logs" / f"{task}.txt"
 
 
 @dataclass(frozen=True)
 class StudyFolder:
-    """Paths inside one study."""
+    """Paths inside one study. `log` takes the tracebacks of its trials."""
 
     root: Path
+    log: Path
 
     @property
     def journal(self) -> TrialJournal:
         """The finished trials."""
-        return TrialJournal(self.root / "trials")
+        return TrialJournal(self.root / "trials", self.log)
+
+    @property
+    def compared(self) -> TrialJournal:
+        """The same of a comparison, whose trials all run to their end: a study's own may have been stopped."""
+        return TrialJournal(self.root / "compared", self.log)
 
     @property
     def figure(self) -> Path:

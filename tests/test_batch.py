@@ -171,11 +171,11 @@ def test_a_result_that_a_worker_wrote_elsewhere_is_not_waited_for_in_vain(tmp_pa
 
 def test_a_lost_trial_and_an_odd_champion_are_told() -> None:
     kept = TrialRecord(id="a", point={}, size_bytes=1, state="complete", val_metric=0.5, curve=(0.5,), message="an expert was never used")
-    lost = TrialRecord(id="b", point={}, size_bytes=1, state="failed", message=WORKER_DIED)
+    lost = TrialRecord(id="b", point={}, size_bytes=1, state="failed", message=WORKER_DIED, error="WorkerDied")
     outcome = TaskOutcome(task="t", trials=(kept, lost), champion_id="a")
     assert outcome.warnings() == [
         "an expert was never used",
-        f"1 of 2 trials are missing: {WORKER_DIED}; the same command tries them again",
+        f"1 of 2 trials failed: {WORKER_DIED}; the same command tries it again",
     ]
 
 

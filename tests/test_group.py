@@ -21,7 +21,7 @@ from pipeline import api
 from pipeline.adaptation.packing import from_pack
 from pipeline.cluster import WorkersDied, ended_tasks, wait_for_room
 from pipeline.data import shards
-from pipeline.errors import ClusterError, DataError, TaskpackError
+from pipeline.errors import ClusterError, DataError, UnexpectedError
 from pipeline.group import TrialResources, in_group
 from pipeline.packs import read_pack
 from pipeline.search.record import TrialJournal
@@ -77,9 +77,18 @@ def fail(said: int, folder: Path, resources: TrialResources, ranks: Ranks) -> No
 
 
 def err(said: int, folder: Path, resources: TrialResources, ranks: Ranks) -> None:
-    """The first rank fails by itself, as one without memory does, while the other waits for it."""
+    """The first rank fails by itself while the other waits for it."""
     if ranks.is_first:
-        raise RuntimeError("out of memory")
+        raise RuntimeError("a mistake of its own")
+    ranks.total(0)
+
+
+def err_later(said: int, folder: Path, resources: TrialResources, ranks: Ranks) -> None:
+    """The second rank fails by itself, of something without a name, while the first waits for it."""
+    with (folder / "tries").open("a") as tries:
+        tries.write(str(ranks.rank))
+    if not ranks.is_first:
+        raise RuntimeError("a mistake of its own")
     ranks.total(0)
 
 
@@ -95,10 +104,7 @@ def on_pairs(work: Any, folder: Path, groups: int = 1, retries: int = 1) -> list
     """What each of so many groups of two gives."""
 
     def worker(*arguments: Any) -> Any:
-        try:
-            return in_group(work, arguments, PAIR)
-        except TaskpackError as error:
-            return error
+        return in_group(work, arguments, PAIR)
 
     arguments = [(said, folder) for said in range(groups)]
     ended = dict(ended_tasks(worker, arguments, 1, 0, ranks=2, retries=retries, is_stopping=lambda: False))
@@ -143,8 +149,20 @@ def test_an_error_with_a_name_on_any_rank_is_that_of_the_group(tmp_path: Path) -
 
 
 def test_an_error_of_the_first_rank_alone_is_not_blamed_on_the_others(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match="out of memory"):
-        on_pairs(err, tmp_path)
+    started = time.monotonic()
+    (error,) = on_pairs(err, tmp_path)
+    assert isinstance(error, UnexpectedError)
+    assert str(error) == "RuntimeError: a mistake of its own"
+    assert "in err" in error.details
+    assert time.monotonic() - started < 60
+    assert all_is_given_back()
+
+
+def test_a_nameless_error_of_another_rank_is_no_death_and_not_tried_again(tmp_path: Path) -> None:
+    (error,) = on_pairs(err_later, tmp_path, retries=5)
+    assert isinstance(error, UnexpectedError)
+    assert str(error) == "RuntimeError: a mistake of its own"
+    assert sorted((tmp_path / "tries").read_text()) == ["0", "1"]
     assert all_is_given_back()
 
 

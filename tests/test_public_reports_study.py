@@ -2,18 +2,36 @@
 
 from __future__ import annotations
 
+import pickle
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import torch.distributed as dist
 import yaml
-from helpers_cli import TASK, write_task
+from helpers_cli import TASK, taskpack_process, write_task
 
+from pipeline import compare as compare_module
+from pipeline import errors
+from pipeline import stages as stages_module
 from pipeline.compare import compare_methods
-from pipeline.errors import SpecError
-from pipeline.spec import Backbone, Method, Recipe, SearchSpace, ShardsData, Task, Training
+from pipeline.errors import ClusterError, OutOfMemory, SpecError, TaskpackError, TrainingError, UnexpectedError, WorkerDied
+from pipeline.group import TrialResources
+from pipeline.reports.plan import plan_task
+from pipeline.search import study as study_module
+from pipeline.search.champion import choose_champion
+from pipeline.search.proposer import make_proposer
+from pipeline.search.record import TrialJournal, failure_warnings
+from pipeline.search.study import Study, run_study
+from pipeline.selection import stage as selection_stage
+from pipeline.spec import Backbone, Connections, Method, Recipe, SearchSpace, ShardsData, Task, Training
+from pipeline.storage import explained
 from pipeline.task_files import DATA_ROOT, load_task, tasks_to_compare
+from pipeline.training import Inputs, open_inputs
 
+ALONE_ON_CPU = TrialResources()
 BACKBONE = Backbone(model="vit_tiny_patch16_224", weights="random")
 SHORT = {"epochs": 2, "batch_size": 16, "precision": "fp32"}
 
@@ -93,3 +111,178 @@ def test_data_without_a_format_is_shards_from_python_too(tmp_path: Path) -> None
     (tmp_path / "task.yaml").write_text(yaml.safe_dump({**TASK, "data": data, "backbone": BACKBONE.model_dump()}))
     assert load_task(tmp_path / "task.yaml").data == ShardsData(train=str(tmp_path / "train.tar"), test=str(tmp_path / "test.tar"))
     assert Task(name="python", data=data, backbone=BACKBONE).data == task.data  # type: ignore[arg-type]
+
+
+# --- what fails in a worker -----------------------------------------------------------------
+
+
+def worker_arguments(inputs: Inputs, recipe: Recipe) -> tuple[str, str, str, None]:
+    """What a worker is sent for a trial or fit of `recipe`, without a selection."""
+    return inputs.task.model_dump_json(), recipe.model_dump_json(), str(inputs.data_folder), None
+
+
+def outcomes_of_workers(inputs: Inputs, recipe: Recipe, folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[TaskpackError]:
+    """How a trial of a study, a trial of a comparison and a fit say that `recipe` fails."""
+    sent = worker_arguments(inputs, recipe)
+    reports: list[dict[str, Any]] = []
+    monkeypatch.setattr("ray.tune.report", reports.append)
+    config = dict(zip(("task", "recipe", "data_folder", "selection"), sent, strict=True))
+    study_module._trainable({**config, "resources": ALONE_ON_CPU})
+    (report,) = reports
+    fault = getattr(errors, report["error"])(report["message"])
+    vars(fault).update({"details": report["details"]} if report["details"] else {})
+    return [fault, compare_module._trial_worker(*sent, ALONE_ON_CPU), stages_module.fit_worker(*sent, folder, ALONE_ON_CPU)]  # type: ignore[list-item]
+
+
+def test_an_exception_in_a_worker_is_told_as_a_value_with_its_traceback(tiny_inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for fault in outcomes_of_workers(tiny_inputs, Recipe(connections=Connections()), tmp_path, monkeypatch):
+        assert isinstance(fault, UnexpectedError)
+        assert str(fault) == "AssertionError: a recipe with connections needs a selection"
+        assert "in _tune_layers" in fault.details
+        assert pickle.loads(pickle.dumps(fault)).details == fault.details
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        MemoryError("Unable to allocate 8 GiB for an array"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:121] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes."),
+    ],
+)
+def test_memory_that_ends_is_named_with_batch_model_and_what_is_free(
+    error: Exception, tiny_inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_memory(*arguments: Any, **options: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr("pipeline.training.loop._step", no_memory)
+    recipe = Recipe(training=Training(epochs=2, batch_size=48, precision="fp32"))
+    for fault in outcomes_of_workers(tiny_inputs, recipe, tmp_path, monkeypatch):
+        assert isinstance(fault, OutOfMemory)
+        assert re.fullmatch(
+            r"out of memory with batches of 48 images of 32 px in vit_tiny_patch16_224: [0-9.]+ of [0-9.]+ GiB are free on the CPU; "
+            r"lower training\.batch_size, or use a device with more memory",
+            str(fault),
+        )
+
+
+def test_other_errors_of_torch_are_not_called_out_of_memory(tiny_inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def mistake(*arguments: Any, **options: Any) -> Any:
+        raise RuntimeError("expected scalar type BFloat16 but found Float")
+
+    monkeypatch.setattr("pipeline.training.loop._step", mistake)
+    for fault in outcomes_of_workers(tiny_inputs, Recipe(), tmp_path, monkeypatch):
+        assert isinstance(fault, UnexpectedError)
+        assert str(fault) == "RuntimeError: expected scalar type BFloat16 but found Float"
+
+
+def test_a_selection_that_fails_in_its_worker_tells_of_it_as_a_value(tiny_inputs: Inputs, tmp_path: Path) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
+    try:
+        config = {
+            "task": tiny_inputs.task.model_dump_json(),
+            "data_folder": str(tiny_inputs.data_folder),
+            "path": str(tmp_path / "s"),
+            "use_gpu": False,
+        }
+        fault = selection_stage._worker({**config, "top_k": -1})
+    finally:
+        dist.destroy_process_group()
+    assert isinstance(fault, UnexpectedError)
+    assert "in _ranked" in fault.details
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::DeprecationWarning")
+@pytest.mark.usefixtures("local_ray")
+def test_a_trial_that_raises_is_run_once_and_the_others_go_on(
+    tiny_task: Task, tiny_data: Path, tiny_inputs: Inputs, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A recipe with connections and no selection breaks an invariant of the code; the one without connections is sound."""
+    task = tiny_task.changed(search=SearchSpace(top_k=(0, 2)))
+    journal = TrialJournal(tmp_path / "trials", tmp_path / "logs" / "tiny.txt")
+    sizes = {"size_of": lambda recipe: 100 + bool(recipe.connections), "val_samples": len(tiny_inputs.splits["val"])}
+    records = run_study(task, tiny_data, None, journal, **sizes)  # type: ignore[arg-type]
+    assert [record.state for record in records] == ["complete", "failed"]
+    assert list(journal.read()) == [records[0].id], "a mistake in the code may be corrected: the same command tries it again"
+    log = tmp_path / "logs" / "tiny.txt"
+    assert failure_warnings(records) == [
+        f"1 of 2 trials failed: AssertionError: a recipe with connections needs a selection; details in {log}; the same command tries it again"
+    ]
+    assert log.read_text().count("Traceback (most recent call last)") == 1
+    assert choose_champion(records, task.budget) is records[0]
+    assert "Traceback" not in "".join(capfd.readouterr())
+    alone = task.changed(search=SearchSpace(top_k=(2,)))
+    with pytest.raises(ClusterError, match="tiny: no trial came to an end; 1 of 1 trials failed: AssertionError: a recipe with connections"):
+        run_study(alone, tiny_data, None, journal, **sizes)  # type: ignore[arg-type]
+
+
+def test_each_kind_of_failure_is_kept_and_told_as_what_it_is(tiny_task: Task, tmp_path: Path) -> None:
+    task = tiny_task.changed(search=SearchSpace(learning_rate=(1e-4, 1e-3, 2e-3, 3e-3, 4e-3, 5e-3)))
+    journal = TrialJournal(tmp_path / "trials", tmp_path / "log")
+    study = Study(task, make_proposer(task, lambda recipe: 1), journal, 10)
+    diverged, memory, died = TrainingError("the loss became nan"), OutOfMemory("out of memory: 0.1 GiB are free"), WorkerDied("its worker died")
+    for fault in (diverged, memory, memory, died, UnexpectedError("KeyError: 'a'", "Traceback")):
+        slot = study.next_slot()
+        assert slot is not None
+        study.finish(slot, 1.0, fault)
+    kept = journal.read().values()
+    assert sorted(record.error for record in kept) == ["OutOfMemory", "OutOfMemory", "TrainingError"]
+    first = next(record for record in study.all_records() if record.error == "OutOfMemory")
+    assert failure_warnings(study.all_records()) == [
+        "1 of 5 trials failed: the loss became nan",
+        "2 of 5 trials failed, the first: out of memory: 0.1 GiB are free. To try this trial again with more memory, "
+        f"remove {tmp_path / 'trials' / first.id}.json",
+        "1 of 5 trials failed: its worker died; the same command tries it again",
+        f"1 of 5 trials failed: KeyError: 'a'; details in {tmp_path / 'log'}; the same command tries it again",
+    ]
+    (tmp_path / "trials" / f"{first.id}.json").unlink()
+    assert len(journal.read()) == 2
+
+
+def test_the_log_of_a_task_does_not_grow_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.storage.LOG_BYTES", 1000)
+    for number in range(100):
+        explained(UnexpectedError(f"number {number}", "x" * 100), tmp_path / "log", "the task")
+    assert (tmp_path / "log").stat().st_size < 1400
+    assert "number 99" in (tmp_path / "log").read_text()
+
+
+# --- the same selection, whoever makes it ---------------------------------------------------
+
+
+def test_plan_and_run_select_with_one_thread_and_write_the_same_file(tiny_task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    threads: list[int] = []
+    sums = selection_stage.gradient_sums
+
+    def noted(*arguments: Any, **options: Any) -> Any:
+        threads.append(torch.get_num_threads())
+        return sums(*arguments, **options)
+
+    monkeypatch.setattr(selection_stage, "gradient_sums", noted)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        plan_task(tiny_task, tmp_path)
+        inputs = open_inputs(tiny_task, tmp_path / "data" / tiny_task.name)
+        assert selection_stage.select_if_sooner(inputs, 3, tmp_path / "run", workers=1)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert threads == [1, 1]
+    (planned,) = tmp_path.glob("selections/*.safetensors")
+    assert planned.read_bytes() == (tmp_path / "run").read_bytes()
+
+
+# --- a private Ray --------------------------------------------------------------------------
+
+
+def test_a_temporary_folder_too_deep_for_rays_sockets_is_named_before_ray_starts(tmp_path: Path) -> None:
+    deep = tmp_path / ("a" * 100)
+    deep.mkdir()
+    answer = taskpack_process("run", write_task(tmp_path), "--workdir", tmp_path / "work", TMPDIR=str(deep))
+    assert answer.code == 7
+    assert "set a shorter TMPDIR" in answer.words
+    assert str(deep) in answer.words.replace(" ", "")
+    assert "Traceback" not in answer.err
+    assert "validate_socket" not in answer.err

@@ -19,7 +19,7 @@ from pipeline import stages as stages_module
 from pipeline.adaptation import AdaptedModel, attach
 from pipeline.adaptation.packing import SizePlanner
 from pipeline.backbones import fingerprint, load_backbone, share
-from pipeline.errors import BudgetError, ClusterError, DataError, TrainingError
+from pipeline.errors import BudgetError, ClusterError, DataError, TrainingError, WorkerDied
 from pipeline.search import study as study_module
 from pipeline.search.champion import choose_champion
 from pipeline.search.front import pareto_front
@@ -34,6 +34,7 @@ from pipeline.training import Inputs, evaluate, train_epochs
 from pipeline.workspace import Workspace
 
 EPOCHS = 6
+DIVERGED = TrainingError("the loss became nan")
 VAL_SAMPLES = 1000
 quick = settings(max_examples=15, derandomize=True, deadline=None)
 SMALL = SearchSpace(bits=(1, 4), experts=(0, 2), top_k=(0, 1, 3), trials=12)
@@ -87,7 +88,7 @@ def drive(study: Study, order: random.Random, *, failing: set[int] = frozenset()
             goes_on = study.report(slot, running[slot], fake_metric(study.slots[slot].id, running[slot]))
             fails = slot in failing and running[slot] == 1
             if not goes_on or fails or running[slot] == EPOCHS:
-                study.finish(slot, 1.0, "the loss became nan" if fails and goes_on else None)
+                study.finish(slot, 1.0, DIVERGED if fails and goes_on else None)
                 del running[slot]
                 finishes -= 1
     return ran
@@ -111,7 +112,7 @@ def drive_one(study: Study, slot: int, failing: set[int] = frozenset()) -> None:
         if not study.report(slot, epoch, fake_metric(study.slots[slot].id, epoch)):
             return study.finish(slot, 1.0, None)
         if slot in failing and epoch == 1:
-            return study.finish(slot, 1.0, "the loss became nan")
+            return study.finish(slot, 1.0, DIVERGED)
     return study.finish(slot, 1.0, None)
 
 
@@ -179,7 +180,7 @@ def test_a_failure_that_may_pass_is_tried_again(tmp_path: Path) -> None:
     study = make_study(task, tmp_path)
     slot = study.next_slot()
     assert slot == 0
-    study.finish(slot, 1.0, "its worker died", is_final=False)
+    study.finish(slot, 1.0, WorkerDied("its worker died"))
     assert study.records[0].state == "failed"
     assert make_study(task, tmp_path).next_slot() == 0
 
@@ -414,7 +415,7 @@ def test_one_failure_does_not_end_a_study_but_nothing_but_failures_does(tmp_path
     assert states[0] == "complete"
     assert "failed" in states[1:]
     monkeypatch.setattr(study_module, "_run_with_tune", by_hand(failing=set(range(20))))
-    with pytest.raises(TrainingError, match=r"study: no trial came to an end; the loss became nan$"):
+    with pytest.raises(TrainingError, match=r"study: no trial came to an end; \d+ of \d+ trials failed, the first: the loss became nan$"):
         run(task, tmp_path / "all")
 
 

@@ -17,17 +17,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pipeline import errors
 from pipeline.cluster import bundles
-from pipeline.errors import BudgetError, TaskpackError
+from pipeline.errors import BudgetError, ClusterError, TaskpackError, TrainingError, named
 from pipeline.group import TrialResources, group
 from pipeline.search.proposer import LAG, Proposal, Proposer, make_proposer
-from pipeline.search.record import TrialJournal, TrialRecord
+from pipeline.search.record import TrialJournal, TrialRecord, failure_warnings
 from pipeline.search.stopping import is_dominated
-from pipeline.search.trial import open_given, run_trial
+from pipeline.search.trial import opened, run_trial
 from pipeline.spec import Recipe, Task
 from pipeline.together import Interrupted
 from pipeline.training import Ranks, Score
+from pipeline.training.ranks import RanksLost
 
 WORKER_RETRIES = 5
 """How often a trial or a fit starts again when its worker dies: machines that may be taken away are, and a long one meets that more than once."""
@@ -89,25 +89,28 @@ class Study:
             return False
         return True
 
-    def finish(self, slot: int, seconds: float, failure: str | None, *, is_final: bool = True, remark: str = "") -> None:
-        """Keep a trial's outcome; a failure that may pass (`is_final` false) is not written to the journal, so a later run tries again."""
+    def finish(self, slot: int, seconds: float, failure: TaskpackError | None, *, remark: str = "") -> None:
+        """Keep a trial's outcome. A failure that may pass is not written to the journal, so a later run tries again."""
         curve, proposal = tuple(self._curves.get(slot, ())), self.slots[slot]
-        state: Any = "failed" if failure is not None else "stopped" if slot in self._stopped else "complete"
+        outcome: dict[str, Any]
+        if failure is not None:
+            outcome = self._journal.failure(proposal.id, failure)
+        elif slot in self._stopped:
+            outcome = {"state": "stopped", "message": remark}
+        else:
+            outcome = {"state": "complete", "val_metric": curve[-1], "message": remark}
         record = TrialRecord(
             id=proposal.id,
             point=proposal.point,
             size_bytes=proposal.size_bytes,
-            state=state,
-            val_metric=curve[-1] if state == "complete" else None,
             curve=curve,
             seconds=round(seconds, 2),
             ended=round(time.time(), 2),
-            message=failure or remark,
+            **outcome,
         )
         self.records[slot] = record
         self.ended.append(slot)
-        if is_final:
-            self._journal.write(record)
+        self._journal.write(record)
 
     def epochs_done(self) -> float:
         """Trials' worth of epochs behind us: a finished trial counts as one."""
@@ -170,15 +173,14 @@ def run_study(
     first = study.next_slot()
     if not study.slots:
         raise _nothing_fits(task, study.all_records())
-    crashes: list[str] = []
     if first is not None:
-        crashes = _run_with_tune(study, first, data_folder, selection_path, resources(), on_progress, is_stopping)
+        _run_with_tune(study, first, data_folder, selection_path, resources(), on_progress, is_stopping)
         gc.collect()  # Tune leaves rings of objects; among the libraries' million, Python itself would look for them once in fifty studies
     records = study.all_records()
     if not any(record.state == "complete" for record in records):
-        reasons = sorted({record.message for record in records if record.state == "failed"})
-        kind = errors.ClusterError if crashes else errors.TrainingError
-        raise kind(f"{task.name}: no trial came to an end; {'; '.join([*reasons, *crashes])[:800]}")
+        failed = [record for record in records if record.state == "failed"]
+        kind = TrainingError if all(record.is_final for record in failed) else ClusterError
+        raise kind(f"{task.name}: no trial came to an end; {'; '.join(failure_warnings(failed))[:800]}")
     return records
 
 
@@ -198,8 +200,8 @@ def _run_with_tune(
     resources: TrialResources,
     on_progress: OnRecord,
     is_stopping: Callable[[], bool],
-) -> list[str]:
-    """Run what is left; the last line of what each crashed trial raised."""
+) -> None:
+    """Run what is left."""
     os.environ.update(TUNE_DISABLE_SIGINT_HANDLER="1", TUNE_DISABLE_AUTO_CALLBACK_LOGGERS="1", RAY_AIR_NEW_OUTPUT="0")
     # Tune asks for one waiting trial at a time: short ones would follow each other in one worker, and no other would ever start.
     os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(LAG)
@@ -216,7 +218,7 @@ def _run_with_tune(
     searcher = StudySearcher(study, first, on_progress, context, is_stopping)
     scratch = Path(tempfile.mkdtemp(prefix="taskpack-study-"))
     try:
-        results = tune.Tuner(
+        tune.Tuner(
             _registered_trainable(resources),
             tune_config=tune.TuneConfig(search_alg=searcher, scheduler=StoppingScheduler(study), num_samples=-1, reuse_actors=True),
             run_config=tune.RunConfig(
@@ -233,7 +235,6 @@ def _run_with_tune(
         raise Interrupted
     if searcher.fatal is not None:
         raise searcher.fatal
-    return sorted({(str(error).strip().splitlines() or [type(error).__name__])[-1] for error in results.errors})
 
 
 _REGISTERING = threading.Lock()
@@ -252,7 +253,7 @@ def _registered_trainable(resources: TrialResources) -> str:
 
 
 def _trainable(config: dict[str, Any]) -> None:
-    """One trial in a worker. A named error is reported, not raised: trying again would not help."""
+    """One trial in a worker. What it fails of is reported, not raised: Tune would try again. It should where a rank was lost."""
     from ray import tune
 
     resources: TrialResources = config["resources"]
@@ -260,9 +261,12 @@ def _trainable(config: dict[str, Any]) -> None:
         with group(_follow, (config,), resources) as ranks:
             for epoch, (score, remark) in enumerate(_epochs(config, resources, ranks), start=1):
                 tune.report({"epoch": epoch, "metric": score.accuracy, "remark": remark})
-    except TaskpackError as error:
+    except RanksLost:
+        raise
+    except Exception as error:
+        fault = named(error)
         # Tune refuses a report without the searcher's metric, and would end the whole study.
-        tune.report({"metric": 0.0, "error": type(error).__name__, "message": str(error)})
+        tune.report({"metric": 0.0, "error": type(fault).__name__, "message": str(fault), "details": getattr(fault, "details", "")})
 
 
 def _follow(config: dict[str, Any], resources: TrialResources, ranks: Ranks) -> None:
@@ -272,5 +276,6 @@ def _follow(config: dict[str, Any], resources: TrialResources, ranks: Ranks) -> 
 
 
 def _epochs(config: dict[str, Any], resources: TrialResources, ranks: Ranks) -> Iterator[tuple[Score, str]]:
-    given = open_given(config["task"], config["recipe"], config["data_folder"], config["selection"])
-    yield from run_trial(*given, device=resources.device(), ranks=ranks)
+    device = resources.device()
+    with opened(config["task"], config["recipe"], config["data_folder"], config["selection"], device) as given:
+        yield from run_trial(*given, device=device, ranks=ranks)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,7 @@ from pipeline.adaptation import SelectedIndex, attach
 from pipeline.selection import read_selection
 from pipeline.spec import Recipe, Task
 from pipeline.training import ALONE, Inputs, Ranks, Score, evaluate, open_inputs, train_epochs
+from pipeline.training.memory import named_out_of_memory
 
 
 def recipe_key(recipe: Recipe) -> str:
@@ -18,10 +20,18 @@ def recipe_key(recipe: Recipe) -> str:
     return hashlib.sha256(recipe.model_dump_json().encode()).hexdigest()[:16]
 
 
-def open_given(task_json: str, recipe_json: str, data_folder: str, selection: Path | str | None) -> tuple[Inputs, Recipe, SelectedIndex | None]:
-    """What a worker is sent for a trial or a fit, opened: the task with its data and backbone, the recipe, the connections."""
-    inputs = open_inputs(Task.model_validate_json(task_json), Path(data_folder))
-    return inputs, Recipe.model_validate_json(recipe_json), read_selection(Path(selection)) if selection is not None else None
+@contextlib.contextmanager
+def opened(
+    task_json: str, recipe_json: str, data_folder: str, selection: Path | str | None, device: str
+) -> Iterator[tuple[Inputs, Recipe, SelectedIndex | None]]:
+    """What a worker is sent for a trial or a fit, opened: the task with its data and backbone, the recipe, the connections.
+
+    Raises:
+        OutOfMemory: opening it, or what is done with it on `device`, takes more memory than there is.
+    """
+    task, recipe = Task.model_validate_json(task_json), Recipe.model_validate_json(recipe_json)
+    with named_out_of_memory(task, recipe.training.batch_size, device):
+        yield open_inputs(task, Path(data_folder)), recipe, read_selection(Path(selection)) if selection is not None else None
 
 
 def run_trial(

@@ -10,7 +10,7 @@ from ray.tune.search import Searcher
 from ray.tune.stopper import Stopper
 
 from pipeline import errors
-from pipeline.errors import TaskpackError, TrainingError
+from pipeline.errors import TaskpackError, TrainingError, UnexpectedError, WorkerDied
 from pipeline.search.study import WORKER_DIED, OnRecord, Study
 
 
@@ -56,12 +56,14 @@ class StudySearcher(Searcher):
     def _take(self, trial_id: str, result: dict[str, Any], error: bool) -> None:
         slot, seconds = self._slots[trial_id], float(result.get("time_total_s", 0.0))
         if error:
-            self._study.finish(slot, seconds, WORKER_DIED, is_final=False)
+            self._study.finish(slot, seconds, WorkerDied(WORKER_DIED))
         elif "error" in result:
             fault = getattr(errors, result["error"])(result["message"])
-            if not isinstance(fault, TrainingError):
+            if isinstance(fault, UnexpectedError):
+                fault.details = result["details"]
+            if not isinstance(fault, TrainingError | UnexpectedError):
                 self.fatal = self.fatal or fault
-            self._study.finish(slot, seconds, result["message"], is_final=isinstance(fault, TrainingError))
+            self._study.finish(slot, seconds, fault)
         else:
             self._study.finish(slot, seconds, None, remark=result.get("remark", ""))
 

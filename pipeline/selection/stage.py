@@ -26,12 +26,13 @@ from safetensors.torch import load_file, save_file
 from pipeline.adaptation import RankedPlaces, SelectedIndex, is_recomputable, rank_places, recompute
 from pipeline.adaptation.sites import tunable_layers
 from pipeline.data import shard_batches
-from pipeline.errors import ClusterError, TaskpackError
+from pipeline.errors import ClusterError, TaskpackError, named
 from pipeline.selection.activation import activation_importance, activation_sums
 from pipeline.selection.gradient import gradient_sums
 from pipeline.selection.losses import make_loss
 from pipeline.spec import Task
 from pipeline.training.inputs import Inputs, open_inputs
+from pipeline.training.memory import named_out_of_memory
 
 PlannedBatch = tuple[int, np.ndarray]  # its number, and its samples [B, 2]
 OnBatch = Callable[[int, int], None]
@@ -68,7 +69,7 @@ def select(task: Task, data_folder: Path, top_k: int, path: Path, *, workers: in
     """Write the selection to `path` unless it is there. Needs a running Ray.
 
     Raises:
-        DataError, BackboneError: from any worker.
+        DataError, BackboneError, UnexpectedError: from any worker.
         ClusterError: the worker group died more than twice.
     """
     if path.exists():
@@ -109,7 +110,8 @@ def select_here(inputs: Inputs, top_k: int, on_batch: OnBatch = lambda done, bat
     Args:
         on_batch: told before each batch and at the end how many are done, and of how many.
     """
-    return _ranked(inputs, _sums(inputs, _numbered_batches(inputs), pace=lambda batches: _counted(batches, on_batch)), top_k)
+    with _one_thread():
+        return _ranked(inputs, _sums(inputs, _numbered_batches(inputs), pace=lambda batches: _counted(batches, on_batch)), top_k)
 
 
 def _counted(batches: Sequence[PlannedBatch], on_batch: OnBatch) -> Iterator[PlannedBatch]:
@@ -191,16 +193,19 @@ def _ranked(inputs: Inputs, totals: dict[str, torch.Tensor], top_k: int) -> dict
 
 
 def _worker(config: dict[str, Any]) -> TaskpackError | None:
-    """One rank. A named error on any rank is told to all, so that none waits for sums that never come."""
+    """One rank. What fails on any rank is told to all, so that none waits for sums that never come, and returned, so that it is not tried again."""
     torch.set_num_threads(1)
     rank, world = dist.get_rank(), dist.get_world_size()
     sums: dict[str, torch.Tensor] = {}
     error: TaskpackError | None = None
+    task = Task.model_validate_json(config["task"])
+    device = "cuda" if config["use_gpu"] and torch.cuda.is_available() else "cpu"
     try:
-        inputs = open_inputs(Task.model_validate_json(config["task"]), Path(config["data_folder"]))
-        sums = _sums(inputs, _numbered_batches(inputs)[rank::world], "cuda" if config["use_gpu"] and torch.cuda.is_available() else "cpu")
-    except TaskpackError as fault:
-        error = fault
+        with named_out_of_memory(task, task.selection.batch_size, device, "selection.batch_size"):
+            inputs = open_inputs(task, Path(config["data_folder"]))
+            sums = _sums(inputs, _numbered_batches(inputs)[rank::world], device)
+    except Exception as fault:
+        error = named(fault)
     errors: list[TaskpackError | None] = [None] * world
     dist.all_gather_object(errors, error)
     first = next((fault for fault in errors if fault is not None), None)
@@ -210,8 +215,8 @@ def _worker(config: dict[str, Any]) -> TaskpackError | None:
     try:
         if rank == 0:
             write_selection(_ranked(inputs, totals, config["top_k"]), Path(config["path"]))
-    except TaskpackError as fault:
-        return fault
+    except Exception as fault:
+        return named(fault)
     return None
 
 

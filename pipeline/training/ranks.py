@@ -7,7 +7,8 @@ default; a process alone needs none.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,9 +19,22 @@ from pipeline.backbones import fingerprint
 from pipeline.errors import ClusterError
 
 
+class RanksLost(Exception):
+    """Another rank has died, or no longer answers. All of them may start again."""
+
+
+@contextlib.contextmanager
+def answered() -> Iterator[None]:
+    """Raise RanksLost where a rank does not take part in what all do together: gloo has no other name for it than RuntimeError."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise RanksLost(f"a rank does not answer: {(str(error).strip().splitlines() or [''])[-1][:200]}") from error
+
+
 @dataclass(frozen=True)
 class Ranks:
-    """Process `rank` of `world`, counted from 0. Each method is called by all ranks, in the same order."""
+    """Process `rank` of `world`, counted from 0. Each method is called by all ranks, in the same order, and may raise RanksLost."""
 
     rank: int = 0
     world: int = 1
@@ -46,7 +60,8 @@ class Ranks:
         gradients = [torch.zeros_like(each) if each.grad is None else each.grad for each in parameters]
         means_N = torch.cat([*(gradient.reshape(-1).float() for gradient in gradients), loss.detach().float().reshape(1)])
         sums_N = torch.cat([means_N.cpu() * samples, torch.tensor([samples, flag], dtype=torch.float32)])
-        dist.all_reduce(sums_N)
+        with answered():
+            dist.all_reduce(sums_N)
         total, flags = sums_N[-2:].tolist()
         means_N = (sums_N[:-2] / total).to(means_N.device)
         for parameter, mean in zip(parameters, means_N[:-1].split([each.numel() for each in parameters]), strict=True):
@@ -63,7 +78,8 @@ class Ranks:
         if self.world == 1:
             return here[None]
         everyones = [torch.empty_like(here) for _ in range(self.world)]
-        dist.all_gather(everyones, here)
+        with answered():
+            dist.all_gather(everyones, here)
         return torch.stack(everyones)
 
     def from_first(self, content: bytes) -> bytes:
@@ -74,7 +90,8 @@ class Ranks:
         if not length:
             return b""
         received = torch.frombuffer(bytearray(content), dtype=torch.uint8) if self.is_first else torch.empty(length, dtype=torch.uint8)
-        dist.broadcast(received, src=0)
+        with answered():
+            dist.broadcast(received, src=0)
         return received.numpy().tobytes()
 
     def check_agree(self, values: Mapping[str, torch.Tensor]) -> None:
