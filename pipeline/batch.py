@@ -25,7 +25,7 @@ from pipeline.reports.front import draw_front
 from pipeline.search.champion import choose_champion
 from pipeline.search.front import pareto_front
 from pipeline.search.record import TrialRecord, failure_warnings
-from pipeline.search.study import Study, run_study
+from pipeline.search.study import Study, check_budget, run_study
 from pipeline.selection import read_selection
 from pipeline.spec import Task
 from pipeline.stages import LOG, OnProgress, Placement, Stage, Stages, named_errors, no_progress, work_folder
@@ -33,6 +33,7 @@ from pipeline.storage import await_file
 from pipeline.together import Together
 from pipeline.training import Inputs, open_inputs
 from pipeline.training.fit import PACK_FILE, FitResult, read_fit
+from pipeline.training.rehearsal import rehearse
 from pipeline.watch.batch import BatchWatch, batch_name
 from pipeline.watch.state import state_file_name
 from pipeline.workspace import StudyFolder
@@ -142,6 +143,12 @@ class _Driver(Stages):
         prepared = [task for task in tasks if task.name not in failed]
         ran = {outcome.task: outcome for outcome in self.together.run(self._run_prepared, prepared)}
         return [(failed | ran)[task.name] for task in tasks]
+
+    def check(self, inputs: Inputs) -> None:
+        """Something is within budget, and each part of the recipe runs on the backbone."""
+        task = inputs.task
+        check_budget(task, SizePlanner(task, inputs.backbone, inputs.index.classes).size_bytes)
+        rehearse(inputs, task.search.fullest(task.recipe))
 
     def _outcome(self, task: Task, stages: Callable[[Task], _Outcome]) -> _Outcome | TaskOutcome:
         """What `stages` return, or the failure they end in."""

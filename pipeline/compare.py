@@ -29,9 +29,8 @@ from pipeline.stages import LOG, OnProgress, Placement, Stages, named_errors, no
 from pipeline.storage import explained
 from pipeline.training import Inputs, Ranks, Score, open_inputs
 from pipeline.training.fit import FitResult, read_fit
+from pipeline.training.rehearsal import rehearse
 from pipeline.workspace import StudyFolder
-
-NO_BUDGET = 1 << 62
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,7 +150,6 @@ def compare_methods(
 class _Driver(Stages):
     def open(self, task: Task) -> Inputs:
         """The prepared task, as workers get it."""
-        task = task.model_copy(update={"budget": task.budget.model_copy(update={"max_bytes": NO_BUDGET})})
         with named_errors(self.workspace.log(task.name)):
             self.prepare(task)
             return self.with_shared_backbone(open_inputs(task, self.workspace.data(task.name)))
@@ -171,6 +169,8 @@ class _Driver(Stages):
         """What the method tries, what each costs, which connections it may change."""
         task = entry.task
         top_k = task.search.max_top_k(task.recipe)
+        with self.here:
+            rehearse(entry.inputs, task.search.fullest(task.recipe))
         entry.folder = self.workspace.study(entry.inputs, top_k)
         entry.selection = self.select(entry.inputs, entry.inputs.data_folder, top_k) if top_k else None
         selected = read_selection(entry.selection) if entry.selection is not None else None

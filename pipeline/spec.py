@@ -534,6 +534,10 @@ class SearchSpace(Spec):
             parts[name] = part.changed(**given) if part is not None and given else part
         return base.changed(**parts)
 
+    def fullest(self, base: Recipe) -> Recipe:
+        """The recipe of the space with all parts that any has, at the fewest bits."""
+        return self.recipe(base, {axis: max(values) if axis in ("experts", "top_k") else min(values) for axis, values in self.axes().items()})
+
     def max_top_k(self, base: Recipe) -> int:
         """The largest K any trial uses: one selection of this K serves the whole study. 0 where no trial trains connections."""
         if self.top_k is not None:

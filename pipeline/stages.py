@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pipeline.adaptation import is_recomputable
-from pipeline.adaptation.packing import SizePlanner
 from pipeline.backbones import share
 from pipeline.backbones.known import remember
 from pipeline.cluster import WorkersDied, check_holds_group, ended_tasks, has_gpus, interruptible, is_connected, places, ray_session, wait_for_room
@@ -21,7 +20,7 @@ from pipeline.data import prepare, remarks_on
 from pipeline.errors import ClusterError, SpecError, UnexpectedError, named
 from pipeline.group import TrialResources, in_group
 from pipeline.search.proposer import LAG
-from pipeline.search.study import WORKER_DIED, WORKER_RETRIES, check_budget
+from pipeline.search.study import WORKER_DIED, WORKER_RETRIES
 from pipeline.search.trial import opened
 from pipeline.selection import select, select_if_sooner
 from pipeline.spec import Task
@@ -143,18 +142,21 @@ class Stages:
         self.on_progress(task.name, stage, 0.0, "")
 
     def prepare(self, task: Task) -> None:
-        """All that can be known without the cluster: the data is sound, the backbone fits, something is within budget."""
+        """All that can be known without the cluster: the data is sound, the backbone fits, and what `check` says."""
         self.enter(task, "prepare")
         data_folder = self.workspace.data(task.name)
         index = prepare(task, data_folder)
         with self.here:
             inputs = open_inputs(task, data_folder)
             remember(inputs.backbone.fingerprint, inputs.backbone.spec.weights)
-            check_budget(task, SizePlanner(task, inputs.backbone, inputs.index.classes).size_bytes)
+            self.check(inputs)
         remarks = remarks_on(index)
         ranks, asked = self.ranks(inputs), self.placement.ranks_per_trial
         remarks += [f"{ranks} of {asked} ranks train: a shard is read by one, and there are {ranks}"] if ranks < asked else []
         self.on_progress(task.name, "prepare", 1.0, "; ".join(remarks))
+
+    def check(self, inputs: Inputs) -> None:
+        """What a run of this kind needs of the task's recipe. Raises TaskpackError."""
 
     def ranks(self, inputs: Inputs) -> int:
         """How many processes train a trial or fit of a task together: none is left without a shard."""

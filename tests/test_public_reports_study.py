@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pickle
 import re
 from pathlib import Path
@@ -11,13 +12,14 @@ import pytest
 import torch
 import torch.distributed as dist
 import yaml
-from helpers_cli import TASK, taskpack_process, write_task
+from helpers_cli import TASK, new_workdir, taskpack_process, write_task
 
 from pipeline import compare as compare_module
 from pipeline import errors
 from pipeline import stages as stages_module
+from pipeline.batch import run_batch
 from pipeline.compare import compare_methods
-from pipeline.errors import ClusterError, OutOfMemory, SpecError, TaskpackError, TrainingError, UnexpectedError, WorkerDied
+from pipeline.errors import BackboneError, ClusterError, OutOfMemory, SpecError, TaskpackError, TrainingError, UnexpectedError, WorkerDied
 from pipeline.group import TrialResources
 from pipeline.reports.plan import plan_task
 from pipeline.search import study as study_module
@@ -26,10 +28,29 @@ from pipeline.search.proposer import make_proposer
 from pipeline.search.record import TrialJournal, failure_warnings
 from pipeline.search.study import Study, run_study
 from pipeline.selection import stage as selection_stage
-from pipeline.spec import Backbone, Connections, Method, Recipe, SearchSpace, ShardsData, Task, Training
+from pipeline.spec import (
+    Adapter,
+    Backbone,
+    Biases,
+    ClassToken,
+    Connections,
+    Full,
+    Lora,
+    Method,
+    Norms,
+    Prompts,
+    Recipe,
+    SearchSpace,
+    ShardsData,
+    Smoa,
+    Ssf,
+    Task,
+    Training,
+)
 from pipeline.storage import explained
 from pipeline.task_files import DATA_ROOT, load_task, tasks_to_compare
-from pipeline.training import Inputs, open_inputs
+from pipeline.training import Inputs, open_inputs, rehearsal
+from pipeline.training.rehearsal import rehearse
 
 ALONE_ON_CPU = TrialResources()
 BACKBONE = Backbone(model="vit_tiny_patch16_224", weights="random")
@@ -286,3 +307,85 @@ def test_a_temporary_folder_too_deep_for_rays_sockets_is_named_before_ray_starts
     assert str(deep) in answer.words.replace(" ", "")
     assert "Traceback" not in answer.err
     assert "validate_socket" not in answer.err
+
+
+# --- a part that does not run on a backbone --------------------------------------------------
+
+
+def test_a_step_and_a_pack_are_tried_once_before_a_study(tiny_inputs: Inputs, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[Recipe] = []
+    attach = rehearsal.attach
+    monkeypatch.setattr(rehearsal, "_rehearsed", set())
+
+    def noted(backbone: Any, recipe: Recipe, *given: Any, **options: Any) -> Any:
+        tried.append(recipe)
+        return attach(backbone, recipe, *given, **options)
+
+    monkeypatch.setattr(rehearsal, "attach", noted)
+    space = SearchSpace(top_k=(0, 3), experts=(0, 2), bits=(8, 1), learning_rate=(1e-3, 1e-2))
+    recipe = space.fullest(Recipe(biases=Biases(), full=None, norms=Norms()))
+    assert recipe.connections == Connections(top_k=3, bits=1)
+    assert recipe.smoa == Smoa(experts=2, bits=1)
+    for _ in range(2):
+        rehearse(tiny_inputs, recipe)
+    rehearse(tiny_inputs, recipe.changed(training=Training(learning_rate=1.0)))
+    assert tried == [recipe]
+    for other in (
+        Recipe(full=Full()),
+        Recipe(prompts=Prompts(), class_token=ClassToken(), ssf=Ssf()),
+        Recipe(lora=Lora(), adapter=Adapter()),
+        Recipe(),
+    ):
+        rehearse(tiny_inputs, other)
+
+
+@pytest.mark.parametrize("selection", [{}, {"level": "network"}, {"criterion": "magnitude"}, {"criterion": "random", "level": "layer"}])
+def test_the_selection_makes_no_difference_to_the_step(tiny_inputs: Inputs, selection: dict[str, Any]) -> None:
+    task = tiny_inputs.task.changed(selection=selection)
+    rehearse(dataclasses.replace(tiny_inputs, task=task), Recipe(connections=Connections(top_k=2, bits=3)))
+
+
+def broken(message: str) -> Any:
+    def forward(*arguments: Any, **options: Any) -> Any:
+        raise TypeError(f"{message}\nsecond line")
+
+    return forward
+
+
+def test_a_part_that_finds_its_place_and_does_not_run_there_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Before any worker starts, by `plan` and by `run`; a comparison says it of the methods that have the part."""
+    monkeypatch.setattr("pipeline.adaptation.smoa.ParallelToMlp.forward", broken("takes 2 positional arguments but 3 were given"))
+    said = "recipe.smoa: cannot run on vit_tiny_patch16_224 (TypeError: takes 2 positional arguments but 3 were given); leave it out"
+    task = load_task(write_task(tmp_path, recipe={"connections": {}, "biases": {}, "training": SHORT}, search={"experts": [0, 2]}))
+    with pytest.raises(BackboneError, match=re.escape(said)):
+        plan_task(task, tmp_path / "plan")
+    (outcome,) = run_batch([task], new_workdir(tmp_path_factory.getbasetemp(), tmp_path))
+    assert isinstance(outcome.error, BackboneError)
+    assert str(outcome.error).startswith(said)
+    assert outcome.stage == "prepare"
+    methods = {"banks": Method(recipe=Recipe(smoa=Smoa()), search=SearchSpace(width=(4, 8)))}
+    (row,) = compare_methods([task], methods, tmp_path / "compared", trials=2)
+    assert row.error.startswith(said)
+
+
+def test_parts_that_fail_together_alone_are_named_together(tiny_inputs: Inputs, monkeypatch: pytest.MonkeyPatch) -> None:
+    attach = rehearsal.attach
+
+    def attach_one(backbone: Any, recipe: Recipe, *given: Any, **options: Any) -> Any:
+        assert not (recipe.biases and recipe.norms), "one of both"
+        return attach(backbone, recipe, *given, **options)
+
+    monkeypatch.setattr(rehearsal, "_rehearsed", set())
+    monkeypatch.setattr(rehearsal, "attach", attach_one)
+    with pytest.raises(BackboneError, match=r"recipe: biases with norms: cannot run on vit_tiny_patch16_224 \(AssertionError: one of both"):
+        rehearse(tiny_inputs, Recipe(biases=Biases(), norms=Norms()))
+
+
+def test_a_pack_that_computes_something_else_is_noticed(tiny_inputs: Inputs, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rehearsal, "_rehearsed", set())
+    pack = rehearsal.to_pack
+    monkeypatch.setattr(rehearsal, "to_pack", lambda *given: dataclasses.replace(pack(*given), probe_logits=pack(*given).probe_logits + 1))
+    with pytest.raises(BackboneError, match=r"recipe\.norms: cannot run on .* \(PackDamaged: the reloaded model's probe logits differ"):
+        rehearse(tiny_inputs, Recipe(norms=Norms()))

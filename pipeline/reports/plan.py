@@ -15,6 +15,7 @@ from pipeline.selection import read_selection, select_here, write_selection
 from pipeline.spec import Task
 from pipeline.storage import exclusive
 from pipeline.training import Inputs, open_inputs
+from pipeline.training.rehearsal import rehearse
 from pipeline.workspace import Workspace
 
 OnStep = Callable[[str, int, int], None]
@@ -50,6 +51,8 @@ def plan_task(task: Task, workdir: Path, *, select: bool = True, on_step: OnStep
         prepare(task, folder)
         on_step("loading the backbone", 0, 0)
         inputs = open_inputs(task, folder)
+        on_step("trying one training step", 0, 0)
+        rehearse(inputs, task.search.fullest(task.recipe))
         top_k = task.search.max_top_k(task.recipe)
         kept = workspace.selection(inputs, top_k)
         if select and top_k and not kept.exists():

@@ -1,0 +1,93 @@
+"""One training step and a pack of a recipe, on two random images: what cannot run on a backbone shows before a study starts.
+
+A part may find its modules and still not run on them, or give a pack that computes something else. In a worker that
+would show trial by trial.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from pipeline.adaptation import RankedPlaces, SelectedIndex, attach
+from pipeline.adaptation.packing import describe, from_pack, probe_images, to_pack
+from pipeline.adaptation.sites import weight_shapes
+from pipeline.backbones import LoadedBackbone
+from pipeline.errors import BackboneError
+from pipeline.spec import PARTS, Recipe, Selection, Task
+from pipeline.training.inputs import Inputs
+from pipeline.training.precision import training_dtype
+
+CLASSES = ("a", "b")
+_rehearsed: set[str] = set()
+"""What this process has tried: tasks of a batch often differ in their data alone."""
+
+
+def rehearse(inputs: Inputs, recipe: Recipe) -> None:
+    """Try a recipe on the CPU, once a process and backbone.
+
+    Raises:
+        BackboneError: it cannot be trained or packed; the message names the part.
+    """
+    task, precision = inputs.task, recipe.training.precision
+    key = repr((inputs.backbone.fingerprint, task.backbone.model, task.backbone.arguments, inputs.backbone.size_px, precision))
+    key += recipe.model_dump_json(exclude={"training"})
+    if key in _rehearsed:
+        return
+    if (error := _failure(inputs.backbone, task, recipe)) is not None:
+        raise _naming_the_part(inputs.backbone, task, recipe, error) from error
+    _rehearsed.add(key)
+
+
+def _naming_the_part(backbone: LoadedBackbone, task: Task, recipe: Recipe, error: Exception) -> BackboneError:
+    """The error of the first part that fails by itself, or that of all of them together."""
+    present = [part for part in PARTS if getattr(recipe, part) is not None]
+    for part in present:
+        alone = Recipe.model_validate({part: getattr(recipe, part), "head": recipe.head, "training": recipe.training})
+        if (own := _failure(backbone, task, alone)) is not None:
+            return _cannot_run(f"recipe.{part}", task, own)
+    return _cannot_run(f"recipe: {' with '.join(present) or 'head'}", task, error)
+
+
+def _cannot_run(what: str, task: Task, error: Exception) -> BackboneError:
+    if isinstance(error, BackboneError):
+        return error
+    first_line = (str(error).strip().splitlines() or [""])[0][:200]
+    return BackboneError(
+        f"{what}: cannot run on {task.backbone.model} ({type(error).__name__}: {first_line}); leave it out, or choose another backbone"
+    )
+
+
+def _failure(backbone: LoadedBackbone, task: Task, recipe: Recipe) -> Exception | None:
+    try:
+        _train_and_pack(backbone, task, recipe)
+    except Exception as error:
+        return error
+    return None
+
+
+def _train_and_pack(backbone: LoadedBackbone, task: Task, recipe: Recipe) -> None:
+    """As a fit does, in little. A pack of the whole network would take longer than it is worth."""
+    model = attach(backbone, recipe, len(CLASSES), selected=_first_places(backbone, recipe))
+    dtype = training_dtype(recipe.training, "cpu")
+    model.compute_in(dtype)
+    model.train()
+    images = torch.from_numpy(probe_images(backbone.size_px))
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        logits = model(images)
+    loss = F.cross_entropy(logits.float(), torch.arange(len(images)) % len(CLASSES))
+    (loss + model.auxiliary_loss()).backward()
+    if recipe.full is None:
+        selected_anyhow = task.model_copy(update={"selection": Selection()})  # the places are in the pack, whatever criterion will choose them
+        from_pack(to_pack(model, describe(selected_anyhow, recipe, backbone, CLASSES)), backbone)
+
+
+def _first_places(backbone: LoadedBackbone, recipe: Recipe) -> SelectedIndex | None:
+    """As many connections of each neuron as the recipe trains: its first."""
+    if recipe.connections is None:
+        return None
+    selected: dict[str, RankedPlaces] = {}
+    for name, (neurons, inputs) in weight_shapes(backbone.model).items():
+        columns = torch.arange(min(recipe.connections.top_k, inputs))
+        selected[name] = RankedPlaces.unranked((torch.arange(neurons)[:, None] * inputs + columns).reshape(-1))
+    return selected
