@@ -1,4 +1,4 @@
-"""Small files written whole or not at all, and one lock for a folder."""
+"""Small files written whole or not at all, a log of tracebacks, and one lock for a folder."""
 
 from __future__ import annotations
 

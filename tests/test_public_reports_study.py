@@ -17,6 +17,7 @@ from helpers_cli import TASK, new_workdir, taskpack_process, write_task
 from pipeline import compare as compare_module
 from pipeline import errors
 from pipeline import stages as stages_module
+from pipeline.adaptation.tensors import PlannedTensor, initial_values
 from pipeline.batch import run_batch
 from pipeline.compare import compare_methods
 from pipeline.errors import BackboneError, ClusterError, OutOfMemory, SpecError, TaskpackError, TrainingError, UnexpectedError, WorkerDied
@@ -32,6 +33,7 @@ from pipeline.spec import (
     Adapter,
     Backbone,
     Biases,
+    Bits,
     ClassToken,
     Connections,
     Full,
@@ -120,6 +122,14 @@ def test_a_methods_warm_up_must_end_within_the_tasks_epochs(tmp_path: Path) -> N
     method = Method(recipe=Recipe(training=Training(warmup_epochs=10)), search=SearchSpace(head_bits=(1, 2)))
     with pytest.raises(SpecError, match=r"slow: on the task bars: training\.warmup_epochs is 10 and training\.epochs is 5"):
         compare_methods([task], {"slow": method}, tmp_path / "work", trials=1)
+
+
+@pytest.mark.parametrize("bits", [1, 4])
+def test_the_second_matrix_of_an_adapter_starts_as_a_normal_that_is_cut_at_two_deviations(bits: Bits) -> None:
+    """torch takes the bounds as values: without them nothing is cut, and the deviation is 1e-3 instead of 0.88e-3."""
+    up = initial_values(PlannedTensor("adapters", "up", (200, 300), bits, start="up"), torch.Generator().manual_seed(0))
+    assert 1.9e-3 < up.abs().max() <= 2e-3
+    assert float(up.std()) == pytest.approx(0.8796e-3, rel=0.01)
 
 
 # --- from Python ----------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""What is trained beside the frozen backbone: connections, biases, norms, the SMoA bank and the head."""
+"""What is trained beside the frozen backbone: every part of a recipe, planned, attached and packed."""
 
 from pipeline.adaptation.attach import AdaptedModel, attach
 from pipeline.adaptation.plan import PlannedTensor, plan

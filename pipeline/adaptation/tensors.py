@@ -13,8 +13,13 @@ from pipeline.packs import Codebook, PartName
 from pipeline.spec import Bits
 
 Start = Literal["change", "linear", "up", "near_zero", "fan_in", "unit", "head"]
-"""change: added to something frozen, so zero. linear: as nn.Linear. up: the second matrix of an adapter, zero. near_zero, fan_in, unit, head: normal
-of standard deviation 1e-3, 1 / sqrt(inputs), 1 and 0.02. Below 16 bits change and up are noise: a tensor of zeros has no sign to learn."""
+"""How a tensor starts.
+
+change: zero, because it is added to something frozen. linear: as nn.Linear. up, the second matrix
+of an adapter: zero. near_zero, fan_in, unit, head: normal of standard deviation 1e-3,
+1 / sqrt(inputs), 1 and 0.02. Below 16 bits, a tensor of zeros has no sign to learn: change is
+normal of standard deviation 1e-4, up is normal of 1e-3, cut at two of them.
+"""
 _DEVIATIONS = {"near_zero": 1e-3, "unit": 1.0, "head": 0.02}
 
 
@@ -60,8 +65,8 @@ def initial_values(tensor: PlannedTensor, generator: torch.Generator) -> torch.T
         return initial.uniform_(-bound, bound, generator=generator)
     if start in ("change", "up") and tensor.bits >= 16:
         return initial.zero_()
-    if start == "up":  # the standard deviation of Binary Adapter's code
-        return nn.init.trunc_normal_(initial, std=1e-3, generator=generator)
+    if start == "up":  # as Binary Adapter's code; torch's bounds are values, not standard deviations
+        return nn.init.trunc_normal_(initial, std=1e-3, a=-2e-3, b=2e-3, generator=generator)
     if start == "change":
         return initial.normal_(0, 1e-4, generator=generator)
     deviation = tensor.shape[-1] ** -0.5 if start == "fan_in" else _DEVIATIONS[start]

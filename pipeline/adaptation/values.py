@@ -1,6 +1,6 @@
 """All trained values of a model: one flat parameter for each way of rounding, handed to the modules as named tensors before every forward pass.
 
-An optimiser sees one to three parameters instead of a hundred, and quantising costs a few operations a step, whatever the number of layers.
+An optimiser sees a few parameters instead of a hundred, and quantising costs a few operations a step, whatever the number of layers.
 """
 
 from __future__ import annotations

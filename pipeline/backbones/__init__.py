@@ -1,4 +1,4 @@
-"""Unmodified timm backbones: loading, preprocessing, fingerprint."""
+"""Unmodified timm backbones: loading, checkpoints, fingerprint."""
 
 from pipeline.backbones.fingerprint import fingerprint
 from pipeline.backbones.load import LoadedBackbone, load_backbone, share

@@ -2,7 +2,7 @@
 
     8 bytes    N, little-endian: the header's length
     N bytes    JSON, padded with spaces to a multiple of 8:
-               {"__metadata__":{"format":"taskpack","version":"3"},"pack":{"dtype":"U8","shape":[S],"data_offsets":[0,S]}}
+               {"__metadata__":{"format":"taskpack","version":"4"},"pack":{"dtype":"U8","shape":[S],"data_offsets":[0,S]}}
     S - 32     the content (file.py)
     32 bytes   SHA-256 of every byte before it
 

@@ -24,7 +24,7 @@ _Length = Annotated[int, Field(ge=0, lt=2**31)]
 
 
 class PartLayout(BaseModel):
-    """A part without its numbers. `positions` are the bytes that its positions take, None where a reader computes them."""
+    """A part without its numbers. `positions` are the bytes that its positions take, "recomputed" where a reader computes them."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 

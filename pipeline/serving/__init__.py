@@ -1,1 +1,1 @@
-"""Packs at work: predictions from a file on a resident backbone."""
+"""Packs at work: predictions from a pack, and its accuracy measured again."""

@@ -1,4 +1,4 @@
-"""One training loop, its evaluation and its metrics."""
+"""One training loop, its evaluation, and the final fit."""
 
 from pipeline.training.evaluate import Score, evaluate
 from pipeline.training.inputs import Inputs, open_inputs
