@@ -23,8 +23,9 @@ def named_out_of_memory(task: Task, batch_size: int, device: str, setting: str =
     except (MemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):
             raise
+        size = f" of {task.input.size_px} px" if task.input.size_px is not None else ""
         raise OutOfMemory(
-            f"out of memory with batches of {batch_size} images of {task.input.size_px} px in {task.backbone.model}: "
+            f"out of memory with batches of {batch_size} images{size} in {task.backbone.model}: "
             f"{_free(device)}; lower {setting}, or use a device with more memory"
         ) from error
 
