@@ -68,7 +68,7 @@ def main() -> None:
 
 def make_task(folder: Path, seed: int) -> Any:
     """12 recipes, all within the budget: bits, experts and learning rate."""
-    from pipeline.spec import HOUSE_RECIPE, Connections, Input, SearchSpace, ShardsData, Task, Training
+    from pipeline.spec import DEFAULT_RECIPE, Connections, Input, SearchSpace, ShardsData, Task, Training
     from pipeline.task_files import load_task
 
     data = ShardsData(train=str(folder / "train-000000.tar"), val=str(folder / "val-000000.tar"), test=str(CIFAR10 / "test.tar"))
@@ -77,7 +77,7 @@ def make_task(folder: Path, seed: int) -> Any:
         data=data,
         input=Input(size_px=32, flip=True),
         backbone=load_task(HERE / "tasks" / "cifar10.yaml").backbone,
-        recipe=HOUSE_RECIPE.model_copy(update={"connections": Connections(top_k=1), "training": Training(epochs=EPOCHS)}),
+        recipe=DEFAULT_RECIPE.model_copy(update={"connections": Connections(top_k=1), "training": Training(epochs=EPOCHS)}),
         search=SearchSpace(bits=(1, 4), experts=(0, 4), learning_rate=(FIRST_RATE, *OTHER_RATES), trials=12),
         seed=seed,
     )

@@ -599,6 +599,7 @@ def plan(
                 "ledger": planned.ledger,
                 "space": planned.space,
                 "is_exact": planned.is_exact,
+                "remarks": planned.remarks,
             }
         )
         return
@@ -609,6 +610,8 @@ def plan(
     if not planned.is_exact:
         out.print("No connections are selected yet, and what their positions take depends on them: the sizes are bounds.", soft_wrap=True)
     out.print(space_table(planned.space, loaded.budget.max_bytes))
+    for remark in planned.remarks:
+        out.print(f"note: {remark}", soft_wrap=True, markup=False, highlight=False)
 
 
 @app.command()

@@ -11,7 +11,7 @@ import itertools
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -156,7 +156,7 @@ class _Driver(Stages):
 
     def compare(self, inputs: Inputs, methods: Mapping[str, Method], seeds: int, trials: int) -> list[Comparison]:
         """All methods on one task."""
-        entries = [_Entry(name, replace(inputs, task=method.on(inputs.task))) for name, method in methods.items()]
+        entries = [_Entry(name, inputs.with_task(method.on(inputs.task))) for name, method in methods.items()]
         with named_errors(self.workspace.log(inputs.task.name)):
             for entry in entries:
                 _guarded(entry, self._plan_trials, trials)

@@ -384,9 +384,13 @@ class Training(Spec):
 class Recipe(Spec):
     """How a task is adapted and trained. A part left out is off; the head is always there.
 
-    In a task file, a recipe that names no part at all keeps the house parts; `connections: null` alone is a linear probe.
+    `preset: default` starts from the default recipe's parts, which the other keys replace or, with null, switch off; `preset: linear` trains the
+    head alone.
     """
 
+    preset: tuple[str, ...] | None = Field(
+        None, description="`default` or `linear`; kept as the parts that it brought, which a backbone without a place for them goes without"
+    )
     connections: Connections | None = None
     biases: Biases | None = None
     smoa: Smoa | None = None
@@ -400,6 +404,22 @@ class Recipe(Spec):
     quantiser: Quantiser | None = Field(None, description="default: as the paper, median and matrix")
     head: Head = Head()
     training: Training = Training()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_preset(cls, content: Any) -> Any:
+        """The content with the parts of the preset that it names, where these are not written in it."""
+        if not isinstance(content, Mapping) or not isinstance(content.get("preset"), str):
+            return content
+        named = [part for part in PARTS if content.get(part) is not None]
+        if content["preset"] == "default":
+            brought = {part: spec for part, spec in DEFAULT_PARTS.items() if part not in content}
+            return {**content, **brought, "preset": tuple(brought)}
+        if content["preset"] != "linear":
+            raise ValueError(f"preset: given {content['preset']!r}; expected default or linear")
+        if named:
+            raise ValueError(f"preset: linear trains the head alone, given {' and '.join(named)} too; leave out one or the other")
+        return {**content, "preset": None}
 
     @model_validator(mode="after")
     def _goes_together(self) -> Recipe:
@@ -429,20 +449,25 @@ def slot_conflict(recipe: Recipe) -> str | None:
 
 
 _PLACES = {"parallel": ("parallel",), "after_mlp": ("after_mlp",), "after_attention": (), "after_both": ("after_mlp",)}
-PARTS = tuple(name for name in Recipe.model_fields if name not in ("head", "training", "quantiser"))
+PARTS = tuple(name for name in Recipe.model_fields if name not in ("preset", "head", "training", "quantiser"))
 """The parts that a recipe may leave out."""
 ADAPTERS = ("smoa", "adapter", "lora")
 """The parts that the axes adapter_bits, width and scale are about."""
 
-HOUSE_PARTS: dict[str, Spec] = {"connections": Connections(), "biases": Biases(), "smoa": Smoa(), "norms": Norms()}
-HOUSE_RECIPE = Recipe(**HOUSE_PARTS)  # type: ignore[arg-type]
+DEFAULT_PARTS: dict[str, Spec] = {"connections": Connections(), "biases": Biases(), "smoa": Smoa(), "norms": Norms()}
+DEFAULT_RECIPE = Recipe.model_validate({"preset": "default"})
 
 
-def _with_house_parts(recipe: Any) -> Any:
-    """A task's recipe that names no part (only head or training, say) keeps the house parts."""
-    if isinstance(recipe, Mapping) and not recipe.keys() & set(PARTS):
-        return {**HOUSE_PARTS, **recipe}
+def _names_what_trains(recipe: Any) -> Any:
+    """A recipe as it is written: it says what trains, so that nothing is trained, or left out, unasked."""
+    if isinstance(recipe, Mapping) and not recipe.keys() & {"preset", *PARTS}:
+        raise ValueError(
+            "this does not say what trains; add `preset: default` for the default parts or `preset: linear` for the head alone, or name parts"
+        )
     return recipe
+
+
+WrittenRecipe = Annotated[Recipe, BeforeValidator(_names_what_trains)]
 
 
 def _cools_down(recipe: Recipe) -> Recipe:
@@ -585,7 +610,7 @@ def _kind(axis: str, value: Any) -> Any:
     return value if axis == "experts" else value > 0
 
 
-def house_space(recipe: Recipe) -> SearchSpace:
+def default_space(recipe: Recipe) -> SearchSpace:
     """What is searched where a task does not say: bits, experts and K, of the parts its recipe has."""
     axes: dict[str, Any] = {}
     if any(getattr(recipe, name) is not None for name in ("connections", *ADAPTERS)):
@@ -662,8 +687,8 @@ class Task(Spec):
     val_fraction: float = Field(0.2, gt=0, lt=1, description="share of train held out for validation where the task brings no val split")
     metric: Literal["accuracy"] = "accuracy"
     backbone: Backbone
-    recipe: Annotated[Recipe, BeforeValidator(_with_house_parts), AfterValidator(_cools_down)] = HOUSE_RECIPE
-    search: SearchSpace = Field(default_factory=lambda validated: house_space(validated.get("recipe", HOUSE_RECIPE)))
+    recipe: Annotated[WrittenRecipe, AfterValidator(_cools_down)] = DEFAULT_RECIPE
+    search: SearchSpace = Field(default_factory=lambda validated: default_space(validated.get("recipe", DEFAULT_RECIPE)))
     selection: Selection = Selection()
     budget: Budget = Budget()
     seed: int = Field(0, ge=0)
@@ -677,11 +702,11 @@ class Task(Spec):
 
     @field_validator("search", mode="before")
     @classmethod
-    def _with_house_axes(cls, search: Any, info: ValidationInfo) -> Any:
-        """A search section that names no axis (only `trials`, say) keeps the house axes."""
+    def _with_default_axes(cls, search: Any, info: ValidationInfo) -> Any:
+        """A search section that names no axis (only `trials`, say) keeps the default axes."""
         axes = SearchSpace.model_fields.keys() - {"trials"}
         if isinstance(search, Mapping) and not search.keys() & axes:
-            return {**house_space(info.data.get("recipe", HOUSE_RECIPE)).axes(), **search}
+            return {**default_space(info.data.get("recipe", DEFAULT_RECIPE)).axes(), **search}
         return search
 
     @field_validator("search")
@@ -726,7 +751,7 @@ class Method(Spec):
     settings that the recipe does not name are the task's, and so is the selection."""
 
     description: str = ""
-    recipe: Recipe
+    recipe: WrittenRecipe
     search: SearchSpace
     selection: Selection | None = None
 

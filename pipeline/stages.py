@@ -150,7 +150,7 @@ class Stages:
             inputs = open_inputs(task, data_folder)
             remember(inputs.backbone.fingerprint, inputs.backbone.spec.weights)
             self.check(inputs)
-        remarks = remarks_on(index)
+        remarks = [*remarks_on(index), *inputs.remarks()]
         ranks, asked = self.ranks(inputs), self.placement.ranks_per_trial
         remarks += [f"{ranks} of {asked} ranks train: a shard is read by one, and there are {ranks}"] if ranks < asked else []
         self.on_progress(task.name, "prepare", 1.0, "; ".join(remarks))

@@ -21,7 +21,7 @@ import yaml
 from pydantic import ValidationError
 
 from pipeline.errors import SpecError
-from pipeline.spec import About, Backbone, Budget, Input, Method, Recipe, SearchSpace, Selection, Spec, Suite, Task
+from pipeline.spec import PARTS, About, Backbone, Budget, Input, Method, Recipe, SearchSpace, Selection, Spec, Suite, Task
 
 DATA_ROOT = "TASKPACK_DATA"
 SUITE_FILE = "suite.yaml"
@@ -105,7 +105,8 @@ def _read_task(path: Path, above: tuple[Path, ...] = ()) -> tuple[dict[str, Any]
         if isinstance(written[section], str):
             content[section] = _read_shared(path, section, written[section])
         elif isinstance(written[section], dict):
-            content[section] = _written_over(base.get(section), _resolve_paths(section, written[section], path.parent))
+            own = _resolve_paths(section, written[section], path.parent)
+            content[section] = _written_over(_without_parts(base.get(section)) if "preset" in own else base.get(section), own)
     if isinstance(written.get("data"), dict):
         content["data"] = _data_section(written["data"], base.get("data"), path)
     return content, (path, *files)
@@ -127,6 +128,11 @@ def _read_shared(path: Path, section: str, name: str) -> dict[str, Any]:
     content = _resolve_paths(section, read_mapping(shared), shared.parent)
     validate(_SHARED_SECTIONS[section], content, source=str(shared))  # so that a fault is reported under the file that holds it
     return content
+
+
+def _without_parts(base: Any) -> Any:
+    """What is left of a base's recipe where a task names a preset: how it trains."""
+    return {key: value for key, value in base.items() if key not in ("preset", *PARTS)} if isinstance(base, dict) else base
 
 
 def _written_over(base: Any, own: dict[str, Any]) -> dict[str, Any]:
@@ -310,7 +316,7 @@ def validate(kind: type[SpecType], content: dict[str, Any], *, source: str) -> S
     except ValidationError as error:
         expected: dict[str, list[str]] = {}  # the members of a union each report a fault of their own: one line for all of them
         for fault in error.errors():
-            if fault["type"] == "default_factory_not_called":  # the house space waits for a valid recipe
+            if fault["type"] == "default_factory_not_called":  # the default space waits for a valid recipe
                 continue
             given, message = _explain(kind, fault, content)
             expected.setdefault(given, []).append(message)

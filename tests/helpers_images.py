@@ -28,7 +28,7 @@ def encode(image: Image.Image, kind: str, **options: Any) -> bytes:
 
 def task_of(data: dict[str, Any], **sections: Any) -> Task:
     content = {"name": "t", "data": data, "backbone": {"model": "vit_tiny_patch16_224", "weights": "random"}, **sections}
-    return Task.model_validate({"recipe": {"training": {"batch_size": 4}}, "selection": {"batch_size": 4}, **content})
+    return Task.model_validate({"recipe": {"preset": "default", "training": {"batch_size": 4}}, "selection": {"batch_size": 4}, **content})
 
 
 def write_folders(root: Path, classes: tuple[str, ...] = ("cat", "dog"), train: int = 8, test: int = 3) -> dict[str, Any]:

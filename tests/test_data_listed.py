@@ -29,7 +29,7 @@ TRAIN, VAL, TEST = [0, 1, 3, 3, 0, 1, 1, 3], [0, 1, 2], [2, 3, 1, 0, 0]  # class
 
 def task_of(data: dict[str, Any], **sections: Any) -> Task:
     content = {"name": "t", "data": data, "backbone": {"model": "vit_tiny_patch16_224", "weights": "random"}, **sections}
-    return Task.model_validate({"recipe": {"training": {"batch_size": 4}}, "selection": {"batch_size": 4}, **content})
+    return Task.model_validate({"recipe": {"preset": "default", "training": {"batch_size": 4}}, "selection": {"batch_size": 4}, **content})
 
 
 def write_jpeg(path: Path) -> None:
@@ -306,7 +306,13 @@ def test_whatever_a_file_holds_it_is_read_or_refused_by_name(content: bytes, tmp
 
 
 def test_prepare_names_the_classes_that_train_lacks(tmp_path: Path) -> None:
-    task = write_task(tmp_path, data=write_vtab(tmp_path / "dtd"), recipe={"training": {"batch_size": 4}}, selection={"batch_size": 4}, search={})
+    task = write_task(
+        tmp_path,
+        data=write_vtab(tmp_path / "dtd"),
+        recipe={"preset": "default", "training": {"batch_size": 4}},
+        selection={"batch_size": 4},
+        search={},
+    )
     answer = taskpack("prepare", task, "--out", tmp_path / "p")
     assert answer.code == 0
     assert "4 classes" in answer.words

@@ -31,7 +31,7 @@ DIGITS = {"format": "digits", "train_samples": 60, "test_samples": 40}
 
 def task_of(data: dict[str, Any], **sections: Any) -> Task:
     content = {"name": "t", "data": data, "backbone": {"model": "vit_tiny_patch16_224", "weights": "random"}, **sections}
-    return Task.model_validate({"recipe": {"training": {"batch_size": 4}}, "selection": {"batch_size": 4}, **content})
+    return Task.model_validate({"recipe": {"preset": "default", "training": {"batch_size": 4}}, "selection": {"batch_size": 4}, **content})
 
 
 def image_of(number: int) -> bytes:

@@ -18,9 +18,12 @@ import torch
 from huggingface_hub import constants
 from safetensors.torch import save_file
 
+from pipeline.adaptation import plan
+from pipeline.adaptation.preset import on_backbone
 from pipeline.backbones import hub, load_backbone, share
-from pipeline.errors import BackboneError
-from pipeline.spec import Backbone, Input
+from pipeline.errors import BackboneError, SpecError
+from pipeline.spec import DEFAULT_PARTS, Backbone, Input, Method, Task, default_space
+from pipeline.task_files import load_task, validate
 
 State = dict[str, torch.Tensor]
 Arguments = dict[str, int | float | str | bool | list[int]]
@@ -299,3 +302,87 @@ def test_any_answer_is_a_network() -> None:
     with http.server.HTTPServer(("127.0.0.1", 0), http.server.BaseHTTPRequestHandler) as server:
         threading.Thread(target=server.handle_request, daemon=True).start()
         assert hub._no_answer(f"http://127.0.0.1:{server.server_port}/absent") is None
+
+
+# --- defaults follow the backbone -----------------------------------------------------------------------------------------------------------
+
+CNN = {"model": "test_resnet", "weights": "random"}
+
+
+def digits(**sections: object) -> Task:
+    return validate(Task, {"name": "a", "data": {"format": "digits"}, "backbone": CNN, **sections}, source="task")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "size_px", "expected"),
+    [({}, None, 160), ({"img_size": 96}, None, 96), ({"img_size": [96, 96]}, None, 96), ({"img_size": 96}, 32, 32)],
+)
+def test_images_have_the_size_that_the_backbone_is_built_for(arguments: Arguments, size_px: int | None, expected: int) -> None:
+    backbone = load_backbone(Backbone(model="test_vit", arguments=arguments, weights="random"), Input(size_px=size_px))
+    assert backbone.size_px == expected
+
+
+def test_the_default_recipe_keeps_what_has_a_place() -> None:
+    """A ResNet has BatchNorm and convolutions without biases, and no MLPs."""
+    task = digits(search={"trials": 3})
+    resolved, absent = on_backbone(task, load_backbone(task.backbone, Input()))
+    assert absent == ("biases", "smoa", "norms")
+    assert resolved.recipe == task.recipe.model_copy(update={"biases": None, "smoa": None, "norms": None, "preset": None})
+    assert (resolved.search.axes(), resolved.search.trials) == (default_space(resolved.recipe).axes(), 3)
+    assert resolved.search.axes().keys() == {"bits", "top_k"}
+    assert on_backbone(resolved, load_backbone(task.backbone, Input())) == (resolved, ())
+
+
+def test_the_default_recipe_is_whole_where_everything_has_a_place(tiny_backbone: Backbone) -> None:
+    task = digits(backbone=tiny_backbone.model_dump())
+    resolved, absent = on_backbone(task, load_backbone(tiny_backbone, Input()))
+    assert (absent, resolved.search) == ((), task.search)
+    assert resolved.recipe == task.recipe.model_copy(update={"preset": None})
+
+
+@pytest.mark.parametrize("recipe", [{"connections": {}, "norms": {}}, {"preset": "default", "norms": {}}])
+def test_a_part_that_was_named_is_required(recipe: dict[str, object]) -> None:
+    task = digits(recipe=recipe)
+    backbone = load_backbone(task.backbone, Input())
+    resolved, absent = on_backbone(task, backbone)
+    assert "norms" not in absent
+    with pytest.raises(BackboneError, match=r"recipe\.norms"):
+        plan(backbone, resolved.recipe, 2)
+
+
+def test_an_unresolved_task_is_the_same_after_a_round_trip() -> None:
+    task = digits(recipe={"preset": "default", "connections": None, "smoa": {"experts": 8}})
+    assert task.recipe.preset == ("biases", "norms")
+    assert Task.model_validate_json(task.model_dump_json()) == task
+
+
+def test_a_preset_is_the_default_with_what_is_written() -> None:
+    recipe = digits(recipe={"preset": "default", "connections": None, "biases": {"bits": 4}, "training": {"epochs": 3}}).recipe
+    assert (recipe.connections, recipe.biases.bits if recipe.biases else None, recipe.training.epochs) == (None, 4, 3)
+    assert (recipe.smoa, recipe.norms) == (DEFAULT_PARTS["smoa"], DEFAULT_PARTS["norms"])
+    assert digits(recipe={"preset": "linear"}).recipe == digits(recipe={"connections": None}).recipe
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        ({"training": {"epochs": 3}}, "`preset: default`.*`preset: linear`"),
+        ({"head": {"bits": 32}}, "`preset: default`.*`preset: linear`"),
+        ({"preset": "none", "biases": {}}, "'none'; expected default or linear"),
+        ({"preset": "linear", "biases": {}}, "given biases too"),
+    ],
+)
+def test_a_recipe_means_the_same_in_tasks_and_methods(recipe: dict[str, object], message: str) -> None:
+    with pytest.raises(SpecError, match=message) as refusal:
+        digits(recipe=recipe)
+    assert "\n" not in str(refusal.value)
+    with pytest.raises(SpecError, match=message):
+        validate(Method, {"recipe": recipe, "search": {"learning_rate": [0.1]}}, source="method")
+
+
+def test_a_preset_replaces_the_parts_of_a_base(tmp_path: Path) -> None:
+    base = {"name": "base", "data": {"format": "digits"}, "backbone": CNN, "recipe": {"lora": {}, "training": {"epochs": 7}}}
+    (tmp_path / "base.yaml").write_text(json.dumps(base))
+    (tmp_path / "own.yaml").write_text(json.dumps({"base": "base.yaml", "name": "own", "recipe": {"preset": "linear"}}))
+    recipe = load_task(tmp_path / "own.yaml").recipe
+    assert (recipe.lora, recipe.training.epochs) == (None, 7)

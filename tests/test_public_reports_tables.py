@@ -57,7 +57,7 @@ def samples_of(source: Source, split: Any = "train") -> list[tuple[str, str]]:
 
 
 def task_of(data: dict[str, Any]) -> Task:
-    small = {"recipe": {"training": {"batch_size": 2}}, "selection": {"batch_size": 2}, "val_fraction": 0.5}
+    small = {"recipe": {"preset": "default", "training": {"batch_size": 2}}, "selection": {"batch_size": 2}, "val_fraction": 0.5}
     return Task.model_validate({"name": "t", "data": data, "backbone": {"model": "vit_tiny_patch16_224", "weights": "random"}, **small})
 
 
@@ -257,7 +257,7 @@ def test_class_names_may_come_with_any_line_ends_and_in_utf_16(tmp_path: Path) -
 def test_prepare_prints_the_names_of_the_classes(images: Path) -> None:
     for split, numbers in (("train", range(6)), ("test", (6, 7))):
         (images / f"{split}.csv").write_text("path,label\n" + "".join(f"{number}.png,{('cat', 'dog')[number % 2]}\n" for number in numbers))
-    small = {"recipe": {"training": {"batch_size": 2}}, "selection": {"batch_size": 2}, "val_fraction": 0.5}
+    small = {"recipe": {"preset": "default", "training": {"batch_size": 2}}, "selection": {"batch_size": 2}, "val_fraction": 0.5}
     task = write_task(images, data={"format": "csv", "train": "train.csv", "test": "test.csv"}, **small)
     answer = taskpack("prepare", task, "--out", images / "p")
     assert answer.code == 0

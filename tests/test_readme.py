@@ -28,7 +28,7 @@ from pipeline.reports.tables import champions_table, ledger_table, packs_table
 from pipeline.search.proposer import LAG
 from pipeline.serving.predictor import Predictor
 from pipeline.signals import Terminated, exit_code
-from pipeline.spec import HOUSE_PARTS, Backbone, Budget, Head, Method, Recipe, SearchSpace, Spec, Task
+from pipeline.spec import DEFAULT_PARTS, Backbone, Budget, Head, Method, Recipe, SearchSpace, Spec, Task
 from pipeline.task_files import load_spec, load_task, validate
 
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
@@ -154,15 +154,15 @@ def test_shared_sections_fit_the_task_they_are_given_to(written: Path) -> None:
 
 def test_the_parts_listed_have_the_bits_they_default_to() -> None:
     listed = {row[0].strip("`"): int(row[-1]) for row in table_rows(README, "## Choose a recipe")}
-    assert listed == {"connections": 8, "head": Head().bits} | {name: part.bits for name, part in HOUSE_PARTS.items()}  # type: ignore[attr-defined]
+    assert listed == {"connections": 8, "head": Head().bits} | {name: part.bits for name, part in DEFAULT_PARTS.items()}  # type: ignore[attr-defined]
 
 
-def test_what_the_recipe_text_says_of_missing_parts_holds() -> None:
+def test_what_the_recipe_text_says_of_missing_parts_holds(written: Path) -> None:
     base = {"name": "a", "data": {"format": "digits"}, "backbone": {"model": "m"}}
-    no_part = validate(Task, {**base, "recipe": {"head": {"bits": 1}}}, source="test").recipe
-    probe = validate(Task, {**base, "recipe": {"connections": None}}, source="test").recipe
-    assert all(getattr(no_part, part) is not None for part in HOUSE_PARTS)
-    assert all(getattr(probe, part) is None for part in HOUSE_PARTS)
+    longer = validate(Task, {**base, **yaml.safe_load((written / "longer.yaml").read_text())}, source="test").recipe
+    probe = validate(Task, {**base, "recipe": {"preset": "linear"}}, source="test").recipe
+    assert [part for part in DEFAULT_PARTS if getattr(longer, part) is None] == ["norms"]
+    assert all(getattr(probe, part) is None for part in DEFAULT_PARTS)
 
 
 # --- Python ---------------------------------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from pipeline.errors import SpecError, TaskpackError
 from pipeline.spec import (
     BITS,
-    HOUSE_RECIPE,
+    DEFAULT_RECIPE,
     About,
     Adapter,
     Backbone,
@@ -41,7 +41,7 @@ from pipeline.spec import (
     Ssf,
     Task,
     Training,
-    house_space,
+    default_space,
     parse_bytes,
 )
 from pipeline.task_files import DATA_ROOT, load_spec, load_task, load_tasks, validate
@@ -125,9 +125,9 @@ def test_a_budget_takes_a_unit(tmp_path: Path) -> None:
 # --- a task file ----------------------------------------------------------------------------------------------------------------------------
 
 
-def test_a_minimal_task_gets_the_house_defaults(tmp_path: Path) -> None:
+def test_a_minimal_task_gets_the_defaults(tmp_path: Path) -> None:
     task = load_task(write(tmp_path, MINIMAL))
-    assert (task.recipe, task.search, task.budget.max_bytes, task.seed) == (HOUSE_RECIPE, house_space(HOUSE_RECIPE), 65536, 0)
+    assert (task.recipe, task.search, task.budget.max_bytes, task.seed) == (DEFAULT_RECIPE, default_space(DEFAULT_RECIPE), 65536, 0)
     assert task.data.format == "digits"
 
 
@@ -186,10 +186,10 @@ def test_a_long_value_is_cut_in_the_message(tmp_path: Path) -> None:
         ({"input": {"size_px": 4}}, "input.size_px"),
         ({"input": {"mean": [0.5, "x", 0.5]}}, "input.mean.1"),
         ({"recipe": {"connections": {"top_k": 0}}}, "recipe.connections.top_k"),
-        ({"recipe": {"training": {"learning_rate": 0}}}, "recipe.training.learning_rate"),
-        ({"recipe": {"training": {"learning_rate": float("nan")}}}, "recipe.training.learning_rate"),
-        ({"recipe": {"training": {"learning_rate": float("inf")}}}, "recipe.training.learning_rate"),
-        ({"recipe": {"training": {"precision": "fp16"}}}, "recipe.training.precision"),
+        ({"recipe": {"preset": "default", "training": {"learning_rate": 0}}}, "recipe.training.learning_rate"),
+        ({"recipe": {"preset": "default", "training": {"learning_rate": float("nan")}}}, "recipe.training.learning_rate"),
+        ({"recipe": {"preset": "default", "training": {"learning_rate": float("inf")}}}, "recipe.training.learning_rate"),
+        ({"recipe": {"preset": "default", "training": {"precision": "fp16"}}}, "recipe.training.precision"),
         ({"search": {"bits": []}}, "search.bits"),
         ({"search": {"bits": [4, 9]}}, "search.bits.1"),
         ({"search": {"experts": [4, 65]}}, "search.experts.1"),
@@ -250,7 +250,7 @@ def test_a_misspelt_key_names_the_nearest_known_one(tmp_path: Path, section: str
         typo = key[:-1] + "_x" if len(key) > 4 else key + "s"
         content: dict[str, Any] = {typo: 7}
         for part in reversed(section.split(".")):
-            content = {part: content}
+            content = {part: content} if part != "recipe" else {part: {"preset": "default", **content}}
         lines = refusal(write(tmp_path, MINIMAL | content)).splitlines()
         line = next(line for line in lines if f"{section}.{typo}: unknown key" in line)
         assert "given 7; " in line
@@ -672,7 +672,7 @@ AXES: dict[str, st.SearchStrategy[Any]] = {
 }
 BASES = (
     Recipe(),
-    HOUSE_RECIPE,
+    DEFAULT_RECIPE,
     Recipe(connections=Connections(top_k=7, bits=1)),
     Recipe(smoa=Smoa(experts=9)),
     Recipe(adapter=Adapter(placement="after_mlp"), lora=Lora()),
@@ -759,7 +759,7 @@ def test_a_space_of_millions_of_points_is_checked_at_once() -> None:
     bits = dict.fromkeys(("connection_bits", "adapter_bits", "head_bits"), BITS)
     space = SearchSpace(**bits, experts=tuple(range(65)), top_k=tuple(range(65)), width=tuple(range(1, 200)))  # type: ignore[arg-type]
     started = time.perf_counter()
-    fault = space.fault(HOUSE_RECIPE.changed(quantiser=Quantiser()))
+    fault = space.fault(DEFAULT_RECIPE.changed(quantiser=Quantiser()))
     assert fault is None, "its biases are always rounded"
     assert time.perf_counter() - started < 5
 
@@ -774,7 +774,7 @@ def test_one_selection_serves_every_trial(space: SearchSpace, base: Recipe) -> N
 def test_an_empty_space_is_one_trial_of_the_recipe_itself() -> None:
     space = SearchSpace()
     assert (space.size(), list(space.points())) == (1, [{}])
-    assert space.recipe(HOUSE_RECIPE, {}) == HOUSE_RECIPE
+    assert space.recipe(DEFAULT_RECIPE, {}) == DEFAULT_RECIPE
 
 
 def test_a_single_value_is_an_axis_of_one() -> None:
@@ -784,32 +784,32 @@ def test_a_single_value_is_an_axis_of_one() -> None:
 
 def test_bits_named_apart_win_over_bits() -> None:
     space = SearchSpace(bits=(8,), adapter_bits=(1,))
-    recipe = space.recipe(HOUSE_RECIPE, next(space.points()))
+    recipe = space.recipe(DEFAULT_RECIPE, next(space.points()))
     assert recipe.connections is not None
     assert recipe.smoa is not None
     assert (recipe.connections.bits, recipe.smoa.bits) == (8, 1)
 
 
-def test_the_house_space_holds_no_recipe_twice() -> None:
-    recipes = [house_space(HOUSE_RECIPE).recipe(HOUSE_RECIPE, point).model_dump_json() for point in house_space(HOUSE_RECIPE).points()]
-    assert len(set(recipes)) == len(recipes) == 8 <= house_space(HOUSE_RECIPE).trials
-    assert house_space(HOUSE_RECIPE).max_top_k(HOUSE_RECIPE) == 3
+def test_the_default_space_holds_no_recipe_twice() -> None:
+    recipes = [default_space(DEFAULT_RECIPE).recipe(DEFAULT_RECIPE, point).model_dump_json() for point in default_space(DEFAULT_RECIPE).points()]
+    assert len(set(recipes)) == len(recipes) == 8 <= default_space(DEFAULT_RECIPE).trials
+    assert default_space(DEFAULT_RECIPE).max_top_k(DEFAULT_RECIPE) == 3
 
 
-def test_a_search_that_names_no_axis_keeps_the_house_axes(tmp_path: Path) -> None:
+def test_a_search_that_names_no_axis_keeps_the_default_axes(tmp_path: Path) -> None:
     task = load_task(write(tmp_path, MINIMAL), overrides={"search": {"trials": 3}})
     assert task.search.trials == 3
-    assert task.search.axes() == house_space(HOUSE_RECIPE).axes()
+    assert task.search.axes() == default_space(DEFAULT_RECIPE).axes()
 
 
-def test_a_recipe_that_names_no_part_keeps_the_house_parts(tmp_path: Path) -> None:
-    task = load_task(write(tmp_path, MINIMAL | {"recipe": {"training": {"epochs": 3}}}))
+def test_the_default_preset_keeps_the_default_parts(tmp_path: Path) -> None:
+    task = load_task(write(tmp_path, MINIMAL | {"recipe": {"preset": "default", "training": {"epochs": 3}}}))
     assert task.recipe.training.epochs == 3
-    assert task.recipe.model_copy(update={"training": HOUSE_RECIPE.training}) == HOUSE_RECIPE
+    assert task.recipe.model_copy(update={"training": DEFAULT_RECIPE.training}) == DEFAULT_RECIPE
 
 
 def test_a_linear_probe_searches_nothing_unless_told(tmp_path: Path) -> None:
-    task = load_task(write(tmp_path, MINIMAL | {"recipe": {"connections": None}}))
+    task = load_task(write(tmp_path, MINIMAL | {"recipe": {"preset": "linear"}}))
     assert (task.search.axes(), task.search.size(), task.search.max_top_k(task.recipe)) == ({}, 1, 0)
 
 

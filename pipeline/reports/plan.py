@@ -26,13 +26,14 @@ OnStep = Callable[[str, int, int], None]
 class TaskPlan:
     """The base recipe's tensors and bytes by part, and one row for each distinct point of the search space.
 
-    A row has `point` and `size_bytes`; where connections were not selected, `at_least_bytes` and `at_most_bytes` instead.
+    A row has `point` and `size_bytes`; where connections were not selected, `at_least_bytes` and `at_most_bytes` instead. `remarks` are for the user.
     """
 
     tensors: tuple[PlannedTensor, ...]
     ledger: dict[str, int]
     space: list[dict[str, Any]]
     is_exact: bool
+    remarks: list[str]
 
 
 def plan_task(task: Task, workdir: Path, *, select: bool = True, on_step: OnStep = lambda step, done, total: None) -> TaskPlan:
@@ -51,6 +52,7 @@ def plan_task(task: Task, workdir: Path, *, select: bool = True, on_step: OnStep
         prepare(task, folder)
         on_step("loading the backbone", 0, 0)
         inputs = open_inputs(task, folder)
+        task = inputs.task
         on_step("trying one training step", 0, 0)
         rehearse(inputs, task.search.fullest(task.recipe))
         top_k = task.search.max_top_k(task.recipe)
@@ -73,4 +75,4 @@ def _planned(inputs: Inputs, selection: Path | None) -> TaskPlan:
         else {"point": each.point, "at_least_bytes": each.size_bytes, "at_most_bytes": planner.largest_bytes(each.recipe)}
         for each in proposals
     ]
-    return TaskPlan(plan(inputs.backbone, task.recipe, len(classes), selected), planner.ledger(task.recipe), space, is_exact)
+    return TaskPlan(plan(inputs.backbone, task.recipe, len(classes), selected), planner.ledger(task.recipe), space, is_exact, inputs.remarks())

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from pipeline.adaptation.preset import on_backbone
 from pipeline.backbones import LoadedBackbone, load_backbone
 from pipeline.data import DataIndex, Reader, Split, read_index, split_samples
 from pipeline.spec import Task
@@ -14,17 +15,32 @@ CACHE_BYTES = 2 << 30
 
 @dataclass(frozen=True)
 class Inputs:
-    """One task, opened. `splits` has train, val, trainval and test."""
+    """One task, opened. `splits` has train, val, trainval and test.
+
+    `task` has its backbone and recipe resolved: see `resolve_source` and `on_backbone`; `absent` are the parts that the latter left out.
+    """
 
     task: Task
     index: DataIndex
     backbone: LoadedBackbone
     splits: dict[str, Split]
     data_folder: Path
+    absent: tuple[str, ...] = ()
 
     def reader(self, split: str) -> Reader:
         """A reader of one split's samples."""
         return Reader(self.data_folder, self.splits[split], self.backbone.size_px, CACHE_BYTES)
+
+    def with_task(self, task: Task) -> Inputs:
+        """The same data and backbone for another way to adapt it."""
+        task, absent = on_backbone(task, self.backbone)
+        return replace(self, task=task, absent=absent)
+
+    def remarks(self) -> list[str]:
+        """What the user did not ask for and should know, where there is something."""
+        if not self.absent:
+            return []
+        return [f"the default recipe without {', '.join(self.absent)}: {self.task.backbone.model} has no place for it; name the part to see why"]
 
 
 def open_inputs(task: Task, data_folder: Path) -> Inputs:
@@ -32,4 +48,5 @@ def open_inputs(task: Task, data_folder: Path) -> Inputs:
     index = read_index(data_folder)
     splits = split_samples(index, task.val_fraction, task.seed)
     backbone = load_backbone(task.backbone, task.input)
-    return Inputs(task.model_copy(update={"backbone": backbone.spec}), index, backbone, splits, data_folder)
+    inputs = Inputs(task.model_copy(update={"backbone": backbone.spec}), index, backbone, splits, data_folder)
+    return inputs.with_task(inputs.task)
