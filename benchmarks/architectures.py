@@ -33,10 +33,10 @@ from pipeline.adaptation import AdaptedModel, attach, plan, recompute
 from pipeline.adaptation.packing import SizePlanner, describe, from_pack, probe_logits, to_pack
 from pipeline.backbones import LoadedBackbone, load_backbone
 from pipeline.backbones.load import _load_cached as _loaded
+from pipeline.devices import computing_dtype
 from pipeline.errors import BackboneError, SpecError
 from pipeline.packs import pack_to_bytes, read_pack
 from pipeline.spec import Backbone, DrawnData, Input, Recipe, Selection, Task
-from pipeline.training.precision import training_dtype
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "architectures.json"
@@ -118,7 +118,7 @@ def outcome(spec: Backbone, backbone: LoadedBackbone, parts: dict[str, Any], dty
     except (BackboneError, SpecError) as error:
         return str(error)
     model = attach(backbone, recipe, len(CLASSES), selected=selected)
-    _train(model, backbone.size_px, dtype or training_dtype(recipe.training, "cpu"), steps=2)
+    _train(model, backbone.size_px, dtype or computing_dtype(recipe.training.precision, "cpu"), steps=2)
     pack = to_pack(model, describe(task, recipe, backbone, CLASSES))
     data = pack_to_bytes(pack)
     assert len(data) == planned_bytes, f"the pack has {len(data)} bytes, planned were {planned_bytes}"

@@ -34,8 +34,8 @@ def main() -> None:
         raise SystemExit(
             "this benchmark measures a GPU kernel; no GPU is here. The kernel's test runs in Triton's interpreter: pytest tests/test_sampled.py"
         )
-    bandwidth = _copy_bandwidth(arguments.repeats)
-    rows = [_row(name, arguments, bandwidth) for name in LAYERS]
+    bandwidth = copy_bandwidth(arguments.repeats)
+    rows = [measured_layer(name, arguments, bandwidth) for name in LAYERS]
     result = {
         "machine": describe_machine(),
         "command": "python benchmarks/kernel.py " + shlex.join(sys.argv[1:]),
@@ -71,14 +71,15 @@ def _seconds(run: Callable[[], Any], repeats: int) -> float:
     return statistics.median(found)
 
 
-def _copy_bandwidth(repeats: int) -> float:
+def copy_bandwidth(repeats: int) -> float:
     """Bytes a second, read and written, of a copy of 1 GiB."""
     source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
     return 2 * source.nbytes / _seconds(lambda: target.copy_(source), repeats)
 
 
-def _row(name: str, arguments: argparse.Namespace, bandwidth: float) -> dict[str, Any]:
+def measured_layer(name: str, arguments: argparse.Namespace, bandwidth: float) -> dict[str, Any]:
+    """Seconds of each way to compute the gradient of one layer's connections, and the fused kernel's share of its bound."""
     from pipeline.adaptation.triton_sampled import fused_sampled_product
 
     outputs, inputs, columns = LAYERS[name]
@@ -108,13 +109,21 @@ def _markdown(result: dict[str, Any]) -> str:
         f"`{result['command']}` on {machine['gpu']}, torch {machine['torch']}, commit {machine['commit']};",
         f"copy bandwidth {result['bandwidth'] / 1e12:.2f} TB/s.",
         "",
+        *table_lines(result["rows"]),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def table_lines(rows: list[dict[str, Any]]) -> list[str]:
+    """The table of the layers."""
+    lines = [
         "| layer | fused µs | product of columns µs | dense product µs | fused, % of the memory bound |",
         "|---|---|---|---|---|",
     ]
-    for row in result["rows"]:
+    for row in rows:
         times = " | ".join(f"{1e6 * seconds:.0f}" for seconds in row["seconds"].values())
         lines.append(f"| {row['layer']} | {times} | {100 * row['share_of_bound']:.0f} |")
-    return "\n".join(lines) + "\n"
+    return lines
 
 
 if __name__ == "__main__":

@@ -30,9 +30,9 @@ from machine import describe_machine
 from pipeline.adaptation.sites import tunable_layers
 from pipeline.adaptation.topk import top_connections
 from pipeline.adaptation.working import fuse_attention, slow_fused_attention
-from pipeline.data import prepare, shard_batches, two_views
+from pipeline.data import numbered_generator, prepare, shard_batches, two_views
 from pipeline.selection import supervised_contrastive_loss
-from pipeline.selection.gradient import batch_generator, gradient_sums
+from pipeline.selection.gradient import gradient_sums
 from pipeline.selection.losses import make_loss
 from pipeline.task_files import load_task
 from pipeline.training import Inputs, open_inputs
@@ -90,7 +90,7 @@ def measure_stage(inputs: Inputs, images: int, repeats: int) -> dict[str, float]
     views: Views = []
     for number, samples in batches:
         pixels, labels = reader.read(samples)
-        views.append((two_views(pixels, batch_generator(task.seed, number), flip=task.input.flip), labels.repeat(2)))
+        views.append((two_views(pixels, numbered_generator(task.seed, number), flip=task.input.flip), labels.repeat(2)))
 
     def selection(precision: str) -> dict[str, torch.Tensor]:
         spec = task.selection.model_copy(update={"precision": precision})
@@ -155,7 +155,7 @@ def compare_sums(inputs: Inputs) -> dict[str, Any]:
     gradients: list[dict[str, torch.Tensor]] = []
     for number, samples in enumerate(shard_batches(inputs.splits["train"], task.selection.batch_size, seed=task.seed)):
         pixels, labels = inputs.reader("train").read(samples)
-        views = two_views(pixels, batch_generator(task.seed, number), flip=task.input.flip)
+        views = two_views(pixels, numbered_generator(task.seed, number), flip=task.input.flip)
         loss_of(inputs, model, views, labels.repeat(2), "fp32").backward()
         gradients.append({name: weight.grad.reshape(len(weight), -1) for name, weight in weights.items() if weight.grad is not None})
         for weight in weights.values():

@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from sklearn.datasets import load_digits
 from torch import nn
 
 from pipeline.adaptation import AdaptedModel, SelectedIndex, attach, rank_places
@@ -25,7 +24,7 @@ from pipeline.adaptation.working import fuse_attention, slow_fused_attention
 from pipeline.backbones import LoadedBackbone, load_backbone
 from pipeline.data import two_views
 from pipeline.selection import supervised_contrastive_loss
-from pipeline.spec import Backbone, Biases, Connections, Head, Input, Recipe, Smoa
+from pipeline.spec import HOUSE_RECIPE, Backbone, Biases, Connections, Head, Input, Recipe, Smoa
 from pipeline.task_files import catalogue_folder, load_task
 
 CLASSES = 10
@@ -69,22 +68,25 @@ def backbone_of(model: str, size_px: int) -> LoadedBackbone:
 
 def make_setting(backbone: LoadedBackbone, batch: int, precision: str, device: str) -> Setting:
     """Scikit-learn's digits at the backbone's size, and the connections that this batch selects."""
+    from sklearn.datasets import load_digits
+
     digits = load_digits()
     numbers = np.arange(batch) % len(digits.images)
     pixels = torch.from_numpy(digits.images[numbers] / 16).float()[:, None].expand(-1, 3, -1, -1)
     images = (F.interpolate(pixels, size=backbone.size_px, mode="bilinear") * 255).to(torch.uint8).to(device)
     labels = torch.from_numpy(digits.target[numbers]).to(device)
-    return Setting(backbone, images, labels, precision, device, _select(backbone, images[:64], labels[:64], device))
+    return Setting(backbone, images, labels, precision, device, select_connections(backbone, images[:64], labels[:64], device, MAX_TOP_K))
 
 
-def _select(backbone: LoadedBackbone, images: torch.Tensor, labels: torch.Tensor, device: str) -> SelectedIndex:
+def select_connections(backbone: LoadedBackbone, images: torch.Tensor, labels: torch.Tensor, device: str, top_k: int) -> SelectedIndex:
+    """The connections that one batch selects."""
     model = copy.deepcopy(backbone.model).to(device)
     for layer in tunable_layers(model).values():
         layer.weight.requires_grad_(True)
     views = two_views(images.cpu(), torch.Generator().manual_seed(0), flip=False).to(device)
     supervised_contrastive_loss(model(views), labels.repeat(2), 0.07).backward()
     gradients = {name: layer.weight.grad.flatten(1) for name, layer in tunable_layers(model).items()}  # type: ignore[union-attr]
-    return rank_places(gradients, "neuron", MAX_TOP_K)
+    return rank_places(gradients, "neuron", top_k)
 
 
 def connections(top_k: int, bits: Any = 32) -> Recipe:
@@ -106,6 +108,7 @@ OURS = {
     "SMoA E=8": smoa(8),
     "SMoA E=8, 1 bit": smoa(8, 1),
     "connections K=1 + SMoA E=8, 1 bit": HOUSE,
+    "default recipe": HOUSE_RECIPE,
 }
 
 

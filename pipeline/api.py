@@ -100,18 +100,19 @@ def find(
     return registry.search(task=task, max_bytes=max_bytes, min_metric=min_metric, limit=limit, after=after)
 
 
-def load(reference: str | Path, *, backbone: str | Path | None = None, workdir: str | Path = WORKDIR) -> Predictor:
+def load(reference: str | Path, *, backbone: str | Path | None = None, device: str | None = None, workdir: str | Path = WORKDIR) -> Predictor:
     """A pack ready to predict, by file or by registry reference (`NAME`, `NAME@alias`, `NAME/version`).
 
     Args:
         backbone: checkpoint of the pack's backbone; default: the one this machine used before, or the embedded one.
+        device: where to compute, such as `cpu` or `cuda:1`; default: the GPU, where there is one.
 
     Raises:
         RegistryError: no such pack. PackError, BackboneError: it cannot be used here.
     """
     from pipeline.serving.predictor import load_predictor
 
-    return load_predictor(fetch(reference, workdir=workdir), str(backbone) if backbone is not None else None)
+    return load_predictor(fetch(reference, workdir=workdir), str(backbone) if backbone is not None else None, device)
 
 
 def fetch(reference: str | Path, *, workdir: str | Path = WORKDIR) -> Path:

@@ -138,6 +138,7 @@ class _Driver(Stages):
 
     def run(self, tasks: Sequence[Task]) -> list[TaskOutcome]:
         """All tasks to outcomes; an error is part of its task's. Every task is prepared before the first is run, so faults show early."""
+        self.check_gpus()
         outcomes = Together(lambda: PREPARED_AT_ONCE).run(lambda task: self._outcome(task, self.prepare), tasks)
         failed = {outcome.task: outcome for outcome in outcomes if outcome is not None}
         prepared = [task for task in tasks if task.name not in failed]

@@ -43,6 +43,7 @@ Reference = Annotated[str, typer.Argument(help="NAME, NAME@ALIAS or NAME/VERSION
 Workdir = Annotated[Path, typer.Option(help="Folder that keeps every result; its registry is used where MLFLOW_TRACKING_URI is not set.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 BackboneFile = Annotated[Path | None, typer.Option("--backbone", help="Checkpoint of the pack's backbone, where this machine does not know it.")]
+Device = Annotated[str | None, typer.Option(help="Where to compute, such as cpu or cuda:1; default: the GPU, where there is one.")]
 RecipeFile = Annotated[Path | None, typer.Option("--recipe", help="YAML file that replaces the tasks' recipe.")]
 SearchFile = Annotated[Path | None, typer.Option("--search", help="YAML file that replaces keys of the tasks' search space.")]
 MaxBytes = Annotated[str | None, typer.Option(help="Largest pack, such as 32KiB.")]
@@ -482,13 +483,14 @@ def predict(
     reference: Reference,
     images: Annotated[list[Path], typer.Argument(help="Image files.")],
     backbone: BackboneFile = None,
+    device: Device = None,
     workdir: Workdir = api.WORKDIR,
     as_json: AsJson = False,
 ) -> None:
     """Classify images with a pack."""
     from pipeline.reports.tables import table
 
-    predictor = api.load(reference, backbone=backbone, workdir=workdir)
+    predictor = api.load(reference, backbone=backbone, device=device, workdir=workdir)
     rows = [{"image": str(image), **row} for image, row in zip(images, predictor.predict(images), strict=True)]
     if as_json:
         _print_json(rows)
@@ -504,13 +506,14 @@ def evaluate(
     reference: Reference,
     task: Annotated[Path | None, typer.Option(help="Task file, where the data was not prepared in this work folder.")] = None,
     backbone: BackboneFile = None,
+    device: Device = None,
     workdir: Workdir = api.WORKDIR,
     as_json: AsJson = False,
 ) -> None:
     """Measure a pack on its task's test set again."""
     from pipeline.serving.check import evaluate_pack
 
-    score, registered = evaluate_pack(reference, workdir=workdir, task_file=task, weights=backbone)
+    score, registered = evaluate_pack(reference, workdir=workdir, task_file=task, weights=backbone, device=device)
     content = {
         "test_accuracy": score.accuracy,
         "test_accuracy_stderr": score.standard_error,

@@ -142,6 +142,7 @@ def compare_methods(
             placement=placement or Placement(),
             on_progress=one_at_a_time(on_progress),
         )
+        driver.check_gpus()
         prepared = [driver.open(task) for task in tasks]
         return list(itertools.chain.from_iterable(driver.together.run(lambda inputs: driver.compare(inputs, methods, seeds, trials), prepared)))
 

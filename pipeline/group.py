@@ -40,10 +40,14 @@ class TrialResources:
         return max(1, int(self.cpus))
 
     def device(self) -> str:
-        """Where a process computes. Ray shows every GPU of a node to a process that asked for none."""
-        import torch
+        """Where a process computes. Ray shows every GPU of a node to a process that asked for none.
 
-        return "cuda" if self.gpus and torch.cuda.is_available() else "cpu"
+        Raises:
+            ClusterError: it was given a GPU that torch cannot use.
+        """
+        from pipeline.devices import reserved_gpu
+
+        return reserved_gpu() if self.gpus else "cpu"
 
 
 def in_group(work: Callable[..., Outcome], arguments: Sequence[Any], resources: TrialResources) -> Outcome | TaskpackError:

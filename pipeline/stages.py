@@ -17,6 +17,7 @@ from pipeline.backbones import share
 from pipeline.backbones.known import remember
 from pipeline.cluster import WorkersDied, check_holds_group, ended_tasks, has_gpus, interruptible, is_connected, places, ray_session, wait_for_room
 from pipeline.data import prepare, remarks_on
+from pipeline.devices import check_gpus_usable
 from pipeline.errors import ClusterError, SpecError, UnexpectedError, named
 from pipeline.group import TrialResources, in_group
 from pipeline.search.proposer import LAG
@@ -119,6 +120,11 @@ class Stages:
     def __post_init__(self) -> None:
         self.together = Together(self.tasks_at_once)
 
+    def check_gpus(self) -> None:
+        """Raise ClusterError where a private Ray will count GPUs that torch cannot use. On a cluster, each worker looks for itself."""
+        if self.ray_is_private:
+            check_gpus_usable(self.placement.per_trial[1])
+
     def ray_is_up(self) -> None:
         """Start Ray where it does not run yet. In the main thread: Ray sets handlers of signals."""
         self.together.on_main_thread(self.start_ray)
@@ -176,7 +182,7 @@ class Stages:
         path = self.workspace.selection(inputs, top_k)
         if not path.exists():
             self.workers_are_up(self.ranks(inputs))
-            use_gpu = has_gpus()
+            use_gpu = self._per_trial()[1] > 0 and has_gpus()
             workers = self.placement.selection_workers or max(1, places(1, use_gpu) // max(1, self.together.running))
             may_be_here = self.ray_is_private and self.placement.selection_workers is None and not use_gpu
             if may_be_here or is_recomputable(inputs.task.selection):

@@ -6,6 +6,7 @@ All of it is environment, set before torch, ray or mlflow is first imported, so 
 from __future__ import annotations
 
 import atexit
+import contextlib
 import logging
 import os
 import secrets
@@ -146,6 +147,49 @@ def tiny_inputs(tiny_task: Task, tiny_data: Path) -> Inputs:
     from pipeline.training import open_inputs
 
     return open_inputs(tiny_task, tiny_data)
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Register the stand-in for a GPU where a test wants it: torch takes note of its devices at the first backward pass."""
+    wanting = [item for item in session.items if isinstance(item, pytest.Function) and _wants_standin(item)]
+    if not wanting or session.config.option.collectonly:
+        return
+    import standin_device
+
+    if standin_device.find_compiler() is not None:
+        with contextlib.suppress(RuntimeError):  # what does not compile fails the tests that want it, and no others
+            standin_device.register(_compiled_standin(session.config))
+
+
+def _wants_standin(item: pytest.Function) -> bool:
+    parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
+    return "standin" in item.fixturenames or "stand-in" in parameters
+
+
+def _compiled_standin(config: pytest.Config) -> Path:
+    """The library, compiled once and kept in pytest's cache."""
+    import standin_device
+
+    assert config.cache is not None
+    return standin_device.compiled(config.cache.mkdir("standin-device"))
+
+
+@pytest.fixture(scope="session")
+def standin_library(pytestconfig: pytest.Config) -> Path:
+    """The compiled stand-in for a GPU; see `standin_device`."""
+    import standin_device
+
+    if standin_device.find_compiler() is None:
+        pytest.skip("the stand-in for a GPU needs a C++ compiler; none of c++, g++ and clang++ is here")
+    return _compiled_standin(pytestconfig)
+
+
+@pytest.fixture(scope="session")
+def standin(standin_library: Path) -> str:
+    """The name of the stand-in for a GPU."""
+    import standin_device
+
+    return standin_device.register(standin_library)
 
 
 @pytest.fixture(scope="module")

@@ -100,7 +100,7 @@ def test_a_full_disk_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     checkpoint = Checkpoint(tmp_path / "file" / "state", every_seconds=0)
     with pytest.raises(StorageError, match="cannot be written"):
-        checkpoint.save(Progress(), torch.optim.AdamW([parameter]), [])
+        checkpoint.save(Progress(), torch.optim.AdamW([parameter]))
 
 
 def test_it_is_written_no_more_often_than_asked(tmp_path: Path) -> None:
@@ -114,6 +114,6 @@ def test_what_takes_long_to_write_is_written_less_often(tmp_path: Path) -> None:
     parameter = torch.nn.Parameter(torch.zeros(2))
     checkpoint = Checkpoint(tmp_path / "state", every_seconds=0, cost_share=1e-9)
     assert checkpoint.is_due()
-    checkpoint.save(Progress(1), torch.optim.AdamW([parameter]), [])
+    checkpoint.save(Progress(1), torch.optim.AdamW([parameter]))
     assert checkpoint.step() == 1
     assert not checkpoint.is_due()

@@ -35,7 +35,7 @@ def loaded(monkeypatch) -> list[tuple[Path, str | None]]:
     calls: list[tuple[Path, str | None]] = []
     module = ModuleType("pipeline.serving.predictor")
 
-    def load_predictor(pack_path: Path, weights: str | None) -> RecordingPredictor:
+    def load_predictor(pack_path: Path, weights: str | None, device: str | None) -> RecordingPredictor:
         calls.append((pack_path, weights))
         return RecordingPredictor()
 

@@ -17,9 +17,9 @@ from pipeline.adaptation import SelectedIndex, topk
 from pipeline.adaptation.sites import weight_shapes
 from pipeline.adaptation.topk import top_connections
 from pipeline.backbones import load_backbone
-from pipeline.data import shard_batches, two_views
+from pipeline.data import numbered_generator, shard_batches, two_views
 from pipeline.selection import select_here, selection_key, supervised_contrastive_loss
-from pipeline.selection.gradient import _collect_gradients, batch_generator, gradient_sums
+from pipeline.selection.gradient import _collect_gradients, gradient_sums
 from pipeline.selection.losses import make_loss
 from pipeline.spec import Backbone, Input, Selection
 from pipeline.training import Inputs
@@ -154,7 +154,7 @@ def slow_sums(inputs: Inputs, *, absolute: bool = False) -> dict[str, np.ndarray
     sums = {name: np.zeros((len(weight), weight[0].numel())) for name, weight in weights.items()}
     for number, samples in enumerate(shard_batches(inputs.splits["train"], task.selection.batch_size, seed=task.seed)):
         images, labels = inputs.reader("train").read(samples)
-        views = two_views(images, batch_generator(task.seed, number), flip=task.input.flip)
+        views = two_views(images, numbered_generator(task.seed, number), flip=task.input.flip)
         pixels = (views - torch.tensor(loaded.mean)[:, None, None]) / torch.tensor(loaded.std)[:, None, None]
         loss = supervised_contrastive_loss(model(pixels), torch.cat([labels, labels]), task.selection.temperature)
         for name, gradient in zip(weights, torch.autograd.grad(loss, list(weights.values())), strict=True):

@@ -29,11 +29,10 @@ from pipeline.adaptation.ranking import kept_at, kept_places
 from pipeline.adaptation.recomputed import random_importance
 from pipeline.adaptation.sites import tunable_layers, weight_shapes
 from pipeline.backbones import load_backbone
-from pipeline.data import shard_batches, two_views
+from pipeline.data import numbered_generator, shard_batches, two_views
 from pipeline.errors import BackboneError, PackDamaged
 from pipeline.packs import Pack, ledger, pack_to_bytes, read_pack
 from pipeline.selection import read_selection, select_here, stage, write_selection
-from pipeline.selection.gradient import batch_generator
 from pipeline.spec import Backbone, Connections, Level, Recipe, Selection
 from pipeline.training import Inputs
 
@@ -203,7 +202,7 @@ def _slow_gradients(inputs: Inputs) -> Importance:
     total: Importance = {name: np.zeros(weight.flatten(1).shape) for name, weight in weights.items()}
     for number, samples in enumerate(shard_batches(inputs.splits["train"], task.selection.batch_size, seed=task.seed)):
         images, labels = inputs.reader("train").read(samples)
-        views = two_views(images, batch_generator(task.seed, number), flip=task.input.flip)
+        views = two_views(images, numbered_generator(task.seed, number), flip=task.input.flip)
         logits = model((views - torch.tensor(loaded.mean)[:, None, None]) / torch.tensor(loaded.std)[:, None, None]) @ head.T
         per_view = [logits[view].logsumexp(0) - logits[view, label] for view, label in enumerate(torch.cat([labels, labels]))]
         for name, gradient in zip(weights, torch.autograd.grad(sum(per_view) / len(per_view), list(weights.values())), strict=True):

@@ -158,9 +158,11 @@ class AdaptedModel(nn.Module):
         """Weighted load-balance terms of the last forward pass."""
         return sum((bank.spec.balance_weight * bank.balance_loss() for bank in self._banks()), start=torch.zeros((), device=self.mean.device))
 
-    def generators(self) -> list[torch.Generator]:
-        """Whatever draws random numbers in training."""
-        return [dropout.generator(self.mean.device) for dropout in self.dropouts if isinstance(dropout, SeededDropout)]
+    def reseed(self, generator: torch.Generator) -> None:
+        """Draw a seed for each module that draws random numbers in training."""
+        for dropout in self.dropouts:
+            if isinstance(dropout, SeededDropout):
+                dropout.reseed(int(torch.randint(1 << 62, (), generator=generator)))
 
     def positions(self) -> dict[str, torch.Tensor]:
         """The connections of each layer: places [N] in its weight seen as one row-major [O, I] matrix, ascending."""

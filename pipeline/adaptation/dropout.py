@@ -1,4 +1,8 @@
-"""Dropout that draws from a generator of its own, so that training depends on its seed alone, whatever else this process has drawn."""
+"""Dropout that draws from a generator of its own, so that training depends on its seed alone, whatever else this process has drawn.
+
+The training loop gives a new seed for every step. So a run that goes on needs no state of any generator, and may go on
+on another kind of device, whose generator's state would not fit.
+"""
 
 from __future__ import annotations
 
@@ -25,3 +29,9 @@ class SeededDropout(nn.Module):
         if device not in self._generators:
             self._generators[device] = torch.Generator(device).manual_seed(self.seed)
         return self._generators[device]
+
+    def reseed(self, seed: int) -> None:
+        """Draw anew, from this seed, on whatever device."""
+        self.seed = seed
+        for generator in self._generators.values():
+            generator.manual_seed(seed)

@@ -1,6 +1,6 @@
 """From what people have to shards, and from shards to batches."""
 
-from pipeline.data.augment import augment, two_views
+from pipeline.data.augment import augment, numbered_generator, two_views
 from pipeline.data.decode import decode_image
 from pipeline.data.index import DataIndex, ShardEntry, read_index, write_index
 from pipeline.data.plan import deal_shards, evaluation_batches, shard_batches, training_batches
@@ -20,6 +20,7 @@ __all__ = [
     "deal_shards",
     "decode_image",
     "evaluation_batches",
+    "numbered_generator",
     "prepare",
     "read_index",
     "read_shard",

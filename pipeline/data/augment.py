@@ -18,6 +18,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch.nn import functional
 
@@ -32,6 +33,11 @@ COLOUR_PROBABILITY = 0.8
 GREY_PROBABILITY = 0.2
 
 _GREY = (0.2989, 0.587, 0.114)
+
+
+def numbered_generator(seed: int, number: int) -> torch.Generator:
+    """A generator for the batch or step of that number: random numbers then depend on nothing that came before it."""
+    return torch.Generator().manual_seed(int(np.random.SeedSequence([seed, number]).generate_state(1, np.uint64)[0] >> 1))
 
 
 def two_views(images: torch.Tensor, generator: torch.Generator, flip: bool, kind: Augmentation = "strong") -> torch.Tensor:

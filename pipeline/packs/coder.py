@@ -12,9 +12,9 @@ Legend: R symbols coded in one call, A size of the alphabet, T tables.
 
 from __future__ import annotations
 
+import functools
 from typing import Any, Protocol
 
-import constriction
 import numpy as np
 from numpy.typing import NDArray
 
@@ -47,14 +47,14 @@ class Encoder:
     """Symbols to bytes."""
 
     def __init__(self) -> None:
-        self._coder = constriction.stream.queue.RangeEncoder()
+        self._coder = _constriction().queue.RangeEncoder()
 
     def uniform(self, sizes_R: Integers, symbols_R: Integers | None) -> Integers:
         """See Coder."""
         assert symbols_R is not None
         some_R = sizes_R > 1
         if some_R.any():
-            self._coder.encode(symbols_R[some_R].astype(np.int32), _UNIFORM, sizes_R[some_R].astype(np.int32))
+            self._coder.encode(symbols_R[some_R].astype(np.int32), _uniform(), sizes_R[some_R].astype(np.int32))
         return symbols_R
 
     def categorical(self, weights_TA: Integers, table_R: Integers, symbols_R: Integers | None) -> Integers:
@@ -62,7 +62,7 @@ class Encoder:
         assert symbols_R is not None
         tables_TA = _tables(weights_TA)
         for rows in _chunks(table_R, tables_TA.shape[1]):
-            self._coder.encode(symbols_R[rows].astype(np.int32), _CATEGORICAL, tables_TA[table_R[rows]])
+            self._coder.encode(symbols_R[rows].astype(np.int32), _categorical(), tables_TA[table_R[rows]])
         return symbols_R
 
     def to_bytes(self) -> bytes:
@@ -89,21 +89,21 @@ class Decoder:
     def __init__(self, data: bytes) -> None:
         self._data, self._bits = data, 0.0
         whole_words = data + bytes(-len(data) % _WORD_BYTES)
-        self._coder = constriction.stream.queue.RangeDecoder(np.frombuffer(whole_words, ">u4").astype(np.uint32))
+        self._coder = _constriction().queue.RangeDecoder(np.frombuffer(whole_words, ">u4").astype(np.uint32))
 
     def uniform(self, sizes_R: Integers, symbols_R: Integers | None) -> Integers:
         """See Coder."""
         some_R = sizes_R > 1
         decoded_R = np.zeros(len(sizes_R), np.int64)
         if some_R.any():
-            decoded_R[some_R] = self._decode(_UNIFORM, sizes_R[some_R].astype(np.int32))
+            decoded_R[some_R] = self._decode(_uniform(), sizes_R[some_R].astype(np.int32))
             self._bits += float(np.log2(sizes_R[some_R]).sum())
         return decoded_R
 
     def categorical(self, weights_TA: Integers, table_R: Integers, symbols_R: Integers | None) -> Integers:
         """See Coder."""
         tables_TA = _tables(weights_TA)
-        chunks = [self._decode(_CATEGORICAL, tables_TA[table_R[rows]]) for rows in _chunks(table_R, tables_TA.shape[1])]
+        chunks = [self._decode(_categorical(), tables_TA[table_R[rows]]) for rows in _chunks(table_R, tables_TA.shape[1])]
         decoded_R = np.concatenate(chunks).astype(np.int64) if chunks else np.zeros(0, np.int64)
         self._bits += float((PRECISION_BITS - np.log2(1 + tables_TA[table_R, decoded_R])).sum())
         return decoded_R
@@ -120,8 +120,21 @@ class Decoder:
             raise PackDamaged(f"coded symbols: {error}") from None
 
 
-_UNIFORM = constriction.stream.model.Uniform()
-_CATEGORICAL = constriction.stream.model.Categorical(perfect=False)
+def _constriction() -> Any:
+    """constriction's streams; imported where something is coded, so that training runs on machines without it."""
+    import constriction
+
+    return constriction.stream
+
+
+@functools.cache
+def _uniform() -> Any:
+    return _constriction().model.Uniform()
+
+
+@functools.cache
+def _categorical() -> Any:
+    return _constriction().model.Categorical(perfect=False)
 
 
 def share(weights_TA: Integers, total: int) -> Integers:

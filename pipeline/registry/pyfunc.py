@@ -3,7 +3,8 @@
 The MLmodel file of a registered pack names this module as its loader and the pack as its data, so
 `mlflow.pyfunc.load_model("models:/NAME@champion")`, `mlflow models serve` and batch scoring run the installed taskpack: loading a model executes
 nothing that was stored with it. The backbone, far larger than any pack, is not stored with it either: TASKPACK_BACKBONE names its checkpoint where
-the weights that the pack records cannot be found.
+the weights that the pack records cannot be found. TASKPACK_DEVICE names where to compute, such as `cpu` or `cuda:1`; without
+it, that is the GPU, where there is one.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ def _load_pyfunc(path: str) -> PackModel:
     """MLflow's entry point: `path` is the pack, or the folder that holds it."""
     from pipeline.serving.predictor import load_predictor
 
-    return PackModel(load_predictor(_find_pack(Path(path)), os.environ.get("TASKPACK_BACKBONE")))
+    return PackModel(load_predictor(_find_pack(Path(path)), os.environ.get("TASKPACK_BACKBONE"), os.environ.get("TASKPACK_DEVICE")))
 
 
 def _find_pack(path: Path) -> Path:

@@ -17,11 +17,13 @@ from torch.nn import functional
 from pipeline.adaptation.connections import TunableLayer
 from pipeline.adaptation.sites import tunable_layers
 from pipeline.backbones import LoadedBackbone
+from pipeline.devices import computing_dtype, exact_float32
 from pipeline.errors import BackboneError
 from pipeline.selection.gradient import NumberedBatch
 from pipeline.spec import Selection
 
 
+@exact_float32()
 @torch.inference_mode()
 def activation_sums(backbone: LoadedBackbone, batches: Iterable[NumberedBatch], spec: Selection, *, device: str = "cpu") -> dict[str, torch.Tensor]:
     """Sum the mean size of every layer's inputs over the images of numbered batches.
@@ -33,12 +35,12 @@ def activation_sums(backbone: LoadedBackbone, batches: Iterable[NumberedBatch], 
         BackboneError: a block uses a layer's weight without calling the layer, so its input is not seen.
     """
     model = backbone.fresh_model().to(device)
-    means = _watch(model)
+    means, dtype = _watch(model), computing_dtype(spec.precision, device)
     sums = {name: torch.zeros(_groups(layer), layer.weight[0].numel(), dtype=torch.float64, device=device) for name, layer in _layers(model)}
     mean, std = (torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (backbone.mean, backbone.std))
     for _, images, _ in batches:
         means.clear()
-        with torch.autocast(mean.device.type, torch.bfloat16, enabled=spec.precision == "bf16"):
+        with torch.autocast(mean.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
             model((images.to(device).float() / 255 - mean) / std)
         _check_all_called(model, means)
         for name, mean_GI in means.items():

@@ -12,19 +12,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-import numpy as np
 import torch
 
 from pipeline.adaptation.sites import tunable_layers
 from pipeline.adaptation.working import fuse_attention, slow_fused_attention
 from pipeline.backbones import LoadedBackbone
-from pipeline.data import two_views
+from pipeline.data import numbered_generator, two_views
+from pipeline.devices import computing_dtype, exact_float32
 from pipeline.selection.losses import Loss
 from pipeline.spec import Selection
 
 NumberedBatch = tuple[int, torch.Tensor, torch.Tensor]  # its number, images uint8 [B, 3, S, S], labels int64 [B]
 
 
+@exact_float32()
 def gradient_sums(
     backbone: LoadedBackbone,
     batches: Iterable[NumberedBatch],
@@ -41,12 +42,13 @@ def gradient_sums(
         For each Linear and Conv2d, float64 [O, I] on `device`: neurons by input connections.
     """
     model = backbone.fresh_model().to(device)
-    fuse_attention(slow_fused_attention(model, torch.bfloat16 if spec.precision == "bf16" else torch.float32), False)
+    dtype = computing_dtype(spec.precision, device)
+    fuse_attention(slow_fused_attention(model, dtype), False)
     sums = _collect_gradients(model)
     mean, std = (torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (backbone.mean, backbone.std))
     for index, images, labels in batches:
-        views = two_views(images.to(device), batch_generator(seed, index), flip, spec.views)
-        with torch.autocast(views.device.type, torch.bfloat16, enabled=spec.precision == "bf16"):
+        views = two_views(images.to(device), numbered_generator(seed, index), flip, spec.views)
+        with torch.autocast(views.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
             features = model((views - mean) / std)
         loss(features.float(), labels.repeat(2).to(device)).backward()
     return sums
@@ -69,8 +71,3 @@ def _fold_into(sum_OI: torch.Tensor) -> Callable[[torch.Tensor], None]:
         weight.grad = None
 
     return fold
-
-
-def batch_generator(seed: int, index: int) -> torch.Generator:
-    """A generator of its own for each batch."""
-    return torch.Generator().manual_seed(int(np.random.SeedSequence([seed, index]).generate_state(1, np.uint64)[0] >> 1))

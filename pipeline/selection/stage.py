@@ -26,6 +26,7 @@ from safetensors.torch import load_file, save_file
 from pipeline.adaptation import RankedPlaces, SelectedIndex, is_recomputable, rank_places, recompute
 from pipeline.adaptation.sites import tunable_layers
 from pipeline.data import shard_batches
+from pipeline.devices import reserved_gpu
 from pipeline.errors import ClusterError, TaskpackError, named
 from pipeline.selection.activation import activation_importance, activation_sums
 from pipeline.selection.gradient import gradient_sums
@@ -199,8 +200,8 @@ def _worker(config: dict[str, Any]) -> TaskpackError | None:
     sums: dict[str, torch.Tensor] = {}
     error: TaskpackError | None = None
     task = Task.model_validate_json(config["task"])
-    device = "cuda" if config["use_gpu"] and torch.cuda.is_available() else "cpu"
     try:
+        device = reserved_gpu() if config["use_gpu"] else "cpu"
         with named_out_of_memory(task, task.selection.batch_size, device, "selection.batch_size"):
             inputs = open_inputs(task, Path(config["data_folder"]))
             sums = _sums(inputs, _numbered_batches(inputs)[rank::world], device)

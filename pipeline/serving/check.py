@@ -6,6 +6,7 @@ from pathlib import Path
 
 from pipeline.adaptation.packing import from_pack
 from pipeline.data import Reader, prepare, read_index, split_samples
+from pipeline.devices import choose_device
 from pipeline.errors import DataError
 from pipeline.packs import read_pack
 from pipeline.registry.record import RegisteredPack
@@ -17,19 +18,22 @@ from pipeline.training import Score, evaluate
 from pipeline.workspace import Workspace
 
 
-def evaluate_pack(reference: str, *, workdir: Path, task_file: Path | None, weights: Path | None) -> tuple[Score, float | None]:
+def evaluate_pack(
+    reference: str, *, workdir: Path, task_file: Path | None, weights: Path | None, device: str | None = None
+) -> tuple[Score, float | None]:
     """Score a pack on its task's test set.
 
     Args:
         task_file: where the test set comes from; default: the data prepared in `workdir`.
+        device: where to compute; default: the GPU, where there is one.
 
     Returns:
         The score, and the accuracy registered for it (None for a file).
 
     Raises:
-        DataError: no prepared data, or other data than the pack was registered with.
+        SpecError: there is no such device. DataError: no prepared data, or other data than the pack was registered with.
     """
-    workspace = Workspace(workdir.resolve())
+    device, workspace = choose_device(device), Workspace(workdir.resolve())
     registered, path = None, Path(reference)
     if not path.is_file():
         registry = open_registry(None, workspace.root)
@@ -51,7 +55,7 @@ def evaluate_pack(reference: str, *, workdir: Path, task_file: Path | None, weig
     _check_same_data(registered, index.digest, folder)
     test = split_samples(index, 0.5, 0)["test"]
     model = from_pack(pack, load_backbone_of(pack.metadata, str(weights) if weights is not None else None))
-    score = evaluate(model, Reader(folder, test, pack.metadata.input.size_px), test)
+    score = evaluate(model.to(device), Reader(folder, test, pack.metadata.input.size_px), test, device=device)
     return score, registered.metrics["test_accuracy"] if registered is not None else None
 
 

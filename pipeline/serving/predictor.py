@@ -15,30 +15,39 @@ from pipeline.adaptation.packing import from_pack
 from pipeline.backbones import LoadedBackbone, load_backbone
 from pipeline.backbones.known import recall
 from pipeline.data import decode_image
+from pipeline.devices import choose_device, exact_float32
 from pipeline.errors import BackboneError, DataError
 from pipeline.packs import Pack, PackMetadata, read_pack
 from pipeline.spec import Backbone, Input
 from pipeline.task_files import catalogue_folder, load_spec
 
 PREDICT_BATCH = 64
+"""Images decoded and classified at a time: enough to fill a GPU, and few enough for any memory."""
 ImageSource = Path | str | bytes | Image.Image | np.ndarray
 
 
 class Predictor:
-    """A pack on its backbone, ready to classify images."""
+    """A pack on its backbone, ready to classify images on `device`; None takes the GPU, where there is one."""
 
-    def __init__(self, pack: Pack, backbone: LoadedBackbone) -> None:
+    def __init__(self, pack: Pack, backbone: LoadedBackbone, device: str | None = None) -> None:
         self.metadata: PackMetadata = pack.metadata
         self.backbone = backbone
-        self.model: AdaptedModel = from_pack(pack, backbone)
+        self.device = choose_device(device)
+        self.model: AdaptedModel = from_pack(pack, backbone).to(self.device)
         self.model.merge()
 
     def logits(self, images: Sequence[ImageSource]) -> torch.Tensor:
         """Logits [N, C] of images given as paths, encoded bytes, PIL images or uint8 arrays [H, W, 3]. Raises DataError."""
-        decoded = [_decode(image, number, self.metadata.input.size_px) for number, image in enumerate(images)]
-        with torch.inference_mode():
-            chunks = [torch.from_numpy(np.stack(decoded[start : start + PREDICT_BATCH])) for start in range(0, len(decoded), PREDICT_BATCH)]
-            return torch.cat([self.model(chunk) for chunk in chunks]) if chunks else torch.zeros(0, len(self.metadata.classes))
+        numbered = list(enumerate(images))
+        logits = [self._logits(numbered[start : start + PREDICT_BATCH]) for start in range(0, len(numbered), PREDICT_BATCH)]
+        return torch.cat(logits) if logits else torch.zeros(0, len(self.metadata.classes))
+
+    @exact_float32()
+    @torch.inference_mode()
+    def _logits(self, batch: Sequence[tuple[int, ImageSource]]) -> torch.Tensor:
+        """Logits [B, C], on the CPU, of one batch."""
+        decoded = [_decode(image, number, self.metadata.input.size_px) for number, image in batch]
+        return self.model(torch.from_numpy(np.stack(decoded)).to(self.device)).cpu()
 
     def predict(self, images: Sequence[ImageSource]) -> list[dict[str, Any]]:
         """The most probable class of each image: `label` and `probability` (0 to 1). Raises DataError for what is not an image."""
@@ -58,18 +67,20 @@ def _decode(image: ImageSource, number: int, size_px: int) -> np.ndarray:
     return decode_image(image, size_px, "" if isinstance(image, (Path, str)) else f"image {number}")
 
 
-def load_predictor(pack_path: Path, weights: str | None = None) -> Predictor:
+def load_predictor(pack_path: Path, weights: str | None = None, device: str | None = None) -> Predictor:
     """Open a pack on its backbone.
 
     Args:
         weights: the backbone's checkpoint; default: the one this machine used for that fingerprint, or the embedded one.
+        device: where to compute, such as `cpu` or `cuda:1`; default: the GPU, where there is one.
 
     Raises:
+        SpecError: there is no such device.
         PackError: the file is not a sound pack, or the backbone is another.
         BackboneError: no backbone was given and none with the pack's fingerprint is known here.
     """
     pack = read_pack(pack_path)
-    return Predictor(pack, load_backbone_of(pack.metadata, weights))
+    return Predictor(pack, load_backbone_of(pack.metadata, weights), device)
 
 
 def load_backbone_of(metadata: PackMetadata, weights: str | None = None) -> LoadedBackbone:

@@ -1,7 +1,8 @@
 """A fit's state on disk, so that one that died goes on where it was, in the middle of an epoch too.
 
-The frozen backbone is no part of it: trained values, the optimiser's moments and the random generators are a few times the size of the pack. Batches
-are planned from the index, so a step's number says what is read next. A run that goes on gives the same bytes as one that was not interrupted. Of
+The frozen backbone is no part of it: trained values and the optimiser's moments are a few times the size of the pack. Batches
+are planned from the index and random numbers are drawn anew for every step, so a step's number says what is read and drawn
+next. On the CPU, a run that goes on gives the same bytes as one that was not interrupted; it may go on on another device. Of
 several ranks, the first writes and reads for all; a state is good for as many ranks as left it.
 """
 
@@ -11,7 +12,7 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -54,15 +55,17 @@ class Checkpoint:
         """Whether the state should be written again."""
         return time.monotonic() - self._written >= max(self.every_seconds, self._cost_seconds / self._cost_share)
 
-    def restore(self, optimiser: torch.optim.Optimizer, generators: Sequence[torch.Generator], ranks: Ranks = ALONE) -> Progress:
-        """Put the state saved last into `optimiser`, what it trains, and `generators`. A missing or damaged file is a fresh start."""
+    def restore(self, optimiser: torch.optim.Optimizer, ranks: Ranks = ALONE) -> Progress:
+        """Put the state saved last into `optimiser` and what it trains. A missing or damaged file is a fresh start."""
         try:
             content = ranks.from_first(self._content() if ranks.is_first else b"")
             tensors, metadata = load(content), _metadata(content)
             if metadata["digest"] != fingerprint(tensors):
                 raise ValueError("damaged")
             progress = Progress(int(metadata["step"]), tensors["losses"].tolist(), float(metadata["seconds"]))
-            _put(tensors, optimiser, generators, ranks)
+            if int(metadata["ranks"]) != ranks.world:
+                raise ValueError("the state is of another number of ranks")
+            _put(tensors, optimiser)
         except (SafetensorError, KeyError, ValueError, TypeError):
             return Progress()
         self._seconds_before = progress.seconds
@@ -74,15 +77,14 @@ class Checkpoint:
         except OSError:
             return b""
 
-    def save(self, progress: Progress, optimiser: torch.optim.Optimizer, generators: Sequence[torch.Generator], ranks: Ranks = ALONE) -> None:
+    def save(self, progress: Progress, optimiser: torch.optim.Optimizer, ranks: Ranks = ALONE) -> None:
         """Write the state, whole or not at all. Raises StorageError where the disk is full."""
         started = time.monotonic()
-        states = [ranks.gathered(generator.get_state()) for generator in generators]
         if not ranks.is_first:
             return
         scratch = self.path.with_name(f".{self.path.name}.{os.getpid()}")
-        tensors = _state(progress, optimiser, states)
-        metadata = {"step": str(progress.step), "seconds": str(self.seconds()), "digest": fingerprint(tensors)}
+        tensors = _state(progress, optimiser)
+        metadata = {"step": str(progress.step), "seconds": str(self.seconds()), "ranks": str(ranks.world), "digest": fingerprint(tensors)}
         try:
             save_file(tensors, scratch, metadata)
             os.replace(scratch, self.path)
@@ -111,12 +113,12 @@ def _trained(optimiser: torch.optim.Optimizer) -> list[torch.Tensor]:
     return [parameter for group in optimiser.param_groups for parameter in group["params"]]
 
 
-def _state(progress: Progress, optimiser: torch.optim.Optimizer, generators: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
+def _state(progress: Progress, optimiser: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
     tensors = {"losses": torch.tensor(progress.losses, dtype=torch.float64)}
     for number, parameter in enumerate(_trained(optimiser)):
         tensors[f"value.{number}"] = parameter.detach().clone()
         tensors |= {f"optimiser.{number}.{name}": torch.as_tensor(value).clone() for name, value in optimiser.state[parameter].items()}
-    return tensors | {f"generator.{number}": states for number, states in enumerate(generators)}
+    return tensors
 
 
 def _metadata(content: bytes) -> dict[str, str]:
@@ -125,15 +127,12 @@ def _metadata(content: bytes) -> dict[str, str]:
 
 
 @torch.no_grad()
-def _put(tensors: Mapping[str, torch.Tensor], optimiser: torch.optim.Optimizer, generators: Sequence[torch.Generator], ranks: Ranks) -> None:
+def _put(tensors: Mapping[str, torch.Tensor], optimiser: torch.optim.Optimizer) -> None:
     """`_state` back into its places, or nothing of it where any is missing or of another shape. Raises KeyError or ValueError."""
     parameters = _trained(optimiser)
     values = [tensors[f"value.{number}"] for number in range(len(parameters))]
-    states = [tensors[f"generator.{number}"] for number in range(len(generators))]
     if any(value.shape != parameter.shape for value, parameter in zip(values, parameters, strict=True)):
         raise ValueError("the state is of another model")
-    if any(len(each) != ranks.world for each in states):
-        raise ValueError("the state is of another number of ranks")
     moments = {
         number: {name.split(".", 2)[2]: value for name, value in tensors.items() if name.startswith(f"optimiser.{number}.")}
         for number in range(len(parameters))
@@ -141,5 +140,3 @@ def _put(tensors: Mapping[str, torch.Tensor], optimiser: torch.optim.Optimizer, 
     optimiser.load_state_dict({**optimiser.state_dict(), "state": moments})
     for value, parameter in zip(values, parameters, strict=True):
         parameter.copy_(value)
-    for state, generator in zip(states, generators, strict=True):
-        generator.set_state(state[ranks.rank].clone())  # of a view it would read the wrong bytes

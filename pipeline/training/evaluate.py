@@ -9,6 +9,7 @@ import torch
 
 from pipeline.adaptation import AdaptedModel
 from pipeline.data import Reader, Split, evaluation_batches
+from pipeline.devices import exact_float32
 from pipeline.training.ranks import ALONE, Ranks
 
 EVALUATION_BATCH = 128
@@ -32,6 +33,7 @@ class Score:
         return math.sqrt(self.accuracy * (1 - self.accuracy) / self.samples)
 
 
+@exact_float32()
 @torch.inference_mode()
 def evaluate(model: AdaptedModel, reader: Reader, split: Split, *, device: str = "cpu", ranks: Ranks = ALONE) -> Score:
     """Classify every sample of `split` once, each rank those of its shards."""

@@ -9,16 +9,14 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import platform
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from pipeline.adaptation import SelectedIndex, attach
 from pipeline.adaptation.packing import describe, from_pack, to_pack
 from pipeline.backbones import fingerprint
+from pipeline.devices import device_name
 from pipeline.packs import ledger, read_pack, write_pack
 from pipeline.spec import Recipe
 from pipeline.storage import read_json, write_json
@@ -101,13 +99,12 @@ def _read(path: Path, ranks: Ranks) -> bytes:
 
 def _train_and_pack(inputs: Inputs, recipe: Recipe, selected: SelectedIndex | None, folder: Path, device: str, ranks: Ranks) -> None:
     task, checkpoint = inputs.task, Checkpoint(folder / CHECKPOINT_FILE)
-    frozen = inputs.backbone.model.state_dict()
-    before = fingerprint(frozen)
     model = attach(inputs.backbone, recipe, len(inputs.index.classes), selected=selected, seed=task.seed).to(device)
+    before = fingerprint(model.backbone.state_dict())
     options: dict[str, Any] = {"seed": task.seed, "flip": task.input.flip, "device": device, "checkpoint": checkpoint, "ranks": ranks}
     for _ in train_epochs(model, inputs.reader("trainval"), inputs.splits["trainval"], recipe.training, **options):
         pass
-    assert fingerprint(frozen) == before, "training changed the frozen backbone"
+    assert fingerprint(model.backbone.state_dict()) == before, "training changed the frozen backbone"
     if not ranks.is_first:
         return
     write_json(folder / TRAINING_FILE, {"seconds": round(checkpoint.seconds(), 2)})
@@ -130,9 +127,5 @@ def _test(inputs: Inputs, folder: Path, device: str, ranks: Ranks) -> FitResult:
         test_accuracy=score.accuracy,
         test_accuracy_stderr=score.standard_error,
         train_seconds=json.loads(_read(folder / TRAINING_FILE, ranks))["seconds"],
-        device=f"{ranks.world} x {_device_name(device)}" if ranks.world > 1 else _device_name(device),
+        device=f"{ranks.world} x {device_name(device)}" if ranks.world > 1 else device_name(device),
     )
-
-
-def _device_name(device: str) -> str:
-    return torch.cuda.get_device_name() if device == "cuda" else f"CPU ({platform.machine()}, {torch.backends.cpu.get_cpu_capability()})"

@@ -13,13 +13,13 @@ import torch
 import torch.nn.functional as F
 
 from pipeline.adaptation import AdaptedModel
-from pipeline.data import Reader, Split, augment, deal_shards, training_batches
+from pipeline.data import Reader, Split, augment, deal_shards, numbered_generator, training_batches
+from pipeline.devices import computing_dtype, exact_float32
 from pipeline.errors import TrainingError
 from pipeline.spec import Training
 from pipeline.training.averaging import MovingAverage
 from pipeline.training.checkpoint import Checkpoint, Progress
 from pipeline.training.mixing import mix
-from pipeline.training.precision import training_dtype
 from pipeline.training.ranks import ALONE, Ranks
 
 
@@ -55,18 +55,14 @@ def train_epochs(
         TrainingError: the loss is not finite.
         StorageError: the checkpoint cannot be written.
     """
-    dtype = training_dtype(spec, device)
+    dtype = computing_dtype(spec.precision, device)
     model.compute_in(dtype)
     optimiser = torch.optim.AdamW(model.values.parameters(), lr=spec.learning_rate, weight_decay=spec.weight_decay, fused=True)
     average = MovingAverage(optimiser, spec.ema)
     steps_per_epoch = len(training_batches(split, spec.batch_size, seed=seed, epoch=0))
     steps, warmup_steps = spec.epochs * steps_per_epoch, round(spec.warmup_epochs * steps_per_epoch)
-    generator = torch.Generator().manual_seed(seed)
-    generators = [generator, *model.generators()]
-    for each in generators if not ranks.is_first else ():
-        each.manual_seed(ranks.seed(seed))
     shards = np.flatnonzero(deal_shards(split, ranks.world) == ranks.rank)
-    progress = checkpoint.restore(optimiser, generators, ranks) if checkpoint is not None else Progress()
+    progress = checkpoint.restore(optimiser, ranks) if checkpoint is not None else Progress()
     first_epoch, first_index = divmod(progress.step, steps_per_epoch)
     for epoch in range(first_epoch, spec.epochs):
         model.train()  # again in every epoch: the caller may have evaluated the model
@@ -75,6 +71,8 @@ def train_epochs(
         for images, labels in reader.batches(plan[first_index:]):
             for group in optimiser.param_groups:
                 group["lr"] = spec.learning_rate * learning_rate_factor(progress.step, steps, warmup_steps)
+            generator = numbered_generator(ranks.seed(seed), progress.step)
+            model.reseed(generator)
             images = augment(images, generator, flip, spec.augment) if spec.augment != "none" else images
             if (spec.mixup or spec.cutmix) and len(images):
                 images, labels = mix(images, labels, model.class_count, spec, generator)
@@ -87,7 +85,7 @@ def train_epochs(
             progress.step += 1
             progress.losses.append(loss)
             if checkpoint is not None and is_due:
-                checkpoint.save(progress, optimiser, generators, ranks)
+                checkpoint.save(progress, optimiser, ranks)
         ranks.check_agree(model.values.state_dict())
         average.swap()
         yield sum(progress.losses) / len(progress.losses)
@@ -97,6 +95,7 @@ def train_epochs(
     model.eval()
 
 
+@exact_float32()
 def _step(
     model: AdaptedModel,
     optimiser: torch.optim.Optimizer,

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from pipeline.devices import device_name, is_accelerator, memory_bytes
 from pipeline.errors import OutOfMemory
 from pipeline.spec import Task
 
@@ -37,9 +38,9 @@ def _is_out_of_memory(error: Exception) -> bool:
 
 def _free(device: str) -> str:
     """What is free on a device, in words."""
-    if device != "cpu":
-        free, total = torch.cuda.mem_get_info(device)
-        return f"{free / _GIB:.1f} of {total / _GIB:.1f} GiB are free on {torch.cuda.get_device_name(device)}"
+    if is_accelerator(device):
+        free, total = memory_bytes(device)
+        return f"{free / _GIB:.1f} of {total / _GIB:.1f} GiB are free on {device_name(device)}"
     try:
         sizes = dict(re.findall(r"(\w+): +(\d+) kB", Path("/proc/meminfo").read_text()))
         return f"{int(sizes['MemAvailable']) * 1024 / _GIB:.1f} of {int(sizes['MemTotal']) * 1024 / _GIB:.1f} GiB are free on the CPU"

@@ -13,10 +13,10 @@ from pipeline.adaptation import RankedPlaces, SelectedIndex, attach
 from pipeline.adaptation.packing import describe, from_pack, probe_images, to_pack
 from pipeline.adaptation.sites import weight_shapes
 from pipeline.backbones import LoadedBackbone
+from pipeline.devices import computing_dtype
 from pipeline.errors import BackboneError
 from pipeline.spec import PARTS, Recipe, Selection, Task
 from pipeline.training.inputs import Inputs
-from pipeline.training.precision import training_dtype
 
 CLASSES = ("a", "b")
 _rehearsed: set[str] = set()
@@ -69,7 +69,7 @@ def _failure(backbone: LoadedBackbone, task: Task, recipe: Recipe) -> Exception 
 def _train_and_pack(backbone: LoadedBackbone, task: Task, recipe: Recipe) -> None:
     """As a fit does, in little. A pack of the whole network would take longer than it is worth."""
     model = attach(backbone, recipe, len(CLASSES), selected=_first_places(backbone, recipe))
-    dtype = training_dtype(recipe.training, "cpu")
+    dtype = computing_dtype(recipe.training.precision, "cpu")
     model.compute_in(dtype)
     model.train()
     images = torch.from_numpy(probe_images(backbone.size_px))

@@ -1,0 +1,126 @@
+"""What a process computes on: its CPU, or an accelerator that torch knows by a name such as `cuda` or `cuda:1`.
+
+Whatever the package needs to know of a device is asked here, of torch's module for its kind, so that no other file tells
+devices apart by their names.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from pipeline.errors import ClusterError, SpecError
+
+_CPU_UNITS = ("amx_bf16", "avx512_bf16", "bf16", "sve_bf16")
+"""What torch calls the units for bfloat16 of x86 and ARM processors."""
+_NVIDIA = Path("/proc/driver/nvidia")
+
+
+def choose_device(name: str | None = None) -> str:
+    """The device that a user names; the GPU, where there is one, if none is named.
+
+    Raises:
+        SpecError: this process has no such device.
+    """
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        number, count = device.index or 0, _module(device).device_count()
+    except RuntimeError:  # no kind of device that torch knows
+        number, count = 0, 0
+    if number >= count:
+        here = ["cpu", *(f"cuda:{number}" for number in range(torch.cuda.device_count()))]
+        reason = "" if torch.cuda.is_available() or not name.startswith("cuda") else f" ({_cuda_versions()})"
+        raise SpecError(f"device: given {name!r}; expected one that torch can use here: {', '.join(here)}{reason}")
+    return name
+
+
+def reserved_gpu() -> str:
+    """The GPU that this process was given. Raises ClusterError where torch cannot use it: training would go to the CPU unseen."""
+    if not torch.cuda.is_available():
+        raise ClusterError(
+            f"this process was given a GPU, and torch cannot use it: {_cuda_versions()}; install a newer driver, or a torch built for this one, "
+            "on every node with GPUs, or train on CPUs with --gpus-per-trial 0"
+        )
+    return "cuda"
+
+
+def check_gpus_usable(gpus_per_trial: float | None) -> None:
+    """Raise ClusterError where this machine has GPUs that a run would be given, and torch cannot use them. `None` takes those that are there."""
+    is_hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    if gpus_per_trial != 0 and not is_hidden and any(_NVIDIA.glob("gpus/*")):
+        reserved_gpu()
+
+
+def _cuda_versions() -> str:
+    """What is said of CUDA by those who must agree."""
+    with contextlib.suppress(OSError):
+        found = re.search(r"Kernel Module\D*(\d[\d.]*)", (_NVIDIA / "version").read_text())
+        driver = f"NVIDIA's driver is {found.group(1)}" if found else "NVIDIA's driver does not tell its version"
+        return f"{driver}, {_torch_version()}"
+    return f"no driver of NVIDIA's is loaded, {_torch_version()}"
+
+
+def _torch_version() -> str:
+    built = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
+    return f"torch {torch.__version__} is built {built}"
+
+
+def is_accelerator(device: str | torch.device) -> bool:
+    """Whether a device has a memory of its own, so that tensors are copied to it."""
+    return torch.device(device).type != "cpu"
+
+
+def device_name(device: str | torch.device) -> str:
+    """What a device calls itself."""
+    if is_accelerator(device):
+        return str(_module(device).get_device_name(torch.device(device)))
+    return f"CPU ({platform.machine()}, {torch.backends.cpu.get_cpu_capability()})"
+
+
+def memory_bytes(device: str | torch.device) -> tuple[int, int]:
+    """Free and total bytes of an accelerator's memory."""
+    free, total = _module(device).mem_get_info(torch.device(device))
+    return int(free), int(total)
+
+
+def has_bf16_units(device: str | torch.device) -> bool:
+    """Whether a device computes in bfloat16 rather than emulates it: one that emulates takes up to ten times as long as in float32."""
+    if is_accelerator(device):
+        return bool(_module(device).is_bf16_supported(including_emulation=False))
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return any(capabilities.get(unit) for unit in _CPU_UNITS)
+
+
+def computing_dtype(precision: Literal["fp32", "bf16"], device: str | torch.device) -> torch.dtype:
+    """The type to compute in. bfloat16 is for speed, so float32 stands in for it where it is emulated: on a V100 or T4, and on many CPUs."""
+    return torch.bfloat16 if precision == "bf16" and has_bf16_units(device) else torch.float32
+
+
+@contextlib.contextmanager
+def exact_float32() -> Iterator[None]:
+    """Compute float32 convolutions in float32, in a fixed order.
+
+    By default, cuDNN rounds their inputs to the 10 bits of TF32 and may add with atomics. Then a GPU would not count the
+    same errors as a CPU, nor select the same connections. Products of matrices are in float32 by torch's own default.
+    """
+    cudnn: Any = torch.backends.cudnn
+    before = cudnn.conv.fp32_precision, cudnn.deterministic
+    cudnn.conv.fp32_precision, cudnn.deterministic = "ieee", True
+    try:
+        yield
+    finally:
+        cudnn.conv.fp32_precision, cudnn.deterministic = before
+
+
+def _module(device: str | torch.device) -> Any:
+    """Torch's module for a kind of device, such as `torch.cuda`."""
+    return torch.get_device_module(torch.device(device))
