@@ -19,6 +19,7 @@ from huggingface_hub import constants
 from safetensors.torch import save_file
 
 from pipeline.adaptation import plan
+from pipeline.adaptation.packing import SizePlanner
 from pipeline.adaptation.preset import on_backbone
 from pipeline.backbones import hub, load_backbone, share
 from pipeline.errors import BackboneError, SpecError
@@ -306,6 +307,7 @@ def test_any_answer_is_a_network() -> None:
 
 # --- defaults follow the backbone -----------------------------------------------------------------------------------------------------------
 
+CLASSES = tuple("0123456789")
 CNN = {"model": "test_resnet", "weights": "random"}
 
 
@@ -325,29 +327,39 @@ def test_images_have_the_size_that_the_backbone_is_built_for(arguments: Argument
 def test_the_default_recipe_keeps_what_has_a_place() -> None:
     """A ResNet has BatchNorm and convolutions without biases, and no MLPs."""
     task = digits(search={"trials": 3})
-    resolved, absent = on_backbone(task, load_backbone(task.backbone, Input()))
-    assert absent == ("biases", "smoa", "norms")
+    resolved, absent = on_backbone(task, load_backbone(task.backbone, Input()), CLASSES)
+    assert [*absent] == ["biases", "smoa", "norms"]
     assert resolved.recipe == task.recipe.model_copy(update={"biases": None, "smoa": None, "norms": None, "preset": None})
     assert (resolved.search.axes(), resolved.search.trials) == (default_space(resolved.recipe).axes(), 3)
     assert resolved.search.axes().keys() == {"bits", "top_k"}
-    assert on_backbone(resolved, load_backbone(task.backbone, Input())) == (resolved, ())
+    assert on_backbone(resolved, load_backbone(task.backbone, Input()), CLASSES) == (resolved, {})
 
 
 def test_the_default_recipe_is_whole_where_everything_has_a_place(tiny_backbone: Backbone) -> None:
     task = digits(backbone=tiny_backbone.model_dump())
-    resolved, absent = on_backbone(task, load_backbone(tiny_backbone, Input()))
-    assert (absent, resolved.search) == ((), task.search)
+    resolved, absent = on_backbone(task, load_backbone(tiny_backbone, Input()), CLASSES)
+    assert (absent, resolved.search) == ({}, task.search)
     assert resolved.recipe == task.recipe.model_copy(update={"preset": None})
+
+
+def test_the_default_recipe_is_within_the_default_budget_on_a_large_backbone() -> None:
+    """A ViT-S has 41,856 neurons, and as many biases of a byte each; what is left out is named, and a wide budget holds all."""
+    spec = Backbone(model="vit_small_patch16_224", arguments={"img_size": 32}, weights="random")
+    backbone = load_backbone(spec, Input())
+    resolved, absent = on_backbone(digits(backbone=spec.model_dump()), backbone, CLASSES)
+    assert [*absent] == ["connections"]
+    planner = SizePlanner(resolved, backbone, CLASSES)
+    assert min(planner.size_bytes(resolved.search.recipe(resolved.recipe, point)) for point in resolved.search.points()) <= 65536
+    wide, none_absent = on_backbone(digits(backbone=spec.model_dump(), budget={"max_bytes": "1MiB"}), backbone, CLASSES)
+    assert (none_absent, wide.search) == ({}, digits().search)
 
 
 @pytest.mark.parametrize("recipe", [{"connections": {}, "norms": {}}, {"preset": "default", "norms": {}}])
 def test_a_part_that_was_named_is_required(recipe: dict[str, object]) -> None:
     task = digits(recipe=recipe)
     backbone = load_backbone(task.backbone, Input())
-    resolved, absent = on_backbone(task, backbone)
-    assert "norms" not in absent
     with pytest.raises(BackboneError, match=r"recipe\.norms"):
-        plan(backbone, resolved.recipe, 2)
+        plan(backbone, on_backbone(task, backbone, CLASSES)[0].recipe, 2)
 
 
 def test_an_unresolved_task_is_the_same_after_a_round_trip() -> None:

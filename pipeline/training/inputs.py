@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from pipeline.adaptation.preset import on_backbone
@@ -25,7 +26,7 @@ class Inputs:
     backbone: LoadedBackbone
     splits: dict[str, Split]
     data_folder: Path
-    absent: tuple[str, ...] = ()
+    absent: Mapping[str, str] = field(default_factory=dict)
 
     def reader(self, split: str) -> Reader:
         """A reader of one split's samples."""
@@ -33,14 +34,15 @@ class Inputs:
 
     def with_task(self, task: Task) -> Inputs:
         """The same data and backbone for another way to adapt it."""
-        task, absent = on_backbone(task, self.backbone)
+        task, absent = on_backbone(task, self.backbone, self.index.classes)
         return replace(self, task=task, absent=absent)
 
     def remarks(self) -> list[str]:
         """What the user did not ask for and should know, where there is something."""
-        if not self.absent:
-            return []
-        return [f"the default recipe without {', '.join(self.absent)}: {self.task.backbone.model} has no place for it; name the part to see why"]
+        parts_by_reason: dict[str, list[str]] = {}
+        for part, reason in self.absent.items():
+            parts_by_reason.setdefault(reason, []).append(part)
+        return [f"the recipe leaves out {', '.join(parts)}: {reason}" for reason, parts in parts_by_reason.items()]
 
 
 def open_inputs(task: Task, data_folder: Path) -> Inputs:
