@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from pipeline.adaptation import plan
 from pipeline.adaptation.packing import SizePlanner
 from pipeline.adaptation.preset import on_backbone
+from pipeline.api import run
 from pipeline.backbones import hub, load_backbone, share
 from pipeline.errors import BackboneError, SpecError
 from pipeline.spec import DEFAULT_PARTS, Backbone, Input, Method, Task, default_space
@@ -398,3 +399,28 @@ def test_a_preset_replaces_the_parts_of_a_base(tmp_path: Path) -> None:
     (tmp_path / "own.yaml").write_text(json.dumps({"base": "base.yaml", "name": "own", "recipe": {"preset": "linear"}}))
     recipe = load_task(tmp_path / "own.yaml").recipe
     assert (recipe.lora, recipe.training.epochs) == (None, 7)
+
+
+@pytest.mark.slow
+def test_real_backbones_run_end_to_end(shared_folder: Path, tmp_path: Path) -> None:
+    """Forty photographs, one trial and epoch each; recipe and search space are the default's."""
+    photos = shared_folder / "data" / "dtd10"
+    for split, count in (("train", 40), ("test", 20)):
+        header, *rows = (photos / f"{split}.csv").read_text().splitlines()
+        by_class: dict[str, list[str]] = {}
+        for row in rows:
+            by_class.setdefault(row.rpartition(",")[2], []).append(row)
+        chosen = [row for rows_of_one in by_class.values() for row in rows_of_one[: count // len(by_class)]]
+        (tmp_path / f"{split}.csv").write_text("\n".join([header, *chosen]) + "\n")
+    data = {"format": "csv", "train": str(tmp_path / "train.csv"), "test": str(tmp_path / "test.csv"), "root": str(photos)}
+    recipe = {"preset": "default", "training": {"epochs": 1, "warmup_epochs": 0, "batch_size": 8}}
+    for model, file, size_px in (
+        ("vit_small_patch14_dinov2", "vit_small_patch14_dinov2.saliency.safetensors", 28),
+        ("tf_efficientnet_lite0", "tf_efficientnet_lite0.imagenet1k.safetensors", 64),
+    ):
+        backbone = {"model": model, "weights": str(shared_folder / "backbones" / file)}
+        rest = {"input": {"size_px": size_px}, "recipe": recipe, "search": {"trials": 1}, "selection": {"batch_size": 8}, "val_fraction": 0.25}
+        (tmp_path / f"{model}.yaml").write_text(json.dumps({"name": model.replace("_", "-"), "data": data, "backbone": backbone, **rest}))
+    outcomes = run(sorted(tmp_path.glob("*.yaml")), workdir=tmp_path / "work")
+    assert [outcome.error for outcome in outcomes] == [None, None]
+    assert all(outcome.registered is not None and outcome.registered.size_bytes <= 65536 for outcome in outcomes)
