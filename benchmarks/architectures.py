@@ -29,8 +29,9 @@ from machine import describe_machine
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from pipeline.adaptation import AdaptedModel, attach, plan, recompute
+from pipeline.adaptation import AdaptedModel, attach, recompute
 from pipeline.adaptation.packing import SizePlanner, describe, from_pack, probe_logits, to_pack
+from pipeline.adaptation.preset import on_backbone
 from pipeline.backbones import LoadedBackbone, load_backbone
 from pipeline.backbones.load import _load_cached as _loaded
 from pipeline.devices import computing_dtype
@@ -53,7 +54,7 @@ SMALL: tuple[dict[str, Any], ...] = (
 )
 """Arguments that make a model small, tried in order."""
 MOST_PARAMETERS = 60_000_000
-MOST_SECONDS = 30
+MOST_SECONDS = 15
 RUNS, CRASH = "runs", "crash"
 MODELS = (
     "beit_base_patch16_224", "beitv2_base_patch16_224", "botnet26t_256", "halonet_h1",
@@ -91,7 +92,7 @@ MODELS = (
 """The smallest model of each of timm's families, and those of families that hold several architectures."""
 
 RECIPES: dict[str, dict[str, Any]] = {
-    "default": {"connections": {}, "biases": {}, "smoa": {}, "norms": {}},
+    "default": {"preset": "default"},
     "connections": {"connections": {}},
     "biases": {"biases": {}},
     "norms": {"norms": {"which": "all"}},
@@ -111,8 +112,8 @@ RECIPES: dict[str, dict[str, Any]] = {
 def outcome(spec: Backbone, backbone: LoadedBackbone, parts: dict[str, Any], dtype: torch.dtype | None = None) -> str:
     """`RUNS`, or the line that refuses the recipe. Anything else that goes wrong is raised."""
     try:
-        recipe = Recipe.model_validate(parts)
-        task = _task(spec, backbone, recipe)
+        task, _ = on_backbone(_task(spec, backbone, parts), backbone)
+        recipe = task.recipe
         selected = recompute(backbone, task.selection, recipe.connections.top_k) if recipe.connections else None
         planned_bytes = SizePlanner(task, backbone, CLASSES, selected).size_bytes(recipe)
     except (BackboneError, SpecError) as error:
@@ -127,13 +128,13 @@ def outcome(spec: Backbone, backbone: LoadedBackbone, parts: dict[str, Any], dty
     return RUNS
 
 
-def _task(spec: Backbone, backbone: LoadedBackbone, recipe: Recipe) -> Task:
+def _task(spec: Backbone, backbone: LoadedBackbone, parts: dict[str, Any]) -> Task:
     return Task(
         name="tried",
         data=DrawnData(format="drawn", kind="orientation"),
         input=Input(size_px=backbone.size_px, mean=backbone.mean, std=backbone.std),
         backbone=spec,
-        recipe=recipe,
+        recipe=Recipe.model_validate(parts),
         selection=Selection(criterion="magnitude"),  # which takes no selection pass
     )
 
@@ -180,18 +181,6 @@ def measure_batch_norms(backbone: LoadedBackbone) -> None:
     backbone.model.eval()
 
 
-def with_a_place(backbone: LoadedBackbone, parts: dict[str, Any]) -> dict[str, Any]:
-    """Those of a recipe's parts that the backbone has a place for."""
-
-    def has_place(part: str) -> bool:
-        try:
-            return bool(plan(backbone, Recipe.model_validate({part: parts[part]}), len(CLASSES)))
-        except BackboneError:
-            return False
-
-    return {part: content for part, content in parts.items() if has_place(part)}
-
-
 def survey_of(name: str) -> dict[str, Any]:
     """What a model does in every recipe; `skipped` says why it was not tried."""
     start = time.process_time()
@@ -213,9 +202,8 @@ def survey_of(name: str) -> dict[str, Any]:
         if time.process_time() - start > MOST_SECONDS:
             outcomes[recipe] = f"not tried: the recipes before took more than {MOST_SECONDS} s of one core"
             continue
-        outcomes[recipe] = _outcome_or_crash(spec, backbone, with_a_place(backbone, parts) if recipe == "default" else parts)
-        if recipe == "default":
-            row["default_without"] = sorted(parts.keys() - with_a_place(backbone, parts).keys())
+        outcomes[recipe] = _outcome_or_crash(spec, backbone, parts)
+    row["default_without"] = list(on_backbone(_task(spec, backbone, RECIPES["default"]), backbone)[1])
     return {**row, "outcomes": outcomes, "seconds": round(time.process_time() - start, 1)}
 
 

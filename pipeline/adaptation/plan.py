@@ -66,7 +66,7 @@ def _stored_as(tensor: PlannedTensor, spec: Quantiser) -> PlannedTensor:
     return replace(tensor, codebook=spec.codebook, by_row=spec.scales == "row" and len(tensor.shape) > 1, has_mean=has_mean)
 
 
-_MLP_BLOCKS = "it needs blocks with a norm before an MLP (mlp.fc1)"
+_MLP_BLOCKS = "it needs blocks with a norm next to an MLP (a child named mlp)"
 _WANTED = {
     "connections": "it needs Linear or Conv2d layers",
     "biases": "it needs Linear or Conv2d layers with a bias",
