@@ -364,12 +364,14 @@ class Training(Spec):
     ema: decay of a moving average of the trained values, which is what the pack gets; 0 takes the last values. mixup, cutmix: the alpha of their Beta
     distributions, 0 for off.
 
+    learning_rate: its peak; where it is left out, the backbone's own, see pipeline/training/rate.py.
+
     precision: of the passes; `bf16` is float32 on a processor without units for it, which would be slower.
     """
 
     epochs: int = Field(12, ge=1)
     batch_size: int = Field(32, ge=1)
-    learning_rate: float = Field(8e-3, gt=0)
+    learning_rate: float | None = Field(None, gt=0)
     warmup_epochs: float = Field(default_factory=lambda validated: min(1.0, validated.get("epochs", 1) / 2), ge=0)
     weight_decay: float = Field(0.0, ge=0)
     label_smoothing: float = Field(0.0, ge=0, lt=1)

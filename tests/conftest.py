@@ -123,7 +123,7 @@ def tiny_task(tiny_backbone: Backbone) -> Task:
             biases=Biases(),
             smoa=Smoa(experts=2, width=4),
             norms=Norms(),
-            training=Training(epochs=2, batch_size=16, precision="fp32"),
+            training=Training(epochs=2, batch_size=16, learning_rate=8e-3, precision="fp32"),
         ),
         selection=Selection(batch_size=16),
     )

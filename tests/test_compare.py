@@ -33,7 +33,9 @@ METHODS = {
 
 @pytest.fixture(scope="module")
 def compared(tiny_task: Task, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Task]:
-    return tmp_path_factory.mktemp("compared"), tiny_task.model_copy(update={"recipe": Recipe(training=Training(epochs=2, batch_size=16))})
+    return tmp_path_factory.mktemp("compared"), tiny_task.model_copy(
+        update={"recipe": Recipe(training=Training(epochs=2, batch_size=16, learning_rate=8e-3))}
+    )
 
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::DeprecationWarning")

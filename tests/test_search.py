@@ -47,7 +47,7 @@ def make_task(space: SearchSpace, max_bytes: int = 10_000, seed: int = 0) -> Tas
         name="study",
         data=DrawnData(format="drawn", kind="counting"),
         backbone=Backbone(model="vit_tiny_patch16_224", weights="random"),
-        recipe=Recipe(connections=Connections(), smoa=Smoa(), training=Training(epochs=EPOCHS)),
+        recipe=Recipe(connections=Connections(), smoa=Smoa(), training=Training(epochs=EPOCHS, learning_rate=8e-3)),
         search=space,
         budget=Budget(max_bytes=max_bytes),
         seed=seed,
@@ -428,7 +428,7 @@ def test_a_finished_study_needs_no_worker(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_a_trial_scores_validation_after_every_epoch(tiny_inputs: Inputs) -> None:
-    recipe = Recipe(training=Training(epochs=3, batch_size=16, precision="fp32"))
+    recipe = Recipe(training=Training(epochs=3, batch_size=16, learning_rate=8e-3, precision="fp32"))
     scores = [score for score, _ in run_trial(tiny_inputs, recipe, None)]
     model = attach(tiny_inputs.backbone, recipe, 8, seed=0)
     spec = recipe.training

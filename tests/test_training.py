@@ -275,6 +275,6 @@ def test_a_diverging_fit_leaves_no_pack(tiny_inputs: Inputs, selected: Selected,
     "make", [lambda: Recipe(training=Training(epochs=1, batch_size=16)), lambda: Recipe(connections=Connections(top_k=1, bits=1))]
 )
 def test_a_fit_takes_any_recipe(make: Callable[[], Recipe], tiny_inputs: Inputs, selected: Selected, tmp_path: Path) -> None:
-    recipe = make().model_copy(update={"training": Training(epochs=1, batch_size=16)})
+    recipe = make().model_copy(update={"training": Training(epochs=1, batch_size=16, learning_rate=8e-3)})
     result = fit(tiny_inputs, recipe, selected, tmp_path / "champion")
     assert result.size_bytes == SizePlanner(tiny_inputs.task, tiny_inputs.backbone, tiny_inputs.index.classes, selected).size_bytes(recipe)

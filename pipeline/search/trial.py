@@ -13,6 +13,7 @@ from pipeline.selection import read_selection
 from pipeline.spec import Recipe, Task
 from pipeline.training import ALONE, Inputs, Ranks, Score, evaluate, open_inputs, train_epochs
 from pipeline.training.memory import named_out_of_memory
+from pipeline.training.rate import with_learning_rate
 
 
 def recipe_key(recipe: Recipe) -> str:
@@ -45,7 +46,7 @@ def run_trial(
     Raises:
         TrainingError: the loss diverges. ClusterError: the ranks no longer have the same values.
     """
-    task = inputs.task
+    task, recipe = inputs.task, with_learning_rate(recipe, inputs.backbone)
     model = attach(inputs.backbone, recipe, len(inputs.index.classes), selected=selected, seed=task.seed).to(device)
     options: dict[str, Any] = {"seed": task.seed, "flip": task.input.flip, "device": device, "ranks": ranks}
     epochs = train_epochs(model, inputs.reader("train"), inputs.splits["train"], recipe.training, **options)

@@ -25,6 +25,7 @@ from pipeline.training.evaluate import evaluate
 from pipeline.training.inputs import Inputs
 from pipeline.training.loop import train_epochs
 from pipeline.training.ranks import ALONE, Ranks
+from pipeline.training.rate import with_learning_rate
 
 PACK_FILE = "pack.safetensors"
 RESULT_FILE = "result.json"
@@ -98,7 +99,7 @@ def _read(path: Path, ranks: Ranks) -> bytes:
 
 
 def _train_and_pack(inputs: Inputs, recipe: Recipe, selected: SelectedIndex | None, folder: Path, device: str, ranks: Ranks) -> None:
-    task, checkpoint = inputs.task, Checkpoint(folder / CHECKPOINT_FILE)
+    task, recipe, checkpoint = inputs.task, with_learning_rate(recipe, inputs.backbone), Checkpoint(folder / CHECKPOINT_FILE)
     model = attach(inputs.backbone, recipe, len(inputs.index.classes), selected=selected, seed=task.seed).to(device)
     before = fingerprint(model.backbone.state_dict())
     options: dict[str, Any] = {"seed": task.seed, "flip": task.input.flip, "device": device, "checkpoint": checkpoint, "ranks": ranks}

@@ -10,6 +10,7 @@ from pipeline.adaptation.preset import on_backbone
 from pipeline.backbones import LoadedBackbone, load_backbone
 from pipeline.data import DataIndex, Reader, Split, read_index, split_samples
 from pipeline.spec import Task
+from pipeline.training.rate import with_learning_rate
 
 CACHE_BYTES = 2 << 30
 
@@ -18,7 +19,8 @@ CACHE_BYTES = 2 << 30
 class Inputs:
     """One task, opened. `splits` has train, val, trainval and test.
 
-    `task` has its backbone and recipe resolved: see `resolve_source` and `on_backbone`; `absent` are the parts that the latter left out.
+    `task` has its backbone and recipe resolved: see `resolve_source`, `with_learning_rate` and `on_backbone`;
+    `absent` are the parts that the last one left out.
     """
 
     task: Task
@@ -34,7 +36,8 @@ class Inputs:
 
     def with_task(self, task: Task) -> Inputs:
         """The same data and backbone for another way to adapt it."""
-        task, absent = on_backbone(task, self.backbone, self.index.classes)
+        recipe = with_learning_rate(task.recipe, self.backbone)
+        task, absent = on_backbone(task.model_copy(update={"recipe": recipe}), self.backbone, self.index.classes)
         return replace(self, task=task, absent=absent)
 
     def remarks(self) -> list[str]:

@@ -55,9 +55,10 @@ def train_epochs(
         TrainingError: the loss is not finite.
         StorageError: the checkpoint cannot be written.
     """
-    dtype = computing_dtype(spec.precision, device)
+    peak, dtype = spec.learning_rate, computing_dtype(spec.precision, device)
+    assert peak is not None, "the recipe's learning rate is settled by with_learning_rate"
     model.compute_in(dtype)
-    optimiser = torch.optim.AdamW(model.values.parameters(), lr=spec.learning_rate, weight_decay=spec.weight_decay, fused=True)
+    optimiser = torch.optim.AdamW(model.values.parameters(), lr=peak, weight_decay=spec.weight_decay, fused=True)
     average = MovingAverage(optimiser, spec.ema)
     steps_per_epoch = len(training_batches(split, spec.batch_size, seed=seed, epoch=0))
     steps, warmup_steps = spec.epochs * steps_per_epoch, round(spec.warmup_epochs * steps_per_epoch)
@@ -70,7 +71,7 @@ def train_epochs(
         plan = training_batches(split, spec.batch_size, seed, epoch, ranks.rank, ranks.world, reader.window(shards))
         for images, labels in reader.batches(plan[first_index:]):
             for group in optimiser.param_groups:
-                group["lr"] = spec.learning_rate * learning_rate_factor(progress.step, steps, warmup_steps)
+                group["lr"] = peak * learning_rate_factor(progress.step, steps, warmup_steps)
             generator = numbered_generator(ranks.seed(seed), progress.step)
             model.reseed(generator)
             images = augment(images, generator, flip, spec.augment) if spec.augment != "none" else images
@@ -79,8 +80,8 @@ def train_epochs(
             is_due = checkpoint is not None and ranks.is_first and checkpoint.is_due()
             loss, is_due = _step(model, optimiser, images.to(device), labels.to(device), spec, dtype, ranks, is_due)
             if not math.isfinite(loss):
-                rate = f"learning rate {spec.learning_rate:g}"
-                raise TrainingError(f"the loss became {loss} at step {progress.step} of {steps} with {rate}; lower training.learning_rate")
+                at = f"at step {progress.step} of {steps} with learning rate {peak:g}"
+                raise TrainingError(f"the loss became {loss} {at}; lower training.learning_rate")
             average.update(progress.step)
             progress.step += 1
             progress.losses.append(loss)
