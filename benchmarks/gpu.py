@@ -1,6 +1,6 @@
 """What a GPU makes of taskpack, in one script of under eight minutes: time and memory of a step, the fused kernel, the selection, the tests.
 
-    python benchmarks/gpu.py                          on a machine with a GPU, torch, timm, peft, and what pipeline/packs and data need
+    python benchmarks/gpu.py                          on a machine with a GPU; see CONTRIBUTING.md for the packages, and peft
     python benchmarks/gpu.py --device cpu --smoke     tiny sizes, to see that the script itself works
 
 1. Steps of ViT-B/16 at 224 px in bfloat16, batches of 64 and 256, variants as in step.py; each is built, warmed up and timed
@@ -8,7 +8,7 @@
 2. The fused kernel of connections against its memory bound and against the plain product, as in kernel.py.
 3. Selection (three connections a neuron) over 1,000 random images in float32 and bfloat16; how many neurons have the same
    connections in both, and when it is repeated.
-4. The tests: `pytest -m gpu`.
+4. The tests: `pytest -m gpu tests/test_accelerator.py`.
 
 Weights are random: they change no times but the number of layers that the fused kernel serves, which is given. Ray and MLflow
 are not needed. What cannot be measured says why. Writes benchmarks/results/gpu-<card>.json and .md.
@@ -44,6 +44,8 @@ from pipeline.spec import Backbone, Input, Selection
 
 HERE = Path(__file__).parent
 VARIANTS = (FULL, "LoRA r=8 (peft)", "connections K=1", "connections K=3", "SMoA E=8", "default recipe")
+GPU_TESTS = ("tests/test_accelerator.py",)
+"""By name: other files of tests import what a bare machine has not."""
 TOP_K = 3
 CLASSES = 10
 PACKAGES = ("torch", "torchvision", "timm", "peft", "triton", "constriction", "numpy", "safetensors")
@@ -249,8 +251,8 @@ def share_alike(one: SelectedIndex, other: SelectedIndex) -> float:
 
 
 def run_tests() -> dict[str, Any]:
-    """`pytest -m gpu` in a process of its own. Where pytest's plug-in for time limits is absent, it warns of the setting."""
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-rs", "-W", "ignore::pytest.PytestConfigWarning"]
+    """The tests on the GPU, in a process of its own. Where pytest's plug-in for time limits is absent, it warns of the setting."""
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-rs", *GPU_TESTS, "-W", "ignore::pytest.PytestConfigWarning"]
     started = time.monotonic()
     try:
         run = subprocess.run(command, capture_output=True, text=True, check=False, cwd=HERE.parent, timeout=300)

@@ -1,7 +1,7 @@
 """A device beside the CPU: from training to a pack that is used, everything computes there what it computes on the CPU.
 
-Every test runs on the stand-in for a GPU (see `standin_device`), and with `pytest -m gpu` on a GPU. What only one of the two
-can show is in `test_standin.py` and `test_gpu.py`. Nothing here needs Ray or MLflow.
+Every test runs on the stand-in for a GPU (see `standin_device`), and with `pytest -m gpu` on a GPU. What only the stand-in can
+show is in `test_standin.py`. Nothing here needs Ray or MLflow: on a machine without them, name this file to pytest.
 """
 
 from __future__ import annotations
@@ -19,6 +19,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
+pytest.importorskip("constriction", reason="packs are coded with constriction")
+pytest.importorskip("webdataset", reason="shards are written with webdataset")
+
 from pipeline.adaptation import RankedPlaces, SelectedIndex, sampled
 from pipeline.adaptation.packing import from_pack
 from pipeline.packs import Pack, read_pack
@@ -29,8 +32,6 @@ from pipeline.training import Inputs, Ranks, evaluate, loop, open_inputs
 from pipeline.training import fit as fit_module
 from pipeline.training.checkpoint import Checkpoint
 from pipeline.training.fit import CHECKPOINT_FILE, PACK_FILE, fit, steps_kept
-
-pytest.importorskip("constriction", reason="packs are coded with constriction")
 
 TRAINING = {"epochs": 1, "batch_size": 32, "learning_rate": 0.01}
 HOUSE: dict[str, dict[str, Any]] = {"connections": {"top_k": 2}, "biases": {}, "norms": {}, "smoa": {"experts": 2, "width": 4}}
@@ -219,6 +220,22 @@ def test_without_a_compiler_connections_take_the_plain_product(
         torch.testing.assert_close(found.cpu(), sampled.plain_sampled_product(x_TC, gradient_TO, place_N))
     (message,) = caplog.messages
     assert "(Failed to find C compiler.); it needs Triton, a C compiler and Python's headers" in message
+
+
+@pytest.mark.gpu
+def test_the_fused_kernel_computes_the_plain_product() -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a GPU that torch can use")
+    kernel = sampled.fused_kernel(torch.device("cuda"))
+    if kernel is None:
+        pytest.skip("Triton cannot be used here; the log says why")
+    generator = torch.Generator().manual_seed(0)
+    x_TC, gradient_TO = torch.randn(6304, 96, generator=generator), torch.randn(6304, 768, generator=generator)
+    place_N = torch.randint(0, 96 * 768, (1000,), generator=generator).sort().values
+    expected = (x_TC.double().T @ gradient_TO.double()).take(place_N)
+    found = kernel(x_TC.cuda(), gradient_TO.cuda(), place_N.cuda())
+    torch.testing.assert_close(found.cpu().double(), expected, rtol=1e-4, atol=1e-2)
+    assert torch.equal(found, kernel(x_TC.cuda(), gradient_TO.cuda(), place_N.cuda())), "sums are taken in a fixed order"
 
 
 # --- several processes on one device ----------------------------------------------------------------------------------------------------------
