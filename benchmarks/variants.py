@@ -24,7 +24,7 @@ from pipeline.adaptation.working import fuse_attention, slow_fused_attention
 from pipeline.backbones import LoadedBackbone, load_backbone
 from pipeline.data import two_views
 from pipeline.selection import supervised_contrastive_loss
-from pipeline.spec import HOUSE_RECIPE, Backbone, Biases, Connections, Head, Input, Recipe, Smoa
+from pipeline.spec import DEFAULT_RECIPE, Backbone, Biases, Connections, Head, Input, Recipe, Smoa
 from pipeline.task_files import catalogue_folder, load_task
 
 CLASSES = 10
@@ -108,7 +108,7 @@ OURS = {
     "SMoA E=8": smoa(8),
     "SMoA E=8, 1 bit": smoa(8, 1),
     "connections K=1 + SMoA E=8, 1 bit": HOUSE,
-    "default recipe": HOUSE_RECIPE,
+    "default recipe": DEFAULT_RECIPE,
 }
 
 
