@@ -106,7 +106,7 @@ def main() -> None:
     for case in () if arguments.page else arguments.cases:
         recipes = CONVOLUTIONAL if case.startswith("efficientnet") else RECIPES
         inputs, selected = open_case(case, arguments.workdir)
-        result["defaults"][case] = default_learning_rate(inputs.backbone.width)
+        result["defaults"][case] = default_learning_rate(inputs.backbone.model)
         for seed, name, rate in itertools.product(arguments.seeds, arguments.recipes or recipes, arguments.rates):
             run = {"case": case, "recipe": name, "rate": rate, "seed": seed, "epochs": arguments.epochs}
             if any(run.items() <= done.items() for done in result["runs"]):

@@ -7,6 +7,9 @@ import math
 from pathlib import Path
 
 import pytest
+import timm
+import torch
+from torch import nn
 
 from pipeline.adaptation import attach
 from pipeline.adaptation.packing import describe
@@ -21,18 +24,23 @@ from pipeline.training.rate import default_learning_rate, with_learning_rate
 
 
 @pytest.mark.parametrize(
-    ("backbone", "width", "rate"),
-    [("a tiny one", 64, 0.008), ("demo", 192, 0.008), ("ViT-S", 384, 0.004), ("ViT-B", 768, 0.002), ("ViT-L", 1024, 0.0015), ("lite0", 1280, 0.0012)],
+    ("model", "rate"),
+    [("vit_tiny_patch16_224", 0.008), ("vit_small_patch16_224", 0.004), ("vit_base_patch16_224", 0.002), ("vit_large_patch16_224", 0.0015)],
 )
-def test_the_rate_falls_with_the_width_from_the_one_that_was_tuned(backbone: str, width: int, rate: float) -> None:
-    assert default_learning_rate(width) == rate, backbone
+def test_the_rate_falls_with_the_width_from_the_one_that_was_tuned(model: str, rate: float) -> None:
+    with torch.device("meta"):
+        assert default_learning_rate(timm.create_model(model)) == rate
+
+
+def test_the_rate_has_a_limit() -> None:
+    assert default_learning_rate(nn.Sequential(nn.Linear(4, 4), nn.Conv2d(3, 8, 1))) == 0.008
 
 
 @pytest.mark.parametrize(
     ("model", "file", "rate"),
     [
         ("vit_small_patch14_dinov2", "vit_small_patch14_dinov2.saliency.safetensors", 0.004),
-        ("tf_efficientnet_lite0", "tf_efficientnet_lite0.imagenet1k.safetensors", 0.0012),
+        ("tf_efficientnet_lite0", "tf_efficientnet_lite0.imagenet1k.safetensors", 0.008),
     ],
 )
 def test_the_rate_of_real_backbones(model: str, file: str, rate: float, shared_folder: Path) -> None:
@@ -43,7 +51,7 @@ def test_the_rate_of_real_backbones(model: str, file: str, rate: float, shared_f
 
 def test_the_rate_of_the_demo_is_the_one_that_its_tasks_name() -> None:
     task = load_task(catalogue_folder() / "demo" / "digits.yaml")
-    assert default_learning_rate(load_backbone(task.backbone, task.input).width) == task.recipe.training.learning_rate
+    assert default_learning_rate(load_backbone(task.backbone, task.input).model) == task.recipe.training.learning_rate
 
 
 def test_an_opened_task_and_its_packs_say_which_rate_is_used(tiny_task: Task, tiny_data: Path) -> None:
@@ -52,7 +60,7 @@ def test_an_opened_task_and_its_packs_say_which_rate_is_used(tiny_task: Task, ti
     inputs = open_inputs(tiny_task.model_copy(update={"recipe": recipe}), tiny_data)
     settled = inputs.task.recipe
     rate = settled.training.learning_rate
-    assert rate == default_learning_rate(inputs.backbone.width)
+    assert rate == default_learning_rate(inputs.backbone.model)
     assert settled == Recipe(head={"bits": 4}, training=Training(epochs=3, learning_rate=rate))
     assert describe(inputs.task, settled, inputs.backbone, ["a", "b"]).recipe["training"]["learning_rate"] == rate  # type: ignore[index, call-overload]
     assert Task.model_validate_json(inputs.task.model_dump_json()) == inputs.task
