@@ -37,7 +37,7 @@ from pipeline.backbones.load import _load_cached as _loaded
 from pipeline.devices import computing_dtype
 from pipeline.errors import BackboneError, SpecError
 from pipeline.packs import pack_to_bytes, read_pack
-from pipeline.spec import Backbone, DrawnData, Input, Recipe, Selection, Task
+from pipeline.spec import Backbone, Budget, DrawnData, Input, Recipe, Selection, Task
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "architectures.json"
@@ -112,7 +112,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 def outcome(spec: Backbone, backbone: LoadedBackbone, parts: dict[str, Any], dtype: torch.dtype | None = None) -> str:
     """`RUNS`, or the line that refuses the recipe. Anything else that goes wrong is raised."""
     try:
-        task, _ = on_backbone(_task(spec, backbone, parts), backbone)
+        task, _ = on_backbone(_task(spec, backbone, parts), backbone, CLASSES)
         recipe = task.recipe
         selected = recompute(backbone, task.selection, recipe.connections.top_k) if recipe.connections else None
         planned_bytes = SizePlanner(task, backbone, CLASSES, selected).size_bytes(recipe)
@@ -135,6 +135,7 @@ def _task(spec: Backbone, backbone: LoadedBackbone, parts: dict[str, Any]) -> Ta
         input=Input(size_px=backbone.size_px, mean=backbone.mean, std=backbone.std),
         backbone=spec,
         recipe=Recipe.model_validate(parts),
+        budget=Budget(max_bytes=2**40),
         selection=Selection(criterion="magnitude"),  # which takes no selection pass
     )
 
@@ -203,7 +204,7 @@ def survey_of(name: str) -> dict[str, Any]:
             outcomes[recipe] = f"not tried: the recipes before took more than {MOST_SECONDS} s of one core"
             continue
         outcomes[recipe] = _outcome_or_crash(spec, backbone, parts)
-    row["default_without"] = list(on_backbone(_task(spec, backbone, RECIPES["default"]), backbone)[1])
+    row["default_without"] = list(on_backbone(_task(spec, backbone, RECIPES["default"]), backbone, CLASSES)[1])
     return {**row, "outcomes": outcomes, "seconds": round(time.process_time() - start, 1)}
 
 
