@@ -163,7 +163,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 
 def _wants_standin(item: pytest.Function) -> bool:
     parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
-    return "standin" in item.fixturenames or "stand-in" in parameters
+    return "standin" in item.fixturenames or any(isinstance(value, str) and value == "stand-in" for value in parameters)
 
 
 def _compiled_standin(config: pytest.Config) -> Path:
