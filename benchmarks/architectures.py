@@ -19,6 +19,7 @@ import re
 import time
 import traceback
 import warnings
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from machine import describe_machine
+from timm.models import is_model_in_modules
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -187,7 +189,7 @@ def survey_of(name: str) -> dict[str, Any]:
     start = time.process_time()
     with torch.device("meta"):
         whole = timm.create_model(name, num_classes=0)
-    row: dict[str, Any] = {"family": whole.__module__.rpartition(".")[2], "class": type(whole).__name__, "parameters": _count(whole)}
+    row: dict[str, Any] = {"class": type(whole).__name__, "parameters": _count(whole)}
     try:
         spec, backbone = load_smallest(name)
     except BackboneError as error:
@@ -228,17 +230,21 @@ def page(result: dict[str, Any]) -> str:
     """docs/architectures.md."""
     tried = {name: row for name, row in result["models"].items() if "outcomes" in row}
     skipped = {name: row for name, row in result["models"].items() if "skipped" in row}
+    family = {name: next(each for each in timm.list_modules() if is_model_in_modules(name, [each])) for name in result["models"]}
     reasons: dict[str, str] = {}
-    rows = [_row(name, row, reasons) for name, row in sorted(tried.items(), key=lambda pair: (pair[1]["family"], pair[0]))]
-    counts = {kind: sum(_kind(text) == kind for row in tried.values() for text in row["outcomes"].values()) for kind in ("runs", "refused", CRASH)}
-    families = len({row["family"] for row in tried.values()})
+    rows = [_row(name, family[name], tried[name], reasons) for name in sorted(tried, key=lambda name: (family[name], name))]
+    counts = Counter(_kind(text) for row in tried.values() for text in row["outcomes"].values())
+    families = len({family[name] for name in tried})
+    commits = sorted({row["commit"] for row in result["models"].values()})
+    too_slow = f", {counts['not tried']} were not tried for time" if counts["not tried"] else ""
     machine = result["machine"]
     return "\n".join(
         [
             "# Architectures",
             "",
             f"{len(tried)} timm models of {families} families, each in {len(RECIPES)} recipes (twelve, the adapter in its three placements): "
-            f"{counts['runs']} run, {counts['refused']} are refused in one line that says why, {counts[CRASH]} crash.",
+            f"{counts['runs']} run, {counts['refused']} are refused in one line that says why, {counts[CRASH]} crash"
+            f"{too_slow}.",
             "",
             "A recipe runs where its pack has the planned size, training steps in bfloat16 give finite",
             "gradients, and the pack, read back, gives the trained model's logits. Weights are random; models are tried",
@@ -246,13 +252,13 @@ def page(result: dict[str, Any]) -> str:
             "without the parts that have no place.",
             "",
             f"Measured on {machine['cpu']}, Python {machine['python']}, torch {machine['torch']},",
-            f"timm {machine['timm']}, at commit {machine['commit']}:",
+            f"timm {machine['timm']}, at commit {' and '.join(commits)}:",
             "",
             "```sh",
             "nice -n 10 python benchmarks/architectures.py",
             "```",
             "",
-            "| family | model | runs | refused (reason) |",
+            "| family | model | runs | does not (reason) |",
             "|---|---|---|---|",
             *rows,
             "",
@@ -264,7 +270,7 @@ def page(result: dict[str, Any]) -> str:
             "",
             "## Not tried",
             "",
-            *(f"- `{name}` ({row['family']}): {_plain(row['skipped'])}" for name, row in sorted(skipped.items())),
+            *(f"- `{name}` ({family[name]}): {row['skipped']}" for name, row in sorted(skipped.items())),
             "",
         ]
     )
@@ -274,20 +280,19 @@ def _kind(text: str) -> str:
     return "runs" if text == RUNS else CRASH if text.startswith(CRASH) else "not tried" if text.startswith("not tried") else "refused"
 
 
-def _row(name: str, row: dict[str, Any], reasons: dict[str, str]) -> str:
+def _row(name: str, family: str, row: dict[str, Any], reasons: dict[str, str]) -> str:
     outcomes = row["outcomes"]
     without = f" (without {', '.join(row['default_without'])})" if row.get("default_without") else ""
     runs = [f"default{without}" if recipe == "default" else recipe for recipe, text in outcomes.items() if text == RUNS]
     refused = [
         f"{recipe} ({reasons.setdefault(_plain(text, row['class']), f'r{len(reasons) + 1}')})" for recipe, text in outcomes.items() if text != RUNS
     ]
-    return f"| {row['family']} | {name} | {', '.join(runs)} | {', '.join(refused)} |"
+    return f"| {family} | {name} | {', '.join(runs)} | {', '.join(refused)} |"
 
 
-def _plain(text: str, model_class: str = "") -> str:
+def _plain(text: str, model_class: str) -> str:
     """A message without the names in it, so that equal reasons are one."""
-    text = text.replace(model_class, "NAME") if model_class else text
-    text = re.sub(r"'[\w.]*\.[\w.]*'", "'BLOCK'", text)
+    text = re.sub(r"'[\w.]*\.[\w.]*'", "'BLOCK'", text.replace(model_class, "NAME"))
     return re.sub(r"; it has .*", "; it has other layers", text).replace("|", "\\|")
 
 
@@ -305,7 +310,7 @@ def main() -> None:
         for name in arguments.only.replace(",", " ").split():
             if name in found["models"]:
                 continue
-            found["models"][name] = survey_of(name)
+            found["models"][name] = {**survey_of(name), "commit": found["machine"]["commit"]}
             _loaded.cache_clear()
             print(name, found["models"][name].get("skipped") or found["models"][name]["seconds"], flush=True)
             RESULTS.write_text(json.dumps(found, indent=1) + "\n")

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -150,3 +151,11 @@ def test_a_backbone_that_uses_one_tensor_twice_is_refused_in_one_line() -> None:
     """CoaT's blocks share their position encodings."""
     with pytest.raises(BackboneError, match=r"^backbone\.model: given coat_lite_tiny, which uses one tensor under several names .*$"):
         load_backbone(Backbone(model="coat_lite_tiny", arguments={"img_size": 64}, weights="random"), Input(size_px=64))
+
+
+def test_the_page_is_what_the_script_wrote(survey: ModuleType) -> None:
+    result = json.loads(survey.RESULTS.read_text(encoding="utf-8"))
+    assert survey.PAGE.read_text(encoding="utf-8") == survey.page(result)
+    outcomes = [text for row in result["models"].values() for text in row.get("outcomes", {}).values()]
+    assert len(outcomes) > 1500
+    assert not any(text.startswith(survey.CRASH) for text in outcomes)
