@@ -73,7 +73,7 @@ def test_packs_are_found_by_numbers_by_one_who_may_only_read(batch: Answer, ask)
     ):
         rows = ask("ls", *arguments, "--json").json()
         assert {row["name"] for row in rows} == found, arguments
-        assert all(row["aliases"] == ["champion"] and row == packs[row["name"]] for row in rows)
+        assert all(row["aliases"] == ["champion"] and row == {**packs[row["name"]], "remark": ""} for row in rows)
 
 
 def test_pages_go_on_behind_a_pack(batch: Answer, ask) -> None:

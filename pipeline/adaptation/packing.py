@@ -24,6 +24,8 @@ _Section = TypeVar("_Section", Recipe, Selection)
 PROBE_IMAGES = 2
 _COUNT_BYTES = 8
 """What a layer's number of connections may take in a pack's description, compressed or not."""
+_LENGTH_BYTES = 4
+"""By how much the compressed description may grow when it states another number of bytes for the positions."""
 PROBE_TOLERANCE = 0.02
 """Largest difference of a probe logit that other hardware may cause, as a share of the largest logit, or of 1 where all are smaller."""
 
@@ -77,7 +79,7 @@ class SizePlanner:
             slack = _COUNT_BYTES * len(spread)
         shapes, cheapest = planner._planned_connections(recipe)[1].layer_shapes, planner.ledger(recipe)["positions"]
         largest = largest_size_bytes(shapes, equal_rows=level == "neuron", fixed_layers=level != "network")
-        return planner.size_bytes(recipe) - cheapest + largest + slack
+        return planner.size_bytes(recipe) - cheapest + largest + slack + _LENGTH_BYTES
 
     def ledger(self, recipe: Recipe) -> dict[str, int]:
         """Bytes by part of the pack."""
