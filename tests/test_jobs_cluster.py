@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -145,7 +146,7 @@ def test_a_batch_runs_on_the_cluster_to_a_registered_pack(head: str, tmp_path: P
     assert submit(head, task_file, "--workdir", workdir, "--batch-id", "real", "--cpus-per-trial", "0.5", "--selection-workers", "1").code == 0
     followed = taskpack("logs", "real", "--follow", "--address", head)
     assert followed.code == 0, followed.out
-    stages = [line.rpartition(" ")[2] for line in followed.out.splitlines() if " s] bars: " in line]
+    stages = re.findall(r" s\] bars: (\w+)$", followed.out, re.MULTILINE)
     assert stages == ["prepare", "select", "search", "fit", "register", "done"]
     (pack,) = taskpack("ls", "--workdir", workdir, "--json").json()
     assert pack["task"] == "bars"

@@ -51,6 +51,7 @@ def run_plainly(task: Task, workspace: Workspace) -> None:
     """A task from data to pack in this process, one thing after another."""
     prepare(task, data := workspace.data(task.name))
     inputs = open_inputs(task, data)
+    task = inputs.task
     top_k = task.search.max_top_k(task.recipe)
     folder, selected = workspace.study(inputs, top_k), None
     if top_k:
