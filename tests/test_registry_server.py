@@ -128,7 +128,7 @@ def test_one_pack_registered_by_two_at_once_is_one_version(batch: Answer, server
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(120)
+        thread.join(300)
     client = registries[0].client
     (left,) = client.search_model_versions("name = 'raced'")
     assert versions == [int(left.version)] * 3

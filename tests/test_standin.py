@@ -22,7 +22,7 @@ RECIPE = {
     "biases": {},
     "norms": {},
     "smoa": {"experts": 2, "width": 4},
-    "training": {"epochs": 2, "batch_size": 32, "precision": "bf16"},
+    "training": {"epochs": 2, "batch_size": 32, "learning_rate": 0.008, "precision": "bf16"},
 }
 TRANSFERS = ("copy to device", "copy to host", "synchronisation")
 
