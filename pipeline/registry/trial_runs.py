@@ -32,14 +32,10 @@ def log_trials(client: Any, experiment_id: str, parent_run_id: str, rows: Sequen
 
 def delete_children(client: Any, experiment_id: str, parent_run_id: str) -> None:
     """Delete the child runs of a run that is about to be deleted itself."""
-    token = None
-    while True:
-        page = client.search_runs([experiment_id], f"tags.`{PARENT_TAG}` = '{parent_run_id}'", max_results=1000, page_token=token)
+    # Always the first page: deleting a page's runs moves the later ones forward.
+    while page := client.search_runs([experiment_id], f"tags.`{PARENT_TAG}` = '{parent_run_id}'", max_results=1000):
         for run in page:
             client.delete_run(run.info.run_id)
-        token = page.token
-        if not token:
-            return
 
 
 def _log_trial(client: Any, experiment_id: str, parent_run_id: str, row: Mapping[str, Any], ended_ms: int) -> None:
