@@ -36,7 +36,7 @@ SHARED = HERE.parent.parent / "shared"
 BACKBONE = Backbone(model="vit_small_patch14_dinov2", weights=str(SHARED / "backbones/vit_small_patch14_dinov2.saliency.safetensors"))
 DATA = {
     "dtd10": CsvData(format="csv", train=str(SHARED / "data/dtd10/train.csv"), test=str(SHARED / "data/dtd10/test.csv")),
-    "caltech101": ListsData(format="lists", root=str(SHARED / "data/caltech101"), classes="classes.txt"),
+    "caltech101": ListsData(format="lists", root=str(SHARED / "data/caltech101"), classes=str(SHARED / "data/caltech101/classes.txt")),
 }
 GPS: dict[str, Any] = {"connections": {"top_k": 1, "bits": 32}, "biases": {"bits": 32}, "head": {"bits": 32}}
 SELECTIONS: dict[str, dict[str, Any]] = {
