@@ -1,6 +1,6 @@
 """The table of all methods: accuracy against bytes on three real tasks, one protocol, and what the papers claim as measured here.
 
-    python benchmarks/methods.py [--size 32] [--epochs 6] [--seeds 3] [--trials 4] [--workdir runs/methods]
+    python benchmarks/methods.py [--size 32] [--epochs 6] [--seeds 3] [--fraction 1] [--workdir runs/methods]
 
 Needs the data folder that the task files name. The tasks' own settings, `--size 64 --epochs 15`, take ten times as long. Interrupt it, start it
 again: it goes on. Writes benchmarks/results/methods/: comparison.csv, comparison.md and a figure a task.
@@ -62,14 +62,16 @@ def notes(rows: Sequence[Comparison], arguments: argparse.Namespace) -> str:
     """What stands above the tables: how they were made, and the claims."""
     machine = describe_machine()
     command = (
-        f"python benchmarks/methods.py --size {arguments.size} --epochs {arguments.epochs} --seeds {arguments.seeds} --trials {arguments.trials}"
+        f"python benchmarks/methods.py --size {arguments.size} --epochs {arguments.epochs} "
+        f"--seeds {arguments.seeds} --fraction {arguments.fraction:g}"
     )
     lines = [
         f"`{command}` on {machine['cpu']}, {machine['cores']} cores, torch {machine['torch']}, commit {machine['commit']}.",
         "",
         f"Embedded backbone (ViT, width 192, depth 6), 1000 training images a task. To fit two cores, images are of {arguments.size} px and training",
         f"takes {arguments.epochs} epochs; the task files say 64 px and 15 epochs, which `--size 64 --epochs 15` runs. Every method is tuned on",
-        "validation by as many trials, and fitted once a seed. Seconds are of a machine that other work shared.",
+        f"validation over {arguments.fraction:.4g} of its search space and fitted once per seed.",
+        "Seconds are of a machine that other work shared.",
         "",
         "Differences of test accuracy in points, mean ± standard error over the seeds:",
         *claims(rows),
@@ -83,14 +85,19 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=32)
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--trials", type=int, default=4)
+    parser.add_argument("--fraction", type=float, default=1.0)
     parser.add_argument("--workdir", type=Path, default=HERE.parent / "runs" / "methods")
     arguments = parser.parse_args()
     _, tasks = tasks_to_compare([HERE / "tasks" / f"{name}.yaml" for name in TASKS], None, arguments.epochs)
     tasks = [task.model_copy(update={"input": task.input.model_copy(update={"size_px": arguments.size})}) for task in tasks]
     with BatchProgress(Console(), list(TASKS)) as progress:
         rows = compare_methods(
-            tasks, load_methods(METHODS), arguments.workdir, seeds=arguments.seeds, trials=arguments.trials, on_progress=progress.update
+            tasks,
+            load_methods(METHODS),
+            arguments.workdir,
+            seeds=arguments.seeds,
+            fraction=arguments.fraction,
+            on_progress=progress.update,
         )
     write_comparison(rows, RESULTS, notes=notes(rows, arguments))
 

@@ -207,7 +207,7 @@ def compare(
     suite: Annotated[str | None, typer.Option(help="A suite of tasks in place of task files, such as vtab1k; its averages are given.")] = None,
     methods: Annotated[str | None, typer.Option(help="Methods, separated by commas: names of the catalogue, or YAML files; default: all.")] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Fits of every method.")] = 3,
-    trials: Annotated[int, typer.Option(min=1, help="Trials that every method is tuned with.")] = 4,
+    fraction: Annotated[float, typer.Option(help="Share of each method's search space to try, above 0 to 1.")] = 1.0,
     epochs: Annotated[int | None, typer.Option(min=1, help="Epochs of every trial and fit; default: the task's.")] = None,
     folder: Annotated[Path | None, typer.Option("--out", help="Where the tables and figures go; default: in the work folder.")] = None,
     workdir: Workdir = api.WORKDIR,
@@ -218,7 +218,8 @@ def compare(
     tasks_at_once: TasksAtOnce = None,
     as_json: AsJson = False,
 ) -> None:
-    """Methods side by side: each tuned on validation with as many trials, tested once a seed. Interrupt it anywhere; the same command goes on."""
+    """Compare methods: each tuned on validation over the same share of its search space, tested
+    once per seed. Interrupt it anywhere; the same command goes on."""
     from pipeline.compare import compare_methods
     from pipeline.reports.comparison import comparison_table, write_comparison
     from pipeline.reports.progress import BatchProgress
@@ -230,8 +231,18 @@ def compare(
     console = Console(stderr=True) if as_json else out
     with _interruption_says(_kept(workdir)), BatchProgress(console, [task.name for task in loaded]) as progress:
         placement = Placement(per_trial=(cpus, gpus), ranks_per_trial=ranks, tasks_at_once=tasks_at_once)
-        rows = compare_methods(loaded, chosen, workdir, seeds=seeds, trials=trials, address=address, placement=placement, on_progress=progress.update)
-    written = write_comparison(rows, folder or workdir / "comparison", suite=found, notes=f"{trials} trials a method, {seeds} seeds.")
+        rows = compare_methods(
+            loaded,
+            chosen,
+            workdir,
+            seeds=seeds,
+            fraction=fraction,
+            address=address,
+            placement=placement,
+            on_progress=progress.update,
+        )
+    notes = f"Tuned over {fraction:.4g} of each method's search space; {seeds} fits per method."
+    written = write_comparison(rows, folder or workdir / "comparison", suite=found, notes=notes)
     if as_json:
         _print_json([asdict(row) for row in rows])
         return

@@ -1,4 +1,8 @@
-"""Methods side by side: each tuned on validation with the same number of trials, then trained on train and validation once a seed and tested.
+"""Methods side by side: tuned on validation, then fitted and tested once per seed.
+
+Every method tries the same share of its search space, by default all of it. A fixed number of
+trials would search a method of 4 points exhaustively and one of 20 by chance, and so favour the
+smaller space.
 
 All trials of a task, whatever their method, are in the cluster's queue at once; none is stopped early, since methods differ in how fast they learn.
 The trial with the best validation metric is a method's; its recipe is fitted for each seed, and each pack reads the test set once, as reloaded from
@@ -24,7 +28,7 @@ from pipeline.group import TrialResources, in_group
 from pipeline.search.record import TrialRecord, failure_warnings
 from pipeline.search.trial import opened, recipe_key, run_trial
 from pipeline.selection import read_selection
-from pipeline.spec import Method, Recipe, Task, first_fault
+from pipeline.spec import Method, Recipe, SearchSpace, Task, first_fault
 from pipeline.stages import LOG, OnProgress, Placement, Stages, named_errors, no_progress, one_at_a_time, work_folder
 from pipeline.storage import explained
 from pipeline.training import Inputs, Ranks, Score, open_inputs
@@ -105,7 +109,7 @@ def compare_methods(
     workdir: Path,
     *,
     seeds: int = 3,
-    trials: int = 4,
+    fraction: float = 1.0,
     address: str | None = None,
     placement: Placement | None = None,
     on_progress: OnProgress = no_progress,
@@ -115,18 +119,19 @@ def compare_methods(
     Args:
         workdir: keeps every trial and pack; on a cluster it must be a folder that every node sees.
         seeds: fits of every method; they differ in initial values, batches and augmentation, and share selection and splits.
-        trials: of every method. A larger space is sampled, the same points in every run.
+        fraction: share of each method's search space to try, above 0 and at most 1; at least one
+            point per method. The same points in every run; a larger share includes a smaller one.
 
     Raises:
-        SpecError: a method has fewer points to try than `trials`, or its settings do not go with a task's.
+        SpecError: `fraction` is out of range, or a method's settings do not fit a task's.
         DataError, BackboneError: a task cannot be used. A method that fails, or that a backbone has no place for, is a row with an error.
     """
+    if not 0 < fraction <= 1:
+        raise SpecError(
+            f"--fraction: given {fraction:g}, expected a share of each method's search space, "
+            "above 0 and at most 1; 0.5 tries half of the points, 1 all"
+        )
     for name, method in methods.items():
-        if method.search.size() < trials:
-            raise SpecError(
-                f"{name}: search: its {method.search.size()} points are fewer than the {trials} trials that every method is tuned with; "
-                "add values, or lower --trials"
-            )
         for task in tasks:
             try:
                 method.on(task)
@@ -144,7 +149,19 @@ def compare_methods(
         )
         driver.check_gpus()
         prepared = [driver.open(task) for task in tasks]
-        return list(itertools.chain.from_iterable(driver.together.run(lambda inputs: driver.compare(inputs, methods, seeds, trials), prepared)))
+        compared = driver.together.run(lambda inputs: driver.compare(inputs, methods, seeds, fraction), prepared)
+        return list(itertools.chain.from_iterable(compared))
+
+
+def sampled_points(space: SearchSpace, fraction: float, seed: int) -> list[dict[str, Any]]:
+    """The share `fraction` of a space's points, rounded, at least one; all of them in their order.
+
+    The points of a smaller share are among those of a larger one, so trials are kept.
+    """
+    points = list(space.points())
+    if fraction < 1:
+        random.Random(seed).shuffle(points)
+    return points[: max(1, round(fraction * len(points)))]
 
 
 @dataclass(kw_only=True)
@@ -155,18 +172,18 @@ class _Driver(Stages):
             self.prepare(task)
             return self.with_shared_backbone(open_inputs(task, self.workspace.data(task.name)))
 
-    def compare(self, inputs: Inputs, methods: Mapping[str, Method], seeds: int, trials: int) -> list[Comparison]:
+    def compare(self, inputs: Inputs, methods: Mapping[str, Method], seeds: int, fraction: float) -> list[Comparison]:
         """All methods on one task."""
         entries = [_Entry(name, inputs.with_task(method.on(inputs.task))) for name, method in methods.items()]
         with named_errors(self.workspace.log(inputs.task.name)):
             for entry in entries:
-                _guarded(entry, self._plan_trials, trials)
+                _guarded(entry, self._plan_trials, fraction)
             self._tune(inputs, [entry for entry in entries if not entry.error])
             self._test(inputs, [entry for entry in entries if not entry.error], seeds)
         self.on_progress(inputs.task.name, "done", 1.0, "")
         return [_row(entry) for entry in entries]
 
-    def _plan_trials(self, entry: _Entry, trials: int) -> None:
+    def _plan_trials(self, entry: _Entry, fraction: float) -> None:
         """What the method tries, what each costs, which connections it may change."""
         task = entry.task
         top_k = task.search.max_top_k(task.recipe)
@@ -176,8 +193,7 @@ class _Driver(Stages):
         entry.selection = self.select(entry.inputs, entry.inputs.data_folder, top_k) if top_k else None
         selected = read_selection(entry.selection) if entry.selection is not None else None
         planner = SizePlanner(task, entry.inputs.backbone, entry.inputs.index.classes, selected)
-        points = list(task.search.points())
-        for point in points if len(points) <= trials else random.Random(task.seed).sample(points, trials):
+        for point in sampled_points(task.search, fraction, task.seed):
             recipe = task.search.recipe(task.recipe, point)
             entry.recipes[recipe_key(recipe)] = (point, recipe, planner.size_bytes(recipe))
         known = entry.folder.compared.read()

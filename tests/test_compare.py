@@ -1,4 +1,5 @@
-"""Methods side by side: the same number of trials, the best on validation, one test a seed; a method that does not fit is a row, not an end."""
+"""Methods side by side: the same share of each search space, the best on validation, one test per
+seed; a method that does not fit is a row with its error, and the others go on."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ from pipeline import compare as compare_module
 from pipeline.adaptation import plan
 from pipeline.backbones import load_backbone
 from pipeline.cli import app
-from pipeline.compare import Comparison, compare_methods
+from pipeline.compare import Comparison, compare_methods, sampled_points
 from pipeline.errors import SpecError
 from pipeline.packs import read_pack
 from pipeline.reports.comparison import comparison_csv, comparison_markdown, suite_scores, write_comparison
@@ -23,7 +24,7 @@ from pipeline.spec import Backbone, Input, Method, Recipe, SearchSpace, Selectio
 from pipeline.task_files import known_methods, load_methods, tasks_to_compare
 
 METHODS = {
-    "linear": Method(recipe=Recipe(), search=SearchSpace(learning_rate=(0.003, 0.03, 0.1))),
+    "linear": Method(recipe=Recipe(), search=SearchSpace(learning_rate=(0.001, 0.003, 0.01, 0.03, 0.05, 0.1))),
     "gps": Method.model_validate({"recipe": {"connections": {"bits": 4}}, "search": {"learning_rate": [0.003, 0.03], "head_bits": [4, 8]}}),
     "random": Method.model_validate({"recipe": {"connections": {}}, "search": {"bits": [4, 8]}, "selection": {"criterion": "random"}}),
     "misfit": Method.model_validate({"recipe": {"lora": {"targets": ["query"]}}, "search": {"learning_rate": [0.003, 0.03]}}),
@@ -42,31 +43,59 @@ def compared(tiny_task: Task, tmp_path_factory: pytest.TempPathFactory) -> tuple
 @pytest.mark.usefixtures("local_ray")
 def test_methods_are_tuned_alike_tested_once_a_seed_and_resumed(compared: tuple[Path, Task], monkeypatch: pytest.MonkeyPatch) -> None:
     workdir, task = compared
-    rows = compare_methods([task], METHODS, workdir, seeds=2, trials=2)
+    rows = compare_methods([task], METHODS, workdir, seeds=2, fraction=0.5)
     assert [(row.task, row.method) for row in rows] == [("tiny", name) for name in METHODS]
     linear, gps, random, misfit, diverges = rows
     assert random.size_bytes < gps.size_bytes, "a pack of random connections stores no position"
     assert "matches no layer of VisionTransformer" in misfit.error
     assert "learning rate 1e+3" in diverges.error
+    assert (linear.trials, gps.trials, random.trials) == (3, 2, 1), "half of 6, 4 and 2 points"
     for row, method in zip((linear, gps, random), METHODS.values(), strict=False):
-        assert (row.trials, len(row.test_accuracies), row.test_samples, row.error) == (2, 2, 40, "")
+        assert (len(row.test_accuracies), row.test_samples, row.error) == (2, 40, "")
         recipe = method.on(task).search.recipe(method.on(task).recipe, row.point)
         journals = [TrialJournal(folder).read() for folder in workdir.glob("studies/*/compared")]
-        tried = [record for journal in journals for record in journal.values() if record.point.keys() == row.point.keys()]
-        assert max(record.val_metric for record in tried if record.val_metric is not None) == row.val_accuracy
+        records = [record for journal in journals for record in journal.values()]
+        tried = [record.val_metric for record in records if record.point.keys() == row.point.keys() and record.val_metric is not None]
+        assert (len(tried), max(tried)) == (row.trials, row.val_accuracy)
         packs = [read_pack(path) for path in workdir.glob("studies/*/fits/*/pack.safetensors")]
         seeds = sorted(pack.metadata.seed for pack in packs if Recipe.model_validate(pack.metadata.recipe) == recipe)
         assert seeds == [0, 1], "one pack a seed"
     sizes = {path.stat().st_size for path in workdir.glob("studies/*/fits/*/pack.safetensors")}
     assert {linear.size_bytes, gps.size_bytes} <= sizes
     monkeypatch.setattr(compare_module._Driver, "resources", lambda driver: pytest.fail("nothing is left to run"))
-    again = compare_methods([task], {name: METHODS[name] for name in ("linear", "gps")}, workdir, seeds=2, trials=2)
+    again = compare_methods([task], {name: METHODS[name] for name in ("linear", "gps")}, workdir, seeds=2, fraction=0.5)
     assert again == [linear, gps]
 
 
-def test_a_space_with_too_few_points_is_refused(compared: tuple[Path, Task]) -> None:
-    with pytest.raises(SpecError, match="random: search: its 2 points are fewer than the 3 trials"):
-        compare_methods([compared[1]], METHODS, compared[0], trials=3)
+@pytest.mark.parametrize("fraction", [0.0, -0.5, 1.5, float("nan"), float("inf")])
+def test_a_share_out_of_range_is_refused(compared: tuple[Path, Task], fraction: float) -> None:
+    with pytest.raises(SpecError, match=r"--fraction: given .*, expected .* above 0 and at most 1"):
+        compare_methods([compared[1]], METHODS, compared[0], fraction=fraction)
+
+
+SPACES = [
+    SearchSpace(learning_rate=(0.1,)),
+    SearchSpace(learning_rate=(0.1, 0.2, 0.3, 0.4)),
+    SearchSpace(learning_rate=(0.1, 0.2, 0.3, 0.4), head_bits=(1, 2, 4, 8, 16)),
+]
+
+
+@pytest.mark.parametrize(("fraction", "sizes"), [(1.0, [1, 4, 20]), (0.5, [1, 2, 10]), (0.25, [1, 1, 5]), (1e-9, [1, 1, 1])])
+def test_every_space_is_tried_by_the_same_share(fraction: float, sizes: list[int]) -> None:
+    assert [len(sampled_points(space, fraction, 0)) for space in SPACES] == sizes
+
+
+def test_a_whole_space_is_tried_in_its_order() -> None:
+    assert [sampled_points(space, 1, 3) for space in SPACES] == [list(space.points()) for space in SPACES]
+
+
+def test_points_are_sampled_by_the_seed_and_a_larger_share_has_them_too() -> None:
+    space = SPACES[2]
+    quarter, half = (sampled_points(space, fraction, 0) for fraction in (0.25, 0.5))
+    assert quarter == sampled_points(space, 0.25, 0)
+    assert half[:5] == quarter
+    assert all(half.count(point) == 1 for point in half)
+    assert sampled_points(space, 0.5, 1) != half
 
 
 def test_training_that_a_method_does_not_name_is_the_tasks(tiny_task: Task) -> None:
@@ -92,7 +121,7 @@ def test_a_selection_that_a_method_does_not_name_is_the_tasks(tiny_task: Task) -
 def test_a_method_of_the_catalogue_fits_a_vit_and_has_enough_to_try(name: str, tiny_backbone: Backbone, tiny_task: Task) -> None:
     method = load_methods([name])[name]
     assert method.description
-    assert method.search.size() >= 4, "the default number of trials"
+    assert method.search.size() >= 4
     task = method.on(tiny_task)
     backbone = load_backbone(tiny_backbone, Input(size_px=32))
     assert all(plan(backbone, task.search.recipe(task.recipe, point), 3) for point in task.search.points())

@@ -348,10 +348,8 @@ def test_sigterm_ends_a_plan_with_one_line(tmp_path: Path, started: Any) -> None
 @pytest.mark.slow
 def test_sigterm_ends_a_comparison_and_everything_it_started(tmp_path: Path, started: Any) -> None:
     task_file = write_task(tmp_path / "tasks")
-    process, out, err = started(
-        "compare", task_file, "--methods", "linear,lora_1bit", "--trials", "2", "--seeds", "1", "--workdir", tmp_path / "work"
-    )
-    assert wait_until(lambda: ": trial 1 of 4: " in out.read_text() or process.poll() is not None, 600), out.read_text()
+    process, out, err = started("compare", task_file, "--methods", "linear,lora_1bit", "--seeds", "1", "--workdir", tmp_path / "work")
+    assert wait_until(lambda: ": trial 1 of 12: " in out.read_text() or process.poll() is not None, 600), out.read_text()
     family = descendants(process.pid)
     process.send_signal(signal.SIGTERM)
     assert process.wait(120) == 143

@@ -121,7 +121,7 @@ def test_a_methods_warm_up_must_end_within_the_tasks_epochs(tmp_path: Path) -> N
     task = load_task(write_task(tmp_path, recipe={"connections": {}, "training": {"epochs": 5}}, search={}))
     method = Method(recipe=Recipe(training=Training(warmup_epochs=10)), search=SearchSpace(head_bits=(1, 2)))
     with pytest.raises(SpecError, match=r"slow: on the task bars: training\.warmup_epochs is 10 and training\.epochs is 5"):
-        compare_methods([task], {"slow": method}, tmp_path / "work", trials=1)
+        compare_methods([task], {"slow": method}, tmp_path / "work")
 
 
 @pytest.mark.parametrize("bits", [1, 4])
@@ -376,7 +376,7 @@ def test_a_part_that_finds_its_place_and_does_not_run_there_is_named(
     assert str(outcome.error).startswith(said)
     assert outcome.stage == "prepare"
     methods = {"banks": Method(recipe=Recipe(smoa=Smoa()), search=SearchSpace(width=(4, 8)))}
-    (row,) = compare_methods([task], methods, tmp_path / "compared", trials=2)
+    (row,) = compare_methods([task], methods, tmp_path / "compared")
     assert row.error.startswith(said)
 
 

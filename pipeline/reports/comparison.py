@@ -98,7 +98,10 @@ def comparison_markdown(rows: Sequence[Comparison], *, suite: Suite | None = Non
     return "\n".join(lines) + "\n"
 
 
-_COLUMNS = ("method", "test %", "seeds' sd", "bytes", "trained values", "validation %", "tuned", "tune s", "fit s")
+_COLUMNS = (
+    *("method", "test %", "seeds' sd", "bytes", "trained values", "validation %"),
+    *("tuned", "trials", "tune s", "fit s"),
+)
 
 
 def _task_table(rows: Sequence[Comparison]) -> list[str]:
@@ -111,7 +114,9 @@ def _task_table(rows: Sequence[Comparison]) -> list[str]:
         tuned = ", ".join(f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}" for key, value in row.point.items())
         name, *numbers = _shown(row)
         seconds = [f"{row.tune_seconds:.0f}", f"{row.fit_seconds:.0f}"]
-        lines.append("| " + " | ".join([f"**{name}**" if name in front else name, *numbers, tuned, *seconds]) + " |")
+        shown_name = f"**{name}**" if name in front else name
+        cells = [shown_name, *numbers, tuned, str(row.trials), *seconds]
+        lines.append("| " + " | ".join(cells) + " |")
     return lines
 
 
