@@ -33,13 +33,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from pipeline.adaptation import AdaptedModel, attach, recompute
 from pipeline.adaptation.packing import SizePlanner, describe, from_pack, probe_logits, to_pack
-from pipeline.adaptation.preset import on_backbone
 from pipeline.backbones import LoadedBackbone, load_backbone
 from pipeline.backbones.load import _load_cached as _loaded
-from pipeline.devices import computing_dtype
 from pipeline.errors import BackboneError, SpecError
+from pipeline.inputs.preset import on_backbone
 from pipeline.packs import pack_to_bytes, read_pack
-from pipeline.spec import Backbone, Budget, DrawnData, Input, Recipe, Selection, Task
+from pipeline.specs import Backbone, Budget, DrawnData, Input, Recipe, Selection, Task
+from pipeline.utils.devices import computing_dtype
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "architectures.json"

@@ -25,7 +25,7 @@ from machine import describe_machine
 from torch.utils.flop_counter import FlopCounterMode
 from variants import Setting, Variant, backbone_of, connections, make_setting, ours, smoa
 
-from pipeline.spec import Recipe
+from pipeline.specs import Recipe
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

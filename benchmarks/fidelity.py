@@ -26,7 +26,7 @@ from machine import describe_machine
 from pipeline.adaptation import SelectedIndex
 from pipeline.data import prepare
 from pipeline.selection import read_selection, select_here, write_selection
-from pipeline.spec import Backbone, CsvData, Input, ListsData, Recipe, Selection, Task
+from pipeline.specs import Backbone, CsvData, Input, ListsData, Recipe, Selection, Task
 from pipeline.training import Inputs, open_inputs
 from pipeline.training.fit import fit
 

@@ -24,8 +24,8 @@ from matplotlib.figure import Figure
 
 from pipeline.adaptation import AdaptedModel, attach
 from pipeline.data import Reader, Split, prepare
-from pipeline.spec import Adapter, Head, Recipe
-from pipeline.task_files import load_task
+from pipeline.specs import Adapter, Head, Recipe
+from pipeline.specs.task_files import load_task
 from pipeline.training import Inputs, evaluate, open_inputs, train_epochs
 
 HERE = Path(__file__).parent

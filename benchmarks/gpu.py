@@ -35,12 +35,12 @@ from machine import describe_machine
 from variants import FULL, Setting, Variant, builders, select_connections
 
 from pipeline.adaptation import SelectedIndex, rank_places
-from pipeline.adaptation.sampled import FUSED_COLUMNS
+from pipeline.adaptation.kernels.sampled import FUSED_COLUMNS
 from pipeline.backbones import LoadedBackbone, load_backbone
-from pipeline.devices import device_name, has_bf16_units, is_accelerator
 from pipeline.selection.gradient import NumberedBatch, gradient_sums
 from pipeline.selection.losses import make_loss
-from pipeline.spec import Backbone, Input, Selection
+from pipeline.specs import Backbone, Input, Selection
+from pipeline.utils.devices import device_name, has_bf16_units, is_accelerator
 
 HERE = Path(__file__).parent
 VARIANTS = (FULL, "LoRA r=8 (peft)", "connections K=1", "connections K=3", "SMoA E=8", "default recipe")
@@ -200,7 +200,7 @@ def measure_kernel(device: str, sizes: Sizes) -> dict[str, Any]:
         return {"skipped": f"Triton compiles for GPUs, not for {device}"}
     import kernel
 
-    from pipeline.adaptation.sampled import fused_kernel
+    from pipeline.adaptation.kernels.sampled import fused_kernel
 
     if fused_kernel(torch.device(device)) is None:
         return {"skipped": "Triton cannot be used here; the log says why"}

@@ -80,7 +80,7 @@ def copy_bandwidth(repeats: int) -> float:
 
 def measured_layer(name: str, arguments: argparse.Namespace, bandwidth: float) -> dict[str, Any]:
     """Seconds of each way to compute the gradient of one layer's connections, and the fused kernel's share of its bound."""
-    from pipeline.adaptation.triton_sampled import fused_sampled_product
+    from pipeline.adaptation.kernels.triton_sampled import fused_sampled_product
 
     outputs, inputs, columns = LAYERS[name]
     tokens = arguments.batch * TOKENS_PER_IMAGE

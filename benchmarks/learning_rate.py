@@ -23,11 +23,11 @@ from machine import describe_machine
 
 from pipeline.adaptation import SelectedIndex, attach
 from pipeline.data import prepare
+from pipeline.inputs.learning_rate import default_learning_rate
 from pipeline.selection import read_selection, select_here, write_selection
-from pipeline.spec import Backbone, CsvData, Input, Recipe, Task
-from pipeline.task_files import load_task
+from pipeline.specs import Backbone, CsvData, Input, Recipe, Task
+from pipeline.specs.task_files import load_task
 from pipeline.training import Inputs, evaluate, open_inputs, train_epochs
-from pipeline.training.rate import default_learning_rate
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "learning_rate.json"

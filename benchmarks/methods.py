@@ -16,10 +16,11 @@ from statistics import fmean, stdev
 from machine import describe_machine
 from rich.console import Console
 
-from pipeline.compare import Comparison, compare_methods
+from pipeline.cli.progress import BatchProgress
+from pipeline.driver.compare import compare_methods
 from pipeline.reports.comparison import write_comparison
-from pipeline.reports.progress import BatchProgress
-from pipeline.task_files import load_methods, tasks_to_compare
+from pipeline.reports.comparison_row import Comparison
+from pipeline.specs.task_files import load_methods, tasks_to_compare
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "methods"

@@ -26,8 +26,7 @@ from packs_figure import draw
 
 from pipeline.adaptation import RankedPlaces, SelectedIndex
 from pipeline.adaptation.packing import SizePlanner, describe
-from pipeline.adaptation.ranking import kept_places
-from pipeline.adaptation.resident import ResidentBackbone
+from pipeline.adaptation.selected.ranking import kept_places
 from pipeline.adaptation.sites import weight_shapes
 from pipeline.data import prepare
 from pipeline.packs import (
@@ -48,8 +47,9 @@ from pipeline.packs.coder import Encoder
 from pipeline.packs.columns import Rows, code_columns
 from pipeline.packs.description import Description
 from pipeline.selection import read_selection, select_here, write_selection
-from pipeline.spec import Recipe
-from pipeline.task_files import load_task
+from pipeline.serving.resident import ResidentBackbone
+from pipeline.specs import Recipe
+from pipeline.specs.task_files import load_task
 from pipeline.training import Inputs, open_inputs
 
 HERE = Path(__file__).parent

@@ -17,8 +17,8 @@ from machine import describe_machine
 from rich.console import Console
 
 import pipeline
-from pipeline.reports.progress import BatchProgress
-from pipeline.task_files import read_mapping
+from pipeline.cli.progress import BatchProgress
+from pipeline.specs.task_files import read_mapping
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "real_tasks.json"

@@ -37,7 +37,7 @@ import psycopg
 from machine import describe_machine
 
 from pipeline.registry.connection import import_mlflow
-from pipeline.registry.record import Champion
+from pipeline.registry.pack_record import Champion
 from pipeline.registry.store import Registry, open_registry
 
 HERE = Path(__file__).parent
@@ -288,9 +288,9 @@ def measure_commands() -> dict[str, dict[str, Any]]:
     """Whole processes, from start to exit."""
     parts = {
         "python": ["-c", "pass"],
-        "taskpack --help": ["-m", "pipeline.cli", "--help"],
+        "taskpack --help": ["-m", "pipeline.cli.app", "--help"],
         "import mlflow": ["-c", "from pipeline.registry.connection import import_mlflow; import_mlflow()"],
-        "taskpack ls": ["-m", "pipeline.cli", "ls", "--max-bytes", str(MAX_BYTES), "--min-metric", str(MIN_METRIC)],
+        "taskpack ls": ["-m", "pipeline.cli.app", "ls", "--max-bytes", str(MAX_BYTES), "--min-metric", str(MIN_METRIC)],
     }
     return {name: spread([process_seconds(command) for _ in range(PROCESSES)]) for name, command in parts.items()}
 

@@ -32,25 +32,25 @@ from machine import describe_machine, free_port
 from scale_simulation import Costs, Plan, simulate
 
 from pipeline.adaptation.packing import SizePlanner
-from pipeline.adaptation.ranking import rank_places
+from pipeline.adaptation.selected.ranking import rank_places
 from pipeline.adaptation.sites import weight_shapes
 from pipeline.backbones import load_backbone, share
-from pipeline.cluster import ray_session
+from pipeline.cluster.session import ray_session
 from pipeline.data import prepare
 from pipeline.data.index import read_index
-from pipeline.registry.record import Champion
+from pipeline.driver.monitor.batch_watch import BatchWatch
+from pipeline.driver.stages import no_progress
+from pipeline.registry.pack_record import Champion
 from pipeline.registry.store import Registry, open_registry
-from pipeline.reports.front import draw_front
+from pipeline.reports.front_figure import draw_front
 from pipeline.search.proposer import LAG, make_proposer
-from pipeline.search.record import TrialJournal, TrialRecord
-from pipeline.search.study import run_study
+from pipeline.search.run_study import run_study
+from pipeline.search.trial_record import TrialJournal, TrialRecord
 from pipeline.selection import read_selection
 from pipeline.selection.stage import write_selection
-from pipeline.spec import Backbone, Input, Task
-from pipeline.stages import no_progress
+from pipeline.specs import Backbone, Input, Task
 from pipeline.training import open_inputs
 from pipeline.training.fit import FitResult
-from pipeline.watch.batch import BatchWatch
 
 RESULTS = Path(__file__).parent / "results" / "scale.json"
 DOCUMENT = Path(__file__).parent.parent / "docs" / "scale.md"

@@ -24,8 +24,8 @@ from pipeline.adaptation import SelectedIndex, quantiser, values
 from pipeline.data import prepare
 from pipeline.search.trial import run_trial
 from pipeline.selection import read_selection, select_here, write_selection
-from pipeline.spec import Recipe
-from pipeline.task_files import load_task
+from pipeline.specs import Recipe
+from pipeline.specs.task_files import load_task
 from pipeline.training import Inputs, open_inputs
 
 HERE = Path(__file__).parent

@@ -27,14 +27,14 @@ import numpy as np
 import torch
 from machine import describe_machine
 
+from pipeline.adaptation.selected.topk import top_connections
 from pipeline.adaptation.sites import tunable_layers
-from pipeline.adaptation.topk import top_connections
 from pipeline.adaptation.working import fuse_attention, slow_fused_attention
 from pipeline.data import numbered_generator, prepare, shard_batches, two_views
 from pipeline.selection import supervised_contrastive_loss
 from pipeline.selection.gradient import gradient_sums
 from pipeline.selection.losses import make_loss
-from pipeline.task_files import load_task
+from pipeline.specs.task_files import load_task
 from pipeline.training import Inputs, open_inputs
 
 HERE = Path(__file__).parent

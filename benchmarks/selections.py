@@ -20,15 +20,15 @@ from typing import Any
 
 import torch
 from machine import describe_machine
+from selection_overlap import chance_overlap, draw_overlaps, draw_shares, overlap, share_by_block
 
 from pipeline.adaptation import SelectedIndex
 from pipeline.adaptation.packing import SizePlanner
 from pipeline.adaptation.sites import weight_shapes
 from pipeline.data import prepare
-from pipeline.reports.selections import chance_overlap, draw_overlaps, draw_shares, overlap, share_by_block
 from pipeline.selection import stage
-from pipeline.spec import Connections, Recipe, Selection
-from pipeline.task_files import load_task
+from pipeline.specs import Connections, Recipe, Selection
+from pipeline.specs.task_files import load_task
 from pipeline.training import Inputs, open_inputs
 
 HERE = Path(__file__).parent

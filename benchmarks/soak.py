@@ -32,8 +32,8 @@ from machine import describe_machine
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from pipeline.driver.monitor.state import ENDED, read_state
 from pipeline.registry.store import open_registry
-from pipeline.watch.state import ENDED, read_state
 
 RESULTS = Path(__file__).parent / "results" / "soak.json"
 SAMPLE_SECONDS = 1.0
@@ -104,7 +104,7 @@ def kill_one(driver: psutil.Process, draw: random.Random) -> str | None:
 def watch_run(tasks: Path, workdir: Path, kill_seconds: float, limit_seconds: float) -> Soak:
     """Run the batch to its end, or for `limit_seconds`, killing workers and looking at the driver's memory."""
     seen, draw = Soak(), random.Random(0)
-    command = [sys.executable, "-m", "pipeline.cli", "run", str(tasks), "--workdir", str(workdir), "--json"]
+    command = [sys.executable, "-m", "pipeline.cli.app", "run", str(tasks), "--workdir", str(workdir), "--json"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).resolve().parent.parent)}
     with (workdir / "output.json").open("w") as out, (workdir / "messages.txt").open("w") as messages:
         process = subprocess.Popen(command, stdout=out, stderr=messages, env=environment)

@@ -68,8 +68,8 @@ def main() -> None:
 
 def make_task(folder: Path, seed: int) -> Any:
     """12 recipes, all within the budget: bits, experts and learning rate."""
-    from pipeline.spec import DEFAULT_RECIPE, Connections, Input, SearchSpace, ShardsData, Task, Training
-    from pipeline.task_files import load_task
+    from pipeline.specs import DEFAULT_RECIPE, Connections, Input, SearchSpace, ShardsData, Task, Training
+    from pipeline.specs.task_files import load_task
 
     data = ShardsData(train=str(folder / "train-000000.tar"), val=str(folder / "val-000000.tar"), test=str(CIFAR10 / "test.tar"))
     return Task(
@@ -172,9 +172,9 @@ def loop(seed: int, folder: Path) -> dict[str, Any]:
 def study(seed: int, folder: Path) -> dict[str, Any]:
     """The real study on a private Ray. Workers note when a trial enters, makes its first step and leaves."""
     from pipeline.adaptation.packing import SizePlanner
-    from pipeline.cluster import places, ray_session
-    from pipeline.search import study as module
-    from pipeline.search.record import TrialJournal
+    from pipeline.cluster.session import places, ray_session
+    from pipeline.search import run_study as module
+    from pipeline.search.trial_record import TrialJournal
     from pipeline.selection import read_selection, select, select_if_sooner
 
     inputs = open_task(seed, folder)
@@ -299,7 +299,7 @@ def replay(curves: list[list[float]], sizes_bytes: list[int], first_share: float
     """What early stopping with other settings would have done to full curves: share of epochs run, trials stopped, points lost."""
     from pipeline.search import stopping
     from pipeline.search.proposer import LAG
-    from pipeline.search.record import TrialRecord
+    from pipeline.search.trial_record import TrialRecord
 
     before = stopping.FIRST_SHARE, stopping.MARGIN_ERRORS
     stopping.FIRST_SHARE, stopping.MARGIN_ERRORS = first_share, errors

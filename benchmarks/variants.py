@@ -18,14 +18,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from pipeline.adaptation import AdaptedModel, SelectedIndex, attach, rank_places
-from pipeline.adaptation.connections import TunedLayer
+from pipeline.adaptation.parts.connections import TunedLayer
 from pipeline.adaptation.sites import tunable_layers
 from pipeline.adaptation.working import fuse_attention, slow_fused_attention
 from pipeline.backbones import LoadedBackbone, load_backbone
 from pipeline.data import two_views
 from pipeline.selection import supervised_contrastive_loss
-from pipeline.spec import DEFAULT_RECIPE, Backbone, Biases, Connections, Head, Input, Recipe, Smoa
-from pipeline.task_files import catalogue_folder, load_task
+from pipeline.specs import DEFAULT_RECIPE, Backbone, Biases, Connections, Head, Input, Recipe, Smoa
+from pipeline.specs.task_files import catalogue_folder, load_task
 
 CLASSES = 10
 FULL = "full fine-tuning"

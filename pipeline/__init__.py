@@ -2,8 +2,8 @@
 
 from pipeline.api import export, fetch, find, import_pack, load, run
 from pipeline.errors import TaskpackError
-from pipeline.spec import Backbone, Budget, Recipe, SearchSpace, Task
-from pipeline.task_files import load_task, load_tasks
+from pipeline.specs import Backbone, Budget, Recipe, SearchSpace, Task
+from pipeline.specs.task_files import load_task, load_tasks
 
 __all__ = [
     "Backbone",

@@ -6,16 +6,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from pipeline.driver.registrar import PATIENCE_SECONDS
 from pipeline.errors import SpecError
-from pipeline.registrar import PATIENCE_SECONDS
-from pipeline.spec import Task
-from pipeline.task_files import load_tasks
+from pipeline.specs import Task
+from pipeline.specs.task_files import load_tasks
 
 if TYPE_CHECKING:
-    from pipeline.batch import TaskOutcome
-    from pipeline.registry.record import RegisteredPack
+    from pipeline.driver.batch import TaskOutcome
+    from pipeline.driver.stages import OnProgress
+    from pipeline.registry.pack_record import RegisteredPack
     from pipeline.serving.predictor import Predictor
-    from pipeline.stages import OnProgress
 
 WORKDIR = Path("runs")
 Format = Literal["timm", "onnx", "peft", "binary-adapter"]
@@ -53,8 +53,8 @@ def run(
     Raises:
         TaskpackError: nothing could be run at all. What befell single tasks is in their outcomes.
     """
-    from pipeline.batch import run_batch
-    from pipeline.stages import Placement, no_progress
+    from pipeline.driver.batch import run_batch
+    from pipeline.driver.stages import Placement, no_progress
 
     placement = Placement(per_trial=per_trial, ranks_per_trial=ranks_per_trial, selection_workers=selection_workers, tasks_at_once=tasks_at_once)
     given = [task for task in tasks if isinstance(task, Task)]
@@ -150,7 +150,7 @@ def export(reference: str | Path, *, to: Format, path: str | Path, backbone: str
 
         export_binary_adapter(pack, path)
         return None
-    from pipeline.exchange.checkpoint import export_checkpoint
+    from pipeline.exchange.merged_checkpoint import export_checkpoint
     from pipeline.exchange.onnx import export_onnx
     from pipeline.exchange.peft import export_peft
     from pipeline.serving.predictor import load_backbone_of
@@ -172,7 +172,7 @@ def import_pack(source: str | Path, *, path: str | Path, backbone: str | Path | 
     from pipeline.backbones.known import remember
     from pipeline.exchange.binary_adapter import BACKBONE, INPUT, import_binary_adapter, read_files
     from pipeline.packs import pack_to_bytes
-    from pipeline.storage import whole
+    from pipeline.utils.files import whole
 
     data, description = read_files(Path(source))
     spec = BACKBONE if backbone is None else BACKBONE.model_copy(update={"weights": str(backbone)})

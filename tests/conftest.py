@@ -19,12 +19,12 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from pipeline.spec import Backbone, Biases, Connections, DrawnData, Input, Norms, Recipe, Selection, Smoa, Task, Training
+from pipeline.specs import Backbone, Biases, Connections, DrawnData, Input, Norms, Recipe, Selection, Smoa, Task, Training
 
 if TYPE_CHECKING:
     from pipeline.adaptation import RankedPlaces
     from pipeline.backbones import LoadedBackbone
-    from pipeline.spec import Level
+    from pipeline.specs import Level
     from pipeline.training import Inputs
 
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
@@ -197,7 +197,7 @@ def local_ray() -> Iterator[None]:
     """A private Ray with room for three workers, whatever this machine has."""
     import ray
 
-    from pipeline.cluster import ray_session
+    from pipeline.cluster.session import ray_session
 
     temporary = os.path.join(tempfile.gettempdir(), "ray")
     ray.init(address="local", num_cpus=3, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR, _temp_dir=temporary)

@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 import yaml
 
-from pipeline import cli
+from pipeline.cli import app as cli
 from pipeline.registry.connection import initialise_sqlite
 
 COMMAND = Path(sys.executable).with_name("taskpack")

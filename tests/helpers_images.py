@@ -13,7 +13,7 @@ from PIL import Image
 
 from pipeline.data import write_shards
 from pipeline.data.sources import encode_png
-from pipeline.spec import Task
+from pipeline.specs import Task
 
 
 def pixels_of(number: int, size: tuple[int, int] = (6, 5)) -> np.ndarray:

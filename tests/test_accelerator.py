@@ -22,16 +22,17 @@ import torch.distributed as dist
 pytest.importorskip("constriction", reason="packs are coded with constriction")
 pytest.importorskip("webdataset", reason="shards are written with webdataset")
 
-from pipeline.adaptation import RankedPlaces, SelectedIndex, sampled
+from pipeline.adaptation import RankedPlaces, SelectedIndex
+from pipeline.adaptation.kernels import sampled
 from pipeline.adaptation.packing import from_pack
 from pipeline.packs import Pack, read_pack
 from pipeline.selection import select_here, stage
 from pipeline.serving.predictor import Predictor
-from pipeline.spec import Level, Recipe, Task
+from pipeline.specs import Level, Recipe, Task
 from pipeline.training import Inputs, Ranks, evaluate, loop, open_inputs
 from pipeline.training import fit as fit_module
-from pipeline.training.checkpoint import Checkpoint
 from pipeline.training.fit import CHECKPOINT_FILE, PACK_FILE, fit, steps_kept
+from pipeline.training.run_checkpoint import Checkpoint
 
 TRAINING = {"epochs": 1, "batch_size": 32, "learning_rate": 0.01}
 HOUSE: dict[str, dict[str, Any]] = {"connections": {"top_k": 2}, "biases": {}, "norms": {}, "smoa": {"experts": 2, "width": 4}}
@@ -210,7 +211,7 @@ def test_without_a_compiler_connections_take_the_plain_product(
     def fail(*arguments: Any) -> Any:
         raise RuntimeError("Failed to find C compiler.\nPlease specify via CC environment variable.")
 
-    triton_sampled = pytest.importorskip("pipeline.adaptation.triton_sampled", reason="needs Triton")
+    triton_sampled = pytest.importorskip("pipeline.adaptation.kernels.triton_sampled", reason="needs Triton")
     monkeypatch.setattr(triton_sampled, "fused_sampled_product", fail)
     monkeypatch.setattr(sampled, "fused_kernel", functools.cache(sampled.fused_kernel.__wrapped__))
     x_TC, gradient_TO = torch.arange(12.0).view(4, 3), torch.arange(20.0).view(4, 5)

@@ -13,7 +13,7 @@ from pipeline.adaptation import AdaptedModel, attach, plan
 from pipeline.adaptation.dropout import SeededDropout
 from pipeline.backbones import LoadedBackbone, load_backbone
 from pipeline.errors import BackboneError
-from pipeline.spec import Adapter, Backbone, Connections, Head, Input, Lora, Recipe, SearchSpace, Smoa, Task
+from pipeline.specs import Adapter, Backbone, Connections, Head, Input, Lora, Recipe, SearchSpace, Smoa, Task
 
 CLASSES = 3
 SWIN_V2 = Backbone(

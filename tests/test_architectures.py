@@ -17,9 +17,9 @@ import pytest
 import torch
 
 from pipeline.backbones import load_backbone
-from pipeline.devices import has_bf16_units
 from pipeline.errors import BackboneError
-from pipeline.spec import Backbone, Input
+from pipeline.specs import Backbone, Input
+from pipeline.utils.devices import has_bf16_units
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 STAGES = {"depths": [1, 1, 1, 1], "dims": [8, 16, 24, 32]}

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from pipeline.adaptation import AdaptedModel, PlannedTensor, SelectedIndex, attach, plan
-from pipeline.adaptation.smoa import ParallelToMlp
+from pipeline.adaptation.parts.smoa import ParallelToMlp
 from pipeline.adaptation.values import FlatValues
 from pipeline.backbones import LoadedBackbone, fingerprint, load_backbone
 from pipeline.errors import BackboneError
-from pipeline.spec import Backbone, Biases, Connections, Head, Input, Norms, Recipe, Smoa
+from pipeline.specs import Backbone, Biases, Connections, Head, Input, Norms, Recipe, Smoa
 
 CLASSES = 5
 FAMILIES = ("vit", "swin", "convnext", "convnext_linear")

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from pipeline.backbones import fingerprint, known, load, load_backbone, share
 from pipeline.errors import BackboneError
-from pipeline.spec import Backbone, Input
+from pipeline.specs import Backbone, Input
 
 SIZE = Input(size_px=32)
 FAMILIES = ("vit", "swin", "convnext", "convnext_linear")

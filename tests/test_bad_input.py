@@ -40,7 +40,7 @@ def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(address: str | None) -> None:
         raise AssertionError("Ray was started")
 
-    monkeypatch.setattr("pipeline.stages.ray_session", refuse)
+    monkeypatch.setattr("pipeline.driver.stages.ray_session", refuse)
 
 
 @pytest.fixture
@@ -234,9 +234,9 @@ def test_an_mlflow_server_that_does_not_answer(finished: FinishedRun, monkeypatc
 
 
 def test_a_ray_cluster_that_does_not_answer(workdir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from pipeline.cluster import ray_session
+    from pipeline.cluster.session import ray_session
 
-    monkeypatch.setattr("pipeline.stages.ray_session", ray_session)
+    monkeypatch.setattr("pipeline.driver.stages.ray_session", ray_session)
     monkeypatch.setattr("ray.init", lambda **options: pytest.fail("Ray was asked, and would try for minutes"))
     monkeypatch.setattr("ray.is_initialized", lambda: False)
     task, started = write_task(tmp_path), time.monotonic()

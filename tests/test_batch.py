@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 from helpers_cli import TASK, Answer, FinishedRun, finished_run, new_workdir, taskpack, taskpack_process, write_task
 
-from pipeline.batch import TaskOutcome, flatten, run_batch
+from pipeline.cluster.rank_group import WORKER_DIED
+from pipeline.driver.batch import TaskOutcome, flatten, run_batch
+from pipeline.driver.stages import named_errors
 from pipeline.errors import ClusterError, DataError, StorageError
-from pipeline.search.record import TrialRecord
-from pipeline.search.study import WORKER_DIED
-from pipeline.stages import named_errors
-from pipeline.storage import await_file
-from pipeline.task_files import load_task
+from pipeline.search.trial_record import TrialRecord
+from pipeline.specs.task_files import load_task
+from pipeline.utils.files import await_file
 
 
 @pytest.fixture(scope="session")
@@ -123,7 +123,7 @@ def test_an_unforeseen_error_ends_its_task_alone_and_is_kept(base: Path, tmp_pat
     def fail(*arguments: object) -> None:
         raise ZeroDivisionError("a mistake of ours\nsecond line")
 
-    monkeypatch.setattr("pipeline.stages.prepare", fail)
+    monkeypatch.setattr("pipeline.driver.stages.prepare", fail)
     workdir = new_workdir(base, tmp_path)
     outcomes = run_batch([load_task(write_task(tmp_path, name=name)) for name in ("one", "two")], workdir)
     assert [(outcome.task, outcome.stage, type(outcome.error)) for outcome in outcomes] == [(n, "prepare", ClusterError) for n in ("one", "two")]
@@ -139,7 +139,7 @@ def test_data_that_does_not_come_holds_up_no_other_task_s(base: Path, tmp_path: 
         both_read.wait(timeout=60)
         raise DataError("no answer")
 
-    monkeypatch.setattr("pipeline.stages.prepare", read)
+    monkeypatch.setattr("pipeline.driver.stages.prepare", read)
     outcomes = run_batch([load_task(write_task(tmp_path, name=name)) for name in ("one", "two")], new_workdir(base, tmp_path))
     assert [str(outcome.error) for outcome in outcomes] == ["no answer"] * 2
 
@@ -161,11 +161,11 @@ def test_a_full_disk_is_named_wherever_it_was_met(tmp_path: Path) -> None:
 
 
 def test_a_result_that_a_worker_wrote_elsewhere_is_not_waited_for_in_vain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.storage.SEEN_SECONDS", 0.1)
+    monkeypatch.setattr("pipeline.utils.files.SEEN_SECONDS", 0.1)
     with pytest.raises(StorageError, match="--workdir must be a folder that every node shares"):
         await_file(tmp_path / "pack")
     threading.Timer(0.3, (tmp_path / "pack").touch).start()
-    monkeypatch.setattr("pipeline.storage.SEEN_SECONDS", 30)
+    monkeypatch.setattr("pipeline.utils.files.SEEN_SECONDS", 30)
     await_file(tmp_path / "pack")
 
 
@@ -187,7 +187,7 @@ def test_progress_tells_each_task_s_stages_in_order(base: Path, tmp_path: Path, 
 
 
 def test_two_runs_do_not_share_a_work_folder(base: Path, tmp_path: Path) -> None:
-    from pipeline.storage import exclusive
+    from pipeline.utils.files import exclusive
 
     workdir, task = new_workdir(base, tmp_path), write_task(tmp_path)
     with exclusive(workdir):

@@ -20,8 +20,8 @@ from pipeline.errors import ExportError, PackDamaged, PackError, PackTruncated
 from pipeline.exchange import binary_adapter
 from pipeline.exchange.binary_adapter import BACKBONE, INPUT, description_of, export_binary_adapter, import_binary_adapter, read_files, recipe_of
 from pipeline.packs import Pack, Part, TensorSpec, pack_to_bytes, read_pack
-from pipeline.packs.binary_adapter import Description, Layout, read_parts, write_parts
-from pipeline.spec import Backbone, Head, Input
+from pipeline.packs.binary_adapter_file import Description, Layout, read_parts, write_parts
+from pipeline.specs import Backbone, Head, Input
 
 METHODS = ("adaptformer", "adaptformer-bihead", "lora", "lora-bihead")
 LEVEL = 0.6744898

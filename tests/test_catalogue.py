@@ -11,8 +11,8 @@ import yaml
 
 from pipeline.errors import SpecError
 from pipeline.reports.suite import suite_averages
-from pipeline.spec import Backbone, FolderData, JsonData, ListsData, Suite, Task
-from pipeline.task_files import DATA_ROOT, SUITE_FILE, catalogue_folder, load_methods, load_spec, load_suite, load_task, load_tasks
+from pipeline.specs import Backbone, FolderData, JsonData, ListsData, Suite, Task
+from pipeline.specs.task_files import DATA_ROOT, SUITE_FILE, catalogue_folder, load_methods, load_spec, load_suite, load_task, load_tasks
 
 CATALOGUE = Path(__file__).resolve().parents[1] / "tasks"
 FILES = sorted(CATALOGUE.rglob("*.y*ml"))

@@ -12,11 +12,11 @@ import torch
 from pipeline.adaptation import RankedPlaces
 from pipeline.errors import StorageError
 from pipeline.selection import select_here
-from pipeline.spec import Recipe
+from pipeline.specs import Recipe
 from pipeline.training import Inputs, loop
 from pipeline.training import fit as fit_module
-from pipeline.training.checkpoint import Checkpoint, Progress
 from pipeline.training.fit import CHECKPOINT_FILE, PACK_FILE, fit, steps_kept
+from pipeline.training.run_checkpoint import Checkpoint, Progress
 
 RECIPE = {
     "connections": {"bits": 4},

@@ -62,7 +62,7 @@ def test_the_same_run_again_redoes_nothing_and_starts_no_ray(finished: FinishedR
     def refuse(address: str | None) -> None:
         raise AssertionError("Ray was started")
 
-    monkeypatch.setattr("pipeline.stages.ray_session", refuse)
+    monkeypatch.setattr("pipeline.driver.stages.ray_session", refuse)
     files = [
         path for pattern in ("data/**/*", "selections/*", "studies/*/trials/*", "studies/*/fits/**/*") for path in finished.workdir.glob(pattern)
     ]

@@ -11,17 +11,18 @@ import pytest
 from pydantic import ValidationError
 from typer.testing import CliRunner
 
-from pipeline import compare as compare_module
 from pipeline.adaptation import plan
 from pipeline.backbones import load_backbone
-from pipeline.cli import app
-from pipeline.compare import Comparison, compare_methods, sampled_points
+from pipeline.cli.app import app
+from pipeline.driver import compare as compare_module
+from pipeline.driver.compare import compare_methods, sampled_points
 from pipeline.errors import SpecError
 from pipeline.packs import read_pack
 from pipeline.reports.comparison import comparison_csv, comparison_markdown, suite_scores, write_comparison
-from pipeline.search.record import TrialJournal
-from pipeline.spec import Backbone, Input, Method, Recipe, SearchSpace, Selection, Suite, Task, Training
-from pipeline.task_files import known_methods, load_methods, tasks_to_compare
+from pipeline.reports.comparison_row import Comparison
+from pipeline.search.trial_record import TrialJournal
+from pipeline.specs import Backbone, Input, Method, Recipe, SearchSpace, Selection, Suite, Task, Training
+from pipeline.specs.task_files import known_methods, load_methods, tasks_to_compare
 
 METHODS = {
     "linear": Method(recipe=Recipe(), search=SearchSpace(learning_rate=(0.001, 0.003, 0.01, 0.03, 0.05, 0.1))),

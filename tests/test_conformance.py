@@ -20,7 +20,7 @@ from pipeline.adaptation.packing import SizePlanner, describe, from_pack, to_pac
 from pipeline.backbones import LoadedBackbone, load_backbone
 from pipeline.errors import BackboneError
 from pipeline.packs import ledger, pack_to_bytes, read_pack
-from pipeline.spec import Backbone, Input, Recipe, Task
+from pipeline.specs import Backbone, Input, Recipe, Task
 
 FAMILIES = ("vit", "swin", "convnext", "convnext_linear")
 CLASSES = ("one", "two", "three")

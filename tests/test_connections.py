@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from pipeline.adaptation.connections import TunableLayer, TunedLayer, _ConnectedProduct
-from pipeline.adaptation.plan import PlannedTensor
+from pipeline.adaptation.parts.connections import TunableLayer, TunedLayer, _ConnectedProduct
+from pipeline.adaptation.recipe_plan import PlannedTensor
 from pipeline.adaptation.values import TrainedValues
-from pipeline.spec import Bits
+from pipeline.specs import Bits
 
 LAYERS: dict[str, tuple[Callable[[], TunableLayer], tuple[int, ...]]] = {
     "linear": (lambda: nn.Linear(5, 7), (4, 5)),

@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 from PIL import Image
 from rich.console import Console
 
+from pipeline.cli.progress import BatchProgress
 from pipeline.data import DataIndex, prepare, read_shard, split_samples, untrained_classes
 from pipeline.data.listed import json_source, lists_source
 from pipeline.errors import DataError
-from pipeline.reports.progress import BatchProgress
-from pipeline.spec import JsonData, ListsData, Task
+from pipeline.specs import JsonData, ListsData, Task
 
 Labelled = list[tuple[str, int]]
 

@@ -22,7 +22,7 @@ from pipeline.data import DataIndex, Reader, decode_image, evaluation_batches, p
 from pipeline.data.drawn import drawn_source
 from pipeline.data.sources import encode_png
 from pipeline.errors import DataError, StorageError
-from pipeline.spec import DrawnData, Task
+from pipeline.specs import DrawnData, Task
 
 SHARED = Path(__file__).parents[1] / ".." / "shared" / "data"
 PREPARE = importlib.import_module("pipeline.data.prepare")  # the package gives the function this name

@@ -15,7 +15,7 @@ from pipeline.data import DataIndex, Reader, augment, decode_image, read_shard, 
 from pipeline.data.reader import CACHE, ShardCache
 from pipeline.data.sources import encode_png
 from pipeline.errors import DataError
-from pipeline.spec import Augmentation
+from pipeline.specs import Augmentation
 
 SIZE_PX = 8
 SHARD_BYTES = 10 * 3 * SIZE_PX * SIZE_PX

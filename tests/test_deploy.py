@@ -25,9 +25,9 @@ import typer
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr, ValidationError, create_model
 
-from pipeline.cli import app
-from pipeline.jobs import describe
-from pipeline.task_files import load_tasks
+from pipeline.cli.app import app
+from pipeline.driver.jobs import describe
+from pipeline.specs.task_files import load_tasks
 
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
 DEPLOY = PROJECT_ROOT / "deploy"

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline import devices
-from pipeline.devices import check_gpus_usable, choose_device, computing_dtype, exact_float32, has_bf16_units, is_accelerator, reserved_gpu
+from pipeline.cluster.rank_group import TrialResources
 from pipeline.errors import ClusterError, SpecError
-from pipeline.group import TrialResources
+from pipeline.utils import devices
+from pipeline.utils.devices import check_gpus_usable, choose_device, computing_dtype, exact_float32, has_bf16_units, is_accelerator, reserved_gpu
 
 DRIVER = "NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.104.05  Sat Aug 19 01:15:15 UTC 2023\n"
 

@@ -17,12 +17,12 @@ from pipeline.adaptation import AdaptedModel, attach
 from pipeline.adaptation.packing import describe, to_pack
 from pipeline.backbones import LoadedBackbone, load_backbone
 from pipeline.errors import ExportError, StorageError
-from pipeline.exchange import checkpoint
-from pipeline.exchange.checkpoint import export_checkpoint
+from pipeline.exchange import merged_checkpoint
+from pipeline.exchange.merged_checkpoint import export_checkpoint
 from pipeline.exchange.onnx import export_onnx
 from pipeline.exchange.peft import export_peft
 from pipeline.packs import Pack
-from pipeline.spec import Backbone, Input, Recipe, Task
+from pipeline.specs import Backbone, Input, Recipe, Task
 
 CLASSES = ("one", "two", "three")
 Select = Callable[..., dict[str, torch.Tensor]]
@@ -118,7 +118,7 @@ def test_what_no_weight_can_hold_is_refused_in_words(part: str, why: str, make: 
 
 def test_a_checkpoint_that_computes_something_else_is_not_kept(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pack, backbone, _ = make("vit", {"connections": {}})
-    monkeypatch.setattr(checkpoint, "merged_state", lambda model, original: original.state_dict())
+    monkeypatch.setattr(merged_checkpoint, "merged_state", lambda model, original: original.state_dict())
     with pytest.raises(ExportError, match="logits differ"):
         export_checkpoint(pack, backbone, tmp_path / "model")
     assert list(tmp_path.iterdir()) == []

@@ -16,8 +16,8 @@ from pipeline.backbones import load_backbone
 from pipeline.data import augment
 from pipeline.data.augment import _colour_jitter, _Numbers, turn_hue
 from pipeline.errors import BackboneError
-from pipeline.spec import Backbone, Input, Recipe, Selection, Training
-from pipeline.task_files import DATA_ROOT, load_task
+from pipeline.specs import Backbone, Input, Recipe, Selection, Training
+from pipeline.specs.task_files import DATA_ROOT, load_task
 from pipeline.training.averaging import MovingAverage
 from pipeline.training.mixing import mix
 

@@ -19,14 +19,15 @@ from helpers_cluster import parent
 
 from pipeline import api
 from pipeline.adaptation.packing import from_pack
-from pipeline.cluster import WorkersDied, ended_tasks, wait_for_room
+from pipeline.cluster.rank_group import TrialResources, in_group
+from pipeline.cluster.session import WorkersDied, ended_tasks, wait_for_room
 from pipeline.data import shards
 from pipeline.errors import ClusterError, DataError, UnexpectedError
-from pipeline.group import TrialResources, in_group
 from pipeline.packs import read_pack
-from pipeline.search.record import TrialJournal
-from pipeline.search.study import Study, run_study
-from pipeline.spec import SearchSpace, Smoa, Task
+from pipeline.search.run_study import run_study
+from pipeline.search.study import Study
+from pipeline.search.trial_record import TrialJournal
+from pipeline.specs import SearchSpace, Smoa, Task
 from pipeline.training import Inputs, Ranks, evaluate, open_inputs
 from pipeline.training.fit import PACK_FILE, read_fit
 

@@ -18,11 +18,11 @@ import pytest
 import yaml
 from helpers_cli import TASK, taskpack, write_task
 
-from pipeline import jobs
+from pipeline.driver import jobs
+from pipeline.driver.jobs import Batch, JobServer, describe
+from pipeline.driver.monitor.state import BATCH_VARIABLE, BatchState, TaskState
 from pipeline.errors import ClusterError, SpecError
-from pipeline.jobs import Batch, JobServer, describe
-from pipeline.task_files import DATA_ROOT, load_tasks, local_paths
-from pipeline.watch.state import BATCH_VARIABLE, BatchState, TaskState
+from pipeline.specs.task_files import DATA_ROOT, load_tasks, local_paths
 
 CATALOGUE = Path(__file__).resolve().parent.parent / "tasks"
 
@@ -185,7 +185,7 @@ def test_the_job_is_the_command_and_the_description(server: JobServer, client: F
     quoted = Batch(batch.files, ("--workdir", "/mnt/it's a; folder"))
     server.submit(quoted, working_dir=tmp_path, python="/opt/my venv/bin/python")
     (job,) = client.jobs
-    words = ["/opt/my venv/bin/python", "-m", "pipeline.cli", "run", "tasks", "--address", "auto", "--workdir", "/mnt/it's a; folder"]
+    words = ["/opt/my venv/bin/python", "-m", "pipeline.cli.app", "run", "tasks", "--address", "auto", "--workdir", "/mnt/it's a; folder"]
     assert shlex.split(job.entrypoint) == words
     assert job.sent == batch.files
     assert job.runtime_env["py_modules"] == [str(tmp_path / "pipeline")]

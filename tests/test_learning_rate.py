@@ -15,12 +15,12 @@ from pipeline.adaptation import attach
 from pipeline.adaptation.packing import describe
 from pipeline.backbones import load_backbone
 from pipeline.data import prepare
+from pipeline.inputs.learning_rate import default_learning_rate, with_learning_rate
 from pipeline.search.trial import run_trial
 from pipeline.selection import select_here
-from pipeline.spec import Backbone, CsvData, Input, Recipe, SearchSpace, Selection, Task, Training
-from pipeline.task_files import catalogue_folder, load_task
+from pipeline.specs import Backbone, CsvData, Input, Recipe, SearchSpace, Selection, Task, Training
+from pipeline.specs.task_files import catalogue_folder, load_task
 from pipeline.training import Inputs, open_inputs, train_epochs
-from pipeline.training.rate import default_learning_rate, with_learning_rate
 
 
 @pytest.mark.parametrize(

@@ -18,17 +18,17 @@ from helpers_cluster import Command, TestCluster, results, start, test_cluster, 
 
 from pipeline.adaptation.packing import SizePlanner
 from pipeline.data import prepare
+from pipeline.driver.workspace import Workspace
 from pipeline.search.champion import choose_champion
 from pipeline.search.proposer import make_proposer
-from pipeline.search.record import TrialJournal
 from pipeline.search.study import Study
 from pipeline.search.trial import run_trial
+from pipeline.search.trial_record import TrialJournal
 from pipeline.selection import read_selection, select_here, write_selection
-from pipeline.spec import Task
-from pipeline.task_files import load_tasks
+from pipeline.specs import Task
+from pipeline.specs.task_files import load_tasks
 from pipeline.training import open_inputs
 from pipeline.training.fit import fit
-from pipeline.workspace import Workspace
 
 pytestmark = [pytest.mark.filterwarnings("ignore::ResourceWarning"), pytest.mark.filterwarnings("ignore::DeprecationWarning")]
 

@@ -16,7 +16,7 @@ from pipeline.backbones import LoadedBackbone, load, load_backbone
 from pipeline.backbones.fingerprint import fingerprint_and_trail
 from pipeline.errors import PackBackboneMismatch, PackDamaged
 from pipeline.packs import Pack, encode_positions, ledger, pack_to_bytes, read_pack
-from pipeline.spec import Backbone, Input, Recipe, Task
+from pipeline.specs import Backbone, Input, Recipe, Task
 
 CLASSES = ("one", "two", "three")
 FAMILIES = ("vit", "swin", "convnext", "convnext_linear")

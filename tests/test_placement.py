@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import cluster, stages
-from pipeline.cluster import Node, check_holds_group
+from pipeline.cluster import session as cluster
+from pipeline.cluster.session import Node, check_holds_group
+from pipeline.driver import stages
+from pipeline.driver.stages import Placement, Stages, no_progress
+from pipeline.driver.workspace import Workspace
 from pipeline.errors import ClusterError, SpecError
-from pipeline.stages import Placement, Stages, no_progress
-from pipeline.workspace import Workspace
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from pipeline.adaptation import attach, plan
 from pipeline.adaptation.sites import norms_of, tunable_layers
 from pipeline.backbones import LoadedBackbone, load_backbone
 from pipeline.errors import BackboneError
-from pipeline.spec import Backbone, ClassToken, Full, Input, Norms, Prompts, Recipe, Smoa, Ssf
+from pipeline.specs import Backbone, ClassToken, Full, Input, Norms, Prompts, Recipe, Smoa, Ssf
 
 Values = dict[str, torch.Tensor]
 AVERAGED = {"global_pool": "avg", "depth": 3}

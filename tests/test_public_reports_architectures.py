@@ -15,16 +15,16 @@ from torch import nn
 from pipeline.adaptation import AdaptedModel, SelectedIndex, attach, plan
 from pipeline.adaptation.blocks import mlp_slots
 from pipeline.adaptation.channels import channel_dims
-from pipeline.adaptation.connections import TunedLayer
 from pipeline.adaptation.fused import in_thirds
 from pipeline.adaptation.packing import describe, to_pack
+from pipeline.adaptation.parts.connections import TunedLayer
 from pipeline.backbones import LoadedBackbone, load_backbone
 from pipeline.errors import BackboneError
-from pipeline.exchange.checkpoint import export_checkpoint
+from pipeline.exchange.merged_checkpoint import export_checkpoint
 from pipeline.exchange.onnx import _reason
 from pipeline.exchange.peft import export_peft
 from pipeline.packs import Pack
-from pipeline.spec import Backbone, Input, Recipe, Task
+from pipeline.specs import Backbone, Input, Recipe, Task
 
 CLASSES = ("one", "two", "three")
 VIT = {"img_size": 32, "embed_dim": 32, "depth": 2, "num_heads": 2}

@@ -20,12 +20,12 @@ from safetensors.torch import save_file
 
 from pipeline.adaptation import plan
 from pipeline.adaptation.packing import SizePlanner
-from pipeline.adaptation.preset import on_backbone
 from pipeline.api import run
 from pipeline.backbones import hub, load_backbone, share
 from pipeline.errors import BackboneError, SpecError
-from pipeline.spec import DEFAULT_PARTS, Backbone, Input, Method, Task, default_space
-from pipeline.task_files import load_task, validate
+from pipeline.inputs.preset import on_backbone
+from pipeline.specs import DEFAULT_PARTS, Backbone, Input, Method, Task, default_space
+from pipeline.specs.task_files import load_task, validate
 
 State = dict[str, torch.Tensor]
 Arguments = dict[str, int | float | str | bool | list[int]]

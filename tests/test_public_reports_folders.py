@@ -14,10 +14,10 @@ from helpers_images import FORMATS, as_format, pixels_of, shards_of, task_of, wr
 from pydantic import ValidationError
 from rich.console import Console
 
+from pipeline.cli.progress import BatchProgress
 from pipeline.data import prepare, read_shard, split_samples, urls
 from pipeline.data.sources import encode_png
 from pipeline.errors import DataError
-from pipeline.reports.progress import BatchProgress
 
 # --- folders --------------------------------------------------------------------------------------------------------------------------------
 

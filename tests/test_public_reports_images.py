@@ -24,7 +24,7 @@ from pipeline.data.sources import encode_png
 from pipeline.errors import DataError
 from pipeline.registry.pyfunc import PackModel
 from pipeline.serving.predictor import Predictor
-from pipeline.spec import Backbone, Input
+from pipeline.specs import Backbone, Input
 
 # --- formats --------------------------------------------------------------------------------------------------------------------------------
 

@@ -24,14 +24,14 @@ from test_registry import champion
 from pipeline.adaptation import rank_places
 from pipeline.adaptation.packing import SizePlanner
 from pipeline.adaptation.sites import weight_shapes
+from pipeline.cli.progress import BatchProgress, PlanProgress
 from pipeline.data import save_samples
+from pipeline.driver.stages import LOG
 from pipeline.errors import RegistryError
 from pipeline.registry.alias import place_alias
 from pipeline.registry.store import Registry, open_registry
-from pipeline.reports.progress import BatchProgress, PlanProgress
-from pipeline.search.record import TrialRecord
-from pipeline.spec import Connections, Recipe, Selection, Task
-from pipeline.stages import LOG
+from pipeline.search.trial_record import TrialRecord
+from pipeline.specs import Connections, Recipe, Selection, Task
 from pipeline.training import Inputs
 
 
@@ -300,7 +300,7 @@ def test_a_plan_without_selecting_gives_bounds_and_the_next_one_what_they_bound(
 
 def test_a_plan_says_what_it_does_and_how_long_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([0.0, 10.0, 14.0, 15.0, 30.0, 31.0])
-    monkeypatch.setattr("pipeline.reports.progress.time.monotonic", lambda: next(clock))
+    monkeypatch.setattr("pipeline.cli.progress.time.monotonic", lambda: next(clock))
     out = io.StringIO()
     with PlanProgress(Console(file=out)) as progress:
         progress.step("preparing the data", 0, 0)

@@ -14,22 +14,23 @@ import torch.distributed as dist
 import yaml
 from helpers_cli import TASK, new_workdir, taskpack_process, write_task
 
-from pipeline import compare as compare_module
 from pipeline import errors
-from pipeline import stages as stages_module
 from pipeline.adaptation.tensors import PlannedTensor, initial_values
-from pipeline.batch import run_batch
-from pipeline.compare import compare_methods
+from pipeline.cluster.rank_group import TrialResources
+from pipeline.driver import compare as compare_module
+from pipeline.driver import stages as stages_module
+from pipeline.driver.batch import run_batch
+from pipeline.driver.compare import compare_methods
+from pipeline.driver.plan_report import plan_task
 from pipeline.errors import BackboneError, ClusterError, OutOfMemory, SpecError, TaskpackError, TrainingError, UnexpectedError, WorkerDied
-from pipeline.group import TrialResources
-from pipeline.reports.plan import plan_task
-from pipeline.search import study as study_module
+from pipeline.search import run_study as study_module
 from pipeline.search.champion import choose_champion
 from pipeline.search.proposer import make_proposer
-from pipeline.search.record import TrialJournal, failure_warnings
-from pipeline.search.study import Study, run_study
+from pipeline.search.run_study import run_study
+from pipeline.search.study import Study
+from pipeline.search.trial_record import TrialJournal, failure_warnings
 from pipeline.selection import stage as selection_stage
-from pipeline.spec import (
+from pipeline.specs import (
     Adapter,
     Backbone,
     Biases,
@@ -49,10 +50,10 @@ from pipeline.spec import (
     Task,
     Training,
 )
-from pipeline.storage import explained
-from pipeline.task_files import DATA_ROOT, load_task, tasks_to_compare
+from pipeline.specs.task_files import DATA_ROOT, load_task, tasks_to_compare
 from pipeline.training import Inputs, open_inputs, rehearsal
 from pipeline.training.rehearsal import rehearse
+from pipeline.utils.files import explained
 
 ALONE_ON_CPU = TrialResources()
 BACKBONE = Backbone(model="vit_tiny_patch16_224", weights="random")
@@ -272,7 +273,7 @@ def test_each_kind_of_failure_is_kept_and_told_as_what_it_is(tiny_task: Task, tm
 
 
 def test_the_log_of_a_task_does_not_grow_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.storage.LOG_BYTES", 1000)
+    monkeypatch.setattr("pipeline.utils.files.LOG_BYTES", 1000)
     for number in range(100):
         explained(UnexpectedError(f"number {number}", "x" * 100), tmp_path / "log", "the task")
     assert (tmp_path / "log").stat().st_size < 1400
@@ -366,7 +367,7 @@ def test_a_part_that_finds_its_place_and_does_not_run_there_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     """Before any worker starts, by `plan` and by `run`; a comparison says it of the methods that have the part."""
-    monkeypatch.setattr("pipeline.adaptation.smoa.ParallelToMlp.forward", broken("takes 2 positional arguments but 3 were given"))
+    monkeypatch.setattr("pipeline.adaptation.parts.smoa.ParallelToMlp.forward", broken("takes 2 positional arguments but 3 were given"))
     said = "recipe.smoa: cannot run on vit_tiny_patch16_224 (TypeError: takes 2 positional arguments but 3 were given); leave it out"
     task = load_task(write_task(tmp_path, recipe={"connections": {}, "biases": {}, "training": SHORT}, search={"experts": [0, 2]}))
     with pytest.raises(BackboneError, match=re.escape(said)):

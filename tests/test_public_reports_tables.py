@@ -30,8 +30,8 @@ from pipeline.data.shards import images_in, samples_in
 from pipeline.data.sources import Source, encode_png
 from pipeline.data.urls import expand
 from pipeline.errors import DataError
-from pipeline.spec import CsvData, JsonData, ListsData, Task
-from pipeline.task_files import load_task
+from pipeline.specs import CsvData, JsonData, ListsData, Task
+from pipeline.specs.task_files import load_task
 
 MESSAGE_MAX = 300  # besides the path of the file, which is the user's own
 TEST_TABLE = "path,label\n6.png,cat\n7.png,dog\n"

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.adaptation.plan import PlannedTensor
 from pipeline.adaptation.quantiser import EPSILON, encode, quantise
+from pipeline.adaptation.recipe_plan import PlannedTensor
 from pipeline.adaptation.tensors import initial_values
 from pipeline.adaptation.values import TrainedValues
 from pipeline.packs import dequantise, levels
-from pipeline.spec import Bits
+from pipeline.specs import Bits
 
 LOW_BITS: tuple[Bits, ...] = (1, 2, 3, 4, 5, 6, 7, 8)
 SHAPES = [(7,), (3, 5), (1, 2), (4, 3, 6), (2, 1, 9)]

@@ -23,11 +23,11 @@ from pipeline.data import prepare, shards
 from pipeline.errors import ClusterError
 from pipeline.search.trial import run_trial
 from pipeline.selection import select_here
-from pipeline.spec import Recipe, Task
+from pipeline.specs import Recipe, Task
 from pipeline.training import ALONE, Inputs, Ranks, evaluate, loop, open_inputs
 from pipeline.training import fit as fit_module
-from pipeline.training.checkpoint import Checkpoint
 from pipeline.training.fit import PACK_FILE, fit
+from pipeline.training.run_checkpoint import Checkpoint
 
 RECIPE = {
     "connections": {"bits": 4},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import graphlib
 import inspect
 import re
 import shlex
@@ -21,15 +22,15 @@ from typer.testing import CliRunner
 
 import pipeline
 from pipeline import errors
-from pipeline.batch import TaskOutcome
-from pipeline.cli import app
-from pipeline.registry.record import RegisteredPack
-from pipeline.reports.tables import champions_table, ledger_table, packs_table
+from pipeline.cli.app import app
+from pipeline.cli.tables import champions_table, ledger_table, packs_table
+from pipeline.driver.batch import TaskOutcome
+from pipeline.registry.pack_record import RegisteredPack
 from pipeline.search.proposer import LAG
 from pipeline.serving.predictor import Predictor
-from pipeline.signals import Terminated, exit_code
-from pipeline.spec import DEFAULT_PARTS, Backbone, Budget, Head, Method, Recipe, SearchSpace, Spec, Task
-from pipeline.task_files import load_spec, load_task, validate
+from pipeline.specs import DEFAULT_PARTS, Backbone, Budget, Head, Method, Recipe, SearchSpace, Spec, Task
+from pipeline.specs.task_files import load_spec, load_task, validate
+from pipeline.utils.signals import Terminated, exit_code
 
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
 README = (PROJECT_ROOT / "README.md").read_text(encoding="utf-8")
@@ -196,12 +197,6 @@ def test_files_and_links_named_in_the_documents_exist() -> None:
         assert missing + [link for link in links if not (folder / link).exists()] == []
 
 
-def test_the_map_lists_every_file_once() -> None:
-    listed = re.findall(r"^\| `(pipeline/[a-z_/]+\.py)` \|", ARCHITECTURE, flags=re.MULTILINE)
-    files = {str(path.relative_to(PROJECT_ROOT)) for path in (PROJECT_ROOT / "pipeline").rglob("*.py")}
-    assert sorted(listed) == sorted(name for name in files if not name.endswith("__init__.py"))
-
-
 def imported_modules(path: Path) -> Iterator[str]:
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -212,15 +207,29 @@ def imported_modules(path: Path) -> Iterator[str]:
             yield node.module
 
 
-def test_arrows_are_those_of_the_map() -> None:
+def test_every_room_imports_what_its_docstring_says() -> None:
+    package = PROJECT_ROOT / "pipeline"
+    for room in (path for path in package.iterdir() if (path / "__init__.py").exists()):
+        modules = {module.split(".")[1] for path in room.rglob("*.py") for module in imported_modules(path) if module.startswith("pipeline.")}
+        docstring = ast.get_docstring(ast.parse((room / "__init__.py").read_text(encoding="utf-8"))) or ""
+        said = re.search(r"^Imports: (.*)[.]$", docstring, flags=re.MULTILINE | re.DOTALL)
+        assert said is not None, room
+        assert set(said[1].replace("\n", " ").split(", ")) - {"nothing"} == modules - {room.name}, room
+
+
+def test_rooms_do_not_import_each_other_in_a_circle() -> None:
     package = PROJECT_ROOT / "pipeline"
     arrows: dict[str, set[str]] = defaultdict(set)
     for path in package.rglob("*.py"):
         room = path.relative_to(package).parts[0].removesuffix(".py")
         arrows[room] |= {module.split(".")[1] for module in imported_modules(path) if module.startswith("pipeline.")} - {room}
     del arrows["__init__"]
-    drawn = {row[0].strip("`"): set(filter(None, row[1].split(", "))) for row in table_rows(ARCHITECTURE, "## Arrows")}
-    assert drawn == arrows
+    list(graphlib.TopologicalSorter(arrows).static_order())
+
+
+def test_the_map_names_every_room() -> None:
+    rooms = {path.name for path in (PROJECT_ROOT / "pipeline").iterdir() if (path / "__init__.py").exists()}
+    assert {row[0].strip("`") for row in table_rows(ARCHITECTURE, "## Rooms")} == rooms
 
 
 def test_ray_and_mlflow_are_imported_only_where_the_map_says() -> None:
@@ -228,15 +237,14 @@ def test_ray_and_mlflow_are_imported_only_where_the_map_says() -> None:
     for path in (PROJECT_ROOT / "pipeline").rglob("*.py"):
         for module in imported_modules(path):
             users[module.split(".")[0]].add(path.relative_to(PROJECT_ROOT / "pipeline").parts[0].removesuffix(".py"))
-    assert users["ray"] == {"cluster", "group", "jobs", "search", "selection", "watch"}
+    assert users["ray"] == {"cluster", "driver", "search", "selection"}
     assert users["mlflow"] == {"registry"}
 
 
 def test_the_rooms_for_any_machine_load_neither_ray_nor_mlflow() -> None:
-    rooms = ("adaptation", "packs", "training", "backbones", "data")
-    modules = [
-        f"pipeline.{room}.{path.stem}" for room in rooms for path in (PROJECT_ROOT / "pipeline" / room).glob("*.py") if path.stem != "__init__"
-    ]
+    rooms = ("adaptation", "packs", "inputs", "training", "backbones", "data")
+    paths = [path for room in rooms for path in (PROJECT_ROOT / "pipeline" / room).rglob("*.py")]
+    modules = [".".join(path.relative_to(PROJECT_ROOT).with_suffix("").parts) for path in paths if path.stem != "__init__"]
     script = f"import importlib, sys\nfor name in {modules!r}: importlib.import_module(name)\nprint(sorted({{'ray', 'mlflow'}} & sys.modules.keys()))"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=PROJECT_ROOT)
     assert done.stdout.strip() == "[]"

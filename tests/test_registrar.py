@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from pipeline import registrar as registrar_module
+from pipeline.cluster.task_threads import Together
+from pipeline.driver import registrar as registrar_module
+from pipeline.driver.registrar import Registrar
 from pipeline.errors import RegistryAway, RegistryError
-from pipeline.registrar import Registrar
-from pipeline.registry.record import Champion
-from pipeline.together import Together
+from pipeline.registry.pack_record import Champion
 
 SECONDS = 10
 

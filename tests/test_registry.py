@@ -16,7 +16,7 @@ import pytest
 from pipeline.errors import RegistryError
 from pipeline.registry import store
 from pipeline.registry.connection import initialise_sqlite
-from pipeline.registry.record import Champion
+from pipeline.registry.pack_record import Champion
 from pipeline.registry.store import EXPERIMENT, Registry, open_registry
 from pipeline.registry.trial_runs import PARENT_TAG
 

@@ -14,7 +14,7 @@ import pytest
 from pipeline.registry import trial_runs
 from pipeline.registry.card import version_card
 from pipeline.registry.connection import initialise_sqlite
-from pipeline.registry.record import Champion, UsedData
+from pipeline.registry.pack_record import Champion, UsedData
 from pipeline.registry.store import Registry, open_registry
 
 STARTED = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)

@@ -17,8 +17,8 @@ from PIL import Image
 
 from pipeline.errors import DataError, PackForeign
 from pipeline.registry.connection import import_mlflow, import_pyfunc, initialise_sqlite
+from pipeline.registry.pack_record import Champion
 from pipeline.registry.pyfunc import PackModel, _load_pyfunc
-from pipeline.registry.record import Champion
 from pipeline.registry.store import open_registry
 
 

@@ -88,7 +88,7 @@ def test_pages_go_on_behind_a_pack(batch: Answer, ask) -> None:
 def test_ls_does_not_import_mlflow(batch: Answer, server: TrackingServer, tmp_path: Path) -> None:
     """The import takes longer than the look-up."""
     listing = ["taskpack", "ls", "--json", "--workdir", str(tmp_path)]
-    script = f"import sys; sys.argv = {listing}; from pipeline.cli import app; app(standalone_mode=False); sys.exit('mlflow' in sys.modules)"
+    script = f"import sys; sys.argv = {listing}; from pipeline.cli.app import app; app(standalone_mode=False); sys.exit('mlflow' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", script], env=environment(**server.as_user("reader")), capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     assert {row["name"] for row in json.loads(done.stdout)} == set(TASKS)

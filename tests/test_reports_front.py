@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from pipeline.reports.front import draw_front
-from pipeline.search.front import pareto_front
+from pipeline.reports.front_figure import draw_front
+from pipeline.search.pareto import pareto_front
 
 KIB = 1024
 # bits, size in KiB, val_metric, state

@@ -12,11 +12,11 @@ from torch import nn
 
 from pipeline.adaptation import attach
 from pipeline.adaptation.packing import describe, to_pack
-from pipeline.adaptation.resident import ResidentBackbone
 from pipeline.backbones import load_backbone
 from pipeline.errors import PackDamaged, PackError
 from pipeline.packs import Pack, pack_to_bytes, read_pack
-from pipeline.spec import Backbone, Recipe, Task
+from pipeline.serving.resident import ResidentBackbone
+from pipeline.specs import Backbone, Recipe, Task
 
 CLASSES = ("one", "two", "three")
 Select = Callable[..., dict[str, torch.Tensor]]

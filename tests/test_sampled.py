@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.adaptation.sampled import sampled_product
+from pipeline.adaptation.kernels.sampled import sampled_product
 
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
 
@@ -43,7 +43,7 @@ def test_on_the_cpu(shape: tuple[int, int, int, int], dtype: torch.dtype) -> Non
 
 IN_INTERPRETER = """
 import json, torch
-from pipeline.adaptation import triton_sampled
+from pipeline.adaptation.kernels import triton_sampled
 from test_sampled import SHAPES, draw, slow
 triton_sampled.PROGRAMS = 8  # several shares of tokens, also where there are few
 errors = []

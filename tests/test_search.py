@@ -15,23 +15,25 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline import stages as stages_module
 from pipeline.adaptation import AdaptedModel, attach
 from pipeline.adaptation.packing import SizePlanner
 from pipeline.backbones import fingerprint, load_backbone, share
+from pipeline.cluster.rank_group import WORKER_DIED
+from pipeline.driver import stages as stages_module
+from pipeline.driver.workspace import Workspace
 from pipeline.errors import BudgetError, ClusterError, DataError, TrainingError, WorkerDied
-from pipeline.search import study as study_module
+from pipeline.search import run_study as study_module
 from pipeline.search.champion import choose_champion
-from pipeline.search.front import pareto_front
+from pipeline.search.pareto import pareto_front
 from pipeline.search.proposer import LAG, Enumerated, Sampled, make_proposer
-from pipeline.search.record import TrialJournal, TrialRecord
+from pipeline.search.run_study import run_study
 from pipeline.search.stopping import is_dominated
-from pipeline.search.study import WORKER_DIED, Study, run_study
+from pipeline.search.study import Study
 from pipeline.search.trial import recipe_key, run_trial
+from pipeline.search.trial_record import TrialJournal, TrialRecord
 from pipeline.selection import read_selection, select_here, write_selection
-from pipeline.spec import Backbone, Budget, Connections, DrawnData, Recipe, SearchSpace, Smoa, Task, Training
+from pipeline.specs import Backbone, Budget, Connections, DrawnData, Recipe, SearchSpace, Smoa, Task, Training
 from pipeline.training import Inputs, evaluate, train_epochs
-from pipeline.workspace import Workspace
 
 EPOCHS = 6
 DIVERGED = TrainingError("the loss became nan")

@@ -13,15 +13,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.adaptation import SelectedIndex, topk
+from pipeline.adaptation import SelectedIndex
+from pipeline.adaptation.selected import topk
+from pipeline.adaptation.selected.topk import top_connections
 from pipeline.adaptation.sites import weight_shapes
-from pipeline.adaptation.topk import top_connections
 from pipeline.backbones import load_backbone
 from pipeline.data import numbered_generator, shard_batches, two_views
 from pipeline.selection import select_here, selection_key, supervised_contrastive_loss
 from pipeline.selection.gradient import _collect_gradients, gradient_sums
 from pipeline.selection.losses import make_loss
-from pipeline.spec import Backbone, Input, Selection
+from pipeline.specs import Backbone, Input, Selection
 from pipeline.training import Inputs
 
 quick = settings(max_examples=100, derandomize=True, deadline=None)

@@ -12,7 +12,7 @@ import torch
 
 from pipeline.errors import DataError
 from pipeline.selection import read_selection, select, select_here, select_if_sooner, stage
-from pipeline.spec import Selection, Task
+from pipeline.specs import Selection, Task
 from pipeline.training import Inputs
 
 TOP_K = 3

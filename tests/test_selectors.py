@@ -23,17 +23,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from pipeline.adaptation import RankedPlaces, SelectedIndex, attach, plan, rank_places, recomputed
+from pipeline.adaptation import RankedPlaces, SelectedIndex, attach, plan, rank_places
 from pipeline.adaptation.packing import SizePlanner, describe, from_pack, to_pack
-from pipeline.adaptation.ranking import kept_at, kept_places
-from pipeline.adaptation.recomputed import random_importance
+from pipeline.adaptation.selected import recomputed
+from pipeline.adaptation.selected.ranking import kept_at, kept_places
+from pipeline.adaptation.selected.recomputed import random_importance
 from pipeline.adaptation.sites import tunable_layers, weight_shapes
 from pipeline.backbones import load_backbone
 from pipeline.data import numbered_generator, shard_batches, two_views
 from pipeline.errors import BackboneError, PackDamaged
 from pipeline.packs import Pack, ledger, pack_to_bytes, read_pack
 from pipeline.selection import read_selection, select_here, stage, write_selection
-from pipeline.spec import Backbone, Connections, Level, Recipe, Selection
+from pipeline.specs import Backbone, Connections, Level, Recipe, Selection
 from pipeline.training import Inputs
 
 FAMILIES = ("vit", "swin", "convnext", "convnext_linear")

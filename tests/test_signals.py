@@ -9,7 +9,7 @@ import threading
 
 import pytest
 
-from pipeline.signals import Terminated, exit_code, handlers_kept, interruptible
+from pipeline.utils.signals import Terminated, exit_code, handlers_kept, interruptible
 
 
 @pytest.mark.parametrize(("number", "kind", "code"), [(signal.SIGINT, KeyboardInterrupt, 130), (signal.SIGTERM, Terminated, 143)])
@@ -44,7 +44,7 @@ def test_another_thread_may_enter() -> None:
 
 
 def test_sigint_interrupts_where_it_was_inherited_as_ignored() -> None:
-    program = "import signal, pipeline.signals as s\nwith s.interruptible(): signal.raise_signal(signal.SIGINT)\nprint('went on')"
+    program = "import signal, pipeline.utils.signals as s\nwith s.interruptible(): signal.raise_signal(signal.SIGINT)\nprint('went on')"
     done = subprocess.run(
         [sys.executable, "-c", program],
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),

@@ -10,11 +10,11 @@ from pydantic import ValidationError
 from torch import nn
 
 from pipeline.adaptation import plan
-from pipeline.adaptation.mixture import Mixture, Routes, route
-from pipeline.adaptation.smoa import ParallelToMlp, SmoaBank, bank_shapes
+from pipeline.adaptation.parts.mixture import Mixture, Routes, route
+from pipeline.adaptation.parts.smoa import ParallelToMlp, SmoaBank, bank_shapes
 from pipeline.backbones import load_backbone
 from pipeline.errors import BackboneError
-from pipeline.spec import Backbone, Input, Recipe, SearchSpace, Smoa
+from pipeline.specs import Backbone, Input, Recipe, SearchSpace, Smoa
 
 WIDTH = 6
 BANK = ("down", "up", "router", "embeddings")

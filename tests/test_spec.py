@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from pipeline.errors import SpecError, TaskpackError
-from pipeline.spec import (
+from pipeline.specs import (
     BITS,
     DEFAULT_RECIPE,
     About,
@@ -44,7 +44,7 @@ from pipeline.spec import (
     default_space,
     parse_bytes,
 )
-from pipeline.task_files import DATA_ROOT, load_spec, load_task, load_tasks, validate
+from pipeline.specs.task_files import DATA_ROOT, load_spec, load_task, load_tasks, validate
 
 few_examples = settings(max_examples=60, derandomize=True, deadline=None)
 

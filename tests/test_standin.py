@@ -11,11 +11,11 @@ import torch
 
 from pipeline.adaptation import attach
 from pipeline.errors import OutOfMemory
+from pipeline.inputs.out_of_memory import named_out_of_memory
 from pipeline.search.trial import run_trial
 from pipeline.selection import select_here
-from pipeline.spec import Recipe
+from pipeline.specs import Recipe
 from pipeline.training import Inputs, evaluate, train_epochs
-from pipeline.training.memory import named_out_of_memory
 
 RECIPE = {
     "connections": {"top_k": 2},

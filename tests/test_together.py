@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from pipeline.together import Interrupted, Together
+from pipeline.cluster.task_threads import Interrupted, Together
 
 SECONDS = 10
 
@@ -38,7 +38,7 @@ def test_as_many_run_as_may_and_results_come_in_order() -> None:
 
 def test_more_run_once_more_may(monkeypatch: pytest.MonkeyPatch) -> None:
     """A cluster that grows: with one at a time the two would wait for each other for ever."""
-    monkeypatch.setattr("pipeline.together.LOOK_SECONDS", 0.01)
+    monkeypatch.setattr("pipeline.cluster.task_threads.LOOK_SECONDS", 0.01)
     asked: list[int] = []
     meeting = Meeting(2)
 
@@ -116,7 +116,7 @@ def test_what_work_raises_is_raised_and_ends_the_others() -> None:
 
 
 def test_an_interruption_reaches_threads_that_wait_for_the_main_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.together.LOOK_SECONDS", 0.01)
+    monkeypatch.setattr("pipeline.cluster.task_threads.LOOK_SECONDS", 0.01)
     together = Together(lambda: 1)
     ended = threading.Event()
 

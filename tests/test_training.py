@@ -20,7 +20,7 @@ from pipeline.backbones import fingerprint
 from pipeline.errors import TrainingError
 from pipeline.packs import pack_to_bytes, read_pack
 from pipeline.selection import select_here
-from pipeline.spec import Connections, Recipe, Training
+from pipeline.specs import Connections, Recipe, Training
 from pipeline.training import Inputs, Score, evaluate, train_epochs
 from pipeline.training import fit as fit_module
 from pipeline.training.fit import PACK_FILE, RESULT_FILE, FitResult, fit, read_fit
@@ -141,7 +141,7 @@ def test_float32_stands_in_for_bfloat16_where_that_is_emulated(
 
 
 def test_bfloat16_comes_close_to_float32(tiny_inputs: Inputs, selected: Selected, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.devices.has_bf16_units", lambda device: True)
+    monkeypatch.setattr("pipeline.utils.devices.has_bf16_units", lambda device: True)
     losses = {precision: run(attached(tiny_inputs, selected), tiny_inputs, epochs=2, precision=precision) for precision in ("fp32", "bf16")}
     assert losses["bf16"] != losses["fp32"]
     assert losses["bf16"] == pytest.approx(losses["fp32"], rel=0.05)

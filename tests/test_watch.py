@@ -13,20 +13,21 @@ from pathlib import Path
 import pytest
 from helpers_cli import taskpack
 
-from pipeline.redaction import without_secrets
-from pipeline.registry.record import RegisteredPack
-from pipeline.reports.status import duration, state_table, summary
+from pipeline.cli.status_table import duration, state_table, summary
+from pipeline.driver.monitor import batch_watch as batch
+from pipeline.driver.monitor import events
+from pipeline.driver.monitor.batch_watch import BatchWatch, batch_name
+from pipeline.driver.monitor.events import EventLog
+from pipeline.driver.monitor.metrics import GAUGES, STAGES, RayMetrics, ray_metrics
+from pipeline.driver.monitor.state import BATCH_VARIABLE, BatchState, TaskState, parse_state, read_state
+from pipeline.driver.monitor.tracked import TrackedTask, remaining_seconds
+from pipeline.driver.stages import no_progress
+from pipeline.registry.pack_record import RegisteredPack
 from pipeline.search.proposer import make_proposer
-from pipeline.search.record import TrialJournal
 from pipeline.search.study import Study
-from pipeline.spec import Recipe, SearchSpace, Task
-from pipeline.stages import no_progress
-from pipeline.watch import batch, events
-from pipeline.watch.batch import BatchWatch, batch_name
-from pipeline.watch.events import EventLog
-from pipeline.watch.metrics import GAUGES, STAGES, RayMetrics, ray_metrics
-from pipeline.watch.state import BATCH_VARIABLE, BatchState, TaskState, parse_state, read_state
-from pipeline.watch.tracked import TrackedTask, remaining_seconds
+from pipeline.search.trial_record import TrialJournal
+from pipeline.specs import Recipe, SearchSpace, Task
+from pipeline.utils.redaction import without_secrets
 
 VAL_SAMPLES = 100
 

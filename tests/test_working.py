@@ -11,7 +11,7 @@ from torch import nn
 from pipeline.adaptation import AdaptedModel, SelectedIndex, attach
 from pipeline.adaptation.working import WorkingCopies
 from pipeline.backbones import LoadedBackbone, fingerprint, load_backbone
-from pipeline.spec import Backbone, Biases, Connections, Input, Norms, Recipe, Smoa
+from pipeline.specs import Backbone, Biases, Connections, Input, Norms, Recipe, Smoa
 
 RECIPE = Recipe(connections=Connections(top_k=2, bits=4), biases=Biases(bits=32), norms=Norms(bits=8), smoa=Smoa(experts=2, width=4, bits=1))
 every_family = pytest.mark.parametrize("family", ["vit", "swin", "convnext", "convnext_linear"])

@@ -1,8 +1,12 @@
-"""What is trained beside the frozen backbone: every part of a recipe, planned, attached and packed."""
+"""What is trained beside the frozen backbone: every part of a recipe, planned, attached and
+packed.
+
+Imports: backbones, errors, packs, specs.
+"""
 
 from pipeline.adaptation.attach import AdaptedModel, attach
-from pipeline.adaptation.plan import PlannedTensor, plan
-from pipeline.adaptation.ranking import RankedPlaces, SelectedIndex, rank_places
-from pipeline.adaptation.recomputed import is_recomputable, recompute
+from pipeline.adaptation.recipe_plan import PlannedTensor, plan
+from pipeline.adaptation.selected.ranking import RankedPlaces, SelectedIndex, rank_places
+from pipeline.adaptation.selected.recomputed import is_recomputable, recompute
 
 __all__ = ["AdaptedModel", "PlannedTensor", "RankedPlaces", "SelectedIndex", "attach", "is_recomputable", "plan", "rank_places", "recompute"]

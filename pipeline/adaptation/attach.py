@@ -11,24 +11,24 @@ import torch.nn.functional as F
 from torch import nn
 
 from pipeline.adaptation.blocks import MlpSlot, mlp_slots
-from pipeline.adaptation.bottleneck import attach_adapter
-from pipeline.adaptation.connections import TunedLayer
 from pipeline.adaptation.drop_path import attach_drop_path
 from pipeline.adaptation.dropout import SeededDropout
-from pipeline.adaptation.full import TunedNetwork
-from pipeline.adaptation.lora import LowRankLayer, attach_lora
-from pipeline.adaptation.norms import TunedNorm
-from pipeline.adaptation.plan import norm_names, norm_parameters, plan
-from pipeline.adaptation.prompts import attach_class_token, attach_generator, attach_prompts
-from pipeline.adaptation.ranking import SelectedIndex, kept_places
+from pipeline.adaptation.parts.bottleneck import attach_adapter
+from pipeline.adaptation.parts.connections import TunedLayer
+from pipeline.adaptation.parts.full import TunedNetwork
+from pipeline.adaptation.parts.lora import LowRankLayer, attach_lora
+from pipeline.adaptation.parts.norms import TunedNorm
+from pipeline.adaptation.parts.prompts import attach_class_token, attach_generator, attach_prompts
+from pipeline.adaptation.parts.smoa import ParallelToMlp, SmoaBank
+from pipeline.adaptation.parts.ssf import attach_ssf
+from pipeline.adaptation.recipe_plan import norm_names, norm_parameters, plan
+from pipeline.adaptation.selected.ranking import SelectedIndex, kept_places
 from pipeline.adaptation.sites import tunable_layers
-from pipeline.adaptation.smoa import ParallelToMlp, SmoaBank
-from pipeline.adaptation.ssf import attach_ssf
 from pipeline.adaptation.tensors import PlannedTensor, initial_values
 from pipeline.adaptation.values import TrainedValues
 from pipeline.adaptation.working import WorkingCopies
 from pipeline.backbones import LoadedBackbone
-from pipeline.spec import Norms, Recipe, Smoa
+from pipeline.specs import Norms, Recipe, Smoa
 
 
 class LinearHead(nn.Module):

@@ -14,10 +14,10 @@ import torch
 from torch import nn
 
 from pipeline.adaptation.attach import AdaptedModel
-from pipeline.adaptation.connections import TunedLayer
-from pipeline.adaptation.full import TunedNetwork
-from pipeline.adaptation.lora import LowRankLayer
-from pipeline.adaptation.norms import TunedNorm
+from pipeline.adaptation.parts.connections import TunedLayer
+from pipeline.adaptation.parts.full import TunedNetwork
+from pipeline.adaptation.parts.lora import LowRankLayer
+from pipeline.adaptation.parts.norms import TunedNorm
 from pipeline.errors import ExportError
 
 NO_WEIGHT = {

@@ -11,14 +11,14 @@ import torch
 from pydantic import ValidationError
 
 from pipeline.adaptation.attach import AdaptedModel, attach
-from pipeline.adaptation.plan import PlannedTensor, plan
-from pipeline.adaptation.ranking import RankedPlaces, SelectedIndex, kept_at, kept_places, rank_places
-from pipeline.adaptation.recomputed import is_recomputable, recompute
+from pipeline.adaptation.recipe_plan import PlannedTensor, plan
+from pipeline.adaptation.selected.ranking import RankedPlaces, SelectedIndex, kept_at, kept_places, rank_places
+from pipeline.adaptation.selected.recomputed import is_recomputable, recompute
 from pipeline.adaptation.sites import weight_shapes
 from pipeline.backbones import LoadedBackbone
 from pipeline.errors import PackBackboneMismatch, PackDamaged
 from pipeline.packs import Pack, PackBackbone, PackInput, PackMetadata, Part, PartBits, PartName, TensorSpec, largest_size_bytes, ledger, zero_part
-from pipeline.spec import Recipe, Selection, Task, Training
+from pipeline.specs import Recipe, Selection, Task, Training
 
 _Section = TypeVar("_Section", Recipe, Selection)
 PROBE_IMAGES = 2

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from pipeline.packs.codebook import Codebook, levels, thresholds
-from pipeline.spec import Bits
+from pipeline.specs import Bits
 
 EPSILON = 1e-5
 SMALLEST_VARIANCE = 1e-20  # keeps the gradient of sd finite where all values are equal

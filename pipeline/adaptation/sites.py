@@ -5,7 +5,7 @@ from __future__ import annotations
 from timm.layers import RmsNorm
 from torch import nn
 
-from pipeline.adaptation.connections import TunableLayer
+from pipeline.adaptation.parts.connections import TunableLayer
 
 _NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._BatchNorm, RmsNorm)
 

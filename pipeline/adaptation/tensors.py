@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from pipeline.packs import Codebook, PartName
-from pipeline.spec import Bits
+from pipeline.specs import Bits
 
 Start = Literal["change", "linear", "up", "near_zero", "fan_in", "unit", "head"]
 """How a tensor starts.

@@ -9,7 +9,7 @@ import contextlib
 from pathlib import Path
 
 from pipeline.errors import StorageError
-from pipeline.storage import read_json, user_cache, write_json
+from pipeline.utils.files import read_json, user_cache, write_json
 
 
 def remember(fingerprint: str, weights: str) -> None:

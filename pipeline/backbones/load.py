@@ -29,12 +29,12 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from pipeline.backbones.checkpoint import read_checkpoint, weights_held_back
 from pipeline.backbones.fingerprint import fingerprint_and_trail
 from pipeline.backbones.hub import check_pretrained
-from pipeline.backbones.sources import resolve_source
+from pipeline.backbones.timm_sources import resolve_source
+from pipeline.backbones.weights_file import read_checkpoint, weights_held_back
 from pipeline.errors import BackboneError, StorageError
-from pipeline.spec import Backbone, Input
+from pipeline.specs import Backbone, Input
 
 RANDOM_WEIGHTS_SEED = 0
 _one_at_a_time = threading.Lock()  # building sets the global generator's seed and, for a file, replaces timm's loader

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from pipeline.spec import Augmentation
+from pipeline.specs import Augmentation
 
 CROP_ASPECT = (3 / 4, 4 / 3)
 CROP_TRIES = 10

@@ -13,7 +13,7 @@ import numpy as np
 
 from pipeline.data.index import SplitName
 from pipeline.data.sources import Source, SourceSample, encode_png
-from pipeline.spec import DrawnData
+from pipeline.specs import DrawnData
 
 COUNTS = 6
 ANGLES = 8

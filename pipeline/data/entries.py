@@ -15,7 +15,7 @@ from pipeline.data.quoting import shortened_path
 from pipeline.data.sources import SourceSample, read_file, stamp_of
 from pipeline.data.urls import fetch, is_url, sha256_hex
 from pipeline.errors import DataError
-from pipeline.redaction import without_secrets
+from pipeline.utils.redaction import without_secrets
 
 
 class Entry(NamedTuple):

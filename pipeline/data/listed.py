@@ -18,7 +18,7 @@ from pipeline.data.quoting import quoted
 from pipeline.data.sources import Source
 from pipeline.data.text import lines_of, read_text
 from pipeline.errors import DataError
-from pipeline.spec import JsonData, ListsData
+from pipeline.specs import JsonData, ListsData
 
 _EXPECTED = "the names of a split's images with their labels"
 

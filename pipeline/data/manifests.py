@@ -18,7 +18,7 @@ from pipeline.data.quoting import listing, quoted, shortened
 from pipeline.data.sources import Source, number_names
 from pipeline.data.text import lines_of, read_text
 from pipeline.errors import DataError
-from pipeline.spec import CsvData
+from pipeline.specs import CsvData
 
 _SEPARATORS = (",", ";", "\t", "|")
 _HEADER_MAX = 100_000  # below what the csv module takes for a field

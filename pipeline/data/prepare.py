@@ -30,7 +30,7 @@ from pipeline.data.sources import Source, SourceSample, digits_source, folder_so
 from pipeline.data.splits import split_samples
 from pipeline.data.urls import expand, fetch, is_url, resolve, sha256_hex, stamp
 from pipeline.errors import DataError, StorageError
-from pipeline.spec import CsvData, DigitsData, DrawnData, FolderData, JsonData, ListsData, ShardsData, Task
+from pipeline.specs import CsvData, DigitsData, DrawnData, FolderData, JsonData, ListsData, ShardsData, Task
 
 _VERSION = 1  # part of every source digest: raise it when the same source would give other shards
 _MAX_INFERRED_CLASSES = 65536

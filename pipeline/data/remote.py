@@ -16,7 +16,7 @@ from filelock import FileLock
 
 from pipeline.data.urls import fetch, sha256_hex
 from pipeline.errors import DataError
-from pipeline.storage import user_cache
+from pipeline.utils.files import user_cache
 
 FOLDER_VARIABLE = "TASKPACK_SHARDS"
 LIMIT_VARIABLE = "TASKPACK_SHARDS_GB"

@@ -24,7 +24,7 @@ from pipeline.data.names import check_names, numbered
 from pipeline.data.quoting import listing
 from pipeline.data.splits import choose_by_class, class_quotas
 from pipeline.errors import DataError
-from pipeline.spec import DigitsData, FolderData
+from pipeline.specs import DigitsData, FolderData
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from braceexpand import braceexpand
 
 from pipeline.data.quoting import shortened, shortened_path
 from pipeline.errors import DataError
-from pipeline.redaction import without_secrets
+from pipeline.utils.redaction import without_secrets
 
 PROTOCOLS = ("abfs", "abfss", "az", "file", "gcs", "gs", "hf", "http", "https", "memory", "s3", "s3a")
 _STAMP_KEYS = ("mtime", "created", "ETag", "etag", "LastModified", "last_modified", "Last-Modified", "md5Hash", "Content-MD5", "blob_id")

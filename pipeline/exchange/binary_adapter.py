@@ -17,9 +17,9 @@ from pipeline.adaptation.packing import probe_logits
 from pipeline.backbones import LoadedBackbone
 from pipeline.errors import ExportError, PackDamaged, PackError
 from pipeline.packs import Pack, PackBackbone, PackInput, PackMetadata, TensorSpec
-from pipeline.packs.binary_adapter import Description, read_parts, write_parts
-from pipeline.spec import Adapter, Backbone, Head, Input, Lora, Recipe, Training
-from pipeline.storage import whole
+from pipeline.packs.binary_adapter_file import Description, read_parts, write_parts
+from pipeline.specs import Adapter, Backbone, Head, Input, Lora, Recipe, Training
+from pipeline.utils.files import whole
 
 BACKBONE = Backbone(model="vit_base_patch16_224.orig_in21k")
 """The network that Binary Adapter's code calls vit_base_patch16_224_in21k, with the weights of ViT-B_16.npz."""

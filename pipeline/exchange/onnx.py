@@ -25,9 +25,9 @@ from pipeline.adaptation import AdaptedModel
 from pipeline.adaptation.packing import from_pack
 from pipeline.backbones import LoadedBackbone
 from pipeline.errors import ExportError
-from pipeline.exchange.checkpoint import check_logits
+from pipeline.exchange.merged_checkpoint import check_logits
 from pipeline.packs import Pack
-from pipeline.storage import whole
+from pipeline.utils.files import whole
 
 EXAMPLES = 2  # a batch of 1 would be taken for a constant
 

@@ -20,16 +20,16 @@ from safetensors.torch import save_file
 from torch import nn
 
 from pipeline.adaptation import AdaptedModel
-from pipeline.adaptation.lora import LowRankLayer
 from pipeline.adaptation.merged import changed_modules
 from pipeline.adaptation.packing import from_pack
+from pipeline.adaptation.parts.lora import LowRankLayer
 from pipeline.adaptation.sites import weight_reader
 from pipeline.backbones import LoadedBackbone
 from pipeline.errors import ExportError
-from pipeline.exchange.checkpoint import head_state, plain_network
+from pipeline.exchange.merged_checkpoint import head_state, plain_network
 from pipeline.packs import Pack
-from pipeline.spec import PARTS
-from pipeline.storage import whole
+from pipeline.specs import PARTS
+from pipeline.utils.files import whole
 
 METHODS = ("connections", "lora")
 Tensors = dict[str, torch.Tensor]

@@ -1,4 +1,7 @@
-"""The pack: one task's model as a file of a few kilobytes. numpy, pydantic and constriction only."""
+"""The pack: the model of one task as a file of a few kilobytes. Needs neither torch nor timm.
+
+Imports: errors.
+"""
 
 from pipeline.packs.bits import pack_codes, packed_size_bytes, unpack_codes
 from pipeline.packs.codebook import Codebook, dequantise, levels, thresholds

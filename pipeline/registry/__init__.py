@@ -1,1 +1,4 @@
-"""Packs in the MLflow model registry: register, look up, load."""
+"""Packs in the MLflow model registry: registered, looked up and loaded.
+
+Imports: errors, search, serving, utils.
+"""

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pipeline.registry.record import DATA_TAG, VALIDATION_TAG, RegisteredPack
+from pipeline.registry.pack_record import DATA_TAG, VALIDATION_TAG, RegisteredPack
 from pipeline.search.champion import smallest_near_best
 
 

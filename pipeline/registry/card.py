@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from pipeline.registry.record import Champion
+from pipeline.registry.pack_record import Champion
 
 
 def version_card(champion: Champion, version: int) -> str:

@@ -13,8 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from pipeline.errors import RegistryAway, RegistryError, RegistryRefused, TaskpackError
-from pipeline.redaction import without_secrets
 from pipeline.registry.connection import import_mlflow
+from pipeline.utils.redaction import without_secrets
 
 _CREDENTIALS = "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
 _STORE_AWAY = "the MLflow server runs, but its artifact store does not answer; check that store and its bucket, then give the same command again"

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.registry.connection import import_pyfunc
-from pipeline.registry.record import Champion
+from pipeline.registry.pack_record import Champion
 
 PACK_FILE = "pack.safetensors"
 _EXAMPLE_PX = 16

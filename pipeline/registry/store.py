@@ -43,7 +43,7 @@ from pipeline.registry.connection import (
 )
 from pipeline.registry.failures import registry_errors
 from pipeline.registry.model_files import PACK_FILE, write_front, write_model
-from pipeline.registry.record import BEGUN_TAG, DIGEST_TAG, MODEL_ID_TAG, TASK_TAG, Champion, RegisteredPack
+from pipeline.registry.pack_record import BEGUN_TAG, DIGEST_TAG, MODEL_ID_TAG, TASK_TAG, Champion, RegisteredPack
 from pipeline.registry.rest import plain_rest
 from pipeline.registry.trial_runs import delete_children, log_trials
 

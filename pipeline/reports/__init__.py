@@ -1,1 +1,4 @@
-"""Figures and tables drawn from what a batch left behind."""
+"""Figures and tables of a study or a comparison, drawn from plain rows.
+
+Imports: errors, search, specs.
+"""

@@ -17,13 +17,11 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
-from rich.table import Table
 
-from pipeline.compare import Comparison
+from pipeline.reports.comparison_row import Comparison
 from pipeline.reports.suite import suite_averages
-from pipeline.reports.tables import table
-from pipeline.search.front import pareto_front
-from pipeline.spec import Suite
+from pipeline.search.pareto import pareto_front
+from pipeline.specs import Suite
 
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito's, without the yellow
 _MARKS = ("o", "s", "^", "D", "v", "P", "X")
@@ -98,7 +96,7 @@ def comparison_markdown(rows: Sequence[Comparison], *, suite: Suite | None = Non
     return "\n".join(lines) + "\n"
 
 
-_COLUMNS = (
+COLUMNS = (
     *("method", "test %", "seeds' sd", "bytes", "trained values", "validation %"),
     *("tuned", "trials", "tune s", "fit s"),
 )
@@ -106,13 +104,13 @@ _COLUMNS = (
 
 def _task_table(rows: Sequence[Comparison]) -> list[str]:
     front = {row["id"] for row in _front(rows)}
-    lines = ["| " + " | ".join(_COLUMNS) + " |", "|" + "---|" * len(_COLUMNS)]
-    for row in sorted(rows, key=_by_size):
+    lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
+    for row in sorted(rows, key=by_size):
         if row.error:
-            lines.append(f"| {row.method} | {' '.join(row.error.split())} " + "|" * (len(_COLUMNS) - 1))
+            lines.append(f"| {row.method} | {' '.join(row.error.split())} " + "|" * (len(COLUMNS) - 1))
             continue
         tuned = ", ".join(f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}" for key, value in row.point.items())
-        name, *numbers = _shown(row)
+        name, *numbers = shown_cells(row)
         seconds = [f"{row.tune_seconds:.0f}", f"{row.fit_seconds:.0f}"]
         shown_name = f"**{name}**" if name in front else name
         cells = [shown_name, *numbers, tuned, str(row.trials), *seconds]
@@ -120,23 +118,16 @@ def _task_table(rows: Sequence[Comparison]) -> list[str]:
     return lines
 
 
-def _by_size(row: Comparison) -> tuple[float, str]:
+def by_size(row: Comparison) -> tuple[float, str]:
+    """The order of a table: smallest pack first, failed methods last."""
     return row.size_bytes or math.inf, row.method
 
 
-def _shown(row: Comparison) -> list[str]:
+def shown_cells(row: Comparison) -> list[str]:
     """A tested row's first columns."""
     test = f"{100 * row.test_accuracy:.1f} ± {100 * row.standard_error:.1f}"
     spread, validation = f"{100 * row.seed_deviation:.1f}", f"{100 * (row.val_accuracy or 0):.1f}"
     return [row.method, test, spread, f"{row.size_bytes:,}", f"{row.trained_values:,}", validation]
-
-
-def comparison_table(rows: Sequence[Comparison], *, title: str) -> Table:
-    """One row a method of one task, by size, for a terminal."""
-    built = table(*_COLUMNS[:6], title=title)
-    for row in sorted(rows, key=_by_size):
-        built.add_row(*([row.method, "failed", "", "", "", ""] if row.error else _shown(row)))
-    return built
 
 
 def suite_scores(rows: Sequence[Comparison], suite: Suite) -> dict[str, dict[str, float]]:

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from statistics import fmean
 
 from pipeline.errors import SpecError
-from pipeline.spec import Suite
+from pipeline.specs import Suite
 
 
 def suite_averages(suite: Suite, scores: Mapping[str, float]) -> dict[str, float]:

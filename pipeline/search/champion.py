@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol, TypeVar
 
-from pipeline.search.record import TrialRecord
-from pipeline.spec import Budget
+from pipeline.search.trial_record import TrialRecord
+from pipeline.specs import Budget
 
 
 class Candidate(Protocol):

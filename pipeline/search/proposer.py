@@ -13,9 +13,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from pipeline.search.record import TrialRecord
 from pipeline.search.trial import recipe_key
-from pipeline.spec import Recipe, SearchSpace, Task
+from pipeline.search.trial_record import TrialRecord
+from pipeline.specs import Recipe, SearchSpace, Task
 
 LAG = 4
 """Trials of one study in flight at most."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 
-from pipeline.search.record import TrialRecord
+from pipeline.search.trial_record import TrialRecord
 
 FIRST_SHARE = 1 / 3
 """No trial ends before this share of its epochs."""

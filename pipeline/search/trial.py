@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.adaptation import SelectedIndex, attach
+from pipeline.inputs.learning_rate import with_learning_rate
+from pipeline.inputs.out_of_memory import named_out_of_memory
 from pipeline.selection import read_selection
-from pipeline.spec import Recipe, Task
+from pipeline.specs import Recipe, Task
 from pipeline.training import ALONE, Inputs, Ranks, Score, evaluate, open_inputs, train_epochs
-from pipeline.training.memory import named_out_of_memory
-from pipeline.training.rate import with_learning_rate
 
 
 def recipe_key(recipe: Recipe) -> str:

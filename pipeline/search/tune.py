@@ -10,8 +10,9 @@ from ray.tune.search import Searcher
 from ray.tune.stopper import Stopper
 
 from pipeline import errors
+from pipeline.cluster.rank_group import WORKER_DIED
 from pipeline.errors import TaskpackError, TrainingError, UnexpectedError, WorkerDied
-from pipeline.search.study import WORKER_DIED, OnRecord, Study
+from pipeline.search.study import OnRecord, Study
 
 
 class StudySearcher(Searcher):

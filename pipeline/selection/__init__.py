@@ -1,4 +1,8 @@
-"""Which connections a task may change: by gradient (GPS, arXiv 2312.10136) or by activation (FPS, arXiv 2510.27359)."""
+"""Which connections a task may change: by gradient (GPS, arXiv 2312.10136) or by activation
+(FPS, arXiv 2510.27359).
+
+Imports: adaptation, backbones, data, errors, inputs, specs, utils.
+"""
 
 from pipeline.selection.contrastive import supervised_contrastive_loss
 from pipeline.selection.stage import read_selection, select, select_here, select_if_sooner, selection_key, write_selection

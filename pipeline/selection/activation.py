@@ -14,13 +14,13 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from pipeline.adaptation.connections import TunableLayer
+from pipeline.adaptation.parts.connections import TunableLayer
 from pipeline.adaptation.sites import tunable_layers
 from pipeline.backbones import LoadedBackbone
-from pipeline.devices import computing_dtype, exact_float32
 from pipeline.errors import BackboneError
 from pipeline.selection.gradient import NumberedBatch
-from pipeline.spec import Selection
+from pipeline.specs import Selection
+from pipeline.utils.devices import computing_dtype, exact_float32
 
 
 @exact_float32()

@@ -18,9 +18,9 @@ from pipeline.adaptation.sites import tunable_layers
 from pipeline.adaptation.working import fuse_attention, slow_fused_attention
 from pipeline.backbones import LoadedBackbone
 from pipeline.data import numbered_generator, two_views
-from pipeline.devices import computing_dtype, exact_float32
 from pipeline.selection.losses import Loss
-from pipeline.spec import Selection
+from pipeline.specs import Selection
+from pipeline.utils.devices import computing_dtype, exact_float32
 
 NumberedBatch = tuple[int, torch.Tensor, torch.Tensor]  # its number, images uint8 [B, 3, S, S], labels int64 [B]
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from pipeline.adaptation.tensors import PlannedTensor, initial_values
 from pipeline.selection.contrastive import supervised_contrastive_loss
-from pipeline.spec import Selection
+from pipeline.specs import Selection
 
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """From features [N, D] and labels [N] to a scalar."""

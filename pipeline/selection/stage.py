@@ -26,14 +26,14 @@ from safetensors.torch import load_file, save_file
 from pipeline.adaptation import RankedPlaces, SelectedIndex, is_recomputable, rank_places, recompute
 from pipeline.adaptation.sites import tunable_layers
 from pipeline.data import shard_batches
-from pipeline.devices import reserved_gpu
 from pipeline.errors import ClusterError, TaskpackError, named
+from pipeline.inputs.out_of_memory import named_out_of_memory
+from pipeline.inputs.task_inputs import Inputs, open_inputs
 from pipeline.selection.activation import activation_importance, activation_sums
 from pipeline.selection.gradient import gradient_sums
 from pipeline.selection.losses import make_loss
-from pipeline.spec import Task
-from pipeline.training.inputs import Inputs, open_inputs
-from pipeline.training.memory import named_out_of_memory
+from pipeline.specs import Task
+from pipeline.utils.devices import reserved_gpu
 
 PlannedBatch = tuple[int, np.ndarray]  # its number, and its samples [B, 2]
 OnBatch = Callable[[int, int], None]

@@ -1,1 +1,4 @@
-"""Packs at work: predictions from a pack, and its accuracy measured again."""
+"""Packs at work: predictions from a pack on its backbone.
+
+Imports: adaptation, backbones, data, errors, packs, specs, utils.
+"""

@@ -15,11 +15,11 @@ from pipeline.adaptation.packing import from_pack
 from pipeline.backbones import LoadedBackbone, load_backbone
 from pipeline.backbones.known import recall
 from pipeline.data import decode_image
-from pipeline.devices import choose_device, exact_float32
 from pipeline.errors import BackboneError, DataError
 from pipeline.packs import Pack, PackMetadata, read_pack
-from pipeline.spec import Backbone, Input
-from pipeline.task_files import catalogue_folder, load_spec
+from pipeline.specs import Backbone, Input
+from pipeline.specs.task_files import catalogue_folder, load_spec
+from pipeline.utils.devices import choose_device, exact_float32
 
 PREDICT_BATCH = 64
 """Images decoded and classified at a time: enough to fill a GPU, and few enough for any memory."""

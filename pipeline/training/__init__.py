@@ -1,7 +1,10 @@
-"""One training loop, its evaluation, and the final fit."""
+"""One training loop, its evaluation, and the final fit.
 
+Imports: adaptation, backbones, data, errors, inputs, packs, specs, utils.
+"""
+
+from pipeline.inputs.task_inputs import Inputs, open_inputs
 from pipeline.training.evaluate import Score, evaluate
-from pipeline.training.inputs import Inputs, open_inputs
 from pipeline.training.loop import train_epochs
 from pipeline.training.ranks import ALONE, Ranks
 

@@ -9,8 +9,8 @@ import torch
 
 from pipeline.adaptation import AdaptedModel
 from pipeline.data import Reader, Split, evaluation_batches
-from pipeline.devices import exact_float32
 from pipeline.training.ranks import ALONE, Ranks
+from pipeline.utils.devices import exact_float32
 
 EVALUATION_BATCH = 128
 

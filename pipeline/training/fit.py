@@ -16,16 +16,16 @@ from typing import Any
 from pipeline.adaptation import SelectedIndex, attach
 from pipeline.adaptation.packing import describe, from_pack, to_pack
 from pipeline.backbones import fingerprint
-from pipeline.devices import device_name
+from pipeline.inputs.learning_rate import with_learning_rate
+from pipeline.inputs.task_inputs import Inputs
 from pipeline.packs import ledger, read_pack, write_pack
-from pipeline.spec import Recipe
-from pipeline.storage import read_json, write_json
-from pipeline.training.checkpoint import Checkpoint
+from pipeline.specs import Recipe
 from pipeline.training.evaluate import evaluate
-from pipeline.training.inputs import Inputs
 from pipeline.training.loop import train_epochs
 from pipeline.training.ranks import ALONE, Ranks
-from pipeline.training.rate import with_learning_rate
+from pipeline.training.run_checkpoint import Checkpoint
+from pipeline.utils.devices import device_name
+from pipeline.utils.files import read_json, write_json
 
 PACK_FILE = "pack.safetensors"
 RESULT_FILE = "result.json"

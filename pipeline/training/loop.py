@@ -14,13 +14,13 @@ import torch.nn.functional as F
 
 from pipeline.adaptation import AdaptedModel
 from pipeline.data import Reader, Split, augment, deal_shards, numbered_generator, training_batches
-from pipeline.devices import computing_dtype, exact_float32
 from pipeline.errors import TrainingError
-from pipeline.spec import Training
+from pipeline.specs import Training
 from pipeline.training.averaging import MovingAverage
-from pipeline.training.checkpoint import Checkpoint, Progress
 from pipeline.training.mixing import mix
 from pipeline.training.ranks import ALONE, Ranks
+from pipeline.training.run_checkpoint import Checkpoint, Progress
+from pipeline.utils.devices import computing_dtype, exact_float32
 
 
 def learning_rate_factor(step: int, steps: int, warmup_steps: int) -> float:

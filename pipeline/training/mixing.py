@@ -13,7 +13,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from pipeline.spec import Training
+from pipeline.specs import Training
 
 
 def mix(

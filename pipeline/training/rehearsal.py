@@ -13,10 +13,10 @@ from pipeline.adaptation import RankedPlaces, SelectedIndex, attach
 from pipeline.adaptation.packing import describe, from_pack, probe_images, to_pack
 from pipeline.adaptation.sites import weight_shapes
 from pipeline.backbones import LoadedBackbone
-from pipeline.devices import computing_dtype
 from pipeline.errors import BackboneError
-from pipeline.spec import PARTS, Recipe, Selection, Task
-from pipeline.training.inputs import Inputs
+from pipeline.inputs.task_inputs import Inputs
+from pipeline.specs import PARTS, Recipe, Selection, Task
+from pipeline.utils.devices import computing_dtype
 
 CLASSES = ("a", "b")
 _rehearsed: set[str] = set()

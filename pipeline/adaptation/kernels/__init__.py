@@ -1,0 +1,1 @@
+"""The products of connections, as compiled code where there is a compiler."""

@@ -1,0 +1,99 @@
+"""Bottleneck adapters, one of its own in every block.
+
+    a(x) = scale * up(dropout(relu(down(x))))        no biases; down is [H, D], up [D, H]
+
+    parallel           x + mlp(norm2(x)) + a(x)      AdaptFormer (arXiv 2205.13535): x is the residual stream, not normalised
+    after_mlp          x + h + a(h)                  h = mlp(norm2(x)); Pfeiffer (arXiv 2005.00247)
+    after_attention    x + h + a(h)                  h = attn(norm1(x))
+    after_both         the last two together         Houlsby (arXiv 1902.00751)
+
+Forward hooks add the output where a branch ends, after LayerScale or ConvNeXt's gamma, so the block's own code and names stay as they are.
+Their low-bit form is Binary Adapter (arXiv 2307.16867). Shapes: D width of the backbone, H width of the bottleneck.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from pipeline.adaptation.blocks import Branch, MlpSlot
+from pipeline.adaptation.branch_ends import BranchEnd
+from pipeline.adaptation.dropout import SeededDropout
+from pipeline.adaptation.tensors import PlannedTensor
+from pipeline.errors import BackboneError
+from pipeline.specs import Adapter
+
+
+class Bottleneck(nn.Module):
+    """One adapter. `current` holds this forward pass's `down` [H, D] and `up` [D, H]."""
+
+    def __init__(self, spec: Adapter, dropout: SeededDropout, block: nn.Module, branch: Branch) -> None:
+        super().__init__()
+        self.scale, self.channels_first = spec.scale, branch.channels_first
+        self.reads_stream = spec.placement == "parallel"
+        self.dropout = [dropout]  # in a list: its mode is set in one place, for all adapters
+        self.current: dict[str, torch.Tensor] = {}
+        self._stream: torch.Tensor | None = None
+        if self.reads_stream:
+            reader = block.get_submodule(branch.stream) if branch.stream else block
+            reader.register_forward_pre_hook(self._keep_stream)
+        BranchEnd(block, branch, self._add_to_branch)
+
+    def forward(self, x: torch.Tensor, beside: torch.Tensor) -> torch.Tensor:
+        """The adapter's output for inputs [..., D] (or [B, D, H, W] where channels come first), added to `beside` of the same shape."""
+        if self.channels_first:
+            return self._add(x.movedim(1, -1), beside.movedim(1, -1)).movedim(-1, 1)
+        return self._add(x, beside)
+
+    def _add(self, x: torch.Tensor, beside: torch.Tensor) -> torch.Tensor:
+        hidden_TH = self.dropout[0](F.relu(F.linear(x.reshape(-1, x.shape[-1]), self.current["down"])))
+        up_HD = (self.scale * self.current["up"]).T
+        return torch.addmm(beside.reshape(-1, beside.shape[-1]), hidden_TH, up_HD).view(beside.shape)
+
+    def _keep_stream(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        """Pre-hook of the module that reads the residual stream."""
+        self._stream = inputs[0]
+
+    def _add_to_branch(self, output: torch.Tensor) -> torch.Tensor:
+        stream, self._stream = self._stream, None
+        return self(output if stream is None else stream.reshape(output.shape), output)
+
+
+def _branches(slot: MlpSlot, spec: Adapter) -> dict[str, Branch]:
+    """Those of a block's branches that get an adapter."""
+    wanted = {"parallel": ("mlp",), "after_mlp": ("mlp",), "after_attention": ("attention",), "after_both": ("mlp", "attention")}
+    found = {name: branch for name in wanted[spec.placement] for branch in [getattr(slot, name)] if branch is not None}
+    return {name: branch for name, branch in found.items() if spec.placement != "parallel" or branch.stream is not None}
+
+
+def plan_adapter(slots: Sequence[MlpSlot], spec: Adapter, model_name: str) -> list[PlannedTensor]:
+    """Two matrices an adapter. Raises BackboneError where no block has a branch that the placement names."""
+    branches = {(slot.block, name): slot.width for slot in slots for name in _branches(slot, spec)}
+    wanted = ("mlp", "attention") if spec.placement == "after_both" else ("attention",) if spec.placement == "after_attention" else ("mlp",)
+    missing = [name for name in wanted if name not in {branch for _, branch in branches}]
+    if missing and slots:
+        placements = ("parallel", "after_mlp", "after_attention")
+        others = [each for each in placements if any(_branches(slot, spec.model_copy(update={"placement": each})) for slot in slots)]
+        hint = f"choose {' or '.join(others)}" if others else "leave this part out"
+        raise BackboneError(
+            f"recipe.adapter.placement: given {spec.placement!r}; {model_name} has no {missing[0]} branch whose ends are known; {hint}"
+        )
+    planned = []
+    for (block, branch), width in branches.items():
+        name = f"adapter.{block}.{branch}"
+        planned.append(PlannedTensor("adapters", f"{name}.down", (spec.width, width), spec.bits, start="linear"))
+        planned.append(PlannedTensor("adapters", f"{name}.up", (width, spec.width), spec.bits, start="up"))
+    return planned
+
+
+def attach_adapter(model: nn.Module, slots: Sequence[MlpSlot], spec: Adapter, dropout: SeededDropout) -> dict[str, Bottleneck]:
+    """Hook an adapter into every branch that `plan_adapter` planned one for."""
+    return {
+        f"adapter.{slot.block}.{name}": Bottleneck(spec, dropout, model.get_submodule(slot.block), branch)
+        for slot in slots
+        for name, branch in _branches(slot, spec).items()
+    }

@@ -1,0 +1,131 @@
+"""LoRA: low-rank changes of chosen projections (arXiv 2106.09685; low-bit form: Binary Adapter, arXiv 2307.16867).
+
+    y[rows] = (W x)[rows] + scale * up(dropout(down(x)))        down is [R, I], up [rows, R]; no activation, no biases
+
+timm fuses the projections of q, k and v into one Linear `qkv` of 3 D rows: q, k and v name its thirds, where they are laid out so (fused.py). All
+low-rank changes of one layer are two matrix products: their `down`s are stacked, and each `up` is filled up with zeros to the layer's rows.
+Shapes: I inputs, O outputs, R rank, S ranks of all the layer's changes together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from pipeline.adaptation.dropout import SeededDropout
+from pipeline.adaptation.fused import in_thirds
+from pipeline.adaptation.parts.connections import TunableLayer, TunedLayer, apply_layer
+from pipeline.adaptation.sites import tunable_layers
+from pipeline.adaptation.tensors import PlannedTensor
+from pipeline.adaptation.wrapper import Wrapper
+from pipeline.backbones import LoadedBackbone
+from pipeline.errors import BackboneError
+from pipeline.specs import Lora
+
+Rows = tuple[int, int]
+"""First row, and the one after the last."""
+
+
+class LowRankLayer(Wrapper):
+    """A layer with low-rank changes. `current` holds `<target>.down` [R, I] and `<target>.up` [rows, R] of this forward pass."""
+
+    base: TunableLayer | TunedLayer
+
+    def __init__(self, base: TunableLayer | TunedLayer, outputs: int, rows: Mapping[str, Rows], spec: Lora, dropout: SeededDropout) -> None:
+        super().__init__(base)
+        self.outputs, self.rows, self.scale = outputs, dict(rows), spec.scale
+        self._merged: tuple[torch.Tensor, torch.Tensor | None] | None = None
+        self.dropout = [dropout]  # in a list: its mode is set in one place, not by the frozen network around this layer
+        self.current: dict[str, torch.Tensor] = {}
+
+    def matrices(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """`down` [S, I] and `up` [O, S] of all changes together."""
+        down_SI = torch.cat([self.current[f"{target}.down"] for target in self.rows])
+        ups = [F.pad(self.current[f"{target}.up"], (0, 0, first, self.outputs - end)) for target, (first, end) in self.rows.items()]
+        return down_SI, self.scale * torch.cat(ups, dim=1)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The effective weight, for blocks that use a layer's weight themselves (SwinV2, BEiT); without dropout."""
+        down_SI, up_OS = self.matrices()
+        return self.base.weight + (up_OS @ down_SI).view(self.base.weight.shape)
+
+    def merge(self, is_merged: bool) -> None:
+        """Take the current changes into the weight, until told otherwise: then a forward pass is the plain layer's."""
+        self._merged = (self.weight, self.base.bias) if is_merged else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        layer = self.base.base if isinstance(self.base, TunedLayer) else self.base
+        if self._merged is not None:
+            return apply_layer(layer, x, *self._merged)
+        y: torch.Tensor = self.base(x)
+        is_convolution = isinstance(layer, nn.Conv2d)
+        if is_convolution:
+            x, y = x.movedim(1, -1), y.movedim(1, -1)
+        down_SI, up_OS = self.matrices()
+        hidden_TS = self.dropout[0](F.linear(x.reshape(-1, x.shape[-1]), down_SI))
+        y = torch.addmm(y.reshape(-1, self.outputs), hidden_TS, up_OS.T).view(y.shape)
+        return y.movedim(-1, 1) if is_convolution else y
+
+
+def _possible_targets(backbone: LoadedBackbone) -> dict[str, list[tuple[str, TunableLayer, Rows]]]:
+    """For each name a target can have: the layers it matches, and which of their rows."""
+    found: dict[str, list[tuple[str, TunableLayer, Rows]]] = {}
+    for name, layer in tunable_layers(backbone.model).items():
+        if isinstance(layer, nn.Conv2d) and (layer.kernel_size != (1, 1) or layer.stride != (1, 1) or layer.groups != 1 or layer.padding != (0, 0)):
+            continue
+        leaf, outputs = name.rpartition(".")[2], layer.weight.shape[0]
+        found.setdefault(leaf, []).append((name, layer, (0, outputs)))
+        if in_thirds(backbone).get(name):
+            for index, third in enumerate("qkv"):
+                found.setdefault(third, []).append((name, layer, (index * outputs // 3, (index + 1) * outputs // 3)))
+    return found
+
+
+def _sites(backbone: LoadedBackbone, spec: Lora) -> dict[str, tuple[TunableLayer, dict[str, Rows]]]:
+    """The layers that change, in the model's order, each with the rows of its targets."""
+    model, possible = backbone.model, _possible_targets(backbone)
+    mixed = [name for name, is_in_thirds in in_thirds(backbone).items() if not is_in_thirds]
+    thirds = [target for target in spec.targets if target in ("q", "k", "v")]
+    if mixed and thirds:
+        raise BackboneError(
+            f"recipe.lora.targets: given {thirds[0]!r}; the rows of {mixed[0]!r} in {type(model).__name__} are not laid out as q, k and v in thirds; "
+            "name the whole layer, qkv"
+        )
+    unknown = [target for target in spec.targets if target not in possible]
+    if unknown:
+        known = ", ".join(sorted(possible)) or "no Linear and no 1x1 convolution"
+        raise BackboneError(f"recipe.lora.targets: given {unknown[0]!r}, which matches no layer of {type(model).__name__}; it has {known}")
+    chosen: dict[str, tuple[TunableLayer, dict[str, Rows]]] = {}
+    for target in spec.targets:
+        for name, layer, rows in possible[target]:
+            chosen.setdefault(name, (layer, {}))[1][target] = rows
+    return {name: chosen[name] for name in tunable_layers(model) if name in chosen}
+
+
+def plan_lora(backbone: LoadedBackbone, spec: Lora) -> list[PlannedTensor]:
+    """Two matrices a target and layer. Raises BackboneError for a target that matches no layer."""
+    planned = []
+    for name, (layer, targets) in _sites(backbone, spec).items():
+        for target, (first, end) in targets.items():
+            prefix = f"lora.{name}.{target}"
+            planned.append(PlannedTensor("adapters", f"{prefix}.down", (spec.rank, layer.weight.shape[1]), spec.bits, start="linear"))
+            planned.append(PlannedTensor("adapters", f"{prefix}.up", (end - first, spec.rank), spec.bits, start="up"))
+    return planned
+
+
+def attach_lora(model: nn.Module, backbone: LoadedBackbone, spec: Lora, dropout: SeededDropout) -> dict[str, LowRankLayer]:
+    """Wrap the layers named by `backbone`, the network as timm made it, in `model`, where they may be wrapped already."""
+    layers = {}
+    for name, (layer, rows) in _sites(backbone, spec).items():
+        layers[f"lora.{name}"] = LowRankLayer(_wrapped(model.get_submodule(name)), layer.weight.shape[0], rows, spec, dropout)
+        model.set_submodule(name, layers[f"lora.{name}"])
+    return layers
+
+
+def _wrapped(layer: nn.Module) -> TunableLayer | TunedLayer:
+    assert isinstance(layer, nn.Linear | nn.Conv2d | TunedLayer)
+    return layer

@@ -1,0 +1,122 @@
+"""SMoA, the sharing mixture of adapters: one router and one set of experts serve every block (Adapter-X, arXiv 2406.03051).
+
+    p = softmax(cos(R x, e) / temperature)      R: projection to a few dimensions, e: expert embeddings (X-MoE, arXiv 2204.09179)
+    y = scale * p[c] * up_c(relu(down_c(x)))    c = argmax p, chosen for each token alone; where top_k > 1, the sum over the best
+
+A token of width D is split into `heads` sub-tokens of D / heads, each routed by itself, and their outputs are joined again.
+
+The load-balance term is Switch's (arXiv 2101.03961): E * sum_e f_e P_e, f the share of tokens routed to e, P the mean probability of e; it is 1 when
+the load is even. How it is computed is in mixture.py.
+Shapes: T sub-tokens, D their width, R router width, E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from pipeline.adaptation.blocks import MlpSlot
+from pipeline.adaptation.parts.mixture import Mixture
+from pipeline.adaptation.parts.prompts import GeneratedPrompt
+from pipeline.adaptation.tensors import PlannedTensor, Start
+from pipeline.adaptation.wrapper import Wrapper
+from pipeline.errors import BackboneError
+from pipeline.specs import Smoa
+
+
+def bank_shapes(width: int, spec: Smoa) -> dict[str, tuple[int, ...]]:
+    """Shapes of a bank's tensors for sub-tokens of `width`; a single expert needs no router."""
+    shapes: dict[str, tuple[int, ...]] = {"down": (spec.experts, spec.width, width), "up": (spec.experts, width, spec.width)}
+    if spec.experts > 1:
+        shapes |= {"router": (spec.router_width, width), "embeddings": (spec.experts, spec.router_width)}
+    return shapes
+
+
+BANK_STARTS: dict[str, Start] = {"down": "linear", "up": "near_zero", "router": "fan_in", "embeddings": "unit"}
+
+
+def plan_smoa(slots: Sequence[MlpSlot], spec: Smoa) -> list[PlannedTensor]:
+    """A bank's tensors for each width among the blocks. Raises BackboneError where a width cannot be split into `heads`."""
+    planned = []
+    for width in sorted({slot.width for slot in slots}):
+        if width % spec.heads:
+            divisors = ", ".join(str(heads) for heads in range(1, 65) if width % heads == 0)
+            raise BackboneError(f"recipe.smoa.heads: given {spec.heads}, which does not divide a block's width of {width}; choose one of {divisors}")
+        shapes = bank_shapes(width // spec.heads, spec)
+        planned += [PlannedTensor("adapters", f"smoa.{width}.{name}", shape, spec.bits, start=BANK_STARTS[name]) for name, shape in shapes.items()]
+    return planned
+
+
+class SmoaBank(nn.Module):
+    """The experts and the router for blocks of one width. `current` holds the tensors of this forward pass, shared by all blocks.
+
+    `expert_load` counts the tokens each expert was given in training.
+    """
+
+    expert_load: torch.Tensor
+
+    def __init__(self, spec: Smoa) -> None:
+        super().__init__()
+        self.spec = spec
+        self.current: dict[str, torch.Tensor] = {}
+        self.balance_terms: list[torch.Tensor] = []
+        self.register_buffer("expert_load", torch.zeros(spec.experts, dtype=torch.long), persistent=False)
+
+    def forward(self, x: torch.Tensor, beside: torch.Tensor) -> torch.Tensor:
+        """The bank's output for tokens [..., heads * D], added to `beside` of the same shape."""
+        width = self.current["down"].shape[-1]
+        with torch.autocast(x.device.type, enabled=False):  # the function chooses its own types
+            y_TD, probability_E, count_E = Mixture.apply(
+                x.reshape(-1, width),
+                beside.reshape(-1, width),
+                self.current["down"],
+                self.spec.scale * self.current["up"],
+                self.current.get("router"),
+                self.current.get("embeddings"),
+                self.spec.temperature,
+                self.spec.top_k,
+            )
+        if self.training and self.spec.experts > 1:
+            self.balance_terms.append(self.spec.experts * (count_E / count_E.sum() * probability_E).sum())
+            self.expert_load += count_E
+        return y_TD.view(x.shape)
+
+    def balance_loss(self) -> torch.Tensor:
+        """Mean load-balance term of the blocks passed since `balance_terms` was cleared; zero with a single expert."""
+        return torch.stack(self.balance_terms).mean() if self.balance_terms else torch.zeros(())
+
+
+class ParallelToMlp(Wrapper):
+    """A block's MLP with the shared bank: both read the second norm's output, or the bank reads the MLP's; their outputs are summed.
+
+    Where a backbone scales its MLP branch (LayerScale, ConvNeXt's gamma), the bank's output is scaled with it.
+
+    Args:
+        generator: is told the bank's output by itself.
+    """
+
+    def __init__(self, mlp: nn.Module, bank: SmoaBank, channels_first: bool, generator: GeneratedPrompt | None = None) -> None:
+        super().__init__(mlp)
+        self.bank = [bank]  # in a list: the bank is registered once, in the model, not once a block
+        self.channels_first = channels_first
+        self.generator = [generator]
+
+    def forward(self, x: torch.Tensor, *arguments: Any, **named: Any) -> torch.Tensor:
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))  # once for both, which would each do it
+        y = self.base(x, *arguments, **named)
+        if self.bank[0].spec.placement == "after_mlp":
+            x = y
+        if self.channels_first:
+            return self._add_bank(x.movedim(1, -1), y.movedim(1, -1)).movedim(-1, 1)
+        return self._add_bank(x, y)
+
+    def _add_bank(self, x: torch.Tensor, beside: torch.Tensor) -> torch.Tensor:
+        if self.generator[0] is None:
+            return self.bank[0](x, beside)
+        output = self.bank[0](x, torch.zeros_like(beside))
+        self.generator[0].note(output)
+        return beside + output

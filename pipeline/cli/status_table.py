@@ -1,0 +1,48 @@
+"""Where the tasks of a batch stand, as a table and a sentence."""
+
+from __future__ import annotations
+
+from rich.table import Table
+
+from pipeline.cli.tables import kib, table
+from pipeline.driver.monitor.state import ENDED, HEARTBEAT_SECONDS, WAITING, BatchState
+
+SILENCE_SECONDS = 3 * HEARTBEAT_SECONDS
+
+
+def state_table(state: BatchState, *, is_running: bool) -> Table:
+    """One row a task. Validation accuracy and size are of the trial that is best by now; a time left that cannot be told is blank."""
+    built = table("task", "stage", "trials", "val acc. %", "pack", "left", numbers_from=2)
+    for task in state.tasks:
+        built.add_row(
+            task.task,
+            task.stage,
+            "" if task.trials is None else f"{task.trials_done}/{task.trials}",
+            "" if task.val_metric is None else f"{100 * task.val_metric:.1f}",
+            "" if task.size_bytes is None else kib(task.size_bytes),
+            duration(task.seconds_left) if is_running else "",
+        )
+    return built
+
+
+def summary(state: BatchState, *, is_running: bool, age_seconds: float | None = None) -> str:
+    """How many tasks are where, and what is left. `age_seconds`, given where this clock wrote the state, tells whether its driver lives."""
+    stages = state.stages
+    at_work = sum(count for stage, count in stages.items() if stage not in (WAITING, *ENDED))
+    counts = {"done": stages.get("done", 0), "failed": stages.get("failed", 0), "at work": at_work, "waiting": stages.get(WAITING, 0)}
+    said = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
+    text = f"{state.batch}: {len(state.tasks)} {'task' if len(state.tasks) == 1 else 'tasks'}, {said}"
+    if not is_running:
+        return f"{text}; the run is over" if at_work + counts["waiting"] == 0 else f"{text}; the run ended early, the same command goes on"
+    if age_seconds is not None and age_seconds > SILENCE_SECONDS:
+        return f"{text}; last heard of {duration(age_seconds)} ago: the run was killed, or its machine stopped; the same command goes on"
+    return f"{text}; about {left} left" if (left := duration(state.seconds_left)) else text
+
+
+def duration(seconds: float | None) -> str:
+    """In the largest unit that leaves at least one; blank for None."""
+    if seconds is None:
+        return ""
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,163 @@
+"""Tables for a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import datetime
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:  # a table of packs must not wait for torch
+    from pipeline.adaptation import PlannedTensor
+    from pipeline.driver.batch import TaskOutcome
+    from pipeline.driver.jobs import Attempt
+    from pipeline.registry.pack_record import RegisteredPack
+    from pipeline.reports.comparison_row import Comparison
+    from pipeline.specs import Task
+
+BAR_CELLS = 30
+
+
+def kib(size_bytes: float) -> str:
+    """Bytes as KiB with one decimal."""
+    return f"{size_bytes / 1024:.1f} KiB"
+
+
+def percent_with_error(metrics: dict[str, float]) -> str:
+    """Test accuracy in percent with its standard error."""
+    return f"{100 * metrics['test_accuracy']:.1f} ± {100 * metrics['test_accuracy_stderr']:.1f}"
+
+
+def table(*columns: str, title: str | None = None, numbers_from: int = 1) -> Table:
+    """An empty table whose columns from `numbers_from` on are right-aligned."""
+    built = Table(title=title, title_justify="left", title_style="bold", header_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for index, column in enumerate(columns):
+        is_number = index >= numbers_from
+        built.add_column(column, justify="right" if is_number else "left", overflow="fold", no_wrap=is_number)
+    return built
+
+
+def about_table(task: Task) -> Table:
+    """What a task file says of its data, and what others reached on it; without a head."""
+    built = table("", "", title=task.description or task.name, numbers_from=9)
+    built.show_header = False
+    for label, text in (("source", task.about.source), ("licence", task.about.licence), ("paper", task.about.paper)):
+        if text:
+            built.add_row(label, text)
+    for method, percent in task.about.published_percent.items():
+        built.add_row("published %", f"{percent:<5g}  {method}")
+    return built
+
+
+def champions_table(outcomes: Sequence[TaskOutcome]) -> Table:
+    """One row a registered task: what was found and what it costs."""
+    built = table("task", "test acc. %", "val acc. %", "pack", "trained", "trials", "search s", title="Champions")
+    for outcome in outcomes:
+        if outcome.registered is None:
+            continue
+        metrics = outcome.registered.metrics
+        ran = sum(trial.state != "rejected" for trial in outcome.trials)
+        built.add_row(
+            outcome.task,
+            percent_with_error(metrics),
+            f"{100 * metrics['val_accuracy']:.1f}",
+            kib(outcome.registered.size_bytes),
+            f"{metrics['trained_values']:,.0f}",
+            f"{ran}/{len(outcome.trials)}",
+            f"{metrics['search_seconds']:.0f}",
+        )
+    return built
+
+
+def attempts_table(attempts: Sequence[Attempt]) -> Table:
+    """One row an attempt of a batch on a cluster; times in this machine's zone."""
+    built = table("batch", "state", "attempt", "tasks", "started", "minutes", numbers_from=2)
+    for attempt in attempts:
+        started = datetime.fromtimestamp(attempt.started).strftime("%Y-%m-%d %H:%M") if attempt.started else "-"
+        minutes = f"{(attempt.ended - attempt.started) / 60:.1f}" if attempt.started and attempt.ended else "-"
+        built.add_row(attempt.batch, attempt.state.lower(), str(attempt.attempt), str(attempt.tasks), started, minutes)
+    return built
+
+
+def packs_table(packs: Sequence[RegisteredPack]) -> Table:
+    """One row a registered pack."""
+    built = table("pack", "alias", "test acc. %", "bytes", "trained", "registered", numbers_from=2)
+    for pack in packs:
+        built.add_row(
+            f"{pack.name}/{pack.version}",
+            ", ".join(pack.aliases),
+            percent_with_error(pack.metrics),
+            f"{pack.size_bytes:,}",
+            f"{pack.metrics['trained_values']:,.0f}",
+            f"{pack.created:%Y-%m-%d %H:%M}",
+        )
+    return built
+
+
+def ledger_table(ledger: dict[str, int], title: str = "Bytes") -> Table:
+    """Bytes by part, with bars; the sum is the file's size."""
+    built = table("part", "bytes", "share", "", title=title)
+    built.columns[-1].justify = "left"
+    total, largest = sum(ledger.values()), max(ledger.values())
+    for part, size_bytes in ledger.items():
+        if size_bytes:
+            bar = Text("█" * max(1, round(BAR_CELLS * size_bytes / largest)), style="cyan")
+            built.add_row(part, f"{size_bytes:,}", f"{size_bytes / total:.1%}", bar)
+    built.add_row("file", f"{total:,}", "", "", style="bold")
+    return built
+
+
+def plan_table(tensors: Sequence[PlannedTensor], *, by_module: bool) -> Table:
+    """What a recipe trains: one row a part, or one a tensor."""
+    if by_module:
+        built = table("part", "module", "shape", "bits", "values", numbers_from=2)
+        for tensor in tensors:
+            built.add_row(tensor.part, tensor.name, " x ".join(map(str, tensor.shape)), str(tensor.bits), f"{tensor.values:,}")
+        return built
+    built = table("part", "bits", "modules", "values", title="What the recipe trains")
+    for part, bits in dict.fromkeys((tensor.part, tensor.bits) for tensor in tensors):
+        group = [tensor for tensor in tensors if (tensor.part, tensor.bits) == (part, bits)]
+        built.add_row(part, str(bits), str(len(group)), f"{sum(tensor.values for tensor in group):,}")
+    built.add_row("all", "", str(len(tensors)), f"{sum(tensor.values for tensor in tensors):,}", style="bold")
+    return built
+
+
+def space_table(rows: Sequence[dict[str, Any]], max_bytes: int) -> Table:
+    """The search space's points and what each would cost, exactly or within bounds."""
+    names = list(rows[0]["point"]) if rows else []
+    sizes = {"size_bytes": "bytes"} if not rows or "size_bytes" in rows[0] else {"at_least_bytes": "at least", "at_most_bytes": "at most"}
+    built = table(*names, *sizes.values(), "budget", title=f"Search space, budget {max_bytes:,} bytes", numbers_from=0)
+    for row in rows:
+        bounds = [row[size] for size in sizes]
+        verdict = "over" if bounds[0] > max_bytes else "fits" if bounds[-1] <= max_bytes else "may fit"
+        cells = [*(str(row["point"][name]) for name in names), *(f"{size:,}" for size in bounds), verdict]
+        built.add_row(*cells, style="dim" if verdict == "over" else "")
+    return built
+
+
+def trials_table(rows: Sequence[dict[str, Any]], champion: str | None) -> Table:
+    """One row a trial, by size."""
+    names = list(dict.fromkeys(name for row in rows for name in row["point"]))
+    built = table(*names, "bytes", "val acc. %", "epochs", "seconds", "state", title="Trials", numbers_from=0)
+    for row in sorted(rows, key=lambda row: (row["size_bytes"], row["id"])):
+        metric = row["val_metric"] if row["val_metric"] is not None else (row["curve"][-1] if row["curve"] else None)
+        values = [str(row["point"].get(name, "")) for name in names]
+        shown = "" if metric is None else f"{100 * metric:.1f}"
+        state = "champion" if row["id"] == champion else row["state"]
+        seconds = f"{row['seconds']:.0f}" if row["epochs"] else ""
+        built.add_row(
+            *values, f"{row['size_bytes']:,}", shown, str(row["epochs"] or ""), seconds, state, style="bold" if row["id"] == champion else ""
+        )
+    return built
+
+
+def comparison_table(rows: Sequence[Comparison], *, title: str) -> Table:
+    """One row per method of one task, smallest pack first."""
+    from pipeline.reports.comparison import COLUMNS, by_size, shown_cells
+
+    built = table(*COLUMNS[:6], title=title)
+    for row in sorted(rows, key=by_size):
+        built.add_row(*([row.method, "failed", "", "", "", ""] if row.error else shown_cells(row)))
+    return built

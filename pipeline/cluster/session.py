@@ -1,0 +1,394 @@
+"""Ray, started here or joined: the only place that connects."""
+
+from __future__ import annotations
+
+import _thread
+import contextlib
+import importlib
+import logging
+import math
+import os
+import secrets
+import socket
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pipeline.cluster.task_threads import Interrupted
+from pipeline.errors import ClusterError
+from pipeline.utils.signals import handlers_kept
+
+_SETTINGS = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS": "0",
+    "RAY_DEDUP_LOGS": "1",
+    # A worker group may have to wait for other tasks' trials to end, or for a node to start.
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "3600",
+    # Tune would warn of every trial that waits for another task's.
+    "TUNE_WARN_INSUFFICENT_RESOURCE_THRESHOLD_S": "1000000000",
+}
+_ANSWER_SECONDS = 10
+_NODE_SECONDS = 1200  # a GPU machine that pulls a large image takes its time
+_LOOK_SECONDS = 0.5
+_SOCKET_PATH_BYTES = 103 if sys.platform == "darwin" else 107
+_HEAD_LOOK_SECONDS = 2
+_HEAD_SECONDS = 50
+"""How long a cluster's head may be silent. After 60 seconds Ray ends the process, whatever it is at."""
+
+Result = TypeVar("Result")
+
+
+@contextlib.contextmanager
+def ray_session(address: str | None = None) -> Iterator[None]:
+    """A running Ray: a private one on this machine (`address` None), or the cluster at `address` (`auto`: the one this machine belongs to).
+
+    A Ray that is already initialised in this process is used as it is and left running.
+
+    Raises:
+        ClusterError: no cluster answers at `address`, or its head has died since. The latter interrupts the main thread, which must be this one.
+    """
+    for key, value in _SETTINGS.items():
+        os.environ.setdefault(key, value)
+    if address is None and "ray" not in sys.modules:
+        # A private cluster listens on every interface; a token of its own keeps strangers out. Ray reads it at import.
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    import ray
+
+    _import_libraries()
+    if ray.is_initialized():
+        yield
+        return
+    _keep_output_clean()
+    _keep_signals()
+    try:
+        with handlers_kept():
+            _connect(address)
+        with contextlib.nullcontext() if address is None else _watched_head():
+            yield
+    finally:
+        ray.shutdown()
+
+
+@contextlib.contextmanager
+def _watched_head() -> Iterator[None]:
+    """Interrupt what runs meanwhile where the head of the cluster has died, and raise ClusterError in its place."""
+    import ray
+
+    address = ray.get_runtime_context().gcs_address
+    ended, lost = threading.Event(), threading.Event()
+
+    def watch() -> None:
+        answered = time.monotonic()
+        while not ended.wait(_HEAD_LOOK_SECONDS):
+            if _refusal(address) is None:
+                answered = time.monotonic()
+            elif time.monotonic() - answered > _HEAD_SECONDS and not ended.is_set():
+                lost.set()
+                return _thread.interrupt_main()
+
+    threading.Thread(target=watch, daemon=True).start()
+    try:
+        yield
+    except KeyboardInterrupt:
+        if not lost.is_set():
+            raise
+        raise ClusterError(
+            f"the head of the Ray cluster at {address} has not answered for {_HEAD_SECONDS} seconds; when the cluster is up again, "
+            f"run the same command: whatever was finished is kept"
+        ) from None
+    finally:
+        ended.set()
+
+
+def _keep_output_clean() -> None:
+    """Ray prints to standard output what befalls nodes, with pages of their logs: among results, where nobody asked for it.
+
+    Tune logs a page for each worker that dies, which is tried again, and another one for each trial that failed, which the study reports.
+    """
+    import ray
+
+    ray._private.worker.print_to_stdstream = lambda data, ignore_prefix: logging.getLogger("ray").info("%s", data["lines"])
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
+
+
+def _keep_signals() -> None:
+    """Ray's handler of SIGTERM would end this process in the middle of what it does, or while Ray itself starts."""
+    import ray
+
+    ray._private.utils.set_sigterm_handler = lambda handler: None
+
+
+def _import_libraries() -> None:
+    """Ray's Train and Tune import each other: two threads that begin with one each would meet half-made modules."""
+    for name in ("ray.train.torch", "ray.tune"):
+        importlib.import_module(name)
+
+
+def _connect(address: str | None) -> None:
+    import ray
+
+    options: dict[str, object] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    if address is None:
+        ray.init(address="local", include_dashboard=False, _temp_dir=_session_folder(), **options)
+        return
+    _check_answers(os.environ.get("RAY_ADDRESS", address) if address == "auto" else address)
+    try:
+        ray.init(address=address, **options)
+    except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
+        detail = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        raise _no_cluster(address, detail) from None
+
+
+def _session_folder() -> str:
+    """Where a private Ray keeps its sessions. Raises ClusterError where the path of a socket in one would be too long."""
+    folder = os.path.join(tempfile.gettempdir(), "ray")
+    socket_path = os.path.join(folder, f"session_2026-01-01_00-00-00_000000_{os.getpid()}", "sockets", "plasma_store")
+    surplus = len(os.fsencode(socket_path)) - _SOCKET_PATH_BYTES
+    if surplus > 0:
+        raise ClusterError(f"the temporary folder {tempfile.gettempdir()} is {surplus} bytes too long for the sockets of Ray; set a shorter TMPDIR")
+    return folder
+
+
+def _check_answers(address: str) -> None:
+    """Raise ClusterError where nothing listens: Ray itself would try for minutes, with a warning every few seconds."""
+    if address == "auto":
+        return
+    if address.startswith("ray://"):
+        raise ClusterError(f"--address: given {address!r}; the Ray Client is not supported. Run this command on the cluster with --address auto")
+    host, _, port = address.rpartition(":")
+    if not host or "/" in host or not port.isdigit():
+        raise ClusterError(f"--address: given {address!r}; expected auto, or HOST:PORT of the cluster's head such as 10.0.0.1:6379")
+    if (refusal := _refusal(address)) is not None:
+        raise _no_cluster(address, refusal)
+
+
+def _refusal(address: str) -> str | None:
+    """Why nothing listens at HOST:PORT; None where something does."""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_ANSWER_SECONDS).close()
+    except (OSError, OverflowError) as error:
+        return str(error)
+    return None
+
+
+def _no_cluster(address: str, detail: str) -> ClusterError:
+    return ClusterError(f"--address: no Ray cluster answers at {address!r} ({detail}); start one with `ray start --head`, or leave --address out")
+
+
+def interruptible(action: Callable[[], Result], is_stopping: Callable[[], bool]) -> Result:
+    """Run `action` in a thread, and leave it there with Interrupted where `is_stopping` comes to hold: Ray Train's own wait cannot be ended."""
+    outcome: Future[Result] = Future()
+
+    def run() -> None:
+        try:
+            outcome.set_result(action())
+        except BaseException as error:  # whatever it is, it is the caller's
+            outcome.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    while not is_stopping():
+        with contextlib.suppress(TimeoutError):
+            return outcome.result(timeout=_LOOK_SECONDS)
+    raise Interrupted
+
+
+def session_logs() -> Path:
+    """The folder of this node's logs of Ray, whose files the cluster's dashboard hands out. Ray must run."""
+    import ray
+
+    return Path(ray.init(ignore_reinit_error=True, logging_level=logging.ERROR).address_info["session_dir"], "logs")
+
+
+def first_ended(running: Sequence[Any], is_stopping: Callable[[], bool], timeout_seconds: float = math.inf) -> Any:
+    """The first of these Ray tasks to end; None where none does in time. Raises Interrupted where `is_stopping` comes to hold before."""
+    import ray
+
+    deadline = time.monotonic() + timeout_seconds
+    while not is_stopping():
+        ended, _ = ray.wait(list(running), timeout=_LOOK_SECONDS)
+        if ended or time.monotonic() > deadline:
+            return ended[0] if ended else None
+    raise Interrupted
+
+
+class WorkersDied(Exception):
+    """A Ray task has lost its workers again and again."""
+
+
+def ended_tasks(
+    worker: Callable[..., Any],
+    arguments: Sequence[tuple[Any, ...]],
+    cpus: float,
+    gpus: float,
+    *,
+    ranks: int = 1,
+    retries: int,
+    kept: Callable[..., object] = lambda *given: None,
+    is_stopping: Callable[[], bool],
+) -> Iterator[tuple[int, Any]]:
+    """Run `worker` as a Ray task on every set of arguments; yields (index, outcome) as they end.
+
+    Args:
+        ranks: workers that it finds places for, its own among them, in its placement group: all at once, or none. Each has `cpus` and `gpus`.
+        retries: of a task whose workers or nodes died and that has kept nothing new since the death before. Several workers ask for places anew, so
+            that none is held meanwhile.
+        kept: asked with a set of arguments: what its task has kept for a next try, by any value that differs once it is more.
+
+    Raises:
+        WorkersDied: they did so more often.
+        Interrupted: `is_stopping` came to hold.
+    """
+    import ray
+
+    from pipeline.training.ranks import RanksLost
+
+    died = (ray.exceptions.WorkerCrashedError, ray.exceptions.NodeDiedError, ray.exceptions.OutOfMemoryError, RanksLost)
+    remote = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=0)(worker)
+    running: dict[Any, tuple[int, Any]] = {}
+    deaths, kept_before = [0] * len(arguments), [kept(*each) for each in arguments]
+
+    def start(index: int) -> None:
+        places = _reserve(ranks, cpus, gpus) if ranks > 1 else None
+        running[remote.options(**_first_of(places)).remote(*arguments[index])] = index, places
+
+    try:
+        for index in range(len(arguments)):
+            start(index)
+        while running:
+            ended = first_ended(list(running), is_stopping)
+            index, places = running.pop(ended)
+            _release(places)
+            try:
+                outcome = ray.get(ended)
+            except died as error:
+                kept_now = kept(*arguments[index])
+                deaths[index] = deaths[index] + 1 if kept_now == kept_before[index] else 0
+                kept_before[index] = kept_now
+                if deaths[index] > retries:
+                    raise WorkersDied from error
+                start(index)
+            else:
+                yield index, outcome
+    finally:
+        for each, (_, places) in running.items():  # where Ray is not ours, it outlives us
+            ray.cancel(each, force=True)
+            _release(places)
+
+
+def _reserve(ranks: int, cpus: float, gpus: float) -> Any:
+    """A placement group for so many workers, on as few nodes as can be; all of it is had at once, or nothing."""
+    import ray
+
+    return ray.util.placement_group(bundles(ranks, cpus, gpus), strategy="PACK")
+
+
+def bundles(ranks: int, cpus: float, gpus: float) -> list[dict[str, float]]:
+    """The places of a placement group for so many workers, as Ray wants them named."""
+    return [{"CPU": cpus, **({"GPU": gpus} if gpus else {})}] * ranks
+
+
+def _first_of(places: Any | None) -> dict[str, Any]:
+    """Options of a task that takes the first place of a placement group, where there is one."""
+    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+    return {} if places is None else {"scheduling_strategy": PlacementGroupSchedulingStrategy(places, placement_group_bundle_index=0)}
+
+
+def _release(places: Any | None) -> None:
+    import ray
+
+    if places is not None:
+        ray.util.remove_placement_group(places)
+
+
+@dataclass(frozen=True)
+class Node:
+    """What a node has, taken or not."""
+
+    cpus: float
+    gpus: float
+
+    def places(self, cpus: float, gpus: float) -> int:
+        """How many workers of so many CPUs and GPUs it holds."""
+        rooms = [int(has / asked + 1e-6) for has, asked in ((self.cpus, cpus), (self.gpus, gpus)) if asked]
+        return min(rooms, default=0)
+
+
+def is_connected() -> bool:
+    """Whether this process has a Ray."""
+    is_initialized = getattr(sys.modules.get("ray"), "is_initialized", None)  # another thread may be importing it
+    return is_initialized is not None and bool(is_initialized())
+
+
+def running_nodes() -> list[Node]:
+    """The nodes that the cluster has now."""
+    import ray
+
+    resources = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return [Node(each.get("CPU", 0), each.get("GPU", 0)) for each in resources]
+
+
+def has_gpus() -> bool:
+    """Whether the cluster has GPUs now."""
+    return any(node.gpus for node in running_nodes())
+
+
+def places(cpus: float, gpus: float) -> int:
+    """How many workers of so many CPUs and GPUs the cluster's nodes hold now."""
+    return sum(node.places(cpus, gpus) for node in running_nodes())
+
+
+def check_holds_group(workers: int, cpus: float, gpus: float) -> None:
+    """Raise ClusterError where the cluster cannot hold `workers` at once, unless it scales itself: Ray would wait for an hour."""
+    held = places(cpus, gpus)
+    if workers > held and not _scales_itself():
+        raise ClusterError(f"--selection-workers: given {workers}, the cluster has room for {held}, each with a CPU{' and a GPU' if gpus else ''}")
+
+
+def wait_for_room(ranks: int, cpus: float, gpus: float, is_stopping: Callable[[], bool]) -> None:
+    """Return when the cluster has nodes for `ranks` workers of `cpus` and `gpus` at once: now, or, where it scales itself, when it has started them.
+
+    What asks for nodes is gone once this process has ended.
+
+    Raises:
+        ClusterError: they are not there, and do not come: Ray would wait for ever.
+        Interrupted: `is_stopping` came to hold first.
+    """
+    if places(cpus, gpus) >= ranks:
+        return
+    waited = ""
+    if _scales_itself():
+        if _nodes_came(ranks, cpus, gpus, is_stopping):
+            return
+        waited = f", and the autoscaler brought none in {_NODE_SECONDS // 60} minutes"
+    had = ", ".join(f"{node.cpus:g} CPUs and {node.gpus:g} GPUs" for node in running_nodes())
+    asked = f"a trial asks for {cpus:g} CPUs and {gpus:g} GPUs"
+    options = "--cpus-per-trial or --gpus-per-trial"
+    if ranks == 1:
+        raise ClusterError(f"{asked}, which no node has ({had}){waited}; lower {options}")
+    raise ClusterError(
+        f"{asked} for each of {ranks} ranks, and the nodes ({had}) have room for {places(cpus, gpus)}{waited}; lower --ranks-per-trial, {options}"
+    )
+
+
+def _nodes_came(ranks: int, cpus: float, gpus: float, is_stopping: Callable[[], bool]) -> bool:
+    asking = _reserve(ranks, cpus, gpus)
+    try:
+        return first_ended([asking.ready()], is_stopping, timeout_seconds=_NODE_SECONDS) is not None
+    finally:
+        _release(asking)
+
+
+def _scales_itself() -> bool:
+    """Whether the cluster was started with Ray's autoscaler (its second version), as KubeRay and `ray up` start it."""
+    from ray.autoscaler.v2.utils import is_autoscaler_v2
+
+    return is_autoscaler_v2(fetch_from_server=True)

@@ -1,0 +1,298 @@
+"""A batch: every task through prepare, select, search, fit and register, on one Ray.
+
+All tasks are prepared first, some at a time, so that a fault in the last one's data shows before the first one's search. Then as many run as fill the
+cluster. One task's failure never stops the others. Every stage leaves its result on disk before the next begins, so the same command after an
+interruption redoes nothing that was finished.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from pipeline.adaptation.packing import SizePlanner
+from pipeline.cluster.session import session_logs
+from pipeline.cluster.task_threads import Together
+from pipeline.driver.monitor.batch_watch import BatchWatch, batch_name
+from pipeline.driver.monitor.state import state_file_name
+from pipeline.driver.registrar import PATIENCE_SECONDS, Registrar
+from pipeline.driver.stages import LOG, OnProgress, Placement, Stage, Stages, named_errors, no_progress, work_folder
+from pipeline.driver.workspace import StudyFolder
+from pipeline.errors import TaskpackError
+from pipeline.registry.pack_record import DATA_TAG, VALIDATION_TAG, Champion, RegisteredPack, UsedData
+from pipeline.registry.store import open_registry
+from pipeline.reports.front_figure import draw_front
+from pipeline.search.champion import choose_champion
+from pipeline.search.pareto import pareto_front
+from pipeline.search.run_study import check_budget, run_study
+from pipeline.search.study import Study
+from pipeline.search.trial_record import TrialRecord, failure_warnings
+from pipeline.selection import read_selection
+from pipeline.specs import Task
+from pipeline.training import Inputs, open_inputs
+from pipeline.training.fit import PACK_FILE, FitResult, read_fit
+from pipeline.training.rehearsal import rehearse
+from pipeline.utils.files import await_file
+
+if TYPE_CHECKING:
+    from pipeline.registry.store import Registry
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskOutcome:
+    """What became of one task: a registered pack, or an error and the stage it came from."""
+
+    task: str
+    registered: RegisteredPack | None = None
+    trials: tuple[TrialRecord, ...] = ()
+    champion_id: str | None = None
+    front_figure: Path | None = None
+    stage: Stage = "done"
+    error: TaskpackError | None = None
+
+    def warnings(self) -> list[str]:
+        """What was odd about the champion, and which trials failed, so that they had no part in its choice."""
+        odd = [trial.message for trial in self.trials if trial.id == self.champion_id and trial.message]
+        return odd + failure_warnings(self.trials)
+
+
+def run_batch(
+    tasks: Sequence[Task],
+    workdir: Path,
+    *,
+    address: str | None = None,
+    registry_uri: str | None = None,
+    placement: Placement | None = None,
+    registry_patience_seconds: float = PATIENCE_SECONDS,
+    log_trials: bool = True,
+    promote: bool = False,
+    on_progress: OnProgress = no_progress,
+) -> list[TaskOutcome]:
+    """Run every task to a registered pack.
+
+    Args:
+        workdir: keeps all intermediate results; on a cluster it must be a folder that every node sees.
+        address: of a Ray cluster; None starts a private one here, and only when a stage needs it.
+        registry_uri: MLflow tracking server; None takes MLFLOW_TRACKING_URI, else a SQLite file in `workdir`.
+        registry_patience_seconds: how long the end of the run waits for a tracking server that is away.
+        log_trials: whether each trial becomes a child run of its pack's run.
+        promote: give the alias `champion` to every pack of this run; otherwise to those better than what was registered before.
+        on_progress: called from one thread at a time.
+
+    Returns:
+        An outcome a task, in the order given.
+
+    Raises:
+        StorageError: the work folder cannot be used.
+        RegistryError: the registry cannot be reached, or not be written to.
+        ClusterError: no cluster answers at `address`.
+    """
+    with work_folder(workdir, address) as (workspace, start_ray):
+        registry = open_registry(registry_uri, workspace.root)
+        registry.check_writable()
+        batch, copies = batch_name(), []
+        if address is not None:
+            start_ray()
+            copies = [session_logs() / state_file_name(batch)]
+        names = [task.name for task in tasks]
+        with BatchWatch(workspace.root, batch, names, copies=copies, on_progress=on_progress) as watch:
+            driver = _Driver(
+                workspace=workspace,
+                registry=registry,
+                registry_patience_seconds=registry_patience_seconds,
+                log_trials=log_trials,
+                promote=promote,
+                start_ray=start_ray,
+                ray_is_private=address is None,
+                placement=placement or Placement(),
+                on_progress=watch.progress,
+                watch=watch,
+            )
+            return driver.run(tasks)
+
+
+_Outcome = TypeVar("_Outcome")
+
+
+PREPARED_AT_ONCE = 8
+"""Tasks whose data is read at a time: a store that does not answer holds up its own task only."""
+
+
+@dataclass(kw_only=True)
+class _Driver(Stages):
+    registry: Registry
+    watch: BatchWatch
+    registry_patience_seconds: float
+    log_trials: bool
+    promote: bool
+    registrar: Registrar = field(init=False)
+    started: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.registrar = Registrar(self.registry, self.together, self.registry_patience_seconds, with_trials=self.log_trials)
+
+    def run(self, tasks: Sequence[Task]) -> list[TaskOutcome]:
+        """All tasks to outcomes; an error is part of its task's. Every task is prepared before the first is run, so faults show early."""
+        self.check_gpus()
+        outcomes = Together(lambda: PREPARED_AT_ONCE).run(lambda task: self._outcome(task, self.prepare), tasks)
+        failed = {outcome.task: outcome for outcome in outcomes if outcome is not None}
+        prepared = [task for task in tasks if task.name not in failed]
+        ran = {outcome.task: outcome for outcome in self.together.run(self._run_prepared, prepared)}
+        return [(failed | ran)[task.name] for task in tasks]
+
+    def check(self, inputs: Inputs) -> None:
+        """Something is within budget, and each part of the recipe runs on the backbone."""
+        task = inputs.task
+        check_budget(task, SizePlanner(task, inputs.backbone, inputs.index.classes).size_bytes)
+        rehearse(inputs, task.search.fullest(task.recipe))
+
+    def _outcome(self, task: Task, stages: Callable[[Task], _Outcome]) -> _Outcome | TaskOutcome:
+        """What `stages` return, or the failure they end in."""
+        try:
+            with named_errors(self.workspace.log(task.name)):
+                return stages(task)
+        except TaskpackError as error:
+            self.on_progress(task.name, "failed", 1.0, str(error))
+            return TaskOutcome(task=task.name, stage=self.stage[task.name], error=error)
+
+    def _run_prepared(self, task: Task) -> TaskOutcome:
+        outcome = self._outcome(task, self._stages)
+        if outcome.error is None:
+            self.on_progress(task.name, "done", 1.0, "")
+        return outcome
+
+    def _stages(self, task: Task) -> TaskOutcome:
+        self.started[task.name] = time.time()
+        data_folder = self.workspace.data(task.name)
+        with self.here:
+            inputs = self.with_shared_backbone(open_inputs(task, data_folder))
+        task = inputs.task
+        top_k = task.search.max_top_k(task.recipe)
+        folder = self.workspace.study(inputs, top_k)
+        selection = self.select(inputs, data_folder, top_k) if top_k else None
+        trials = self._search(inputs, data_folder, selection, folder)
+        champion = choose_champion(trials, task.budget)
+        self.watch.searched(task.name, trials, task.budget)
+        with self.here:
+            draw_front(
+                [trial.row() for trial in trials],
+                folder.figure,
+                title=f"{task.name}: validation accuracy against the pack's size",
+                max_bytes=task.budget.max_bytes,
+                champion=champion.id,
+            )
+        fitted = self._fit(inputs, data_folder, champion, selection, folder)
+        self.enter(task, "register")
+        finished = replace(_describe(inputs, champion, trials, fitted, folder, self.started[task.name]), promote=self.promote)
+        registered = self.registrar.register(finished, lambda reason: self.on_progress(task.name, "register", 0.0, reason))
+        self.watch.registered(task.name, champion.id, registered)
+        LOG.info("%s: registered as %s; %s", task.name, registered.reference, registered.remark)
+        return TaskOutcome(task=task.name, registered=registered, trials=tuple(trials), champion_id=champion.id, front_figure=folder.figure)
+
+    def _search(self, inputs: Inputs, data_folder: Path, selection: Path | None, folder: StudyFolder) -> list[TrialRecord]:
+        task = inputs.task
+        self.enter(task, "search")
+        planner = SizePlanner(task, inputs.backbone, inputs.index.classes, read_selection(selection) if selection is not None else None)
+
+        def report(study: Study) -> None:
+            self.watch.study(study, samples=len(inputs.splits["train"]), fit_samples=len(inputs.splits["trainval"]))
+            self.on_progress(task.name, "search", min(1.0, study.epochs_done() / study.trials_planned()), study.remark())
+
+        return run_study(
+            task,
+            data_folder,
+            selection,
+            folder.journal,
+            size_of=planner.size_bytes,
+            val_samples=len(inputs.splits["val"]),
+            resources=lambda: self.resources(self.ranks(inputs)),
+            on_progress=report,
+            is_stopping=self.together.is_stopping,
+        )
+
+    def _fit(self, inputs: Inputs, data_folder: Path, champion: TrialRecord, selection: Path | None, folder: StudyFolder) -> FitResult:
+        task = inputs.task
+        self.enter(task, "fit")
+        done = read_fit(folder.fit(champion.id))
+        if done is not None:
+            return done
+        recipe = task.search.recipe(task.recipe, champion.point)
+        arguments = (task.model_dump_json(), recipe.model_dump_json(), str(data_folder), selection, folder.fit(champion.id))
+        ((_, result),) = self.fits([arguments], self.ranks(inputs))
+        if isinstance(result, TaskpackError):
+            raise result
+        await_file(folder.fit(champion.id) / PACK_FILE)
+        LOG.info("%s: fit: %s", task.name, result.line())
+        return result
+
+
+def _describe(
+    inputs: Inputs, champion: TrialRecord, trials: Sequence[TrialRecord], fitted: FitResult, folder: StudyFolder, started: float
+) -> Champion:
+    """The finished pack for the registry. The task began with its first trial, be it of an earlier run."""
+    task = inputs.task
+    started = min([started, *(trial.ended - trial.seconds for trial in trials if trial.ended)])
+    assert champion.val_metric is not None
+    return Champion(
+        task=task.name,
+        pack_path=folder.fit(champion.id) / PACK_FILE,
+        pack_digest=fitted.pack_digest,
+        size_bytes=fitted.size_bytes,
+        ledger=fitted.ledger,
+        metrics={
+            "test_accuracy": fitted.test_accuracy,
+            "test_accuracy_stderr": fitted.test_accuracy_stderr,
+            "val_accuracy": champion.val_metric,
+            "trained_values": fitted.trained_values,
+            "search_seconds": sum(trial.seconds for trial in trials),
+            "fit_seconds": fitted.train_seconds,
+        },
+        params=flatten(task.search.recipe(task.recipe, champion.point).model_dump(exclude_none=True)),
+        tags={
+            "backbone": task.backbone.model,
+            "backbone_fingerprint": inputs.backbone.fingerprint,
+            DATA_TAG: inputs.index.digest,
+            VALIDATION_TAG: _validation(inputs),
+            "description": task.description,
+            "trial": champion.id,
+            "device": fitted.device,
+        },
+        front=[trial.row() for trial in trials],
+        on_front=tuple(row["id"] for row in pareto_front([trial.row() for trial in trials])),
+        front_figure=folder.figure,
+        within_points=task.budget.within_points,
+        data=_used_data(inputs),
+        started=datetime.fromtimestamp(started, UTC),
+    )
+
+
+def _used_data(inputs: Inputs) -> tuple[UsedData, ...]:
+    """Train, validation and test, with where the user keeps them."""
+    data, classes = inputs.task.data, len(inputs.index.classes)
+    sources = {split: getattr(data, split, None) or getattr(data, "train", None) or data.format for split in ("train", "val", "test")}
+    digest = inputs.index.digest
+    return tuple(
+        UsedData(split=split, source=str(source), digest=digest, samples=len(inputs.splits[split]), classes=classes)
+        for split, source in sources.items()
+    )
+
+
+def _validation(inputs: Inputs) -> str:
+    """Which samples trials were validated on, by what metric, as a hash: only then can two validation metrics be compared."""
+    held_out = hashlib.sha256(f"{inputs.index.digest} {inputs.task.metric}".encode())
+    held_out.update(inputs.splits["val"].samples.tobytes())
+    return held_out.hexdigest()[:16]
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, str]:
+    """Nested mappings as `part.key` to text, for parameters of a run."""
+    flat: dict[str, str] = {}
+    for key, value in tree.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": str(value)}
+    return flat

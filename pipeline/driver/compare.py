@@ -1,0 +1,270 @@
+"""Methods side by side: tuned on validation, then fitted and tested once per seed.
+
+Every method tries the same share of its search space, by default all of it. A fixed number of
+trials would search a method of 4 points exhaustively and one of 20 by chance, and so favour the
+smaller space.
+
+All trials of a task, whatever their method, are in the cluster's queue at once; none is stopped early, since methods differ in how fast they learn.
+The trial with the best validation metric is a method's; its recipe is fitted for each seed, and each pack reads the test set once, as reloaded from
+its file. What is finished is kept in the work folder, so the same command goes on after an interruption.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from pipeline.adaptation.packing import SizePlanner
+from pipeline.cluster.rank_group import TrialResources, in_group
+from pipeline.driver.stages import LOG, OnProgress, Placement, Stages, named_errors, no_progress, one_at_a_time, work_folder
+from pipeline.driver.workspace import StudyFolder
+from pipeline.errors import SpecError, TaskpackError, TrainingError, UnexpectedError
+from pipeline.reports.comparison_row import Comparison
+from pipeline.search.trial import opened, recipe_key, run_trial
+from pipeline.search.trial_record import TrialRecord, failure_warnings
+from pipeline.selection import read_selection
+from pipeline.specs import Method, Recipe, SearchSpace, Task, first_fault
+from pipeline.training import Inputs, Ranks, Score, open_inputs
+from pipeline.training.fit import FitResult, read_fit
+from pipeline.training.rehearsal import rehearse
+from pipeline.utils.files import explained
+
+
+@dataclass
+class _Entry:
+    """One method on one task while it is compared."""
+
+    method: str
+    inputs: Inputs
+    selection: Path | None = None
+    folder: StudyFolder | None = None
+    records: dict[str, TrialRecord] = field(default_factory=dict)
+    recipes: dict[str, tuple[dict[str, Any], Recipe, int]] = field(default_factory=dict)
+    fits: list[FitResult] = field(default_factory=list)
+    error: str = ""
+
+    @property
+    def task(self) -> Task:
+        return self.inputs.task
+
+    def warnings(self) -> list[str]:
+        """Which trials failed."""
+        return failure_warnings(list(self.records.values()))
+
+    def best(self) -> TrialRecord:
+        """The trial with the best validation metric; of equal ones the smallest pack."""
+        complete = [record for record in self.records.values() if record.val_metric is not None]
+        if not complete:
+            raise TrainingError(f"no trial came to an end; {'; '.join(self.warnings())}")
+        return max(complete, key=lambda record: (record.val_metric or 0.0, -record.size_bytes, record.id))
+
+
+def compare_methods(
+    tasks: Sequence[Task],
+    methods: Mapping[str, Method],
+    workdir: Path,
+    *,
+    seeds: int = 3,
+    fraction: float = 1.0,
+    address: str | None = None,
+    placement: Placement | None = None,
+    on_progress: OnProgress = no_progress,
+) -> list[Comparison]:
+    """Compare `methods` on `tasks`; one row for each pair, task by task.
+
+    Args:
+        workdir: keeps every trial and pack; on a cluster it must be a folder that every node sees.
+        seeds: fits of every method; they differ in initial values, batches and augmentation, and share selection and splits.
+        fraction: share of each method's search space to try, above 0 and at most 1; at least one
+            point per method. The same points in every run; a larger share includes a smaller one.
+
+    Raises:
+        SpecError: `fraction` is out of range, or a method's settings do not fit a task's.
+        DataError, BackboneError: a task cannot be used. A method that fails, or that a backbone has no place for, is a row with an error.
+    """
+    if not 0 < fraction <= 1:
+        raise SpecError(
+            f"--fraction: given {fraction:g}, expected a share of each method's search space, "
+            "above 0 and at most 1; 0.5 tries half of the points, 1 all"
+        )
+    for name, method in methods.items():
+        for task in tasks:
+            try:
+                method.on(task)
+            except ValidationError as error:
+                raise SpecError(f"{name}: on the task {task.name}: {first_fault(error)}") from None
+    with work_folder(workdir, address) as (workspace, start_ray):
+        if address is not None:
+            start_ray()
+        driver = _Driver(
+            workspace=workspace,
+            start_ray=start_ray,
+            ray_is_private=address is None,
+            placement=placement or Placement(),
+            on_progress=one_at_a_time(on_progress),
+        )
+        driver.check_gpus()
+        prepared = [driver.open(task) for task in tasks]
+        compared = driver.together.run(lambda inputs: driver.compare(inputs, methods, seeds, fraction), prepared)
+        return list(itertools.chain.from_iterable(compared))
+
+
+def sampled_points(space: SearchSpace, fraction: float, seed: int) -> list[dict[str, Any]]:
+    """The share `fraction` of a space's points, rounded, at least one; all of them in their order.
+
+    The points of a smaller share are among those of a larger one, so trials are kept.
+    """
+    points = list(space.points())
+    if fraction < 1:
+        random.Random(seed).shuffle(points)
+    return points[: max(1, round(fraction * len(points)))]
+
+
+@dataclass(kw_only=True)
+class _Driver(Stages):
+    def open(self, task: Task) -> Inputs:
+        """The prepared task, as workers get it."""
+        with named_errors(self.workspace.log(task.name)):
+            self.prepare(task)
+            return self.with_shared_backbone(open_inputs(task, self.workspace.data(task.name)))
+
+    def compare(self, inputs: Inputs, methods: Mapping[str, Method], seeds: int, fraction: float) -> list[Comparison]:
+        """All methods on one task."""
+        entries = [_Entry(name, inputs.with_task(method.on(inputs.task))) for name, method in methods.items()]
+        with named_errors(self.workspace.log(inputs.task.name)):
+            for entry in entries:
+                _guarded(entry, self._plan_trials, fraction)
+            self._tune(inputs, [entry for entry in entries if not entry.error])
+            self._test(inputs, [entry for entry in entries if not entry.error], seeds)
+        self.on_progress(inputs.task.name, "done", 1.0, "")
+        return [_row(entry) for entry in entries]
+
+    def _plan_trials(self, entry: _Entry, fraction: float) -> None:
+        """What the method tries, what each costs, which connections it may change."""
+        task = entry.task
+        top_k = task.search.max_top_k(task.recipe)
+        with self.here:
+            rehearse(entry.inputs, task.search.fullest(task.recipe))
+        entry.folder = self.workspace.study(entry.inputs, top_k)
+        entry.selection = self.select(entry.inputs, entry.inputs.data_folder, top_k) if top_k else None
+        selected = read_selection(entry.selection) if entry.selection is not None else None
+        planner = SizePlanner(task, entry.inputs.backbone, entry.inputs.index.classes, selected)
+        for point in sampled_points(task.search, fraction, task.seed):
+            recipe = task.search.recipe(task.recipe, point)
+            entry.recipes[recipe_key(recipe)] = (point, recipe, planner.size_bytes(recipe))
+        known = entry.folder.compared.read()
+        entry.records = {key: known[key] for key in entry.recipes if key in known}
+
+    def _tune(self, inputs: Inputs, entries: Sequence[_Entry]) -> None:
+        task = inputs.task
+        jobs = [(entry, key) for entry in entries for key in entry.recipes if key not in entry.records]
+        self.enter(task, "search")
+        arguments = [self._trial_arguments(entry, key) for entry, key in jobs]
+        planned = sum(len(entry.recipes) for entry in entries)
+        for done, (index, outcome) in enumerate(self.on_ray(_trial_worker, arguments, self.ranks(inputs)), start=1):
+            entry, key = jobs[index]
+            assert entry.folder is not None
+            record = entry.records[key] = _record(key, entry, outcome)
+            entry.folder.compared.write(record)
+            LOG.info("%s: trial %d of %d: %s, %s", task.name, planned - len(jobs) + done, planned, entry.method, record.line())
+            self.on_progress(task.name, "search", done / len(jobs), f"{done} of {len(jobs)} trials, last {entry.method}")
+
+    def _test(self, inputs: Inputs, entries: Sequence[_Entry], seeds: int) -> None:
+        task = inputs.task
+        self.enter(task, "fit")
+        for entry in entries:
+            _guarded(entry, _Entry.best)
+        entries = [entry for entry in entries if not entry.error]
+        jobs = [(entry, seed) for entry in entries for seed in range(seeds)]
+        missing = [(entry, seed) for entry, seed in jobs if read_fit(_fit_folder(entry, seed)) is None]
+        arguments = [self._fit_arguments(entry, seed) for entry, seed in missing]
+        for done, (index, outcome) in enumerate(self.fits(arguments, self.ranks(inputs)), start=1):
+            entry, seed = missing[index]
+            if isinstance(outcome, TaskpackError):
+                entry.error = explained(outcome, self.workspace.log(task.name), f"fit of {entry.method}, seed {seed}")
+            ended = f"failed - {entry.error}" if isinstance(outcome, TaskpackError) else outcome.line()
+            LOG.info("%s: fit %d of %d: %s, seed %d, %s", task.name, len(jobs) - len(missing) + done, len(jobs), entry.method, seed, ended)
+            self.on_progress(task.name, "fit", done / len(missing), f"{done} of {len(missing)} fits, last {entry.method}")
+        for entry, seed in jobs:
+            fitted = read_fit(_fit_folder(entry, seed))
+            entry.fits += [fitted] if fitted is not None else []
+
+    def _trial_arguments(self, entry: _Entry, key: str) -> tuple[Any, ...]:
+        return (entry.task.model_dump_json(), entry.recipes[key][1].model_dump_json(), str(entry.inputs.data_folder), entry.selection)
+
+    def _fit_arguments(self, entry: _Entry, seed: int) -> tuple[Any, ...]:
+        task = entry.task.model_copy(update={"seed": entry.task.seed + seed})
+        recipe = entry.recipes[entry.best().id][1]
+        return (task.model_dump_json(), recipe.model_dump_json(), str(entry.inputs.data_folder), entry.selection, _fit_folder(entry, seed))
+
+
+def _guarded(entry: _Entry, action: Callable[..., Any], *arguments: Any) -> None:
+    """Do something for one entry; a named error becomes that entry's, and the others go on."""
+    try:
+        action(entry, *arguments)
+    except TaskpackError as error:
+        entry.error = str(error)
+
+
+def _trial_worker(
+    task_json: str, recipe_json: str, data_folder: str, selection: Path | None, resources: TrialResources
+) -> tuple[Any, ...] | TaskpackError:
+    """Validation metric after each epoch, a remark, and seconds; a named error is returned, so that Ray does not try again."""
+    started = time.monotonic()
+    epochs = in_group(_trial, (task_json, recipe_json, data_folder, selection), resources)
+    if isinstance(epochs, TaskpackError):
+        return epochs
+    return tuple(score.accuracy for score, _ in epochs), epochs[-1][1], time.monotonic() - started
+
+
+def _trial(
+    task_json: str, recipe_json: str, data_folder: str, selection: Path | None, resources: TrialResources, ranks: Ranks
+) -> list[tuple[Score, str]]:
+    with opened(task_json, recipe_json, data_folder, selection, resources.device()) as given:
+        return list(run_trial(*given, device=resources.device(), ranks=ranks))
+
+
+def _record(key: str, entry: _Entry, outcome: Any) -> TrialRecord:
+    assert entry.folder is not None
+    point, _, size_bytes = entry.recipes[key]
+    if isinstance(outcome, TrainingError | UnexpectedError):
+        return TrialRecord(id=key, point=point, size_bytes=size_bytes, **entry.folder.compared.failure(key, outcome))
+    if isinstance(outcome, TaskpackError):
+        raise outcome
+    curve, remark, seconds = outcome
+    return TrialRecord(
+        id=key, point=point, size_bytes=size_bytes, state="complete", val_metric=curve[-1], curve=curve, seconds=round(seconds, 2), message=remark
+    )
+
+
+def _fit_folder(entry: _Entry, seed: int) -> Path:
+    assert entry.folder is not None
+    return entry.folder.fit(entry.best().id if seed == 0 else f"{entry.best().id}-seed{seed}")
+
+
+def _row(entry: _Entry) -> Comparison:
+    if entry.error:
+        return Comparison(task=entry.task.name, method=entry.method, error=entry.error)
+    best = entry.best()
+    return Comparison(
+        task=entry.task.name,
+        method=entry.method,
+        point=best.point,
+        trials=len(entry.records),
+        size_bytes=entry.fits[0].size_bytes,
+        trained_values=entry.fits[0].trained_values,
+        val_accuracy=best.val_metric,
+        test_accuracies=tuple(fitted.test_accuracy for fitted in entry.fits),
+        test_samples=entry.fits[0].test_samples,
+        tune_seconds=sum(record.seconds for record in entry.records.values()),
+        fit_seconds=sum(fitted.train_seconds for fitted in entry.fits),
+        device=entry.fits[0].device,
+        warning="; ".join(entry.warnings()),
+    )

@@ -1,0 +1,67 @@
+"""Measuring a pack again: the same file, the same test set, the same number."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pipeline.adaptation.packing import from_pack
+from pipeline.data import Reader, prepare, read_index, split_samples
+from pipeline.driver.workspace import Workspace
+from pipeline.errors import DataError
+from pipeline.packs import read_pack
+from pipeline.registry.pack_record import RegisteredPack
+from pipeline.registry.store import open_registry
+from pipeline.serving.predictor import load_backbone_of
+from pipeline.specs.task_files import load_task
+from pipeline.training import Score, evaluate
+from pipeline.utils.devices import choose_device
+from pipeline.utils.files import exclusive
+
+
+def evaluate_pack(
+    reference: str, *, workdir: Path, task_file: Path | None, weights: Path | None, device: str | None = None
+) -> tuple[Score, float | None]:
+    """Score a pack on its task's test set.
+
+    Args:
+        task_file: where the test set comes from; default: the data prepared in `workdir`.
+        device: where to compute; default: the GPU, where there is one.
+
+    Returns:
+        The score, and the accuracy registered for it (None for a file).
+
+    Raises:
+        SpecError: there is no such device. DataError: no prepared data, or other data than the pack was registered with.
+    """
+    device, workspace = choose_device(device), Workspace(workdir.resolve())
+    registered, path = None, Path(reference)
+    if not path.is_file():
+        registry = open_registry(None, workspace.root)
+        registered = registry.get(reference)
+        path = registry.download(registered, workspace.root / "downloads")
+    pack = read_pack(path)
+    folder = workspace.data(pack.metadata.task)
+    if task_file is not None:
+        task = load_task(task_file)
+        if task.name != pack.metadata.task:
+            raise DataError(f"{task_file}: is task {task.name!r}, the pack is of {pack.metadata.task!r}; give that task's file")
+        with exclusive(workspace.root):
+            prepare(task, folder)
+    if not (folder / "index.json").exists():
+        raise DataError(f"{folder}: the data of task {pack.metadata.task!r} was not prepared here; give its task file with --task")
+    index = read_index(folder)
+    if index.classes != pack.metadata.classes:
+        raise DataError(f"{folder}: its classes are not the pack's, or in another order; give the task file the pack was made from with --task")
+    _check_same_data(registered, index.digest, folder)
+    test = split_samples(index, 0.5, 0)["test"]
+    model = from_pack(pack, load_backbone_of(pack.metadata, str(weights) if weights is not None else None))
+    score = evaluate(model.to(device), Reader(folder, test, pack.metadata.input.size_px), test, device=device)
+    return score, registered.metrics["test_accuracy"] if registered is not None else None
+
+
+def _check_same_data(registered: RegisteredPack | None, digest: str, folder: Path) -> None:
+    wanted = registered.tags.get("data_digest") if registered is not None else None
+    if wanted is not None and wanted != digest:
+        raise DataError(
+            f"{folder}: this data (digest {digest[:16]}...) is not what the pack was tested on ({wanted[:16]}...); prepare that data again"
+        )

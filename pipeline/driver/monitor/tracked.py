@@ -1,0 +1,87 @@
+"""A task as the driver follows it, and how long it will still take, judged by the trials that have ended and by nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pipeline.driver.monitor.state import WAITING, TaskState
+from pipeline.search.champion import choose_champion
+from pipeline.search.study import Study
+from pipeline.search.trial_record import TrialRecord
+from pipeline.specs import Budget
+
+
+def remaining_seconds(done: float, left: float, elapsed_seconds: float) -> float | None:
+    """As long as what is left takes at the pace of what was done; None where nothing was."""
+    return elapsed_seconds * left / done if done > 0 else None
+
+
+@dataclass
+class TrackedTask:
+    """One task of a running batch; times in seconds of one clock.
+
+    `units` are trials' worth of epochs: `units_done` were trained by this run since it entered the search, `units_left` are to be trained at most. A
+    fit trains one recipe as a trial does, on `fit_ratio` times the samples.
+    """
+
+    name: str
+    stage: str = WAITING
+    entered: float = 0.0
+    remark: str = ""
+    trials: int | None = None
+    trials_done: int = 0
+    trials_running: int = 0
+    best: TrialRecord | None = None
+    units_done: float = 0.0
+    units_left: float = 0.0
+    trial_seconds: float | None = None
+    fit_ratio: float = 1.0
+
+    def enter(self, stage: str, now: float, remark: str) -> None:
+        """Where the task stands."""
+        if stage != self.stage:
+            self.stage, self.entered, self.trials_running = stage, now, 0
+        self.remark = remark
+
+    def follow(self, study: Study) -> None:
+        """Take over what a running study has come to."""
+        kept = len(study.records) - len(study.ended)
+        self.trials = study.trials_planned()
+        self.trials_running = len(study.slots) - len(study.records)
+        self.units_done, self.units_left = study.epochs_done() - kept, self.trials - study.epochs_done()
+        self.take(list(study.records.values()), study.task.budget)
+
+    def take(self, records: Sequence[TrialRecord], budget: Budget) -> None:
+        """Take over what trials have found."""
+        ran = [record for record in records if record.state != "rejected"]
+        complete = [record for record in ran if record.val_metric is not None and record.size_bytes <= budget.max_bytes]
+        self.trials_done = len(ran)
+        self.trials = max(self.trials or 0, len(ran))
+        if complete:
+            self.best = choose_champion(complete, budget)
+            self.trial_seconds = sum(record.seconds for record in complete) / len(complete)
+
+    def seconds_left(self, now: float) -> float | None:
+        """To the task's end; None where it cannot be told, as long as no trial is complete, and where a fit takes longer than a trial did."""
+        fit_seconds = None if self.trial_seconds is None else self.trial_seconds * self.fit_ratio
+        if self.stage == "fit" and fit_seconds is not None:
+            return left if (left := fit_seconds - (now - self.entered)) > 0 else None
+        searching = remaining_seconds(self.units_done, self.units_left, now - self.entered) if self.stage == "search" else None
+        return None if searching is None or fit_seconds is None else searching + fit_seconds
+
+    def state(self, now: float) -> TaskState:
+        """As it is shown."""
+        left = self.seconds_left(now)
+        return TaskState(
+            task=self.name,
+            stage=self.stage,
+            seconds=round(now - self.entered, 1) if self.entered else 0.0,
+            trials_done=self.trials_done,
+            trials_running=self.trials_running,
+            trials=self.trials,
+            val_metric=self.best.val_metric if self.best is not None else None,
+            size_bytes=self.best.size_bytes if self.best is not None else None,
+            seconds_left=None if left is None else round(left, 1),
+            remark=self.remark,
+        )

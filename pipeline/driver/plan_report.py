@@ -1,0 +1,78 @@
+"""What a task will attach and what it may cost, before any training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.adaptation import PlannedTensor, plan
+from pipeline.adaptation.packing import SizePlanner
+from pipeline.data import prepare
+from pipeline.driver.workspace import Workspace
+from pipeline.search.proposer import distinct_proposals
+from pipeline.selection import read_selection, select_here, write_selection
+from pipeline.specs import Task
+from pipeline.training import Inputs, open_inputs
+from pipeline.training.rehearsal import rehearse
+from pipeline.utils.files import exclusive
+
+OnStep = Callable[[str, int, int], None]
+"""Called with what is being done, how many units of it are done, and how many there are (0 where that is not known)."""
+
+
+@dataclass(frozen=True)
+class TaskPlan:
+    """The base recipe's tensors and bytes by part, and one row for each distinct point of the search space.
+
+    A row has `point` and `size_bytes`; where connections were not selected, `at_least_bytes` and `at_most_bytes` instead. `remarks` are for the user.
+    """
+
+    tensors: tuple[PlannedTensor, ...]
+    ledger: dict[str, int]
+    space: list[dict[str, Any]]
+    is_exact: bool
+    remarks: list[str]
+
+
+def plan_task(task: Task, workdir: Path, *, select: bool = True, on_step: OnStep = lambda step, done, total: None) -> TaskPlan:
+    """Prepare the task's data (its classes are part of a pack), select its connections (their positions are), and plan.
+
+    The selection is kept for a run of the task. Raises as preparing and attaching do.
+
+    Args:
+        select: whether to select where no selection is kept yet; without one, sizes are bounds.
+        on_step: told what takes long.
+    """
+    workspace = Workspace(workdir)
+    folder = workspace.data(task.name)
+    with exclusive(workdir):
+        on_step("preparing the data", 0, 0)
+        prepare(task, folder)
+        on_step("loading the backbone", 0, 0)
+        inputs = open_inputs(task, folder)
+        task = inputs.task
+        on_step("trying one training step", 0, 0)
+        rehearse(inputs, task.search.fullest(task.recipe))
+        top_k = task.search.max_top_k(task.recipe)
+        kept = workspace.selection(inputs, top_k)
+        if select and top_k and not kept.exists():
+            write_selection(select_here(inputs, top_k, lambda done, total: on_step("selecting connections", done, total)), kept)
+    on_step("computing sizes", 0, 0)
+    return _planned(inputs, kept if top_k and kept.exists() else None)
+
+
+def _planned(inputs: Inputs, selection: Path | None) -> TaskPlan:
+    task, classes = inputs.task, inputs.index.classes
+    selected = read_selection(selection) if selection is not None else None
+    planner = SizePlanner(task, inputs.backbone, classes, selected)
+    proposals = distinct_proposals(task, planner.size_bytes)
+    is_exact = all(planner.is_exact(recipe) for recipe in [task.recipe, *(proposal.recipe for proposal in proposals)])
+    space = [
+        {"point": each.point, "size_bytes": each.size_bytes}
+        if is_exact
+        else {"point": each.point, "at_least_bytes": each.size_bytes, "at_most_bytes": planner.largest_bytes(each.recipe)}
+        for each in proposals
+    ]
+    return TaskPlan(plan(inputs.backbone, task.recipe, len(classes), selected), planner.ledger(task.recipe), space, is_exact, inputs.remarks())

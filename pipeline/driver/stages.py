@@ -1,0 +1,267 @@
+"""What a batch and a comparison have in common: a task's data, its backbone for workers, its selection, one fit in a worker, errors with names."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import math
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from pipeline.adaptation import is_recomputable
+from pipeline.backbones import share
+from pipeline.backbones.known import remember
+from pipeline.cluster.rank_group import WORKER_DIED, WORKER_RETRIES, TrialResources, in_group
+from pipeline.cluster.session import (
+    WorkersDied,
+    check_holds_group,
+    ended_tasks,
+    has_gpus,
+    interruptible,
+    is_connected,
+    places,
+    ray_session,
+    wait_for_room,
+)
+from pipeline.cluster.task_threads import Together
+from pipeline.data import prepare, remarks_on
+from pipeline.driver.workspace import Workspace
+from pipeline.errors import ClusterError, SpecError, UnexpectedError, named
+from pipeline.search.proposer import LAG
+from pipeline.search.trial import opened
+from pipeline.selection import select, select_if_sooner
+from pipeline.specs import Task
+from pipeline.training import Inputs, Ranks, open_inputs
+from pipeline.training.fit import FitResult, fit, steps_kept
+from pipeline.utils.devices import check_gpus_usable
+from pipeline.utils.files import await_file, exclusive, explained
+
+LOG = logging.getLogger("taskpack")
+"""One line for each trial and fit that has ended. The command line shows them where there is no terminal."""
+_AGAIN = "The same command tries again from the last finished stage"
+
+Stage = Literal["prepare", "select", "search", "fit", "register", "done", "failed"]
+OnProgress = Callable[[str, Stage, float, str], None]
+"""Called with task, stage, share of the stage done (0 to 1) and a short remark."""
+
+
+def no_progress(task: str, stage: Stage, share: float, remark: str) -> None:
+    """Report nothing."""
+
+
+def one_at_a_time(on_progress: OnProgress) -> OnProgress:
+    """The same for callers in several threads."""
+    lock = threading.Lock()
+
+    def report(task: str, stage: Stage, share: float, remark: str) -> None:
+        with lock:
+            on_progress(task, stage, share, remark)
+
+    return report
+
+
+@contextlib.contextmanager
+def work_folder(workdir: Path, address: str | None) -> Iterator[tuple[Workspace, Callable[[], None]]]:
+    """A run's work folder, held alone, and what makes sure that its Ray runs: that at `address`, or a private one, until the context is left.
+
+    Raises:
+        StorageError: the work folder cannot be used.
+    """
+    workspace = Workspace(workdir.resolve())
+    with exclusive(workspace.root), contextlib.ExitStack() as stack:
+        workspace.clear_leftovers()
+        yield workspace, functools.cache(lambda: stack.enter_context(ray_session(address)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placement:
+    """What a run asks of its cluster.
+
+    Args:
+        per_trial: CPUs and GPUs of each rank of a trial and of a fit; a None takes one CPU, and one GPU where the cluster has some.
+        ranks_per_trial: processes that train each trial and fit together, but no more than the task's training set has shards.
+        selection_workers: ranks of the selection's worker group; None takes an equal share of the cluster's GPUs, or of its CPUs where it has none,
+            but no group where this process is done before one has started.
+        tasks_at_once: None takes as many as the trials of fill the cluster, and one more.
+    """
+
+    per_trial: tuple[float | None, float | None] = (None, None)
+    ranks_per_trial: int = 1
+    selection_workers: int | None = None
+    tasks_at_once: int | None = None
+
+    def __post_init__(self) -> None:
+        gpus = self.per_trial[1] or 0
+        if gpus > 1:
+            raise SpecError(
+                f"--gpus-per-trial: given {gpus:g}; a process uses one GPU: give 1, or a share of one such as 0.5. "
+                "For more of them a trial, give --ranks-per-trial"
+            )
+        if self.ranks_per_trial > 1 and 0 < gpus < 1:
+            raise SpecError(
+                f"--gpus-per-trial: given {gpus:g} with --ranks-per-trial {self.ranks_per_trial}; ranks would share a GPU and gain nothing: "
+                "give 1 or 0, or one rank a trial"
+            )
+
+
+@dataclass(kw_only=True)
+class Stages:
+    """The stages that come before any recipe is tried, in one work folder on one Ray. Several tasks' may run at a time, each in its thread.
+
+    Args:
+        start_ray: makes sure that Ray runs.
+        here: held by whoever computes in this process: one thread at a time, so that seeds and numbers of threads are its own.
+    """
+
+    workspace: Workspace
+    start_ray: Callable[[], None]
+    ray_is_private: bool
+    placement: Placement
+    on_progress: OnProgress
+    together: Together = field(init=False)
+    here: threading.Lock = field(default_factory=threading.Lock)
+    stage: dict[str, Stage] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.together = Together(self.tasks_at_once)
+
+    def check_gpus(self) -> None:
+        """Raise ClusterError where a private Ray will count GPUs that torch cannot use. On a cluster, each worker looks for itself."""
+        if self.ray_is_private:
+            check_gpus_usable(self.placement.per_trial[1])
+
+    def ray_is_up(self) -> None:
+        """Start Ray where it does not run yet. In the main thread: Ray sets handlers of signals."""
+        self.together.on_main_thread(self.start_ray)
+
+    def tasks_at_once(self) -> int:
+        """How many tasks may run now: as many as fill the cluster, and one more, for whose trials there is room while others select and fit.
+
+        One until Ray is up: maybe nothing is left to run.
+        """
+        if self.placement.tasks_at_once is not None:
+            return self.placement.tasks_at_once
+        return 1 + math.ceil(places(*self._per_trial()) / self.placement.ranks_per_trial / LAG) if is_connected() else 1
+
+    def _per_trial(self) -> tuple[float, float]:
+        cpus, gpus = self.placement.per_trial
+        return 1 if cpus is None else cpus, float(has_gpus()) if gpus is None else gpus
+
+    def enter(self, task: Task, stage: Stage) -> None:
+        """Say where the task stands."""
+        self.stage[task.name] = stage
+        self.on_progress(task.name, stage, 0.0, "")
+
+    def prepare(self, task: Task) -> None:
+        """All that can be known without the cluster: the data is sound, the backbone fits, and what `check` says."""
+        self.enter(task, "prepare")
+        data_folder = self.workspace.data(task.name)
+        index = prepare(task, data_folder)
+        with self.here:
+            inputs = open_inputs(task, data_folder)
+            remember(inputs.backbone.fingerprint, inputs.backbone.spec.weights)
+            self.check(inputs)
+        remarks = [*remarks_on(index), *inputs.remarks()]
+        ranks, asked = self.ranks(inputs), self.placement.ranks_per_trial
+        remarks += [f"{ranks} of {asked} ranks train: a shard is read by one, and there are {ranks}"] if ranks < asked else []
+        self.on_progress(task.name, "prepare", 1.0, "; ".join(remarks))
+
+    def check(self, inputs: Inputs) -> None:
+        """What a run of this kind needs of the task's recipe. Raises TaskpackError."""
+
+    def ranks(self, inputs: Inputs) -> int:
+        """How many processes train a trial or fit of a task together: none is left without a shard."""
+        return min(self.placement.ranks_per_trial, len(inputs.splits["train"].shards))
+
+    def with_shared_backbone(self, inputs: Inputs) -> Inputs:
+        """The task as workers get it: all processes of a node map one file, whatever the backbone was loaded from."""
+        path = self.workspace.backbone(inputs)
+        if not path.exists():
+            share(inputs.backbone, path)
+        spec = inputs.task.backbone.model_copy(update={"weights": str(path)})
+        return replace(inputs, task=inputs.task.model_copy(update={"backbone": spec}))
+
+    def select(self, inputs: Inputs, data_folder: Path, top_k: int) -> Path:
+        """The file of the task's ranked connections, made where it is not there yet."""
+        self.enter(inputs.task, "select")
+        path = self.workspace.selection(inputs, top_k)
+        if not path.exists():
+            self.workers_are_up(self.ranks(inputs))
+            use_gpu = self._per_trial()[1] > 0 and has_gpus()
+            workers = self.placement.selection_workers or max(1, places(1, use_gpu) // max(1, self.together.running))
+            may_be_here = self.ray_is_private and self.placement.selection_workers is None and not use_gpu
+            if may_be_here or is_recomputable(inputs.task.selection):
+                with self.here:
+                    if select_if_sooner(inputs, top_k, path, workers=workers):
+                        return path
+            check_holds_group(workers, 1, use_gpu)
+            interruptible(
+                lambda: select(inputs.task, data_folder, top_k, path, workers=workers, use_gpu=use_gpu),
+                self.together.is_stopping,
+            )
+            await_file(path)
+        return path
+
+    def resources(self, ranks: int) -> TrialResources:
+        """What a trial is given; starts Ray where it does not run yet."""
+        self.workers_are_up(ranks)
+        resources = TrialResources(*self._per_trial(), ranks)
+        wait_for_room(ranks, resources.cpus, resources.gpus, self.together.is_stopping)
+        return resources
+
+    def workers_are_up(self, ranks: int) -> None:
+        """Ray runs, and has nodes for a trial as far as the user said what one needs: a cluster that scales itself may have none at first."""
+        self.ray_is_up()
+        cpus, gpus = self.placement.per_trial
+        wait_for_room(ranks, 1 if cpus is None else cpus, gpus or 0, self.together.is_stopping)
+
+    def fits(self, arguments: Sequence[tuple[Any, ...]], ranks: int) -> Iterator[tuple[int, Any]]:
+        """`fit_worker` on every set of arguments; yields (index, outcome) as they end. A fit that gets on is tried again however often it dies."""
+        return self.on_ray(fit_worker, arguments, ranks, kept=lambda *given: steps_kept(given[4]))
+
+    def on_ray(
+        self, worker: Callable[..., Any], arguments: Sequence[tuple[Any, ...]], ranks: int, kept: Callable[..., object] = lambda *given: None
+    ) -> Iterator[tuple[int, Any]]:
+        """Run `worker` on every set of arguments, each with what a trial of `ranks` is given; yields (index, outcome) as they end.
+
+        Args:
+            kept: as for `ended_tasks`.
+        """
+        if arguments:
+            resources = self.resources(ranks)
+            given = [(*each, resources) for each in arguments]
+            limits: dict[str, Any] = {"ranks": ranks, "retries": WORKER_RETRIES, "kept": kept, "is_stopping": self.together.is_stopping}
+            try:
+                yield from ended_tasks(worker, given, resources.cpus, resources.gpus, **limits)
+            except WorkersDied:
+                raise ClusterError(f"a fit or trial did not end: {WORKER_DIED}; see whether its memory suffices. {_AGAIN}") from None
+
+
+@contextlib.contextmanager
+def named_errors(log: Path) -> Iterator[None]:
+    """Turn what is not named yet into a named error whose details are in `log`."""
+    try:
+        yield
+    except Exception as error:
+        fault = named(error)
+        if isinstance(fault, UnexpectedError):
+            raise ClusterError(f"unexpected {explained(fault, log, 'the task')}. {_AGAIN}") from error
+        if fault is error:
+            raise
+        raise fault from error
+
+
+def fit_worker(task_json: str, recipe_json: str, data_folder: str, selection: Path | None, folder: Path, resources: TrialResources) -> Any:
+    """`fit` in a worker, or the named error it ends with."""
+    return in_group(_fit, (task_json, recipe_json, data_folder, selection, folder), resources)
+
+
+def _fit(
+    task_json: str, recipe_json: str, data_folder: str, selection: Path | None, folder: Path, resources: TrialResources, ranks: Ranks
+) -> FitResult:
+    with opened(task_json, recipe_json, data_folder, selection, resources.device()) as given:
+        return fit(*given, folder, device=resources.device(), ranks=ranks)

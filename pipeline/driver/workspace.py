@@ -1,0 +1,88 @@
+"""Where a run keeps what it made: one folder, every stage under the hash of what it depends on.
+
+data/<task>/                       shards and index
+backbones/<fingerprint>.safetensors   what workers load
+selections/<key>.safetensors      ranked connections
+studies/<task>-<key>/trials/      one file a trial
+studies/<task>-<key>/fits/<id>/   a champion's pack and its test result
+studies/<task>-<key>/front.png
+logs/<task>.txt                   tracebacks
+mlflow.db, artifacts/             the embedded registry
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.packs import FORMAT_VERSION
+from pipeline.search.trial_record import TrialJournal
+from pipeline.selection import selection_key
+from pipeline.training import Inputs
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """Paths inside a work folder, absolute."""
+
+    root: Path
+
+    def clear_leftovers(self) -> None:
+        """Remove the half-made folders of a run that was killed. Only for the holder of the work folder's lock."""
+        for leftover in (path for folder in ("data", "backbones", "selections") for path in self.root.glob(f"{folder}/.*")):
+            if leftover.is_dir():
+                shutil.rmtree(leftover, ignore_errors=True)
+            else:
+                leftover.unlink(missing_ok=True)
+
+    def data(self, task: str) -> Path:
+        """The prepared data of a task."""
+        return self.root / "data" / task
+
+    def backbone(self, inputs: Inputs) -> Path:
+        """The backbone's tensors, for workers."""
+        return self.root / "backbones" / f"{inputs.backbone.fingerprint}.safetensors"
+
+    def selection(self, inputs: Inputs, top_k: int) -> Path:
+        """The selection of a task's connections."""
+        return self.root / "selections" / f"{selection_key(inputs, top_k)}.safetensors"
+
+    def study(self, inputs: Inputs, top_k: int) -> StudyFolder:
+        """The study of a task; trials with equal inputs, selection and pack format share it, whatever space or budget led to them."""
+        seed = json.dumps([FORMAT_VERSION, selection_key(inputs, top_k), inputs.task.metric, inputs.task.seed])
+        name = inputs.task.name
+        return StudyFolder(self.root / "studies" / f"{name}-{hashlib.sha256(seed.encode()).hexdigest()[:12]}", self.log(name))
+
+    def log(self, task: str) -> Path:
+        """Tracebacks of what went wrong with a task."""
+        return self.root / "logs" / f"{task}.txt"
+
+
+@dataclass(frozen=True)
+class StudyFolder:
+    """Paths inside one study. `log` takes the tracebacks of its trials."""
+
+    root: Path
+    log: Path
+
+    @property
+    def journal(self) -> TrialJournal:
+        """The finished trials."""
+        return TrialJournal(self.root / "trials", self.log)
+
+    @property
+    def compared(self) -> TrialJournal:
+        """The same of a comparison, whose trials all run to their end: a study's own may have been stopped."""
+        return TrialJournal(self.root / "compared", self.log)
+
+    @property
+    def figure(self) -> Path:
+        """The picture of the front."""
+        return self.root / "front.png"
+
+    def fit(self, trial_id: str) -> Path:
+        """The final fit of a trial's recipe."""
+        return self.root / "fits" / trial_id

@@ -1,0 +1,57 @@
+"""What a worker needs to work on a task: its backbone, its splits and readers of their shards."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from pipeline.backbones import LoadedBackbone, load_backbone
+from pipeline.data import DataIndex, Reader, Split, read_index, split_samples
+from pipeline.inputs.learning_rate import with_learning_rate
+from pipeline.inputs.preset import on_backbone
+from pipeline.specs import Task
+
+CACHE_BYTES = 2 << 30
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """One task, opened. `splits` has train, val, trainval and test.
+
+    `task` has its backbone and recipe resolved: see `resolve_source`, `with_learning_rate` and `on_backbone`;
+    `absent` are the parts that the last one left out.
+    """
+
+    task: Task
+    index: DataIndex
+    backbone: LoadedBackbone
+    splits: dict[str, Split]
+    data_folder: Path
+    absent: Mapping[str, str] = field(default_factory=dict)
+
+    def reader(self, split: str) -> Reader:
+        """A reader of one split's samples."""
+        return Reader(self.data_folder, self.splits[split], self.backbone.size_px, CACHE_BYTES)
+
+    def with_task(self, task: Task) -> Inputs:
+        """The same data and backbone for another way to adapt it."""
+        recipe = with_learning_rate(task.recipe, self.backbone)
+        task, absent = on_backbone(task.model_copy(update={"recipe": recipe}), self.backbone, self.index.classes)
+        return replace(self, task=task, absent=absent)
+
+    def remarks(self) -> list[str]:
+        """What the user did not ask for and should know, where there is something."""
+        parts_by_reason: dict[str, list[str]] = {}
+        for part, reason in self.absent.items():
+            parts_by_reason.setdefault(reason, []).append(part)
+        return [f"the recipe leaves out {', '.join(parts)}: {reason}" for reason, parts in parts_by_reason.items()]
+
+
+def open_inputs(task: Task, data_folder: Path) -> Inputs:
+    """Open a prepared task. Backbone and decoded images are kept by the process, so a second call is cheap."""
+    index = read_index(data_folder)
+    splits = split_samples(index, task.val_fraction, task.seed)
+    backbone = load_backbone(task.backbone, task.input)
+    inputs = Inputs(task.model_copy(update={"backbone": backbone.spec}), index, backbone, splits, data_folder)
+    return inputs.with_task(inputs.task)

@@ -1,0 +1,171 @@
+"""Runs a study's trials as a Ray Tune run that forgets nothing.
+
+Tune supplies the workers, their placement, retries and stopping. Trials run in reused worker
+processes, so backbone and decoded images are loaded once per process.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import shutil
+import tempfile
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from pipeline.cluster.rank_group import WORKER_RETRIES, TrialResources, group
+from pipeline.cluster.session import bundles
+from pipeline.cluster.task_threads import Interrupted
+from pipeline.errors import BudgetError, ClusterError, TrainingError, named
+from pipeline.search.proposer import LAG, make_proposer
+from pipeline.search.study import OnRecord, Study
+from pipeline.search.trial import opened, run_trial
+from pipeline.search.trial_record import TrialJournal, TrialRecord, failure_warnings
+from pipeline.specs import Recipe, Task
+from pipeline.training import Ranks, Score
+from pipeline.training.ranks import RanksLost
+
+
+def check_budget(task: Task, size_of: Callable[[Recipe], int]) -> None:
+    """Raise BudgetError where nothing in the search space fits: known before a cluster is asked for anything."""
+    proposer = make_proposer(task, size_of)
+    if proposer.propose() is None:
+        raise _nothing_fits(task, proposer.rejected)
+
+
+def run_study(
+    task: Task,
+    data_folder: Path,
+    selection_path: Path | None,
+    journal: TrialJournal,
+    *,
+    size_of: Callable[[Recipe], int],
+    val_samples: int,
+    resources: Callable[[], TrialResources] = TrialResources,
+    on_progress: OnRecord = lambda study: None,
+    is_stopping: Callable[[], bool] = lambda: False,
+) -> list[TrialRecord]:
+    """Run every trial that the journal does not hold yet. Several studies may run at a time, each in a thread of its own.
+
+    Args:
+        size_of: bytes of the pack a recipe will give.
+        resources: asked for what a trial is given once one has to run; Ray must run by then.
+        is_stopping: whether the run was interrupted; running trials are then ended and not kept.
+
+    Raises:
+        BudgetError: no configuration fits `max_bytes`.
+        TaskpackError: what every trial failed of, where none came to an end.
+        Interrupted: `is_stopping` came to hold.
+    """
+    study = Study(task, make_proposer(task, size_of), journal, val_samples)
+    first = study.next_slot()
+    if not study.slots:
+        raise _nothing_fits(task, study.all_records())
+    if first is not None:
+        _run_with_tune(study, first, data_folder, selection_path, resources(), on_progress, is_stopping)
+        gc.collect()  # Tune leaves rings of objects; among the libraries' million, Python itself would look for them once in fifty studies
+    records = study.all_records()
+    if not any(record.state == "complete" for record in records):
+        failed = [record for record in records if record.state == "failed"]
+        kind = TrainingError if all(record.is_final for record in failed) else ClusterError
+        raise kind(f"{task.name}: no trial came to an end; {'; '.join(failure_warnings(failed))[:800]}")
+    return records
+
+
+def _nothing_fits(task: Task, rejected: Sequence[TrialRecord]) -> BudgetError:
+    smallest = min(record.size_bytes for record in rejected)
+    return BudgetError(
+        f"{task.name}: nothing in the search space fits the budget of {task.budget.max_bytes} bytes; the smallest pack would take {smallest}. "
+        "Raise budget.max_bytes, or add smaller values of bits, top_k or experts"
+    )
+
+
+def _run_with_tune(
+    study: Study,
+    first: int,
+    data_folder: Path,
+    selection_path: Path | None,
+    resources: TrialResources,
+    on_progress: OnRecord,
+    is_stopping: Callable[[], bool],
+) -> None:
+    """Run what is left."""
+    os.environ.update(TUNE_DISABLE_SIGINT_HANDLER="1", TUNE_DISABLE_AUTO_CALLBACK_LOGGERS="1", RAY_AIR_NEW_OUTPUT="0")
+    # Tune asks for one waiting trial at a time: short ones would follow each other in one worker, and no other would ever start.
+    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(LAG)
+    from ray import tune
+
+    from pipeline.search.tune import StoppingScheduler, StudySearcher, WhenInterrupted
+
+    context = {
+        "task": study.task.model_dump_json(),
+        "data_folder": str(data_folder),
+        "selection": str(selection_path) if selection_path is not None else None,
+        "resources": resources,
+    }
+    searcher = StudySearcher(study, first, on_progress, context, is_stopping)
+    scratch = Path(tempfile.mkdtemp(prefix="taskpack-study-"))
+    try:
+        tune.Tuner(
+            _registered_trainable(resources),
+            tune_config=tune.TuneConfig(search_alg=searcher, scheduler=StoppingScheduler(study), num_samples=-1, reuse_actors=True),
+            run_config=tune.RunConfig(
+                name=study.task.name,
+                storage_path=str(scratch),
+                verbose=0,
+                failure_config=tune.FailureConfig(max_failures=WORKER_RETRIES),
+                stop=WhenInterrupted(is_stopping),
+            ),
+        ).fit()
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    if is_stopping():
+        raise Interrupted
+    if searcher.fatal is not None:
+        raise searcher.fatal
+
+
+_REGISTERING = threading.Lock()
+
+
+def _registered_trainable(resources: TrialResources) -> str:
+    """The name under which Tune knows `_trainable`. All studies share it, so what differs between them is in a trial's config."""
+    from ray import tune
+
+    name = f"trial of {resources.ranks} x {resources.cpus:g} CPUs and {resources.gpus:g} GPUs"
+    places = bundles(resources.ranks, resources.cpus, resources.gpus)
+    request = tune.PlacementGroupFactory(places, strategy="PACK")  # the trial itself takes the first
+    with _REGISTERING:  # Tune's register is not safe to share between threads
+        tune.register_trainable(name, tune.with_resources(_trainable, request))
+    return name
+
+
+def _trainable(config: dict[str, Any]) -> None:
+    """One trial in a worker. What it fails of is reported, not raised: Tune would try again. It should where a rank was lost."""
+    from ray import tune
+
+    resources: TrialResources = config["resources"]
+    try:
+        with group(_follow, (config,), resources) as ranks:
+            for epoch, (score, remark) in enumerate(_epochs(config, resources, ranks), start=1):
+                tune.report({"epoch": epoch, "metric": score.accuracy, "remark": remark})
+    except RanksLost:
+        raise
+    except Exception as error:
+        fault = named(error)
+        # Tune refuses a report without the searcher's metric, and would end the whole study.
+        tune.report({"metric": 0.0, "error": type(fault).__name__, "message": str(fault), "details": getattr(fault, "details", "")})
+
+
+def _follow(config: dict[str, Any], resources: TrialResources, ranks: Ranks) -> None:
+    """The same trial on a rank that reports nothing."""
+    for _ in _epochs(config, resources, ranks):
+        pass
+
+
+def _epochs(config: dict[str, Any], resources: TrialResources, ranks: Ranks) -> Iterator[tuple[Score, str]]:
+    device = resources.device()
+    with opened(config["task"], config["recipe"], config["data_folder"], config["selection"], device) as given:
+        yield from run_trial(*given, device=device, ranks=ranks)
