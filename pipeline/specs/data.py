@@ -1,0 +1,138 @@
+"""Where a task's images come from, and how they are preprocessed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import (
+    BeforeValidator,
+    Field,
+    model_validator,
+)
+
+from pipeline.specs.section import Channels, Deviations, Spec
+
+Paths = Annotated[tuple[str, ...], Field(min_length=1)] | str
+
+
+class ShardsData(Spec):
+    """WebDataset tars or tar.gz (`key.jpg`, `key.cls` or `key.json`), local or behind any fsspec URL.
+
+    Globs are expanded in sorted order, and braces as WebDataset does: `train-{000000..000012}.tar`.
+    """
+
+    format: Literal["shards"] = "shards"
+    train: Paths
+    val: Paths | None = None
+    test: Paths
+    classes: tuple[str, ...] | str | None = Field(None, description="names, or a file with one name a line; default: the labels' numbers")
+    label_field: str | None = Field(None, description="field of key.json that holds the label; default: key.cls, or without one `label`")
+
+
+class _ImagesData(Spec):
+    """Splits of single images: the test set is given, or held out of train."""
+
+    train: str
+    val: str | None = None
+    test: str | None = None
+    test_fraction: float | None = Field(None, gt=0, lt=1, description="share of each class of train to hold out as the test set, instead of `test`")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_default_test(cls, content: Any) -> Any:
+        """`test_fraction` replaces the name that a format gives its test list by default."""
+        return {"test": None, **content} if isinstance(content, Mapping) and content.get("test_fraction") is not None else content
+
+    @model_validator(mode="after")
+    def _one_test_set(self) -> Self:
+        if (self.test is None) == (self.test_fraction is None):
+            raise ValueError("expected either `test`, or `test_fraction: 0.2` to hold a fifth of train out as the test set")
+        return self
+
+
+class FolderData(_ImagesData):
+    """Image folders: one folder a class inside each split's folder."""
+
+    format: Literal["folder"]
+
+
+class CsvData(_ImagesData):
+    """CSV manifests; paths are relative to `root` (default: the manifest's folder). Columns are separated by `,`, `;`, `|` or tabs."""
+
+    format: Literal["csv"]
+    root: str | None = None
+    path_column: str = "path"
+    label_column: str = "label"
+
+
+ClassCount = Annotated[int, Field(ge=2, le=65536)]
+ClassNames = Annotated[tuple[str, ...], Field(min_length=2)]
+
+
+class _ListedData(_ImagesData):
+    """Images in a folder, and a file a split that lists them with their labels."""
+
+    root: str
+    images: str = Field("", description="folder inside `root` that the listed paths start from; default: `root` itself")
+    classes: ClassCount | ClassNames | str = Field(description="how many; or their names, or a file with one name a line")
+
+
+class ListsData(_ListedData):
+    """List files of `path label` lines inside `root`: VTAB-1k's layout, and that of few-shot FGVC. Labels are numbers from 0."""
+
+    format: Literal["lists"]
+    train: str = "train800.txt"
+    val: str | None = "val200.txt"
+    test: str | None = "test.txt"
+    repeats: bool = Field(False, description="whether a list may name an image more than once; it is read once")
+
+
+class JsonData(_ListedData):
+    """JSON objects of `{"path": label}` inside `root`: the FGVC splits of VPT (arXiv 2203.12119).
+
+    Labels are any whole numbers, one per class, or names.
+    """
+
+    format: Literal["json"]
+    train: str = "train.json"
+    val: str | None = "val.json"
+    test: str | None = "test.json"
+
+
+class DigitsData(Spec):
+    """scikit-learn's 1,797 handwritten digits (8x8), split by a seed."""
+
+    format: Literal["digits"]
+    train_samples: int = Field(800, ge=20)
+    test_samples: int = Field(800, ge=20)
+    seed: int = Field(0, ge=0)
+
+
+class DrawnData(Spec):
+    """A structured task drawn by a seeded generator: count the blobs, or tell a bar's orientation."""
+
+    format: Literal["drawn"]
+    kind: Literal["counting", "orientation"]
+    train_samples: int = Field(800, ge=20)
+    test_samples: int = Field(800, ge=20)
+    size_px: int = Field(32, ge=16)
+    seed: int = Field(0, ge=0)
+
+
+def _as_shards(data: Any) -> Any:
+    """Data without a format is shards: a union's discriminator has no default of its own."""
+    return {"format": "shards", **data} if isinstance(data, Mapping) else data
+
+
+_AnyFormat = Annotated[ShardsData | FolderData | CsvData | ListsData | JsonData | DigitsData | DrawnData, Field(discriminator="format")]
+Data = Annotated[_AnyFormat, BeforeValidator(_as_shards)]
+
+
+class Input(Spec):
+    """Preprocessing: images are resized to a square, scaled to [0, 1], normalised. mean/std default to the backbone's own."""
+
+    size_px: int | None = Field(None, ge=8, le=1024, description="default: the size that the backbone is built for")
+    mean: Channels | None = None
+    std: Deviations | None = None
+    flip: bool = Field(True, description="whether a mirrored image keeps its label (false for digits); used by augmentation only")

@@ -1,0 +1,116 @@
+"""A recipe: which parts train and how, and which parts go together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+from pydantic import (
+    BeforeValidator,
+    Field,
+    model_validator,
+)
+
+from pipeline.specs.parts import Adapter, Biases, ClassToken, Connections, Full, Head, Lora, Norms, Prompts, Quantiser, Smoa, Ssf
+from pipeline.specs.section import Spec
+from pipeline.specs.training import Training
+
+
+class Recipe(Spec):
+    """How a task is adapted and trained. A part left out is off; the head is always there.
+
+    `preset: default` starts from the default recipe's parts, which the other keys replace or, with null, switch off; `preset: linear` trains the
+    head alone.
+    """
+
+    preset: tuple[str, ...] | None = Field(
+        None, description="`default` or `linear`; kept as the parts that it brought, which a backbone without a place for them goes without"
+    )
+    connections: Connections | None = None
+    biases: Biases | None = None
+    smoa: Smoa | None = None
+    norms: Norms | None = None
+    adapter: Adapter | None = None
+    lora: Lora | None = None
+    ssf: Ssf | None = None
+    prompts: Prompts | None = None
+    class_token: ClassToken | None = None
+    full: Full | None = None
+    quantiser: Quantiser | None = Field(None, description="default: as the paper, median and matrix")
+    head: Head = Head()
+    training: Training = Training()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_preset(cls, content: Any) -> Any:
+        """The content with the parts of the preset that it names, where these are not written in it."""
+        if not isinstance(content, Mapping) or not isinstance(content.get("preset"), str):
+            return content
+        named = [part for part in PARTS if content.get(part) is not None]
+        if content["preset"] == "default":
+            brought = {part: spec for part, spec in DEFAULT_PARTS.items() if part not in content}
+            return {**content, **brought, "preset": tuple(brought)}
+        if content["preset"] != "linear":
+            raise ValueError(f"preset: given {content['preset']!r}; expected default or linear")
+        if named:
+            raise ValueError(f"preset: linear trains the head alone, given {' and '.join(named)} too; leave out one or the other")
+        return {**content, "preset": None}
+
+    @model_validator(mode="after")
+    def _goes_together(self) -> Recipe:
+        conflict = slot_conflict(self)
+        if conflict is not None:
+            raise ValueError(conflict)
+        trained = [getattr(self, name) for name in (*PARTS, "head")]
+        if self.quantiser is not None and all(part.bits >= 16 for part in trained if part is not None):
+            raise ValueError("quantiser would change nothing: no part has fewer than 16 bits; leave it out, or lower some bits")
+        return self
+
+
+def slot_conflict(recipe: Recipe) -> str | None:
+    """What two parts of a recipe both want, in words; None where they go together."""
+    smoa, adapter = recipe.smoa, recipe.adapter
+    others = [name for name in PARTS if name != "full" and getattr(recipe, name) is not None]
+    if recipe.full is not None and others:
+        return f"full trains everything that {' and '.join(others)} would change; leave out one or the other"
+    if smoa is not None and adapter is not None and smoa.placement in _PLACES[adapter.placement]:
+        where = "in parallel to the MLP" if smoa.placement == "parallel" else "after the MLP"
+        return f"smoa and adapter are both {where}; leave one out, or place one elsewhere"
+    if recipe.ssf is not None and (recipe.biases is not None or recipe.norms is not None):
+        return "ssf scales and shifts what biases and norms would change; leave out one or the other"
+    if recipe.prompts is not None and smoa is not None and smoa.prompt_generator:
+        return "prompts and smoa.prompt_generator both append tokens; leave out one or the other"
+    return None
+
+
+_PLACES = {"parallel": ("parallel",), "after_mlp": ("after_mlp",), "after_attention": (), "after_both": ("after_mlp",)}
+PARTS = tuple(name for name in Recipe.model_fields if name not in ("preset", "head", "training", "quantiser"))
+"""The parts that a recipe may leave out."""
+ADAPTERS = ("smoa", "adapter", "lora")
+"""The parts that the axes adapter_bits, width and scale are about."""
+
+DEFAULT_PARTS: dict[str, Spec] = {"connections": Connections(), "biases": Biases(), "smoa": Smoa(), "norms": Norms()}
+DEFAULT_RECIPE = Recipe.model_validate({"preset": "default"})
+
+
+def _names_what_trains(recipe: Any) -> Any:
+    """A recipe as it is written: it says what trains, so that nothing is trained, or left out, unasked."""
+    if isinstance(recipe, Mapping) and not recipe.keys() & {"preset", *PARTS}:
+        raise ValueError(
+            "this does not say what trains; add `preset: default` for the default parts or `preset: linear` for the head alone, or name parts"
+        )
+    return recipe
+
+
+WrittenRecipe = Annotated[Recipe, BeforeValidator(_names_what_trains)]
+
+
+def cools_down(recipe: Recipe) -> Recipe:
+    """A check of tasks, not of recipes: a pack that was trained otherwise can still be read."""
+    training = recipe.training
+    if training.warmup_epochs >= training.epochs:
+        raise ValueError(
+            f"training.warmup_epochs is {training.warmup_epochs:g} and training.epochs is {training.epochs}; the learning rate would only rise: "
+            "expected fewer epochs of warm-up than epochs"
+        )
+    return recipe
