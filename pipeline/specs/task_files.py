@@ -202,7 +202,7 @@ def known_methods() -> list[str]:
 
 def catalogue_folder() -> Path:
     """The folder of the task files that come with taskpack: in a clone beside the package, otherwise where it was installed."""
-    clone = Path(__file__).resolve().parents[1] / "tasks"
+    clone = Path(__file__).resolve().parents[2] / "tasks"
     return clone if clone.is_dir() else Path(sys.prefix) / "share" / "taskpack"
 
 
