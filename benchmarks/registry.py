@@ -309,13 +309,13 @@ def logged_model_seconds(registry: Registry) -> list[float | None]:
     registered = "tags.`mlflow.modelVersions` != ''"
     order = [{"field_name": "metrics.test_accuracy", "ascending": False}, {"field_name": "metrics.size_bytes", "ascending": True}]
     content: dict[str, Any] = {
-        "experiment_ids": [registry._experiment_id],
+        "experiment_ids": [registry.store.experiment_id],
         "filter": f"{registered} AND {bounds}",
         "max_results": 64,
         "order_by": order,
     }
     who = os.environ["MLFLOW_TRACKING_USERNAME"], os.environ["MLFLOW_TRACKING_PASSWORD"]
-    address, session = f"{registry.tracking_uri}/api/2.0/mlflow/logged-models/search", requests.Session()
+    address, session = f"{registry.store.tracking_uri}/api/2.0/mlflow/logged-models/search", requests.Session()
     taken: list[float | None] = []
     for _ in range(LOGGED_MODEL_ROUNDS):
         try:

@@ -100,7 +100,7 @@ def test_looking_up_under_another_path_does_not_disturb_a_run(workdir: Path, tmp
 
 def test_artifacts_that_are_kept_apart_from_the_database_stay_there(workdir: Path, tmp_path: Path) -> None:
     apart = tmp_path / "apart"
-    Registry(f"sqlite:///{workdir}/mlflow.db", None).client.delete_experiment(Registry(f"sqlite:///{workdir}/mlflow.db", None)._experiment_id)
+    Registry(f"sqlite:///{workdir}/mlflow.db", None).client.delete_experiment(Registry(f"sqlite:///{workdir}/mlflow.db", None).store.experiment_id)
     with sqlite3.connect(workdir / "mlflow.db") as connection:
         connection.execute("UPDATE experiments SET artifact_location = ?, lifecycle_stage = 'active' WHERE name = 'taskpack'", (apart.as_uri(),))
     connection.close()

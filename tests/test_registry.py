@@ -14,10 +14,11 @@ from typing import Any
 import pytest
 
 from pipeline.errors import RegistryError
-from pipeline.registry import store
+from pipeline.registry import registration
 from pipeline.registry.connection import initialise_sqlite
 from pipeline.registry.pack_record import Champion
-from pipeline.registry.store import EXPERIMENT, Registry, open_registry
+from pipeline.registry.store import Registry, open_registry
+from pipeline.registry.tracking import EXPERIMENT
 from pipeline.registry.trial_runs import PARENT_TAG
 
 FRONT = [{"id": "t0", "point": {"bits": 4}, "size_bytes": 100, "state": "complete", "val_metric": 0.9, "epochs": 2, "seconds": 1.5}]
@@ -178,29 +179,29 @@ def test_a_crash_at_any_step_is_mended_by_the_next_registration(registry, tmp_pa
     registry.register(champion(tmp_path, accuracy=0.5))
     for calls in range(100):
         given = champion(tmp_path, accuracy=0.6 + calls / 1000)
-        registry.client = CrashingClient(client, calls)
+        registry.store.client = CrashingClient(client, calls)
         try:
             registry.register(given)
             break
         except Crash:
-            registry.client = client
+            registry.store.client = client
         registered = registry.register(given)
         assert [found.version for found in client.search_model_versions(f"tags.pack_digest = '{given.pack_digest}'")] == [registered.version]
         assert registry.get("digits") == registered
         assert registered in registry.search(task="digits", limit=1000)
         assert registered.version == calls + 2
     assert calls > 12, "the loop must have walked through every step"
-    registry.client = client
+    registry.store.client = client
     assert counts(registry) == {"runs": calls + 2, "models": calls + 2, "versions": calls + 2}
 
 
 def test_an_unfinished_registration_is_not_found(registry, tmp_path) -> None:
     client = registry.client
     for calls in range(9):
-        registry.client = CrashingClient(client, calls)
+        registry.store.client = CrashingClient(client, calls)
         with pytest.raises(Crash):
             registry.register(champion(tmp_path))
-    registry.client = client
+    registry.store.client = client
     assert registry.search() == []
     with pytest.raises(RegistryError, match="digits"):
         registry.get("digits")
@@ -239,28 +240,28 @@ def test_two_batches_may_register_a_task_at_once(registry, workdir, tmp_path, sa
         mine = champion(tmp_path, accuracy=0.5 + calls / 1000)
         theirs = mine if same else champion(tmp_path, accuracy=mine.metrics["val_accuracy"] + (0.0005 if calls % 8 else -0.0005))
         answers = []
-        registry.client = InterleavingClient(client, calls, lambda theirs=theirs, answers=answers: answers.append(other.register(theirs)))
+        registry.store.client = InterleavingClient(client, calls, lambda theirs=theirs, answers=answers: answers.append(other.register(theirs)))
         answers.append(registry.register(mine))
         if not registry.client.was_long_enough:
             break
-        registry.client, packs = client, packs + (1 if same else 2)
+        registry.store.client, packs = client, packs + (1 if same else 2)
         assert {answer.pack_digest for answer in answers} == {mine.pack_digest, theirs.pack_digest}
         assert registry.get("digits").pack_digest == max(mine, theirs, key=lambda pack: pack.metrics["val_accuracy"]).pack_digest
         found = registry.search(task="digits", limit=1000)
         assert len(found) == len({pack.pack_digest for pack in found}) == packs
     assert calls > 12, "the loop must have walked through every step"
-    registry.client = client
+    registry.store.client = client
     assert counts(registry) == {"runs": packs + 1, "models": packs + 1, "versions": packs + 1}
 
 
 def test_what_another_batch_left_is_discarded_when_it_is_old(registry, workdir, tmp_path, monkeypatch) -> None:
     client = registry.client
-    registry.client = CrashingClient(client, 6)
+    registry.store.client = CrashingClient(client, 6)
     with pytest.raises(Crash):
         registry.register(champion(tmp_path))
-    registry.client = client
+    registry.store.client = client
     assert counts(registry) == {"runs": 1, "models": 1, "versions": 0}
-    monkeypatch.setattr(store, "_ABANDONED_SECONDS", -60)
+    monkeypatch.setattr(registration, "_ABANDONED_SECONDS", -60)
     open_registry(None, workdir).register(champion(tmp_path))
     assert counts(registry) == {"runs": 1, "models": 1, "versions": 1}
 
@@ -323,7 +324,7 @@ def test_pages_join_without_gap_or_repetition(registry, tmp_path) -> None:
 def test_a_page_costs_three_requests(registry, tmp_path) -> None:
     for seed in range(5):
         registry.register(champion(tmp_path, f"task{seed}", seed=seed))
-    registry.client = CrashingClient(registry.client, 3)
+    registry.store.client = CrashingClient(registry.client, 3)
     assert len(registry.search()) == 5
 
 

@@ -24,7 +24,7 @@ import sys
 from pathlib import Path
 from pipeline.registry.store import open_registry
 registry = open_registry(None, Path(sys.argv[1]))
-print(registry.tracking_uri, registry.client.get_experiment_by_name("taskpack").experiment_id)
+print(registry.store.tracking_uri, registry.client.get_experiment_by_name("taskpack").experiment_id)
 """
 
 

@@ -69,7 +69,7 @@ def registry(template: Path, tmp_path: Path) -> Registry:
 
 
 def children(registry: Registry) -> list[Any]:
-    found = registry.client.search_runs([registry._experiment_id], "tags.trial_id != ''")
+    found = registry.client.search_runs([registry.store.experiment_id], "tags.trial_id != ''")
     return sorted(found, key=lambda run: run.data.tags["trial_id"])
 
 

@@ -67,7 +67,7 @@ def test_mlflow_loads_a_registered_pack_without_stored_code(loaded, template, tm
     pack.write_bytes(b"p" * 50)
     registry.register(Champion(task="digits", pack_path=pack, pack_digest="d", size_bytes=50, ledger={"head": 50}, metrics={"test_accuracy": 0.9}))
     mlflow = import_pyfunc() and import_mlflow()
-    mlflow.set_tracking_uri(registry.tracking_uri)
+    mlflow.set_tracking_uri(registry.store.tracking_uri)
     try:
         model = mlflow.pyfunc.load_model("models:/digits@champion")
     finally:

@@ -26,6 +26,9 @@ from helpers_cli import (
     wait_until,
 )
 
+from pipeline.registry.store import open_registry
+from pipeline.registry.trial_runs import PARENT_TAG, TRIAL_TAG
+
 DAEMONS_GONE_SECONDS = 100  # most of Ray's end within seconds, two agents after a minute
 
 
@@ -108,6 +111,15 @@ def test_the_last_run_registers_one_version(journey: Journey) -> None:
     assert journey.answers["last"].err == ""
     packs = taskpack("ls", "--workdir", journey.workdir, "--json").json()
     assert [(pack["name"], pack["version"], pack["aliases"]) for pack in packs] == [("bars", 1, ["champion"])]
+
+
+def test_mlflow_shows_each_trial_once(journey: Journey) -> None:
+    registry = open_registry(f"sqlite:///{journey.workdir}/mlflow.db", journey.workdir)
+    runs = registry.client.search_runs([registry.store.experiment_id])
+    (parent,) = (run.info.run_id for run in runs if PARENT_TAG not in run.data.tags)
+    trials = sorted(run.data.tags[TRIAL_TAG] for run in runs if run.data.tags.get(PARENT_TAG) == parent)
+    assert len(runs) == 1 + len(trials)
+    assert trials == sorted(path.stem for path in journey.files("studies/*/trials/*.json"))
 
 
 def test_nothing_finished_was_written_again(journey: Journey) -> None:

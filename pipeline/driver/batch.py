@@ -93,7 +93,7 @@ def run_batch(
         ClusterError: no cluster answers at `address`.
     """
     with work_folder(workdir, address) as (workspace, start_ray):
-        registry = open_registry(registry_uri, workspace.root)
+        registry = open_registry(registry_uri, workspace.root, writer=workspace.writer())
         registry.check_writable()
         batch, copies = batch_name(), []
         if address is not None:

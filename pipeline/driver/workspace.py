@@ -8,12 +8,14 @@ studies/<task>-<key>/fits/<id>/   a champion's pack and its test result
 studies/<task>-<key>/front.png
 logs/<task>.txt                   tracebacks
 mlflow.db, artifacts/             the embedded registry
+writer.json                       the name under which this folder's packs are registered
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import secrets
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +24,7 @@ from pipeline.packs import FORMAT_VERSION
 from pipeline.search.trial_record import TrialJournal
 from pipeline.selection import selection_key
 from pipeline.training import Inputs
+from pipeline.utils.files import read_json, write_json
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,16 @@ class Workspace:
                 shutil.rmtree(leftover, ignore_errors=True)
             else:
                 leftover.unlink(missing_ok=True)
+
+    def writer(self) -> str:
+        """A random name that this folder keeps, so that a run finds what an earlier one, killed while registering, left in the registry. Only for
+        the holder of the lock."""
+        path = self.root / "writer.json"
+        name = read_json(path)
+        if not isinstance(name, str):
+            name = secrets.token_hex(8)
+            write_json(path, name)
+        return name
 
     def data(self, task: str) -> Path:
         """The prepared data of a task."""

@@ -11,8 +11,41 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pipeline.registry.pack_record import DATA_TAG, VALIDATION_TAG, RegisteredPack
+from pipeline.registry.lookups import LookUps
+from pipeline.registry.pack_record import CHAMPION_ALIAS, DATA_TAG, VALIDATION_TAG, Champion, RegisteredPack
+from pipeline.registry.tracking import TrackingStore
 from pipeline.search.champion import smallest_near_best
+
+
+class ChampionAlias:
+    """Moves the alias of registered models in one store."""
+
+    def __init__(self, store: TrackingStore, lookups: LookUps) -> None:
+        self._store, self._lookups = store, lookups
+
+    def place(self, mine: RegisteredPack, champion: Champion) -> str:
+        """Point the alias at the version that is to have it after `mine` was registered; say which, and why."""
+        if champion.promote:
+            self._point_at(mine)
+            return f"champion: {mine.reference}, promoted"
+        holder = self._lookups.holder(mine.name)
+        chosen, remark = place_alias(mine, holder, self._lookups.best_on_validation(mine.name), champion.within_points)
+        while holder is None or holder.version != chosen.version:
+            self._point_at(chosen)
+            holder = chosen
+            # Another driver may have published a better version, and have moved the alias before this one did.
+            chosen, again = place_alias(mine, None, self._lookups.best_on_validation(mine.name), champion.within_points)
+            remark = remark if chosen.version == holder.version else again
+        return remark
+
+    def _point_at(self, pack: RegisteredPack) -> None:
+        """Move the alias, after the tags that show the champion's numbers in MLflow's list of models: an interruption between is made good by
+        whoever moves the alias next."""
+        client = self._store.client
+        if CHAMPION_ALIAS not in client.get_model_version(pack.name, str(pack.version)).aliases:
+            for key, value in pack.shown().items():
+                client.set_registered_model_tag(pack.name, key, value)
+            client.set_registered_model_alias(pack.name, CHAMPION_ALIAS, str(pack.version))
 
 
 def place_alias(

@@ -11,6 +11,7 @@ import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from pipeline.errors import RegistryAway, RegistryError, RegistryRefused, TaskpackError
 from pipeline.registry.connection import import_mlflow
@@ -111,3 +112,27 @@ def _reason(text: str) -> str:
     body = re.search(r"Response body: '(.+?)'|Caused by \w+\('(.+?)'", text, re.DOTALL)
     line = next(iter((next(filter(None, body.groups())) if body else text).strip().splitlines()), "no reason given").rstrip(":")
     return line if len(line) <= 300 else line[:297] + "..."
+
+
+def absent_as_none(call: Any, *arguments: Any) -> Any:
+    """What a call of a client returns; None where MLflow says there is no such thing."""
+    return _error_as_none(("RESOURCE_DOES_NOT_EXIST", "NOT_FOUND"), call, *arguments)
+
+
+def denied_as_none(call: Any, *arguments: Any) -> Any:
+    """What a call of a client returns; None where the user may not do that."""
+    return _error_as_none(("PERMISSION_DENIED",), call, *arguments)
+
+
+def existing_as_none(call: Any, *arguments: Any, **options: Any) -> Any:
+    """What a call of a client returns; None where what it makes exists already."""
+    return _error_as_none(("RESOURCE_ALREADY_EXISTS",), call, *arguments, **options)
+
+
+def _error_as_none(codes: tuple[str, ...], call: Any, *arguments: Any, **options: Any) -> Any:
+    try:
+        return call(*arguments, **options)
+    except Exception as error:
+        if getattr(error, "error_code", None) not in codes:
+            raise
+        return None

@@ -18,10 +18,14 @@ TASK_TAG = "task"
 DIGEST_TAG = "pack_digest"
 MODEL_ID_TAG = "model_id"
 BEGUN_TAG = "registration_begun_ms"
+WRITER_TAG = "registered_by"
+CHAMPION_ALIAS = "champion"
 DATA_TAG = "data_digest"
 VALIDATION_TAG = "validation"
 """Which samples a pack's recipe was validated on, as a hash."""
-OWN_TAGS = (TASK_TAG, DIGEST_TAG, MODEL_ID_TAG, BEGUN_TAG)
+OWN_RUN_TAGS = (BEGUN_TAG, WRITER_TAG)
+"""What a registration keeps of itself; look-ups leave it out."""
+OWN_TAGS = (TASK_TAG, DIGEST_TAG, MODEL_ID_TAG, *OWN_RUN_TAGS)
 
 
 @dataclass(frozen=True, kw_only=True)
