@@ -47,7 +47,7 @@ def champion(folder: Path, name: str = "digits") -> Champion:
         ledger={"head": 60, "biases": 40, "norms": 0},
         metrics={"test_accuracy": 0.912, "test_accuracy_stderr": 0.008, "val_accuracy": 0.9, "trained_values": 1234},
         params={"head.bits": "4", "training.augment": "a|b"},
-        tags={"backbone": "vit_tiny", "backbone_fingerprint": "f" * 64, "description": "handwritten digits"},
+        tags={"backbone": "vit_tiny", "backbone_fingerprint": "f" * 64, "description": "handwritten digits", "trial": "b"},
         front=FRONT,
         on_front=("a", "b"),
         data=(UsedData(split="train", source="digits/train", digest="d" * 64, samples=80, classes=10),),
@@ -82,13 +82,17 @@ def test_a_registered_pack_speaks_for_itself_in_mlflows_pages(registry: Registry
     assert model.description == "handwritten digits"
     assert model.tags == {"size": "0.1 KiB", "test accuracy": "91.2 ± 0.8 %", "backbone": "vit_tiny"}
     run = client.get_run(version.run_id)
+    assert run.data.tags["mlflow.note.content"].startswith("handwritten digits\n\n**0.1 KiB** (100 bytes) · test accuracy **91.2")
+    experiment = client.get_experiment(registry.store.experiment_id)
+    assert experiment.tags["mlflow.experimentKind"] == "custom_model_development"
+    assert experiment.tags["mlflow.note.content"].startswith("Written by taskpack.")
     assert run.info.start_time == STARTED.timestamp() * 1000
     assert run.info.end_time > run.info.start_time
     (used,) = run.inputs.dataset_inputs
     assert (used.dataset.name, used.dataset.digest) == ("digits train", "d" * 36)
     assert json.loads(used.dataset.profile) == {"num_rows": 80, "num_classes": 10}
     assert [tag.value for tag in used.tags] == ["train"]
-    assert registered.tags.keys() == {"backbone", "backbone_fingerprint", "description", "task", "pack_digest"}
+    assert registered.tags.keys() == {"backbone", "backbone_fingerprint", "description", "trial", "task", "pack_digest"}
     assert [pack.name for pack in registry.search()] == ["digits"]
 
 
@@ -105,6 +109,8 @@ def test_every_trial_that_ran_is_a_child_run(registry: Registry, tmp_path: Path)
     curve = registry.client.get_metric_history(first.info.run_id, "val_accuracy")
     assert [(point.step, point.value) for point in curve] == [(1, 0.5), (2, 0.8)]
     assert runs[3].data.tags["message"] == "diverged"
+    assert [run.data.tags["on_front"] for run in runs] == ["true", "true", "false", "false"]
+    assert [run.data.tags["champion"] for run in runs] == ["false", "true", "false", "false"]
 
 
 def test_trials_may_be_left_out(registry: Registry, tmp_path: Path) -> None:
@@ -148,5 +154,6 @@ def test_the_card_is_whole_markdown(tmp_path: Path) -> None:
     assert "| head | 60 | 60.0 % |\n| biases | 40 | 40.0 % |\n| **file** | **100** |  |" in card
     assert "| training.augment | a\\|b |" in card
     assert "taskpack predict digits/3 image.jpg" in card
-    assert "| bits 1 | 60 | 80.0 % |\n| bits 4 | 100 | 90.0 % |\n" in card
+    assert "| bits 1 | 60 | 80.0 % |\n| **bits 4** | 100 | 90.0 % |\n" in card
+    assert "| part | &emsp;bytes | &emsp;share |\n| --- | ---: | ---: |\n| head | 60 | 60.0 % |" in card
     assert "bits 8" not in card

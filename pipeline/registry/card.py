@@ -1,9 +1,12 @@
-"""The description of a registered version, as MLflow's pages show it: what the pack costs, what it reaches, how it was found, how to use it."""
+"""The descriptions of a registered version and of its run, as MLflow's pages show them: what the pack costs, what it reaches,
+how it was found, how to use it.
+
+MLflow's pages leave no space between the columns of a table: numbers are right-aligned, and their headings padded.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 from pipeline.registry.pack_record import Champion
 
@@ -14,15 +17,21 @@ def version_card(champion: Champion, version: int) -> str:
         champion.tags.get("description", ""),
         _headline(champion),
         "### Bytes",
-        _table(("part", "bytes", "share"), _ledger_rows(champion)),
+        _table(("part", "bytes", "share"), _ledger_rows(champion), numbers=2),
         "### Recipe",
         _table(("setting", "value"), sorted(champion.params.items())),
         "### Use it",
         _usage(f"{champion.task}/{version}"),
         f"### The front of the study ({len(champion.front)} trials; all are child runs of this version's run)",
-        _table(("configuration", "bytes", "validation"), (_front_row(row) for row in champion.front if row["id"] in champion.on_front)),
+        _table(("configuration", "bytes", "validation"), _front_rows(champion), numbers=2),
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def run_note(champion: Champion) -> str:
+    """Markdown for the run of a pack."""
+    trials = "The child runs are the trials of the study that the pack was chosen from." if champion.front else ""
+    return "\n\n".join(part for part in (champion.tags.get("description", ""), _headline(champion), trials) if part) + "\n"
 
 
 def _headline(champion: Champion) -> str:
@@ -41,9 +50,13 @@ def _ledger_rows(champion: Champion) -> Iterable[tuple[str, str, str]]:
     return [*rows, ("**file**", f"**{champion.size_bytes:,}**", "")]
 
 
-def _front_row(row: Mapping[str, Any]) -> tuple[str, str, str]:
-    point = ", ".join(f"{name} {value}" for name, value in row["point"].items())
-    return point or "the recipe", f"{row['size_bytes']:,}", f"{100 * row['val_metric']:.1f} %"
+def _front_rows(champion: Champion) -> Iterable[tuple[str, str, str]]:
+    """The trials on the front, that of the pack in bold."""
+    for row in champion.front:
+        if row["id"] in champion.on_front:
+            point = ", ".join(f"{name} {value}" for name, value in row["point"].items()) or "the recipe"
+            shown = f"**{point}**" if row["id"] == champion.tags.get("trial") else point
+            yield shown, f"{row['size_bytes']:,}", f"{100 * row['val_metric']:.1f} %"
 
 
 def _usage(reference: str) -> str:
@@ -68,8 +81,11 @@ def _usage(reference: str) -> str:
     )
 
 
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]], numbers: int = 0) -> str:
+    """A Markdown table whose last columns are `numbers`."""
+    texts = len(header) - numbers
+    shown = [*header[:texts], *(f"&emsp;{cell}" for cell in header[texts:])]
+    lines = [shown, [*["---"] * texts, *["---:"] * numbers], *rows]
     return "\n".join("| " + " | ".join(_cell(cell) for cell in line) + " |" for line in lines)
 
 

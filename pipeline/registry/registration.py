@@ -16,7 +16,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from pipeline.registry.card import version_card
+from pipeline.registry.card import run_note, version_card
 from pipeline.registry.failures import absent_as_none, denied_as_none, existing_as_none
 from pipeline.registry.model_files import write_front, write_model
 from pipeline.registry.pack_record import BEGUN_TAG, DIGEST_TAG, MODEL_ID_TAG, TASK_TAG, WRITER_TAG, Champion
@@ -64,7 +64,7 @@ class Registration:
         self._discard_unfinished(champion)
         model = self._log(champion)
         if with_trials:
-            log_trials(self._client, self._store.experiment_id, model.source_run_id, champion.front, _as_ms(datetime.now(UTC)))
+            log_trials(self._client, self._store.experiment_id, model.source_run_id, champion)
         self._ensure_registered_model(champion)
         # The location rather than `models:/m-...`: MLflow's SQL store resolves the latter through the process-wide tracking URI, not the client's.
         return self._client.create_model_version(
@@ -97,8 +97,8 @@ class Registration:
         now_ms, experiment_id = _as_ms(datetime.now(UTC)), self._store.experiment_id
         started_ms = now_ms if champion.started is None else _as_ms(champion.started)
         tags = {**champion.all_tags(), WRITER_TAG: self._writer}
-        run = self._client.create_run(experiment_id, start_time=started_ms, run_name=champion.task, tags={**tags, BEGUN_TAG: str(now_ms)})
-        run_id = run.info.run_id
+        run_tags = {**tags, BEGUN_TAG: str(now_ms), "mlflow.note.content": run_note(champion)}
+        run_id = self._client.create_run(experiment_id, start_time=started_ms, run_name=champion.task, tags=run_tags).info.run_id
         model = self._client.create_logged_model(
             experiment_id, name=champion.task, source_run_id=run_id, tags=tags, params=champion.params, model_type=EXPERIMENT
         )

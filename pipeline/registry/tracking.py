@@ -16,6 +16,14 @@ from pipeline.registry.failures import existing_as_none, registry_errors
 from pipeline.registry.rest import plain_rest
 
 EXPERIMENT = "taskpack"
+_EXPERIMENT_TAGS = {
+    # MLflow's pages otherwise take an experiment for one of generative models.
+    "mlflow.experimentKind": "custom_model_development",
+    "mlflow.note.content": (
+        "Written by taskpack. One run per registered pack, from the start of its task to its registration; its child runs are the trials of the "
+        "study that the pack was chosen from. The packs themselves are under Model registry, one model per task."
+    ),
+}
 
 
 class TrackingStore:
@@ -52,7 +60,8 @@ class TrackingStore:
         experiment = self.reader.get_experiment_by_name(EXPERIMENT)
         if experiment is None:
             # Two processes may both get here; the second one finds what the first has made.
-            existing_as_none(self.client.create_experiment, EXPERIMENT, artifact_location=self._artifacts_here or None)
+            location = self._artifacts_here or None
+            existing_as_none(self.client.create_experiment, EXPERIMENT, artifact_location=location, tags=_EXPERIMENT_TAGS)
             experiment = self.reader.get_experiment_by_name(EXPERIMENT)
         if experiment.lifecycle_stage != "active":
             raise RegistryError(

@@ -1,4 +1,5 @@
-"""Each trial of a study as a child run of its pack's run: parameters, the metric's curve, bytes, state and seconds.
+"""Each trial of a study as a child run of its pack's run: parameters, the metric's curve, bytes, state, seconds, and
+whether it is on the front and whether the pack was made from it.
 
 A child run carries the trial's id as a tag and is written in three requests. They are written before
 the version is created, which is what commits a registration: what a killed process left is deleted
@@ -7,27 +8,30 @@ with its parent, so no trial is there twice.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from datetime import UTC, datetime
 from typing import Any
+
+from pipeline.registry.pack_record import Champion
 
 PARENT_TAG = "mlflow.parentRunId"
 TRIAL_TAG = "trial_id"
 STATE_TAG = "trial_state"
+FRONT_TAG = "on_front"
+CHAMPION_TAG = "champion"
 _MESSAGE_TAG = "message"
 _LONGEST_TAG = 5000
 _STATUS = {"complete": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
 
 
-def log_trials(client: Any, experiment_id: str, parent_run_id: str, rows: Sequence[Mapping[str, Any]], ended_ms: int) -> None:
-    """Write every trial that ran.
-
-    Args:
-        rows: of trials, see `TrialRecord.row`; those rejected without being run have no run here either.
-        ended_ms: when the study ended, for records that do not say when they did.
-    """
-    for row in rows:
+def log_trials(client: Any, experiment_id: str, parent_run_id: str, champion: Champion) -> None:
+    """Write every trial of the champion's study that ran; those rejected without being run have no run here either."""
+    now_ms = int(datetime.now(UTC).timestamp() * 1000)  # for records that do not say when they ended
+    for row in champion.front:
         if row["state"] in _STATUS:
-            _log_trial(client, experiment_id, parent_run_id, row, ended_ms)
+            chosen = {FRONT_TAG: row["id"] in champion.on_front, CHAMPION_TAG: row["id"] == champion.tags.get("trial")}
+            tags = {PARENT_TAG: parent_run_id, **{tag: str(value).lower() for tag, value in chosen.items()}}
+            _log_trial(client, experiment_id, tags, row, now_ms)
 
 
 def delete_children(client: Any, experiment_id: str, parent_run_id: str) -> None:
@@ -38,14 +42,15 @@ def delete_children(client: Any, experiment_id: str, parent_run_id: str) -> None
             client.delete_run(run.info.run_id)
 
 
-def _log_trial(client: Any, experiment_id: str, parent_run_id: str, row: Mapping[str, Any], ended_ms: int) -> None:
+def _log_trial(client: Any, experiment_id: str, tags: Mapping[str, str], row: Mapping[str, Any], ended_ms: int) -> None:
     from mlflow.entities import Metric, Param
 
     ended_ms = int(1000 * row["ended"]) if row.get("ended") else ended_ms
     seconds = row.get("seconds", 0.0)
-    tags = {PARENT_TAG: parent_run_id, TRIAL_TAG: row["id"], STATE_TAG: row["state"], _MESSAGE_TAG: row.get("message", "")[:_LONGEST_TAG]}
+    own = {TRIAL_TAG: row["id"], STATE_TAG: row["state"], _MESSAGE_TAG: row.get("message", "")[:_LONGEST_TAG]}
     name = ", ".join(f"{key} {value}" for key, value in row["point"].items()) or "the recipe"
-    run = client.create_run(experiment_id, start_time=ended_ms - int(1000 * seconds), run_name=name, tags={k: v for k, v in tags.items() if v})
+    given = {**tags, **{key: value for key, value in own.items() if value}}
+    run = client.create_run(experiment_id, start_time=ended_ms - int(1000 * seconds), run_name=name, tags=given)
     metrics = [Metric("val_accuracy", float(value), ended_ms, epoch) for epoch, value in enumerate(row.get("curve", ()), start=1)]
     metrics += [Metric("pack_bytes", float(row["size_bytes"]), ended_ms, 0), Metric("seconds", float(seconds), ended_ms, 0)]
     client.log_batch(run.info.run_id, metrics=metrics, params=[Param(key, str(value)) for key, value in row["point"].items()])
