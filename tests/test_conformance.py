@@ -47,6 +47,9 @@ PARTS: dict[str, dict[str, Any]] = {
     "lora": {"lora": {"rank": 3}},
     "lora everywhere": {"lora": {"rank": 3, "targets": ["qkv", "proj", "fc1", "fc2"]}},
     "lora of the MLP": {"lora": {"rank": 3, "targets": ["fc2", "fc1"]}},
+    "fact": {"fact": {"rank": 3}},
+    "fact of the MLP": {"fact": {"rank": 3, "targets": ["fc1", "fc2"]}},
+    "fact at 1 bit": {"fact": {"rank": 3, "bits": 1, "targets": ["fc1", "fc2"]}},
     "lloyd_max": {"adapter": {"width": 4}, "smoa": {"placement": "after_mlp"}, "quantiser": {"codebook": "lloyd_max"}},
     "a scale a row": {"adapter": {"width": 4, "bits": 1}, "biases": {"bits": 2}, "head": {"bits": 3}, "quantiser": {"scales": "row"}},
     "lora, both": {"lora": {"targets": ["fc1"], "bits": 2}, "quantiser": {"codebook": "lloyd_max", "scales": "row"}},
@@ -67,15 +70,21 @@ PARTS: dict[str, dict[str, Any]] = {
     },
 }
 TOKENS = dict.fromkeys(("smoa with prompts", "prompts", "prompts deep", "class_token", "Adapter-X"), "expected a VisionTransformer")
-NO_ATTENTION = {"adapter after_attention": "no attention branch", "adapter after_both": "no attention branch", "lora": "it has .*fc1, fc2"}
+NO_ATTENTION = {
+    "adapter after_attention": "no attention branch",
+    "adapter after_both": "no attention branch",
+    "lora": "it has .*fc1, fc2",
+}
 REFUSED = {
     ("convnext", "lora everywhere"): "given 'qkv'.*it has .*fc1, fc2",
     ("convnext_linear", "lora everywhere"): "given 'qkv'.*it has .*fc1, fc2",
+    ("convnext_linear", "fact"): "given 'qkv'.*it has .*fc1, fc2",
+    **{("convnext", part): "it has no Linear layers" for part in PARTS if part.startswith("fact")},
     **{(family, part): message for family in ("convnext", "convnext_linear") for part, message in NO_ATTENTION.items()},
     **{(family, part): message for family in ("swin", "convnext", "convnext_linear") for part, message in TOKENS.items()},
 }
 ACCEPTED = [(family, part) for family in FAMILIES for part in PARTS if (family, part) not in REFUSED]
-SILENT_AT_START = ("connections", "biases", "norms", "adapter", "lora", "ssf", "class_token", "full")
+SILENT_AT_START = ("connections", "biases", "norms", "adapter", "lora", "fact", "ssf", "class_token", "full")
 every_pair = pytest.mark.parametrize(("family", "part"), ACCEPTED)
 
 

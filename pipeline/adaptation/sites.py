@@ -5,8 +5,7 @@ from __future__ import annotations
 from timm.layers import RmsNorm
 from torch import nn
 
-from pipeline.adaptation.parts.connections import TunableLayer
-
+TunableLayer = nn.Linear | nn.Conv2d
 _NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._BatchNorm, RmsNorm)
 
 

@@ -16,8 +16,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from pipeline.adaptation import AdaptedModel
-from pipeline.adaptation.merged import NO_WEIGHT, merged_state
+from pipeline.adaptation.merged import merged_state
 from pipeline.adaptation.packing import from_pack, probe_images
+from pipeline.adaptation.part import PARTS
 from pipeline.backbones import LoadedBackbone
 from pipeline.errors import ExportError
 from pipeline.packs import Pack, PackMetadata
@@ -34,10 +35,10 @@ def export_checkpoint(pack: Pack, backbone: LoadedBackbone, folder: Path) -> flo
         ExportError: the pack has a part that no weight can hold, or timm's model computes something else.
         StorageError: the folder exists or cannot be written.
     """
-    refused = [part for part in NO_WEIGHT if pack.metadata.recipe.get(part) is not None]
+    refused = [part for part in PARTS.values() if part.no_weight and part.name in pack.metadata.recipe]
     if refused:
         raise ExportError(
-            f"a timm checkpoint cannot hold the part {refused[0]} of this pack, because {NO_WEIGHT[refused[0]]}; "
+            f"a timm checkpoint cannot hold the part {refused[0].name} of this pack, because {refused[0].no_weight}; "
             "export to onnx, which holds the whole model"
         )
     model = from_pack(pack, backbone)

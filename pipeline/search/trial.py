@@ -17,8 +17,8 @@ from pipeline.training import ALONE, Inputs, Ranks, Score, evaluate, open_inputs
 
 
 def recipe_key(recipe: Recipe) -> str:
-    """Short SHA-256 of a recipe: equal recipes are one trial."""
-    return hashlib.sha256(recipe.model_dump_json().encode()).hexdigest()[:16]
+    """Short SHA-256 of what a recipe trains and how: equal recipes are one trial."""
+    return hashlib.sha256(recipe.model_dump_json(exclude_none=True).encode()).hexdigest()[:16]
 
 
 @contextlib.contextmanager

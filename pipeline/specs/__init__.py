@@ -21,7 +21,7 @@ from pipeline.specs.data import (
     ShardsData,
 )
 from pipeline.specs.method import Method
-from pipeline.specs.parts import Adapter, Biases, ClassToken, Connections, Full, Head, Lora, Norms, Prompts, Quantiser, Smoa, Ssf
+from pipeline.specs.parts import Adapter, Biases, ClassToken, Connections, Fact, Full, Head, Lora, Norms, Prompts, Quantiser, Smoa, Ssf
 from pipeline.specs.recipe import ADAPTERS, DEFAULT_PARTS, DEFAULT_RECIPE, PARTS, Recipe, WrittenRecipe, slot_conflict
 from pipeline.specs.search_space import Positive, SearchSpace, default_space
 from pipeline.specs.section import BITS, Bits, Bytes, Channels, Deviation, Deviations, Spec, UnitPixels, first_fault, parse_bytes
@@ -56,6 +56,7 @@ __all__ = [
     "Deviations",
     "DigitsData",
     "DrawnData",
+    "Fact",
     "FolderData",
     "Full",
     "Head",

@@ -96,6 +96,20 @@ class Lora(Spec):
         return targets
 
 
+class Fact(Spec):
+    """The changes of all layers as one tensor train (FacT-TT, arXiv 2212.03145).
+
+    Two factors are shared by all layers of one width, and each layer has a core of `rank` by `rank`
+    per piece. A target is the last name of a Linear layer.
+    """
+
+    rank: int = Field(8, ge=1, le=1024)
+    targets: Annotated[tuple[str, ...], Field(min_length=1)] = ("qkv", "proj", "fc1", "fc2")
+    bits: Bits = 4
+    scale: float = Field(1.0, gt=0)
+    dropout: float = Field(0.1, ge=0, lt=1)
+
+
 class Ssf(Spec):
     """Scale and shift the output of every layer and norm (SSF, arXiv 2210.08823)."""
 

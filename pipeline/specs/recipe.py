@@ -11,7 +11,7 @@ from pydantic import (
     model_validator,
 )
 
-from pipeline.specs.parts import Adapter, Biases, ClassToken, Connections, Full, Head, Lora, Norms, Prompts, Quantiser, Smoa, Ssf
+from pipeline.specs.parts import Adapter, Biases, ClassToken, Connections, Fact, Full, Head, Lora, Norms, Prompts, Quantiser, Smoa, Ssf
 from pipeline.specs.section import Spec
 from pipeline.specs.training import Training
 
@@ -32,6 +32,7 @@ class Recipe(Spec):
     norms: Norms | None = None
     adapter: Adapter | None = None
     lora: Lora | None = None
+    fact: Fact | None = None
     ssf: Ssf | None = None
     prompts: Prompts | None = None
     class_token: ClassToken | None = None
@@ -78,6 +79,8 @@ def slot_conflict(recipe: Recipe) -> str | None:
         return f"smoa and adapter are both {where}; leave one out, or place one elsewhere"
     if recipe.ssf is not None and (recipe.biases is not None or recipe.norms is not None):
         return "ssf scales and shifts what biases and norms would change; leave out one or the other"
+    if recipe.lora is not None and recipe.fact is not None:
+        return "lora and fact both change the weights of whole layers; leave out one or the other"
     if recipe.prompts is not None and smoa is not None and smoa.prompt_generator:
         return "prompts and smoa.prompt_generator both append tokens; leave out one or the other"
     return None
@@ -86,7 +89,7 @@ def slot_conflict(recipe: Recipe) -> str | None:
 _PLACES = {"parallel": ("parallel",), "after_mlp": ("after_mlp",), "after_attention": (), "after_both": ("after_mlp",)}
 PARTS = tuple(name for name in Recipe.model_fields if name not in ("preset", "head", "training", "quantiser"))
 """The parts that a recipe may leave out."""
-ADAPTERS = ("smoa", "adapter", "lora")
+ADAPTERS = ("smoa", "adapter", "lora", "fact")
 """The parts that the axes adapter_bits, width and scale are about."""
 
 DEFAULT_PARTS: dict[str, Spec] = {"connections": Connections(), "biases": Biases(), "smoa": Smoa(), "norms": Norms()}

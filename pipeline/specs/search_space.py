@@ -35,8 +35,8 @@ Positive = Annotated[float, Field(gt=0)]
 class SearchSpace(Spec):
     """The values to try for each part of the recipe; an axis left out keeps the recipe's value.
 
-    `bits` sets connections and adapters together unless `connection_bits` or `adapter_bits` names them apart. Adapters are `smoa`, `adapter` and
-    `lora`, whose rank counts as `width`. `experts: 0` leaves the SMoA bank out, `top_k: 0` the connections.
+    `bits` sets connections and adapters together unless `connection_bits` or `adapter_bits` names them apart. Adapters are `smoa`, `adapter`,
+    `lora` and `fact`; the rank of the last two counts as `width`. `experts: 0` leaves the SMoA bank out, `top_k: 0` the connections.
     """
 
     bits: _axis(Bits) = None  # type: ignore[valid-type]
@@ -83,7 +83,7 @@ class SearchSpace(Spec):
         changes: dict[str, dict[str, Any]] = {
             "connections": {"bits": connection_bits},
             **{name: {"bits": adapter_bits, "width": point.get("width"), "scale": point.get("scale")} for name in ADAPTERS},
-            "lora": {"bits": adapter_bits, "rank": point.get("width"), "scale": point.get("scale")},
+            **{name: {"bits": adapter_bits, "rank": point.get("width"), "scale": point.get("scale")} for name in ("lora", "fact")},
             "head": {"bits": point.get("head_bits")},
             "training": {"learning_rate": point.get("learning_rate")},
         }

@@ -1,1 +1,10 @@
-"""The parts of a recipe: what each attaches to a backbone and trains, a file per part."""
+"""The parts of a recipe: what each attaches to a backbone and trains, a file per part.
+
+Importing this package registers all of them.
+"""
+
+import importlib
+import pkgutil
+
+for _module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_module.name}")

@@ -13,7 +13,6 @@ Their low-bit form is Binary Adapter (arXiv 2307.16867). Shapes: D width of the 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,6 +22,7 @@ from torch import nn
 from pipeline.adaptation.blocks import Branch, MlpSlot
 from pipeline.adaptation.branch_ends import BranchEnd
 from pipeline.adaptation.dropout import SeededDropout
+from pipeline.adaptation.part import MLP_BLOCKS, Assembly, Part, Site, Stage, register
 from pipeline.adaptation.tensors import PlannedTensor
 from pipeline.errors import BackboneError
 from pipeline.specs import Adapter
@@ -70,30 +70,48 @@ def _branches(slot: MlpSlot, spec: Adapter) -> dict[str, Branch]:
     return {name: branch for name, branch in found.items() if spec.placement != "parallel" or branch.stream is not None}
 
 
-def plan_adapter(slots: Sequence[MlpSlot], spec: Adapter, model_name: str) -> list[PlannedTensor]:
-    """Two matrices an adapter. Raises BackboneError where no block has a branch that the placement names."""
-    branches = {(slot.block, name): slot.width for slot in slots for name in _branches(slot, spec)}
-    wanted = ("mlp", "attention") if spec.placement == "after_both" else ("attention",) if spec.placement == "after_attention" else ("mlp",)
-    missing = [name for name in wanted if name not in {branch for _, branch in branches}]
-    if missing and slots:
-        placements = ("parallel", "after_mlp", "after_attention")
-        others = [each for each in placements if any(_branches(slot, spec.model_copy(update={"placement": each})) for slot in slots)]
-        hint = f"choose {' or '.join(others)}" if others else "leave this part out"
-        raise BackboneError(
-            f"recipe.adapter.placement: given {spec.placement!r}; {model_name} has no {missing[0]} branch whose ends are known; {hint}"
-        )
-    planned = []
-    for (block, branch), width in branches.items():
-        name = f"adapter.{block}.{branch}"
-        planned.append(PlannedTensor("adapters", f"{name}.down", (spec.width, width), spec.bits, start="linear"))
-        planned.append(PlannedTensor("adapters", f"{name}.up", (width, spec.width), spec.bits, start="up"))
-    return planned
+@register
+class AdapterPart(Part):
+    """A bottleneck in every block."""
+
+    name, pack_order, stage = "adapter", 5, Stage.BRANCHES
+    needs, no_weight = MLP_BLOCKS, "a ReLU stands between its two matrices"
+
+    def plan(self, spec: Adapter, site: Site) -> list[PlannedTensor]:
+        """Two matrices per adapter. Raises BackboneError where no block has the branch."""
+        branches = {(slot.block, name): slot.width for slot in site.slots for name in _branches(slot, spec)}
+        _check_branches({branch for _, branch in branches}, spec, site)
+        planned = []
+        for (block, branch), width in branches.items():
+            prefix, shapes = f"adapter.{block}.{branch}", ((spec.width, width), (width, spec.width))
+            planned += [
+                PlannedTensor("adapters", f"{prefix}.down", shapes[0], spec.bits, start="linear"),
+                PlannedTensor("adapters", f"{prefix}.up", shapes[1], spec.bits, start="up"),
+            ]
+        return planned
+
+    def attach(self, spec: Adapter, assembly: Assembly) -> None:
+        """Hook an adapter into every branch that has one planned."""
+        dropout = assembly.dropout(self.name, spec.dropout)
+        for slot in assembly.site.slots:
+            for name, branch in _branches(slot, spec).items():
+                block = assembly.model.get_submodule(slot.block)
+                adapter = Bottleneck(spec, dropout, block, branch)
+                assembly.modules[f"adapter.{slot.block}.{name}"] = adapter
 
 
-def attach_adapter(model: nn.Module, slots: Sequence[MlpSlot], spec: Adapter, dropout: SeededDropout) -> dict[str, Bottleneck]:
-    """Hook an adapter into every branch that `plan_adapter` planned one for."""
-    return {
-        f"adapter.{slot.block}.{name}": Bottleneck(spec, dropout, model.get_submodule(slot.block), branch)
-        for slot in slots
-        for name, branch in _branches(slot, spec).items()
-    }
+def _check_branches(found: set[str], spec: Adapter, site: Site) -> None:
+    """Raise BackboneError where the placement names a branch that no block has."""
+    wanted = {"after_both": ("mlp", "attention"), "after_attention": ("attention",)}
+    missing = [name for name in wanted.get(spec.placement, ("mlp",)) if name not in found]
+    if not missing or not site.slots:
+        return
+    others = [
+        placement
+        for placement in ("parallel", "after_mlp", "after_attention")
+        if any(_branches(slot, spec.changed(placement=placement)) for slot in site.slots)
+    ]
+    hint = f"choose {' or '.join(others)}" if others else "leave this part out"
+    raise BackboneError(
+        f"recipe.adapter.placement: given {spec.placement!r}; {type(site.model).__name__} has no {missing[0]} branch whose ends are known; {hint}"
+    )

@@ -13,6 +13,7 @@ layer, T tokens or pixels. A place is a number o * I + i: an entry of the weight
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -21,9 +22,13 @@ from torch import nn
 from torch.nn import grad as nn_grad
 
 from pipeline.adaptation.kernels.sampled import sampled_product
+from pipeline.adaptation.part import Assembly, Part, Site, Stage, WeightChange, register
+from pipeline.adaptation.selected.ranking import kept_at, kept_places
+from pipeline.adaptation.sites import TunableLayer, tunable_layers, weight_shapes
+from pipeline.adaptation.tensors import PlannedTensor
 from pipeline.adaptation.wrapper import Wrapper
+from pipeline.specs import Connections
 
-TunableLayer = nn.Linear | nn.Conv2d
 FEW_COLUMNS = 0.5
 """Share of a layer's columns up to which gathering them first is faster than the dense product, measured on CPU."""
 
@@ -101,7 +106,7 @@ class _ConnectedProduct(torch.autograd.Function):
         return x_gradient, values_gradient.to(ctx.values_dtype), bias_gradient.to(ctx.bias_dtype) if ctx.needs_input_grad[2] else None, None, None
 
 
-class TunedLayer(Wrapper):
+class TunedLayer(Wrapper, WeightChange):
     """A frozen Linear or Conv2d with trained connections, a trained bias, or both.
 
     `current` holds what this forward pass uses: `connections` [N] is added to the weight's entries at the places `index_N`, `bias` [O] to the bias.
@@ -180,3 +185,42 @@ class TunedLayer(Wrapper):
             return apply_layer(self.base, x, self.weight_with(values_N), self.bias)
         dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
         return _ConnectedProduct.apply(x.to(dtype), values_N, self.bias, self._write(values_N, dtype), self)
+
+    def plain_tensors(self) -> dict[str, torch.Tensor]:
+        """The effective weight and bias."""
+        bias = self.bias
+        return {"weight": self.weight} if bias is None else {"weight": self.weight, "bias": bias}
+
+
+def tune_layers(assembly: Assembly, places: Mapping[str, torch.Tensor]) -> None:
+    """Make every layer one that can change its bias and, where `places` [N] names them, entries."""
+    for name, layer in tunable_layers(assembly.model).items():
+        tuned = assembly.modules[f"layer:{name}"] = TunedLayer(layer, places.get(name))
+        assembly.model.set_submodule(name, tuned)
+
+
+@register
+class ConnectionsPart(Part):
+    """Selected entries of every layer's weight."""
+
+    name, pack_order, stage = "connections", 1, Stage.WEIGHTS
+    needs = "it needs Linear or Conv2d layers"
+
+    def plan(self, spec: Connections, site: Site) -> list[PlannedTensor]:
+        """A vector per layer: as many values as the selection keeps or, without one, K per neuron."""
+        shapes = weight_shapes(site.model)
+        counts = {name: kept_at(shape, spec.top_k) for name, shape in shapes.items()}
+        if site.selected is not None:
+            kept = kept_places(site.selected, spec.top_k)
+            counts = {name: len(place_N) for name, place_N in kept.items()}
+        return [PlannedTensor("connections", name, (counts[name],), spec.bits, shape) for name, shape in shapes.items() if name in counts]
+
+    def attach(self, spec: Connections, assembly: Assembly) -> None:
+        """Replace every layer, and with it its bias."""
+        selected = assembly.site.selected
+        assert selected is not None, "a recipe with connections needs a selection"
+        tune_layers(assembly, kept_places(selected, spec.top_k))
+
+    def address(self, tensor: PlannedTensor, modules: Mapping[str, Any]) -> tuple[str, str]:
+        """The layer of the tensor's name."""
+        return f"layer:{tensor.name}", "connections"

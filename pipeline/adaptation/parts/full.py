@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from pipeline.adaptation.part import Assembly, Part, Site, Stage, WeightChange, register
 from pipeline.adaptation.tensors import PlannedTensor
 from pipeline.specs import Full
 
 
-class TunedNetwork(nn.Module):
+class TunedNetwork(nn.Module, WeightChange):
     """A frozen network on other weights. `current` holds the change of each of its parameters, flattened to a matrix where it has more dimensions."""
 
     def __init__(self, base: nn.Module) -> None:
@@ -25,9 +26,9 @@ class TunedNetwork(nn.Module):
     def merge(self, is_merged: bool) -> None:
         """Take the current changes into the weights, until told otherwise."""
         self._forget()
-        self._merged = self.changed() if is_merged else None
+        self._merged = self.plain_tensors() if is_merged else None
 
-    def changed(self) -> dict[str, torch.Tensor]:
+    def plain_tensors(self) -> dict[str, torch.Tensor]:
         """Its parameters with the current changes added."""
         return {name: frozen + self.current[name].view(frozen.shape) for name, frozen in self.base.named_parameters()}
 
@@ -38,12 +39,23 @@ class TunedNetwork(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self._merged is None:
             self._forget()
-        return torch.func.functional_call(self.base, self.changed() if self._merged is None else self._merged, (x,))
+        return torch.func.functional_call(self.base, self.plain_tensors() if self._merged is None else self._merged, (x,))
 
 
-def plan_full(model: nn.Module, spec: Full) -> list[PlannedTensor]:
-    """One tensor a parameter. A kernel is one matrix [out, in * kh * kw], with one mean and one sd below 16 bits."""
-    return [
-        PlannedTensor("full", f"full.{name}", tuple(tensor.flatten(1).shape if tensor.ndim > 2 else tensor.shape), spec.bits)
-        for name, tensor in model.named_parameters()
-    ]
+@register
+class FullPart(Part):
+    """Every parameter of the backbone."""
+
+    name, pack_order, stage = "full", 12, Stage.NETWORK
+
+    def plan(self, spec: Full, site: Site) -> list[PlannedTensor]:
+        """A tensor per parameter.
+
+        A kernel is one matrix [out, in * kh * kw], with one mean and one sd below 16 bits.
+        """
+        shapes = {name: (tensor.flatten(1) if tensor.ndim > 2 else tensor).shape for name, tensor in site.model.named_parameters()}
+        return [PlannedTensor("full", f"full.{name}", tuple(shape), spec.bits) for name, shape in shapes.items()]
+
+    def attach(self, spec: Full, assembly: Assembly) -> None:
+        """Wrap the whole network."""
+        assembly.model = assembly.modules["full"] = TunedNetwork(assembly.model)

@@ -17,8 +17,9 @@ from torch import nn
 
 from pipeline.adaptation.dropout import SeededDropout
 from pipeline.adaptation.fused import in_thirds
-from pipeline.adaptation.parts.connections import TunableLayer, TunedLayer, apply_layer
-from pipeline.adaptation.sites import tunable_layers
+from pipeline.adaptation.part import Assembly, Part, Site, Stage, WeightChange, register
+from pipeline.adaptation.parts.connections import TunedLayer, apply_layer
+from pipeline.adaptation.sites import TunableLayer, tunable_layers
 from pipeline.adaptation.tensors import PlannedTensor
 from pipeline.adaptation.wrapper import Wrapper
 from pipeline.backbones import LoadedBackbone
@@ -29,7 +30,7 @@ Rows = tuple[int, int]
 """First row, and the one after the last."""
 
 
-class LowRankLayer(Wrapper):
+class LowRankLayer(Wrapper, WeightChange):
     """A layer with low-rank changes. `current` holds `<target>.down` [R, I] and `<target>.up` [rows, R] of this forward pass."""
 
     base: TunableLayer | TunedLayer
@@ -56,6 +57,11 @@ class LowRankLayer(Wrapper):
     def merge(self, is_merged: bool) -> None:
         """Take the current changes into the weight, until told otherwise: then a forward pass is the plain layer's."""
         self._merged = (self.weight, self.base.bias) if is_merged else None
+
+    def plain_tensors(self) -> dict[str, torch.Tensor]:
+        """The effective weight, and the bias."""
+        bias = self.base.bias
+        return {"weight": self.weight} if bias is None else {"weight": self.weight, "bias": bias}
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         layer = self.base.base if isinstance(self.base, TunedLayer) else self.base
@@ -106,26 +112,35 @@ def _sites(backbone: LoadedBackbone, spec: Lora) -> dict[str, tuple[TunableLayer
     return {name: chosen[name] for name in tunable_layers(model) if name in chosen}
 
 
-def plan_lora(backbone: LoadedBackbone, spec: Lora) -> list[PlannedTensor]:
-    """Two matrices a target and layer. Raises BackboneError for a target that matches no layer."""
-    planned = []
-    for name, (layer, targets) in _sites(backbone, spec).items():
-        for target, (first, end) in targets.items():
-            prefix = f"lora.{name}.{target}"
-            planned.append(PlannedTensor("adapters", f"{prefix}.down", (spec.rank, layer.weight.shape[1]), spec.bits, start="linear"))
-            planned.append(PlannedTensor("adapters", f"{prefix}.up", (end - first, spec.rank), spec.bits, start="up"))
-    return planned
-
-
-def attach_lora(model: nn.Module, backbone: LoadedBackbone, spec: Lora, dropout: SeededDropout) -> dict[str, LowRankLayer]:
-    """Wrap the layers named by `backbone`, the network as timm made it, in `model`, where they may be wrapped already."""
-    layers = {}
-    for name, (layer, rows) in _sites(backbone, spec).items():
-        layers[f"lora.{name}"] = LowRankLayer(_wrapped(model.get_submodule(name)), layer.weight.shape[0], rows, spec, dropout)
-        model.set_submodule(name, layers[f"lora.{name}"])
-    return layers
-
-
 def _wrapped(layer: nn.Module) -> TunableLayer | TunedLayer:
     assert isinstance(layer, nn.Linear | nn.Conv2d | TunedLayer)
     return layer
+
+
+@register
+class LoraPart(Part):
+    """Low-rank changes of chosen layers."""
+
+    name, pack_order, stage = "lora", 6, Stage.FACTORS
+
+    def plan(self, spec: Lora, site: Site) -> list[PlannedTensor]:
+        """Two matrices per target and layer. Raises BackboneError as `_sites`."""
+        planned = []
+        for name, (layer, targets) in _sites(site.backbone, spec).items():
+            down = (spec.rank, layer.weight.shape[1])
+            for target, (first, end) in targets.items():
+                prefix, up = f"lora.{name}.{target}", (end - first, spec.rank)
+                planned += [
+                    PlannedTensor("adapters", f"{prefix}.down", down, spec.bits, start="linear"),
+                    PlannedTensor("adapters", f"{prefix}.up", up, spec.bits, start="up"),
+                ]
+        return planned
+
+    def attach(self, spec: Lora, assembly: Assembly) -> None:
+        """Wrap the layers, which may be wrapped already."""
+        dropout = assembly.dropout(self.name, spec.dropout)
+        for name, (layer, rows) in _sites(assembly.site.backbone, spec).items():
+            base = _wrapped(assembly.model.get_submodule(name))
+            changed = LowRankLayer(base, layer.weight.shape[0], rows, spec, dropout)
+            assembly.modules[f"lora.{name}"] = changed
+            assembly.model.set_submodule(name, changed)

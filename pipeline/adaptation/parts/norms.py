@@ -8,10 +8,14 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from pipeline.adaptation.part import MLP_BLOCKS, Assembly, Part, Site, Stage, WeightChange, register
+from pipeline.adaptation.sites import norms_of
+from pipeline.adaptation.tensors import PlannedTensor
 from pipeline.adaptation.wrapper import Wrapper
+from pipeline.specs import Norms
 
 
-class TunedNorm(Wrapper):
+class TunedNorm(Wrapper, WeightChange):
     """Any norm with a weight and a bias; `current` holds what this forward pass adds to each of its `trained` parameters."""
 
     def __init__(self, base: nn.Module, trained: Collection[str]) -> None:
@@ -23,12 +27,48 @@ class TunedNorm(Wrapper):
         """The norm's parameters that trained changes are added to."""
         return [tensor for name, tensor in self.base.named_parameters() if name in self.trained]
 
-    def changed(self) -> dict[str, torch.Tensor]:
+    def plain_tensors(self) -> dict[str, torch.Tensor]:
         """Its trained parameters with the current changes added."""
         return {name: tensor + self.current[name] for name, tensor in self.base.named_parameters() if name in self.trained}
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        tensors = {**dict(self.base.named_parameters()), **self.changed()}
+        tensors = {**dict(self.base.named_parameters()), **self.plain_tensors()}
         if not isinstance(self.base, _BatchNorm):  # whose running statistics stay float32, and its parameters must be of their type
             tensors = {name: tensor.to(x.dtype) for name, tensor in tensors.items()}
         return torch.func.functional_call(self.base, tensors, (x,))
+
+
+def _parameters(norm: nn.Module, spec: Norms) -> dict[str, nn.Parameter]:
+    """Those of a norm's parameters that train."""
+    return {name: tensor for name, tensor in norm.named_parameters() if spec.parameters in ("all", name)}
+
+
+def _norms(site: Site, spec: Norms) -> list[str]:
+    """The names of the norms that train."""
+    if spec.which == "all":
+        return list(norms_of(site.model))
+    return [f"{slot.block}.{slot.norm}" for slot in site.slots]
+
+
+@register
+class NormsPart(Part):
+    """Scale and shift of norms, as changes."""
+
+    name, pack_order, stage = "norms", 3, Stage.NORMS
+    needs = f"{MLP_BLOCKS}, or `which: all`"
+
+    def plan(self, spec: Norms, site: Site) -> list[PlannedTensor]:
+        """A vector per trained parameter of each norm."""
+        return [
+            PlannedTensor("norms", f"{norm}.{name}", tuple(tensor.shape), spec.bits)
+            for norm in _norms(site, spec)
+            for name, tensor in _parameters(site.model.get_submodule(norm), spec).items()
+        ]
+
+    def attach(self, spec: Norms, assembly: Assembly) -> None:
+        """Replace the norms."""
+        names = _norms(assembly.site, spec)
+        bases = {name: assembly.model.get_submodule(name) for name in names}
+        for name, base in bases.items():
+            norm = assembly.modules[name] = TunedNorm(base, _parameters(base, spec))
+            assembly.model.set_submodule(name, norm)

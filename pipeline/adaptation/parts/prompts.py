@@ -11,6 +11,7 @@ the last block: a pooled feature is over the tokens that the backbone pools. Sha
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -18,9 +19,10 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
+from pipeline.adaptation.part import Assembly, Part, Site, Stage, register
 from pipeline.adaptation.tensors import PlannedTensor
 from pipeline.errors import BackboneError
-from pipeline.specs import Bits, ClassToken, Prompts
+from pipeline.specs import ClassToken, Prompts, Recipe, Smoa
 
 
 def token_blocks(model: nn.Module, part: str) -> list[nn.Module]:
@@ -87,54 +89,87 @@ class GeneratedPrompt(nn.Module):
         return _append(output, torch.addcmul(self.current["shift"], mean_BD, 1 + self.current["scale"])[:, None])
 
 
-def plan_prompts(model: nn.Module, spec: Prompts) -> list[PlannedTensor]:
-    """The tokens of the first block, or of all. Raises BackboneError as `token_blocks`."""
-    blocks = token_blocks(model, "prompts")
-    shape = (spec.count, int(model.embed_dim))  # type: ignore[arg-type]
-    return [PlannedTensor("prompts", f"prompts.{number}", shape, spec.bits, start="fan_in") for number in range(len(blocks) if spec.deep else 1)]
+@register
+class PromptsPart(Part):
+    """VPT's prompts."""
+
+    name, pack_order, stage = "prompts", 9, Stage.TOKENS
+    no_weight = "its tokens belong to no layer"
+
+    def plan(self, spec: Prompts, site: Site) -> list[PlannedTensor]:
+        """The tokens of the first block, or of all. Raises BackboneError as `token_blocks`."""
+        blocks = token_blocks(site.model, self.name)
+        shape = (spec.count, _width(site.model))
+        return [PlannedTensor("prompts", f"prompts.{number}", shape, spec.bits, start="fan_in") for number in range(len(blocks) if spec.deep else 1)]
+
+    def attach(self, spec: Prompts, assembly: Assembly) -> None:
+        """Hook the prompts into the blocks."""
+        blocks = token_blocks(assembly.model, self.name)
+        prompts = assembly.modules["prompts"] = AppendedPrompts(spec.count)
+        for number, block in enumerate(blocks if spec.deep else blocks[:1]):
+            block.register_forward_pre_hook(partial(prompts.enter, number))
+        blocks[-1].register_forward_hook(prompts.leave)
 
 
-def attach_prompts(model: nn.Module, spec: Prompts) -> dict[str, AppendedPrompts]:
-    """Hook the prompts into the blocks."""
-    blocks, prompts = token_blocks(model, "prompts"), AppendedPrompts(spec.count)
-    for number, block in enumerate(blocks if spec.deep else blocks[:1]):
-        block.register_forward_pre_hook(partial(prompts.enter, number))
-    blocks[-1].register_forward_hook(prompts.leave)
-    return {"prompts": prompts}
+@register
+class ClassTokenPart(Part):
+    """The class token, as a change."""
+
+    name, pack_order, stage = "class_token", 10, Stage.TOKENS
+
+    def plan(self, spec: ClassToken, site: Site) -> list[PlannedTensor]:
+        """One token. Raises BackboneError as `token_blocks`, and where there is no class token."""
+        token_blocks(site.model, self.name)
+        if site.model.cls_token is None:
+            raise BackboneError(f"recipe.class_token: this {type(site.model).__name__} has no class token; leave this part out")
+        return [PlannedTensor("prompts", "class_token.change", (1, _width(site.model)), spec.bits)]
+
+    def attach(self, spec: ClassToken, assembly: Assembly) -> None:
+        """Hook the change in where the class token has its position."""
+        token = assembly.modules["class_token"] = ChangedClassToken()
+        assert isinstance(assembly.model, VisionTransformer), "planned first"
+        assembly.model.norm_pre.register_forward_pre_hook(token.enter)
+
+    def write(self, state: dict[str, torch.Tensor], values: Mapping[str, torch.Tensor]) -> None:
+        """Add the change to the token."""
+        if "class_token.change" in values:
+            state["cls_token"] = state["cls_token"] + values["class_token.change"]
 
 
-def plan_class_token(model: nn.Module, spec: ClassToken) -> list[PlannedTensor]:
-    """One token's change. Raises BackboneError as `token_blocks`, and where there is no class token."""
-    token_blocks(model, "class_token")
-    if model.cls_token is None:
-        raise BackboneError(f"recipe.class_token: this {type(model).__name__} has no class token; leave this part out")
-    return [PlannedTensor("prompts", "class_token.change", (1, int(model.embed_dim)), spec.bits)]  # type: ignore[arg-type]
+@register
+class GeneratorPart(Part):
+    """Adapter-X's prompt generator: a scale and a shift behind every block but the last."""
 
+    name, pack_order, stage = "smoa.prompt_generator", 11, Stage.TOKENS
+    needs = "it needs two blocks or more"
 
-def attach_class_token(model: nn.Module) -> dict[str, ChangedClassToken]:
-    """Hook the change in where the class token has its position."""
-    token = ChangedClassToken()
-    assert isinstance(model, VisionTransformer), "planned first"
-    model.norm_pre.register_forward_pre_hook(token.enter)
-    return {"class_token": token}
+    def spec(self, recipe: Recipe) -> Smoa | None:
+        """The bank's section, where it asks for a generator."""
+        return recipe.smoa if recipe.smoa is not None and recipe.smoa.prompt_generator else None
+
+    def plan(self, spec: Smoa, site: Site) -> list[PlannedTensor]:
+        """Two vectors per block. Raises BackboneError as `token_blocks`."""
+        return [
+            PlannedTensor("prompts", f"generator.{block}.{key}", (_width(site.model),), spec.bits)
+            for block in _generating(site.model)
+            for key in ("scale", "shift")
+        ]
+
+    def attach(self, spec: Smoa, assembly: Assembly) -> None:
+        """Hook the generators in; the bank tells each what it gave in its block."""
+        names = _generating(assembly.model)
+        for name in names:
+            generator = assembly.modules[f"generator.{name}"] = GeneratedPrompt()
+            assembly.model.get_submodule(name).register_forward_hook(generator.leave)
+        last = token_blocks(assembly.model, self.name)[-1]
+        last.register_forward_hook(lambda module, inputs, output: output[:, : output.shape[1] - len(names)])
 
 
 def _generating(model: nn.Module) -> list[str]:
     """The blocks whose prompt another block reads."""
-    return [f"blocks.{number}" for number in range(len(token_blocks(model, "smoa.prompt_generator")) - 1)]
+    blocks = token_blocks(model, GeneratorPart.name)
+    return [f"blocks.{number}" for number in range(len(blocks) - 1)]
 
 
-def plan_generator(model: nn.Module, bits: Bits) -> list[PlannedTensor]:
-    """A scale and a shift for every block but the last. Raises BackboneError as `token_blocks`."""
-    width = int(model.embed_dim) if _generating(model) else 0  # type: ignore[arg-type]
-    return [PlannedTensor("prompts", f"generator.{block}.{key}", (width,), bits) for block in _generating(model) for key in ("scale", "shift")]
-
-
-def attach_generator(model: nn.Module) -> dict[str, GeneratedPrompt]:
-    """Hook a generator behind every block but the last, by block; the caller tells each what its block's bank gave."""
-    names = _generating(model)
-    generators = {f"generator.{name}": GeneratedPrompt() for name in names}
-    for name in names:
-        model.get_submodule(name).register_forward_hook(generators[f"generator.{name}"].leave)
-    token_blocks(model, "smoa.prompt_generator")[-1].register_forward_hook(lambda module, inputs, output: output[:, : output.shape[1] - len(names)])
-    return generators
+def _width(model: nn.Module) -> int:
+    return int(model.embed_dim)  # type: ignore[arg-type]

@@ -12,13 +12,13 @@ Shapes: T sub-tokens, D their width, R router width, E experts.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
-from pipeline.adaptation.blocks import MlpSlot
+from pipeline.adaptation.part import MLP_BLOCKS, Assembly, AuxiliaryTerm, Part, Site, Stage, register
 from pipeline.adaptation.parts.mixture import Mixture
 from pipeline.adaptation.parts.prompts import GeneratedPrompt
 from pipeline.adaptation.tensors import PlannedTensor, Start
@@ -38,19 +38,7 @@ def bank_shapes(width: int, spec: Smoa) -> dict[str, tuple[int, ...]]:
 BANK_STARTS: dict[str, Start] = {"down": "linear", "up": "near_zero", "router": "fan_in", "embeddings": "unit"}
 
 
-def plan_smoa(slots: Sequence[MlpSlot], spec: Smoa) -> list[PlannedTensor]:
-    """A bank's tensors for each width among the blocks. Raises BackboneError where a width cannot be split into `heads`."""
-    planned = []
-    for width in sorted({slot.width for slot in slots}):
-        if width % spec.heads:
-            divisors = ", ".join(str(heads) for heads in range(1, 65) if width % heads == 0)
-            raise BackboneError(f"recipe.smoa.heads: given {spec.heads}, which does not divide a block's width of {width}; choose one of {divisors}")
-        shapes = bank_shapes(width // spec.heads, spec)
-        planned += [PlannedTensor("adapters", f"smoa.{width}.{name}", shape, spec.bits, start=BANK_STARTS[name]) for name, shape in shapes.items()]
-    return planned
-
-
-class SmoaBank(nn.Module):
+class SmoaBank(AuxiliaryTerm):
     """The experts and the router for blocks of one width. `current` holds the tensors of this forward pass, shared by all blocks.
 
     `expert_load` counts the tokens each expert was given in training.
@@ -83,6 +71,25 @@ class SmoaBank(nn.Module):
             self.balance_terms.append(self.spec.experts * (count_E / count_E.sum() * probability_E).sum())
             self.expert_load += count_E
         return y_TD.view(x.shape)
+
+    def begin_pass(self) -> None:
+        """Forget the balance terms of the last forward pass."""
+        self.balance_terms.clear()
+
+    def loss(self) -> torch.Tensor:
+        """The weighted load-balance term of the last forward pass."""
+        return self.spec.balance_weight * self.balance_loss()
+
+    def remark(self, total: Callable[[int], int]) -> str:
+        """Which experts no token was ever sent to in training."""
+        load = [total(tokens) for tokens in self.expert_load.tolist()]
+        if not sum(load) or 0 not in load:
+            return ""
+        return (
+            f"{load.count(0)} of {len(load)} experts were never used "
+            f"(tokens: {', '.join(map(str, load))}); "
+            "try fewer experts, or a larger smoa.balance_weight"
+        )
 
     def balance_loss(self) -> torch.Tensor:
         """Mean load-balance term of the blocks passed since `balance_terms` was cleared; zero with a single expert."""
@@ -120,3 +127,42 @@ class ParallelToMlp(Wrapper):
         output = self.bank[0](x, torch.zeros_like(beside))
         self.generator[0].note(output)
         return beside + output
+
+
+@register
+class SmoaPart(Part):
+    """One bank per width, shared by all blocks of that width."""
+
+    name, pack_order, stage = "smoa", 4, Stage.MLPS
+    needs, no_weight = MLP_BLOCKS, "each token chooses its experts"
+
+    def plan(self, spec: Smoa, site: Site) -> list[PlannedTensor]:
+        """The tensors of each bank. Raises BackboneError where `heads` does not divide a width."""
+        planned = []
+        for width in _widths(site):
+            if width % spec.heads:
+                divisors = ", ".join(str(heads) for heads in range(1, 65) if width % heads == 0)
+                raise BackboneError(
+                    f"recipe.smoa.heads: given {spec.heads}, which does not divide a block's width of {width}; choose one of {divisors}"
+                )
+            planned += [
+                PlannedTensor("adapters", f"smoa.{width}.{name}", shape, spec.bits, start=BANK_STARTS[name])
+                for name, shape in bank_shapes(width // spec.heads, spec).items()
+            ]
+        return planned
+
+    def attach(self, spec: Smoa, assembly: Assembly) -> None:
+        """Put the bank of its width beside every MLP."""
+        banks = {width: SmoaBank(spec) for width in _widths(assembly.site)}
+        for slot in assembly.site.slots:
+            name, generator = f"{slot.block}.mlp", assembly.modules.get(f"generator.{slot.block}")
+            assert generator is None or isinstance(generator, GeneratedPrompt)
+            mlp = assembly.model.get_submodule(name)
+            beside = ParallelToMlp(mlp, banks[slot.width], slot.channels_first, generator)
+            assembly.model.set_submodule(name, beside)
+        assembly.modules |= {f"smoa.{width}": bank for width, bank in banks.items()}
+
+
+def _widths(site: Site) -> list[int]:
+    """The widths of the blocks, ascending."""
+    return sorted({slot.width for slot in site.slots})

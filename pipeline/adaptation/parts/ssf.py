@@ -7,16 +7,18 @@ Layers and norms that the network does not call have no output and are left out.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
 from pipeline.adaptation.channels import channel_dims
+from pipeline.adaptation.part import Assembly, Part, Site, Stage, register
 from pipeline.adaptation.sites import norms_of, tunable_layers, weight_reader
 from pipeline.adaptation.tensors import PlannedTensor
 from pipeline.backbones import LoadedBackbone
-from pipeline.errors import BackboneError
+from pipeline.errors import BackboneError, ExportError
 from pipeline.specs import Ssf
 
 
@@ -47,16 +49,35 @@ def _sites(backbone: LoadedBackbone) -> dict[str, nn.Module]:
     return {name: module for name, module in {**tunable_layers(model), **norms_of(model)}.items() if name in dims}
 
 
-def plan_ssf(backbone: LoadedBackbone, spec: Ssf) -> list[PlannedTensor]:
-    """A scale and a shift for every layer and norm. Raises BackboneError as `_sites`."""
-    channels = {name: len(module.weight) for name, module in _sites(backbone).items()}  # type: ignore[arg-type]
-    return [PlannedTensor("adapters", f"ssf.{name}.{key}", (count,), spec.bits) for name, count in channels.items() for key in ("scale", "shift")]
+@register
+class SsfPart(Part):
+    """A scale and a shift behind every layer and norm."""
 
+    name, pack_order, stage = "ssf", 8, Stage.OUTPUTS
+    needs = "it needs Linear, Conv2d or norm layers"
 
-def attach_ssf(model: nn.Module, backbone: LoadedBackbone) -> dict[str, ScaleShift]:
-    """Hook a scale and a shift behind the layers and norms named by `backbone`, the network as timm made it."""
-    changes = {}
-    for name in _sites(backbone):
-        changes[f"ssf.{name}"] = ScaleShift(channel_dims(backbone)[name])
-        model.get_submodule(name).register_forward_hook(changes[f"ssf.{name}"].change_output)
-    return changes
+    def plan(self, spec: Ssf, site: Site) -> list[PlannedTensor]:
+        """Two vectors per layer and norm. Raises BackboneError as `_sites`."""
+        modules = _sites(site.backbone)
+        channels = {name: len(module.weight) for name, module in modules.items()}  # type: ignore[arg-type]
+        return [PlannedTensor("adapters", f"ssf.{name}.{key}", (count,), spec.bits) for name, count in channels.items() for key in ("scale", "shift")]
+
+    def attach(self, spec: Ssf, assembly: Assembly) -> None:
+        """Hook a scale and a shift behind the layers and norms."""
+        backbone = assembly.site.backbone
+        for name in _sites(backbone):
+            change = assembly.modules[f"ssf.{name}"] = ScaleShift(channel_dims(backbone)[name])
+            assembly.model.get_submodule(name).register_forward_hook(change.change_output)
+
+    def write(self, state: dict[str, torch.Tensor], values: Mapping[str, torch.Tensor]) -> None:
+        """W becomes (1 + scale) W, and b becomes (1 + scale) b + shift."""
+        for name in (name for name in values if name.startswith("ssf.") and name.endswith(".scale")):
+            layer = name.removeprefix("ssf.").removesuffix(".scale")
+            if f"{layer}.bias" not in state:
+                raise ExportError(
+                    f"the part ssf shifts the output of {layer!r}, a layer without a bias, which no weight can hold; export to onnx instead"
+                )
+            scale, shift = 1 + values[f"ssf.{layer}.scale"], values[f"ssf.{layer}.shift"]
+            weight = state[f"{layer}.weight"]
+            state[f"{layer}.weight"] = weight * scale.view(-1, *[1] * (weight.ndim - 1))
+            state[f"{layer}.bias"] = state[f"{layer}.bias"] * scale + shift
