@@ -1,0 +1,107 @@
+"""Metrics by kind and name, and how they are scored. Legend: R sets of weights, N samples."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from pipeline.kinds.protocol import Outcomes
+
+Values = Callable[[Outcomes, np.ndarray], np.ndarray]
+"""From outcomes and weights [R, N] to the metric under each set of weights, [R]."""
+RESAMPLES, FEWEST_RESAMPLES = 200, 20
+_MOST_NUMBERS = 10**8
+"""Of outputs read for one standard error; beyond, there are fewer resamples."""
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A metric of one kind of task.
+
+    Args:
+        values: see `Values`.
+        exact_error: its standard error where there is a formula; None takes the bootstrap.
+        is_mean_over_classes: whether classes that do not occur are left out of it.
+    """
+
+    name: str
+    kind: str
+    values: Values
+    exact_error: Callable[[Outcomes], float] | None = None
+    is_mean_over_classes: bool = False
+
+    def value(self, outcomes: Outcomes) -> float:
+        """The metric itself."""
+        return float(self.values(outcomes, np.ones((1, len(outcomes))))[0])
+
+    def standard_error(self, outcomes: Outcomes) -> float:
+        """Standard error over draws of as many samples; the same for the same outcomes."""
+        if self.exact_error is not None:
+            return self.exact_error(outcomes)
+        affordable = _MOST_NUMBERS // max(1, outcomes.outputs.size)
+        resamples = min(RESAMPLES, max(FEWEST_RESAMPLES, affordable))
+        rng, samples = np.random.default_rng(0), len(outcomes)
+        chunks = (rng.multinomial(samples, np.full(samples, 1 / samples), FEWEST_RESAMPLES) for _ in range(resamples // FEWEST_RESAMPLES))
+        values = [self.values(outcomes, weights.astype(np.float64)) for weights in chunks]
+        return float(np.concatenate(values).std(ddof=1))
+
+
+@dataclass(frozen=True)
+class Score:
+    """A metric of one model on one split. `value` is in [0, 1]."""
+
+    metric: str
+    value: float
+    standard_error: float
+    samples: int
+
+
+def score(metric: Metric, outcomes: Outcomes) -> Score:
+    """The metric's value and standard error."""
+    value, error = metric.value(outcomes), metric.standard_error(outcomes)
+    return Score(metric.name, value, error, len(outcomes))
+
+
+_METRICS: dict[tuple[str, str], Metric] = {}
+
+
+def metric(
+    name: str,
+    kind: str,
+    *,
+    exact_error: Callable[[Outcomes], float] | None = None,
+    is_mean_over_classes: bool = False,
+) -> Callable[[Values], Values]:
+    """Decorator: register a function as the metric `name` of a kind. Arguments as `Metric`'s.
+
+    Raises ValueError for a name that the kind has already.
+    """
+
+    def register(values: Values) -> Values:
+        if (kind, name) in _METRICS:
+            raise ValueError(f"the metric {name!r} of {kind} is registered twice; rename one")
+        _METRICS[kind, name] = Metric(name, kind, values, exact_error, is_mean_over_classes)
+        return values
+
+    return register
+
+
+def metric_named(name: str, kind: str) -> Metric:
+    """The metric of a kind. Raises ValueError with those that it has."""
+    known = metrics_of(kind)
+    if name not in known:
+        raise ValueError(f"given {name!r}, expected one of: {', '.join(known)} (of kind {kind})")
+    return _METRICS[kind, name]
+
+
+def metrics_of(kind: str) -> list[str]:
+    """The names of a kind's metrics."""
+    import pipeline.kinds.metrics as room
+
+    for module in pkgutil.iter_modules(room.__path__):
+        importlib.import_module(f"{room.__name__}.{module.name}")
+    return [name for of, name in _METRICS if of == kind]

@@ -1,0 +1,84 @@
+"""The protocol of a task kind: everything that differs between classification and its relatives.
+
+The way of a label: what a data set says becomes class numbers (`pipeline.data.labels`), which
+`label` checks and turns into what the index keeps; `targets` makes a tensor of a batch's labels,
+which the losses read. Of a sample's output, `kept` says what metrics need.
+
+Every kind's head has one output per class. Legend: B samples of a batch, N samples, C classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+Label = int | tuple[int, ...]
+"""A sample's class, or its classes in ascending order, as the index keeps them."""
+
+
+def classes_in(label: Label) -> tuple[int, ...]:
+    """The classes of a label, whichever form it has."""
+    return (label,) if isinstance(label, int) else label
+
+
+@dataclass(frozen=True, eq=False)
+class Outcomes:
+    """What is kept of every sample of a split, in the split's order: all that a metric may use.
+
+    outputs: [N, ...], such as logits [N, C]; targets: [N, ...].
+    """
+
+    outputs: np.ndarray
+    targets: np.ndarray
+
+    def __post_init__(self) -> None:
+        assert len(self.outputs) == len(self.targets), "a target for each output"
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+
+class TaskKind(Protocol):
+    """A kind of task. `name` is what a task file says in `kind`, `default_metric` what a study
+    maximises unless the task file says otherwise."""
+
+    name: str
+    default_metric: str
+    several_labels: bool
+    """Whether a sample may have any number of labels, also none; otherwise it has one."""
+    columns: tuple[tuple[str, Any], ...]
+    """The keys of a prediction, each with the type of its value: str, float, list[str] or
+    dict[str, float]."""
+
+    def label(self, classes: Sequence[int]) -> Label:
+        """The label of a sample with these class numbers. Raises ValueError where they are none of
+        this kind."""
+        ...
+
+    def targets(self, labels: Sequence[Label], class_count: int) -> torch.Tensor:
+        """What the losses compare a batch's outputs with, [B, ...]."""
+        ...
+
+    def soft_targets(self, targets: torch.Tensor, class_count: int) -> torch.Tensor:
+        """The same as float32, such that mixtures of two targets are targets, too: for mixup."""
+        ...
+
+    def loss(self, outputs: torch.Tensor, targets: torch.Tensor, label_smoothing: float = 0.0) -> torch.Tensor:
+        """The mean training loss of outputs [B, C] in float32; targets may be soft."""
+        ...
+
+    def positives(self, targets: torch.Tensor) -> torch.Tensor:
+        """Which pairs of samples a contrastive loss draws together, bool [B, B]."""
+        ...
+
+    def kept(self, outputs: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What `Outcomes` keeps of a batch: a row per sample, no larger than metrics need."""
+        ...
+
+    def predictions(self, outputs: torch.Tensor, classes: Sequence[str]) -> list[dict[str, Any]]:
+        """One dictionary with `columns` per row of outputs [B, C]: what people are told."""
+        ...
