@@ -93,7 +93,10 @@ def test_a_plan_counts_what_the_backbone_has(family: str, families: dict[str, Ba
     widths = [tensor.shape[1] for name, tensor in layers.items() if name.endswith("mlp.fc1")]
     assert len(blocks) == len(widths) > 0
     assert count["connections"] == sum(tensor.shape[0] * min(3, tensor[0].numel()) for tensor in layers.values())
-    assert count["biases"] == sum(parameters[f"{name}.bias"].numel() for name in layers if f"{name}.bias" in parameters)
+    own = sum(parameters[f"{name}.bias"].numel() for name in layers if f"{name}.bias" in parameters)
+    beside = [tensor.numel() for name, tensor in parameters.items() if name.endswith(("gamma", "bias_table"))]
+    assert count["biases"] == own + sum(beside)
+    assert bool(beside) == (family != "vit")
     assert count["norms"] == sum(2 * width for width in widths)
     assert count["adapters"] == sum(2 * (2 * 3 * width) + 8 * width + 2 * 8 for width in set(widths))
     assert count["head"] == CLASSES * (backbone.width + 1)
@@ -111,6 +114,9 @@ def test_changes_are_where_their_names_say(family: str, families: dict[str, Back
         owner, _, leaf = tensor.name.rpartition(".")
         if tensor.part == "norms":
             assert torch.equal(model.backbone.get_submodule(owner).current[leaf], value)
+        elif leaf in ("gamma", "relative_position_bias_table"):
+            frozen = load(families[family]).model.get_parameter(tensor.name)
+            assert torch.equal(getattr(model.backbone.get_submodule(owner), leaf), frozen + value)
         elif tensor.part in ("connections", "biases"):
             layer = model.backbone.get_submodule(tensor.name)
             assert torch.equal(layer.current["connections" if tensor.part == "connections" else "bias"], value)

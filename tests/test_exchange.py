@@ -66,8 +66,11 @@ WEIGHTS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("part", WEIGHTS)
-@pytest.mark.parametrize("family", ["vit", "convnext", "convnext_linear"])
+PLAIN_FAMILIES = ("vit", "convnext", "convnext_linear")
+PAIRS = [(family, part) for family in PLAIN_FAMILIES for part in WEIGHTS]
+
+
+@pytest.mark.parametrize(("family", "part"), [*PAIRS, ("swin", "connections")])
 def test_timm_loads_a_checkpoint_and_computes_the_packs_logits(family: str, part: str, make: Make, tmp_path: Path) -> None:
     pack, backbone, model = make(family, WEIGHTS[part])
     export_checkpoint(pack, backbone, tmp_path / "model")
@@ -202,6 +205,7 @@ def test_what_peft_has_no_place_for_is_refused_in_words(recipe: dict[str, Any], 
 
 WHOLE: dict[str, tuple[str, dict[str, Any]]] = {
     "house": ("vit", {"connections": {}, "biases": {}, "smoa": {"experts": 3, "heads": 2, "top_k": 2, "prompt_generator": True}, "norms": {}}),
+    "biases": ("swin", {"biases": {}}),
     "adapters": ("convnext", {"adapter": {"placement": "after_mlp"}, "lora": {"targets": ["fc1"]}, "smoa": {}, "ssf": {}}),
 }
 

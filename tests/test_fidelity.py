@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
 import torch
 from torchvision.transforms import functional as torchvision_functional
 
-from pipeline.adaptation import AdaptedModel, attach
+from pipeline.adaptation import AdaptedModel, attach, plan
 from pipeline.adaptation.drop_path import drop_rates
-from pipeline.backbones import load_backbone
+from pipeline.backbones import LoadedBackbone, load_backbone
 from pipeline.data import augment
 from pipeline.data.augment import _colour_jitter, _Numbers, turn_hue
 from pipeline.errors import BackboneError
-from pipeline.specs import Backbone, Input, Recipe, Selection, Training
+from pipeline.specs import Backbone, Biases, Head, Input, Recipe, Selection, Training
 from pipeline.specs.task_files import DATA_ROOT, load_task
 from pipeline.training.averaging import MovingAverage
 from pipeline.training.mixing import mix
@@ -135,6 +137,86 @@ def test_one_image_through_the_colour_operators_is_what_torchvision_makes_of_it(
             image = operators[operator](image, amounts[operator])
         expected = torchvision_functional.rgb_to_grayscale(image, 3) if grey[number] < 0.2 else image
         torch.testing.assert_close(ours[number], expected, atol=2e-5, rtol=0)
+
+
+# --- biases ---------------------------------------------------------------------------------------
+
+SMALL_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "vit": ("vit_base_patch16_224", {"embed_dim": 48, "depth": 2, "num_heads": 3}),
+    "vit with LayerScale": ("deit3_small_patch16_224", {"embed_dim": 48, "depth": 2, "num_heads": 3}),
+    "swin": ("swin_base_patch4_window7_224", {"embed_dim": 16, "depths": [1, 1], "num_heads": [1, 2]}),
+    "beit": ("beit_base_patch16_224", {"embed_dim": 48, "depth": 2, "num_heads": 3}),
+    "convnext": ("convnext_base", {"depths": [1, 1, 1, 1], "dims": [8, 16, 24, 32]}),
+    "levit": ("levit_128s", {}),
+}
+
+
+def names_that_gps_trains(names: Iterable[str]) -> set[str]:
+    """Whole parameters that train, by the rule of their utils/pruning.py, heads aside.
+
+    Their ConvNeXt calls the norms of stem and downsampling `norm`, timm's goes by numbers.
+    """
+
+    def theirs(name: str) -> str:
+        return re.sub(r"(stem\.1|downsample\.0)\.", "norm.", name)
+
+    def is_frozen(name: str) -> bool:
+        return "norm" in name or "pos_embed" in name or "cls_token" in name
+
+    return {name for name in names if not is_frozen(theirs(name)) and ("bias" in theirs(name) or "gamma" in theirs(name))}
+
+
+def small_backbone(family: str) -> LoadedBackbone:
+    model, arguments = SMALL_MODELS[family]
+    size_px = 64 if family == "vit" else 224
+    spec = Backbone(model=model, arguments=arguments, weights="random")
+    return load_backbone(spec, Input(size_px=size_px))
+
+
+@pytest.mark.parametrize("family", [family for family in SMALL_MODELS if family != "levit"])
+def test_the_biases_that_train_are_those_of_gps(family: str) -> None:
+    backbone = small_backbone(family)
+    parameters = dict(backbone.model.named_parameters())
+    planned = {
+        tensor.name if tensor.name in parameters else f"{tensor.name}.bias": tensor.shape
+        for tensor in plan(backbone, Recipe(biases=Biases()), 3)
+        if tensor.part == "biases"
+    }
+    expected = names_that_gps_trains(parameters)
+    assert planned == {name: tuple(parameters[name].shape) for name in expected}
+    marks = {
+        "vit with LayerScale": "ls1.gamma",
+        "swin": "relative_position_bias_table",
+        "beit": "q_bias",
+        "convnext": ".gamma",
+    }
+    assert any(marks[family] in name for name in expected) if family in marks else expected
+
+
+@pytest.mark.parametrize("family", SMALL_MODELS)
+def test_a_network_on_changed_biases_computes_what_timm_does_on_the_sums(family: str) -> None:
+    """LeViT keeps its table of biases from pass to pass, unless told otherwise."""
+    backbone = small_backbone(family)
+    model = attach(backbone, Recipe(biases=Biases(bits=32), head=Head(bits=32)), 3)
+    by_hand, images = backbone.fresh_model(), torch.rand(1, 3, backbone.size_px, backbone.size_px)
+    for seed in (0, 1):
+        with torch.no_grad():
+            for parameter in model.values.parameters():
+                parameter.normal_(0, 0.05, generator=torch.Generator().manual_seed(seed))
+        changed: dict[str, torch.Tensor] = dict(by_hand.named_parameters())
+        for tensor, change in model.values().items():
+            name = tensor.name if tensor.name in changed else f"{tensor.name}.bias"
+            if tensor.part == "biases":
+                changed[name] = changed[name] + change
+        by_hand.train(False)
+        model(images)
+        ours = model.backbone(model.normalise(images))
+        theirs = torch.func.functional_call(by_hand, changed, (model.normalise(images),))
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+        latent = list(model.values.parameters())
+        (expected,) = torch.autograd.grad(theirs.square().mean(), latent)
+        (gradient,) = torch.autograd.grad(ours.square().mean(), latent)
+        torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=1e-5)
 
 
 # --- drop path ------------------------------------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -12,11 +13,12 @@ import torch
 
 from pipeline.adaptation import AdaptedModel, RankedPlaces, attach
 from pipeline.adaptation.packing import SizePlanner, describe, from_pack, probe_logits, to_pack
+from pipeline.adaptation.sites import weight_shapes
 from pipeline.backbones import LoadedBackbone, load, load_backbone
 from pipeline.backbones.fingerprint import fingerprint_and_trail
 from pipeline.errors import PackBackboneMismatch, PackDamaged
 from pipeline.packs import Pack, encode_positions, ledger, pack_to_bytes, read_pack
-from pipeline.specs import Backbone, Input, Recipe, Task
+from pipeline.specs import Backbone, Biases, Input, Recipe, Task
 
 CLASSES = ("one", "two", "three")
 FAMILIES = ("vit", "swin", "convnext", "convnext_linear")
@@ -193,6 +195,29 @@ def test_a_part_that_is_missing_or_surplus_is_refused(pack: Pack, tiny_inputs: A
     linear_probe = pack.metadata.model_copy(update={"recipe": make_recipe("head", 4).model_dump(exclude_none=True)})
     with pytest.raises(PackDamaged, match="surplus"):
         from_pack(dataclasses.replace(pack, metadata=linear_probe), tiny_inputs.backbone)
+
+
+@pytest.mark.parametrize("family", ["swin", "convnext"])
+def test_a_pack_without_biases_beside_layers_leaves_them_frozen(
+    family: str, families: dict[str, Backbone], tiny_task: Task, random_selection: Select
+) -> None:
+    """Earlier versions trained none of them; their packs give what they gave."""
+    backbone, recipe = load_backbone(families[family], tiny_task.input), Recipe(biases=Biases(bits=32))
+    model = trained(backbone, recipe, random_selection)
+    layers = weight_shapes(backbone.model)
+    with torch.no_grad():
+        for tensor, values in model.values().items():
+            if tensor.part == "biases" and tensor.name not in layers:
+                values.zero_()  # at 32 bits a view of the latent values
+    pack = to_pack(model, describe(tiny_task, recipe, backbone, CLASSES))
+    (part,) = (part for part in pack.parts if part.name == "biases")
+    count = sum(math.prod(spec.shape) for spec in part.tensors if spec.name in layers)
+    kept = tuple(spec for spec in part.tensors if spec.name in layers)
+    assert len(kept) < len(part.tensors)
+    earlier = dataclasses.replace(part, tensors=kept, codes=part.codes[:count])
+    parts = tuple(earlier if each is part else each for each in pack.parts)
+    content = pack_to_bytes(dataclasses.replace(pack, parts=parts))
+    assert torch.equal(logits(from_pack(read_pack(content), backbone)), logits(model))
 
 
 def test_values_that_were_changed_do_not_pass_the_probe(pack: Pack, tiny_inputs: Any) -> None:

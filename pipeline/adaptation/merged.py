@@ -15,6 +15,7 @@ from torch import nn
 
 from pipeline.adaptation.attach import AdaptedModel
 from pipeline.adaptation.part import PARTS, WeightChange
+from pipeline.adaptation.parts.biases import changed_parameters
 from pipeline.adaptation.parts.full import TunedNetwork
 
 
@@ -43,4 +44,8 @@ def changed_modules(model: AdaptedModel, original: nn.Module) -> dict[str, dict[
         return {"": model.backbone.plain_tensors()}
     adapted = dict(model.backbone.named_modules())
     found = {name: adapted[name] for name, _ in original.named_modules() if name in adapted}
-    return {name: module.plain_tensors() for name, module in found.items() if isinstance(module, WeightChange)}
+    tensors = {
+        name: module.plain_tensors() if isinstance(module, WeightChange) else changed_parameters(module)
+        for name, module in found.items()
+    }
+    return {name: changed for name, changed in tensors.items() if changed}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -137,12 +137,25 @@ def from_pack(pack: Pack, backbone: LoadedBackbone) -> AdaptedModel:
     selected = _selected(pack, recipe, spec, backbone)
     planned = plan(backbone, recipe, len(meta.classes), selected if spec.level == "network" else None)
     layers = {(part.name, spec.name): layer for part in pack.parts for spec, layer in zip(part.tensors, part.layers, strict=False)}
-    _compare(planned, {key: (spec, part.bits, layers.get(key), part.codebook, part.by_row) for key, (part, spec) in stored.items()})
+    frozen = _biases_left_frozen(planned, stored.keys(), backbone)
+    _compare(
+        [tensor for tensor in planned if tensor not in frozen],
+        {key: (spec, part.bits, layers.get(key), part.codebook, part.by_row) for key, (part, spec) in stored.items()},
+    )
     model = attach(backbone, recipe.model_copy(update={"training": Training()}), len(meta.classes), selected=selected)
     values = {(part.name, name): array for part in pack.parts for name, array in part.values().items()}
-    model.values.load_stored({tensor: torch.from_numpy(values[tensor.part, tensor.name]) for tensor in planned})
+    trained = [tensor for tensor in planned if tensor not in frozen]
+    changes = {tensor: torch.from_numpy(values[tensor.part, tensor.name]) for tensor in trained}
+    model.values.load_stored(changes | {tensor: torch.zeros(tensor.shape) for tensor in frozen})
     _check_probe(model, pack)
     return model
+
+
+def _biases_left_frozen(planned: Sequence[PlannedTensor], stored: Collection[tuple[str, str]], backbone: LoadedBackbone) -> set[PlannedTensor]:
+    """The biases beside layers, for a pack that has none: earlier versions trained layers' alone."""
+    layers = weight_shapes(backbone.model).keys()
+    beside = {each for each in planned if each.part == "biases" and each.name not in layers}
+    return set() if any((each.part, each.name) in stored for each in beside) else beside
 
 
 def _check_backbone(meta: PackMetadata, backbone: LoadedBackbone) -> None:

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
-from timm.layers import RmsNorm
+from timm.layers import RmsNorm, RmsNorm2d
 from torch import nn
 
 TunableLayer = nn.Linear | nn.Conv2d
-_NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._BatchNorm, RmsNorm)
+_NORMS = (
+    nn.LayerNorm,
+    nn.GroupNorm,
+    nn.RMSNorm,
+    nn.modules.batchnorm._BatchNorm,
+    RmsNorm,
+    RmsNorm2d,
+)
 
 
 def tunable_layers(model: nn.Module) -> dict[str, TunableLayer]:

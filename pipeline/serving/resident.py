@@ -86,10 +86,8 @@ class ResidentBackbone:
             yield _Change(tensor, places_N.to(tensor.device), before_N, after_N)
 
     def _tensor(self, module: str, kind: str) -> torch.Tensor:
-        try:
-            tensor = getattr(self.model.get_submodule(module), kind)
-        except AttributeError:
-            tensor = None
-        if not isinstance(tensor, torch.Tensor):
+        tensors = dict(self.model.named_parameters())
+        tensor = tensors.get(f"{module}.{kind}", tensors.get(module))  # biases beside layers go by their own names
+        if tensor is None:
             raise PackDamaged(f"{module}.{kind}: the pack changes it, but this model does not have it; give the backbone it was trained on")
         return tensor.detach()

@@ -21,7 +21,7 @@ class Connections(Spec):
 
 
 class Biases(Spec):
-    """Train the biases of the layers that carry connections."""
+    """Train all biases and LayerScale's gammas, but no norm's (GPS, arXiv 2312.10136)."""
 
     bits: Bits = 8
 

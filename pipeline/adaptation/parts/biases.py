@@ -1,34 +1,114 @@
-"""The biases of the layers that can carry connections."""
+"""Biases: those of the layers, and what else GPS's code trains beside its connections.
+
+Its rule goes by names (FightingFighting/GPS, utils/pruning.py): every parameter with `bias` or
+`gamma` in its name trains, but none with `norm`, `pos_embed` or `cls_token` in it. So the tables of
+relative position biases (Swin), biases that attention keeps itself (BEiT's q_bias and v_bias) and
+LayerScale's gammas train. Biases of Linear and Conv2d layers are added in connections.py.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-from pipeline.adaptation.part import Assembly, Part, Site, Stage, register
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+from pipeline.adaptation.part import Assembly, Part, Site, Stage, WeightChange, register
 from pipeline.adaptation.parts.connections import tune_layers
-from pipeline.adaptation.sites import tunable_layers
+from pipeline.adaptation.sites import norms_of, tunable_layers
 from pipeline.adaptation.tensors import PlannedTensor
 from pipeline.specs import Biases
+
+_TRAINS = ("bias", "gamma")
+_FROZEN = ("norm", "pos_embed", "cls_token")
+
+
+class TunedParameter(nn.Module, WeightChange):
+    """A frozen parameter of any module, with the change `current["change"]` of its shape added.
+
+    The module that owns the parameter reads the sum under the parameter's name. Under autocast the
+    sum is rounded, so that it does not widen the residual stream.
+    """
+
+    def __init__(self, frozen: nn.Parameter) -> None:
+        super().__init__()
+        self.current: dict[str, torch.Tensor] = {}
+        self._frozen = [frozen]  # in a list: the owner has it registered
+
+    def own_parameters(self) -> list[nn.Parameter]:
+        """The parameter that the change is added to."""
+        return self._frozen
+
+    def forward(self, frozen: torch.Tensor) -> torch.Tensor:
+        changed = frozen + self.current["change"]
+        device = changed.device.type
+        if torch.is_autocast_enabled(device):
+            return changed.to(torch.get_autocast_dtype(device))
+        return changed
+
+
+def biases_beside_layers(model: nn.Module) -> dict[str, nn.Parameter]:
+    """By name, what trains as a bias and is neither a layer's nor a norm's.
+
+    A recurrent layer's are left out: it reads all its parameters as one buffer.
+    """
+    layers, norms = tunable_layers(model), norms_of(model)
+    owners = {
+        name
+        for name, module in model.named_modules()
+        if name not in layers and name not in norms and not isinstance(module, nn.RNNBase)
+    }
+    return {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if name.rpartition(".")[0] in owners
+        and any(word in name for word in _TRAINS)
+        and not any(word in name for word in _FROZEN)
+    }
+
+
+def changed_parameters(module: nn.Module) -> dict[str, torch.Tensor]:
+    """The parameters of a module that are sums of a frozen one and its change."""
+    parametrised = getattr(module, "parametrizations", nn.ModuleDict())
+    return {name: getattr(module, name) for name in dict(parametrised.named_children())}
+
+
+def _forget(module: nn.Module, inputs: Any) -> None:
+    """Pre-hook: setting the mode drops biases that attention keeps from pass to pass (LeViT)."""
+    module.train(False)
 
 
 @register
 class BiasesPart(Part):
     """The biases, as changes."""
 
-    name, pack_order, stage = "biases", 2, Stage.WEIGHTS
-    needs = "it needs Linear or Conv2d layers with a bias"
+    name, pack_order, stage = "biases", 2, Stage.PARAMETERS
+    needs = "it needs parameters named bias or gamma"
 
     def plan(self, spec: Biases, site: Site) -> list[PlannedTensor]:
-        """A vector per layer with a bias."""
-        layers = tunable_layers(site.model).items()
-        return [PlannedTensor("biases", name, tuple(layer.bias.shape), spec.bits) for name, layer in layers if layer.bias is not None]
+        """A vector per layer with a bias, by the layer's name; then the others, by their own."""
+        layers = {name: layer.bias for name, layer in tunable_layers(site.model).items()}
+        return [
+            PlannedTensor("biases", name, tuple(bias.shape), spec.bits)
+            for name, bias in {**layers, **biases_beside_layers(site.model)}.items()
+            if bias is not None
+        ]
 
     def attach(self, spec: Biases, assembly: Assembly) -> None:
-        """Replace every layer, where connections have not."""
+        """Change the parameters where they are, and replace the layers, if connections will not."""
+        for name, parameter in biases_beside_layers(assembly.model).items():
+            owner_name, _, own_name = name.rpartition(".")
+            owner = assembly.model.get_submodule(owner_name)
+            tuned = assembly.modules[f"bias:{name}"] = TunedParameter(parameter)
+            parametrize.register_parametrization(owner, own_name, tuned, unsafe=True)
+            owner.register_forward_pre_hook(_forget)
         if assembly.site.recipe.connections is None:
             tune_layers(assembly, {})
 
     def address(self, tensor: PlannedTensor, modules: Mapping[str, Any]) -> tuple[str, str]:
-        """The layer of the tensor's name."""
+        """The parameter of the tensor's name, or the bias of the layer."""
+        if f"bias:{tensor.name}" in modules:
+            return f"bias:{tensor.name}", "change"
         return f"layer:{tensor.name}", "bias"
