@@ -44,8 +44,5 @@ def changed_modules(model: AdaptedModel, original: nn.Module) -> dict[str, dict[
         return {"": model.backbone.plain_tensors()}
     adapted = dict(model.backbone.named_modules())
     found = {name: adapted[name] for name, _ in original.named_modules() if name in adapted}
-    tensors = {
-        name: module.plain_tensors() if isinstance(module, WeightChange) else changed_parameters(module)
-        for name, module in found.items()
-    }
+    tensors = {name: module.plain_tensors() if isinstance(module, WeightChange) else changed_parameters(module) for name, module in found.items()}
     return {name: changed for name, changed in tensors.items() if changed}
