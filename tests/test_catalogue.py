@@ -11,12 +11,12 @@ import yaml
 
 from pipeline.errors import SpecError
 from pipeline.reports.suite import suite_averages
-from pipeline.specs import Backbone, FolderData, JsonData, ListsData, Suite, Task
+from pipeline.specs import Backbone, FolderData, JsonData, ListsData, Recipe, SearchSpace, Suite, Task
 from pipeline.specs.task_files import DATA_ROOT, SUITE_FILE, catalogue_folder, load_methods, load_spec, load_suite, load_task, load_tasks
 
 CATALOGUE = Path(__file__).resolve().parents[1] / "tasks"
 FILES = sorted(CATALOGUE.rglob("*.y*ml"))
-UNPUBLISHED = (CATALOGUE, CATALOGUE / "demo", CATALOGUE / "methods")
+UNPUBLISHED = (CATALOGUE, CATALOGUE / "demo", CATALOGUE / "methods", CATALOGUE / "binary_adapter")
 PUBLISHED = [path for path in FILES if path.parent not in UNPUBLISHED and path.name not in (SUITE_FILE, "base.yaml")]
 SUITES = sorted(path.parent.name for path in FILES if path.name == SUITE_FILE)
 
@@ -46,6 +46,8 @@ def read_any(path: Path, folder: Path) -> Any:
         return load_suite(path.parent)[0]
     if "model" in content:
         return load_spec(Backbone, path)
+    if path.name in ("recipe.yaml", "search.yaml"):
+        return load_spec(Recipe if path.stem == "recipe" else SearchSpace, path)
     if "name" in content:
         return load_task(path)
     own: dict[str, Any] = {"base": str(path), "name": "any", "data": {"format": "digits"}}
@@ -114,7 +116,7 @@ def test_the_folder_of_the_datasets_must_be_named(monkeypatch: pytest.MonkeyPatc
 
 
 def test_the_suites() -> None:
-    assert SUITES == ["fewshot", "fgvc", "vtab1k"]
+    assert SUITES == ["binary_adapter", "fewshot", "fgvc", "vtab1k"]
     assert catalogue_folder() == CATALOGUE
     assert {name: len(tasks) for name, tasks in load_suite("vtab1k")[0].groups.items()} == {"natural": 7, "specialized": 4, "structured": 8}
 
@@ -164,7 +166,7 @@ def test_a_folder_that_is_no_suite_does_not_hide_one(tmp_path: Path, monkeypatch
 
 @pytest.mark.parametrize("name", ["vtab", "demo", "none/at/all"])
 def test_an_unknown_suite_lists_the_known_ones(name: str) -> None:
-    with pytest.raises(SpecError, match=rf"{name}: no such suite; .* or one of fewshot, fgvc, vtab1k"):
+    with pytest.raises(SpecError, match=rf"{name}: no such suite; .* or one of binary_adapter, fewshot, fgvc, vtab1k"):
         load_suite(name)
 
 

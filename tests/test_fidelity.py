@@ -18,8 +18,8 @@ from pipeline.backbones import LoadedBackbone, load_backbone
 from pipeline.data import augment
 from pipeline.data.augment import _colour_jitter, _Numbers, turn_hue
 from pipeline.errors import BackboneError
-from pipeline.specs import Backbone, Biases, Head, Input, Recipe, Selection, Training
-from pipeline.specs.task_files import DATA_ROOT, load_task
+from pipeline.specs import Adapter, Backbone, Biases, Head, Input, Recipe, Selection, Training
+from pipeline.specs.task_files import DATA_ROOT, load_methods, load_task, load_tasks
 from pipeline.training.averaging import MovingAverage
 from pipeline.training.mixing import mix
 
@@ -58,6 +58,11 @@ GPS_FGVC = {
 }
 
 
+SCALES = (0.01, 0.1, 1, 10, 100)
+"""What Binary Adapter tunes per task."""
+ADAPTER_METHODS = sorted(path.stem for path in (CATALOGUE / "methods").glob("*.yaml") if path.name.startswith(("adapt", "lora", "smoa", "fact")))
+
+
 @pytest.fixture(autouse=True)
 def data_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(DATA_ROOT, str(tmp_path / "datasets"))
@@ -77,6 +82,55 @@ def test_the_catalogue_trains_as_the_released_scripts_of_gps(suite: str, table: 
     assert {(task.recipe.training.epochs, task.recipe.training.warmup_epochs, task.recipe.training.weight_decay) for task in tasks.values()} == {
         (100, 10, 0)
     }
+
+
+# --- the setting of Binary Adapter ----------------------------------------------------------------
+
+
+def test_the_catalogue_has_the_setting_of_binary_adapters_code() -> None:
+    """Its main.py, vtab.py and train.sh, on the same 19 tasks as the suite of VTAB-1k."""
+    vtab1k = {task.name.split("-")[1]: task for task in load_tasks([CATALOGUE / "vtab1k"])}
+    tasks = {task.name.split("-")[1]: task for task in load_tasks([CATALOGUE / "binary_adapter"])}
+    assert {name: task.data for name, task in tasks.items()} == {name: task.data for name, task in vtab1k.items()}
+    for task in tasks.values():
+        assert task.backbone == Backbone(model="vit_base_patch16_224.orig_in21k", mean=(0, 0, 0), std=(1, 1, 1))
+        assert (task.input.mean, task.input.std, task.input.size_px) == (None, None, 224)
+        training = task.recipe.training
+        assert (training.epochs, training.warmup_epochs, training.batch_size) == (100, 10, 64)
+        assert (training.learning_rate, training.weight_decay) == (0.001, 0.0001)
+        assert (training.drop_path, training.augment, training.mixup) == (0.1, "none", 0)
+        assert task.recipe.adapter == Adapter(width=32, bits=1, placement="parallel", dropout=0.1)
+        assert task.recipe.head == Head(bits=1, bias=False)
+        assert task.recipe.connections is task.recipe.biases is None
+        assert task.search.axes() == {"scale": SCALES}
+
+
+@pytest.mark.parametrize("method", ADAPTER_METHODS)
+def test_methods_with_adapters_try_all_scales_of_binary_adapter(method: str) -> None:
+    (loaded,) = load_methods([CATALOGUE / "methods" / f"{method}.yaml"]).values()
+    assert loaded.search.scale == SCALES
+
+
+# --- the budget of Adapter-X ----------------------------------------------------------------------
+
+
+def trained_without_head(recipe: Recipe, depth: int) -> int:
+    """On blocks as wide as those of ViT-B/16."""
+    arguments: dict[str, Any] = {"img_size": 32, "depth": depth, "mlp_ratio": 0.25}
+    spec = Backbone(model="vit_base_patch16_224", arguments=arguments, weights="random")
+    planned = plan(load_backbone(spec, Input(size_px=32)), recipe, 2)
+    return sum(tensor.values for tensor in planned if tensor.part != "head")
+
+
+@pytest.mark.parametrize("method", ["adapter_x_1bit", "adapter_x_32bit", "adaptformer_x_1bit"])
+def test_adapter_x_trains_its_papers_share_of_a_vit_b(method: str) -> None:
+    """0.20 % of 86 million, whatever the head; each block adds as much as another."""
+    recipe = load_methods([CATALOGUE / "methods" / f"{method}.yaml"])[method].recipe
+    two, three = (trained_without_head(recipe, depth) for depth in (2, 3))
+    with torch.device("meta"):
+        whole = timm.create_model("vit_base_patch16_224", num_classes=0)
+    share = (two + 10 * (three - two)) / sum(each.numel() for each in whole.parameters())
+    assert f"{share:.2%}" == "0.20%"
 
 
 # --- the two views of GPS ---------------------------------------------------------------------------------------------------------------------
