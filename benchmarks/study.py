@@ -172,7 +172,8 @@ def loop(seed: int, folder: Path) -> dict[str, Any]:
 def study(seed: int, folder: Path) -> dict[str, Any]:
     """The real study on a private Ray. Workers note when a trial enters, makes its first step and leaves."""
     from pipeline.adaptation.packing import SizePlanner
-    from pipeline.cluster.session import places, ray_session
+    from pipeline.cluster.capacity import places
+    from pipeline.cluster.session import ray_session
     from pipeline.search import run_study as module
     from pipeline.search.trial_record import TrialJournal
     from pipeline.selection import read_selection, select, select_if_sooner

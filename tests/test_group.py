@@ -19,8 +19,9 @@ from helpers_cluster import parent
 
 from pipeline import api
 from pipeline.adaptation.packing import from_pack
+from pipeline.cluster.capacity import wait_for_room
 from pipeline.cluster.rank_group import TrialResources, in_group
-from pipeline.cluster.session import WorkersDied, ended_tasks, wait_for_room
+from pipeline.cluster.tasks import WorkersDied, ended_tasks
 from pipeline.data import shards
 from pipeline.errors import ClusterError, DataError, UnexpectedError
 from pipeline.packs import read_pack

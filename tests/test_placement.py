@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.cluster import session as cluster
-from pipeline.cluster.session import Node, check_holds_group
+from pipeline.cluster import capacity as cluster
+from pipeline.cluster.capacity import Node, check_holds_group
 from pipeline.driver import stages
 from pipeline.driver.stages import Placement, Stages, no_progress
 from pipeline.driver.workspace import Workspace

@@ -12,8 +12,8 @@ import pytest
 import ray
 from ray.cluster_utils import Cluster
 
-from pipeline.cluster import session as joined
-from pipeline.cluster.session import wait_for_room
+from pipeline.cluster import capacity as joined
+from pipeline.cluster.capacity import wait_for_room
 from pipeline.errors import ClusterError
 
 PROJECT_ROOT = Path(__file__).resolve().parent.parent

@@ -6,7 +6,6 @@ import _thread
 import contextlib
 import importlib
 import logging
-import math
 import os
 import secrets
 import socket
@@ -14,11 +13,10 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from pipeline.cluster.task_threads import Interrupted
 from pipeline.errors import ClusterError
@@ -34,7 +32,6 @@ _SETTINGS = {
     "TUNE_WARN_INSUFFICENT_RESOURCE_THRESHOLD_S": "1000000000",
 }
 _ANSWER_SECONDS = 10
-_NODE_SECONDS = 1200  # a GPU machine that pulls a large image takes its time
 _LOOK_SECONDS = 0.5
 _SOCKET_PATH_BYTES = 103 if sys.platform == "darwin" else 107
 _HEAD_LOOK_SECONDS = 2
@@ -207,188 +204,7 @@ def session_logs() -> Path:
     return Path(ray.init(ignore_reinit_error=True, logging_level=logging.ERROR).address_info["session_dir"], "logs")
 
 
-def first_ended(running: Sequence[Any], is_stopping: Callable[[], bool], timeout_seconds: float = math.inf) -> Any:
-    """The first of these Ray tasks to end; None where none does in time. Raises Interrupted where `is_stopping` comes to hold before."""
-    import ray
-
-    deadline = time.monotonic() + timeout_seconds
-    while not is_stopping():
-        ended, _ = ray.wait(list(running), timeout=_LOOK_SECONDS)
-        if ended or time.monotonic() > deadline:
-            return ended[0] if ended else None
-    raise Interrupted
-
-
-class WorkersDied(Exception):
-    """A Ray task has lost its workers again and again."""
-
-
-def ended_tasks(
-    worker: Callable[..., Any],
-    arguments: Sequence[tuple[Any, ...]],
-    cpus: float,
-    gpus: float,
-    *,
-    ranks: int = 1,
-    retries: int,
-    kept: Callable[..., object] = lambda *given: None,
-    is_stopping: Callable[[], bool],
-) -> Iterator[tuple[int, Any]]:
-    """Run `worker` as a Ray task on every set of arguments; yields (index, outcome) as they end.
-
-    Args:
-        ranks: workers that it finds places for, its own among them, in its placement group: all at once, or none. Each has `cpus` and `gpus`.
-        retries: of a task whose workers or nodes died and that has kept nothing new since the death before. Several workers ask for places anew, so
-            that none is held meanwhile.
-        kept: asked with a set of arguments: what its task has kept for a next try, by any value that differs once it is more.
-
-    Raises:
-        WorkersDied: they did so more often.
-        Interrupted: `is_stopping` came to hold.
-    """
-    import ray
-
-    from pipeline.training.ranks import RanksLost
-
-    died = (ray.exceptions.WorkerCrashedError, ray.exceptions.NodeDiedError, ray.exceptions.OutOfMemoryError, RanksLost)
-    remote = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=0)(worker)
-    running: dict[Any, tuple[int, Any]] = {}
-    deaths, kept_before = [0] * len(arguments), [kept(*each) for each in arguments]
-
-    def start(index: int) -> None:
-        places = _reserve(ranks, cpus, gpus) if ranks > 1 else None
-        running[remote.options(**_first_of(places)).remote(*arguments[index])] = index, places
-
-    try:
-        for index in range(len(arguments)):
-            start(index)
-        while running:
-            ended = first_ended(list(running), is_stopping)
-            index, places = running.pop(ended)
-            _release(places)
-            try:
-                outcome = ray.get(ended)
-            except died as error:
-                kept_now = kept(*arguments[index])
-                deaths[index] = deaths[index] + 1 if kept_now == kept_before[index] else 0
-                kept_before[index] = kept_now
-                if deaths[index] > retries:
-                    raise WorkersDied from error
-                start(index)
-            else:
-                yield index, outcome
-    finally:
-        for each, (_, places) in running.items():  # where Ray is not ours, it outlives us
-            ray.cancel(each, force=True)
-            _release(places)
-
-
-def _reserve(ranks: int, cpus: float, gpus: float) -> Any:
-    """A placement group for so many workers, on as few nodes as can be; all of it is had at once, or nothing."""
-    import ray
-
-    return ray.util.placement_group(bundles(ranks, cpus, gpus), strategy="PACK")
-
-
-def bundles(ranks: int, cpus: float, gpus: float) -> list[dict[str, float]]:
-    """The places of a placement group for so many workers, as Ray wants them named."""
-    return [{"CPU": cpus, **({"GPU": gpus} if gpus else {})}] * ranks
-
-
-def _first_of(places: Any | None) -> dict[str, Any]:
-    """Options of a task that takes the first place of a placement group, where there is one."""
-    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
-
-    return {} if places is None else {"scheduling_strategy": PlacementGroupSchedulingStrategy(places, placement_group_bundle_index=0)}
-
-
-def _release(places: Any | None) -> None:
-    import ray
-
-    if places is not None:
-        ray.util.remove_placement_group(places)
-
-
-@dataclass(frozen=True)
-class Node:
-    """What a node has, taken or not."""
-
-    cpus: float
-    gpus: float
-
-    def places(self, cpus: float, gpus: float) -> int:
-        """How many workers of so many CPUs and GPUs it holds."""
-        rooms = [int(has / asked + 1e-6) for has, asked in ((self.cpus, cpus), (self.gpus, gpus)) if asked]
-        return min(rooms, default=0)
-
-
 def is_connected() -> bool:
     """Whether this process has a Ray."""
     is_initialized = getattr(sys.modules.get("ray"), "is_initialized", None)  # another thread may be importing it
     return is_initialized is not None and bool(is_initialized())
-
-
-def running_nodes() -> list[Node]:
-    """The nodes that the cluster has now."""
-    import ray
-
-    resources = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    return [Node(each.get("CPU", 0), each.get("GPU", 0)) for each in resources]
-
-
-def has_gpus() -> bool:
-    """Whether the cluster has GPUs now."""
-    return any(node.gpus for node in running_nodes())
-
-
-def places(cpus: float, gpus: float) -> int:
-    """How many workers of so many CPUs and GPUs the cluster's nodes hold now."""
-    return sum(node.places(cpus, gpus) for node in running_nodes())
-
-
-def check_holds_group(workers: int, cpus: float, gpus: float) -> None:
-    """Raise ClusterError where the cluster cannot hold `workers` at once, unless it scales itself: Ray would wait for an hour."""
-    held = places(cpus, gpus)
-    if workers > held and not _scales_itself():
-        raise ClusterError(f"--selection-workers: given {workers}, the cluster has room for {held}, each with a CPU{' and a GPU' if gpus else ''}")
-
-
-def wait_for_room(ranks: int, cpus: float, gpus: float, is_stopping: Callable[[], bool]) -> None:
-    """Return when the cluster has nodes for `ranks` workers of `cpus` and `gpus` at once: now, or, where it scales itself, when it has started them.
-
-    What asks for nodes is gone once this process has ended.
-
-    Raises:
-        ClusterError: they are not there, and do not come: Ray would wait for ever.
-        Interrupted: `is_stopping` came to hold first.
-    """
-    if places(cpus, gpus) >= ranks:
-        return
-    waited = ""
-    if _scales_itself():
-        if _nodes_came(ranks, cpus, gpus, is_stopping):
-            return
-        waited = f", and the autoscaler brought none in {_NODE_SECONDS // 60} minutes"
-    had = ", ".join(f"{node.cpus:g} CPUs and {node.gpus:g} GPUs" for node in running_nodes())
-    asked = f"a trial asks for {cpus:g} CPUs and {gpus:g} GPUs"
-    options = "--cpus-per-trial or --gpus-per-trial"
-    if ranks == 1:
-        raise ClusterError(f"{asked}, which no node has ({had}){waited}; lower {options}")
-    raise ClusterError(
-        f"{asked} for each of {ranks} ranks, and the nodes ({had}) have room for {places(cpus, gpus)}{waited}; lower --ranks-per-trial, {options}"
-    )
-
-
-def _nodes_came(ranks: int, cpus: float, gpus: float, is_stopping: Callable[[], bool]) -> bool:
-    asking = _reserve(ranks, cpus, gpus)
-    try:
-        return first_ended([asking.ready()], is_stopping, timeout_seconds=_NODE_SECONDS) is not None
-    finally:
-        _release(asking)
-
-
-def _scales_itself() -> bool:
-    """Whether the cluster was started with Ray's autoscaler (its second version), as KubeRay and `ray up` start it."""
-    from ray.autoscaler.v2.utils import is_autoscaler_v2
-
-    return is_autoscaler_v2(fetch_from_server=True)

@@ -15,19 +15,11 @@ from typing import Any, Literal
 from pipeline.adaptation import is_recomputable
 from pipeline.backbones import share
 from pipeline.backbones.known import remember
+from pipeline.cluster.capacity import check_holds_group, has_gpus, places, wait_for_room
 from pipeline.cluster.rank_group import WORKER_DIED, WORKER_RETRIES, TrialResources, in_group
-from pipeline.cluster.session import (
-    WorkersDied,
-    check_holds_group,
-    ended_tasks,
-    has_gpus,
-    interruptible,
-    is_connected,
-    places,
-    ray_session,
-    wait_for_room,
-)
+from pipeline.cluster.session import interruptible, is_connected, ray_session
 from pipeline.cluster.task_threads import Together
+from pipeline.cluster.tasks import WorkersDied, ended_tasks
 from pipeline.data import prepare, remarks_on
 from pipeline.driver.workspace import Workspace
 from pipeline.errors import ClusterError, SpecError, UnexpectedError, named

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.cluster.rank_group import WORKER_RETRIES, TrialResources, group
-from pipeline.cluster.session import bundles
 from pipeline.cluster.task_threads import Interrupted
+from pipeline.cluster.tasks import bundles
 from pipeline.errors import BudgetError, ClusterError, TrainingError, named
 from pipeline.search.proposer import LAG, make_proposer
 from pipeline.search.study import OnRecord, Study

@@ -1,0 +1,159 @@
+"""Ray tasks that are tried again when their workers die, and the places they take."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from pipeline.cluster.task_threads import Interrupted
+
+_LOOK_SECONDS = 0.5
+
+
+def first_ended(running: Sequence[Any], is_stopping: Callable[[], bool], timeout_seconds: float = math.inf) -> Any:
+    """The first of these Ray tasks to end; None where none does in time. Raises Interrupted where `is_stopping` comes to hold before."""
+    import ray
+
+    deadline = time.monotonic() + timeout_seconds
+    while not is_stopping():
+        ended, _ = ray.wait(list(running), timeout=_LOOK_SECONDS)
+        if ended or time.monotonic() > deadline:
+            return ended[0] if ended else None
+    raise Interrupted
+
+
+class WorkersDied(Exception):
+    """A Ray task has lost its workers again and again."""
+
+
+@dataclass
+class _Deaths:
+    """The deaths of one task since it last kept something new for its next try."""
+
+    kept: Callable[[], object]
+    count: int = 0
+    _before: object = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._before = self.kept()
+
+    def one_more(self) -> int:
+        """How many there are now."""
+        now = self.kept()
+        self.count = self.count + 1 if now == self._before else 0
+        self._before = now
+        return self.count
+
+
+class _Running:
+    """The tasks that run, each with its index and its places."""
+
+    def __init__(self, worker: Callable[..., Any], cpus: float, gpus: float, ranks: int) -> None:
+        import ray
+
+        self._remote = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=0)(worker)
+        self._reserve = lambda: reserve(ranks, cpus, gpus) if ranks > 1 else None
+        self._tasks: dict[Any, tuple[int, Any]] = {}
+
+    def __len__(self) -> int:
+        return len(self._tasks)
+
+    def start(self, index: int, arguments: Sequence[Any]) -> None:
+        """Start a task."""
+        places = self._reserve()
+        self._tasks[self._remote.options(**first_of(places)).remote(*arguments)] = index, places
+
+    def next_ended(self, is_stopping: Callable[[], bool]) -> tuple[int, Any]:
+        """The index and the result's reference of the next task that ends; its places are free."""
+        ended = first_ended(list(self._tasks), is_stopping)
+        index, places = self._tasks.pop(ended)
+        release(places)
+        return index, ended
+
+    def cancel(self) -> None:
+        """End what still runs: where Ray is not ours, it would outlive us."""
+        import ray
+
+        for task, (_, places) in self._tasks.items():
+            ray.cancel(task, force=True)
+            release(places)
+
+
+def ended_tasks(
+    worker: Callable[..., Any],
+    arguments: Sequence[tuple[Any, ...]],
+    cpus: float,
+    gpus: float,
+    *,
+    ranks: int = 1,
+    retries: int,
+    kept: Callable[..., object] = lambda *given: None,
+    is_stopping: Callable[[], bool],
+) -> Iterator[tuple[int, Any]]:
+    """Run `worker` as a Ray task on every set of arguments; yields (index, outcome) as they end.
+
+    Args:
+        ranks: workers that it finds places for, its own among them, in its placement group: all at
+            once, or none. Each has `cpus` and `gpus`.
+        retries: of a task whose workers or nodes died and that has kept nothing new since the death
+            before. Several workers ask for places again, so that none is held meanwhile.
+        kept: asked with a set of arguments: what its task has kept for a next try, by any value that
+            differs once it is more.
+
+    Raises:
+        WorkersDied: they did so more often.
+        Interrupted: `is_stopping` came to hold.
+    """
+    import ray
+    from ray.exceptions import NodeDiedError, OutOfMemoryError, WorkerCrashedError
+
+    from pipeline.training.ranks import RanksLost
+
+    running = _Running(worker, cpus, gpus, ranks)
+    deaths = [_Deaths(partial(kept, *each)) for each in arguments]
+    try:
+        for index, each in enumerate(arguments):
+            running.start(index, each)
+        while running:
+            index, ended = running.next_ended(is_stopping)
+            try:
+                outcome = ray.get(ended)
+            except (WorkerCrashedError, NodeDiedError, OutOfMemoryError, RanksLost) as error:
+                if deaths[index].one_more() > retries:
+                    raise WorkersDied from error
+                running.start(index, arguments[index])
+            else:
+                yield index, outcome
+    finally:
+        running.cancel()
+
+
+def reserve(ranks: int, cpus: float, gpus: float) -> Any:
+    """A placement group for so many workers, on as few nodes as can be; all of it is had at once, or nothing."""
+    import ray
+
+    return ray.util.placement_group(bundles(ranks, cpus, gpus), strategy="PACK")
+
+
+def bundles(ranks: int, cpus: float, gpus: float) -> list[dict[str, float]]:
+    """The places of a placement group for so many workers, as Ray wants them named."""
+    return [{"CPU": cpus, **({"GPU": gpus} if gpus else {})}] * ranks
+
+
+def first_of(places: Any | None) -> dict[str, Any]:
+    """Options of a task that takes the first place of a placement group, where there is one."""
+    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+    return {} if places is None else {"scheduling_strategy": PlacementGroupSchedulingStrategy(places, placement_group_bundle_index=0)}
+
+
+def release(places: Any | None) -> None:
+    """Give a placement group back, where there is one."""
+    import ray
+
+    if places is not None:
+        ray.util.remove_placement_group(places)
