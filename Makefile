@@ -1,4 +1,5 @@
-# Every target sets up what it needs: `make demo` and `make test` work on a machine that has make and Python 3.11 (with venv), nothing else.
+# Every target sets up what it needs: `make demo` and `make test` work on a machine that has make and
+# Python 3.11 (with venv), nothing else.
 #
 #   PYTHON=python3.12 make test         the interpreter that the environment is made with
 #   TASKPACK_VENV=/tmp/env make test    where the environment lives
@@ -9,7 +10,7 @@ TASKPACK_VENV ?= .venv
 BIN := $(TASKPACK_VENV)/bin
 INSTALLED := $(TASKPACK_VENV)/.taskpack-installed
 
-.PHONY: help demo test lint format constraints clean
+.PHONY: help demo test lint format docs constraints clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1: /p' Makefile | awk -F ': ' '{ printf "make %-12s %s\n", $$1, $$2 }'
@@ -25,7 +26,10 @@ lint: $(INSTALLED)  ## check style, formatting and types
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
-format: $(INSTALLED)  ## format the code and mend what ruff can mend
+docs: $(INSTALLED)  ## build the documentation site in build/site; a broken link is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+format: $(INSTALLED)  ## format the code and fix what ruff can fix
 	$(BIN)/ruff format
 	$(BIN)/ruff check --fix
 
@@ -38,10 +42,11 @@ constraints:  ## pin every version that the environment holds now
 
 clean:  ## remove what these targets made
 	@if grep -qs "^prompt = 'taskpack'" $(TASKPACK_VENV)/pyvenv.cfg; then rm -rf $(TASKPACK_VENV); fi
-	rm -rf taskpack.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis constraints.txt.new
+	rm -rf build/site taskpack.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis constraints.txt.new
 	find $(wildcard pipeline tests benchmarks) -type d -name __pycache__ -prune -exec rm -rf {} +
 
-# The stamp is the last thing written, so an install that failed is tried again; 'python -m venv' on a folder it once failed in mends it.
+# The stamp is written last, so a failed install is tried again; 'python -m venv' repairs a folder in
+# which it failed.
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2> /dev/null || { \
 	    echo "taskpack needs Python 3.11 or newer; '$(PYTHON)' is $$($(PYTHON) --version 2> /dev/null || echo not there)." >&2; \

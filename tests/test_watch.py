@@ -360,11 +360,11 @@ def test_a_node_hands_out_what_the_driver_set(local_ray: None, tiny_task: Task, 
         assert values == expected
 
 
-def test_the_readme_lists_the_metrics_and_the_numbers_of_stages() -> None:
-    readme = (Path(__file__).resolve().parent.parent / "README.md").read_text(encoding="utf-8")
+def test_the_documentation_lists_the_metrics_and_the_numbers_of_stages() -> None:
+    page = (Path(__file__).resolve().parent.parent / "docs" / "cluster.md").read_text(encoding="utf-8")
     names = {*GAUGES, "trials_total", "trial_seconds"}
-    assert set(re.findall(r"`ray_taskpack_([a-z_]+)`", readme)) == names
-    assert ", ".join(f"{number} {stage}" for number, stage in enumerate(STAGES, start=-1)) in readme
+    assert set(re.findall(r"`ray_taskpack_([a-z_]+)`", page)) == names
+    assert ", ".join(f"{number} {stage}" for number, stage in enumerate(STAGES, start=-1)) in page
 
 
 def test_setting_metrics_costs_microseconds(local_ray: None) -> None:
