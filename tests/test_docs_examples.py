@@ -6,13 +6,20 @@ import re
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import create_autospec
 
 import pytest
 import yaml
-from helpers_cli import FinishedRun, finished_run, taskpack
+from helpers_cli import taskpack, write_task
 from helpers_docs import DOCS, PAGES, blocks, name_of, prose, table_rows, taskpack_lines
 
-from pipeline.data import save_samples
+import pipeline
+from pipeline.backbones.known import remember
+from pipeline.data import prepare, save_samples
+from pipeline.driver.batch import TaskOutcome
+from pipeline.driver.workspace import Workspace
+from pipeline.registry.pack_record import Champion
+from pipeline.registry.store import open_registry
 from pipeline.specs import (
     DEFAULT_PARTS,
     Backbone,
@@ -25,6 +32,8 @@ from pipeline.specs import (
     Task,
 )
 from pipeline.specs.task_files import load_spec, load_task, validate
+from pipeline.training import Inputs, open_inputs
+from pipeline.training.fit import PACK_FILE, fit
 
 SECTIONS: dict[str, type[Spec]] = {
     "backbone": Backbone,
@@ -108,7 +117,7 @@ def test_what_the_recipe_text_says_of_missing_parts_holds() -> None:
     assert parts({"preset": "linear"}) == []
 
 
-# --- commands and Python, run on a finished work folder ------------------------------------------
+# --- commands and Python, run on a registered pack -----------------------------------------------
 
 RUN = ("ls", "show", "predict", "evaluate", "verify", "plan", "prepare")
 """The commands that are run. The others train, need a cluster, or need files that are not here."""
@@ -117,22 +126,54 @@ NEEDED = ("--backbone", "--search", "MLFLOW", "$")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A folder that has what the examples name: a finished work folder `runs`, task and image."""
-    finished: FinishedRun = finished_run(tmp_path_factory.getbasetemp())
-    assert finished.answer.code == 0, finished.answer.err
+    """A folder with what the examples name: a task, an image, and `runs` with a registered pack."""
     folder = tmp_path_factory.mktemp("examples")
-    (folder / "runs").symlink_to(finished.workdir)
-    (folder / "backbone.yaml").write_text((finished.task_file.parent / "backbone.yaml").read_text())
-    (folder / "bars.yaml").write_text(finished.task_file.read_text())
-    save_samples(finished.workdir / "data" / "bars", folder / "samples", count=1)[0].rename(folder / "image.png")
+    training = {"epochs": 1, "batch_size": 16, "precision": "fp32"}
+    path = write_task(folder, recipe={"biases": {}, "training": training}, search={"head_bits": [4, 8]})
+    workspace = Workspace(folder / "runs")
+    task = load_task(path)
+    prepare(task, workspace.data(task.name))
+    (folder / "image.png").write_bytes(save_samples(workspace.data(task.name), folder / "samples", count=1)[0].read_bytes())
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
+        register(open_inputs(task, workspace.data(task.name)), workspace.root)
         yield folder
 
 
+def register(inputs: Inputs, workdir: Path) -> None:
+    """Fit the task's own recipe, without a search, and register the pack."""
+    fitted = fit(inputs, inputs.task.recipe, None, workdir / "fit")
+    remember(inputs.backbone.fingerprint, inputs.backbone.spec.weights)
+    (workdir / "front.png").write_bytes(b"\x89PNG")
+    scores = {"test_accuracy": fitted.test_accuracy, "test_accuracy_stderr": fitted.test_accuracy_stderr}
+    champion = Champion(
+        task=inputs.task.name,
+        pack_path=workdir / "fit" / PACK_FILE,
+        pack_digest=fitted.pack_digest,
+        size_bytes=fitted.size_bytes,
+        ledger=fitted.ledger,
+        metrics={
+            **scores,
+            "val_accuracy": fitted.test_accuracy,
+            "trained_values": fitted.trained_values,
+            "search_seconds": 0.0,
+            "fit_seconds": fitted.train_seconds,
+        },
+        params={},
+        tags={
+            "backbone": inputs.task.backbone.model,
+            "backbone_fingerprint": inputs.backbone.fingerprint,
+            "device": fitted.device,
+        },
+        front=[],
+        front_figure=workdir / "front.png",
+    )
+    open_registry(None, workdir).register(champion)
+
+
 def adapted(example: str) -> str:
-    """The example with the finished run's task and image in place of those that it names."""
-    example = re.sub(r"\S*\.(?:png|jpg)(?=[\s\"]|$)", "image.png", example.replace('"rose.jpg"', '"image.png"'))
+    """The example with the fixture's task and image in place of those that it names."""
+    example = re.sub(r"[\w/.-]+\.(?:png|jpg)\b", "image.png", example)
     example = re.sub(r"[\w/.-]*\b(?:flowers|digits|dtd)\.yaml", "bars.yaml", example)
     return re.sub(r"\b(?:flowers|digits|counting)\b", "bars", example)
 
@@ -150,6 +191,8 @@ def test_a_command_runs(line: str, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("block", blocks("python"), ids=lambda block: block.split("\n", 1)[0])
-def test_a_python_block_runs(block: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_python_block_runs(block: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    outcome = TaskOutcome(task="bars", registered=pipeline.find("bars")[0])
+    monkeypatch.setattr(pipeline, "run", create_autospec(pipeline.run, return_value=[outcome]))
     exec(compile(adapted(block), "example", "exec"), {})
     assert capsys.readouterr().out
