@@ -1,4 +1,4 @@
-"""From a notebook, what the commands do: run a batch, find packs by numbers, load one, predict."""
+"""The public functions: run a batch, find packs by size and accuracy, load one, predict, export."""
 
 from __future__ import annotations
 
@@ -36,22 +36,27 @@ def run(
     promote: bool = False,
     on_progress: OnProgress | None = None,
 ) -> list[TaskOutcome]:
-    """Run tasks, given as `Task`s or as task files or folders of them, to registered packs.
+    """Run tasks to registered packs.
 
     Args:
-        workdir: keeps every intermediate result; run again with the same one to resume.
-        address: of a Ray cluster; None starts a private one on this machine.
+        tasks: `Task` objects, task files, or folders of task files.
+        workdir: folder for all results; run again with the same one to resume.
+        address: address of a Ray cluster; None starts a private one on this machine.
         overrides: sections of the task files to replace, such as `{"budget": {"max_bytes": "32KiB"}, "search": {"trials": 6}}`.
-        per_trial: CPUs and GPUs that each rank of a trial asks Ray for; a None takes 1 CPU, and 1 GPU where the cluster has some.
+        per_trial: CPUs and GPUs per rank of a trial; None takes 1 CPU, and 1 GPU if the cluster has any.
         ranks_per_trial: processes that train each trial and fit together.
-        selection_workers: that select connections; None takes an equal share of the GPUs or CPUs, but none where this process is done sooner.
-        tasks_at_once: None takes as many as the trials of fill the cluster, and one more.
-        registry_patience_seconds: how long the end of the run waits for a tracking server that is away.
+        selection_workers: workers that select connections; None takes an equal share of the GPUs or CPUs, or none if this process is faster.
+        tasks_at_once: tasks to run concurrently; None takes one more than the number whose trials fill the cluster.
+        registry_patience_seconds: how long to wait for an unreachable tracking server at the end of the run.
         log_trials: whether each trial becomes a child run of its pack's MLflow run.
-        promote: give the alias `champion` to every pack of this run; otherwise to those better than what was registered before.
+        promote: give the alias `champion` to every pack of this run, even if an earlier one is better.
+        on_progress: called with each task's progress.
+
+    Returns:
+        One outcome per task.
 
     Raises:
-        TaskpackError: nothing could be run at all. What befell single tasks is in their outcomes.
+        TaskpackError: The batch could not start. Failures of single tasks are in `TaskOutcome.error`.
     """
     from pipeline.driver.batch import run_batch
     from pipeline.driver.stages import Placement, no_progress
@@ -65,7 +70,7 @@ def run(
     if repeated:
         raise SpecError(f"tasks: the name {repeated[0]!r} is given twice; give each task of a batch its own name")
     if given and overrides:
-        raise SpecError("overrides: they apply to task files only; change the Task objects themselves")
+        raise SpecError("overrides: these apply to task files only; change the Task objects themselves")
     return run_batch(
         batch,
         Path(workdir),
@@ -87,12 +92,15 @@ def find(
     after: str | None = None,
     workdir: str | Path = WORKDIR,
 ) -> list[RegisteredPack]:
-    """Registered packs by numbers, best test metric first.
+    """Find registered packs by size and accuracy, best test metric first.
 
     Args:
+        task: only packs of this task.
+        max_bytes: largest size of a pack.
         min_metric: smallest test metric, in [0, 1].
-        after: the pack, as NAME/VERSION, behind which to begin: the last one of an earlier answer gives the next page.
-        workdir: whose embedded registry to ask where MLFLOW_TRACKING_URI is not set.
+        limit: maximum number of packs.
+        after: the pack, as NAME/VERSION, to start after: the last one of the previous page.
+        workdir: work folder whose registry is used if MLFLOW_TRACKING_URI is not set.
     """
     from pipeline.registry.store import open_registry
 
@@ -101,14 +109,18 @@ def find(
 
 
 def load(reference: str | Path, *, backbone: str | Path | None = None, device: str | None = None, workdir: str | Path = WORKDIR) -> Predictor:
-    """A pack ready to predict, by file or by registry reference (`NAME`, `NAME@alias`, `NAME/version`).
+    """Load a pack, ready to predict.
 
     Args:
+        reference: a pack file, or `NAME`, `NAME@alias` or `NAME/version` in the registry.
         backbone: checkpoint of the pack's backbone; default: the one this machine used before, or the embedded one.
-        device: where to compute, such as `cpu` or `cuda:1`; default: the GPU, where there is one.
+        device: device to compute on, such as `cpu` or `cuda:1`; default: the GPU if there is one.
+        workdir: work folder whose registry is used if MLFLOW_TRACKING_URI is not set.
 
     Raises:
-        RegistryError: no such pack. PackError, BackboneError: it cannot be used here.
+        RegistryError: There is no such pack.
+        PackError: The pack cannot be used here.
+        BackboneError: Its backbone cannot be loaded.
     """
     from pipeline.serving.predictor import load_predictor
 
@@ -116,7 +128,7 @@ def load(reference: str | Path, *, backbone: str | Path | None = None, device: s
 
 
 def fetch(reference: str | Path, *, workdir: str | Path = WORKDIR) -> Path:
-    """The pack file behind a reference: a local path as it is, a registered pack downloaded into `workdir`."""
+    """Return the path of a pack file, downloading a registered pack into `workdir` first."""
     from pipeline.registry.store import open_registry
 
     if Path(reference).is_file():
@@ -128,19 +140,22 @@ def fetch(reference: str | Path, *, workdir: str | Path = WORKDIR) -> Path:
 
 
 def export(reference: str | Path, *, to: Format, path: str | Path, backbone: str | Path | None = None, workdir: str | Path = WORKDIR) -> float | None:
-    """Write a pack in another project's format, whole or not at all.
+    """Write a pack in another project's format.
 
     Args:
-        to: timm, a folder with the merged network as a plain checkpoint; onnx, the whole model as one file; peft, a folder with a SHiRA or LoRA
-            adapter; binary-adapter, NAME.bin with NAME.yaml beside it.
-        path: must not exist yet.
+        reference: as for `load`.
+        to: `timm`, a folder with the merged network as a plain checkpoint; `onnx`, the whole model as one file; `peft`, a folder with a SHiRA or
+            LoRA adapter; `binary-adapter`, NAME.bin with NAME.yaml next to it.
+        path: file or folder to write; it must not exist.
         backbone: as for `load`; not needed for binary-adapter.
+        workdir: as for `load`.
 
     Returns:
-        The largest difference of a probe logit between pack and export; None where the format's own program is not run.
+        The largest difference of a probe logit between pack and export; None if the format's own program is not run.
 
     Raises:
-        ExportError: the format has no place for a part of the pack. Otherwise as `load`; StorageError: `path` exists or cannot be written.
+        ExportError: The format cannot express a part of the pack.
+        StorageError: `path` exists or cannot be written.
     """
     from pipeline.packs import read_pack
 
@@ -160,13 +175,20 @@ def export(reference: str | Path, *, to: Format, path: str | Path, backbone: str
 
 
 def import_pack(source: str | Path, *, path: str | Path, backbone: str | Path | None = None) -> int:
-    """Read a published Binary Adapter file, NAME.bin with NAME.yaml beside it, and write it as a pack; its size in bytes.
+    """Import a published Binary Adapter file as a pack.
 
     Args:
+        source: NAME.bin, with NAME.yaml next to it.
+        path: pack file to write; it must not exist.
         backbone: checkpoint of ViT-B/16 (vit_base_patch16_224.orig_in21k); default: timm's.
 
+    Returns:
+        The size of the pack in bytes.
+
     Raises:
-        PackError: the files are not what they should be. BackboneError: the backbone cannot be loaded. StorageError: as `export`.
+        PackError: The files are invalid.
+        BackboneError: The backbone cannot be loaded.
+        StorageError: `path` exists or cannot be written.
     """
     from pipeline.backbones import load_backbone
     from pipeline.backbones.known import remember

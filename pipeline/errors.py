@@ -1,7 +1,7 @@
-"""Everything that can go wrong through no fault of taskpack, as named errors.
+"""Named errors for everything that a user can fix.
 
-Each carries one message a user can act on: what was given, what was expected, what to do. The command line prints the message and exits with
-`exit_code`; nothing else in the package prints or exits.
+Each has one message: what was given, what was expected, what to do. The command line prints the
+message and exits with `exit_code`; nothing else in the package prints or exits.
 """
 
 from __future__ import annotations
@@ -11,19 +11,19 @@ import traceback
 
 
 class TaskpackError(Exception):
-    """Base of all errors that a user can mend."""
+    """Base class of all errors that a user can fix."""
 
     exit_code = 1
 
 
 class SpecError(TaskpackError, ValueError):
-    """A task file, recipe or option is not valid."""
+    """A task file, recipe or option is invalid."""
 
     exit_code = 2
 
 
 class DataError(TaskpackError):
-    """A dataset is missing, damaged or unfit for its task."""
+    """A dataset is missing, damaged or unsuitable for its task."""
 
     exit_code = 3
 
@@ -41,7 +41,7 @@ class BudgetError(TaskpackError):
 
 
 class PackError(TaskpackError):
-    """A pack cannot be used. Subclasses name each way."""
+    """A pack cannot be used. Subclasses tell why."""
 
     exit_code = 6
 
@@ -51,7 +51,7 @@ class PackForeign(PackError):
 
 
 class PackTruncated(PackError):
-    """The file ends before its header says so."""
+    """The file is shorter than its header says."""
 
 
 class PackDamaged(PackError):
@@ -59,7 +59,7 @@ class PackDamaged(PackError):
 
 
 class PackVersionError(PackError):
-    """The pack was written by a newer format version than this reader knows."""
+    """The pack has a newer format version than this reader knows."""
 
 
 class PackBackboneMismatch(PackError):
@@ -67,17 +67,17 @@ class PackBackboneMismatch(PackError):
 
 
 class ClusterError(TaskpackError):
-    """A Ray cluster cannot be reached or a stage died on it."""
+    """A Ray cluster cannot be reached, or a stage died on it."""
 
     exit_code = 7
 
 
 class WorkerDied(ClusterError):
-    """A worker died at a trial, however often it was tried."""
+    """A worker died in every try of a trial."""
 
 
 class UnexpectedError(ClusterError):
-    """An exception that has no name here, of the code or a library. The message is its type and text, `details` its traceback."""
+    """Any other exception, of the code or a library: the message is its type and text, `details` its traceback."""
 
     def __init__(self, message: str, details: str = "") -> None:
         super().__init__(message)
@@ -85,17 +85,17 @@ class UnexpectedError(ClusterError):
 
 
 class RegistryError(TaskpackError):
-    """The MLflow server cannot be reached, or holds no such model."""
+    """The MLflow server cannot be reached, or has no such model."""
 
     exit_code = 8
 
 
 class RegistryAway(RegistryError):
-    """The MLflow server, its database or its artifact store does not answer now; the same call may succeed later."""
+    """The MLflow server, its database or its artifact store is unreachable; the same call may succeed later."""
 
 
 class RegistryRefused(RegistryError):
-    """The MLflow server answers and does not let this user in, or not do this; trying again changes nothing."""
+    """The MLflow server denies access to this user or this operation; trying again would not help."""
 
 
 class StorageError(TaskpackError):
@@ -105,23 +105,23 @@ class StorageError(TaskpackError):
 
 
 class TrainingError(TaskpackError):
-    """A recipe cannot be trained, now or later. Where it diverged, the message names the step and the learning rate."""
+    """A recipe cannot be trained. If it diverged, the message names the step and the learning rate."""
 
     exit_code = 10
 
 
 class OutOfMemory(TrainingError):
-    """A recipe needs more memory than its device has; the message names the batch, the model and what was free."""
+    """A recipe needs more memory than its device has; the message names the batch, the model and the free memory."""
 
 
 class ExportError(TaskpackError):
-    """A pack cannot be written in the format asked for, or what was written does not compute the same."""
+    """A pack cannot be exported to the requested format, or the export does not compute the same."""
 
     exit_code = 11
 
 
 def named(error: Exception) -> TaskpackError:
-    """The named error that an exception is or amounts to."""
+    """Convert an exception to a named error."""
     if isinstance(error, TaskpackError):
         return error
     first_line = (str(error).strip().splitlines() or [""])[0][:200]
@@ -130,7 +130,7 @@ def named(error: Exception) -> TaskpackError:
 
 
 def _full_disk(error: Exception) -> StorageError | None:
-    """What an error says of the disk: one of this process, of a worker (Ray wraps it), or of safetensors' writer."""
+    """The error of a full or read-only disk, in this process, in a worker (wrapped by Ray) or in safetensors' writer."""
     cause = getattr(error, "cause", error)
     if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
         return StorageError(f"{cause.filename or 'the work folder'}: {cause.strerror}; free space, or choose another --workdir")

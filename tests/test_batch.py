@@ -60,7 +60,7 @@ def test_the_summary_and_the_exit_code_tell_of_the_failure(batch: tuple[Path, An
     assert failure.startswith("broken failed in prepare: ")
     assert "none.tar: no such shard" in failure
     assert summary == "2 of 3 tasks registered, 1 failed"
-    assert advice.startswith("the same command tries the failed ones again")
+    assert advice.startswith("run the same command to try the failed tasks again")
 
 
 def test_the_failure_shows_before_any_task_is_searched(batch: tuple[Path, Answer]) -> None:

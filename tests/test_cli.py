@@ -173,7 +173,7 @@ def test_evaluate_refuses_other_data_than_the_pack_was_tested_on(finished: Finis
 def test_verify_accepts_a_sound_pack(finished: FinishedRun, ask) -> None:
     answer = ask("verify", "bars@champion")
     assert answer.code == 0
-    assert "bars@champion: sound" in answer.out
+    assert "bars@champion: valid" in answer.out
     assert f"{finished.pack.stat().st_size:,}" in answer.out
 
 

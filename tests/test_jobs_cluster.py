@@ -111,7 +111,7 @@ def test_a_batch_that_fails_is_stopped_and_succeeds(head: str, stub: Path, tmp_p
     (tmp_path / "fail").unlink()
     (tmp_path / "wait").touch()
     assert "attempt 2" in submit(head, task_file, *options).words
-    assert "is running already, nothing was started" in submit(head, task_file, *options).words
+    assert "is already running, nothing was started" in submit(head, task_file, *options).words
     deadline = time.monotonic() + 60
     while "given" not in taskpack("logs", "friday", "--address", head).out and time.monotonic() < deadline:
         time.sleep(0.5)
@@ -121,7 +121,7 @@ def test_a_batch_that_fails_is_stopped_and_succeeds(head: str, stub: Path, tmp_p
     (tmp_path / "wait").unlink()
     assert "attempt 3" in submit(head, task_file, *options).words
     assert taskpack("logs", "friday", "--follow", "--address", head).code == 0
-    assert "is done already, nothing was started" in submit(head, task_file, *options).words
+    assert "is already done, nothing was started" in submit(head, task_file, *options).words
     assert state(head, "friday") == [(3, "SUCCEEDED"), (2, "STOPPED"), (1, "FAILED")]
     assert "friday  succeeded        3      1" in taskpack("status", "--address", head).out
     assert taskpack("status", "friday", "--address", head, "--json").json()[0]["progress"] is None  # the stub writes no state

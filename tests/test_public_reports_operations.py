@@ -353,7 +353,7 @@ def test_sigterm_ends_a_comparison_and_everything_it_started(tmp_path: Path, sta
     family = descendants(process.pid)
     process.send_signal(signal.SIGTERM)
     assert process.wait(120) == 143
-    assert err.read_text().splitlines() == [f"terminated; what was finished is kept in {tmp_path / 'work'}, the same command goes on from there"]
+    assert err.read_text().splitlines() == [f"terminated; finished work is kept in {tmp_path / 'work'}; run the same command to continue"]
     assert family
     wait_until(lambda: not any(os.path.exists(f"/proc/{pid}") for pid in family), 30)
     assert [pid for pid in family if os.path.exists(f"/proc/{pid}")] == []

@@ -95,7 +95,7 @@ def test_ls_does_not_import_mlflow(batch: Answer, server: TrackingServer, tmp_pa
 
 
 def test_a_pack_is_downloaded_and_opened(batch: Answer, ask) -> None:
-    assert "bars@champion: sound" in ask("verify", "bars@champion").words
+    assert "bars@champion: valid" in ask("verify", "bars@champion").words
     assert ask("show", "spokes", "--json").json()["trials"]
 
 

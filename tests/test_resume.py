@@ -176,4 +176,4 @@ def test_nothing_of_ray_outlives_the_driver(journey: Journey, name: str) -> None
 def test_a_signal_ends_the_command_with_one_line_that_says_what_to_do(journey: Journey, name: str, code: int, word: str) -> None:
     answer = journey.answers[name]
     assert answer.code == code
-    assert answer.err.splitlines() == [f"{word}; what was finished is kept in {journey.workdir}, the same command goes on from there"]
+    assert answer.err.splitlines() == [f"{word}; finished work is kept in {journey.workdir}; run the same command to continue"]

@@ -503,12 +503,12 @@ def test_overrides_are_written_over_the_bases_sections_too(tmp_path: Path) -> No
 
 def test_a_base_that_is_none_is_refused(tmp_path: Path) -> None:
     path = write(tmp_path, {"base": "none.yaml", "name": "a"})
-    assert refusal(path) == f"{path}: base: given 'none.yaml'; expected the path of a task file to start from: there is no {tmp_path / 'none.yaml'}"
+    assert refusal(path) == f"{path}: base: given 'none.yaml'; expected the path of a task file to inherit from: there is no {tmp_path / 'none.yaml'}"
     assert "base: given 5; expected the path" in refusal(write(tmp_path, {"base": 5}))
 
 
 def test_bases_in_a_circle_are_refused(tmp_path: Path) -> None:
-    assert "cannot start from itself" in refusal(write(tmp_path, {"base": "task.yaml"}))
+    assert "cannot inherit from itself" in refusal(write(tmp_path, {"base": "task.yaml"}))
     write(tmp_path, {"base": "task.yaml"}, "other.yaml")
     assert f"{tmp_path / 'other.yaml'}: base: given 'task.yaml'" in refusal(write(tmp_path, {"base": "other.yaml"}))
 

@@ -238,7 +238,7 @@ def test_an_interrupted_batch_says_so(tmp_path: Path) -> None:
     assert read_events(tmp_path)[-1]["remark"] == "KeyboardInterrupt"
     answer = taskpack("status", "--workdir", tmp_path)
     assert "one search" in answer.words
-    assert "the run ended early, the same command goes on" in answer.words
+    assert "the run ended early; run the same command to continue" in answer.words
 
 
 def test_a_state_that_cannot_be_written_ends_nothing(tmp_path: Path) -> None:
@@ -300,7 +300,7 @@ def test_what_cannot_be_known_is_blank() -> None:
     said = "friday.1: 3 tasks, 1 done, 1 at work, 1 waiting"
     assert summary(state, is_running=True, age_seconds=5.0) == f"{said}; about 2.0 h left"
     assert summary(state, is_running=True, age_seconds=600.0).startswith(f"{said}; last heard of 10 min ago")
-    assert summary(state, is_running=False) == f"{said}; the run ended early, the same command goes on"
+    assert summary(state, is_running=False) == f"{said}; the run ended early; run the same command to continue"
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(None, ""), (0, "0 s"), (59.4, "59 s"), (60, "1 min"), (5399, "90 min"), (5400, "1.5 h")])

@@ -28,7 +28,8 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
     """List every result page below results.md."""
     for section in config.nav or []:
         if "Results" in section:
-            section["Results"] = [*section["Results"], *result_pages()]
+            pages = [{Path(page).stem.replace("_", " "): page} for page in result_pages()]
+            section["Results"] = [*section["Results"], {"Measurements": pages}]
     return config
 
 

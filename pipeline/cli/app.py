@@ -1,4 +1,4 @@
-"""The command line: thin, every command a few calls into the package."""
+"""The command line: every command is a few calls into the package."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from pipeline.utils.signals import Terminated, exit_code, interruptible
 
 class _Commands(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
-        """An interrupted command ends with one line, whichever command it is."""
-        with _interruption_says("give the same command to start it again"):
+        """Run a command; an interruption ends any command with one line."""
+        with _interruption_says("run the same command to start again"):
             return super().invoke(ctx)
 
 
@@ -39,38 +39,36 @@ app = typer.Typer(
 )
 out = Console(markup=False, highlight=False, emoji=False)
 
-Tasks = Annotated[list[Path], typer.Argument(help="Task files, or folders of them.", metavar="TASK.yaml...")]
+Tasks = Annotated[list[Path], typer.Argument(help="Task files, or folders of task files.", metavar="TASK.yaml...")]
 Reference = Annotated[str, typer.Argument(help="NAME, NAME@ALIAS or NAME/VERSION in the registry, or a pack file.", metavar="PACK")]
-Workdir = Annotated[Path, typer.Option(help="Folder that keeps every result; its registry is used where MLFLOW_TRACKING_URI is not set.")]
+Workdir = Annotated[Path, typer.Option(help="Folder for all results. Its registry is used if MLFLOW_TRACKING_URI is not set.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-BackboneFile = Annotated[Path | None, typer.Option("--backbone", help="Checkpoint of the pack's backbone, where this machine does not know it.")]
-Device = Annotated[str | None, typer.Option(help="Where to compute, such as cpu or cuda:1; default: the GPU, where there is one.")]
-RecipeFile = Annotated[Path | None, typer.Option("--recipe", help="YAML file that replaces the tasks' recipe.")]
-SearchFile = Annotated[Path | None, typer.Option("--search", help="YAML file that replaces keys of the tasks' search space.")]
-MaxBytes = Annotated[str | None, typer.Option(help="Largest pack, such as 32KiB.")]
-Trials = Annotated[int | None, typer.Option(min=1, help="Configurations to try for each task.")]
-Cpus = Annotated[float | None, typer.Option("--cpus-per-trial", min=0.1, help="CPUs that each rank of a trial asks Ray for; default 1.")]
-Gpus = Annotated[float | None, typer.Option("--gpus-per-trial", min=0, help="The same in GPUs, or a share of one; default 1 where there are any.")]
-Ranks = Annotated[int, typer.Option("--ranks-per-trial", min=1, help="Processes that train each trial and fit together, for large tasks; default 1.")]
+BackboneFile = Annotated[Path | None, typer.Option("--backbone", help="Checkpoint of the pack's backbone, if this machine does not know it.")]
+Device = Annotated[str | None, typer.Option(help="Device to compute on, such as cpu or cuda:1. Default: the GPU if there is one.")]
+RecipeFile = Annotated[Path | None, typer.Option("--recipe", help="YAML file that replaces the recipe of the tasks.")]
+SearchFile = Annotated[Path | None, typer.Option("--search", help="YAML file that overrides keys of the tasks' search space.")]
+MaxBytes = Annotated[str | None, typer.Option(help="Largest size of a pack, such as 32KiB.")]
+Trials = Annotated[int | None, typer.Option(min=1, help="Configurations to try per task.")]
+Cpus = Annotated[float | None, typer.Option("--cpus-per-trial", min=0.1, help="CPUs per rank of a trial. Default: 1.")]
+Gpus = Annotated[float | None, typer.Option("--gpus-per-trial", min=0, help="GPUs per rank, or a fraction of one. Default: 1 if there are any.")]
+Ranks = Annotated[int, typer.Option("--ranks-per-trial", min=1, help="Processes that train each trial and fit together, for large tasks.")]
 SelectionWorkers = Annotated[
     int | None,
-    typer.Option(min=1, help="Workers that select connections; default an equal share, but none where this process is done sooner."),
+    typer.Option(min=1, help="Workers that select connections. Default: an equal share of the cluster, or none if this process is faster."),
 ]
 TasksAtOnce = Annotated[
-    int | None, typer.Option(min=1, help="Tasks that run at a time; default as many as the trials of fill the cluster, and one more.")
+    int | None, typer.Option(min=1, help="Tasks to run concurrently. Default: one more than the number whose trials fill the cluster.")
 ]
 RegistryPatience = Annotated[
-    float, typer.Option("--registry-patience", min=0, help="Seconds that the end of the run waits for an MLflow server that is away.")
+    float, typer.Option("--registry-patience", min=0, help="Seconds to wait for an unreachable MLflow server at the end of the run.")
 ]
 LogTrials = Annotated[bool, typer.Option("--log-trials/--no-log-trials", help="Log each trial as a child run in MLflow.")]
-Promote = Annotated[
-    bool, typer.Option("--promote", help="Give the alias champion to the new packs, also where what was registered before is better.")
-]
-Address = Annotated[str | None, typer.Option(help="Ray cluster to use (auto: the one this machine belongs to); default: a private one here.")]
+Promote = Annotated[bool, typer.Option("--promote", help="Give the alias champion to the new packs even if an earlier one is better.")]
+Address = Annotated[str | None, typer.Option(help="Ray cluster to use (auto: the one of this machine). Default: a private one on this machine.")]
 JobsAddress = Annotated[
-    str, typer.Option("--address", envvar="RAY_API_SERVER_ADDRESS", help="Jobs server of the cluster; its token is read from RAY_AUTH_TOKEN.")
+    str, typer.Option("--address", envvar="RAY_API_SERVER_ADDRESS", help="Jobs server of the cluster. Its token is read from RAY_AUTH_TOKEN.")
 ]
-BatchId = Annotated[str, typer.Argument(help="The batch, as submit named it.", metavar="BATCH")]
+BatchId = Annotated[str, typer.Argument(help="Name of the batch, as printed by submit.", metavar="BATCH")]
 
 
 def main() -> None:
@@ -85,7 +83,7 @@ def main() -> None:
 
 @contextlib.contextmanager
 def _interruption_says(remark: str) -> Iterator[None]:
-    """Ctrl-C and SIGTERM end the command with one line and the exit code of the signal."""
+    """End the command on Ctrl-C or SIGTERM with one line and the exit code of the signal."""
     try:
         yield
     except KeyboardInterrupt as interruption:
@@ -94,7 +92,7 @@ def _interruption_says(remark: str) -> Iterator[None]:
 
 
 def _kept(workdir: Path) -> str:
-    return f"what was finished is kept in {workdir}, the same command goes on from there"
+    return f"finished work is kept in {workdir}; run the same command to continue"
 
 
 def _print_error(title: str, message: str) -> None:
@@ -139,7 +137,10 @@ def run(
     promote: Promote = False,
     as_json: AsJson = False,
 ) -> None:
-    """Run tasks to registered packs: prepare, select, search, fit, register. Interrupt it anywhere; the same command goes on."""
+    """Run tasks to registered packs: prepare, select, search, fit, register.
+
+    Interrupt it at any time; the same command continues.
+    """
     from pipeline.specs.task_files import load_tasks
 
     loaded = load_tasks(tasks, overrides=_overrides(recipe, search, max_bytes, trials))
@@ -187,7 +188,7 @@ def _print_outcomes(outcomes: list[Any]) -> None:
     if len(outcomes) > len(registered) > 0:
         typer.echo(f"{len(registered)} of {len(outcomes)} tasks registered, {len(outcomes) - len(registered)} failed", err=True)
     if len(outcomes) > len(registered):
-        typer.echo("the same command tries the failed ones again, from what they had finished; nothing finished is done again", err=True)
+        typer.echo("run the same command to try the failed tasks again; finished work is reused", err=True)
 
 
 def _outcome_as_json(outcome: Any) -> dict[str, Any]:
@@ -204,13 +205,13 @@ def _outcome_as_json(outcome: Any) -> dict[str, Any]:
 
 @app.command()
 def compare(
-    tasks: Annotated[list[Path] | None, typer.Argument(help="Task files, or folders of them.", metavar="TASK.yaml...")] = None,
-    suite: Annotated[str | None, typer.Option(help="A suite of tasks in place of task files, such as vtab1k; its averages are given.")] = None,
-    methods: Annotated[str | None, typer.Option(help="Methods, separated by commas: names of the catalogue, or YAML files; default: all.")] = None,
-    seeds: Annotated[int, typer.Option(min=1, help="Fits of every method.")] = 3,
-    fraction: Annotated[float, typer.Option(help="Share of each method's search space to try, above 0 to 1.")] = 1.0,
-    epochs: Annotated[int | None, typer.Option(min=1, help="Epochs of every trial and fit; default: the task's.")] = None,
-    folder: Annotated[Path | None, typer.Option("--out", help="Where the tables and figures go; default: in the work folder.")] = None,
+    tasks: Annotated[list[Path] | None, typer.Argument(help="Task files, or folders of task files.", metavar="TASK.yaml...")] = None,
+    suite: Annotated[str | None, typer.Option(help="Suite of tasks, such as vtab1k, instead of task files. Its averages are reported.")] = None,
+    methods: Annotated[str | None, typer.Option(help="Comma-separated methods: names from the catalogue, or YAML files. Default: all.")] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Fits per method.")] = 3,
+    fraction: Annotated[float, typer.Option(help="Fraction of each method's search space to try, above 0 and at most 1.")] = 1.0,
+    epochs: Annotated[int | None, typer.Option(min=1, help="Epochs of every trial and fit. Default: those of the task.")] = None,
+    folder: Annotated[Path | None, typer.Option("--out", help="Folder for tables and figures. Default: inside the work folder.")] = None,
     workdir: Workdir = api.WORKDIR,
     address: Address = None,
     cpus: Cpus = None,
@@ -219,8 +220,11 @@ def compare(
     tasks_at_once: TasksAtOnce = None,
     as_json: AsJson = False,
 ) -> None:
-    """Compare methods: each tuned on validation over the same share of its search space, tested
-    once per seed. Interrupt it anywhere; the same command goes on."""
+    """Compare methods under one protocol.
+
+    Each method is tuned on validation over the same fraction of its search space and tested once
+    per seed. Interrupt it at any time; the same command continues.
+    """
     from pipeline.cli.progress import BatchProgress
     from pipeline.cli.tables import comparison_table
     from pipeline.driver.compare import compare_methods
@@ -262,14 +266,14 @@ def compare(
 @app.command()
 def submit(
     tasks: Tasks,
-    workdir: Annotated[str, typer.Option(help="Folder that keeps every result, as the cluster sees it: an absolute path that all its nodes share.")],
+    workdir: Annotated[str, typer.Option(help="Folder for all results: an absolute path that all nodes of the cluster share.")],
     address: JobsAddress = jobs.DEFAULT_ADDRESS,
-    batch_id: Annotated[str | None, typer.Option(help="Name of the batch; default: made of a hash of its description.")] = None,
+    batch_id: Annotated[str | None, typer.Option(help="Name of the batch. Default: a hash of tasks and options.")] = None,
     shared: Annotated[
         list[Path] | None, typer.Option(help="Folder that the cluster sees at the same path as this machine.", metavar="FOLDER")
     ] = None,
-    working_dir: Annotated[Path | None, typer.Option(help="Clone whose code is sent along; default: the code in the cluster's image.")] = None,
-    python: Annotated[str, typer.Option(help="Python of the cluster that taskpack is installed in.")] = "python",
+    working_dir: Annotated[Path | None, typer.Option(help="Clone whose code is sent along. Default: the code in the cluster's image.")] = None,
+    python: Annotated[str, typer.Option(help="Python interpreter of the cluster that has taskpack installed.")] = "python",
     recipe: RecipeFile = None,
     search: SearchFile = None,
     max_bytes: MaxBytes = None,
@@ -281,7 +285,10 @@ def submit(
     tasks_at_once: TasksAtOnce = None,
     promote: Promote = False,
 ) -> None:
-    """Run tasks on a Ray cluster, from outside it. A batch that runs or is done is not started again; one that failed or was stopped goes on."""
+    """Run tasks on a Ray cluster, from outside it.
+
+    A batch that is running or done is not started again; one that failed or was stopped resumes.
+    """
     from pipeline.specs.task_files import load_tasks
 
     given = {
@@ -297,7 +304,7 @@ def submit(
     batch = jobs.describe(loaded, workdir=workdir, options=options, shared=shared or [])
     attempt, is_new = jobs.JobServer(address).submit(batch, batch_id, working_dir=working_dir, python=python)
     if not is_new:
-        out.print(f"{attempt.batch}: {'is running already' if attempt.is_active else 'is done already'}, nothing was started", soft_wrap=True)
+        out.print(f"{attempt.batch}: {'is already running' if attempt.is_active else 'is already done'}, nothing was started", soft_wrap=True)
     else:
         out.print(
             f"{attempt.batch}: {attempt.tasks} {'task' if attempt.tasks == 1 else 'tasks'} submitted, attempt {attempt.attempt}", soft_wrap=True
@@ -308,12 +315,15 @@ def submit(
 
 @app.command()
 def status(
-    batch: Annotated[str | None, typer.Argument(help="Only this batch, and where each of its tasks stands.", metavar="BATCH")] = None,
-    workdir: Annotated[Path | None, typer.Option(help="Work folder of a run on this machine, to see where its tasks stand; asks no cluster.")] = None,
+    batch: Annotated[str | None, typer.Argument(help="Show the tasks of this batch only.", metavar="BATCH")] = None,
+    workdir: Annotated[Path | None, typer.Option(help="Show the tasks of the run in this work folder, without asking a cluster.")] = None,
     address: JobsAddress = jobs.DEFAULT_ADDRESS,
     as_json: AsJson = False,
 ) -> None:
-    """The batches that a cluster knows of, every attempt, newest first; with BATCH or --workdir, where the tasks of one stand."""
+    """List the batches of a cluster, newest first, or show the tasks of one batch.
+
+    Give BATCH for a batch on the cluster, or --workdir for a run on this machine.
+    """
     if workdir is not None:
         _status_of_run(workdir, batch, as_json)
     elif batch is not None:
@@ -331,7 +341,7 @@ def _status_of_cluster(server: jobs.JobServer, as_json: bool) -> None:
     elif attempts:
         out.print(attempts_table(attempts))
     else:
-        out.print("no batch was submitted to this cluster since it was started")
+        out.print("no batch has been submitted to this cluster since it was started")
 
 
 def _status_of_batch(server: jobs.JobServer, batch: str, as_json: bool) -> None:
@@ -356,10 +366,10 @@ def _status_of_run(workdir: Path, batch: str | None, as_json: bool) -> None:
     from pipeline.errors import SpecError, StorageError
 
     if batch is not None:
-        raise SpecError(f"BATCH: given {batch!r} beside --workdir; a batch is asked for on its cluster, a run in its work folder: leave one out")
+        raise SpecError(f"BATCH: given {batch!r} together with --workdir; give BATCH for a batch on a cluster, or --workdir for a local run")
     progress = read_state(workdir)
     if progress is None:
-        raise StorageError(f"--workdir: {workdir} holds no state of a run; give the work folder of a `taskpack run` that has begun")
+        raise StorageError(f"--workdir: {workdir} has no state of a run; give the work folder of a `taskpack run` that has started")
     if as_json:
         _print_json(progress.as_json())
     else:
@@ -379,34 +389,34 @@ def _print_progress(progress: Any, *, is_running: bool, age_seconds: float | Non
 @app.command()
 def logs(
     batch: BatchId,
-    follow: Annotated[bool, typer.Option("--follow", help="Go on until the batch ends.")] = False,
+    follow: Annotated[bool, typer.Option("--follow", help="Follow until the batch ends.")] = False,
     address: JobsAddress = jobs.DEFAULT_ADDRESS,
 ) -> None:
-    """What the last attempt of a batch has printed."""
+    """Print the output of the last attempt of a batch."""
     from pipeline.errors import ClusterError
 
     server = jobs.JobServer(address)
     if not follow:
         typer.echo(server.logs(batch), nl=False)
         return
-    with _interruption_says(f"the batch goes on; `taskpack stop {batch}` ends it"):
+    with _interruption_says(f"the batch continues; `taskpack stop {batch}` ends it"):
         ended = server.follow(batch, lambda text: typer.echo(text, nl=False))
     if ended.is_active:
-        raise ClusterError(f"{batch}: the logs ended, and the batch goes on; the same command follows it again")
+        raise ClusterError(f"{batch}: the logs ended, but the batch continues; run the same command to follow it again")
     if ended.state != jobs.SUCCEEDED:
-        raise ClusterError(f"{batch}: {ended.state.lower()}. {ended.message.splitlines()[0] if ended.message else ''}; submit it again to go on")
+        raise ClusterError(f"{batch}: {ended.state.lower()}. {ended.message.splitlines()[0] if ended.message else ''}; submit it again to resume")
 
 
 @app.command()
 def stop(batch: BatchId, address: JobsAddress = jobs.DEFAULT_ADDRESS) -> None:
-    """End a batch on a cluster. What was finished is kept; submit it again to go on."""
+    """Stop a batch on a cluster. Finished work is kept; submit the batch again to resume."""
     attempt, was_running = jobs.JobServer(address).stop(batch)
     out.print(f"{batch}: {'stopped' if was_running else 'was not running'} ({attempt.state})", soft_wrap=True)
 
 
 @app.command()
 def demo(workdir: Workdir = api.WORKDIR, max_bytes: MaxBytes = None, trials: Trials = None) -> None:
-    """The whole pipeline on three small embedded tasks, on this machine."""
+    """Run the whole pipeline on three small embedded tasks, on this machine."""
     from pipeline.data import save_samples
     from pipeline.driver.workspace import Workspace
     from pipeline.specs.task_files import catalogue_folder, load_tasks
@@ -417,7 +427,7 @@ def demo(workdir: Workdir = api.WORKDIR, max_bytes: MaxBytes = None, trials: Tri
     first = tasks[0].name
     image = save_samples(Workspace(workdir.resolve()).data(first), workdir / "samples" / first, count=4)[0]
     option = "" if workdir == api.WORKDIR else f" --workdir {workdir}"
-    command = sys.argv[0] if sys.argv[0].startswith(".") else "taskpack"  # as it was called: make runs it out of an environment
+    command = sys.argv[0] if sys.argv[0].startswith(".") else "taskpack"  # as it was called: make runs it from an environment that is not on the path
     out.print("\nTry next:")
     for line in (f"ls --max-bytes 48KiB{option}", f"show {first}@champion{option}", f"predict {first}@champion {image}{option}"):
         out.print(f"  {command} {line}", soft_wrap=True, style="bold")
@@ -428,12 +438,12 @@ def list_packs(
     task: Annotated[str | None, typer.Option(help="Only this task's packs.")] = None,
     max_bytes: MaxBytes = None,
     min_metric: Annotated[float | None, typer.Option(help="Smallest test accuracy, in [0, 1].", min=0, max=1)] = None,
-    limit: Annotated[int, typer.Option(min=1, help="Rows at most.")] = 50,
-    after: Annotated[str | None, typer.Option(help="Begin behind this pack, the last one of an earlier answer.", metavar="NAME/VERSION")] = None,
+    limit: Annotated[int, typer.Option(min=1, help="Maximum number of rows.")] = 50,
+    after: Annotated[str | None, typer.Option(help="Start after this pack, the last one of the previous page.", metavar="NAME/VERSION")] = None,
     workdir: Workdir = api.WORKDIR,
     as_json: AsJson = False,
 ) -> None:
-    """Look packs up in the registry by numbers, best first."""
+    """List packs of the registry by size and accuracy, best first."""
     from pipeline.cli.tables import packs_table
 
     found = api.find(task, max_bytes=_size(max_bytes), min_metric=min_metric, limit=limit + 1, after=after, workdir=workdir)
@@ -445,7 +455,7 @@ def list_packs(
     else:
         out.print("no pack matches")
     if len(found) > limit:
-        typer.echo(f"there are more: the same command with --after {packs[-1].name}/{packs[-1].version} goes on", err=True)
+        typer.echo(f"there are more: continue with --after {packs[-1].name}/{packs[-1].version}", err=True)
 
 
 def _size(text: str | None) -> int | None:
@@ -460,7 +470,7 @@ def _size(text: str | None) -> int | None:
 
 @app.command()
 def show(reference: Reference, workdir: Workdir = api.WORKDIR, as_json: AsJson = False) -> None:
-    """What a registered pack is, what it costs byte by byte, and how it was found."""
+    """Show a registered pack: its numbers, its bytes by part, and the trials of its study."""
     from pipeline.cli.tables import ledger_table, percent_with_error, table, trials_table
     from pipeline.packs import LEDGER_KEYS
     from pipeline.registry.store import open_registry
@@ -517,13 +527,13 @@ def predict(
 @app.command()
 def evaluate(
     reference: Reference,
-    task: Annotated[Path | None, typer.Option(help="Task file, where the data was not prepared in this work folder.")] = None,
+    task: Annotated[Path | None, typer.Option(help="Task file, if the data was not prepared in this work folder.")] = None,
     backbone: BackboneFile = None,
     device: Device = None,
     workdir: Workdir = api.WORKDIR,
     as_json: AsJson = False,
 ) -> None:
-    """Measure a pack on its task's test set again."""
+    """Measure a pack on the test set of its task again."""
     from pipeline.driver.evaluation import evaluate_pack
 
     score, registered = evaluate_pack(reference, workdir=workdir, task_file=task, weights=backbone, device=device)
@@ -544,13 +554,13 @@ def evaluate(
 
 @app.command()
 def verify(reference: Reference, backbone: BackboneFile = None, workdir: Workdir = api.WORKDIR) -> None:
-    """Check that a pack is whole, belongs to its backbone and computes what it did when it was written."""
+    """Check that a pack is undamaged, fits its backbone, and computes the same as when written."""
     from pipeline.cli.tables import ledger_table
     from pipeline.packs import content_digest, ledger, read_pack
 
     path = api.fetch(reference, workdir=workdir)
     predictor = api.load(path, backbone=backbone, workdir=workdir)
-    out.print(f"{reference}: sound. Digest, layout, backbone fingerprint and probe logits agree", soft_wrap=True)
+    out.print(f"{reference}: valid. Digest, layout, backbone fingerprint and probe logits agree", soft_wrap=True)
     out.print(f"task {predictor.metadata.task}, {len(predictor.metadata.classes)} classes, backbone {predictor.metadata.backbone['model']}")
     out.print(f"digest to sign {content_digest(path.read_bytes())}", soft_wrap=True)
     out.print(ledger_table(ledger(read_pack(path))))
@@ -559,7 +569,7 @@ def verify(reference: Reference, backbone: BackboneFile = None, workdir: Workdir
 @app.command()
 def export(
     reference: Reference,
-    to: Annotated[api.Format, typer.Option("--to", help="Format to write.")],
+    to: Annotated[api.Format, typer.Option("--to", help="Format to export to.")],
     path: Annotated[Path, typer.Option("--out", help="File (onnx, binary-adapter) or folder (timm, peft) to write; must not exist.")],
     backbone: BackboneFile = None,
     workdir: Workdir = api.WORKDIR,
@@ -574,11 +584,11 @@ def export(
 
 @app.command(name="import")
 def import_(
-    source: Annotated[Path, typer.Argument(help="NAME.bin of Binary Adapter, with NAME.yaml beside it.", metavar="FILE")],
+    source: Annotated[Path, typer.Argument(help="NAME.bin of Binary Adapter, with NAME.yaml next to it.", metavar="FILE")],
     path: Annotated[Path, typer.Option("--out", help="Pack to write; must not exist.")],
-    backbone: Annotated[Path | None, typer.Option("--backbone", help="Checkpoint of ViT-B/16 (orig_in21k); default: timm's.")] = None,
+    backbone: Annotated[Path | None, typer.Option("--backbone", help="Checkpoint of ViT-B/16 (orig_in21k). Default: timm's.")] = None,
 ) -> None:
-    """Make a pack of a file that Binary Adapter's authors published."""
+    """Import a file that Binary Adapter's authors published as a pack."""
     out.print(f"{path}: {api.import_pack(source, path=path, backbone=backbone):,} bytes", soft_wrap=True)
 
 
@@ -588,14 +598,14 @@ def plan(
     recipe: RecipeFile = None,
     search: SearchFile = None,
     max_bytes: MaxBytes = None,
-    modules: Annotated[bool, typer.Option("--modules", help="One row a module.")] = False,
+    modules: Annotated[bool, typer.Option("--modules", help="Print one row per module.")] = False,
     select: Annotated[
-        bool, typer.Option("--select/--no-select", help="Select connections, which takes longest; without it, sizes are bounds.")
+        bool, typer.Option("--select/--no-select", help="Select connections, which takes longest. Without it, sizes are lower bounds.")
     ] = True,
     workdir: Workdir = api.WORKDIR,
     as_json: AsJson = False,
 ) -> None:
-    """What a recipe attaches, and what every point of the search space would cost, before anything is trained."""
+    """Print what a recipe trains and the size of every configuration, without training."""
     from pipeline.cli.progress import PlanProgress
     from pipeline.cli.tables import about_table, ledger_table, plan_table, space_table
     from pipeline.driver.plan_report import plan_task
@@ -624,7 +634,7 @@ def plan(
     out.print(ledger_table(planned.ledger, title="Bytes" if planned.is_exact else "Bytes, with the cheapest positions possible"))
     out.print()
     if not planned.is_exact:
-        out.print("No connections are selected yet, and what their positions take depends on them: the sizes are bounds.", soft_wrap=True)
+        out.print("No connections are selected yet, and the size of their positions depends on them: the sizes are lower bounds.", soft_wrap=True)
     out.print(space_table(planned.space, loaded.budget.max_bytes))
     for remark in planned.remarks:
         out.print(f"note: {remark}", soft_wrap=True, markup=False, highlight=False)
@@ -633,12 +643,10 @@ def plan(
 @app.command()
 def prepare(
     task: Annotated[Path, typer.Argument(help="Task file.")],
-    folder: Annotated[
-        Path | None, typer.Option("--out", help="Where to write shards and index; default: the task's place in the work folder.")
-    ] = None,
+    folder: Annotated[Path | None, typer.Option("--out", help="Folder for shards and index. Default: the task's folder in the work folder.")] = None,
     workdir: Workdir = api.WORKDIR,
 ) -> None:
-    """Turn a task's data into WebDataset shards with an index, and check it."""
+    """Write a task's data as WebDataset shards with an index, and check it."""
     from pipeline.cli.tables import table
     from pipeline.data import prepare as prepare_data
     from pipeline.data import remarks_on

@@ -1,4 +1,4 @@
-"""What a running command shows: on a terminal a line per task that changes in place; elsewhere, such as in a log file, plain lines.
+"""Progress of a running command: on a terminal, a line per task that changes in place; otherwise, such as in a log file, plain lines.
 
 Plain lines are written as soon as something has ended, whole, and without control codes: one per stage, trial and fit.
 """
@@ -18,7 +18,7 @@ _PLAN_LINE_SECONDS = 15
 
 
 class BatchProgress(logging.Handler):
-    """Use as a context manager; its `update` is a batch's `on_progress`. Where there is no terminal, it shows what is logged, too."""
+    """A context manager whose `update` is a batch's `on_progress`. Without a terminal, it prints the log as well."""
 
     def __init__(self, console: Console, tasks: list[str]) -> None:
         super().__init__()
@@ -33,10 +33,10 @@ class BatchProgress(logging.Handler):
             }
 
     def update(self, task: str, stage: Stage, share: float, remark: str) -> None:
-        """Show where a task stands."""
+        """Show the progress of a task."""
         if self._live is not None:
             self._show(task, stage, share, remark)
-        elif self._stages[task] != stage or (stage in ("prepare", "register") and remark):  # what these two remark, should be read
+        elif self._stages[task] != stage or (stage in ("prepare", "register") and remark):  # their remarks are for the user
             self._print(f"{task}: {stage}{' - ' + remark if remark else ''}")
         self._stages[task] = stage
 
@@ -53,7 +53,7 @@ class BatchProgress(logging.Handler):
         line = self._lines[task]
         if not self._stages[task]:
             self._live.start_task(line)
-        if stage == "prepare" and remark:  # longer than the line, and gone with the next stage
+        if stage == "prepare" and remark:  # it is longer than the line, and the next stage would overwrite it
             self._live.console.print(f"{task}: {remark}", markup=False, highlight=False, emoji=False, soft_wrap=True)
         self._live.update(line, completed=share, stage=stage, remark=remark.splitlines()[0][:60] if remark else "")
         if stage in ("done", "failed"):
@@ -74,7 +74,7 @@ class BatchProgress(logging.Handler):
 
 
 class PlanProgress:
-    """Use as a context manager; its `step` is what a plan reports to. Elsewhere than on a terminal it shows what is counted, every 15 seconds."""
+    """A context manager whose `step` a plan reports to. Without a terminal, it prints counts every 15 seconds."""
 
     def __init__(self, console: Console) -> None:
         self._console, self._step, self._began, self._shown = console, "", 0.0, 0.0
@@ -83,7 +83,7 @@ class PlanProgress:
         self._line: TaskID | None = None
 
     def step(self, name: str, done: int, total: int) -> None:
-        """Show what is being done, how far it is, and how long it will still take at the pace so far."""
+        """Show the current step, its progress, and the estimated time remaining."""
         now = time.monotonic()
         is_new = name != self._step
         if is_new or done == 0:

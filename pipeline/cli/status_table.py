@@ -1,4 +1,4 @@
-"""Where the tasks of a batch stand, as a table and a sentence."""
+"""The progress of a batch's tasks, as a table and a sentence."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ SILENCE_SECONDS = 3 * HEARTBEAT_SECONDS
 
 
 def state_table(state: BatchState, *, is_running: bool) -> Table:
-    """One row a task. Validation accuracy and size are of the trial that is best by now; a time left that cannot be told is blank."""
+    """One row per task: stage, and validation accuracy and size of the best trial so far.
+
+    The time remaining is blank until it can be estimated.
+    """
     built = table("task", "stage", "trials", "val acc. %", "pack", "left", numbers_from=2)
     for task in state.tasks:
         built.add_row(
@@ -26,21 +29,25 @@ def state_table(state: BatchState, *, is_running: bool) -> Table:
 
 
 def summary(state: BatchState, *, is_running: bool, age_seconds: float | None = None) -> str:
-    """How many tasks are where, and what is left. `age_seconds`, given where this clock wrote the state, tells whether its driver lives."""
+    """How many tasks are in which state, and the time remaining.
+
+    Args:
+        age_seconds: age of the state, if it was written on this machine; tells whether its driver is alive.
+    """
     stages = state.stages
     at_work = sum(count for stage, count in stages.items() if stage not in (WAITING, *ENDED))
     counts = {"done": stages.get("done", 0), "failed": stages.get("failed", 0), "at work": at_work, "waiting": stages.get(WAITING, 0)}
     said = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
     text = f"{state.batch}: {len(state.tasks)} {'task' if len(state.tasks) == 1 else 'tasks'}, {said}"
     if not is_running:
-        return f"{text}; the run is over" if at_work + counts["waiting"] == 0 else f"{text}; the run ended early, the same command goes on"
+        return f"{text}; the run is over" if at_work + counts["waiting"] == 0 else f"{text}; the run ended early; run the same command to continue"
     if age_seconds is not None and age_seconds > SILENCE_SECONDS:
-        return f"{text}; last heard of {duration(age_seconds)} ago: the run was killed, or its machine stopped; the same command goes on"
+        return f"{text}; last update {duration(age_seconds)} ago: the run was killed, or its machine stopped; run the same command to continue"
     return f"{text}; about {left} left" if (left := duration(state.seconds_left)) else text
 
 
 def duration(seconds: float | None) -> str:
-    """In the largest unit that leaves at least one; blank for None."""
+    """A duration in seconds, minutes or hours; blank for None."""
     if seconds is None:
         return ""
     if seconds < 60:

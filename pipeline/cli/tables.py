@@ -40,7 +40,7 @@ def table(*columns: str, title: str | None = None, numbers_from: int = 1) -> Tab
 
 
 def about_table(task: Task) -> Table:
-    """What a task file says of its data, and what others reached on it; without a head."""
+    """Source of a task's data and published accuracies on it; without a header row."""
     built = table("", "", title=task.description or task.name, numbers_from=9)
     built.show_header = False
     for label, text in (("source", task.about.source), ("licence", task.about.licence), ("paper", task.about.paper)):
@@ -52,7 +52,7 @@ def about_table(task: Task) -> Table:
 
 
 def champions_table(outcomes: Sequence[TaskOutcome]) -> Table:
-    """One row a registered task: what was found and what it costs."""
+    """One row per registered task: accuracy, size, and cost of the search."""
     built = table("task", "test acc. %", "val acc. %", "pack", "trained", "trials", "search s", title="Champions")
     for outcome in outcomes:
         if outcome.registered is None:
@@ -72,7 +72,7 @@ def champions_table(outcomes: Sequence[TaskOutcome]) -> Table:
 
 
 def attempts_table(attempts: Sequence[Attempt]) -> Table:
-    """One row an attempt of a batch on a cluster; times in this machine's zone."""
+    """One row per attempt of a batch on a cluster; times in this machine's time zone."""
     built = table("batch", "state", "attempt", "tasks", "started", "minutes", numbers_from=2)
     for attempt in attempts:
         started = datetime.fromtimestamp(attempt.started).strftime("%Y-%m-%d %H:%M") if attempt.started else "-"
@@ -82,7 +82,7 @@ def attempts_table(attempts: Sequence[Attempt]) -> Table:
 
 
 def packs_table(packs: Sequence[RegisteredPack]) -> Table:
-    """One row a registered pack."""
+    """One row per registered pack."""
     built = table("pack", "alias", "test acc. %", "bytes", "trained", "registered", numbers_from=2)
     for pack in packs:
         built.add_row(
@@ -110,7 +110,7 @@ def ledger_table(ledger: dict[str, int], title: str = "Bytes") -> Table:
 
 
 def plan_table(tensors: Sequence[PlannedTensor], *, by_module: bool) -> Table:
-    """What a recipe trains: one row a part, or one a tensor."""
+    """What a recipe trains: one row per part, or one per tensor."""
     if by_module:
         built = table("part", "module", "shape", "bits", "values", numbers_from=2)
         for tensor in tensors:
@@ -125,7 +125,7 @@ def plan_table(tensors: Sequence[PlannedTensor], *, by_module: bool) -> Table:
 
 
 def space_table(rows: Sequence[dict[str, Any]], max_bytes: int) -> Table:
-    """The search space's points and what each would cost, exactly or within bounds."""
+    """The configurations of a search space with their exact sizes, or bounds of them."""
     names = list(rows[0]["point"]) if rows else []
     sizes = {"size_bytes": "bytes"} if not rows or "size_bytes" in rows[0] else {"at_least_bytes": "at least", "at_most_bytes": "at most"}
     built = table(*names, *sizes.values(), "budget", title=f"Search space, budget {max_bytes:,} bytes", numbers_from=0)
@@ -138,7 +138,7 @@ def space_table(rows: Sequence[dict[str, Any]], max_bytes: int) -> Table:
 
 
 def trials_table(rows: Sequence[dict[str, Any]], champion: str | None) -> Table:
-    """One row a trial, by size."""
+    """One row per trial, sorted by size."""
     names = list(dict.fromkeys(name for row in rows for name in row["point"]))
     built = table(*names, "bytes", "val acc. %", "epochs", "seconds", "state", title="Trials", numbers_from=0)
     for row in sorted(rows, key=lambda row: (row["size_bytes"], row["id"])):

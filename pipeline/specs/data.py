@@ -1,4 +1,4 @@
-"""Where a task's images come from, and how they are preprocessed."""
+"""The data section of a task, by format, and the preprocessing of images."""
 
 from __future__ import annotations
 
@@ -17,31 +17,31 @@ Paths = Annotated[tuple[str, ...], Field(min_length=1)] | str
 
 
 class ShardsData(Spec):
-    """WebDataset tars or tar.gz (`key.jpg`, `key.cls` or `key.json`), local or behind any fsspec URL.
+    """WebDataset tars or tar.gz (`key.jpg`, `key.cls` or `key.json`), local or behind an fsspec URL.
 
-    Globs are expanded in sorted order, and braces as WebDataset does: `train-{000000..000012}.tar`.
+    Globs are expanded in sorted order, and braces as in WebDataset: `train-{000000..000012}.tar`.
     """
 
     format: Literal["shards"] = "shards"
     train: Paths
     val: Paths | None = None
     test: Paths
-    classes: tuple[str, ...] | str | None = Field(None, description="names, or a file with one name a line; default: the labels' numbers")
-    label_field: str | None = Field(None, description="field of key.json that holds the label; default: key.cls, or without one `label`")
+    classes: tuple[str, ...] | str | None = Field(None, description="names, or a file with one name per line; default: the numbers of the labels")
+    label_field: str | None = Field(None, description="field of key.json that holds the label; default: key.cls, or `label` if there is none")
 
 
 class _ImagesData(Spec):
-    """Splits of single images: the test set is given, or held out of train."""
+    """Splits of single images; the test set is given, or held out of train."""
 
     train: str
-    val: str | None = None
+    val: str | None = Field(None, description="default: a fraction of train, see `val_fraction`")
     test: str | None = None
-    test_fraction: float | None = Field(None, gt=0, lt=1, description="share of each class of train to hold out as the test set, instead of `test`")
+    test_fraction: float | None = Field(None, gt=0, lt=1, description="fraction of each class of train held out as the test set, not with `test`")
 
     @model_validator(mode="before")
     @classmethod
     def _no_default_test(cls, content: Any) -> Any:
-        """`test_fraction` replaces the name that a format gives its test list by default."""
+        """Let `test_fraction` replace the default name of a format's test list."""
         return {"test": None, **content} if isinstance(content, Mapping) and content.get("test_fraction") is not None else content
 
     @model_validator(mode="after")
@@ -52,18 +52,18 @@ class _ImagesData(Spec):
 
 
 class FolderData(_ImagesData):
-    """Image folders: one folder a class inside each split's folder."""
+    """Image folders: one folder per class inside the folder of each split."""
 
     format: Literal["folder"]
 
 
 class CsvData(_ImagesData):
-    """CSV manifests; paths are relative to `root` (default: the manifest's folder). Columns are separated by `,`, `;`, `|` or tabs."""
+    """CSV manifests, with columns separated by commas, semicolons, vertical bars or tabs."""
 
     format: Literal["csv"]
-    root: str | None = None
-    path_column: str = "path"
-    label_column: str = "label"
+    root: str | None = Field(None, description="folder that the listed paths start from; default: the manifest's")
+    path_column: str = Field("path", description="column with paths or URLs of images")
+    label_column: str = Field("label", description="column with labels")
 
 
 ClassCount = Annotated[int, Field(ge=2, le=65536)]
@@ -71,27 +71,27 @@ ClassNames = Annotated[tuple[str, ...], Field(min_length=2)]
 
 
 class _ListedData(_ImagesData):
-    """Images in a folder, and a file a split that lists them with their labels."""
+    """Images in a folder, and one file per split that lists them with their labels."""
 
     root: str
     images: str = Field("", description="folder inside `root` that the listed paths start from; default: `root` itself")
-    classes: ClassCount | ClassNames | str = Field(description="how many; or their names, or a file with one name a line")
+    classes: ClassCount | ClassNames | str = Field(description="their number, their names, or a file with one name per line")
 
 
 class ListsData(_ListedData):
-    """List files of `path label` lines inside `root`: VTAB-1k's layout, and that of few-shot FGVC. Labels are numbers from 0."""
+    """List files of `path label` lines inside `root`, as in VTAB-1k and few-shot FGVC. Labels are numbers from 0."""
 
     format: Literal["lists"]
     train: str = "train800.txt"
     val: str | None = "val200.txt"
     test: str | None = "test.txt"
-    repeats: bool = Field(False, description="whether a list may name an image more than once; it is read once")
+    repeats: bool = Field(False, description="whether a list may name an image more than once; it is then read once")
 
 
 class JsonData(_ListedData):
-    """JSON objects of `{"path": label}` inside `root`: the FGVC splits of VPT (arXiv 2203.12119).
+    """JSON objects of `{"path": label}` inside `root`, as in VPT's splits of FGVC (arXiv 2203.12119).
 
-    Labels are any whole numbers, one per class, or names.
+    Labels are integers, one per class, or names.
     """
 
     format: Literal["json"]
@@ -101,7 +101,7 @@ class JsonData(_ListedData):
 
 
 class DigitsData(Spec):
-    """scikit-learn's 1,797 handwritten digits (8x8), split by a seed."""
+    """scikit-learn's 1,797 handwritten digits (8x8), split by `seed`."""
 
     format: Literal["digits"]
     train_samples: int = Field(800, ge=20)
@@ -110,7 +110,7 @@ class DigitsData(Spec):
 
 
 class DrawnData(Spec):
-    """A structured task drawn by a seeded generator: count the blobs, or tell a bar's orientation."""
+    """A synthetic task drawn by a seeded generator: count blobs, or tell the orientation of a bar."""
 
     format: Literal["drawn"]
     kind: Literal["counting", "orientation"]
@@ -121,7 +121,7 @@ class DrawnData(Spec):
 
 
 def _as_shards(data: Any) -> Any:
-    """Data without a format is shards: a union's discriminator has no default of its own."""
+    """Set the default format, shards: a union's discriminator cannot have a default."""
     return {"format": "shards", **data} if isinstance(data, Mapping) else data
 
 
@@ -130,9 +130,9 @@ Data = Annotated[_AnyFormat, BeforeValidator(_as_shards)]
 
 
 class Input(Spec):
-    """Preprocessing: images are resized to a square, scaled to [0, 1], normalised. mean/std default to the backbone's own."""
+    """Preprocessing: images are resized to a square, scaled to [0, 1] and normalised."""
 
-    size_px: int | None = Field(None, ge=8, le=1024, description="default: the size that the backbone is built for")
-    mean: Channels | None = None
-    std: Deviations | None = None
-    flip: bool = Field(True, description="whether a mirrored image keeps its label (false for digits); used by augmentation only")
+    size_px: int | None = Field(None, ge=8, le=1024, description="side of the square; default: the size that the backbone is built for")
+    mean: Channels | None = Field(None, description="per channel, of pixels in [0, 1]; default: the backbone's")
+    std: Deviations | None = Field(None, description="per channel, of pixels in [0, 1]; default: the backbone's")
+    flip: bool = Field(True, description="whether a mirrored image keeps its label (false for digits); only for augmentation")

@@ -14,8 +14,10 @@ from pipeline.specs.task import Task
 
 
 class Method(Spec):
-    """One way to adapt a backbone, to be compared with others: a recipe, the values it is tuned over, and how its connections are selected. Training
-    settings that the recipe does not name are the task's, and so is the selection."""
+    """One way to adapt a backbone: a recipe, the values it is tuned over, and how its connections are selected.
+
+    Training settings that the recipe does not name are the task's, and so is a selection that is left out.
+    """
 
     description: str = ""
     recipe: WrittenRecipe
@@ -31,10 +33,10 @@ class Method(Spec):
         return self
 
     def on(self, task: Task) -> Task:
-        """The task with this method in place of its own recipe, search space and, where the method has one, selection.
+        """The task with this method's recipe and search space, and its selection if it has one.
 
         Raises:
-            ValidationError: the method's training settings do not go with the task's.
+            ValidationError: The method's training settings conflict with the task's.
         """
         own = self.recipe.training
         training = task.recipe.training.changed(**{key: getattr(own, key) for key in own.model_fields_set})

@@ -24,7 +24,7 @@ class Recipe(Spec):
     """
 
     preset: tuple[str, ...] | None = Field(
-        None, description="`default` or `linear`; kept as the parts that it brought, which a backbone without a place for them goes without"
+        None, description="`default` or `linear`. Stored as the parts that it added; these are dropped on a backbone that cannot take them"
     )
     connections: Connections | None = None
     biases: Biases | None = None
@@ -37,14 +37,14 @@ class Recipe(Spec):
     prompts: Prompts | None = None
     class_token: ClassToken | None = None
     full: Full | None = None
-    quantiser: Quantiser | None = Field(None, description="default: as the paper, median and matrix")
+    quantiser: Quantiser | None = Field(None, description="default: that of the paper, `median` and `matrix`")
     head: Head = Head()
     training: Training = Training()
 
     @model_validator(mode="before")
     @classmethod
     def _with_preset(cls, content: Any) -> Any:
-        """The content with the parts of the preset that it names, where these are not written in it."""
+        """Add the parts of the named preset, except those that are given."""
         if not isinstance(content, Mapping) or not isinstance(content.get("preset"), str):
             return content
         named = [part for part in PARTS if content.get(part) is not None]
@@ -69,7 +69,7 @@ class Recipe(Spec):
 
 
 def slot_conflict(recipe: Recipe) -> str | None:
-    """What two parts of a recipe both want, in words; None where they go together."""
+    """Return a message if two parts conflict, else None."""
     smoa, adapter = recipe.smoa, recipe.adapter
     others = [name for name in PARTS if name != "full" and getattr(recipe, name) is not None]
     if recipe.full is not None and others:
@@ -88,19 +88,19 @@ def slot_conflict(recipe: Recipe) -> str | None:
 
 _PLACES = {"parallel": ("parallel",), "after_mlp": ("after_mlp",), "after_attention": (), "after_both": ("after_mlp",)}
 PARTS = tuple(name for name in Recipe.model_fields if name not in ("preset", "head", "training", "quantiser"))
-"""The parts that a recipe may leave out."""
+"""The optional parts of a recipe."""
 ADAPTERS = ("smoa", "adapter", "lora", "fact")
-"""The parts that the axes adapter_bits, width and scale are about."""
+"""The parts that the axes adapter_bits, width and scale apply to."""
 
 DEFAULT_PARTS: dict[str, Spec] = {"connections": Connections(), "biases": Biases(), "smoa": Smoa(), "norms": Norms()}
 DEFAULT_RECIPE = Recipe.model_validate({"preset": "default"})
 
 
 def _names_what_trains(recipe: Any) -> Any:
-    """A recipe as it is written: it says what trains, so that nothing is trained, or left out, unasked."""
+    """Check that a recipe says what trains, so that nothing is trained or left out by accident."""
     if isinstance(recipe, Mapping) and not recipe.keys() & {"preset", *PARTS}:
         raise ValueError(
-            "this does not say what trains; add `preset: default` for the default parts or `preset: linear` for the head alone, or name parts"
+            "no part to train is named; add `preset: default` for the default parts or `preset: linear` for the head alone, or name parts"
         )
     return recipe
 
@@ -109,7 +109,7 @@ WrittenRecipe = Annotated[Recipe, BeforeValidator(_names_what_trains)]
 
 
 def cools_down(recipe: Recipe) -> Recipe:
-    """A check of tasks, not of recipes: a pack that was trained otherwise can still be read."""
+    """Check that the warm-up ends before training does. Checked in tasks only, so that packs with other recipes can be read."""
     training = recipe.training
     if training.warmup_epochs >= training.epochs:
         raise ValueError(

@@ -21,7 +21,7 @@ def _as_tuple(value: Any) -> Any:
     if isinstance(value, (list, tuple)) and not value:
         raise ValueError("expected at least one value to try; leave the key out to keep the recipe's value")
     if isinstance(value, (list, tuple)) and any(value.count(item) > 1 for item in value):
-        raise ValueError("a value is written twice; each is tried once")
+        raise ValueError("a value is given twice; give each value once")
     return value if value is None or isinstance(value, (list, tuple)) else (value,)
 
 
@@ -48,7 +48,7 @@ class SearchSpace(Spec):
     width: _axis(Annotated[int, Field(ge=1, le=1024)]) = None  # type: ignore[valid-type]
     scale: _axis(Positive) = None  # type: ignore[valid-type]
     learning_rate: _axis(Positive) = None  # type: ignore[valid-type]
-    trials: int = Field(12, ge=1, description="how many configurations to run; a space no larger than this is enumerated, a larger one sampled")
+    trials: int = Field(12, ge=1, description="number of configurations to run; a space no larger than this is enumerated, a larger one sampled")
 
     def axes(self) -> dict[str, tuple[Any, ...]]:
         """The axes that are searched, in a fixed order."""
@@ -71,7 +71,7 @@ class SearchSpace(Spec):
         """The recipe at one point: `base` with the point's values written in.
 
         Raises:
-            ValidationError: there is none, as `fault` says.
+            ValidationError: There is none; `fault` tells why.
         """
         parts: dict[str, Spec | None] = {name: getattr(base, name) for name in Recipe.model_fields}
         if "top_k" in point:
@@ -93,17 +93,17 @@ class SearchSpace(Spec):
         return base.changed(**parts)
 
     def fullest(self, base: Recipe) -> Recipe:
-        """The recipe of the space with all parts that any has, at the fewest bits."""
+        """The recipe with every part of any recipe of the space, at the fewest bits."""
         return self.recipe(base, {axis: max(values) if axis in ("experts", "top_k") else min(values) for axis, values in self.axes().items()})
 
     def max_top_k(self, base: Recipe) -> int:
-        """The largest K any trial uses: one selection of this K serves the whole study. 0 where no trial trains connections."""
+        """The largest K of any trial: one selection of this K serves the whole study. 0 if no trial trains connections."""
         if self.top_k is not None:
             return int(max(self.top_k))
         return base.connections.top_k if base.connections is not None else 0
 
     def idle_axes(self, base: Recipe) -> list[str]:
-        """Axes that change nothing, because no recipe of the space has the part they belong to."""
+        """Axes that change nothing because no recipe of the space has the part they belong to."""
         has_smoa = any(self.experts) if self.experts is not None else base.smoa is not None
         has_adapter = has_smoa or any(getattr(base, name) is not None for name in ADAPTERS if name != "smoa")
         has_connections = self.max_top_k(base) > 0
@@ -117,9 +117,9 @@ class SearchSpace(Spec):
         return [name for name in self.axes() if not needed.get(name, True)]
 
     def fault(self, base: Recipe) -> str | None:
-        """Why this space cannot be searched around `base`, in words; None where it can."""
+        """Return a message if this space cannot be searched with the recipe `base`, else None."""
         if idle := self.idle_axes(base):
-            return f"{', '.join(idle)} would change nothing: no recipe of this space has the part; leave it out, or add the part to `recipe`"
+            return f"{', '.join(idle)} would change nothing: no recipe of this space has that part; leave it out, or add the part to `recipe`"
         for point in self._deciding_points():
             try:
                 self.recipe(base, point)
@@ -128,7 +128,7 @@ class SearchSpace(Spec):
         return None
 
     def _deciding_points(self) -> Iterator[dict[str, Any]]:
-        """A point for each combination of values that the checks of a recipe tell apart: a space may have millions of points, these are few."""
+        """One point for each combination of values that the checks of a recipe distinguish: few, even if the space has millions of points."""
         axes: dict[str, dict[Any, Any]] = {}
         for axis, values in self.axes().items():
             axes[axis] = {_kind(axis, value): value for value in reversed(values)}  # of each kind, the first
@@ -137,14 +137,14 @@ class SearchSpace(Spec):
 
 
 def _kind(axis: str, value: Any) -> Any:
-    """What the checks of a recipe see of an axis's value: whether it is rounded, or which parts there are."""
+    """What the checks of a recipe depend on in an axis's value: whether it is rounded, or whether the part is there."""
     if axis.endswith("bits"):
         return value < 16
     return value if axis == "experts" else value > 0
 
 
 def default_space(recipe: Recipe) -> SearchSpace:
-    """What is searched where a task does not say: bits, experts and K, of the parts its recipe has."""
+    """The default search space of a recipe: bits, experts and K of the parts it has."""
     axes: dict[str, Any] = {}
     if any(getattr(recipe, name) is not None for name in ("connections", *ADAPTERS)):
         axes["bits"] = (1, 4)

@@ -1,4 +1,4 @@
-"""What all sections of a task file have in common, and the types of single settings."""
+"""The base class of the sections of a task file, and the types of single settings."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _BYTE_UNITS = {"": 1, "B": 1, "KB": 1000, "MB": 1000**2, "KIB": 1024, "MIB": 102
 
 
 def parse_bytes(text: str | int) -> int:
-    """Read a size such as `65536`, `64KiB` or `1.5 MB` as bytes. Raises ValueError with the known units."""
+    """Parse a size such as `65536`, `64KiB` or `1.5 MB` to bytes. Raises ValueError with the known units."""
     if isinstance(text, int) and not isinstance(text, bool):
         return text
     match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", str(text))
@@ -40,23 +40,23 @@ class Spec(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     def changed(self, **fields: Any) -> Self:
-        """The section as if these fields had been written in it. `model_copy` would not validate.
+        """A copy with other values, validated, unlike that of `model_copy`.
 
         Raises:
-            ValidationError: the section is not valid with them.
+            ValidationError: The section is invalid with them.
         """
         return type(self).model_validate({name: getattr(self, name) for name in self.model_fields_set} | fields)
 
 
 def first_fault(error: ValidationError) -> str:
-    """The first thing that a validation complains about, in one line."""
+    """The first message of a validation error."""
     return error.errors(include_url=False)[0]["msg"].removeprefix("Value error, ")
 
 
 def _of_unit_pixels(value: float) -> float:
-    """A mean or deviation, if it can be one of pixels in [0, 1]. Raises ValueError."""
+    """Check that a mean or deviation can be one of pixels in [0, 1]. Raises ValueError."""
     if not 0 <= value <= 1:
-        raise ValueError("expected a value for pixels in [0, 1], such as 0.485; divide those of the 0-255 scale by 255")
+        raise ValueError("expected a value for pixels in [0, 1], such as 0.485; divide values of the 0-255 scale by 255")
     return value
 
 

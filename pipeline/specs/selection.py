@@ -1,4 +1,4 @@
-"""How connections are selected."""
+"""Selection settings of a task."""
 
 from __future__ import annotations
 
@@ -17,20 +17,22 @@ Criterion = Literal["gradient", "magnitude", "activation", "random"]
 
 
 class Selection(Spec):
-    """Which connections `top_k` keeps (GPS, arXiv 2312.10136): what makes one important, and which of them compete with each other.
+    """Which connections `top_k` keeps (GPS, arXiv 2312.10136): how important one is, and which of them compete with each other.
 
-    gradient: the loss's gradient, summed with its sign over the training set. magnitude: the weight. activation: the weight times its input's mean
-    size, without a backward pass (FPS, arXiv 2510.27359). random: a number drawn by `seed`.
+    The importance is `gradient`, the absolute value of the loss's gradient summed over the training set; `magnitude`, the size of the weight;
+    `activation`, that times the mean size of its input, without a backward pass (FPS, arXiv 2510.27359); or `random`, drawn by `seed`.
     """
 
-    criterion: Criterion = "gradient"
-    level: Level = "neuron"
-    loss: Literal["contrastive", "cross_entropy"] = Field("contrastive", description="of two views, without a head; or of a head that is not trained")
-    views: Augmentation = Field("strong", description="of each image, two; strong is what GPS draws")
+    criterion: Criterion = Field("gradient", description="importance of a connection")
+    level: Level = Field("neuron", description="which connections compete with each other")
+    loss: Literal["contrastive", "cross_entropy"] = Field(
+        "contrastive", description="of `gradient`; contrastive: of two views; cross_entropy: of an untrained head"
+    )
+    views: Augmentation = Field("strong", description="augmentation of the two views of each image; `strong` is GPS's")
     temperature: float = Field(0.07, gt=0, description="of the contrastive loss")
-    batch_size: int = Field(32, ge=2)
-    precision: Literal["fp32", "bf16"] = Field("fp32", description="of the passes; what they give is summed in float64 either way")
-    seed: int = Field(0, ge=0, description="of criterion random")
+    batch_size: int = Field(32, ge=2, description="images per batch")
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="of the passes; sums are in float64 either way")
+    seed: int = Field(0, ge=0, description="for `random`")
 
     @model_validator(mode="after")
     def _has_no_idle_setting(self) -> Selection:

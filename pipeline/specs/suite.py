@@ -1,4 +1,4 @@
-"""A suite: the tasks of one benchmark."""
+"""A suite: the tasks of a benchmark."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pipeline.specs.section import Spec
 
 
 class Suite(Spec):
-    """The tasks of one benchmark, by name, in groups: what an average over it is taken of."""
+    """The tasks of a benchmark, by name, in the groups over which averages are taken."""
 
     name: str
     description: str = ""
@@ -25,7 +25,7 @@ class Suite(Spec):
         names = [name for group in groups.values() for name in group]
         repeated = sorted({name for name in names if names.count(name) > 1})
         if repeated:
-            raise ValueError(f"{', '.join(repeated)}: named more than once; each task counts once")
+            raise ValueError(f"{', '.join(repeated)}: named more than once; name each task once")
         return groups
 
     @property

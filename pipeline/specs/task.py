@@ -22,33 +22,33 @@ from pipeline.specs.selection import Selection
 
 
 class Budget(Spec):
-    """What a pack may cost, and how much accuracy may be given up for a smaller one."""
+    """The largest size of a pack, and the accuracy to give up for a smaller one."""
 
-    max_bytes: Bytes = 64 * 1024
-    within_points: float = Field(0.5, ge=0, description="champion: the smallest pack this close to the best validation metric, in points of 0.01")
+    max_bytes: Bytes = Field(64 * 1024, description="size of the whole file, such as `65536`, `32KiB` or `1.5MB`")
+    within_points: float = Field(0.5, ge=0, description="the champion is the smallest pack this close to the best metric, in percentage points")
 
 
 Percent = Annotated[float, Field(ge=0, le=100)]
 
 
 class About(Spec):
-    """Where a task's data comes from, and what others reached on it. For people: nothing is computed from it."""
+    """Where a task's data comes from and published accuracies on it. Informative only."""
 
     source: str = Field("", description="where to get the data")
-    licence: str = Field("", description="of the data")
-    paper: str = Field("", description="that introduced the data")
+    licence: str = Field("", description="licence of the data")
+    paper: str = Field("", description="paper that introduced the data")
     published_percent: dict[str, Percent] = Field(default_factory=dict, description="test accuracies by method, each with its paper")
 
 
 class Task(Spec):
     """One labelled dataset and its metric, and how to adapt the backbone to it."""
 
-    name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")
-    description: str = ""
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$", description="lower-case letters, digits, `.`, `_`, `-`; also the registry's name")
+    description: str = Field("", description="one line for people")
     about: About = About()
     data: Data
     input: Input = Input()
-    val_fraction: float = Field(0.2, gt=0, lt=1, description="share of train held out for validation where the task brings no val split")
+    val_fraction: float = Field(0.2, gt=0, lt=1, description="fraction of train held out for validation if the data has no `val`")
     metric: Literal["accuracy"] = "accuracy"
     backbone: Backbone
     recipe: Annotated[WrittenRecipe, AfterValidator(cools_down)] = DEFAULT_RECIPE
@@ -67,7 +67,7 @@ class Task(Spec):
     @field_validator("search", mode="before")
     @classmethod
     def _with_default_axes(cls, search: Any, info: ValidationInfo) -> Any:
-        """A search section that names no axis (only `trials`, say) keeps the default axes."""
+        """Keep the default axes if the section names none (only `trials`, for example)."""
         axes = SearchSpace.model_fields.keys() - {"trials"}
         if isinstance(search, Mapping) and not search.keys() & axes:
             return {**default_space(info.data.get("recipe", DEFAULT_RECIPE)).axes(), **search}
@@ -76,7 +76,7 @@ class Task(Spec):
     @field_validator("search")
     @classmethod
     def _changes_something(cls, search: SearchSpace, info: ValidationInfo) -> SearchSpace:
-        fault = search.fault(info.data["recipe"]) if "recipe" in info.data else None  # a recipe that is not valid is reported as such
+        fault = search.fault(info.data["recipe"]) if "recipe" in info.data else None  # an invalid recipe is reported as such
         if fault is not None:
             raise ValueError(fault)
         return search

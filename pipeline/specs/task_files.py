@@ -1,9 +1,9 @@
-"""Reading task files: YAML in, validated specs out, and every fault in words.
+"""Reading task files: YAML in, validated specs out, and an error message for every fault.
 
-A hundred tasks need not repeat themselves. A section of a task file may be the path of a YAML file that holds it, and a task file may have a `base`:
-another file, whose content it starts from and writes over, section by section and key by key. Both paths are relative to the file they stand in.
-Paths of data may begin with `$TASKPACK_DATA`, the folder where a machine keeps its datasets. A fault names file, key, given value and what was
-expected.
+A section of a task file may be the path of a YAML file that holds it, and a task file may inherit
+from another, its `base`, whose keys its own override recursively. Both paths are relative to the
+file. A data path may begin with `$TASKPACK_DATA`, the folder where a machine keeps its datasets. An
+error names file, key, given value and what was expected.
 """
 
 from __future__ import annotations
@@ -42,18 +42,21 @@ SpecType = TypeVar("SpecType", bound=Spec)
 
 
 def load_tasks(paths: list[Path], *, overrides: dict[str, Any] | None = None, expand: bool = True) -> list[Task]:
-    """Read task files, or folders of them, as one batch. Names must differ.
+    """Read task files, or folders of task files, as one batch. Their names must differ.
 
-    Relative paths inside a task file are resolved against its folder. `overrides` gives sections as a mapping or a YAML path: of `search` and
-    `budget` it replaces the keys it names, other sections whole. `expand`: whether `$TASKPACK_DATA` is replaced here; another machine may have
-    another one.
+    Args:
+        overrides: sections to replace, as a mapping or the path of a YAML file; of `search` and `budget`, only the given keys are replaced.
+        expand: whether to expand `$TASKPACK_DATA`, which another machine may set differently.
+
+    Raises:
+        SpecError: A file is missing or invalid.
     """
     files = [file for path in paths for file in _task_files(path)]
     tasks: dict[str, tuple[Task, Path]] = {}
     for file in files:
         task = load_task(file, overrides=overrides, expand=expand)
         if task.name in tasks:
-            raise SpecError(f"{file}: name: given {task.name!r}, which {tasks[task.name][1]} has too; give each task of a batch its own name")
+            raise SpecError(f"{file}: name: given {task.name!r}, which {tasks[task.name][1]} also has; give each task of a batch its own name")
         tasks[task.name] = (task, file)
     return [task for task, _ in tasks.values()]
 
@@ -70,7 +73,7 @@ def _task_files(path: Path) -> list[Path]:
 
 
 def _is_task(content: dict[str, Any]) -> bool:
-    """What tells a task from the shared sections and the suite beside it. A name without `data` is a task with a fault, not to be passed over."""
+    """Whether a file is a task rather than a shared section or a suite. A file with a name but no `data` is an invalid task, not to be skipped."""
     return "data" in content or ("name" in content and "groups" not in content)
 
 
@@ -89,7 +92,7 @@ def load_task(path: Path, *, overrides: dict[str, Any] | None = None, expand: bo
 
 
 def _read_override(path: Path, section: str, value: Any) -> Any:
-    """A section that replaces one of the task file `path`: a mapping, or the path of a YAML file that holds it."""
+    """Read a section that overrides one of the task file `path`: a mapping, or the path of a YAML file."""
     if not isinstance(value, (str, Path)):
         return _data_section(value, None, path) if section == "data" and isinstance(value, dict) else value
     file = Path(value)
@@ -97,7 +100,7 @@ def _read_override(path: Path, section: str, value: Any) -> Any:
 
 
 def _read_task(path: Path, above: tuple[Path, ...] = ()) -> tuple[dict[str, Any], tuple[Path, ...]]:
-    """The content of a task file written over that of its base, paths made absolute; and the files it came from. `above`: those that led here."""
+    """Merge a task file into its base, with absolute paths; also return the files read. `above`: the files that inherit from this one."""
     written = read_mapping(path)
     base, files = _read_base(path, written.pop("base"), (*above, path)) if "base" in written else ({}, ())
     content = {**base, **written}
@@ -115,9 +118,9 @@ def _read_task(path: Path, above: tuple[Path, ...] = ()) -> tuple[dict[str, Any]
 def _read_base(path: Path, name: Any, above: tuple[Path, ...]) -> tuple[dict[str, Any], tuple[Path, ...]]:
     base = path.parent / name if isinstance(name, str) else None
     if base is None or not base.is_file():
-        raise SpecError(f"{path}: base: given {name!r}; expected the path of a task file to start from{f': there is no {base}' if base else ''}")
+        raise SpecError(f"{path}: base: given {name!r}; expected the path of a task file to inherit from{f': there is no {base}' if base else ''}")
     if base.resolve() in [file.resolve() for file in above]:
-        raise SpecError(f"{path}: base: given {name!r}, which has this file as its own base; a file cannot start from itself")
+        raise SpecError(f"{path}: base: given {name!r}, which inherits from this file; a file cannot inherit from itself")
     return _read_task(base, above)
 
 
@@ -131,27 +134,31 @@ def _read_shared(path: Path, section: str, name: str) -> dict[str, Any]:
 
 
 def _without_parts(base: Any) -> Any:
-    """What is left of a base's recipe where a task names a preset: how it trains."""
+    """What a task that names a preset inherits from the recipe of its base: the training settings."""
     return {key: value for key, value in base.items() if key not in ("preset", *PARTS)} if isinstance(base, dict) else base
 
 
 def _written_over(base: Any, own: dict[str, Any]) -> dict[str, Any]:
-    """`own` written over `base` key by key, also inside mappings that both hold."""
+    """Override `base` with `own`, key by key, recursively."""
     if not isinstance(base, dict):
         return own
     return {**base, **{key: _written_over(base.get(key), value) if isinstance(value, dict) else value for key, value in own.items()}}
 
 
 def _data_section(own: dict[str, Any], base: Any, path: Path) -> dict[str, Any]:
-    """A data section with its format and absolute paths. It starts from the base's only where that is of the same format."""
+    """A data section with its format and absolute paths. It inherits from the base's only if that has the same format."""
     inherited = base if isinstance(base, dict) and own.get("format", base["format"]) == base["format"] else {"format": "shards"}
     return {**inherited, **_resolve_data_paths({"format": inherited["format"], **own}, path)}
 
 
 def load_suite(name: str | Path, *, overrides: dict[str, Any] | None = None) -> tuple[Suite, list[Task]]:
-    """A suite and its tasks, in the suite's order. `name`: a folder with a `suite.yaml` beside its tasks, or a suite of the catalogue (`vtab1k`).
+    """Read a suite and its tasks, in the suite's order.
 
-    Raises SpecError, also where the suite names other tasks than the folder holds.
+    Args:
+        name: a folder with a `suite.yaml` next to its tasks, or a suite of the catalogue (`vtab1k`).
+
+    Raises:
+        SpecError: It is invalid, or the suite names other tasks than the folder has.
     """
     folder = next((folder for folder in (Path(name), catalogue_folder() / name) if (folder / SUITE_FILE).is_file()), None)
     if folder is None:
@@ -166,20 +173,20 @@ def load_suite(name: str | Path, *, overrides: dict[str, Any] | None = None) -> 
 
 
 def load_methods(names: Sequence[str | Path]) -> dict[str, Method]:
-    """Methods by name, in the order given: files, or methods of the catalogue (`lora`). A method is called as its file is. Raises SpecError."""
+    """Read methods, in the order given: files, or names from the catalogue (`lora`). A method is named by its file. Raises SpecError."""
     methods: dict[str, Method] = {}
     for name in names:
         path = next((path for path in (Path(name), catalogue_folder() / "methods" / f"{name}.yaml") if path.is_file()), None)
         if path is None:
             raise SpecError(f"{name}: no such method; expected a YAML file, or one of {', '.join(known_methods())}")
         if path.stem in methods:
-            raise SpecError(f"{path}: the method {path.stem!r} is given twice; give each a name of its own")
+            raise SpecError(f"{path}: the method {path.stem!r} is given twice; give each method its own name")
         methods[path.stem] = load_spec(Method, path)
     return methods
 
 
 def tasks_to_compare(paths: Sequence[Path], suite: str | None, epochs: int | None) -> tuple[Suite | None, list[Task]]:
-    """Task files, or the tasks of a suite and the suite, all with `epochs` where given. Raises SpecError unless one of both is named."""
+    """Read task files, or a suite and its tasks, with `epochs` if given. Raises SpecError unless exactly one of them is given."""
     if bool(paths) == (suite is not None):
         raise SpecError("give either task files or --suite")
     found, tasks = load_suite(suite) if suite is not None else (None, load_tasks(list(paths)))
@@ -189,7 +196,7 @@ def tasks_to_compare(paths: Sequence[Path], suite: str | None, epochs: int | Non
 
 
 def _with_epochs(task: Task, epochs: int) -> Task:
-    """The task trained for another number of epochs, of which the same share is warm-up."""
+    """The task with another number of epochs and the same fraction of warm-up."""
     training = task.recipe.training
     scaled = training.changed(epochs=epochs, warmup_epochs=training.warmup_epochs * epochs / training.epochs)
     return task.changed(recipe=task.recipe.changed(training=scaled))
@@ -201,7 +208,7 @@ def known_methods() -> list[str]:
 
 
 def catalogue_folder() -> Path:
-    """The folder of the task files that come with taskpack: in a clone beside the package, otherwise where it was installed."""
+    """The folder of the task files that come with taskpack: next to the package in a clone, otherwise where it was installed."""
     clone = Path(__file__).resolve().parents[2] / "tasks"
     return clone if clone.is_dir() else Path(sys.prefix) / "share" / "taskpack"
 
@@ -212,7 +219,7 @@ def load_spec(kind: type[SpecType], path: Path) -> SpecType:
 
 
 class _UniqueKeys(yaml.SafeLoader):
-    """YAML without objects, and without the silent loss of a key written twice."""
+    """A YAML loader that constructs no objects and rejects duplicate keys."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
@@ -223,7 +230,7 @@ class _UniqueKeys(yaml.SafeLoader):
 
 
 def read_mapping(path: Path) -> dict[str, Any]:
-    """The mapping a YAML file holds. Raises SpecError."""
+    """Read a YAML file that holds a mapping. Raises SpecError."""
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys)
     except OSError as error:
@@ -238,7 +245,7 @@ def read_mapping(path: Path) -> dict[str, Any]:
 
 
 def _resolve_paths(section: str, content: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """A section whose paths, if it has any, are absolute. Those of `data` are resolved apart."""
+    """A section with absolute paths. Those of `data` are resolved separately."""
     if section != "backbone":
         return content
     model, weights = content.get("model"), content.get("weights")
@@ -266,7 +273,7 @@ def _expand_data_root(content: dict[str, Any], task_file: Path) -> dict[str, Any
 
 
 def _below_data_root(value: Any, key: str, task_file: Path) -> Any:
-    """`value` with a leading `$TASKPACK_DATA` replaced. No other variable is, so that a task file shows what its paths depend on."""
+    """Expand a leading `$TASKPACK_DATA`. No other variable is expanded, so that a task file shows what its paths depend on."""
     if isinstance(value, list):
         return [_below_data_root(item, key, task_file) for item in value]
     if not isinstance(value, str) or value.split("/")[0] != f"${DATA_ROOT}":
@@ -282,7 +289,7 @@ def _below_data_root(value: Any, key: str, task_file: Path) -> Any:
 
 
 def local_paths(task: Task) -> list[tuple[str, str]]:
-    """Key and path of all that a task reads from a place of this machine: neither a URL nor below `$TASKPACK_DATA`."""
+    """Key and path of everything that a task reads from this machine: neither a URL nor below `$TASKPACK_DATA`."""
     data = task.data.model_dump()
     found = [(f"data.{key}", value) for key in _data_keys(data) for value in _as_list(data.get(key))]
     if task.backbone.weights not in _NAMED_WEIGHTS:
@@ -297,7 +304,7 @@ def _as_list(value: Any) -> list[str]:
 
 
 def _resolved(value: Any, folder: Path, keep: str | None = None) -> Any:
-    """Paths made absolute; URLs, and what begins with the folder `keep`, as they are."""
+    """Make paths absolute, except URLs and paths that begin with the folder `keep`."""
     if isinstance(value, list):
         return [_resolved(item, folder, keep) for item in value]
     if not isinstance(value, str) or _is_url(value) or value.split("/")[0] == keep:
@@ -324,7 +331,7 @@ def validate(kind: type[SpecType], content: dict[str, Any], *, source: str) -> S
 
 
 def _explain(kind: type[Spec], fault: Any, content: Any) -> tuple[str, str]:
-    """What was given at which key, and what was expected."""
+    """Format a fault as what was given at which key, and what was expected."""
     key = ".".join(_written_keys(fault["loc"], content))
     if fault["type"] == "missing":
         return f"{key}: missing", "this key is required"

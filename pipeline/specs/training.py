@@ -1,4 +1,4 @@
-"""How a recipe is trained."""
+"""Training settings of a recipe."""
 
 from __future__ import annotations
 
@@ -18,29 +18,25 @@ def _named_augmentation(value: Any) -> Any:
 
 
 Augmentation = Literal["none", "light", "crop", "strong"]
-"""How images are varied, see pipeline/data/augment.py."""
+"""Augmentation of images, see pipeline/data/augment.py."""
 
 
 class Training(Spec):
-    """One loop: AdamW, cosine decay after a linear warm-up, cross-entropy.
+    """AdamW with cross-entropy; cosine decay of the learning rate after a linear warm-up."""
 
-    ema: decay of a moving average of the trained values, which is what the pack gets; 0 takes the last values. mixup, cutmix: the alpha of their Beta
-    distributions, 0 for off.
-
-    learning_rate: its peak; where it is left out, the backbone's own, see pipeline/inputs/learning_rate.py.
-
-    precision: of the passes; `bf16` is float32 on a processor without units for it, which would be slower.
-    """
-
-    epochs: int = Field(12, ge=1)
-    batch_size: int = Field(32, ge=1)
-    learning_rate: float | None = Field(None, gt=0)
-    warmup_epochs: float = Field(default_factory=lambda validated: min(1.0, validated.get("epochs", 1) / 2), ge=0)
-    weight_decay: float = Field(0.0, ge=0)
-    label_smoothing: float = Field(0.0, ge=0, lt=1)
-    drop_path: float = Field(0.0, ge=0, lt=1, description="stochastic depth: the last block's rate")
-    mixup: float = Field(0.0, ge=0)
-    cutmix: float = Field(0.0, ge=0)
-    ema: float = Field(0.0, ge=0, lt=1)
-    augment: Annotated[Augmentation, BeforeValidator(_named_augmentation)] = "none"
-    precision: Literal["fp32", "bf16"] = "bf16"
+    epochs: int = Field(12, ge=1, description="passes over the training set")
+    batch_size: int = Field(32, ge=1, description="images per step, over all ranks")
+    learning_rate: float | None = Field(None, gt=0, description="peak of the learning rate; default: derived from the backbone's width")
+    warmup_epochs: float = Field(
+        default_factory=lambda validated: min(1.0, validated.get("epochs", 1) / 2),
+        ge=0,
+        description="linear warm-up; default: 1, or half the epochs if there are fewer than two",
+    )
+    weight_decay: float = Field(0.0, ge=0, description="of AdamW")
+    label_smoothing: float = Field(0.0, ge=0, lt=1, description="of the cross-entropy")
+    drop_path: float = Field(0.0, ge=0, lt=1, description="stochastic depth: rate of the last block")
+    mixup: float = Field(0.0, ge=0, description="alpha of the Beta distribution; 0: off")
+    cutmix: float = Field(0.0, ge=0, description="alpha of the Beta distribution; 0: off")
+    ema: float = Field(0.0, ge=0, lt=1, description="decay of a moving average of the trained values, which the pack gets; 0: the last values")
+    augment: Annotated[Augmentation, BeforeValidator(_named_augmentation)] = Field("none", description="augmentation of the training images")
+    precision: Literal["fp32", "bf16"] = Field("bf16", description="of the passes; `bf16` becomes float32 on devices without units for it")
