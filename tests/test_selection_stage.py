@@ -12,6 +12,7 @@ import torch
 
 from pipeline.errors import DataError
 from pipeline.selection import read_selection, select, select_here, select_if_sooner, stage
+from pipeline.selection.stage import died_each_time
 from pipeline.specs import Selection, Task
 from pipeline.training import Inputs
 
@@ -87,3 +88,14 @@ def test_a_selection_that_is_there_is_used_without_work(tiny_task: Task, tiny_da
     path.write_bytes(b"kept as it is")
     assert select(tiny_task, tiny_data, TOP_K, path, workers=2) == path
     assert path.read_bytes() == b"kept as it is"
+
+
+def test_workers_ended_for_want_of_memory_are_said_to_be() -> None:
+    """As Ray words it: advice on Ray's own settings would not help a user of taskpack."""
+    task = Task.model_validate({"name": "flowers", "data": {"format": "digits"}, "backbone": {"model": "m"}})
+    failure = "Worker was killed\nRefer to the documentation on how to address the out of memory issue: Set max_restarts"
+    assert str(died_each_time(task, failure)) == (
+        "flowers: the selection's workers were ended three times, because their node ran out of memory; "
+        "lower selection.batch_size (it is 32), or give fewer --selection-workers"
+    )
+    assert str(died_each_time(task, "a\nthe node left")).endswith("died three times; last: the node left")

@@ -97,12 +97,24 @@ def select(task: Task, data_folder: Path, top_k: int, path: Path, *, workers: in
     try:
         error = trainer.fit().return_value
     except ray.train.TrainingFailedError as failure:
-        raise ClusterError(f"{task.name}: the selection's workers died three times; last: {str(failure).splitlines()[-1][:300]}") from None
+        raise died_each_time(task, str(failure)) from None
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     if error is not None:
         raise error
     return path
+
+
+def died_each_time(task: Task, failure: str) -> ClusterError:
+    """What to say where Ray gave a selection's workers up; `failure` is its own text."""
+    if "out of memory" in failure.lower() or "OutOfMemory" in failure:
+        return ClusterError(
+            f"{task.name}: the selection's workers were ended three times, because their node ran "
+            f"out of memory; lower selection.batch_size (it is {task.selection.batch_size}), or "
+            "give fewer --selection-workers"
+        )
+    last = failure.splitlines()[-1][:300]
+    return ClusterError(f"{task.name}: the selection's workers died three times; last: {last}")
 
 
 def select_here(inputs: Inputs, top_k: int, on_batch: OnBatch = lambda done, batches: None) -> dict[str, RankedPlaces]:
