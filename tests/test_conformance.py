@@ -84,7 +84,7 @@ REFUSED = {
     **{(family, part): message for family in ("swin", "convnext", "convnext_linear") for part, message in TOKENS.items()},
 }
 ACCEPTED = [(family, part) for family in FAMILIES for part in PARTS if (family, part) not in REFUSED]
-SILENT_AT_START = ("connections", "biases", "norms", "adapter", "lora", "fact", "ssf", "class_token", "full")
+SILENT_AT_START = ("connections", "biases", "norms", "adapter", "lora", "fact", "class_token", "full")
 every_pair = pytest.mark.parametrize(("family", "part"), ACCEPTED)
 
 

@@ -18,7 +18,7 @@ from pipeline.backbones import LoadedBackbone, load_backbone
 from pipeline.data import augment
 from pipeline.data.augment import _colour_jitter, _Numbers, turn_hue
 from pipeline.errors import BackboneError
-from pipeline.specs import Adapter, Backbone, Biases, Head, Input, Recipe, Selection, Training
+from pipeline.specs import Adapter, Backbone, Biases, Head, Input, Recipe, Selection, Ssf, Training
 from pipeline.specs.task_files import DATA_ROOT, load_methods, load_task, load_tasks
 from pipeline.training.averaging import MovingAverage
 from pipeline.training.mixing import mix
@@ -109,6 +109,21 @@ def test_the_catalogue_has_the_setting_of_binary_adapters_code() -> None:
 def test_methods_with_adapters_try_all_scales_of_binary_adapter(method: str) -> None:
     (loaded,) = load_methods([CATALOGUE / "methods" / f"{method}.yaml"]).values()
     assert loaded.search.scale == SCALES
+
+
+# --- SSF ------------------------------------------------------------------------------------------
+
+
+def test_ssf_starts_as_in_its_code() -> None:
+    """Scales normal about 1 and shifts about 0, of standard deviation 0.02; scales are changes."""
+    recipe = Recipe(ssf=Ssf(bits=32))
+    values = attach(small_backbone("vit"), recipe, 3).values()
+    for key in ("scale", "shift"):
+        parts = [value for tensor, value in values.items() if tensor.name.endswith(key)]
+        drawn = torch.cat(parts).detach()
+        assert len(drawn) > 1000
+        assert float(drawn.mean()) == pytest.approx(0, abs=0.002)
+        assert float(drawn.std()) == pytest.approx(0.02, rel=0.05)
 
 
 # --- the budget of Adapter-X ----------------------------------------------------------------------

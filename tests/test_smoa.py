@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from pydantic import ValidationError
 from torch import nn
 
 from pipeline.adaptation import plan
+from pipeline.adaptation.dropout import SeededDropout
 from pipeline.adaptation.parts.mixture import Mixture, Routes, route
 from pipeline.adaptation.parts.smoa import ParallelToMlp, SmoaBank, bank_shapes
 from pipeline.backbones import load_backbone
@@ -23,7 +25,8 @@ BANK = ("down", "up", "router", "embeddings")
 def make_bank(experts: int = 3, **options: float) -> SmoaBank:
     """A bank that holds tensors whose numbers are all large enough to matter."""
     spec = Smoa(experts=experts, width=4, router_width=5, bits=32, **options)  # type: ignore[arg-type]
-    bank, generator = SmoaBank(spec), torch.Generator().manual_seed(1)
+    dropout = SeededDropout(spec.dropout, 0).eval()
+    bank, generator = SmoaBank(spec, dropout), torch.Generator().manual_seed(1)
     for name, shape in bank_shapes(WIDTH // spec.heads, spec).items():
         bank.current[name] = torch.empty(shape).normal_(0, 1, generator=generator).requires_grad_()
     return bank
@@ -215,13 +218,38 @@ def test_the_balance_term_alone_teaches_the_router() -> None:
     assert float(bank.current["router"].grad.abs().max()) > 0
 
 
+@pytest.mark.parametrize("share", [0.0, 0.4])
 @pytest.mark.parametrize(("experts", "top_k"), [(1, 1), (4, 1), (4, 3)])
-def test_the_derivative_is_that_of_the_function_in_double_precision(experts: int, top_k: int) -> None:
+def test_the_derivative_is_that_of_the_function_in_double_precision(experts: int, top_k: int, share: float) -> None:
     bank = make_bank(experts)
     tensors = [None if name not in bank.current else bank.current[name].detach().double().requires_grad_() for name in BANK]
     x_TD, beside_TD = draw(6, WIDTH).double().requires_grad_(), draw(6, WIDTH, seed=3).double().requires_grad_()
     # a tiny temperature makes one gate all: kept mild, so that every path has a gradient
-    assert torch.autograd.gradcheck(lambda *inputs: Mixture.apply(*inputs, 0.7, top_k)[:2], [x_TD, beside_TD, *tensors])
+    dropout = SeededDropout(share, 0).train()
+
+    def mixture(*inputs: torch.Tensor) -> Any:
+        dropout.reseed(5)
+        return Mixture.apply(*inputs, 0.7, top_k, dropout)[:2]
+
+    assert torch.autograd.gradcheck(mixture, [x_TD, beside_TD, *tensors])
+
+
+def test_experts_drop_hidden_units_in_training_as_adaptformer_does() -> None:
+    """y = beside + up dropout(relu(down x)), with a tenth left out and the others scaled up."""
+    bank, x_TD = make_bank(1), draw(50, WIDTH)
+    drawn: list[torch.Tensor] = []
+
+    class Recording(SeededDropout):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            drawn.append(super().forward(torch.ones_like(x)))
+            return x * drawn[-1]
+
+    bank.dropout = [Recording(0.1, 0).train()]
+    output = through(bank, x_TD)
+    (kept_HT,) = drawn
+    hidden_TH = torch.relu(x_TD @ bank.current["down"][0].T) * kept_HT.T
+    torch.testing.assert_close(output, hidden_TH @ bank.current["up"][0].T, rtol=1e-4, atol=1e-5)
+    assert kept_HT.unique().tolist() == pytest.approx([0, 1 / 0.9])
 
 
 def test_under_autocast_the_output_is_low_and_the_gates_are_not() -> None:

@@ -12,15 +12,15 @@ from torch import nn
 from pipeline.packs import Codebook, PartName
 from pipeline.specs import Bits
 
-Start = Literal["change", "linear", "up", "near_zero", "fan_in", "unit", "head"]
+Start = Literal["change", "linear", "up", "near_zero", "fan_in", "unit", "head", "ssf"]
 """How a tensor starts.
 
 change: zero, because it is added to something frozen. linear: as nn.Linear. up, the second matrix
-of an adapter: zero. near_zero, fan_in, unit, head: normal of standard deviation 1e-3,
-1 / sqrt(inputs), 1 and 0.02. Below 16 bits, a tensor of zeros has no sign to learn: change is
+of an adapter: zero. near_zero, fan_in, unit, head, ssf: normal of standard deviation 1e-3,
+1 / sqrt(inputs), 1, 0.02 and 0.02. Below 16 bits, a tensor of zeros has no sign to learn: change is
 normal of standard deviation 1e-4, up is normal of 1e-3, cut at two of them.
 """
-_DEVIATIONS = {"near_zero": 1e-3, "unit": 1.0, "head": 0.02}
+_DEVIATIONS = {"near_zero": 1e-3, "unit": 1.0, "head": 0.02, "ssf": 0.02}
 
 
 @dataclass(frozen=True)

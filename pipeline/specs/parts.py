@@ -51,6 +51,7 @@ class Smoa(Spec):
     temperature: float = Field(0.1, gt=0)
     balance_weight: float = Field(0.01, ge=0)
     scale: float = Field(1.0, gt=0)
+    dropout: float = Field(0.1, ge=0, lt=1)
     prompt_generator: bool = False
 
     @model_validator(mode="after")

@@ -1,7 +1,7 @@
 """The mixture of adapters as one function with its derivative written out (for its meaning, see smoa.py).
 
     p = softmax(cos(R x, e) / temperature)      gate_e = p_e for the chosen experts, 0 for the others
-    y = beside + sum_e up_e gate_e relu(down_e x)
+    y = beside + sum_e up_e gate_e dropout(relu(down_e x))
 
 Every expert's hidden units are computed, by one product with the router's rows appended, and those not chosen are set to zero: experts are so narrow
 (E * H units against the MLP's 4 * D) that this costs less than sorting tokens, and a step costs nearly the same for any E. Numbers of a token lie in
@@ -17,6 +17,8 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+
+from pipeline.adaptation.dropout import SeededDropout
 
 SMALLEST_NORM = 1e-12
 
@@ -62,12 +64,14 @@ class Mixture(torch.autograd.Function):
         embeddings_ER: torch.Tensor | None,
         temperature: float,
         top_k: int,
+        dropout: SeededDropout,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         experts, width, _ = down_EHD.shape
         rows = down_EHD.flatten(0, 1) if router_RD is None else torch.cat([down_EHD.flatten(0, 1), router_RD])
         rows, up_XD = rows.to(x_TD.dtype), up_EDH.transpose(1, 2).flatten(0, 1).to(x_TD.dtype)
         read = rows @ x_TD.T
-        hidden_EHT = read[: experts * width].relu().view(experts, width, -1)
+        hidden_EHT = dropout(read[: experts * width].relu()).view(experts, width, -1)
+        ctx.kept_factor = 1 / (1 - dropout.share) if dropout.training else 1.0
         routes, probability_E, count_E = None, down_EHD.new_ones(experts), down_EHD.new_ones(experts)
         if router_RD is not None and embeddings_ER is not None:
             precise = torch.promote_types(x_TD.dtype, torch.float32)
@@ -90,7 +94,8 @@ class Mixture(torch.autograd.Function):
         read_gradient = torch.empty(len(rows), len(x_TD), dtype=x_TD.dtype, device=x_TD.device)
         into_hidden = read_gradient[: len(up_XD)].view_as(hidden_EHT)
         embeddings_gradient = None
-        through_relu = torch.ops.aten.threshold_backward(hidden_gradient, hidden_EHT, 0)
+        # Hidden units that dropout left out are zero, and so are their gradients.
+        through_relu = torch.ops.aten.threshold_backward(hidden_gradient, hidden_EHT, 0).mul_(ctx.kept_factor)
         if not saved:
             into_hidden.copy_(through_relu)
         else:
@@ -105,7 +110,7 @@ class Mixture(torch.autograd.Function):
         router_gradient = rows_gradient[len(up_XD) :] if saved else None
         wanted = (down_gradient, up_gradient, router_gradient, embeddings_gradient)
         trained = [None if each is None else each.to(dtype) for each, dtype in zip(wanted, ctx.dtypes, strict=True)]
-        return (read_gradient.T @ rows if ctx.needs_input_grad[0] else None, gradient_TD, *trained, None, None)
+        return (read_gradient.T @ rows if ctx.needs_input_grad[0] else None, gradient_TD, *trained, None, None, None)
 
 
 def _through_router(worth_ET: torch.Tensor, routes: Routes, embeddings_ER: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,7 +1,7 @@
 """SMoA, the sharing mixture of adapters: one router and one set of experts serve every block (Adapter-X, arXiv 2406.03051).
 
     p = softmax(cos(R x, e) / temperature)      R: projection to a few dimensions, e: expert embeddings (X-MoE, arXiv 2204.09179)
-    y = scale * p[c] * up_c(relu(down_c(x)))    c = argmax p, chosen for each token alone; where top_k > 1, the sum over the best
+    y = scale * p[c] * up_c(dropout(relu(down_c(x))))    c = argmax p, chosen for each token alone; where top_k > 1, the sum over the best
 
 A token of width D is split into `heads` sub-tokens of D / heads, each routed by itself, and their outputs are joined again.
 
@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from pipeline.adaptation.dropout import SeededDropout
 from pipeline.adaptation.part import MLP_BLOCKS, Assembly, AuxiliaryTerm, Part, Site, Stage, register
 from pipeline.adaptation.parts.mixture import Mixture
 from pipeline.adaptation.parts.prompts import GeneratedPrompt
@@ -46,9 +47,10 @@ class SmoaBank(AuxiliaryTerm):
 
     expert_load: torch.Tensor
 
-    def __init__(self, spec: Smoa) -> None:
+    def __init__(self, spec: Smoa, dropout: SeededDropout) -> None:
         super().__init__()
         self.spec = spec
+        self.dropout = [dropout]  # in a list: its mode is set in one place, for all banks
         self.current: dict[str, torch.Tensor] = {}
         self.balance_terms: list[torch.Tensor] = []
         self.register_buffer("expert_load", torch.zeros(spec.experts, dtype=torch.long), persistent=False)
@@ -66,6 +68,7 @@ class SmoaBank(AuxiliaryTerm):
                 self.current.get("embeddings"),
                 self.spec.temperature,
                 self.spec.top_k,
+                self.dropout[0],
             )
         if self.training and self.spec.experts > 1:
             self.balance_terms.append(self.spec.experts * (count_E / count_E.sum() * probability_E).sum())
@@ -153,7 +156,8 @@ class SmoaPart(Part):
 
     def attach(self, spec: Smoa, assembly: Assembly) -> None:
         """Put the bank of its width beside every MLP."""
-        banks = {width: SmoaBank(spec) for width in _widths(assembly.site)}
+        dropout = assembly.dropout("smoa", spec.dropout)
+        banks = {width: SmoaBank(spec, dropout) for width in _widths(assembly.site)}
         for slot in assembly.site.slots:
             name, generator = f"{slot.block}.mlp", assembly.modules.get(f"generator.{slot.block}")
             assert generator is None or isinstance(generator, GeneratedPrompt)

@@ -1,6 +1,7 @@
 """SSF: the output of every layer and every norm is scaled and shifted (arXiv 2210.08823).
 
-y' = (1 + scale) * y + shift        one scale and one shift a channel; both start at zero, without effect
+y' = (1 + scale) * y + shift        one scale and one shift per channel, which start as normal
+                                    numbers of standard deviation 0.02, as in its code
 
 Layers and norms that the network does not call have no output and are left out.
 """
@@ -60,7 +61,11 @@ class SsfPart(Part):
         """Two vectors per layer and norm. Raises BackboneError as `_sites`."""
         modules = _sites(site.backbone)
         channels = {name: len(module.weight) for name, module in modules.items()}  # type: ignore[arg-type]
-        return [PlannedTensor("adapters", f"ssf.{name}.{key}", (count,), spec.bits) for name, count in channels.items() for key in ("scale", "shift")]
+        return [
+            PlannedTensor("adapters", f"ssf.{name}.{key}", (count,), spec.bits, start="ssf")
+            for name, count in channels.items()
+            for key in ("scale", "shift")
+        ]
 
     def attach(self, spec: Ssf, assembly: Assembly) -> None:
         """Hook a scale and a shift behind the layers and norms."""
