@@ -175,7 +175,7 @@ def test_a_lost_trial_and_an_odd_champion_are_told() -> None:
     outcome = TaskOutcome(task="t", trials=(kept, lost), champion_id="a")
     assert outcome.warnings() == [
         "an expert was never used",
-        f"1 of 2 trials failed: {WORKER_DIED}; the same command tries it again",
+        f"1 of 2 trials failed: {WORKER_DIED}; run the same command to try it again",
     ]
 
 

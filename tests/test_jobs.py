@@ -167,7 +167,7 @@ def test_of_two_who_submit_at_once_one_starts_it(server: JobServer, client: Fake
 def test_an_id_belongs_to_one_description_while_it_runs(server: JobServer, client: FakeClient, batch: Batch) -> None:
     server.submit(batch, "friday")
     other = Batch(batch.files, ("--workdir", "/mnt/other"))
-    with pytest.raises(SpecError, match="'friday', under which other tasks or options are running"):
+    with pytest.raises(SpecError, match="'friday', but other tasks or options with this id are running"):
         server.submit(other, "friday")
     client.jobs[0].status = "FAILED"
     assert server.submit(other, "friday")[1]
@@ -240,10 +240,10 @@ def test_where_tasks_stand_is_asked_of_the_node_that_knows(client: FakeClient, b
 
 
 def test_a_batch_that_is_not_there(server: JobServer, batch: Batch) -> None:
-    with pytest.raises(ClusterError, match=r"friday: the cluster at http://head:8265 knows no such batch\. A cluster that was started anew"):
+    with pytest.raises(ClusterError, match=r"friday: the cluster at http://head:8265 has no such batch\. A cluster that was restarted"):
         server.find("friday")
     server.submit(batch, "monday")
-    with pytest.raises(ClusterError, match="it knows monday"):
+    with pytest.raises(ClusterError, match="it has monday"):
         server.stop("friday")
 
 

@@ -236,16 +236,16 @@ def test_a_trial_that_raises_is_run_once_and_the_others_go_on(
     sizes = {"size_of": lambda recipe: 100 + bool(recipe.connections), "val_samples": len(tiny_inputs.splits["val"])}
     records = run_study(task, tiny_data, None, journal, **sizes)  # type: ignore[arg-type]
     assert [record.state for record in records] == ["complete", "failed"]
-    assert list(journal.read()) == [records[0].id], "a mistake in the code may be corrected: the same command tries it again"
+    assert list(journal.read()) == [records[0].id], "a mistake in the code may be corrected: run the same command to try it again"
     log = tmp_path / "logs" / "tiny.txt"
     assert failure_warnings(records) == [
-        f"1 of 2 trials failed: AssertionError: a recipe with connections needs a selection; details in {log}; the same command tries it again"
+        f"1 of 2 trials failed: AssertionError: a recipe with connections needs a selection; details in {log}; run the same command to try it again"
     ]
     assert log.read_text().count("Traceback (most recent call last)") == 1
     assert choose_champion(records, task.budget) is records[0]
     assert "Traceback" not in "".join(capfd.readouterr())
     alone = task.changed(search=SearchSpace(top_k=(2,)))
-    with pytest.raises(ClusterError, match="tiny: no trial came to an end; 1 of 1 trials failed: AssertionError: a recipe with connections"):
+    with pytest.raises(ClusterError, match="tiny: no trial completed; 1 of 1 trials failed: AssertionError: a recipe with connections"):
         run_study(alone, tiny_data, None, journal, **sizes)  # type: ignore[arg-type]
 
 
@@ -265,8 +265,8 @@ def test_each_kind_of_failure_is_kept_and_told_as_what_it_is(tiny_task: Task, tm
         "1 of 5 trials failed: the loss became nan",
         "2 of 5 trials failed, the first: out of memory: 0.1 GiB are free. To try this trial again with more memory, "
         f"remove {tmp_path / 'trials' / first.id}.json",
-        "1 of 5 trials failed: its worker died; the same command tries it again",
-        f"1 of 5 trials failed: KeyError: 'a'; details in {tmp_path / 'log'}; the same command tries it again",
+        "1 of 5 trials failed: its worker died; run the same command to try it again",
+        f"1 of 5 trials failed: KeyError: 'a'; details in {tmp_path / 'log'}; run the same command to try it again",
     ]
     (tmp_path / "trials" / f"{first.id}.json").unlink()
     assert len(journal.read()) == 2

@@ -417,7 +417,7 @@ def test_one_failure_does_not_end_a_study_but_nothing_but_failures_does(tmp_path
     assert states[0] == "complete"
     assert "failed" in states[1:]
     monkeypatch.setattr(study_module, "_run_with_tune", by_hand(failing=set(range(20))))
-    with pytest.raises(TrainingError, match=r"study: no trial came to an end; \d+ of \d+ trials failed, the first: the loss became nan$"):
+    with pytest.raises(TrainingError, match=r"study: no trial completed; \d+ of \d+ trials failed, the first: the loss became nan$"):
         run(task, tmp_path / "all")
 
 

@@ -1,4 +1,4 @@
-"""What the nodes of a cluster hold, and waiting for it."""
+"""The capacity of a cluster's nodes, and waiting for it."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ _NODE_SECONDS = 1200  # a GPU machine that pulls a large image takes its time
 
 @dataclass(frozen=True)
 class Node:
-    """What a node has, taken or not."""
+    """The total resources of a node."""
 
     cpus: float
     gpus: float
 
     def places(self, cpus: float, gpus: float) -> int:
-        """How many workers of so many CPUs and GPUs it holds."""
+        """How many workers with this many CPUs and GPUs it can hold."""
         rooms = [int(has / asked + 1e-6) for has, asked in ((self.cpus, cpus), (self.gpus, gpus)) if asked]
         return min(rooms, default=0)
 
 
 def running_nodes() -> list[Node]:
-    """The nodes that the cluster has now."""
+    """The nodes of the cluster."""
     import ray
 
     resources = [node["Resources"] for node in ray.nodes() if node["Alive"]]
@@ -33,30 +33,30 @@ def running_nodes() -> list[Node]:
 
 
 def has_gpus() -> bool:
-    """Whether the cluster has GPUs now."""
+    """Whether the cluster has GPUs."""
     return any(node.gpus for node in running_nodes())
 
 
 def places(cpus: float, gpus: float) -> int:
-    """How many workers of so many CPUs and GPUs the cluster's nodes hold now."""
+    """How many workers with this many CPUs and GPUs the cluster's nodes can hold."""
     return sum(node.places(cpus, gpus) for node in running_nodes())
 
 
 def check_holds_group(workers: int, cpus: float, gpus: float) -> None:
-    """Raise ClusterError where the cluster cannot hold `workers` at once, unless it scales itself: Ray would wait for an hour."""
+    """Raise ClusterError if the cluster cannot hold `workers` at once, unless it autoscales: Ray would wait for an hour."""
     held = places(cpus, gpus)
     if workers > held and not _scales_itself():
         raise ClusterError(f"--selection-workers: given {workers}, the cluster has room for {held}, each with a CPU{' and a GPU' if gpus else ''}")
 
 
 def wait_for_room(ranks: int, cpus: float, gpus: float, is_stopping: Callable[[], bool]) -> None:
-    """Return when the cluster has nodes for `ranks` workers of `cpus` and `gpus` at once: now, or, where it scales itself, when it has started them.
+    """Wait until the cluster has nodes for `ranks` workers of `cpus` and `gpus` at once; an autoscaling cluster starts them.
 
-    What asks for nodes is gone once this process has ended.
+    The request for nodes ends with this process.
 
     Raises:
-        ClusterError: they are not there, and do not come: Ray would wait for ever.
-        Interrupted: `is_stopping` came to hold first.
+        ClusterError: The nodes are missing and were not started: Ray would wait forever.
+        Interrupted: `is_stopping()` became true first.
     """
     if places(cpus, gpus) >= ranks:
         return

@@ -1,7 +1,9 @@
-"""A trial or a fit as one process or several: what each is given, and how the others are started, met and ended.
+"""A trial or a fit as one or several processes: their resources, and how the further ones are started, joined and ended.
 
-All places of a group are one placement group of Ray, had at once or not at all. Its first process is the one that Ray was asked for; it starts the
-others beside it, and they train together (see `Ranks`). Whichever of them dies, the first raises `RanksLost`, and the whole group starts again.
+The resources of a group are one Ray placement group, allocated at once or not at all. The process
+that Ray started is the first rank; it starts the others in the placement group, and they train
+together (see `Ranks`). If any of them dies, the first raises `RanksLost`, and the whole group starts
+again.
 """
 
 from __future__ import annotations
@@ -18,21 +20,21 @@ from pipeline.training.ranks import ALONE, Ranks, RanksLost, answered
 
 _LOOK_SECONDS = 0.2
 _START_SECONDS = 300
-"""How long the others may take to start. Their places are there already."""
+"""Seconds for the other ranks to start; their resources are allocated already."""
 _SILENCE_SECONDS = 600
-"""After how long without a word from another rank it is given up. A dead process is noticed at once; this is for a machine that vanished."""
+"""Seconds of silence after which a rank counts as lost. A dead process is noticed at once; this is for a machine that vanished."""
 _END_SECONDS = 15
 
 Outcome = TypeVar("Outcome")
 
 WORKER_RETRIES = 5
-"""How often a trial or a fit starts again when its worker dies: machines that may be taken away are, and a long one meets that more than once."""
+"""How often a trial or a fit is retried when its worker dies: a long one on preemptible machines may be preempted more than once."""
 WORKER_DIED = f"its worker died more than {WORKER_RETRIES} times"
 
 
 @dataclass(frozen=True)
 class TrialResources:
-    """What each trial is given: so many processes, each with so many CPUs and GPUs. `gpus` of a single one may be a fraction."""
+    """The resources of each trial: its number of processes, and CPUs and GPUs of each. `gpus` may be a fraction for a single process."""
 
     cpus: float = 1
     gpus: float = 0
@@ -40,14 +42,14 @@ class TrialResources:
 
     @property
     def threads(self) -> int:
-        """That a process computes with."""
+        """The device that a process computes on."""
         return max(1, int(self.cpus))
 
     def device(self) -> str:
-        """Where a process computes. Ray shows every GPU of a node to a process that asked for none.
+        """The device of a process. (Ray shows every GPU of a node to a process that requested none.)
 
         Raises:
-            ClusterError: it was given a GPU that torch cannot use.
+            ClusterError: It was given a GPU that torch cannot use.
         """
         from pipeline.utils.devices import reserved_gpu
 
@@ -55,12 +57,12 @@ class TrialResources:
 
 
 def in_group(work: Callable[..., Outcome], arguments: Sequence[Any], resources: TrialResources) -> Outcome | TaskpackError:
-    """`work(*arguments, resources, ranks)` on every rank of a trial; what it gives on this one, the first.
+    """Run `work(*arguments, resources, ranks)` on every rank of a trial and return the result of this one, the first.
 
-    An exception is returned as a named error: as long as all workers live, nothing would be different the next time.
+    An exception is returned as a named error, because a retry would not help while all workers are alive.
 
     Raises:
-        RanksLost: another rank died.
+        RanksLost: Another rank died.
     """
     try:
         with group(work, arguments, resources) as ranks:
@@ -73,11 +75,11 @@ def in_group(work: Callable[..., Outcome], arguments: Sequence[Any], resources: 
 
 @contextlib.contextmanager
 def group(follow: Callable[..., Any], arguments: Sequence[Any], resources: TrialResources) -> Iterator[Ranks]:
-    """The ranks of a trial, of which this process is the first; the others run `follow(*arguments, resources, ranks)` as long as this lasts.
+    """A context with the ranks of a trial, of which this process is the first; the others run `follow(*arguments, resources, ranks)`.
 
     Raises:
-        TaskpackError: what another rank ended with.
-        RanksLost: another rank died.
+        TaskpackError: Another rank failed with this error.
+        RanksLost: Another rank died.
     """
     _set_threads(resources)
     if resources.ranks == 1:
@@ -93,7 +95,7 @@ def group(follow: Callable[..., Any], arguments: Sequence[Any], resources: Trial
         yield _join(store, Ranks(0, resources.ranks))
         ray.wait(others, num_returns=len(others), timeout=_END_SECONDS)
     except RanksLost as lost:
-        raise _what_befell(others) or lost from None
+        raise _cause_of_loss(others) or lost from None
     finally:
         _leave()
         for each in others:
@@ -120,7 +122,7 @@ def _start_others(follow: Callable[..., Any], arguments: Sequence[Any], resource
 
 
 def _other(follow: Callable[..., Any], arguments: Sequence[Any], resources: TrialResources, rank: int, meeting: tuple[str, int]) -> Any:
-    """A rank that is not the first. What it fails of by itself is returned, so that it arrives as what it is."""
+    """Run a rank that is not the first. Its own error is returned rather than raised, so that Ray does not wrap it."""
     import torch.distributed as dist
 
     _set_threads(resources)
@@ -142,7 +144,7 @@ def _started(rank: int) -> str:
 
 
 def _await_start(store: Any, others: Sequence[Any], world: int) -> None:
-    """Return when all others have started. Raises RanksLost where one ends before, or where they take too long."""
+    """Wait until all others have started. Raises RanksLost if one ends before, or if they take too long."""
     import ray
 
     deadline = time.monotonic() + _START_SECONDS
@@ -165,15 +167,15 @@ def _join(store: Any, ranks: Ranks) -> Ranks:
 
 
 def _leave() -> None:
-    """Leave the process group, which tells the others, whatever they wait for."""
+    """Leave the process group, which interrupts the others in any wait."""
     import torch.distributed as dist
 
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
-def _what_befell(others: Sequence[Any]) -> Exception | None:
-    """Why ranks no longer answer: the named error that one of them ended with, or that one is lost. None where all of them go on."""
+def _cause_of_loss(others: Sequence[Any]) -> Exception | None:
+    """Why ranks no longer answer: the named error of one of them, or RanksLost. None if all of them are running."""
     import ray
 
     ended, _ = ray.wait(list(others), num_returns=len(others), timeout=_END_SECONDS)

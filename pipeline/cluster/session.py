@@ -1,4 +1,4 @@
-"""Ray, started here or joined: the only place that connects."""
+"""Starting or joining Ray: the only module that connects to it."""
 
 from __future__ import annotations
 
@@ -36,19 +36,19 @@ _LOOK_SECONDS = 0.5
 _SOCKET_PATH_BYTES = 103 if sys.platform == "darwin" else 107
 _HEAD_LOOK_SECONDS = 2
 _HEAD_SECONDS = 50
-"""How long a cluster's head may be silent. After 60 seconds Ray ends the process, whatever it is at."""
+"""Seconds that a cluster's head may be silent. After 60 seconds Ray would end this process."""
 
 Result = TypeVar("Result")
 
 
 @contextlib.contextmanager
 def ray_session(address: str | None = None) -> Iterator[None]:
-    """A running Ray: a private one on this machine (`address` None), or the cluster at `address` (`auto`: the one this machine belongs to).
+    """A context with a running Ray: a private one on this machine (`address` None), or the cluster at `address` (`auto`: that of this machine).
 
     A Ray that is already initialised in this process is used as it is and left running.
 
     Raises:
-        ClusterError: no cluster answers at `address`, or its head has died since. The latter interrupts the main thread, which must be this one.
+        ClusterError: No cluster answers at `address`, or its head has died. The latter interrupts the main thread, which must be this one.
     """
     for key, value in _SETTINGS.items():
         os.environ.setdefault(key, value)
@@ -75,7 +75,7 @@ def ray_session(address: str | None = None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _watched_head() -> Iterator[None]:
-    """Interrupt what runs meanwhile where the head of the cluster has died, and raise ClusterError in its place."""
+    """Interrupt the body if the head of the cluster dies, and raise ClusterError."""
     import ray
 
     address = ray.get_runtime_context().gcs_address
@@ -98,16 +98,16 @@ def _watched_head() -> Iterator[None]:
             raise
         raise ClusterError(
             f"the head of the Ray cluster at {address} has not answered for {_HEAD_SECONDS} seconds; when the cluster is up again, "
-            f"run the same command: whatever was finished is kept"
+            f"run the same command: finished work is kept"
         ) from None
     finally:
         ended.set()
 
 
 def _keep_output_clean() -> None:
-    """Ray prints to standard output what befalls nodes, with pages of their logs: among results, where nobody asked for it.
+    """Keep Ray's node-failure messages and their logs off standard output, where they would mix with results.
 
-    Tune logs a page for each worker that dies, which is tried again, and another one for each trial that failed, which the study reports.
+    Tune logs a page for each worker that dies, which is retried, and for each failed trial, which the study reports.
     """
     import ray
 
@@ -116,14 +116,14 @@ def _keep_output_clean() -> None:
 
 
 def _keep_signals() -> None:
-    """Ray's handler of SIGTERM would end this process in the middle of what it does, or while Ray itself starts."""
+    """Keep our handler of SIGTERM: Ray's would end this process immediately, even while Ray is starting."""
     import ray
 
     ray._private.utils.set_sigterm_handler = lambda handler: None
 
 
 def _import_libraries() -> None:
-    """Ray's Train and Tune import each other: two threads that begin with one each would meet half-made modules."""
+    """Import Ray's Train and Tune in one thread: they import each other, so two threads would see incomplete modules."""
     for name in ("ray.train.torch", "ray.tune"):
         importlib.import_module(name)
 
@@ -144,7 +144,7 @@ def _connect(address: str | None) -> None:
 
 
 def _session_folder() -> str:
-    """Where a private Ray keeps its sessions. Raises ClusterError where the path of a socket in one would be too long."""
+    """The folder for the sessions of a private Ray. Raises ClusterError if the path of a socket in it would be too long."""
     folder = os.path.join(tempfile.gettempdir(), "ray")
     socket_path = os.path.join(folder, f"session_2026-01-01_00-00-00_000000_{os.getpid()}", "sockets", "plasma_store")
     surplus = len(os.fsencode(socket_path)) - _SOCKET_PATH_BYTES
@@ -154,7 +154,7 @@ def _session_folder() -> str:
 
 
 def _check_answers(address: str) -> None:
-    """Raise ClusterError where nothing listens: Ray itself would try for minutes, with a warning every few seconds."""
+    """Raise ClusterError if nothing listens: Ray itself would try for minutes, with a warning every few seconds."""
     if address == "auto":
         return
     if address.startswith("ray://"):
@@ -167,7 +167,7 @@ def _check_answers(address: str) -> None:
 
 
 def _refusal(address: str) -> str | None:
-    """Why nothing listens at HOST:PORT; None where something does."""
+    """Why nothing listens at HOST:PORT; None if something does."""
     host, _, port = address.rpartition(":")
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=_ANSWER_SECONDS).close()
@@ -181,13 +181,14 @@ def _no_cluster(address: str, detail: str) -> ClusterError:
 
 
 def interruptible(action: Callable[[], Result], is_stopping: Callable[[], bool]) -> Result:
-    """Run `action` in a thread, and leave it there with Interrupted where `is_stopping` comes to hold: Ray Train's own wait cannot be ended."""
+    """Run `action` in a daemon thread; raise Interrupted once `is_stopping()` is true and abandon the thread, because Ray Train's wait cannot be
+    cancelled."""
     outcome: Future[Result] = Future()
 
     def run() -> None:
         try:
             outcome.set_result(action())
-        except BaseException as error:  # whatever it is, it is the caller's
+        except BaseException as error:  # any exception is passed to the caller
             outcome.set_exception(error)
 
     threading.Thread(target=run, daemon=True).start()
@@ -198,13 +199,13 @@ def interruptible(action: Callable[[], Result], is_stopping: Callable[[], bool])
 
 
 def session_logs() -> Path:
-    """The folder of this node's logs of Ray, whose files the cluster's dashboard hands out. Ray must run."""
+    """The log folder of Ray on this node, whose files the cluster's dashboard serves. Ray must be running."""
     import ray
 
     return Path(ray.init(ignore_reinit_error=True, logging_level=logging.ERROR).address_info["session_dir"], "logs")
 
 
 def is_connected() -> bool:
-    """Whether this process has a Ray."""
+    """Whether Ray is initialised in this process."""
     is_initialized = getattr(sys.modules.get("ray"), "is_initialized", None)  # another thread may be importing it
     return is_initialized is not None and bool(is_initialized())

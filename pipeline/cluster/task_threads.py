@@ -1,7 +1,8 @@
-"""Tasks side by side: each in a thread of this process, results in the order given, Ctrl-C with the main thread.
+"""Concurrent tasks, each in a thread of this process, with results in order; the main thread handles Ctrl-C.
 
-A task's thread computes little and waits for the cluster nearly all the time, so one process drives as many tasks as a cluster can hold, and holds
-no worker's place while it waits. What has to happen in the main thread, such as starting Ray, which sets signal handlers, a thread hands over to it.
+A task's thread computes little and waits for the cluster nearly all the time, so one process drives as
+many tasks as a cluster can hold. A thread passes work that must happen in the main thread, such as
+starting Ray, which sets signal handlers, to it.
 """
 
 from __future__ import annotations
@@ -17,20 +18,20 @@ from concurrent.futures import Future
 from typing import TypeVar
 
 LOOK_SECONDS = 1
-"""How often it is asked anew how many fit: clusters grow and shrink."""
+"""Seconds between two checks of how many tasks may run: clusters grow and shrink."""
 STOP_SECONDS = 5
-"""How long an interruption waits for threads to take their work off the cluster. On a Ray that goes with this process, the rest goes with it."""
+"""Seconds that an interruption waits for threads to cancel their work on the cluster. A private Ray shuts down with this process anyway."""
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
 class Interrupted(BaseException):
-    """Ends a thread whose run was interrupted. No Exception: it is no error of the task."""
+    """Ends the thread of an interrupted run. Not an Exception, because it is no error of the task."""
 
 
 class Together:
-    """Runs items in threads, at most `at_once()` at a time. `running` is how many there are now, without those that stand aside."""
+    """Run items in threads, at most `at_once()` concurrently. `running` is their number, without those that stand aside."""
 
     def __init__(self, at_once: Callable[[], int]) -> None:
         self.running = 0
@@ -44,13 +45,13 @@ class Together:
         return self._stopping.is_set()
 
     def pause(self, seconds: float) -> None:
-        """Wait. Raises Interrupted where the run is interrupted."""
+        """Sleep. Raises Interrupted if the run is interrupted."""
         if self._stopping.wait(seconds):
             raise Interrupted
 
     @contextlib.contextmanager
     def aside(self) -> Iterator[None]:
-        """While this thread waits for something other than the cluster, another item may run in its place."""
+        """A context in which another item may run in place of this one, which waits for something other than the cluster."""
         self._for_main.put(functools.partial(self._count, -1))
         try:
             yield
@@ -58,14 +59,14 @@ class Together:
             self._for_main.put(functools.partial(self._count, +1))
 
     def all_wait(self) -> bool:
-        """Whether every item that has not ended stands aside."""
+        """Whether every unfinished item stands aside."""
         return self.running == 0 and self._waiting == 0
 
     def _count(self, change: int) -> None:
         self.running += change
 
     def run(self, work: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
-        """`work` on every item, started in their order; its results in the same order. What `work` raises ends the run."""
+        """Run `work` on every item, started in order, and return the results in the same order. An exception of `work` ends the run."""
         results: dict[int, Result] = {}
         waiting, threads = deque(enumerate(items)), []
 
@@ -79,7 +80,7 @@ class Together:
             def run() -> None:
                 try:
                     outcome.set_result(work(item))
-                except BaseException as error:  # whatever it is, it is the main thread's
+                except BaseException as error:  # any exception is passed to the main thread
                     outcome.set_exception(error)
                 self._for_main.put(lambda: take(number, outcome))
 
@@ -108,7 +109,7 @@ class Together:
             return
 
     def on_main_thread(self, action: Callable[[], Result]) -> Result:
-        """Have the thread that this belongs to do something, and wait for it."""
+        """Run an action in the main thread and wait for it."""
         if threading.get_ident() == self._owner:
             return action()
         outcome: Future[Result] = Future()

@@ -1,4 +1,4 @@
-"""Ray tasks that are tried again when their workers die, and the places they take."""
+"""Ray tasks that are retried when their workers die, and the resources they take."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _LOOK_SECONDS = 0.5
 
 
 def first_ended(running: Sequence[Any], is_stopping: Callable[[], bool], timeout_seconds: float = math.inf) -> Any:
-    """The first of these Ray tasks to end; None where none does in time. Raises Interrupted where `is_stopping` comes to hold before."""
+    """The first of these Ray tasks to end, or None if none does in time. Raises Interrupted if `is_stopping()` becomes true first."""
     import ray
 
     deadline = time.monotonic() + timeout_seconds
@@ -27,12 +27,12 @@ def first_ended(running: Sequence[Any], is_stopping: Callable[[], bool], timeout
 
 
 class WorkersDied(Exception):
-    """A Ray task has lost its workers again and again."""
+    """A Ray task has lost its workers in every retry."""
 
 
 @dataclass
 class _Deaths:
-    """The deaths of one task since it last kept something new for its next try."""
+    """The deaths of one task since it last made progress."""
 
     kept: Callable[[], object]
     count: int = 0
@@ -42,7 +42,7 @@ class _Deaths:
         self._before = self.kept()
 
     def one_more(self) -> int:
-        """How many there are now."""
+        """The number of running tasks."""
         now = self.kept()
         self.count = self.count + 1 if now == self._before else 0
         self._before = now
@@ -50,7 +50,7 @@ class _Deaths:
 
 
 class _Running:
-    """The tasks that run, each with its index and its places."""
+    """The running tasks, each with its index and its placement group."""
 
     def __init__(self, worker: Callable[..., Any], cpus: float, gpus: float, ranks: int) -> None:
         import ray
@@ -68,14 +68,14 @@ class _Running:
         self._tasks[self._remote.options(**first_of(places)).remote(*arguments)] = index, places
 
     def next_ended(self, is_stopping: Callable[[], bool]) -> tuple[int, Any]:
-        """The index and the result's reference of the next task that ends; its places are free."""
+        """The index and the result's reference of the next task that ends; its resources are released."""
         ended = first_ended(list(self._tasks), is_stopping)
         index, places = self._tasks.pop(ended)
         release(places)
         return index, ended
 
     def cancel(self) -> None:
-        """End what still runs: where Ray is not ours, it would outlive us."""
+        """Cancel what still runs: on a shared Ray, it would outlive this process."""
         import ray
 
         for task, (_, places) in self._tasks.items():
@@ -94,19 +94,19 @@ def ended_tasks(
     kept: Callable[..., object] = lambda *given: None,
     is_stopping: Callable[[], bool],
 ) -> Iterator[tuple[int, Any]]:
-    """Run `worker` as a Ray task on every set of arguments; yields (index, outcome) as they end.
+    """Run `worker` as a Ray task on every set of arguments; yield (index, outcome) as they end.
 
     Args:
-        ranks: workers that it finds places for, its own among them, in its placement group: all at
-            once, or none. Each has `cpus` and `gpus`.
-        retries: of a task whose workers or nodes died and that has kept nothing new since the death
-            before. Several workers ask for places again, so that none is held meanwhile.
-        kept: asked with a set of arguments: what its task has kept for a next try, by any value that
-            differs once it is more.
+        ranks: size of the task's placement group in workers, its own included, each with `cpus` and
+            `gpus`; allocated at once or not at all.
+        retries: retries of a task whose workers or nodes died without progress since the previous
+            death. Several workers release their resources before a retry.
+        kept: called with a set of arguments; returns a value that changes when its task has made
+            progress that a retry can use.
 
     Raises:
-        WorkersDied: they did so more often.
-        Interrupted: `is_stopping` came to hold.
+        WorkersDied: A task's workers died more often.
+        Interrupted: `is_stopping()` became true.
     """
     import ray
     from ray.exceptions import NodeDiedError, OutOfMemoryError, WorkerCrashedError
@@ -133,26 +133,26 @@ def ended_tasks(
 
 
 def reserve(ranks: int, cpus: float, gpus: float) -> Any:
-    """A placement group for so many workers, on as few nodes as can be; all of it is had at once, or nothing."""
+    """A placement group for this many workers, on as few nodes as possible; it is allocated at once or not at all."""
     import ray
 
     return ray.util.placement_group(bundles(ranks, cpus, gpus), strategy="PACK")
 
 
 def bundles(ranks: int, cpus: float, gpus: float) -> list[dict[str, float]]:
-    """The places of a placement group for so many workers, as Ray wants them named."""
+    """The bundles of a placement group for this many workers."""
     return [{"CPU": cpus, **({"GPU": gpus} if gpus else {})}] * ranks
 
 
 def first_of(places: Any | None) -> dict[str, Any]:
-    """Options of a task that takes the first place of a placement group, where there is one."""
+    """Options of a task that takes the first bundle of a placement group, if there is one."""
     from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
     return {} if places is None else {"scheduling_strategy": PlacementGroupSchedulingStrategy(places, placement_group_bundle_index=0)}
 
 
 def release(places: Any | None) -> None:
-    """Give a placement group back, where there is one."""
+    """Release a placement group, if there is one."""
     import ray
 
     if places is not None:

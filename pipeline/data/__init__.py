@@ -1,4 +1,4 @@
-"""From the images that people have to shards, and from shards to batches.
+"""From user data to shards, and from shards to batches.
 
 Imports: errors, specs, utils.
 """

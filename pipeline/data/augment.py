@@ -1,4 +1,4 @@
-"""Augmentation of a whole batch at once, on whatever device the images are.
+"""Augmentation of a whole batch at once, on the device of the images.
 
 light    crop 50-100 % of the area, flip, brightness and contrast
 crop     crop 8-100 % of the area, flip: timm's and torchvision's RandomResizedCrop
@@ -26,7 +26,7 @@ from pipeline.specs import Augmentation
 
 CROP_ASPECT = (3 / 4, 4 / 3)
 CROP_TRIES = 10
-"""Crops drawn until one lies inside the image, as torchvision does; where none does, the whole image is taken."""
+"""Crops drawn until one lies inside the image, as in torchvision; if none does, the whole image is used."""
 JITTER = 0.4
 HUE_JITTER = 0.1
 COLOUR_PROBABILITY = 0.8
@@ -36,7 +36,7 @@ _GREY = (0.2989, 0.587, 0.114)
 
 
 def numbered_generator(seed: int, number: int) -> torch.Generator:
-    """A generator for the batch or step of that number: random numbers then depend on nothing that came before it."""
+    """A generator for the batch or step with this number, whose random numbers depend on nothing that came before."""
     return torch.Generator().manual_seed(int(np.random.SeedSequence([seed, number]).generate_state(1, np.uint64)[0] >> 1))
 
 
@@ -96,7 +96,7 @@ def _light_jitter(images: torch.Tensor, draw: _Numbers) -> torch.Tensor:
 
 
 def _colour_jitter(images: torch.Tensor, draw: _Numbers) -> torch.Tensor:
-    """torchvision's ColorJitter with a probability, then RandomGrayscale with a probability; every image in an order of its own."""
+    """torchvision's ColorJitter with a probability, then RandomGrayscale with a probability; the order of operations differs per image."""
     order_4B = draw(4).argsort(dim=0)
     (brightness, contrast, saturation), hue = _factors(draw(3)), HUE_JITTER * (2 * draw() - 1)
     is_jittered, is_grey = draw() < COLOUR_PROBABILITY, draw() < GREY_PROBABILITY
@@ -119,7 +119,7 @@ def _factors(numbers: torch.Tensor) -> torch.Tensor:
 
 
 def _blend(images: torch.Tensor, towards: torch.Tensor, factor_B: torch.Tensor) -> torch.Tensor:
-    """`factor` of the image and the rest of `towards`, clamped to [0, 1]."""
+    """Blend: `factor` of the image plus the rest of `towards`, clamped to [0, 1]."""
     return ((images - towards) * factor_B.view(-1, 1, 1, 1) + towards).clamp(0, 1)
 
 

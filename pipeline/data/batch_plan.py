@@ -1,7 +1,8 @@
-"""Who reads which sample when: batches as rows of (shard, position), computed from the index alone.
+"""Batch plans: which rank reads which sample when, as rows of (shard, position), computed from the index alone.
 
-Every plan is a pure function of its arguments: it depends neither on the process nor on the machine, so a run that is resumed, or moved to another
-number of workers, knows what its other ranks do. Nothing is dropped and nothing is read twice.
+Every plan is a pure function of its arguments, independent of process and machine, so a run that is
+resumed, or moved to another number of workers, knows what its other ranks do. Nothing is dropped and
+nothing is read twice.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ Batches = list[np.ndarray]  # each int32 [B, 2]
 def deal_shards(split: Split, world: int) -> np.ndarray:
     """Which rank of `world` reads each shard, int64 [shards].
 
-    The largest goes first, to the rank with the fewest samples so far. Whole shards are counted, whatever part of them is in the split: so the
+    The largest shard is assigned first, to the rank with the fewest samples so far. Whole shards are counted, not the part in the split, so that the
     training and validation samples of a shard go to one rank, which opens it for both.
     """
     rank_of_shard, samples_of_rank = np.zeros(len(split.shards), np.int64), np.zeros(world, np.int64)
@@ -30,8 +31,8 @@ def training_batches(split: Split, batch_size: int, seed: int, epoch: int, rank:
     """One rank's part of every batch of one epoch: every sample once over all ranks, in as many steps as one rank alone would take.
 
     With one rank this is the usual epoch whose last batch may be smaller. Several ranks spread the samples of their shards evenly over the steps: a
-    rank's parts differ by one sample at most, and so do whole batches. A rank with fewer samples than there are steps has empty parts. `window`: mix
-    samples within that many shards at a time, in an order of shards that changes with the epoch, so that no more need be in memory.
+    rank's parts differ by at most one sample, and so do whole batches. A rank with fewer samples than there are steps has empty parts. `window`: mix
+    samples within this many shards at a time, in an order of shards that changes per epoch, so that no more need to be in memory.
     """
     rank_of_shard = deal_shards(split, world)
     rank_of_sample = rank_of_shard[split.samples[:, 0]]
@@ -47,7 +48,7 @@ def training_batches(split: Split, batch_size: int, seed: int, epoch: int, rank:
 
 
 def _epoch_order(split: Split, rows: np.ndarray, is_read_M: np.ndarray, rng: np.random.Generator, window: int | None) -> np.ndarray:
-    """Those `rows` of the split that lie in the shards to be read, in the order of one epoch."""
+    """The `rows` of the split in the given shards, in the order of one epoch."""
     shuffled = rows[rng.permutation(len(rows))]
     if window is None:
         return shuffled
@@ -58,10 +59,10 @@ def _epoch_order(split: Split, rows: np.ndarray, is_read_M: np.ndarray, rng: np.
 
 
 def shard_batches(split: Split, batch_size: int, rank: int = 0, world: int = 1, seed: int = 0) -> Batches:
-    """Batches that never cross shards, for sums over a dataset: over all ranks the same set of batches, whatever `world` is.
+    """Batches that never cross shards, for sums over a dataset: the same set of batches for every `world`.
 
-    Samples of a shard are shuffled once, by `seed` and the shard's number. A single sample left over joins the batch before it, which then has
-    `batch_size + 1`: a contrastive loss needs company.
+    Samples of a shard are shuffled once, by `seed` and the shard's number. A single remaining sample joins the previous batch, which then has
+    `batch_size + 1`, because a contrastive loss needs at least two.
     """
     by_shard = np.argsort(split.samples[:, 0], kind="stable")
     numbers, starts = np.unique(split.samples[by_shard, 0], return_index=True)
@@ -76,6 +77,6 @@ def shard_batches(split: Split, batch_size: int, rank: int = 0, world: int = 1, 
 
 
 def evaluation_batches(split: Split, batch_size: int, rank: int = 0, world: int = 1) -> Batches:
-    """Every sample exactly once over all ranks, each rank's from its own shards, in stored order. A rank may have none."""
+    """Every sample exactly once over all ranks, from each rank's own shards, in stored order. A rank may have none."""
     samples = split.samples[deal_shards(split, world)[split.samples[:, 0]] == rank]
     return np.split(samples, np.arange(batch_size, len(samples), batch_size)) if len(samples) else []

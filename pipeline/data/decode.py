@@ -1,4 +1,4 @@
-"""An encoded image as a square of RGB bytes: the one way in, for training and for prediction.
+"""Decoding an image to a square of RGB bytes, for training and for prediction alike.
 
 The resize is plain bicubic to a square, antialiased, aspect not kept. Only the formats of `formats.py` are opened, of an
 animation its first frame. Pillow's limit on the number of pixels, its guard against decompression bombs, stays on.
@@ -26,14 +26,14 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""What makes an image upright, by its EXIF orientation."""
+"""The transposition that makes an image upright, by its EXIF orientation."""
 
 
 def decode_image(source: bytes | str | os.PathLike[str] | Image.Image, size_px: int, name: str = "") -> np.ndarray:
     """Decode `source` (encoded bytes, a file's path or a Pillow image) to uint8 [3, size_px, size_px].
 
-    Grey, palette, CMYK and 16-bit grey images become RGB; EXIF orientation is applied where it can be read; transparency is
-    dropped. Raises DataError, which calls the image `name` (default: its path).
+    Grey, palette, CMYK and 16-bit grey images become RGB; EXIF orientation is applied if it can be read; transparency is
+    dropped. Raises DataError, whose message names the image `name` (default: its path).
     """
     name = name or (str(source) if isinstance(source, (str, os.PathLike)) else "image")
     content = _content(source, name) if isinstance(source, (str, os.PathLike)) else source
@@ -68,9 +68,7 @@ def _content(path: str | os.PathLike[str], name: str) -> bytes:
 
 
 def _open(content: bytes) -> Image.Image:
-    """The image, loaded. A PNG that cannot be read is tried again without its metadata.
-
-    Pillow refuses a whole PNG for a text of more than a megabyte.
+    """Load an image. A PNG that cannot be read is tried again without its metadata, because Pillow rejects a PNG with a text of over a megabyte.
     """
     try:
         return _loaded(content)
@@ -98,7 +96,7 @@ def _png_without_metadata(content: bytes) -> bytes:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """`image` turned as its EXIF orientation says; as it is where the EXIF data are damaged."""
+    """Apply the EXIF orientation of an image; damaged EXIF data are ignored."""
     try:
         turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
     except Exception:  # as many kinds as there are ways to damage EXIF data
@@ -107,7 +105,7 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    """`image` in mode RGB. 16-bit grey keeps its full range: 0..65535 becomes 0..255, where Pillow would clip at 255."""
+    """Convert to mode RGB. 16-bit grey keeps its full range: 0..65535 becomes 0..255, where Pillow would clip at 255."""
     if image.mode.startswith("I"):
         grey = np.asarray(image).astype(np.float64)
         if grey.min() < 0 or grey.max() > 65535:

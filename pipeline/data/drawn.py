@@ -1,8 +1,9 @@
-"""Structured tasks drawn by a seeded generator, for demonstrations and tests without a download.
+"""Synthetic tasks drawn by a seeded generator, for demonstrations and tests without a download.
 
-`counting` asks how many blobs there are (1-6), `orientation` at which of 8 angles a bar or grating lies: small relatives of VTAB's Clevr-Count and
-dSprites-Orientation (arXiv 1910.04867). Colour, size, place and texture vary freely and tell nothing of the label. Each image is a function of (seed,
-split, number) alone, so images can be drawn one at a time and in any order.
+`counting` asks how many blobs there are (1-6), `orientation` at which of 8 angles a bar or grating
+lies: small relatives of VTAB's Clevr-Count and dSprites-Orientation (arXiv 1910.04867). Colour, size,
+position and texture are independent of the label. Each image is a function of (seed, split, number)
+alone, so images can be drawn one at a time and in any order.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Images as tables list them: each has a path or a URL and a label, is found, and is given once."""
+"""Images listed in tables: each has a path or a URL and a label, must exist, and is listed once."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pipeline.utils.redaction import without_secrets
 
 
 class Entry(NamedTuple):
-    """One image of a table: `where` names file and line or key, `place` is its path or URL."""
+    """One image of a table: `where` names the file and its line or key, `place` is the path or URL of the image."""
 
     where: str
     place: str
@@ -29,8 +29,8 @@ class Entry(NamedTuple):
 def listed_samples(listed: Mapping[SplitName, Sequence[Entry]], repeats: bool = False) -> dict[SplitName, list[SourceSample]]:
     """The samples of each split.
 
-    Raises DataError where an image is missing, or is given twice, unless in one split, with one label, and
-    `repeats` allows.
+    Raises DataError if an image is missing, or is listed twice, unless in one split, with one label, and
+    `repeats` allows it.
     """
     faults, hosts = Faults(), _Hosts()
     first_use: dict[str, tuple[SplitName, Entry]] = {}
@@ -48,7 +48,7 @@ def listed_samples(listed: Mapping[SplitName, Sequence[Entry]], repeats: bool = 
 
 
 def located(path: str, root: str) -> str:
-    """Where a listed image lies: `path` itself if it is a URL, absolute or begins with `~/`, otherwise below `root`."""
+    """The place of a listed image: `path` itself if it is a URL, absolute or begins with `~/`, otherwise below `root`."""
     if not path:
         return root
     if "://" in path:
@@ -59,7 +59,7 @@ def located(path: str, root: str) -> str:
 
 
 class _Hosts:
-    """Fetches images. A host that did not answer is not asked again: a long table would wait for it thousands of times."""
+    """Fetch images. A host that did not answer is not tried again: a long table would wait for it thousands of times."""
 
     def __init__(self) -> None:
         self._silent: set[str] = set()
@@ -80,7 +80,7 @@ class _Hosts:
 
 
 def _url_sample(entry: Entry, hosts: _Hosts) -> SourceSample:
-    """An image behind a URL, which is fetched when the dataset is prepared and never asked for again: its stamp is the URL's."""
+    """An image behind a URL, which is fetched once, when the dataset is prepared: its stamp is that of the URL."""
     where, url, label = entry
     try:
         is_url(url)

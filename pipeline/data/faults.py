@@ -1,4 +1,4 @@
-"""Faults of single images, gathered so that one report names them all."""
+"""Faults of single images, collected so that one error message names them all."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ _SHOWN = 10
 
 
 class Faults:
-    """What is wrong with images; `check` raises it."""
+    """The faults of images; `check` raises them."""
 
     def __init__(self) -> None:
         self.messages: list[str] = []
 
     def add(self, message: str) -> None:
-        """Note a fault."""
+        """Add a fault."""
         self.messages.append(printable(message))
 
     @contextmanager
     def gathered(self) -> Iterator[None]:
-        """Note the DataError that the block raises, unless it is no fault of the image."""
+        """Add the DataError that the block raises, unless it is not the image's fault."""
         try:
             yield
         except Unreachable:
@@ -32,7 +32,7 @@ class Faults:
             self.add(str(error))
 
     def check(self) -> None:
-        """Raise DataError where there are faults: the only one, or their number and the first ten."""
+        """Raise DataError if there are faults, with their number and the first ten."""
         if len(self.messages) == 1:
             raise DataError(self.messages[0])
         if self.messages:
@@ -42,5 +42,5 @@ class Faults:
 
 
 def printable(text: str) -> str:
-    """`text` with what cannot be printed as escapes: line ends, bytes that are not UTF-8."""
+    """Escape what cannot be printed: line ends, bytes that are not UTF-8."""
     return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in text)

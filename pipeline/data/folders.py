@@ -11,13 +11,13 @@ from pipeline.data.formats import EXPECTED, IMAGE_EXTENSIONS
 from pipeline.errors import DataError
 
 _LITTER = ("thumbs.db", "desktop.ini", "icon\r", "@eadir", "__macosx", "$recycle.bin")
-"""Left by desktops and storage boxes, beside hidden files."""
+"""Files that desktops and network storage leave behind, besides hidden files."""
 
 
 def labelled_images(folder: Path, faults: Faults) -> list[tuple[Path, str]]:
     """The images below `folder` in a fixed order, each with the name of its class's folder.
 
-    Links to folders are followed. Files that are no images go to `faults`. Raises DataError where a folder is missing, empty or cannot be read.
+    Links to folders are followed. Other files are added to `faults`. Raises DataError if a folder is missing, empty or cannot be read.
     """
     if not folder.is_dir():
         found = "is a file" if folder.exists() else "no such folder"
@@ -26,7 +26,7 @@ def labelled_images(folder: Path, faults: Faults) -> list[tuple[Path, str]]:
     class_folders = [path for path in shown if path.is_dir()]
     for path in shown:
         if not path.is_dir() and (_has_image_extension(path) or _is_broken_link(path)):
-            faults.add(_why_not_a_file(path) or f"{path}: lies beside the class folders; move it into one of them, or away")
+            faults.add(_why_not_a_file(path) or f"{path}: lies beside the class folders; move it into one of them, or elsewhere")
     if not class_folders:
         raise DataError(f"{folder}: holds no folders; expected a folder of images for each class")
     for path in class_folders:
@@ -43,14 +43,14 @@ def _images_below(class_folder: Path, faults: Faults) -> list[Path]:
         if fault := _why_not_a_file(path):
             faults.add(fault)
         elif not _has_image_extension(path):
-            faults.add(f"{path}: not an image by its name; expected {EXPECTED}; convert it, or move it away")
+            faults.add(f"{path}: not an image by its name; expected {EXPECTED}; convert it, or move it elsewhere")
     return files
 
 
 def _files_below(folder: Path) -> Iterator[Path]:
-    """Every file that is not hidden, those in subfolders too.
+    """Every file that is not hidden, including those in subfolders.
 
-    A folder that links lead to again is read once.
+    A folder that is reached by several links is read once.
     """
     seen = {_identity(parent) for parent in folder.resolve().parents}
     for path, folders, files in os.walk(folder, followlinks=True, onerror=_refuse):

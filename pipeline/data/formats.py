@@ -1,4 +1,4 @@
-"""Which image formats are read, and what a file is by its first bytes, whatever it is called."""
+"""The supported image formats, and the type of a file by its first bytes, regardless of its name."""
 
 from __future__ import annotations
 
@@ -64,13 +64,13 @@ _HEAD_BYTES = 512
 
 
 def extension_of(content: bytes) -> str | None:
-    """The file name extension that fits an encoded image; None where its format is unknown."""
+    """The file name extension of an encoded image's format; None if the format is unknown."""
     name, _ = _recognise(content)
     return EXTENSIONS[name][0] if name in EXTENSIONS else None
 
 
 def explain(content: bytes) -> str:
-    """Why `content` is not an image that can be read, and what to do."""
+    """A message that says why `content` is not a readable image, and what to do."""
     name, advice = _recognise(content)
     if name == "HEIF" and name not in readable_formats():
         return f"a HEIC image; {_CONVERT}, or install the package pillow-heif"
@@ -80,7 +80,7 @@ def explain(content: bytes) -> str:
 
 
 def _recognise(content: bytes) -> tuple[str, str]:
-    """What `content` is, and what to do if it should have been an image."""
+    """A message that says what `content` is, and what to do if it should have been an image."""
     if not content:
         return "the file is empty, 0 bytes", "copy it again"
     unknown = f"its first bytes are {content[:8]!r}, those of no image", f"expected {EXPECTED}"
@@ -93,14 +93,14 @@ def _known(content: bytes) -> tuple[str, str] | None:
 
 
 def kind_of(content: bytes) -> str | None:
-    """What a file is by its first bytes; None where they are of nothing known."""
+    """The type of a file by its first bytes; None if it is unknown."""
     known = _known(content)
     return known[0] if known else None
 
 
 @cache
 def readable_formats() -> tuple[str, ...]:
-    """Pillow's names of the formats to open, HEIC where the package pillow-heif is installed."""
+    """Pillow's names of the formats to open, including HEIC if the package pillow-heif is installed."""
     try:
         import_module("pillow_heif").register_heif_opener()
     except ImportError:

@@ -1,8 +1,9 @@
-"""A test set held out of train, for data that come without one.
+"""A test set held out of train, for data without one.
 
-The images of each class are ordered by a hash of their paths below the folder that all of train shares, and the first ones
-become the test set. So it is the same on every machine and for every seed of a task, and an image seldom changes sides when
-others are added: what a model was trained on must not become what a later one is tested on.
+The images of each class are ordered by a hash of their paths below the folder that all of train
+shares, and the first ones become the test set. So it is the same on every machine and for every seed
+of a task, and an image rarely changes sides when others are added: what a model was trained on must
+not become what a later one is tested on.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from pipeline.data.urls import sha256_hex
 def hold_out_test(source: Source, fraction: float) -> Source:
     """`source` with about `fraction` of the training images of each class as its test set.
 
-    Raises DataError where a class has a single image.
+    Raises DataError if a class has a single image.
     """
     train = source.splits["train"]
     quotas = held_out_quotas(np.array([sample.label for sample in train]), fraction, source.classes, "test")

@@ -1,7 +1,8 @@
-"""The index: which shards a prepared dataset has, and what is in them.
+"""The index: the shards of a prepared dataset and their contents.
 
-`index.json` is the manifest of a prepared dataset. It is written last and renamed into place, so a folder that has one is complete. It holds every
-sample's label, so batches are planned without opening a shard, and every shard's SHA-256, so a shard that changed is noticed when it is read.
+`index.json` is the manifest of a prepared dataset. It is written last and renamed into place, so a
+folder that has one is complete. It holds every sample's label, so that batches are planned without
+opening a shard, and every shard's SHA-256, so that a changed shard is noticed when it is read.
 """
 
 from __future__ import annotations
@@ -41,8 +42,8 @@ class ShardEntry(BaseModel):
 class DataIndex(BaseModel):
     """A prepared dataset.
 
-    `source_digest` tells what it was made from, `remarks` what a reader should know of it; neither
-    is part of `digest`.
+    `source_digest` identifies what it was made from, `remarks` are warnings for the user; neither is
+    part of `digest`.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -67,14 +68,14 @@ class DataIndex(BaseModel):
 
     @property
     def digest(self) -> str:
-        """SHA-256 (64 hex digits) of the content: classes, and each split's shards by their own SHA-256. Where the shards lie has no part in it."""
+        """SHA-256 (64 hex digits) of the content: classes, and each split's shards by their own SHA-256, independent of their paths."""
         lines = [f"class {name!r}" for name in self.classes]
         lines += [f"{split} {shard.sha256}" for split in sorted(self.splits) for shard in self.splits[split]]
         return sha256_hex("\n".join(lines).encode())
 
 
 def read_index(folder: Path) -> DataIndex:
-    """The index of a prepared dataset. Raises DataError where it is missing, damaged or of a newer version."""
+    """Read the index of a prepared dataset. Raises DataError if it is missing, damaged or of a newer version."""
     path = folder / INDEX_NAME
     try:
         return DataIndex.model_validate_json(path.read_bytes())
@@ -87,7 +88,7 @@ def read_index(folder: Path) -> DataIndex:
 
 
 def write_index(folder: Path, index: DataIndex) -> None:
-    """Write `index` into `folder`, replacing the one that is there in one step."""
+    """Write `index` into `folder` atomically, replacing an existing one."""
     temporary = folder / f".{INDEX_NAME}.{os.getpid()}"
     try:
         temporary.write_text(index.model_dump_json() + "\n", encoding="utf-8")

@@ -1,7 +1,8 @@
-"""A look at every image while a dataset is prepared: can it be read, and does it occur twice?
+"""Inspection of every image while a dataset is prepared: whether it can be read, and whether it occurs twice.
 
-Identical files in two splits make a test result too good; identical files with two labels cannot both be right. Both are
-told by a hash of the encoded image, so a copy that was compressed again is not noticed. Neither stops a preparation.
+Identical files in two splits make a test result too good; identical files with two labels cannot both
+be right. Both are detected by a hash of the encoded image, so a copy that was compressed again is not
+noticed. Neither stops a preparation.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ _Named = tuple[int, str]  # label, name
 
 
 class Inspection:
-    """The faults and the repetitions of the images it was shown."""
+    """Collects faults and repetitions of images."""
 
     def __init__(self) -> None:
         self.faults = Faults()
@@ -28,9 +29,9 @@ class Inspection:
         self._two_labels: dict[SplitName, dict[bytes, tuple[_Named, _Named]]] = defaultdict(dict)
 
     def look(self, split: SplitName, name: str, label: int, load: Callable[[], bytes]) -> bytes | None:
-        """The encoded image that `load` gives; None where it cannot be read, which is noted.
+        """Return the encoded image from `load`, or None if it cannot be read, which is a fault.
 
-        Faults call it `name`.
+        Faults name it `name`.
         """
         with self.faults.gathered():
             image = load()
@@ -40,7 +41,7 @@ class Inspection:
         return None
 
     def check(self) -> None:
-        """Raise DataError where images cannot be read, whose names are in sorted order."""
+        """Raise DataError if images cannot be read, with their names sorted."""
         self.faults.messages.sort()
         self.faults.check()
 
@@ -54,7 +55,7 @@ class Inspection:
                     self._shared[other, split].append((images[content], image))
 
     def remarks(self, classes: list[str]) -> list[str]:
-        """One sentence for each pair of splits that share images, and each split with two labels."""
+        """One sentence per pair of splits that share images, and per split with images that have two labels."""
         lines = []
         for (split, other), pairs in self._shared.items():
             (_, name), (_, copy) = pairs[0]

@@ -1,4 +1,4 @@
-"""What a label means: the number of a class, from 0, or its name where the names are declared."""
+"""The meaning of a label: the number of a class, from 0, or its name if names are declared."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ _DIGITS_MAX = 18  # longer runs of digits are no label
 
 
 class JsonObject(list[tuple[str, Any]]):
-    """A JSON object with its keys as they were written, repeated ones too."""
+    """A JSON object with its keys as written, including repeated ones."""
 
 
 def read_json(text: str, where: str, expected: str) -> Any:
-    """The content of a JSON text, its objects as JsonObject. Raises DataError naming `where`."""
+    """Parse a JSON text, with objects as JsonObject. Raises DataError naming `where`."""
     try:
         return json.loads(text, object_pairs_hook=JsonObject)
     except (ValueError, RecursionError) as error:
@@ -26,9 +26,9 @@ def read_json(text: str, where: str, expected: str) -> Any:
 
 
 def class_number(label: Any, numbers: Mapping[str, int] | None, where: str) -> int:
-    """The class that `label` means: a whole number (also as text) or a name in `numbers`.
+    """The class of `label`: an integer (also as text) or a name in `numbers`.
 
-    A number is not compared with how many classes there are. Raises DataError naming `where`.
+    A number is not compared with the number of classes. Raises DataError naming `where`.
     """
     if isinstance(label, str) and label.isascii() and label.isdigit() and len(label) <= _DIGITS_MAX:
         return int(label)
@@ -46,14 +46,14 @@ def is_name(label: Any) -> bool:
 
 
 class MemberLabels:
-    """Reads the labels of a shard's samples: all are numbers, or all are names of `names`."""
+    """Reads the labels of a shard's samples: all are numbers, or all are names from `names`."""
 
     def __init__(self, names: Sequence[str] | None) -> None:
         self._numbers = None if names is None else numbered(names)
         self._first: tuple[Any, str] | None = None
 
     def read(self, content: bytes, field: str | None, where: str) -> int:
-        """The class that `key.cls` means, or that field of `key.json`. Raises DataError."""
+        """The class of `key.cls`, or of the field of `key.json`. Raises DataError."""
         try:
             text = content.decode("utf-8-sig").strip()
         except UnicodeDecodeError:
@@ -69,9 +69,9 @@ class MemberLabels:
 
 
 def check_one_kind(label: Any, where: str, first: Any, first_where: str) -> None:
-    """Raise DataError where one label is a number and another a name.
+    """Raise DataError if one label is a number and another a name.
 
-    Numbers that count from 1 would pass for other classes.
+    Numbers that count from 1 would be mistaken for other classes.
     """
     if is_name(label) != is_name(first):
         raise DataError(f"{where}: the label is {quoted(label)}, but {quoted(first)} at {first_where}; expected either numbers or names")

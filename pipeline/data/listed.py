@@ -1,8 +1,9 @@
 """List files and JSON splits: datasets that name their images by path and their classes by number.
 
-VTAB-1k (arXiv 1910.04867) as it is passed around is a folder a task, with list files of `path label` lines; the FGVC splits of VPT (arXiv 2203.12119)
-are JSON objects of `{"path": label}`. How many classes there are is declared with the task, because train need not have them all: VTAB-1k's 800
-training images are not stratified.
+VTAB-1k (arXiv 1910.04867) is distributed as one folder per task, with list files of `path label`
+lines; VPT's splits of FGVC (arXiv 2203.12119) are JSON objects of `{"path": label}`. The number of
+classes is declared in the task, because train need not have them all: VTAB-1k's 800 training images
+are not stratified.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ _EXPECTED = "the names of a split's images with their labels"
 
 
 class _Pair(NamedTuple):
-    """One key of a JSON file with its label, as yet of any type."""
+    """One key of a JSON file with its label, of any type."""
 
     where: str
     path: str
@@ -45,7 +46,7 @@ def lists_source(data: ListsData) -> Source:
 def json_source(data: JsonData) -> Source:
     """JSON objects of path to label. Labels that are names, or numbers below the number of classes, are those classes.
 
-    Other numbers are numbered in their order, as VPT does, and must be as many as the classes. Raises DataError that names file and key.
+    Other numbers are numbered in their order, as in VPT, and there must be as many as classes. Raises DataError that names file and key.
     """
     names = _names(data)
     pairs = {split: _json_pairs(file) for split, file in _split_files(data)}

@@ -1,7 +1,8 @@
 """CSV manifests: tables with a column of images and a column of labels.
 
-Columns are separated by commas, semicolons, tabs or bars, whichever of them gives the header both columns. Every record
-is read strictly: a quote that is never closed would otherwise swallow the rows after it without a word.
+Columns are separated by commas, semicolons, tabs or vertical bars: the one that gives the header both
+columns. Every record is read strictly: an unclosed quote would otherwise silently swallow the rows
+after it.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ def _rows(manifest: str, data: CsvData) -> list[_Row]:
 
 
 def _separator(text: str, manifest: str, columns: tuple[str, str]) -> str:
-    """The one that gives the first line both columns. Raises DataError where none does."""
+    """The delimiter that gives the first line both columns. Raises DataError if there is none."""
     first = next((line for line in lines_of(text) if line.strip()), "")[:_HEADER_MAX]
     if not first:
         raise DataError(f"{manifest}: the file is empty; expected the columns {' and '.join(columns)}")
@@ -85,7 +86,7 @@ def _fields(record: list[str]) -> list[str]:
 
 
 def _records(text: str, separator: str, manifest: str) -> Iterator[_Record]:
-    """The records that are not blank, each with the line that it begins at. Raises DataError."""
+    """The records that are not blank, each with the number of its first line. Raises DataError."""
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, skipinitialspace=True, strict=True)
     where = f"{manifest}: line 1"
     try:

@@ -1,4 +1,4 @@
-"""Names of classes: as declared or as found, without pairs that a reader would take for one."""
+"""Names of classes, declared or found, without pairs that look the same to a reader."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _NUMBER = re.compile(r"(-?[0-9]{1,18})(\.0*)?")
 
 
 def class_names(classes: tuple[str, ...] | str) -> list[str]:
-    """Names as given, or those in a file (or URL) with one name a line. Raises DataError."""
+    """The given names, or those in a file (or URL) with one name per line. Raises DataError."""
     where = classes if isinstance(classes, str) else "classes"
     lines = lines_of(read_text(classes, "one class name a line")) if isinstance(classes, str) else classes
     names = [line.strip() for line in lines if line.strip()]
@@ -33,9 +33,9 @@ def numbered(names: Iterable[str]) -> dict[str, int]:
 
 
 def check_names(names: Iterable[str], where: str) -> None:
-    """Raise DataError where a name cannot be used, or two are the same name.
+    """Raise DataError if a name cannot be used, or two names are the same.
 
-    Two are, if they differ only by white space, case, Unicode form or how a number is written.
+    They are if they differ only by white space, case, Unicode form or the spelling of a number.
     """
     first: dict[str, str] = {}
     for name in sorted(names):
@@ -53,7 +53,7 @@ def _is_text(name: str) -> bool:
 
 
 def _looks(name: str) -> str:
-    """A name without what cannot be seen: Unicode form, white space, characters such as U+200B."""
+    """A name without invisible differences: Unicode form, white space, characters such as U+200B."""
     visible = "".join(character for character in unicodedata.normalize("NFKC", name) if unicodedata.category(character) != "Cf")
     return " ".join(visible.split())
 

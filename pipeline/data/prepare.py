@@ -1,7 +1,8 @@
-"""Prepare: what people have becomes shards with an index, checked against the task.
+"""Prepare: convert user data to shards with an index, and check it against the task.
 
-Shards that exist are scanned and indexed where they lie; everything else is written as shards. Writing goes to a sibling folder that is renamed into
-place when it is complete, so a folder that has an index is whole. A folder that was prepared from the same source, and is intact, is used as it is.
+Existing shards are scanned and indexed in place; everything else is written as shards, into a sibling
+folder that is renamed when it is complete, so that a folder with an index is complete. An intact
+folder that was prepared from the same source is reused.
 """
 
 from __future__ import annotations
@@ -37,9 +38,11 @@ _MAX_INFERRED_CLASSES = 65536
 
 
 def prepare(task: Task, folder: Path) -> DataIndex:
-    """Make `folder` the prepared dataset of `task`, unless it is already, and check that it suits the task.
+    """Prepare the dataset of `task` in `folder`, unless it is there already, and check that it suits the task.
 
-    Raises DataError where the data is missing, damaged or unfit, StorageError where the folder cannot be written or holds something else.
+    Raises:
+        DataError: The data is missing, damaged or unsuitable.
+        StorageError: The folder cannot be written, or holds something else.
     """
     folder = Path(os.path.abspath(folder))
     data = task.data
@@ -121,7 +124,7 @@ def _inferred_classes(entries: dict[SplitName, list[ShardEntry]]) -> list[str]:
 
 
 def _order_remarks(shards: list[ShardEntry]) -> list[str]:
-    """A sentence where shards hold far fewer classes than if their samples were mixed."""
+    """A warning if shards hold far fewer classes than if their samples were mixed, else None."""
     counts = np.bincount(np.concatenate([shard.labels for shard in shards]))
     shares = counts / counts.sum()
     mixed = np.mean([np.sum(1 - (1 - shares) ** shard.samples) for shard in shards])
@@ -135,7 +138,7 @@ def _order_remarks(shards: list[ShardEntry]) -> list[str]:
 
 
 def _scan(url: str, names: list[str] | None, split: SplitName, inspection: Inspection, label_field: str | None = None) -> ShardEntry:
-    """Read every sample of a shard once, so that no fault is left to be found during training."""
+    """Read every sample of a shard once, so that faults do not show only during training."""
     content = fetch(url)
     labels: list[int] = []
     for key, image, label in samples_in(content, url, names, label_field):
@@ -185,7 +188,7 @@ def _sibling(folder: Path) -> Path:
 
 
 def _shuffled(split: SplitName, samples: list[SourceSample], inspection: Inspection) -> Iterator[Sample]:
-    """Classes mixed, always in the same way: a shard must not hold one class alone.
+    """Shuffle the samples deterministically, so that a shard does not hold a single class.
 
     After a fault, the rest is only inspected.
     """
@@ -197,7 +200,7 @@ def _shuffled(split: SplitName, samples: list[SourceSample], inspection: Inspect
 
 
 def _check_replaceable(folder: Path) -> None:
-    """Raise StorageError where `folder` holds anything that an earlier preparation did not write."""
+    """Raise StorageError if `folder` holds anything that an earlier preparation did not write."""
     if not folder.exists():
         return
     if not folder.is_dir():
@@ -210,7 +213,7 @@ def _check_replaceable(folder: Path) -> None:
 
 
 def _publish(building: Path, folder: Path, is_current: Callable[[], bool]) -> None:
-    """Rename `building` to `folder`; a dataset that is there gives way, unless another process has just written the same one."""
+    """Rename `building` to `folder`, replacing a dataset there unless another process has just written the same one."""
     try:
         os.rename(building, folder)
     except OSError as error:
@@ -228,7 +231,7 @@ def _publish(building: Path, folder: Path, is_current: Callable[[], bool]) -> No
 
 
 def check(index: DataIndex, task: Task) -> None:
-    """Raise DataError unless a study of `task` can be run on the dataset: classes, and samples enough in each split."""
+    """Raise DataError unless the dataset has the classes, and enough samples in each split, for a study of `task`."""
     if len(set(index.classes)) < max(2, len(index.classes)):
         raise DataError(f"{task.name}: classes are {listing(index.classes)}; expected at least two, with different names")
     if not index.splits.get("train") or not index.splits.get("test"):
@@ -248,13 +251,13 @@ def check(index: DataIndex, task: Task) -> None:
 
 
 def remarks_on(index: DataIndex) -> list[str]:
-    """What a user should know of a dataset that can be used: images that occur twice, ..."""
+    """Warnings about a usable dataset: images that occur twice, ..."""
     untrained = untrained_classes(index)
     missing = [f"no training sample of {len(untrained)} of the classes: {listing(untrained)}"] if untrained else []
     return [*missing, *index.remarks]
 
 
 def untrained_classes(index: DataIndex) -> list[str]:
-    """The classes without a training sample: a model cannot tell them, and its accuracy counts them as any other."""
+    """The classes without a training sample, which a model cannot learn but its accuracy counts like any other."""
     trained = {label for shard in index.splits["train"] for label in shard.labels}
     return [name for number, name in enumerate(index.classes) if number not in trained]

@@ -1,9 +1,10 @@
-"""Samples as tensors: decoded shards, kept in memory as long as they fit.
+"""Samples as tensors: decoded shards, cached in memory as long as they fit.
 
-Random access to single members of a tar, over and over, would decode each image once an epoch. A whole shard is decoded once instead and kept; the
-least recently used goes first. The cache belongs to the process: trials that follow one another in a process, and tasks that share shards, find them
-decoded. Its key is the content's SHA-256, never the file's name. Shards behind URLs are fetched a few ahead of their use, and kept on disk
-(remote.py).
+Random access to single members of a tar would decode each image once per epoch. Instead, a whole
+shard is decoded once and cached; the least recently used is evicted first. The cache belongs to the
+process: successive trials in a process, and tasks that share shards, find them decoded. Its key is
+the content's SHA-256, never the file's name. Shards behind URLs are fetched a few ahead of their use,
+and cached on disk (remote.py).
 """
 
 from __future__ import annotations
@@ -32,14 +33,14 @@ Key = tuple[str, int]  # sha256, size_px
 
 
 class ShardCache:
-    """Decoded shards, uint8 [N, 3, S, S], least recently used first. Safe to share between threads."""
+    """Decoded shards, uint8 [N, 3, S, S], least recently used first. Thread-safe."""
 
     def __init__(self) -> None:
         self._images: OrderedDict[Key, torch.Tensor] = OrderedDict()
         self._lock = threading.Lock()
 
     def get(self, key: Key, load: Callable[[], torch.Tensor], limit_bytes: int) -> torch.Tensor:
-        """The shard under `key`, from `load` where it is not held. Afterwards no more than `limit_bytes` are held, or this one shard alone."""
+        """The shard under `key`, from `load` if it is not cached. Afterwards at most `limit_bytes` are cached, or this one shard alone."""
         with self._lock:
             if key not in self._images:
                 self._images[key] = load()
@@ -49,16 +50,16 @@ class ShardCache:
             return self._images[key]
 
     def holds(self, key: Key) -> bool:
-        """Whether a shard is held now."""
+        """Whether a shard is cached."""
         with self._lock:
             return key in self._images
 
     def size_bytes(self) -> int:
-        """Bytes held."""
+        """Bytes in the cache."""
         return sum(images.nbytes for images in self._images.values())
 
     def clear(self) -> None:
-        """Let everything go."""
+        """Empty the cache."""
         with self._lock:
             self._images.clear()
 
@@ -77,7 +78,7 @@ class Reader:
         self._labels = [np.array(shard.labels, np.int64) for shard in self.shards]
 
     def window(self, numbers: Iterable[int] | None = None) -> int | None:
-        """How many shards to mix at a time, of those with these numbers (default: all), so that they stay in the cache; None where all fit."""
+        """How many of the shards with these numbers (default: all) to mix at a time, so that they stay in the cache; None if all fit."""
         shards = self.shards if numbers is None else [self.shards[number] for number in numbers]
         sizes_bytes = [3 * self.size_px**2 * shard.samples for shard in shards]
         return None if sum(sizes_bytes) <= self.cache_bytes else max(1, self.cache_bytes // max(sizes_bytes))
@@ -85,9 +86,9 @@ class Reader:
     def read(self, samples: np.ndarray, content: Callable[[ShardEntry], bytes] | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Images uint8 [B, 3, S, S] and labels int64 [B] of `samples`, int [B, 2] rows of (shard, position), in their order.
 
-        content: where a shard's bytes come from; default: its path or URL.
+        content: source of a shard's bytes; default: its path or URL.
 
-        Raises DataError where a shard is missing, or is not the one that was indexed.
+        Raises DataError if a shard is missing, or is not the one that was indexed.
         """
         images = np.empty((len(samples), 3, self.size_px, self.size_px), np.uint8)  # numpy copies rows of bytes many times faster than torch
         labels = np.empty(len(samples), np.int64)
@@ -99,9 +100,9 @@ class Reader:
         return torch.from_numpy(images), torch.from_numpy(labels)
 
     def batches(self, plan: Sequence[np.ndarray]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """`read` for each batch of a plan. While one is used, the next shards behind URLs are on their way.
+        """Call `read` for each batch of a plan. The next shards behind URLs are fetched meanwhile.
 
-        Raises DataError as `read`, when the shard's turn comes.
+        Raises DataError like `read`, when it reaches the shard.
         """
         if not plan or all(not is_url(shard.path) or CACHE.holds(self._key(shard)) for shard in self.shards):
             yield from map(self.read, plan)
@@ -132,7 +133,7 @@ class Reader:
 
 
 class _Ahead:
-    """Fetches shards in threads, in the order of their first use and SHARDS_AHEAD of them at a time; called for a shard, gives its bytes."""
+    """Fetches shards in threads, SHARDS_AHEAD at a time in the order of their first use; call it with a shard for its bytes."""
 
     def __init__(self, shards: Sequence[ShardEntry], fetch: Callable[[ShardEntry], bytes]) -> None:
         self._waiting, self._fetch = deque(shards), fetch

@@ -1,7 +1,8 @@
-"""Shards behind URLs, kept on this machine's disk: each is fetched once for all processes, tasks and epochs.
+"""A disk cache of shards behind URLs: each is fetched once for all processes, tasks and epochs.
 
-A file's name is its content's SHA-256, never the URL's last part, which WebDataset's own cache takes: two tasks may both have a `train-000000.tar`.
-The folder is bounded; what was read longest ago goes first.
+A file's name is its content's SHA-256, unlike in WebDataset's own cache, which uses the last part of
+the URL: two tasks may both have a `train-000000.tar`. The size of the folder is bounded; the least
+recently read file is evicted first.
 """
 
 from __future__ import annotations
@@ -24,16 +25,16 @@ DEFAULT_LIMIT_GB = 50.0
 
 
 class ShardStore:
-    """Shards by SHA-256 in `folder`, at most `limit_bytes` of them. Safe to share between processes."""
+    """Shards by SHA-256 in `folder`, at most `limit_bytes` in total. Safe to share between processes."""
 
     def __init__(self, folder: Path, limit_bytes: float) -> None:
         self.folder = folder
         self.limit_bytes = limit_bytes
 
     def read(self, url: str, sha256: str) -> bytes:
-        """The content of the shard at `url`; whoever comes first fetches it, the others wait. Raises DataError where it cannot be had, or differs.
+        """The content of the shard at `url`; the first process fetches it, the others wait. Raises DataError if it cannot be read, or differs.
 
-        A folder that is full or cannot be written keeps nothing, and the shard is fetched every time.
+        If the folder is full or cannot be written, the shard is fetched every time.
         """
         path = self.folder / sha256
         with contextlib.ExitStack() as stack:
@@ -47,7 +48,7 @@ class ShardStore:
         return content
 
     def keep(self, content: bytes, sha256: str) -> None:
-        """Add a shard that was fetched already, where the folder takes it."""
+        """Add a shard that was fetched already, if the folder can be written."""
         with contextlib.suppress(OSError):
             self.folder.mkdir(parents=True, exist_ok=True)
             self._write(self.folder / sha256, content)
@@ -63,7 +64,7 @@ class ShardStore:
         self._bound(newest=path)
 
     def _bound(self, newest: Path) -> None:
-        """Remove what was read longest ago until the rest fits; the newest stays, whatever its size."""
+        """Remove the least recently read files until the rest fits; the newest is kept at any size."""
         shards = sorted((each for each in self.folder.iterdir() if not each.suffix and each.name[0] != "."), key=lambda each: each.stat().st_mtime_ns)
         size_bytes = sum(each.stat().st_size for each in shards)
         for each in shards:
@@ -76,7 +77,7 @@ class ShardStore:
 
 
 def _kept(path: Path, sha256: str) -> bytes | None:
-    """The content on disk; None where there is none, or it was damaged there."""
+    """The content on disk; None if it is missing or damaged."""
     try:
         content = path.read_bytes()
         _mark_read(path)
@@ -92,7 +93,7 @@ def _mark_read(path: Path) -> None:
 
 
 def fetch_checked(url: str, sha256: str) -> bytes:
-    """The content at a path or URL. Raises DataError where it cannot be read, or is not what was indexed."""
+    """The content at a path or URL. Raises DataError if it cannot be read, or is not what was indexed."""
     content = fetch(url)
     if sha256_hex(content) != sha256:
         raise DataError(f"{url}: damaged, or changed since it was indexed (its SHA-256 differs); prepare the dataset again")

@@ -1,4 +1,4 @@
-"""A few test images as files, to look at and to predict."""
+"""Write a few test images as files, to look at and to predict."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SAMPLE_PX = 64
 
 
 def save_samples(data_folder: Path, folder: Path, count: int) -> list[Path]:
-    """Write the first `count` test images as `<class>-<number>.png` into `folder`; their paths."""
+    """Write the first `count` test images as `<class>-<number>.png` into `folder`; return their paths."""
     index = read_index(data_folder)
     folder.mkdir(parents=True, exist_ok=True)
     paths = []

@@ -1,10 +1,11 @@
 """Shards: WebDataset tars of `key.jpg` (or another extension of `formats.py`) and `key.cls`, written byte for byte the same,
 read without losing a sample or running code.
 
-Python's tar reader stops without a word at a damaged header, and at a file that was cut between two members; both would lose samples. So a shard is
-read whole, and counts as whole only where its members are followed by the end mark of two zero blocks and by nothing else. Labels are numbers,
-names or a field of JSON (labels.py); members that only a pickle loader could read are refused by name, and WebDataset's decoders, which would
-load them, are never called.
+Python's tar reader stops silently at a damaged header, and at a file that was cut between two members;
+both would lose samples. So a shard is read as a whole, and is valid only if its members are followed
+by the end mark of two zero blocks and by nothing else. Labels are numbers, names or a field of JSON
+(labels.py); members that only a pickle loader could read are rejected by name, and WebDataset's
+decoders, which would load them, are never called.
 """
 
 from __future__ import annotations
@@ -139,7 +140,7 @@ def _check_member(member: tarfile.TarInfo, names: Container[str], url: str) -> N
 
 
 def _image_extension(members: dict[str, bytes], sample: str) -> str | None:
-    """Which member is the sample's image; None where the group has nothing to do with images or labels (a README). Raises DataError."""
+    """The member that is the sample's image; None if the group has neither an image nor a label (a README). Raises DataError."""
     extensions = [name for name in members if not name.startswith("__")]
     images = [name for name in extensions if name in IMAGE_EXTENSIONS]
     if len(images) == 1 and (LABEL_EXTENSION in members or "json" in members):
@@ -157,7 +158,7 @@ def _image_extension(members: dict[str, bytes], sample: str) -> str | None:
 
 
 def _check_alone(members: dict[str, bytes], image_extension: str, label: str, sample: str) -> None:
-    """Raise DataError where a second image of the group has a label too: `a.v2.jpg` and `a.v2.cls` beside `a.jpg` and `a.cls`."""
+    """Raise DataError if a second image of the group also has a label: `a.v2.jpg` and `a.v2.cls` next to `a.jpg` and `a.cls`."""
     for name in members:
         stem, _, extension = name.rpartition(".")
         if stem and extension in IMAGE_EXTENSIONS and f"{stem}.{label}" in members:
@@ -207,7 +208,7 @@ def _tar(samples: list[Sample]) -> bytes:
 
 
 def _extension_of(image: bytes, name: str) -> str:
-    """The extension that fits an encoded image's first bytes, whatever its file was called. Raises DataError."""
+    """The extension that matches an encoded image's first bytes, regardless of its file name. Raises DataError."""
     extension = extension_of(image)
     if extension is None:
         raise DataError(f"{name}: cannot be decoded: {explain(image)}")

@@ -29,7 +29,7 @@ from pipeline.specs import DigitsData, FolderData
 
 @dataclass(frozen=True)
 class SourceSample:
-    """One labelled image that is yet to be read: `load` gives its encoded bytes, `name` calls it in errors."""
+    """One labelled image that is not read yet: `load` returns its encoded bytes, `name` is its name in error messages."""
 
     name: str
     stamp: str
@@ -62,7 +62,7 @@ def _file_sample(path: Path, label: int) -> SourceSample:
 
 
 def stamp_of(status: os.stat_result) -> str:
-    """What changes when a file does: `cp -p` and `rsync` keep size and time of modification."""
+    """A stamp that changes when a file does: `cp -p` and `rsync` keep size and modification time."""
     return f"{status.st_size}:{status.st_mtime_ns}:{status.st_ctime_ns}:{status.st_ino}"
 
 
@@ -75,7 +75,7 @@ def read_file(path: Path) -> bytes:
 
 
 def number_names(names: Mapping[SplitName, Sequence[str]], what: str) -> dict[str, int]:
-    """Number the names of classes that occur in train, in sorted order. Raises DataError where another split has one that train lacks."""
+    """Number the names of classes that occur in train, in sorted order. Raises DataError if another split has one that train lacks."""
     number = numbered(sorted(set(names["train"])))
     check_names(sorted({name for each in names.values() for name in each}), what)
     for split, each in names.items():
@@ -86,7 +86,7 @@ def number_names(names: Mapping[SplitName, Sequence[str]], what: str) -> dict[st
 
 
 def _number_classes(labelled: dict[SplitName, list[tuple[Path, str]]], what: str) -> Source:
-    """Samples with their classes as numbers. Raises DataError as `number_names`, or where an image is given twice."""
+    """Samples with their classes as numbers. Raises DataError like `number_names`, or if an image is listed twice."""
     _check_used_once(labelled)
     number = number_names({split: [name for _, name in samples] for split, samples in labelled.items()}, what)
     return Source(list(number), {split: [_file_sample(path, number[name]) for path, name in samples] for split, samples in labelled.items()})
@@ -105,7 +105,7 @@ def _check_used_once(labelled: dict[SplitName, list[tuple[Path, str]]]) -> None:
 
 
 def folder_source(data: FolderData) -> Source:
-    """One folder a class, in each split's folder; classes are the names of train's folders, sorted. Raises DataError."""
+    """One folder per class in the folder of each split; classes are the names of train's folders, sorted. Raises DataError."""
     faults = Faults()
     folders: dict[SplitName, str | None] = {"train": data.train, "val": data.val, "test": data.test}
     labelled = {split: labelled_images(Path(folder), faults) for split, folder in folders.items() if folder is not None}
@@ -117,7 +117,7 @@ def folder_source(data: FolderData) -> Source:
 
 
 def digits_source(data: DigitsData) -> Source:
-    """Train and test drawn from scikit-learn's 1,797 digits, stratified, by a seed. Raises DataError where they are too few."""
+    """Train and test drawn from scikit-learn's 1,797 digits, stratified, by a seed. Raises DataError if there are too few."""
     from sklearn.datasets import load_digits  # slow to import, and only wanted here
 
     digits, labels = load_digits(return_X_y=True)

@@ -1,7 +1,8 @@
-"""Who is in train, validation and test: by the index, or with a stratified validation set held out of train.
+"""The splits train, validation and test: from the index, or with a stratified validation set held out of train.
 
-Of a class with n samples, about `val_fraction * n` go to validation: quotas by largest remainder, at least one sample of each class on both sides,
-chosen by a seed. `trainval` is everything but test, for the final fit.
+Of a class with n samples, about `val_fraction * n` go to validation: quotas by largest remainder, at
+least one sample of each class on both sides, chosen by a seed. `trainval` is everything except test,
+for the final fit.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ class Split:
 
 
 def split_samples(index: DataIndex, val_fraction: float, seed: int) -> dict[str, Split]:
-    """The splits `train`, `val`, `trainval` and `test`. Raises DataError where a class has too few samples to hold one out."""
+    """The splits `train`, `val`, `trainval` and `test`. Raises DataError if a class has too few samples to hold one out."""
     train, test = _whole("train", index, "train"), _whole("test", index, "test")
     if index.splits.get("val"):
         return {"train": train, "val": _whole("val", index, "val"), "trainval": _whole("trainval", index, "train", "val"), "test": test}
@@ -53,14 +54,14 @@ def _subset(name: str, split: Split, chosen: np.ndarray | slice = slice(None)) -
 
 
 def held_out_samples(labels: np.ndarray, fraction: float, seed: int, classes: list[str]) -> np.ndarray:
-    """Which of the samples with `labels` (int [N]) to hold out, as bool [N]. Raises DataError where a class has a single sample."""
+    """Which of the samples with `labels` (int [N]) to hold out, as bool [N]. Raises DataError if a class has a single sample."""
     return choose_by_class(labels, held_out_quotas(labels, fraction, classes, "val"), np.random.default_rng([seed, 0]))
 
 
 def held_out_quotas(labels: np.ndarray, fraction: float, classes: list[str], split: SplitName) -> np.ndarray:
     """How many samples of each class to hold out for `split`, int [C].
 
-    Raises DataError where a class has a single sample.
+    Raises DataError if a class has a single sample.
     """
     counts = np.bincount(labels, minlength=len(classes))
     single = [classes[number] for number in np.flatnonzero(counts == 1)]
@@ -81,7 +82,7 @@ def class_quotas(counts: np.ndarray, total: int) -> np.ndarray:
 
 
 def choose_by_class(labels: np.ndarray, quotas: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Choose at random `quotas[c]` of the samples with label c, as bool [N]."""
+    """Choose `quotas[c]` of the samples with label c at random, as bool [N]."""
     shuffled = rng.permutation(len(labels))
     by_class = shuffled[np.argsort(labels[shuffled], kind="stable")]
     first_of_class = np.searchsorted(labels[by_class], labels[by_class], side="left")

@@ -1,7 +1,7 @@
 """Text files that people write or export: tables, lists, JSON and class names.
 
 They come from editors and spreadsheets of every system, so byte order marks, UTF-16 and all three
-kinds of line ends are read.
+kinds of line ends are supported.
 """
 
 from __future__ import annotations

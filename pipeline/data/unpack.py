@@ -9,12 +9,12 @@ import zlib
 from pipeline.errors import DataError
 
 UNPACKED_BYTES_MAX = 2 * 1024**3
-"""A few kilobytes of gzip may unpack to any size."""
+"""Maximum size after unpacking: a few kilobytes of gzip may unpack to any size."""
 _GZIP = b"\x1f\x8b"
 
 
 def unpacked(content: bytes, url: str) -> bytes:
-    """`content` itself, or what it unpacks to where it is compressed with gzip; `url` is used in errors. Raises DataError."""
+    """Unpack `content` if it is compressed with gzip, else return it; `url` is used in error messages. Raises DataError."""
     if not content.startswith(_GZIP):
         return content
     try:

@@ -1,8 +1,8 @@
-"""Where shards lie: local paths and fsspec URLs, and nothing that could start a program.
+"""Opening shards: local paths and fsspec URLs, and nothing that could start a program.
 
 WebDataset's own opener sends `pipe:` URLs to a shell, runs `curl` for http and expands variables and braces in names. Shards are opened here
 instead: a plain path with `open`, a URL of a known object store or web protocol with fsspec. Every other scheme, and every chained URL (`a::b`),
-is refused by name. A store that fails is asked three times; a web server that falls silent is given up after half a minute each time.
+is rejected by name. A store that fails is tried three times; each try ends if a web server is silent for half a minute.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ from pipeline.utils.redaction import without_secrets
 PROTOCOLS = ("abfs", "abfss", "az", "file", "gcs", "gs", "hf", "http", "https", "memory", "s3", "s3a")
 _STAMP_KEYS = ("mtime", "created", "ETag", "etag", "LastModified", "last_modified", "Last-Modified", "md5Hash", "Content-MD5", "blob_id")
 SILENT_SECONDS = 30
-"""How long a web server may send nothing. A download as a whole may take as long as it takes. The other stores' clients have limits of their own."""
+"""Seconds that a web server may be silent. A download as a whole has no limit. The clients of other stores have their own limits."""
 PAUSES_SECONDS = (1, 5)
-"""Before a failed read is tried again."""
+"""Seconds before a failed read is retried."""
 _NUMBER_RANGE = re.compile(r"(-?[0-9]{1,9})\.\.(-?[0-9]{1,9})")
 _BRACES_MAX = 100_000
 _SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]+):")
 
 
 class Unreachable(DataError):
-    """A disk or a server does not answer: the next file would fare no better."""
+    """A disk or a server does not answer, so the next file would fail too."""
 
 
 def is_url(path: str) -> bool:
@@ -63,7 +63,7 @@ Result = TypeVar("Result")
 
 
 def fetch(url: str) -> bytes:
-    """The whole content of a local file or URL. Raises DataError where it cannot be read."""
+    """The whole content of a local file or URL. Raises DataError if it cannot be read."""
     with _named_errors(url):
         if not is_url(url):
             return Path(url).read_bytes()
@@ -92,7 +92,7 @@ def _filesystem(url: str) -> tuple[Any, str]:
 
 
 def _patiently(read: Callable[[], Result]) -> Result:
-    """What `read` returns. What may pass is tried again; that a file is not there, or not allowed, does not pass."""
+    """Call `read` and retry transient errors; a missing or forbidden file is not retried."""
     for pause_seconds in PAUSES_SECONDS:
         try:
             return read()
@@ -105,7 +105,7 @@ def _patiently(read: Callable[[], Result]) -> Result:
 
 @contextmanager
 def _named_errors(url: str) -> Iterator[None]:
-    """Turn what goes wrong while `url` is read into a DataError that names it."""
+    """Convert errors while reading `url` to a DataError that names it."""
     name = shortened_path(without_secrets(url)) if "://" in url else url
     try:
         yield
@@ -131,9 +131,9 @@ def sha256_hex(content: bytes) -> str:
 
 
 def expand(patterns: tuple[str, ...] | str) -> list[str]:
-    """Paths, globs and brace patterns as the list of shards they name, each glob in sorted order.
+    """Expand paths, globs and brace patterns to a list of shards, each glob in sorted order.
 
-    Raises DataError where one matches nothing, or a shard repeats.
+    Raises DataError if one matches nothing, or a shard is repeated.
     """
     shards: list[str] = []
     for written in (patterns,) if isinstance(patterns, str) else patterns:
@@ -181,7 +181,7 @@ def _expand_url(pattern: str) -> list[str]:
 
 
 def stamp(url: str) -> str:
-    """What changes when a shard changes: size and time of modification, the store's own tag, or else the content's SHA-256. Raises DataError."""
+    """A stamp that changes when a shard does: size and modification time, the store's tag, or else the content's SHA-256. Raises DataError."""
     with _named_errors(url):
         if not is_url(url):
             status = os.stat(url)

@@ -1,4 +1,4 @@
-"""What runs everything: batches of tasks, comparisons, and what they keep in the work folder.
+"""Run everything: batches of tasks, comparisons, monitoring, and the work folder.
 
 Imports: adaptation, backbones, cluster, data, errors, packs, registry, reports, search,
 selection, serving, specs, training, utils.

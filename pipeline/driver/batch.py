@@ -1,8 +1,9 @@
 """A batch: every task through prepare, select, search, fit and register, on one Ray.
 
-All tasks are prepared first, some at a time, so that a fault in the last one's data shows before the first one's search. Then as many run as fill the
-cluster. One task's failure never stops the others. Every stage leaves its result on disk before the next begins, so the same command after an
-interruption redoes nothing that was finished.
+All tasks are prepared first, several concurrently, so that an error in the data of the last one shows
+before the search of the first one. Then as many run as fill the cluster. The failure of one task
+never stops the others. Every stage writes its result to disk before the next begins, so the same
+command after an interruption repeats nothing that was finished.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class TaskOutcome:
-    """What became of one task: a registered pack, or an error and the stage it came from."""
+    """The outcome of one task: a registered pack, or an error and the stage in which it occurred."""
 
     task: str
     registered: RegisteredPack | None = None
@@ -56,7 +57,7 @@ class TaskOutcome:
     error: TaskpackError | None = None
 
     def warnings(self) -> list[str]:
-        """What was odd about the champion, and which trials failed, so that they had no part in its choice."""
+        """Warnings about the champion's training and about failed trials, which were not candidates."""
         odd = [trial.message for trial in self.trials if trial.id == self.champion_id and trial.message]
         return odd + failure_warnings(self.trials)
 
@@ -76,21 +77,21 @@ def run_batch(
     """Run every task to a registered pack.
 
     Args:
-        workdir: keeps all intermediate results; on a cluster it must be a folder that every node sees.
-        address: of a Ray cluster; None starts a private one here, and only when a stage needs it.
-        registry_uri: MLflow tracking server; None takes MLFLOW_TRACKING_URI, else a SQLite file in `workdir`.
-        registry_patience_seconds: how long the end of the run waits for a tracking server that is away.
+        workdir: folder for all results; on a cluster, every node must see it.
+        address: address of a Ray cluster; None starts a private one when a stage needs it.
+        registry_uri: MLflow tracking server; default: MLFLOW_TRACKING_URI, else a SQLite file in `workdir`.
+        registry_patience_seconds: how long to wait for an unreachable tracking server at the end of the run.
         log_trials: whether each trial becomes a child run of its pack's run.
-        promote: give the alias `champion` to every pack of this run; otherwise to those better than what was registered before.
+        promote: give the alias `champion` to every pack of this run, even if an earlier one is better.
         on_progress: called from one thread at a time.
 
     Returns:
-        An outcome a task, in the order given.
+        One outcome per task, in the order of `tasks`.
 
     Raises:
-        StorageError: the work folder cannot be used.
-        RegistryError: the registry cannot be reached, or not be written to.
-        ClusterError: no cluster answers at `address`.
+        StorageError: The work folder cannot be used.
+        RegistryError: The registry cannot be reached or written to.
+        ClusterError: No cluster answers at `address`.
     """
     with work_folder(workdir, address) as (workspace, start_ray):
         registry = open_registry(registry_uri, workspace.root, writer=workspace.writer())
@@ -120,7 +121,7 @@ _Outcome = TypeVar("_Outcome")
 
 
 PREPARED_AT_ONCE = 8
-"""Tasks whose data is read at a time: a store that does not answer holds up its own task only."""
+"""Tasks prepared concurrently: a store that does not answer delays its own task only."""
 
 
 @dataclass(kw_only=True)
@@ -138,7 +139,7 @@ class _Driver(Stages):
         self.registrar = Registrar(self.registry, self.together, self.registry_patience_seconds, with_trials=self.log_trials)
 
     def run(self, tasks: Sequence[Task]) -> list[TaskOutcome]:
-        """All tasks to outcomes; an error is part of its task's. Every task is prepared before the first is run, so faults show early."""
+        """Run all tasks; the error of a task is part of its outcome. All are prepared before any is run, so errors in data show early."""
         self.check_gpus()
         outcomes = Together(lambda: PREPARED_AT_ONCE).run(lambda task: self._outcome(task, self.prepare), tasks)
         failed = {outcome.task: outcome for outcome in outcomes if outcome is not None}
@@ -147,13 +148,13 @@ class _Driver(Stages):
         return [(failed | ran)[task.name] for task in tasks]
 
     def check(self, inputs: Inputs) -> None:
-        """Something is within budget, and each part of the recipe runs on the backbone."""
+        """Check that something fits the budget and that each part of the recipe runs on the backbone."""
         task = inputs.task
         check_budget(task, SizePlanner(task, inputs.backbone, inputs.index.classes).size_bytes)
         rehearse(inputs, task.search.fullest(task.recipe))
 
     def _outcome(self, task: Task, stages: Callable[[Task], _Outcome]) -> _Outcome | TaskOutcome:
-        """What `stages` return, or the failure they end in."""
+        """Return the result of `stages`, or the outcome with the error that ended them."""
         try:
             with named_errors(self.workspace.log(task.name)):
                 return stages(task)
@@ -235,7 +236,7 @@ class _Driver(Stages):
 def _describe(
     inputs: Inputs, champion: TrialRecord, trials: Sequence[TrialRecord], fitted: FitResult, folder: StudyFolder, started: float
 ) -> Champion:
-    """The finished pack for the registry. The task began with its first trial, be it of an earlier run."""
+    """Describe a finished pack for the registry. The task started with its first trial, which may belong to an earlier run."""
     task = inputs.task
     started = min([started, *(trial.ended - trial.seconds for trial in trials if trial.ended)])
     assert champion.val_metric is not None
@@ -273,7 +274,7 @@ def _describe(
 
 
 def _used_data(inputs: Inputs) -> tuple[UsedData, ...]:
-    """Train, validation and test, with where the user keeps them."""
+    """The datasets train, validation and test, with their sources."""
     data, classes = inputs.task.data, len(inputs.index.classes)
     sources = {split: getattr(data, split, None) or getattr(data, "train", None) or data.format for split in ("train", "val", "test")}
     digest = inputs.index.digest
@@ -284,14 +285,14 @@ def _used_data(inputs: Inputs) -> tuple[UsedData, ...]:
 
 
 def _validation(inputs: Inputs) -> str:
-    """Which samples trials were validated on, by what metric, as a hash: only then can two validation metrics be compared."""
+    """Hash of the validation samples and the metric: validation metrics are comparable only if it is equal."""
     held_out = hashlib.sha256(f"{inputs.index.digest} {inputs.task.metric}".encode())
     held_out.update(inputs.splits["val"].samples.tobytes())
     return held_out.hexdigest()[:16]
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, str]:
-    """Nested mappings as `part.key` to text, for parameters of a run."""
+    """Flatten nested mappings to `part.key` and text, for the parameters of a run."""
     flat: dict[str, str] = {}
     for key, value in tree.items():
         flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": str(value)}

@@ -1,4 +1,4 @@
-"""Measuring a pack again: the same file, the same test set, the same number."""
+"""Measuring a registered pack again on its test set."""
 
 from __future__ import annotations
 
@@ -21,17 +21,18 @@ from pipeline.utils.files import exclusive
 def evaluate_pack(
     reference: str, *, workdir: Path, task_file: Path | None, weights: Path | None, device: str | None = None
 ) -> tuple[Score, float | None]:
-    """Score a pack on its task's test set.
+    """Score a pack on the test set of its task.
 
     Args:
-        task_file: where the test set comes from; default: the data prepared in `workdir`.
-        device: where to compute; default: the GPU, where there is one.
+        task_file: task file with the test set; default: the data prepared in `workdir`.
+        device: device to compute on; default: the GPU if there is one.
 
     Returns:
-        The score, and the accuracy registered for it (None for a file).
+        The score, and the registered accuracy (None for a file).
 
     Raises:
-        SpecError: there is no such device. DataError: no prepared data, or other data than the pack was registered with.
+        SpecError: There is no such device.
+        DataError: There is no prepared data, or it is not what the pack was registered with.
     """
     device, workspace = choose_device(device), Workspace(workdir.resolve())
     registered, path = None, Path(reference)
@@ -44,7 +45,7 @@ def evaluate_pack(
     if task_file is not None:
         task = load_task(task_file)
         if task.name != pack.metadata.task:
-            raise DataError(f"{task_file}: is task {task.name!r}, the pack is of {pack.metadata.task!r}; give that task's file")
+            raise DataError(f"{task_file}: is task {task.name!r}, but the pack belongs to {pack.metadata.task!r}; give the file of that task")
         with exclusive(workspace.root):
             prepare(task, folder)
     if not (folder / "index.json").exists():

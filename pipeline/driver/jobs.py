@@ -1,8 +1,10 @@
-"""Batches on a Ray cluster, from outside it: submitted, watched and stopped through the cluster's jobs server.
+"""Batches on a Ray cluster, from outside it: submitted, monitored and stopped through the jobs server.
 
-A job carries the description of its batch and nothing else: one self-contained task file a task. The code is in the cluster's image, or is the
-package of a folder that is sent along. On the head, the job is `taskpack run tasks --address auto`, so a batch that is submitted again goes on from
-its work folder. A job's name is made of the batch and its attempt: two who submit at once give the same name, and the server takes it once.
+A job carries the description of its batch and nothing else: one self-contained task file per task.
+The code is in the cluster's image, or a package that is sent along. On the head, the job is
+`taskpack run tasks --address auto`, so a batch that is submitted again resumes from its work folder.
+A job's id consists of the batch and the number of the attempt: two concurrent submissions have the
+same id, and the server accepts it once.
 """
 
 from __future__ import annotations
@@ -49,24 +51,24 @@ class Batch:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the description: equal for equal tasks and options, in whatever order they were given."""
+        """SHA-256 of the description, independent of the order of tasks and options."""
         return hashlib.sha256(json.dumps([self.files, self.options], sort_keys=True).encode()).hexdigest()
 
     @property
     def default_id(self) -> str:
-        """The name of a batch that was given none."""
+        """The default name of the batch."""
         return f"batch-{self.digest[:12]}"
 
 
 def describe(tasks: Sequence[Task], *, workdir: str, options: Sequence[str] = (), shared: Sequence[Path] = ()) -> Batch:
-    """The batch of `tasks`, which keeps its results in `workdir`, a folder that all of the cluster sees.
+    """Describe a batch of `tasks` whose results are kept in `workdir`, a folder that all nodes share.
 
     Args:
         options: further options of `taskpack run`.
         shared: folders that the cluster sees at the same path as this machine.
 
     Raises:
-        SpecError: `workdir` is not absolute, or a task reads what the cluster may not have: data is not sent.
+        SpecError: `workdir` is not absolute, or a task reads local data, which is not sent.
     """
     if not workdir.startswith("/"):
         raise SpecError(f"--workdir: given {workdir!r}; expected an absolute path: a folder that every node of the cluster sees")
@@ -84,9 +86,9 @@ def describe(tasks: Sequence[Task], *, workdir: str, options: Sequence[str] = ()
 
 @dataclass(frozen=True, kw_only=True)
 class Attempt:
-    """One job of a batch, as the server knows it.
+    """One job of a batch, as reported by the server.
 
-    `state`: PENDING, RUNNING, SUCCEEDED, FAILED or STOPPED; times in seconds since 1970; `node`: where its driver runs, once it does.
+    `state`: PENDING, RUNNING, SUCCEEDED, FAILED or STOPPED; times in seconds since 1970; `node`: the node of its driver, once it runs.
     """
 
     batch: str
@@ -102,15 +104,17 @@ class Attempt:
 
     @property
     def is_active(self) -> bool:
-        """Whether it runs, or is about to."""
+        """Whether it is running or pending."""
         return self.state in ACTIVE
 
 
 class JobServer:
-    """The batches of the cluster whose jobs server is at `address` (`http://HEAD:8265`). All of it raises ClusterError where that does not answer.
+    """The batches of the cluster whose jobs server is at `address` (`http://HEAD:8265`).
+
+    Every method raises ClusterError if the server does not answer.
 
     Args:
-        client: that speaks to the server; default: Ray's own.
+        client: client of the server; default: Ray's own.
     """
 
     def __init__(self, address: str, client: Any = None) -> None:
@@ -119,14 +123,14 @@ class JobServer:
         self._headers = _headers()
 
     def submit(self, batch: Batch, batch_id: str | None = None, *, working_dir: Path | None = None, python: str = "python") -> tuple[Attempt, bool]:
-        """Start `batch`, unless it runs or is done: the batch's last attempt, and whether it was started by this call.
+        """Start `batch` unless it is running or done; return its last attempt, and whether this call started it.
 
         Args:
-            working_dir: a folder whose package `pipeline` is sent along and used in place of the cluster's.
-            python: the cluster's interpreter, as the head's shell finds it.
+            working_dir: a folder whose package `pipeline` is sent along and replaces the cluster's.
+            python: the cluster's interpreter, as found by the head's shell.
 
         Raises:
-            SpecError: the id is not one, or belongs to another description.
+            SpecError: The id is invalid, or belongs to another batch.
         """
         batch_id = batch.default_id if batch_id is None else batch_id
         if not _BATCH_ID.fullmatch(batch_id):
@@ -143,7 +147,7 @@ class JobServer:
             meanwhile = self._last(batch_id)
             if meanwhile is None or meanwhile.attempt < attempt:
                 raise
-            return _same(meanwhile, batch), False  # somebody else was faster
+            return _same(meanwhile, batch), False  # another submission was faster
         return self.find(batch_id), True
 
     def _start(self, batch: Batch, batch_id: str, attempt: int, working_dir: Path | None, python: str) -> None:
@@ -167,7 +171,7 @@ class JobServer:
                 )
 
     def attempts(self) -> list[Attempt]:
-        """All attempts of all batches that this cluster knows of, newest first."""
+        """All attempts of all batches of this cluster, newest first."""
         with self._named_errors():
             jobs = self._client.list_jobs()
         found = [_attempt(job) for job in jobs if (job.metadata or {}).get("taskpack_batch")]
@@ -177,18 +181,18 @@ class JobServer:
         return max((attempt for attempt in self.attempts() if attempt.batch == batch_id), key=lambda attempt: attempt.attempt, default=None)
 
     def find(self, batch_id: str) -> Attempt:
-        """The last attempt of a batch. Raises ClusterError where the cluster knows no such batch."""
+        """The last attempt of a batch. Raises ClusterError if the cluster has no such batch."""
         last = self._last(batch_id)
         if last is None:
             known = sorted({attempt.batch for attempt in self.attempts()})
             raise ClusterError(
-                f"{batch_id}: the cluster at {self.address} knows no such batch{'; it knows ' + ', '.join(known[:10]) if known else ''}. "
-                f"A cluster that was started anew has forgotten its batches: submit this one again, it goes on from its work folder"
+                f"{batch_id}: the cluster at {self.address} has no such batch{'; it has ' + ', '.join(known[:10]) if known else ''}. "
+                f"A cluster that was restarted has forgotten its batches: submit this one again, it resumes from its work folder"
             )
         return last
 
     def progress(self, attempt: Attempt) -> BatchState | None:
-        """Where every task of an attempt stands, as its driver wrote it last; None where it has not, or is of another version of taskpack."""
+        """The progress of an attempt as last written by its driver; None if there is none, or if its version of taskpack differs."""
         import requests
 
         if attempt.node is None:
@@ -202,13 +206,13 @@ class JobServer:
             return None
 
     def logs(self, batch_id: str) -> str:
-        """What the last attempt of a batch has printed so far."""
+        """The output of the last attempt of a batch so far."""
         attempt = self.find(batch_id)
         with self._named_errors():
             return self._client.get_job_logs(attempt.job)
 
     def follow(self, batch_id: str, write: Callable[[str], object]) -> Attempt:
-        """Hand on what the last attempt of a batch prints until it ends, and return how it ended."""
+        """Pass on the output of the last attempt of a batch until it ends, and return the ended attempt."""
         job = self.find(batch_id).job
 
         async def copy() -> None:
@@ -220,7 +224,7 @@ class JobServer:
         return self.find(batch_id)
 
     def stop(self, batch_id: str) -> tuple[Attempt, bool]:
-        """End a batch's last attempt and wait until it has ended: the attempt, and whether it was running."""
+        """Stop the last attempt of a batch and wait for its end; return it, and whether it was running."""
         attempt = self.find(batch_id)
         if not attempt.is_active:
             return attempt, False
@@ -240,7 +244,9 @@ class JobServer:
 def _same(attempt: Attempt, batch: Batch) -> Attempt:
     if attempt.digest != batch.digest:
         state = "running" if attempt.is_active else "finished"
-        raise SpecError(f"--batch-id: given {attempt.batch!r}, under which other tasks or options are {state}; choose another id, or stop that batch")
+        raise SpecError(
+            f"--batch-id: given {attempt.batch!r}, but other tasks or options with this id are {state}; choose another id, or stop it"
+        )
     return attempt
 
 
@@ -282,7 +288,7 @@ def _headers() -> dict[str, str] | None:
 
 
 def _token() -> str | None:
-    """The token that Ray would take: RAY_AUTH_TOKEN, the file at RAY_AUTH_TOKEN_PATH, the user's own. Ray reads them only when told to."""
+    """The token that Ray would use: RAY_AUTH_TOKEN, the file at RAY_AUTH_TOKEN_PATH, or the user's. Ray reads them only when told to."""
     if token := os.environ.get("RAY_AUTH_TOKEN", "").strip():
         return token
     path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or "~/.ray/auth_token").expanduser()
@@ -294,7 +300,7 @@ def _token() -> str | None:
 
 @contextlib.contextmanager
 def _without_address_variables() -> Iterator[None]:
-    """Ray lets these variables overrule an address that was given."""
+    """Unset variables that take precedence in Ray over an explicit address."""
     kept = {name: os.environ.pop(name) for name in _ADDRESS_VARIABLES if name in os.environ}
     try:
         yield

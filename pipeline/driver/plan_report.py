@@ -1,4 +1,4 @@
-"""What a task will attach and what it may cost, before any training."""
+"""What a task trains and the sizes of its packs, before any training."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from pipeline.training.rehearsal import rehearse
 from pipeline.utils.files import exclusive
 
 OnStep = Callable[[str, int, int], None]
-"""Called with what is being done, how many units of it are done, and how many there are (0 where that is not known)."""
+"""Called with the name of a step, its finished units, and their total (0 if unknown)."""
 
 
 @dataclass(frozen=True)
 class TaskPlan:
-    """The base recipe's tensors and bytes by part, and one row for each distinct point of the search space.
+    """Tensors and bytes by part of the base recipe, and one row per distinct point of the search space.
 
-    A row has `point` and `size_bytes`; where connections were not selected, `at_least_bytes` and `at_most_bytes` instead. `remarks` are for the user.
+    A row has `point` and `size_bytes`, or `at_least_bytes` and `at_most_bytes` if no connections are selected. `remarks` are for the user.
     """
 
     tensors: tuple[PlannedTensor, ...]
@@ -39,11 +39,11 @@ class TaskPlan:
 def plan_task(task: Task, workdir: Path, *, select: bool = True, on_step: OnStep = lambda step, done, total: None) -> TaskPlan:
     """Prepare the task's data (its classes are part of a pack), select its connections (their positions are), and plan.
 
-    The selection is kept for a run of the task. Raises as preparing and attaching do.
+    The selection is kept for a run of the task. Raises the errors of preparing and attaching.
 
     Args:
-        select: whether to select where no selection is kept yet; without one, sizes are bounds.
-        on_step: told what takes long.
+        select: whether to select connections if no selection is kept yet; without one, sizes are bounds.
+        on_step: called with the progress of slow steps.
     """
     workspace = Workspace(workdir)
     folder = workspace.data(task.name)

@@ -1,8 +1,9 @@
-"""Registering the packs of a batch: one at a time, with patience for a server that is away.
+"""Registering the packs of a batch, one at a time, with retries while the server is unreachable.
 
-The tasks that still run go on meanwhile: whoever waits here holds no place of the cluster and of the tasks that run at once. As long as any runs, the
-server is asked again and again, after 1, 2, 4, ... seconds, at most a minute apart. Once all tasks wait for the server, it is given up when it has
-been away for `patience_seconds`. A pack that was not registered is kept where it is, and registered by the next run.
+Other tasks continue meanwhile: a task that waits here holds no resources of the cluster and does not
+count as running. As long as any task runs, the server is retried after 1, 2, 4, ... seconds, at most a
+minute apart. Once all tasks wait for it, it is given up after `patience_seconds`. A pack that was not
+registered is kept, and registered by the next run.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ _LOOK_SECONDS = 0.5
 
 
 class Registrar:
-    """The only caller of `registry.register`, from any thread."""
+    """The only caller of `registry.register`. Thread-safe."""
 
     def __init__(self, registry: Registry, together: Together, patience_seconds: float = PATIENCE_SECONDS, *, with_trials: bool = True) -> None:
         self._registry, self._together, self._patience_seconds, self._with_trials = registry, together, patience_seconds, with_trials
@@ -36,14 +37,14 @@ class Registrar:
         self._pause_seconds, self._next_try = float(FIRST_PAUSE_SECONDS), 0.0
 
     def register(self, champion: Champion, on_waiting: Callable[[str], None]) -> RegisteredPack:
-        """`champion` as a version of its task; waits while the server is away.
+        """Register `champion` as a version of its task; wait while the server is unreachable.
 
         Args:
-            on_waiting: is told why it waits, each time the server did not answer.
+            on_waiting: called with the reason each time the server did not answer.
 
         Raises:
-            RegistryAway: it stayed away.
-            RegistryError: it answers, and refused.
+            RegistryAway: The server stayed unreachable.
+            RegistryError: The server denied access.
         """
         with self._together.aside(), self._lock:
             while True:
@@ -72,6 +73,6 @@ class Registrar:
     def _stayed_away(self, champion: Champion) -> RegistryAway:
         away_seconds = time.monotonic() - (self._away_since or 0)
         return RegistryAway(
-            f"the registry has been away for {away_seconds:.0f} s. The pack is finished and kept ({champion.pack_path}): "
+            f"the registry has been unreachable for {away_seconds:.0f} s. The pack is finished and kept ({champion.pack_path}): "
             "the same command registers it once the registry is back"
         )

@@ -1,4 +1,4 @@
-"""What a batch and a comparison have in common: a task's data, its backbone for workers, its selection, one fit in a worker, errors with names."""
+"""The stages that a batch and a comparison share: data, backbone for workers, selection, fits in workers, named errors."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ from pipeline.utils.devices import check_gpus_usable
 from pipeline.utils.files import await_file, exclusive, explained
 
 LOG = logging.getLogger("taskpack")
-"""One line for each trial and fit that has ended. The command line shows them where there is no terminal."""
+"""One line per trial and fit that has ended. The command line prints them if there is no terminal."""
 _AGAIN = "The same command tries again from the last finished stage"
 
 Stage = Literal["prepare", "select", "search", "fit", "register", "done", "failed"]
 OnProgress = Callable[[str, Stage, float, str], None]
-"""Called with task, stage, share of the stage done (0 to 1) and a short remark."""
+"""Called with task, stage, fraction of the stage done (0 to 1) and a short remark."""
 
 
 def no_progress(task: str, stage: Stage, share: float, remark: str) -> None:
@@ -46,7 +46,7 @@ def no_progress(task: str, stage: Stage, share: float, remark: str) -> None:
 
 
 def one_at_a_time(on_progress: OnProgress) -> OnProgress:
-    """The same for callers in several threads."""
+    """Make a callback thread-safe."""
     lock = threading.Lock()
 
     def report(task: str, stage: Stage, share: float, remark: str) -> None:
@@ -58,10 +58,10 @@ def one_at_a_time(on_progress: OnProgress) -> OnProgress:
 
 @contextlib.contextmanager
 def work_folder(workdir: Path, address: str | None) -> Iterator[tuple[Workspace, Callable[[], None]]]:
-    """A run's work folder, held alone, and what makes sure that its Ray runs: that at `address`, or a private one, until the context is left.
+    """Lock the work folder of a run, and provide a function that starts its Ray: that at `address`, or a private one, until the context exits.
 
     Raises:
-        StorageError: the work folder cannot be used.
+        StorageError: The work folder cannot be used.
     """
     workspace = Workspace(workdir.resolve())
     with exclusive(workspace.root), contextlib.ExitStack() as stack:
@@ -71,14 +71,14 @@ def work_folder(workdir: Path, address: str | None) -> Iterator[tuple[Workspace,
 
 @dataclass(frozen=True, kw_only=True)
 class Placement:
-    """What a run asks of its cluster.
+    """The resources that a run requests from its cluster.
 
     Args:
-        per_trial: CPUs and GPUs of each rank of a trial and of a fit; a None takes one CPU, and one GPU where the cluster has some.
-        ranks_per_trial: processes that train each trial and fit together, but no more than the task's training set has shards.
-        selection_workers: ranks of the selection's worker group; None takes an equal share of the cluster's GPUs, or of its CPUs where it has none,
-            but no group where this process is done before one has started.
-        tasks_at_once: None takes as many as the trials of fill the cluster, and one more.
+        per_trial: CPUs and GPUs per rank of a trial and of a fit; None takes one CPU, and one GPU if the cluster has any.
+        ranks_per_trial: processes that train each trial and fit together, but at most the number of shards of the training set.
+        selection_workers: ranks of the selection's worker group; None takes an equal share of the cluster's GPUs, or of its CPUs if it has none, or
+            no group if this process is faster.
+        tasks_at_once: tasks to run concurrently; None takes one more than the number whose trials fill the cluster.
     """
 
     per_trial: tuple[float | None, float | None] = (None, None)
@@ -102,11 +102,11 @@ class Placement:
 
 @dataclass(kw_only=True)
 class Stages:
-    """The stages that come before any recipe is tried, in one work folder on one Ray. Several tasks' may run at a time, each in its thread.
+    """The stages before any recipe is tried, in one work folder on one Ray. Several tasks may run concurrently, each in its thread.
 
     Args:
-        start_ray: makes sure that Ray runs.
-        here: held by whoever computes in this process: one thread at a time, so that seeds and numbers of threads are its own.
+        start_ray: starts Ray unless it runs.
+        here: lock of computations in this process: one thread at a time, because seeds and thread counts are global.
     """
 
     workspace: Workspace
@@ -122,18 +122,18 @@ class Stages:
         self.together = Together(self.tasks_at_once)
 
     def check_gpus(self) -> None:
-        """Raise ClusterError where a private Ray will count GPUs that torch cannot use. On a cluster, each worker looks for itself."""
+        """Raise ClusterError if a private Ray would count GPUs that torch cannot use. On a cluster, each worker checks."""
         if self.ray_is_private:
             check_gpus_usable(self.placement.per_trial[1])
 
     def ray_is_up(self) -> None:
-        """Start Ray where it does not run yet. In the main thread: Ray sets handlers of signals."""
+        """Start Ray unless it runs, in the main thread, because Ray sets signal handlers."""
         self.together.on_main_thread(self.start_ray)
 
     def tasks_at_once(self) -> int:
-        """How many tasks may run now: as many as fill the cluster, and one more, for whose trials there is room while others select and fit.
+        """How many tasks may run now: one more than fill the cluster, whose trials run while others select and fit.
 
-        One until Ray is up: maybe nothing is left to run.
+        One until Ray is up, because perhaps nothing is left to run.
         """
         if self.placement.tasks_at_once is not None:
             return self.placement.tasks_at_once
@@ -144,12 +144,12 @@ class Stages:
         return 1 if cpus is None else cpus, float(has_gpus()) if gpus is None else gpus
 
     def enter(self, task: Task, stage: Stage) -> None:
-        """Say where the task stands."""
+        """Report the stage of a task."""
         self.stage[task.name] = stage
         self.on_progress(task.name, stage, 0.0, "")
 
     def prepare(self, task: Task) -> None:
-        """All that can be known without the cluster: the data is sound, the backbone fits, and what `check` says."""
+        """Check everything that needs no cluster: the data, the backbone, and `check`."""
         self.enter(task, "prepare")
         data_folder = self.workspace.data(task.name)
         index = prepare(task, data_folder)
@@ -163,14 +163,14 @@ class Stages:
         self.on_progress(task.name, "prepare", 1.0, "; ".join(remarks))
 
     def check(self, inputs: Inputs) -> None:
-        """What a run of this kind needs of the task's recipe. Raises TaskpackError."""
+        """Check what a run of this kind needs of the task's recipe. Raises TaskpackError."""
 
     def ranks(self, inputs: Inputs) -> int:
-        """How many processes train a trial or fit of a task together: none is left without a shard."""
+        """How many processes train a trial or fit of a task together, each with at least one shard."""
         return min(self.placement.ranks_per_trial, len(inputs.splits["train"].shards))
 
     def with_shared_backbone(self, inputs: Inputs) -> Inputs:
-        """The task as workers get it: all processes of a node map one file, whatever the backbone was loaded from."""
+        """The task for workers, whose backbone is a file that all processes of a node map."""
         path = self.workspace.backbone(inputs)
         if not path.exists():
             share(inputs.backbone, path)
@@ -178,7 +178,7 @@ class Stages:
         return replace(inputs, task=inputs.task.model_copy(update={"backbone": spec}))
 
     def select(self, inputs: Inputs, data_folder: Path, top_k: int) -> Path:
-        """The file of the task's ranked connections, made where it is not there yet."""
+        """The file of the task's ranked connections, created if it does not exist."""
         self.enter(inputs.task, "select")
         path = self.workspace.selection(inputs, top_k)
         if not path.exists():
@@ -199,26 +199,26 @@ class Stages:
         return path
 
     def resources(self, ranks: int) -> TrialResources:
-        """What a trial is given; starts Ray where it does not run yet."""
+        """The resources of a trial; starts Ray unless it runs."""
         self.workers_are_up(ranks)
         resources = TrialResources(*self._per_trial(), ranks)
         wait_for_room(ranks, resources.cpus, resources.gpus, self.together.is_stopping)
         return resources
 
     def workers_are_up(self, ranks: int) -> None:
-        """Ray runs, and has nodes for a trial as far as the user said what one needs: a cluster that scales itself may have none at first."""
+        """Start Ray and wait for nodes that can hold a trial, if the user said what it needs: an autoscaling cluster may have none at first."""
         self.ray_is_up()
         cpus, gpus = self.placement.per_trial
         wait_for_room(ranks, 1 if cpus is None else cpus, gpus or 0, self.together.is_stopping)
 
     def fits(self, arguments: Sequence[tuple[Any, ...]], ranks: int) -> Iterator[tuple[int, Any]]:
-        """`fit_worker` on every set of arguments; yields (index, outcome) as they end. A fit that gets on is tried again however often it dies."""
+        """Run `fit_worker` on every set of arguments; yield (index, outcome) as they end. A fit that makes progress is retried without limit."""
         return self.on_ray(fit_worker, arguments, ranks, kept=lambda *given: steps_kept(given[4]))
 
     def on_ray(
         self, worker: Callable[..., Any], arguments: Sequence[tuple[Any, ...]], ranks: int, kept: Callable[..., object] = lambda *given: None
     ) -> Iterator[tuple[int, Any]]:
-        """Run `worker` on every set of arguments, each with what a trial of `ranks` is given; yields (index, outcome) as they end.
+        """Run `worker` on every set of arguments, each with the resources of a trial of `ranks`; yield (index, outcome) as they end.
 
         Args:
             kept: as for `ended_tasks`.
@@ -235,7 +235,7 @@ class Stages:
 
 @contextlib.contextmanager
 def named_errors(log: Path) -> Iterator[None]:
-    """Turn what is not named yet into a named error whose details are in `log`."""
+    """Convert an exception to a named error, with its traceback in `log`."""
     try:
         yield
     except Exception as error:
@@ -248,7 +248,7 @@ def named_errors(log: Path) -> Iterator[None]:
 
 
 def fit_worker(task_json: str, recipe_json: str, data_folder: str, selection: Path | None, folder: Path, resources: TrialResources) -> Any:
-    """`fit` in a worker, or the named error it ends with."""
+    """Run `fit` in a worker; return its result or the named error."""
     return in_group(_fit, (task_json, recipe_json, data_folder, selection, folder), resources)
 
 

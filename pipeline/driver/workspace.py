@@ -1,9 +1,9 @@
-"""Where a run keeps what it made: one folder, every stage under the hash of what it depends on.
+"""The work folder of a run: every stage's results under the hash of what they depend on.
 
 data/<task>/                       shards and index
 backbones/<fingerprint>.safetensors   what workers load
 selections/<key>.safetensors      ranked connections
-studies/<task>-<key>/trials/      one file a trial
+studies/<task>-<key>/trials/      one file per trial
 studies/<task>-<key>/fits/<id>/   a champion's pack and its test result
 studies/<task>-<key>/front.png
 logs/<task>.txt                   tracebacks
@@ -34,7 +34,7 @@ class Workspace:
     root: Path
 
     def clear_leftovers(self) -> None:
-        """Remove the half-made folders of a run that was killed. Only for the holder of the work folder's lock."""
+        """Remove incomplete folders of a run that was killed. Only for the holder of the work folder's lock."""
         for leftover in (path for folder in ("data", "backbones", "selections") for path in self.root.glob(f"{folder}/.*")):
             if leftover.is_dir():
                 shutil.rmtree(leftover, ignore_errors=True)
@@ -64,19 +64,19 @@ class Workspace:
         return self.root / "selections" / f"{selection_key(inputs, top_k)}.safetensors"
 
     def study(self, inputs: Inputs, top_k: int) -> StudyFolder:
-        """The study of a task; trials with equal inputs, selection and pack format share it, whatever space or budget led to them."""
+        """The study of a task; trials with equal inputs, selection and pack format share it, independent of search space and budget."""
         seed = json.dumps([FORMAT_VERSION, selection_key(inputs, top_k), inputs.task.metric, inputs.task.seed])
         name = inputs.task.name
         return StudyFolder(self.root / "studies" / f"{name}-{hashlib.sha256(seed.encode()).hexdigest()[:12]}", self.log(name))
 
     def log(self, task: str) -> Path:
-        """Tracebacks of what went wrong with a task."""
+        """The file for tracebacks of a task's unexpected errors."""
         return self.root / "logs" / f"{task}.txt"
 
 
 @dataclass(frozen=True)
 class StudyFolder:
-    """Paths inside one study. `log` takes the tracebacks of its trials."""
+    """Paths inside one study. `log` is the file for tracebacks of its trials."""
 
     root: Path
     log: Path
@@ -88,12 +88,12 @@ class StudyFolder:
 
     @property
     def compared(self) -> TrialJournal:
-        """The same of a comparison, whose trials all run to their end: a study's own may have been stopped."""
+        """The finished trials of a comparison, which all run to their end: a study's own may have been stopped."""
         return TrialJournal(self.root / "compared", self.log)
 
     @property
     def figure(self) -> Path:
-        """The picture of the front."""
+        """The figure of the front."""
         return self.root / "front.png"
 
     def fit(self, trial_id: str) -> Path:

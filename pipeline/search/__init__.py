@@ -1,4 +1,4 @@
-"""The study: which configurations are tried, what is kept of them, and which is the champion.
+"""The study: which configurations are tried, what is recorded, and which one is the champion.
 
 Imports: adaptation, cluster, errors, inputs, selection, specs, training, utils.
 """

@@ -10,7 +10,7 @@ from pipeline.specs import Budget
 
 
 class Candidate(Protocol):
-    """What the choice looks at."""
+    """The fields that the choice depends on."""
 
     @property
     def id(self) -> str: ...
@@ -31,7 +31,7 @@ def choose_champion(records: Sequence[TrialRecord], budget: Budget) -> TrialReco
 
 
 def smallest_near_best(candidates: Sequence[Chosen], within_points: float) -> Chosen:
-    """The smallest of those within `within_points`, hundredths of the metric, of the best; of equal sizes the better, then the first id."""
+    """The smallest candidate within `within_points` percentage points of the best; of equal sizes the better, then the first id."""
     best = max(_metric(each) for each in candidates)
     near = [each for each in candidates if _metric(each) >= best - within_points / 100 - 1e-9]
     return min(near, key=lambda each: (each.size_bytes, -_metric(each), each.id))

@@ -1,4 +1,4 @@
-"""The accuracy/bytes Pareto front of a study: the complete trials that no other is both smaller than (or equal to) and better than."""
+"""The Pareto front of a study: the complete trials for which no other is both at most as large and better."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any
 
 
 def pareto_front(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The complete rows on the front, by size_bytes ascending, each with a strictly better val_metric than the one before.
+    """The complete rows on the front, by ascending size_bytes, each with a strictly better val_metric than the previous one.
 
-    Of rows alike in both, the one with the first id stays, so the order of `rows` does not matter.
+    Of rows equal in both, the one with the first id is kept, so the order of `rows` does not matter.
     """
     complete = [row for row in rows if row["state"] == "complete" and row["val_metric"] is not None and math.isfinite(row["val_metric"])]
     front: list[dict[str, Any]] = []

@@ -1,8 +1,10 @@
-"""Which configuration a study tries next.
+"""The configuration that a study tries next.
 
-A study is a fixed sequence of slots. What slot i tries depends only on the results of slots up to i - LAG, told in order, never on which trial
-happened to finish first: so the same seed gives the same study on any number of workers, and an interrupted study is replayed from its journal.
-A space no larger than the number of trials is enumerated; a larger one is sampled by Optuna's TPE with the byte budget as a constraint.
+A study is a fixed sequence of slots. What slot i tries depends only on the results of slots up to
+i - LAG, told in order, never on which trial finished first. So the same seed gives the same study on
+any number of workers, and an interrupted study is replayed from its records. A space no larger than
+the number of trials is enumerated; a larger one is sampled by Optuna's TPE with the byte budget as a
+constraint.
 """
 
 from __future__ import annotations
@@ -18,15 +20,15 @@ from pipeline.search.trial_record import TrialRecord
 from pipeline.specs import Recipe, SearchSpace, Task
 
 LAG = 4
-"""Trials of one study in flight at most."""
+"""Maximum number of concurrent trials of one study."""
 ATTEMPTS_PER_TRIAL = 200
 GUIDED_ATTEMPTS = 5
-"""How often the sampler is asked for one slot before a point is drawn at random: in a small space it insists on what was tried."""
+"""Proposals of the sampler per slot before a point is drawn at random: in a small space it repeats what was tried."""
 
 
 @dataclass(frozen=True)
 class Proposal:
-    """A configuration within budget, and the bytes its pack will have."""
+    """A configuration within budget, and the size of its pack."""
 
     id: str
     point: dict[str, Any]
@@ -38,15 +40,15 @@ SizeOf = Callable[[Recipe], int]
 
 
 class Proposer(Protocol):
-    """Gives the slots' configurations in order."""
+    """Proposes the configurations of the slots, in order."""
 
     rejected: list[TrialRecord]
 
     def propose(self) -> Proposal | None:
-        """The next slot's configuration, None when there are no more."""
+        """The configuration of the next slot, or None if there are no more."""
 
     def tell(self, record: TrialRecord) -> None:
-        """The result of the earliest slot not told yet."""
+        """Record the result of the earliest slot without one."""
 
 
 def make_proposer(task: Task, size_of: SizeOf) -> Proposer:
@@ -64,7 +66,7 @@ def _rejection(proposal: Proposal) -> TrialRecord:
 
 
 def distinct_proposals(task: Task, size_of: SizeOf) -> list[Proposal]:
-    """Every point of the space, smallest pack first; points that lead to the same recipe are one."""
+    """Every point of the space, smallest pack first; points with the same recipe count once."""
     distinct: dict[str, Proposal] = {}
     for point in task.search.points():
         proposal = _proposal(task.search, task.recipe, point, size_of)
@@ -84,11 +86,12 @@ class Enumerated:
         return self._waiting.pop(0) if self._waiting else None
 
     def tell(self, record: TrialRecord) -> None:
-        """Nothing to learn from."""
+        """Do nothing: an enumeration does not learn."""
 
 
 class Sampled:
-    """Optuna's multi-objective TPE over the axes: metric up, bytes down, over-budget points told as infeasible without being run."""
+    """Optuna's multi-objective TPE over the axes: it maximises the metric and minimises bytes; points over budget are reported as infeasible without
+    being run."""
 
     def __init__(self, task: Task, size_of: SizeOf) -> None:
         import optuna

@@ -1,4 +1,4 @@
-"""Runs a study's trials as a Ray Tune run that forgets nothing.
+"""Run a study's trials with Ray Tune, resumable at any time.
 
 Tune supplies the workers, their placement, retries and stopping. Trials run in reused worker
 processes, so backbone and decoded images are loaded once per process.
@@ -29,7 +29,7 @@ from pipeline.training.ranks import RanksLost
 
 
 def check_budget(task: Task, size_of: Callable[[Recipe], int]) -> None:
-    """Raise BudgetError where nothing in the search space fits: known before a cluster is asked for anything."""
+    """Raise BudgetError if nothing in the search space fits, before anything is requested from a cluster."""
     proposer = make_proposer(task, size_of)
     if proposer.propose() is None:
         raise _nothing_fits(task, proposer.rejected)
@@ -47,17 +47,17 @@ def run_study(
     on_progress: OnRecord = lambda study: None,
     is_stopping: Callable[[], bool] = lambda: False,
 ) -> list[TrialRecord]:
-    """Run every trial that the journal does not hold yet. Several studies may run at a time, each in a thread of its own.
+    """Run every trial that has no record yet. Several studies may run concurrently, each in its own thread.
 
     Args:
-        size_of: bytes of the pack a recipe will give.
-        resources: asked for what a trial is given once one has to run; Ray must run by then.
-        is_stopping: whether the run was interrupted; running trials are then ended and not kept.
+        size_of: size of a recipe's pack, in bytes.
+        resources: called for the resources of a trial once one has to run; it must start Ray.
+        is_stopping: whether the run was interrupted; running trials are then cancelled and not recorded.
 
     Raises:
-        BudgetError: no configuration fits `max_bytes`.
-        TaskpackError: what every trial failed of, where none came to an end.
-        Interrupted: `is_stopping` came to hold.
+        BudgetError: No configuration fits `max_bytes`.
+        TaskpackError: Every trial failed.
+        Interrupted: `is_stopping()` became true.
     """
     study = Study(task, make_proposer(task, size_of), journal, val_samples)
     first = study.next_slot()
@@ -70,7 +70,7 @@ def run_study(
     if not any(record.state == "complete" for record in records):
         failed = [record for record in records if record.state == "failed"]
         kind = TrainingError if all(record.is_final for record in failed) else ClusterError
-        raise kind(f"{task.name}: no trial came to an end; {'; '.join(failure_warnings(failed))[:800]}")
+        raise kind(f"{task.name}: no trial completed; {'; '.join(failure_warnings(failed))[:800]}")
     return records
 
 
@@ -91,7 +91,7 @@ def _run_with_tune(
     on_progress: OnRecord,
     is_stopping: Callable[[], bool],
 ) -> None:
-    """Run what is left."""
+    """Run the remaining trials."""
     os.environ.update(TUNE_DISABLE_SIGINT_HANDLER="1", TUNE_DISABLE_AUTO_CALLBACK_LOGGERS="1", RAY_AIR_NEW_OUTPUT="0")
     # Tune asks for one waiting trial at a time: short ones would follow each other in one worker, and no other would ever start.
     os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(LAG)
@@ -131,7 +131,7 @@ _REGISTERING = threading.Lock()
 
 
 def _registered_trainable(resources: TrialResources) -> str:
-    """The name under which Tune knows `_trainable`. All studies share it, so what differs between them is in a trial's config."""
+    """The name under which `_trainable` is registered in Tune. All studies share it, so what differs between them is in a trial's config."""
     from ray import tune
 
     name = f"trial of {resources.ranks} x {resources.cpus:g} CPUs and {resources.gpus:g} GPUs"
@@ -143,7 +143,7 @@ def _registered_trainable(resources: TrialResources) -> str:
 
 
 def _trainable(config: dict[str, Any]) -> None:
-    """One trial in a worker. What it fails of is reported, not raised: Tune would try again. It should where a rank was lost."""
+    """Run one trial in a worker. Its errors are reported, not raised, because Tune would retry; only a lost rank is raised, to be retried."""
     from ray import tune
 
     resources: TrialResources = config["resources"]
@@ -160,7 +160,7 @@ def _trainable(config: dict[str, Any]) -> None:
 
 
 def _follow(config: dict[str, Any], resources: TrialResources, ranks: Ranks) -> None:
-    """The same trial on a rank that reports nothing."""
+    """Run the same trial on a rank that reports nothing."""
     for _ in _epochs(config, resources, ranks):
         pass
 

@@ -1,8 +1,9 @@
-"""Early stopping that keeps the front: a trial ends when an earlier, no larger one was clearly better at the same epoch.
+"""Early stopping that keeps the front: a trial stops if an earlier one, at most as large, was clearly better at the same epoch.
 
-Comparing accuracies alone, as successive halving does, would end every small pack in favour of large ones. Here a trial competes only with trials
-that cost no more bytes. "Clearly" is two binomial standard errors of the validation set. Only trials that had ended before this one was proposed
-count, so the outcome does not depend on timing.
+Comparing accuracies alone, as successive halving does, would stop every small pack in favour of large
+ones. Here a trial competes only with trials that cost no more bytes. "Clearly" means by two binomial
+standard errors of the validation set. Only trials that had ended before this one was proposed count,
+so the outcome does not depend on timing.
 """
 
 from __future__ import annotations
@@ -13,17 +14,17 @@ from collections.abc import Iterable, Sequence
 from pipeline.search.trial_record import TrialRecord
 
 FIRST_SHARE = 1 / 3
-"""No trial ends before this share of its epochs."""
+"""Fraction of its epochs before which no trial is stopped."""
 MARGIN_ERRORS = 2.0
-"""Standard errors of the validation metric by which a rival must be better."""
+"""Standard errors of the validation metric by which another trial must be better."""
 
 
 def is_dominated(curve: Sequence[float], epochs: int, size_bytes: int, earlier: Iterable[TrialRecord], val_samples: int) -> bool:
-    """Whether a trial with this validation curve so far should end.
+    """Whether to stop a trial with this validation curve so far.
 
     Args:
         curve: validation metric in [0, 1] after each epoch.
-        earlier: trials to compare with; those that failed, that are larger than `size_bytes` or ended before this epoch do not count.
+        earlier: trials to compare with; those that failed, are larger than `size_bytes` or ended before this epoch do not count.
     """
     epoch = len(curve)
     if epoch < math.ceil(epochs * FIRST_SHARE) or epoch == epochs:

@@ -1,7 +1,7 @@
-"""A study: all trials of one task, and what each gave. Knows nothing of Ray.
+"""A study: all trials of one task and their results, independent of Ray.
 
-Which configuration comes next, what is kept and when a trial ends are decided here, from records
-alone (see `proposer`).
+Which configuration comes next, what is recorded and when a trial stops are decided here, from
+records alone (see `proposer`).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pipeline.specs import Task
 
 
 class Study:
-    """The slots of a study, what each gave, and what may start next. Knows nothing of Ray. `ended` are the slots that this run ended, in time."""
+    """The slots of a study, their results, and what may start next. `ended` are the slots that this run ended, in order of time."""
 
     def __init__(self, task: Task, proposer: Proposer, journal: TrialJournal, val_samples: int) -> None:
         self.task = task
@@ -34,7 +34,7 @@ class Study:
         self.is_exhausted = False
 
     def next_slot(self) -> int | None:
-        """The next slot to run, None when it must wait for earlier ones or when nothing is left (`is_exhausted`)."""
+        """The next slot to run; None if it must wait for earlier ones or nothing is left (`is_exhausted`)."""
         while not self.is_exhausted:
             slot = len(self.slots)
             if any(earlier not in self.records for earlier in range(slot - LAG + 1)):
@@ -54,7 +54,7 @@ class Study:
         return None
 
     def _holds(self, slot: int, proposal: Proposal) -> bool:
-        """Whether the journal's record is what this study would find: a trial may have been stopped against one that is not in this space."""
+        """Whether a record is what this study would find: its trial may have been stopped against one that is not in this space."""
         record = self._remembered.get(proposal.id)
         if record is None or record.state != "stopped":
             return record is not None
@@ -66,7 +66,7 @@ class Study:
         return is_dominated(curve, proposal.recipe.training.epochs, proposal.size_bytes, earlier, self._val_samples)
 
     def report(self, slot: int, epoch: int, metric: float) -> bool:
-        """Take a trial's metric after an epoch (counted from 1); whether the trial should go on."""
+        """Record a trial's metric after an epoch (counted from 1); return whether the trial should continue."""
         curve = self._curves[slot] = [*self._curves.get(slot, [])[: epoch - 1], metric]
         if self._is_dominated(slot, curve):
             self._stopped.add(slot)
@@ -74,7 +74,7 @@ class Study:
         return True
 
     def finish(self, slot: int, seconds: float, failure: TaskpackError | None, *, remark: str = "") -> None:
-        """Keep a trial's outcome. A failure that may pass is not written to the journal, so a later run tries again."""
+        """Record a trial's outcome. A transient failure is not written to disk, so that a later run tries again."""
         curve, proposal = tuple(self._curves.get(slot, ())), self.slots[slot]
         outcome: dict[str, Any]
         if failure is not None:
@@ -97,25 +97,25 @@ class Study:
         self._journal.write(record)
 
     def epochs_done(self) -> float:
-        """Trials' worth of epochs behind us: a finished trial counts as one."""
+        """Finished epochs in units of trials: a finished trial counts as one."""
         running = {slot: len(curve) / self.slots[slot].recipe.training.epochs for slot, curve in self._curves.items() if slot not in self.records}
         return len(self.records) + sum(running.values())
 
     def trials_planned(self) -> int:
-        """How many trials there will be at most, earlier runs' included."""
+        """Maximum number of trials, including those of earlier runs."""
         if self.is_exhausted:
             return len(self.slots)
         return min(self.task.search.trials, self.task.search.size() - len(self._proposer.rejected))
 
     def remark(self) -> str:
-        """The best complete trial so far, in a few words."""
+        """A short text about the best complete trial so far."""
         scored = [(record.val_metric, record.size_bytes) for record in self.records.values() if record.val_metric is not None]
         best = max(scored, key=lambda pair: (pair[0], -pair[1]), default=None)
         counted = f"{len(self.records)} trials"
         return counted if best is None else f"{counted}, best {best[0]:.1%} at {best[1] / 1024:.1f} KiB"
 
     def all_records(self) -> list[TrialRecord]:
-        """Every trial, in order of slots, then those rejected unrun."""
+        """Every trial, in order of slots, then those rejected without being run."""
         return [*(self.records[slot] for slot in sorted(self.records)), *self._proposer.rejected]
 
 

@@ -17,7 +17,7 @@ from pipeline.training import ALONE, Inputs, Ranks, Score, evaluate, open_inputs
 
 
 def recipe_key(recipe: Recipe) -> str:
-    """Short SHA-256 of what a recipe trains and how: equal recipes are one trial."""
+    """Short SHA-256 of a recipe: equal recipes are one trial."""
     return hashlib.sha256(recipe.model_dump_json(exclude_none=True).encode()).hexdigest()[:16]
 
 
@@ -25,10 +25,10 @@ def recipe_key(recipe: Recipe) -> str:
 def opened(
     task_json: str, recipe_json: str, data_folder: str, selection: Path | str | None, device: str
 ) -> Iterator[tuple[Inputs, Recipe, SelectedIndex | None]]:
-    """What a worker is sent for a trial or a fit, opened: the task with its data and backbone, the recipe, the connections.
+    """Open what a worker is sent for a trial or a fit: the task with its data and backbone, the recipe, the connections.
 
     Raises:
-        OutOfMemory: opening it, or what is done with it on `device`, takes more memory than there is.
+        OutOfMemory: Opening or using it on `device` takes more memory than there is.
     """
     task, recipe = Task.model_validate_json(task_json), Recipe.model_validate_json(recipe_json)
     with named_out_of_memory(task, recipe.training.batch_size, device):
@@ -38,13 +38,14 @@ def opened(
 def run_trial(
     inputs: Inputs, recipe: Recipe, selected: SelectedIndex | None, *, device: str = "cpu", ranks: Ranks = ALONE
 ) -> Iterator[tuple[Score, str]]:
-    """Train on train; yields the validation score after every epoch, and in the end a remark on the training, where there is one.
+    """Train on train; yield the validation score after every epoch, and finally a warning about the training, if any.
 
     Args:
-        ranks: who trains it with this process; all get the same scores.
+        ranks: the processes that train together; all get the same scores.
 
     Raises:
-        TrainingError: the loss diverges. ClusterError: the ranks no longer have the same values.
+        TrainingError: The loss diverges.
+        ClusterError: The ranks no longer have the same values.
     """
     task, recipe = inputs.task, with_learning_rate(recipe, inputs.backbone)
     model = attach(inputs.backbone, recipe, len(inputs.index.classes), selected=selected, seed=task.seed).to(device)

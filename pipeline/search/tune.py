@@ -1,4 +1,4 @@
-"""The places where Ray Tune asks what to do: which trial next, whether a trial goes on, whether all of it should end."""
+"""Ray Tune's callbacks: the next trial, whether a trial continues, and whether to end the run."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from pipeline.search.study import OnRecord, Study
 
 
 class StudySearcher(Searcher):
-    """Hands Tune the study's slots and brings back their outcomes. `fatal` is an error that no other trial would escape.
+    """Give Tune the study's slots and record their outcomes. `fatal` is an error that every other trial would meet.
 
     Args:
-        context: goes into every trial's config: Tune shares the trainable between studies, so it cannot hold what is a study's own.
+        context: added to every trial's config, because Tune shares the trainable between studies.
         is_stopping: whether trials end because the run was interrupted.
     """
 
@@ -50,7 +50,7 @@ class StudySearcher(Searcher):
             return
         try:
             self._take(trial_id, result or {}, error)
-        except TaskpackError as fault:  # a full disk: Tune would take it for a fault of the trial and run that again
+        except TaskpackError as fault:  # a full disk: Tune would blame the trial and run it again
             self.fatal = self.fatal or fault
         self._on_progress(self._study)
 
@@ -69,18 +69,18 @@ class StudySearcher(Searcher):
             self._study.finish(slot, seconds, None, remark=result.get("remark", ""))
 
     def __getstate__(self) -> dict[str, Any]:
-        """Tune pickles its parts to resume by; a study resumes by its journal."""
+        """Pickle nothing: Tune would do so to resume, but a study resumes from its records."""
         return {}
 
     def save(self, checkpoint_path: str) -> None:
-        """Nothing: the study's journal is its memory."""
+        """Do nothing: the study's records are kept by the journal."""
 
     def restore(self, checkpoint_path: str) -> None:
-        """Nothing: the study's journal is its memory."""
+        """Do nothing: the study's records are kept by the journal."""
 
 
 class StoppingScheduler(FIFOScheduler):
-    """Runs trials first come, first served, and ends those the study gives up."""
+    """Run trials in order, and stop those that the study gives up."""
 
     def __init__(self, study: Study) -> None:
         super().__init__()
@@ -93,12 +93,12 @@ class StoppingScheduler(FIFOScheduler):
         return TrialScheduler.CONTINUE if goes_on else TrialScheduler.STOP
 
     def __getstate__(self) -> dict[str, Any]:
-        """As the searcher's."""
+        """See `StudySearcher.__getstate__`."""
         return {}
 
 
 class WhenInterrupted(Stopper):
-    """Ends a study's trials once the run is interrupted."""
+    """End a study's trials once the run is interrupted."""
 
     def __init__(self, is_stopping: Callable[[], bool]) -> None:
         self._is_stopping = is_stopping
@@ -110,5 +110,5 @@ class WhenInterrupted(Stopper):
         return self._is_stopping()
 
     def __getstate__(self) -> dict[str, Any]:
-        """As the searcher's."""
+        """See `StudySearcher.__getstate__`."""
         return {}

@@ -1,1 +1,1 @@
-"""What a running batch tells: a log of events, the state of every task, metrics of Ray."""
+"""Monitoring of a running batch: event log, state of every task, and Ray metrics."""

@@ -1,4 +1,4 @@
-"""The watch over a batch: what the driver reports goes into the log of events, the state file and Ray's metrics, and on to whoever looks at it."""
+"""Pass on what the driver of a batch reports to the event log, the state file, Ray's metrics and a callback."""
 
 from __future__ import annotations
 
@@ -25,22 +25,22 @@ from pipeline.utils.files import write_json
 from pipeline.utils.redaction import without_secrets
 
 WRITE_SECONDS = 1.0
-"""The state is written this often at most."""
+"""Shortest seconds between two writes of the state."""
 
 
 def batch_name() -> str:
-    """What the environment calls this batch, else the time."""
+    """The name of this batch from the environment, or one made of the time."""
     given = re.sub(r"[^A-Za-z0-9._-]", "_", os.environ.get(BATCH_VARIABLE, ""))
     return given or time.strftime("run-%Y%m%dT%H%M%S")
 
 
 class BatchWatch:
-    """Use as a context manager; `progress` is the batch's `on_progress`. May be called from several threads.
+    """A context manager whose `progress` is a batch's `on_progress`. Thread-safe.
 
     Args:
         root: the work folder.
-        copies: further files that hold the state.
-        on_progress: told of every progress, too.
+        copies: further files to write the state to.
+        on_progress: called with every progress as well.
     """
 
     def __init__(self, root: Path, batch: str, tasks: Sequence[str], *, copies: Sequence[Path] = (), on_progress: OnProgress) -> None:
@@ -78,7 +78,7 @@ class BatchWatch:
             metrics.enter(tracked.name, stage)
 
     def study(self, study: Study, samples: int, fit_samples: int) -> None:
-        """A running study has started a trial, or heard of one. `samples` are those a trial trains on, `fit_samples` those of the fit."""
+        """Report that a trial of a study has started or made progress. A trial trains on `samples` samples, a fit on `fit_samples`."""
         task = study.task.name
         with self._lock:
             tracked = self._tasks[task]
@@ -117,7 +117,7 @@ class BatchWatch:
             self._show_best(task, metrics)
 
     def searched(self, task: str, records: Sequence[TrialRecord], budget: Budget) -> None:
-        """A study is over; its trials may all be of earlier runs."""
+        """Report that a study has ended; all its trials may be from earlier runs."""
         with self._lock:
             self._tasks[task].take(records, budget)
             if (metrics := self._ray()) is not None:
@@ -125,7 +125,7 @@ class BatchWatch:
         self._writer.wake()
 
     def registered(self, task: str, trial: str, pack: RegisteredPack) -> None:
-        """A task has its pack."""
+        """Report that a pack was registered."""
         numbers = {"size_bytes": pack.size_bytes, "test_metric": pack.metrics.get("test_accuracy"), "val_metric": pack.metrics.get("val_accuracy")}
         self._log.write("registered", task=task, stage="register", trial=trial, pack=f"{pack.name}/{pack.version}", **numbers)
 
@@ -134,7 +134,7 @@ class BatchWatch:
             metrics.set(task, champion_bytes=best.size_bytes, champion_val_metric=best.val_metric)
 
     def _ray(self) -> RayMetrics | None:
-        """The metrics, from the moment that Ray runs."""
+        """The metrics, or None until Ray runs."""
         if self._metrics is None and (made := ray_metrics(self.batch)) is not None:
             self._metrics = made
             for tracked in self._tasks.values():
@@ -144,7 +144,7 @@ class BatchWatch:
     # --- the state ----------------------------------------------------------------------------------------------------------------------------
 
     def state(self, *, is_over: bool = False) -> BatchState:
-        """Where every task stands."""
+        """The state of every task."""
         with self._lock:
             now = time.time()
             tasks = tuple(tracked.state(now) for tracked in self._tasks.values())
@@ -164,7 +164,7 @@ class BatchWatch:
     def _write(self, *, is_over: bool = False) -> None:
         content = self.state(is_over=is_over).as_json()
         for path in self._files:
-            with contextlib.suppress(StorageError):  # a state that cannot be written is no reason to end a batch
+            with contextlib.suppress(StorageError):  # a state that cannot be written must not end a batch
                 write_json(path, content, indent=None)
 
     def __enter__(self) -> BatchWatch:
@@ -182,7 +182,7 @@ class BatchWatch:
 
 
 class _Repeated:
-    """Calls `action` in a thread of its own: soon after it is woken, at most every `shortest` and at least every `longest` seconds."""
+    """Call `action` in a thread: soon after it is woken, at most every `shortest` and at least every `longest` seconds."""
 
     def __init__(self, action: Callable[[], None], shortest: float, longest: float) -> None:
         self._action, self._shortest, self._longest = action, shortest, longest
@@ -197,15 +197,15 @@ class _Repeated:
                 self._awake.wait(self._longest - self._shortest)
 
     def start(self) -> None:
-        """Call it for the first time."""
+        """Start the thread; it calls `action` at once."""
         self._thread.start()
 
     def wake(self) -> None:
-        """There is something new."""
+        """Request a call soon."""
         self._awake.set()
 
     def stop(self) -> None:
-        """Wait for the call that runs, if any, and call it no more."""
+        """Wait for a running call, if any, and stop."""
         self._over.set()
         self._awake.set()
         self._thread.join()

@@ -1,6 +1,6 @@
-"""Numbers of a running batch as metrics of Ray, which every node's metrics endpoint hands to Prometheus under the prefix `ray_`.
+"""Numbers of a running batch as Ray metrics, which every node exports to Prometheus with the prefix `ray_`.
 
-They are set once a stage and once a trial, never within one. Where Ray does not run yet, nothing is set.
+They are set once per stage and once per trial. Before Ray runs, nothing is set.
 """
 
 from __future__ import annotations
@@ -8,19 +8,19 @@ from __future__ import annotations
 import sys
 
 STAGES = ("failed", "waiting", "prepare", "select", "search", "fit", "register", "done")
-"""`taskpack_stage` is a stage's place in this row, counted from -1."""
+"""`taskpack_stage` is the index of a stage in this tuple, minus 1."""
 GAUGES = {
     "stage": "stage of the task: " + ", ".join(f"{number} {stage}" for number, stage in enumerate(STAGES, start=-1)),
     "trials_running": "trials of the task that run now",
     "images_per_second": "training images a second of the task's last trial, its validation included",
-    "champion_bytes": "size of the pack of the task's best trial by now",
-    "champion_val_metric": "validation metric of the task's best trial by now",
+    "champion_bytes": "size of the pack of the task's best trial so far",
+    "champion_val_metric": "validation metric of the task's best trial so far",
 }
 _SECONDS = [1, 3, 10, 30, 100, 300, 1000, 3000, 10000]
 
 
 class RayMetrics:
-    """The metrics of one batch, with the tag `batch` and, but for the histogram, `task`. Made by `ray_metrics` where Ray runs."""
+    """The metrics of one batch, with the tags `batch` and, except for the histogram, `task`. Created by `ray_metrics` once Ray runs."""
 
     def __init__(self, batch: str) -> None:
         from ray.util.metrics import Counter, Gauge, Histogram
@@ -31,7 +31,7 @@ class RayMetrics:
         self._seconds = Histogram("taskpack_trial_seconds", "how long trials took", _SECONDS, ("batch",)).set_default_tags({"batch": batch})
 
     def set(self, task: str, **values: float | None) -> None:
-        """Set gauges of a task by name; None leaves one as it is."""
+        """Set gauges of a task by name; None leaves a gauge unchanged."""
         for name, value in values.items():
             if value is not None:
                 self._gauges[name].set(float(value), {"task": task})
@@ -41,12 +41,12 @@ class RayMetrics:
         self.set(task, stage=STAGES.index(stage) - 1)
 
     def count_trial(self, task: str, state: str, seconds: float) -> None:
-        """A trial has ended."""
+        """Count a trial that has ended."""
         self._trials.inc(1, {"task": task, "state": state})
         self._seconds.observe(seconds)
 
 
 def ray_metrics(batch: str) -> RayMetrics | None:
-    """The metrics of a batch; None where Ray does not run in this process."""
+    """The metrics of a batch; None if Ray does not run in this process."""
     is_initialized = getattr(sys.modules.get("ray"), "is_initialized", None)  # another thread may be importing it
     return RayMetrics(batch) if is_initialized is not None and is_initialized() else None

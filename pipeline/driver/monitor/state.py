@@ -1,7 +1,7 @@
-"""Where every task of a batch stands, as one small JSON file: what `taskpack status` shows, on the machine of the run or from outside a cluster.
+"""The state of every task of a batch, as one small JSON file, which `taskpack status` shows.
 
-The driver writes `state.json` into the work folder, whole or not at all. Where it is a job of a cluster, it writes a copy among the logs of Ray's
-session, which the cluster's dashboard hands out.
+The driver writes `state.json` atomically into the work folder. A job on a cluster also writes a copy
+into the log folder of Ray's session, which the cluster's dashboard serves.
 """
 
 from __future__ import annotations
@@ -18,23 +18,23 @@ BATCH_VARIABLE = "TASKPACK_BATCH"
 """The environment variable that names the batch of a job; `submit` sets it."""
 STATE_FILE = "state.json"
 HEARTBEAT_SECONDS = 30.0
-"""A running batch writes its state this often at least, so its age tells whether the driver lives."""
+"""Longest seconds between two writes of a running batch: an older state means that the driver is dead."""
 WAITING = "waiting"
-"""For its turn: before it is prepared, and from then on to its selection or search."""
+"""The stage of a task that waits for its turn, before it is prepared or between two stages."""
 ENDED = ("done", "failed")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TaskState:
-    """One task when the state was written.
+    """The state of one task.
 
     Args:
         stage: waiting, prepare, select, search, fit, register, done or failed.
-        seconds: in this stage.
-        trials_done: that have ended, earlier runs included, of the `trials` that are to be run at most; None before the search.
-        trials_running: now.
-        val_metric: validation metric of the trial that would be champion by now, `size_bytes` its pack.
-        seconds_left: to the task's end, where the trials that have ended let it be told.
+        seconds: seconds in this stage.
+        trials_done: ended trials, earlier runs included, of at most `trials`; None before the search.
+        trials_running: running trials.
+        val_metric: validation metric of the champion so far, and `size_bytes` the size of its pack.
+        seconds_left: estimated seconds to the end of the task; None until a trial is complete.
     """
 
     task: str
@@ -51,7 +51,7 @@ class TaskState:
 
 @dataclass(frozen=True, kw_only=True)
 class BatchState:
-    """A batch when its state was written. Times are in seconds since 1970; `seconds_left` is None until a task of this run has ended."""
+    """The state of a batch. Times are in seconds since 1970; `seconds_left` is None until a task of this run has ended."""
 
     batch: str
     started: float
@@ -66,12 +66,12 @@ class BatchState:
         return dict(Counter(task.stage for task in self.tasks))
 
     def as_json(self) -> dict[str, Any]:
-        """As plain data."""
+        """Convert to plain data."""
         return {**vars(self), "tasks": [dict(vars(task)) for task in self.tasks]}
 
 
 def parse_state(content: Any) -> BatchState | None:
-    """The state in parsed JSON; None where it is none. Keys that this version does not know are left out."""
+    """Read the state from parsed JSON; None if it is not one. Unknown keys are ignored."""
     try:
         tasks = tuple(TaskState(**_known(TaskState, task)) for task in content["tasks"])
         return BatchState(**{**_known(BatchState, content), "tasks": tasks})
@@ -85,10 +85,10 @@ def _known(kind: type, content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_state(workdir: Path) -> BatchState | None:
-    """The state of the last batch that ran in a work folder; None where there is none."""
+    """The state of the last batch in a work folder; None if there is none."""
     return parse_state(read_json(workdir / STATE_FILE))
 
 
 def state_file_name(batch: str) -> str:
-    """Of the copy among the logs of Ray's session."""
+    """Name of the copy in the log folder of Ray's session."""
     return f"taskpack-{batch}.json"

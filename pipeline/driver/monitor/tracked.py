@@ -1,4 +1,4 @@
-"""A task as the driver follows it, and how long it will still take, judged by the trials that have ended and by nothing else."""
+"""A running task as the driver tracks it, with the time remaining estimated from the trials that have ended."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pipeline.specs import Budget
 
 
 def remaining_seconds(done: float, left: float, elapsed_seconds: float) -> float | None:
-    """As long as what is left takes at the pace of what was done; None where nothing was."""
+    """Seconds for the remaining work at the pace so far; None if nothing is done yet."""
     return elapsed_seconds * left / done if done > 0 else None
 
 
@@ -39,13 +39,13 @@ class TrackedTask:
     fit_ratio: float = 1.0
 
     def enter(self, stage: str, now: float, remark: str) -> None:
-        """Where the task stands."""
+        """Enter a stage, or update its remark."""
         if stage != self.stage:
             self.stage, self.entered, self.trials_running = stage, now, 0
         self.remark = remark
 
     def follow(self, study: Study) -> None:
-        """Take over what a running study has come to."""
+        """Update from a running study."""
         kept = len(study.records) - len(study.ended)
         self.trials = study.trials_planned()
         self.trials_running = len(study.slots) - len(study.records)
@@ -53,7 +53,7 @@ class TrackedTask:
         self.take(list(study.records.values()), study.task.budget)
 
     def take(self, records: Sequence[TrialRecord], budget: Budget) -> None:
-        """Take over what trials have found."""
+        """Update from the results of trials."""
         ran = [record for record in records if record.state != "rejected"]
         complete = [record for record in ran if record.val_metric is not None and record.size_bytes <= budget.max_bytes]
         self.trials_done = len(ran)
@@ -63,7 +63,7 @@ class TrackedTask:
             self.trial_seconds = sum(record.seconds for record in complete) / len(complete)
 
     def seconds_left(self, now: float) -> float | None:
-        """To the task's end; None where it cannot be told, as long as no trial is complete, and where a fit takes longer than a trial did."""
+        """Estimated seconds to the end of the task; None while no trial is complete, or if the fit takes longer than a trial did."""
         fit_seconds = None if self.trial_seconds is None else self.trial_seconds * self.fit_ratio
         if self.stage == "fit" and fit_seconds is not None:
             return left if (left := fit_seconds - (now - self.entered)) > 0 else None
@@ -71,7 +71,7 @@ class TrackedTask:
         return None if searching is None or fit_seconds is None else searching + fit_seconds
 
     def state(self, now: float) -> TaskState:
-        """As it is shown."""
+        """Convert to a `TaskState`."""
         left = self.seconds_left(now)
         return TaskState(
             task=self.name,
