@@ -281,7 +281,7 @@ def test_only_a_state_is_read_as_one(tmp_path: Path) -> None:
     assert [parse_state(content) for content in (None, [], {}, {"tasks": [1]}, {"tasks": [{}]}, {"tasks": []}, "x")] == [None] * 7
     answer = taskpack("status", "--workdir", tmp_path)
     assert (answer.code, answer.out) == (9, "")
-    assert "holds no state of a run" in answer.words
+    assert "has no state of a run" in answer.words
     assert taskpack("status", "friday", "--workdir", tmp_path).code == 2
 
 
@@ -299,7 +299,7 @@ def test_what_cannot_be_known_is_blank() -> None:
     assert list(state_table(state, is_running=False).columns[-1].cells) == ["", "", ""]
     said = "friday.1: 3 tasks, 1 done, 1 at work, 1 waiting"
     assert summary(state, is_running=True, age_seconds=5.0) == f"{said}; about 2.0 h left"
-    assert summary(state, is_running=True, age_seconds=600.0).startswith(f"{said}; last heard of 10 min ago")
+    assert summary(state, is_running=True, age_seconds=600.0).startswith(f"{said}; last update 10 min ago")
     assert summary(state, is_running=False) == f"{said}; the run ended early; run the same command to continue"
 
 
