@@ -341,7 +341,7 @@ def test_sigterm_ends_a_plan_with_one_line(tmp_path: Path, started: Any) -> None
     assert wait_until(lambda: "selecting connections: 1 of" in err.read_text() or process.poll() is not None, 120)
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) == 143
-    assert err.read_text().splitlines()[-1] == "terminated; give the same command to start it again"
+    assert err.read_text().splitlines()[-1] == "terminated; run the same command to start again"
     assert "Traceback" not in err.read_text()
 
 
