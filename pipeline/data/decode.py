@@ -68,8 +68,7 @@ def _content(path: str | os.PathLike[str], name: str) -> bytes:
 
 
 def _open(content: bytes) -> Image.Image:
-    """Load an image. A PNG that cannot be read is tried again without its metadata, because Pillow rejects a PNG with a text of over a megabyte.
-    """
+    """Load an image. A PNG that cannot be read is tried again without its metadata, because Pillow rejects a PNG with a text of over a megabyte."""
     try:
         return _loaded(content)
     except Exception:

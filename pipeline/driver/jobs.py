@@ -244,9 +244,7 @@ class JobServer:
 def _same(attempt: Attempt, batch: Batch) -> Attempt:
     if attempt.digest != batch.digest:
         state = "running" if attempt.is_active else "finished"
-        raise SpecError(
-            f"--batch-id: given {attempt.batch!r}, but other tasks or options with this id are {state}; choose another id, or stop it"
-        )
+        raise SpecError(f"--batch-id: given {attempt.batch!r}, but other tasks or options with this id are {state}; choose another id, or stop it")
     return attempt
 
 
