@@ -78,7 +78,7 @@ def gradients(task_json: str, data_folder: Path, ranks: Ranks) -> list[tuple[flo
     recipe = Recipe.model_validate(
         {
             "connections": {"bits": 32},
-            "smoa": {"experts": 2, "width": 4, "balance_weight": 0, "bits": 32},
+            "smoa": {"experts": 2, "width": 4, "balance_weight": 0, "dropout": 0, "bits": 32},
             "norms": {},
             "training": {"precision": "fp32"},
         }
@@ -89,7 +89,7 @@ def gradients(task_json: str, data_folder: Path, ranks: Ranks) -> list[tuple[flo
     for sizes in STEPS:
         first, second, third = np.split(samples[: sum(sizes)], np.cumsum(sizes)[:-1])
         parts = {1: [samples[: sum(sizes)]], 2: [first, np.concatenate([second, third])], 3: [first, second, third]}[ranks.world]
-        loss, _ = loop._step(model, optimiser, *reader.read(parts[ranks.rank]), recipe.training, torch.float32, ranks, False)
+        loss = loop._step(model, optimiser, *reader.read(parts[ranks.rank]), recipe.training, torch.float32, ranks)
         steps.append((loss, [each.grad.numpy().copy() for each in model.values.parameters() if each.grad is not None]))
     return steps
 
@@ -110,8 +110,6 @@ def test_ranks_step_as_one_process_on_the_whole_batch(world: int, on_ranks: OnRa
 def talk(ranks: Ranks) -> dict[str, Any]:
     said: dict[str, Any] = {"total": ranks.total(ranks.rank + 1), "gathered": ranks.gathered(torch.tensor([ranks.rank, 7])).tolist()}
     said["content"] = [ranks.from_first(content if ranks.is_first else b"another") for content in (b"first", b"")]
-    parameter = torch.nn.Parameter(torch.zeros(2))
-    said["flags"] = [ranks.mean_gradients([parameter], torch.tensor(1.0), 1, flag and ranks.is_first)[1] for flag in (True, False)]
     ranks.check_agree({"same": torch.ones(3)})
     try:
         ranks.check_agree({"other": torch.tensor(ranks.rank)})
@@ -126,7 +124,6 @@ def test_every_rank_hears_the_same(on_ranks: OnRanks) -> None:
     assert first["total"] == 6
     assert first["gathered"] == [[0, 7], [1, 7], [2, 7]]
     assert first["content"] == [b"first", b""]
-    assert first["flags"] == [True, False]
     assert "3 ranks of a trial or fit trained different values" in first["disagreement"]
 
 

@@ -77,15 +77,14 @@ def train_epochs(
             images = augment(images, generator, flip, spec.augment) if spec.augment != "none" else images
             if (spec.mixup or spec.cutmix) and len(images):
                 images, labels = mix(images, labels, model.class_count, spec, generator)
-            is_due = checkpoint is not None and ranks.is_first and checkpoint.is_due()
-            loss, is_due = _step(model, optimiser, images.to(device), labels.to(device), spec, dtype, ranks, is_due)
+            loss = _step(model, optimiser, images.to(device), labels.to(device), spec, dtype, ranks)
             if not math.isfinite(loss):
                 at = f"at step {progress.step} of {steps} with learning rate {peak:g}"
                 raise TrainingError(f"the loss became {loss} {at}; lower training.learning_rate")
             average.update(progress.step)
             progress.step += 1
             progress.losses.append(loss)
-            if checkpoint is not None and is_due:
+            if checkpoint is not None and ranks.is_first and checkpoint.is_due():
                 checkpoint.save(progress, optimiser, ranks)
         ranks.check_agree(model.values.state_dict())
         average.swap()
@@ -105,9 +104,8 @@ def _step(
     spec: Training,
     dtype: torch.dtype,
     ranks: Ranks,
-    is_due: bool,
-) -> tuple[float, bool]:
-    """The mean loss over all ranks, and whether any of them says that a checkpoint is due. A rank may have no images."""
+) -> float:
+    """The mean loss over all ranks. A rank may have no images."""
     optimiser.zero_grad(set_to_none=True)
     loss = torch.zeros((), device=images.device)
     if len(images):
@@ -115,6 +113,6 @@ def _step(
             logits = model(images)
         loss = F.cross_entropy(logits.float(), labels, label_smoothing=spec.label_smoothing)
         (loss + model.auxiliary_loss()).backward()
-    loss, is_due = ranks.mean_gradients(list(model.values.parameters()), loss, len(images), is_due)
+    loss = ranks.mean_gradients(list(model.values.parameters()), loss, len(images))
     optimiser.step()
-    return float(loss.detach()), is_due
+    return float(loss.detach())

@@ -49,24 +49,23 @@ class Ranks:
         return seed if self.is_first else int(np.random.SeedSequence([seed, self.rank]).generate_state(1, np.uint64)[0] >> 1)
 
     @torch.no_grad()
-    def mean_gradients(self, parameters: Sequence[torch.Tensor], loss: torch.Tensor, samples: int, flag: bool = False) -> tuple[torch.Tensor, bool]:
+    def mean_gradients(self, parameters: Sequence[torch.Tensor], loss: torch.Tensor, samples: int) -> torch.Tensor:
         """Replace each parameter's gradient, this rank's mean over its `samples`, by the mean over the samples of all ranks.
 
         Returns:
-            The same mean of `loss` [], and whether any rank gave the `flag`.
+            The same mean of `loss` [].
         """
         if self.world == 1:
-            return loss, flag
+            return loss
         gradients = [torch.zeros_like(each) if each.grad is None else each.grad for each in parameters]
         means_N = torch.cat([*(gradient.reshape(-1).float() for gradient in gradients), loss.detach().float().reshape(1)])
-        sums_N = torch.cat([means_N.cpu() * samples, torch.tensor([samples, flag], dtype=torch.float32)])
+        sums_N = torch.cat([means_N.cpu() * samples, torch.tensor([samples], dtype=torch.float32)])
         with answered():
             dist.all_reduce(sums_N)
-        total, flags = sums_N[-2:].tolist()
-        means_N = (sums_N[:-2] / total).to(means_N.device)
+        means_N = (sums_N[:-1] / sums_N[-1]).to(means_N.device)
         for parameter, mean in zip(parameters, means_N[:-1].split([each.numel() for each in parameters]), strict=True):
             parameter.grad = mean.view_as(parameter)
-        return means_N[-1], flags > 0
+        return means_N[-1]
 
     def total(self, count: int) -> int:
         """The sum over ranks."""
