@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
+from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Literal
 
 import numpy as np
@@ -12,15 +14,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 from pipeline.adaptation import SelectedIndex
 from pipeline.adaptation.selected import topk
 from pipeline.adaptation.selected.topk import top_connections
 from pipeline.adaptation.sites import weight_shapes
-from pipeline.backbones import load_backbone
+from pipeline.backbones import LoadedBackbone, load_backbone
 from pipeline.data import numbered_generator, shard_batches, two_views
 from pipeline.selection import select_here, selection_key, supervised_contrastive_loss
-from pipeline.selection.gradient import _collect_gradients, gradient_sums
+from pipeline.selection.gradient import SAVED_BYTES, _collect_gradients, gradient_sums, saved_bytes
 from pipeline.selection.losses import make_loss
 from pipeline.specs import Backbone, Input, Selection
 from pipeline.training import Inputs
@@ -214,7 +217,8 @@ def test_no_gradient_outlives_its_layers_turn(tiny_inputs: Inputs) -> None:
     assert all(sum_OI.dtype == torch.float64 and bool(sum_OI.any()) for sum_OI in sums.values())
 
 
-def test_half_precision_selects_nearly_the_same(tiny_inputs: Inputs) -> None:
+def test_half_precision_selects_nearly_the_same(tiny_inputs: Inputs, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.utils.devices.has_bf16_units", lambda device: True)
     half = tiny_inputs.task.model_copy(update={"selection": tiny_inputs.task.selection.model_copy(update={"precision": "bf16"})})
     full, found = select_here(tiny_inputs, 1), select_here(dataclasses.replace(tiny_inputs, task=half), 1)
     same = torch.cat([full[name].place_M == ranked.place_M for name, ranked in found.items()]).float().mean()
@@ -249,3 +253,44 @@ def test_the_key_names_everything_a_selection_depends_on(tiny_inputs: Inputs, fa
     assert len(set(keys)) == len(keys)
     renamed = dataclasses.replace(tiny_inputs, task=task.model_copy(update={"name": "other", "description": "x"}))
     assert selection_key(renamed, 1) == keys[0], "its name is no part of what a task selects"
+
+
+def test_a_batch_in_pieces_has_the_gradients_of_the_whole(tiny_inputs: Inputs, monkeypatch: pytest.MonkeyPatch) -> None:
+    task = tiny_inputs.task
+    batches = list(enumerate(shard_batches(tiny_inputs.splits["train"], task.selection.batch_size, seed=task.seed)))[:2]
+    passed: list[int] = []
+
+    def sums() -> dict[str, torch.Tensor]:
+        loss = make_loss(task.selection, tiny_inputs.backbone.width, 8, task.seed)
+        read = ((number, *tiny_inputs.reader("train").read(samples)) for number, samples in batches)
+        return gradient_sums(tiny_inputs.backbone, read, task.selection, loss, seed=task.seed, flip=False)
+
+    def noted(backbone: LoadedBackbone, fresh: Callable[[], nn.Module] = tiny_inputs.backbone.fresh_model) -> nn.Module:
+        model = fresh()
+        model.register_forward_pre_hook(lambda module, inputs: passed.append(len(inputs[0])))
+        return model
+
+    whole = sums()
+    monkeypatch.setattr(LoadedBackbone, "fresh_model", noted)
+    monkeypatch.setitem(SAVED_BYTES, "cpu", 5 * saved_bytes(tiny_inputs.backbone))
+    in_pieces = sums()
+    assert max(passed) == 5
+    assert sum(passed) == 2 * 2 * sum(len(samples) for _, samples in batches), "two views, passed twice"
+    for name, sum_OI in whole.items():
+        torch.testing.assert_close(in_pieces[name], sum_OI, rtol=1e-4, atol=1e-7)
+
+
+def test_saved_bytes_are_those_of_the_formula() -> None:
+    """Of a network of one Linear layer and a ReLU on a flat image: the layer's input and the ReLU's output."""
+
+    class Flat(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(3 * 8 * 8, 5)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.layer(x.flatten(1)).relu()
+
+    model = Flat()
+    backbone = SimpleNamespace(model=model, fresh_model=lambda: model, size_px=8)
+    assert saved_bytes(backbone) == 4 * (3 * 8 * 8 + 5)  # type: ignore[arg-type]

@@ -6,21 +6,31 @@ Each layer's gradient is added to its sum and let go as soon as the backward pas
 network's. Sums are kept in float64, on the device that computes them, so that the order in which workers' shares are added does not decide between
 two nearly equal connections. (In float32 it did not for the embedded backbone and 800 images, but nothing would promise it.) Augmentation is seeded
 by the batch, not by the worker that reads it.
+
+Where the tensors that a batch's backward pass reads would take too much memory, the network is passed
+piece by piece (as in GradCache, arXiv 2101.06983): all features first, without a graph; then the
+loss's gradient with respect to them; then each piece again, with its share of that gradient. In
+evaluation mode samples do not depend on each other, so the sum is the same but for rounding.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 
 from pipeline.adaptation.sites import tunable_layers
+from pipeline.adaptation.watched import learnt_once
 from pipeline.adaptation.working import fuse_attention, slow_fused_attention
 from pipeline.backbones import LoadedBackbone
 from pipeline.data import numbered_generator, two_views
 from pipeline.selection.losses import Loss
 from pipeline.specs import Selection
 from pipeline.utils.devices import computing_dtype, exact_float32
+
+SAVED_BYTES = {"cpu": 2 << 30}
+"""What a backward pass may keep of one forward pass, by device; elsewhere four times as much."""
 
 NumberedBatch = tuple[int, torch.Tensor, torch.Tensor]  # its number, images uint8 [B, 3, S, S], labels int64 [B]
 
@@ -45,13 +55,59 @@ def gradient_sums(
     dtype = computing_dtype(spec.precision, device)
     fuse_attention(slow_fused_attention(model, dtype), False)
     sums = _collect_gradients(model)
+    piece = max(1, SAVED_BYTES.get(device, 4 * SAVED_BYTES["cpu"]) // max(1, saved_bytes(backbone)))
     mean, std = (torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (backbone.mean, backbone.std))
+
+    def features_of(views: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(views.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+            features: torch.Tensor = model((views - mean) / std)
+        return features.float()
+
     for index, images, labels in batches:
         views = two_views(images.to(device), numbered_generator(seed, index), flip, spec.views)
-        with torch.autocast(views.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
-            features = model((views - mean) / std)
-        loss(features.float(), labels.repeat(2).to(device)).backward()
+        _backward(features_of, views, lambda features: loss(features, labels.repeat(2).to(device)), piece)  # noqa: B023 - called at once
     return sums
+
+
+def _backward(
+    features_of: Callable[[torch.Tensor], torch.Tensor],
+    views: torch.Tensor,
+    loss: Callable[[torch.Tensor], torch.Tensor],
+    piece: int,
+) -> None:
+    """The backward pass of a batch, with a graph of at most `piece` views at a time."""
+    if len(views) <= piece:
+        loss(features_of(views)).backward()
+        return
+    pieces = views.split(piece)
+    with torch.no_grad():
+        features = torch.cat([features_of(each) for each in pieces])
+    loss(features.requires_grad_()).backward()
+    assert features.grad is not None
+    for each, gradient in zip(pieces, features.grad.split(piece), strict=True):
+        features_of(each).backward(gradient)
+
+
+@learnt_once
+def saved_bytes(backbone: LoadedBackbone) -> int:
+    """What a backward pass through the backbone keeps of one image's forward pass, in float32."""
+    model = backbone.fresh_model()
+    _collect_gradients(model)
+    frozen = {tensor.untyped_storage().data_ptr() for tensor in model.state_dict().values()}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> Any:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in frozen:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    device = next(model.parameters()).device
+    image = torch.zeros(1, 3, backbone.size_px, backbone.size_px, device=device)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        features = model(image)
+    del features
+    return sum(kept.values())
 
 
 def _collect_gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
