@@ -201,7 +201,7 @@ def test_an_image_that_cannot_be_decoded_is_named(tmp_path: Path) -> None:
         prepare(task_of(data), tmp_path / "p")
 
 
-def test_a_changed_list_or_image_is_prepared_anew(tmp_path: Path) -> None:
+def test_a_changed_list_or_image_is_prepared_again(tmp_path: Path) -> None:
     data = write_vtab(tmp_path / "dtd")
     first = prepare(task_of(data), tmp_path / "p")
     assert prepare(task_of(data), tmp_path / "p") == first

@@ -90,7 +90,7 @@ def test_class_names_from_a_list_or_a_file(tmp_path: Path) -> None:
     assert prepare(task_of({**data, "classes": str(tmp_path / "classes.txt")}), tmp_path / "p").classes == ["cat", "dog"]
 
 
-def test_changed_originals_are_indexed_anew(tmp_path: Path) -> None:
+def test_changed_originals_are_indexed_again(tmp_path: Path) -> None:
     data = write_originals(tmp_path / "o", [0, 1] * 8, [0, 1])
     first = prepare(task_of(data), tmp_path / "p")
     write_originals(tmp_path / "o", [1, 0] * 8, [0, 1])

@@ -1,4 +1,4 @@
-"""What a submitted batch is, how its attempts follow each other, and how a cluster that refuses is put into words; no cluster here."""
+"""What a submitted batch is, how its attempts follow each other, and how a cluster that refuses is reported; no cluster here."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The selection stage on a real Ray Train worker group: the same bytes from any number of workers, and faults in words."""
+"""The selection stage on a real Ray Train worker group: the same bytes from any number of workers, and named errors."""
 
 from __future__ import annotations
 
