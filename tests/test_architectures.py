@@ -73,7 +73,7 @@ NO_CALL = {"ssf": "without calling the layer"}
 NO_ATTENTION = {"adapter after_attention": "no attention branch .*; choose parallel or after_mlp"}
 NO_LORA = {"lora": "given '[qv]', which matches no layer of .*; it has "}
 BY_HEAD = {"lora": "not laid out as q, k and v in thirds; name the whole layer, qkv"}
-NO_BIAS = {"biases": "Linear or Conv2d layers with a bias"}
+NO_BIAS = {"biases": "parameters named bias or gamma"}
 NO_MLP = dict.fromkeys(("smoa", "adapter parallel", "adapter after_mlp", "adapter after_attention"), "next to an MLP")
 
 REFUSED: dict[str, dict[str, str]] = {
@@ -104,7 +104,7 @@ REFUSED: dict[str, dict[str, str]] = {
     "PVT": {**NO_TOKENS, **NO_LORA},
     "FastViT": {**NO_TOKENS, **NO_MLP, **NO_LORA},
     "TinyViT": {**NO_TOKENS, **NO_MLP, **BY_HEAD},
-    "LeViT": {**NO_TOKENS, **NO_MLP, **NO_LORA, **NO_BIAS},
+    "LeViT": {**NO_TOKENS, **NO_MLP, **NO_LORA},
     "DaViT": NO_TOKENS,
     "ConViT": NO_TOKENS,
     "EdgeNeXt": {**NO_TOKENS, **NO_ATTENTION},

@@ -150,7 +150,7 @@ def counted_fit(inputs: Inputs, folder: Path, ranks: Ranks, steps_before_death: 
     """Fit with a checkpoint at every step; how many steps were taken. Raises Killed where there are more than `steps_before_death`."""
     taken, step = 0, loop._step
 
-    def counted(*arguments: Any) -> tuple[float, bool]:
+    def counted(*arguments: Any) -> float:
         nonlocal taken
         if taken == steps_before_death:
             raise Killed
