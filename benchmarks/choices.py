@@ -77,7 +77,7 @@ def trained(dtype: torch.dtype, workdir: Path) -> tuple[AdaptedModel, list[str],
     reader, split = inputs.reader("trainval"), inputs.splits["trainval"]
     start = time.process_time()
     with mock.patch("pipeline.training.loop.computing_dtype", return_value=dtype):
-        for _ in train_epochs(model, reader, split, spec, seed=0, flip=True):
+        for _ in train_epochs(model, reader, split, spec, inputs.kind, seed=0, flip=True):
             pass
     return model, classes, time.process_time() - start
 

@@ -109,7 +109,8 @@ def measure(name: str, variant: str, seed: int, epochs: int, workdir: Path) -> d
     seeded = Inputs(**{**vars(inputs), "task": inputs.task.model_copy(update={"seed": seed})})
     with tempfile.TemporaryDirectory() as folder:
         result = fit(seeded, recipe, selected, Path(folder))
-    return {"correct": result.test_correct, "samples": result.test_samples, "bytes": result.size_bytes, "seconds": result.train_seconds}
+    correct = round(result.test_metric * result.test_samples)
+    return {"correct": correct, "samples": result.test_samples, "bytes": result.size_bytes, "seconds": result.train_seconds}
 
 
 def page(result: dict[str, Any]) -> str:

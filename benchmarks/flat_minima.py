@@ -24,6 +24,7 @@ from matplotlib.figure import Figure
 
 from pipeline.adaptation import AdaptedModel, attach
 from pipeline.data import Reader, Split, prepare
+from pipeline.kinds import kind_named, metric_named
 from pipeline.specs import Adapter, Head, Recipe
 from pipeline.specs.task_files import load_task
 from pipeline.training import Inputs, evaluate, open_inputs, train_epochs
@@ -47,7 +48,8 @@ def accuracies_under_noise(model: AdaptedModel, reader: Reader, split: Split, sh
             for tensor, value in clean.items()
         }
         model.values.load_stored(noisy)
-        accuracies.append(evaluate(model, reader, split).accuracy)
+        outcomes = evaluate(model, reader, split, kind_named("classification"))
+        accuracies.append(metric_named("accuracy", "classification").value(outcomes))
     model.values.load_stored(clean)
     return accuracies
 
@@ -57,7 +59,7 @@ def measure(inputs: Inputs, bits: int, draws: int) -> dict[str, Any]:
     task = inputs.task
     recipe = Recipe(adapter=Adapter.model_validate({"width": 8, "bits": bits}), head=Head(bits=32), training=task.recipe.training)
     model = attach(inputs.backbone, recipe, len(inputs.index.classes), seed=task.seed)
-    for _ in train_epochs(model, inputs.reader("train"), inputs.splits["train"], recipe.training, seed=task.seed, flip=task.input.flip):
+    for _ in train_epochs(model, inputs.reader("train"), inputs.splits["train"], recipe.training, inputs.kind, seed=task.seed, flip=task.input.flip):
         pass
     reader, split = inputs.reader("val"), inputs.splits["val"]
     return {

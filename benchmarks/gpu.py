@@ -37,6 +37,7 @@ from variants import FULL, Setting, Variant, builders, select_connections
 from pipeline.adaptation import SelectedIndex, rank_places
 from pipeline.adaptation.kernels.sampled import FUSED_COLUMNS
 from pipeline.backbones import LoadedBackbone, load_backbone
+from pipeline.kinds import kind_named
 from pipeline.selection.gradient import NumberedBatch, gradient_sums
 from pipeline.selection.losses import make_loss
 from pipeline.specs import Backbone, Input, Selection
@@ -233,7 +234,7 @@ def timed_selection(backbone: LoadedBackbone, sizes: Sizes, device: str, spec: S
         for number in range(-(-sizes.images // spec.batch_size)):
             yield random_batch(backbone, min(spec.batch_size, sizes.images - number * spec.batch_size), number)
 
-    loss = make_loss(spec, backbone.width, CLASSES, 0)
+    loss = make_loss(spec, kind_named("classification"), backbone.width, CLASSES, 0)
     sums: dict[str, torch.Tensor] = {}
     selected: dict[str, Any] = {}
     gradients = seconds_of(lambda: sums.update(gradient_sums(backbone, batches(), spec, loss, seed=0, flip=True, device=device)), device)

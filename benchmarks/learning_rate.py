@@ -83,11 +83,11 @@ def measure(inputs: Inputs, recipe: Recipe, selected: SelectedIndex, seed: int) 
     started = time.process_time()
     chosen = selected if recipe.connections else None
     model = attach(inputs.backbone, recipe, len(inputs.index.classes), selected=chosen, seed=seed)
-    epochs = train_epochs(model, inputs.reader("train"), inputs.splits["train"], recipe.training, seed=seed, flip=inputs.task.input.flip)
+    epochs = train_epochs(model, inputs.reader("train"), inputs.splits["train"], recipe.training, inputs.kind, seed=seed, flip=inputs.task.input.flip)
     losses = [round(loss, 4) for loss in epochs]
-    score = evaluate(model, inputs.reader("val"), inputs.splits["val"])
+    outcomes = evaluate(model, inputs.reader("val"), inputs.splits["val"], inputs.kind)
     seconds = round(time.process_time() - started, 1)
-    return {"correct": score.correct, "samples": score.samples, "losses": losses, "cpu_seconds": seconds}
+    return {"correct": round(inputs.metric.value(outcomes) * len(outcomes)), "samples": len(outcomes), "losses": losses, "cpu_seconds": seconds}
 
 
 def main() -> None:

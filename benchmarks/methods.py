@@ -38,7 +38,7 @@ CLAIMS: Mapping[str, Sequence[tuple[str, str]]] = {
 
 def claims(rows: Sequence[Comparison]) -> list[str]:
     """For each claim a table: differences of test accuracy in points, seed by seed, by task and over all tasks."""
-    found = {(row.task, row.method): row.test_accuracies for row in rows}
+    found = {(row.task, row.method): row.test_metrics for row in rows}
     tasks = list(dict.fromkeys(row.task for row in rows))
     lines = []
     for claim, pairs in CLAIMS.items():

@@ -72,9 +72,9 @@ def markdown(result: dict[str, Any]) -> str:
 
 def _row(row: dict[str, Any], recipe: str) -> str:
     metrics = row["metrics"]
-    test = f"{100 * metrics['test_accuracy']:.1f} ± {100 * metrics['test_accuracy_stderr']:.1f}"
+    test = f"{100 * metrics['test_metric']:.1f} ± {100 * metrics['test_metric_stderr']:.1f}"
     numbers = (row["registered_bytes"], row["file_bytes"], *(round(metrics[key]) for key in ("trained_values", "search_seconds", "fit_seconds")))
-    return f"| {row['task']} | {recipe} | {test} | {100 * metrics['val_accuracy']:.1f} | {' | '.join(map(str, numbers))} |"
+    return f"| {row['task']} | {recipe} | {test} | {100 * metrics['val_metric']:.1f} | {' | '.join(map(str, numbers))} |"
 
 
 def _trials(row: dict[str, Any]) -> list[str]:

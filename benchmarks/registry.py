@@ -93,7 +93,7 @@ def made_champion(folder: Path, task: str, seed: int = 0) -> Champion:
     path = folder / f"{task}-{seed}.safetensors"
     path.write_bytes(content)
     ledger = dict.fromkeys(LEDGER, 3_000) | {"metadata": 30_000 - 3_000 * (len(LEDGER) - 1)}
-    metrics = {"test_accuracy": 0.9, "test_accuracy_stderr": 0.01, "val_accuracy": 0.9, "trained_values": 4e4, "search_seconds": 60, "fit_seconds": 9}
+    metrics = {"test_metric": 0.9, "test_metric_stderr": 0.01, "val_metric": 0.9, "trained_values": 4e4, "search_seconds": 60, "fit_seconds": 9}
     row = {"id": "t0", "point": {"bits": 4, "top_k": 1}, "size_bytes": 30_000, "state": "complete", "val_metric": 0.9, "epochs": 9, "seconds": 5.0}
     return Champion(
         task=task,
@@ -125,7 +125,7 @@ def fill(registry: Registry, server: TrackingServer, folder: Path, packs: int) -
             # Accuracies are counts of 2000 test samples, so some are equal, as in life.
             accuracy, size_bytes = drawn.randint(1000, 2000) / 2000, int(1024 * 2 ** drawn.uniform(1, 8))
             numbers[f"{task}/{version}"] = accuracy, size_bytes
-            for table, rows in copied(connection, written, template, task, version, {"test_accuracy": accuracy, "size_bytes": float(size_bytes)}):
+            for table, rows in copied(connection, written, template, task, version, {"test_metric": accuracy, "size_bytes": float(size_bytes)}):
                 copies[table] += rows
         for table in sorted(copies, key=lambda table: ORDER.index(table) if table in ORDER else len(ORDER)):
             insert(connection, table, copies[table])
@@ -211,7 +211,7 @@ def check(registry: Registry, numbers: dict[str, tuple[float, int]]) -> None:
         page = registry.search(max_bytes=MAX_BYTES, min_metric=MIN_METRIC, limit=50, after=after)
         pages += page
         after = f"{pages[-1].name}/{pages[-1].version}"
-    found = [(-pack.metrics["test_accuracy"], pack.size_bytes) for pack in pages]
+    found = [(-pack.metrics["test_metric"], pack.size_bytes) for pack in pages]
     assert found == expected[: len(found)], "the server's order is not that of the numbers"
     assert len({(pack.name, pack.version) for pack in pages}) == len(pages)
     one = registry.get("task-0007")
@@ -305,9 +305,9 @@ def logged_model_seconds(registry: Registry) -> list[float | None]:
     """The second page asked of LoggedModels, again and again; None, and no more, once an answer takes LOGGED_MODEL_SECONDS."""
     import requests
 
-    bounds = f"metrics.size_bytes <= {MAX_BYTES} AND metrics.test_accuracy >= {MIN_METRIC} AND metrics.test_accuracy <= 0.95"
+    bounds = f"metrics.size_bytes <= {MAX_BYTES} AND metrics.test_metric >= {MIN_METRIC} AND metrics.test_metric <= 0.95"
     registered = "tags.`mlflow.modelVersions` != ''"
-    order = [{"field_name": "metrics.test_accuracy", "ascending": False}, {"field_name": "metrics.size_bytes", "ascending": True}]
+    order = [{"field_name": "metrics.test_metric", "ascending": False}, {"field_name": "metrics.size_bytes", "ascending": True}]
     content: dict[str, Any] = {
         "experiment_ids": [registry.store.experiment_id],
         "filter": f"{registered} AND {bounds}",

@@ -112,7 +112,6 @@ def run_one_study(task: Task, workdir: Path) -> StudyRun:
             None,
             journal,
             size_of=planner.size_bytes,
-            val_samples=len(inputs.splits["val"]),
             on_progress=lambda study: watch.study(study, samples=1, fit_samples=1),
         )
         taken = time.process_time() - started, time.perf_counter() - wall
@@ -197,7 +196,9 @@ def task_costs(workdir: Path) -> dict[str, Any]:
         "plan": median_seconds(plan, repeats=1),
         "selection_read": median_seconds(lambda: read_selection(workdir / "selection.safetensors")),
         "record_write": median_seconds(write_records) / len(records),
-        "front": median_seconds(lambda: draw_front([r.row() for r in records], figure, title="t", max_bytes=65536, champion=records[0].id), 3),
+        "front": median_seconds(
+            lambda: draw_front([r.row() for r in records], figure, metric="accuracy", title="t", max_bytes=65536, champion=records[0].id), 3
+        ),
     }
     sizes = {
         "backbone": (workdir / "vit.safetensors").stat().st_size,
@@ -216,7 +217,7 @@ def task_costs(workdir: Path) -> dict[str, Any]:
 
 def a_fit(size_bytes: int) -> FitResult:
     """As a worker returns it."""
-    numbers = {"trained_values": 1, "test_correct": 1, "test_samples": 1, "test_accuracy": 1.0, "test_accuracy_stderr": 0.0, "train_seconds": 1.0}
+    numbers = {"trained_values": 1, "test_samples": 1, "metric": "accuracy", "test_metric": 1.0, "test_metric_stderr": 0.0, "train_seconds": 1.0}
     return FitResult(pack_digest="0" * 64, size_bytes=size_bytes, ledger={"values": size_bytes}, device="cuda", **numbers)  # type: ignore[arg-type]
 
 
@@ -248,7 +249,7 @@ def champion(number: int, pack: Path) -> Champion:
         pack_digest=f"{number:064x}",
         size_bytes=size_bytes,
         ledger={"values": size_bytes},
-        metrics={"test_accuracy": 0.5, "test_accuracy_stderr": 0.01, "val_accuracy": 0.5, "trained_values": 1.0},
+        metrics={"test_metric": 0.5, "test_metric_stderr": 0.01, "val_metric": 0.5, "trained_values": 1.0},
         params={f"part.key{key}": "1" for key in range(20)},
         tags={"backbone": "vit", "description": "a task"},
         front=rows,

@@ -59,7 +59,7 @@ def measure(inputs: Inputs, recipe: Recipe, selected: SelectedIndex | None, name
     task = inputs.task.model_copy(update={"seed": seed})
     opened = Inputs(task, inputs.index, inputs.backbone, inputs.splits, inputs.data_folder)
     with variant(name):
-        return [score.accuracy for score, _ in run_trial(opened, recipe, selected)][-1]
+        return [score.value for score, _ in run_trial(opened, recipe, selected)][-1]
 
 
 def rows_of(task_name: str, size_px: int, epochs: int, seeds: int, workdir: Path) -> list[dict[str, Any]]:

@@ -94,7 +94,7 @@ def measure_stage(inputs: Inputs, images: int, repeats: int) -> dict[str, float]
 
     def selection(precision: str) -> dict[str, torch.Tensor]:
         spec = task.selection.model_copy(update={"precision": precision})
-        loss = make_loss(spec, inputs.backbone.width, len(inputs.index.classes), task.seed)
+        loss = make_loss(spec, inputs.kind, inputs.backbone.width, len(inputs.index.classes), task.seed)
         read = ((number, *reader.read(samples)) for number, samples in batches)
         sums = gradient_sums(inputs.backbone, read, spec, loss, seed=task.seed, flip=task.input.flip)
         return {name: top_connections(sum_OI, 3) for name, sum_OI in sums.items()}

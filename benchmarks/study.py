@@ -88,7 +88,7 @@ def prepare_data(folder: Path, seed: int) -> None:
     from pipeline.data import prepare
     from pipeline.data.shards import read_shard, write_shards
 
-    by_class: dict[int, list[tuple[str, bytes, int]]] = {}
+    by_class: dict[Any, list[Any]] = {}
     for sample in read_shard(str(CIFAR10 / "train.tar")):
         by_class.setdefault(sample[2], []).append(sample)
     end = TRAIN_PER_CLASS + VAL_PER_CLASS
@@ -147,7 +147,7 @@ def script(seed: int, folder: Path, number: str) -> dict[str, Any]:
     selected = select_here(inputs, 1)
     chosen = time.time()
     recipe = all_recipes(inputs.task)[int(number)]
-    curve = [score.accuracy for score, _ in run_trial(inputs, recipe, selected)]
+    curve = [score.value for score, _ in run_trial(inputs, recipe, selected)]
     return {
         "id": key_of(recipe),
         "curve": curve,
@@ -164,7 +164,7 @@ def loop(seed: int, folder: Path) -> dict[str, Any]:
     loaded = time.time()
     selected = select_here(inputs, 1)
     chosen = time.time()
-    curves = {key_of(recipe): [score.accuracy for score, _ in run_trial(inputs, recipe, selected)] for recipe in all_recipes(inputs.task)}
+    curves = {key_of(recipe): [score.value for score, _ in run_trial(inputs, recipe, selected)] for recipe in all_recipes(inputs.task)}
     phases = {"start, imports, loading": loaded - STARTED, "selection": chosen - loaded, "training": time.time() - chosen}
     return {"curves": curves, "phases": phases}
 
@@ -188,9 +188,9 @@ def study(seed: int, folder: Path) -> dict[str, Any]:
         if not select_if_sooner(inputs, 1, path, workers=workers):
             select(inputs.task, folder / "data", 1, path, workers=workers)
         marks["selection"] = time.time()
-        journal, val_samples = TrialJournal(Path(kept) / "trials"), len(inputs.splits["val"])
+        journal = TrialJournal(Path(kept) / "trials")
         size_of = SizePlanner(inputs.task, inputs.backbone, inputs.index.classes, read_selection(path)).size_bytes
-        records = module.run_study(inputs.task, folder / "data", path, journal, size_of=size_of, val_samples=val_samples)
+        records = module.run_study(inputs.task, folder / "data", path, journal, size_of=size_of)
         marks["search"] = time.time()
     marks["Ray ends"] = time.time()
     times = [STARTED, *marks.values()]
@@ -216,7 +216,7 @@ def noting(trainable: Callable[..., None], log: Path) -> Callable[..., None]:
         event: dict[str, Any] = {"pid": os.getpid(), "enter": time.time()}
         step = training_loop._step
 
-        def first_step(*arguments: Any) -> tuple[float, bool]:
+        def first_step(*arguments: Any) -> float:
             event.setdefault("step", time.time())
             return step(*arguments)
 
@@ -280,9 +280,9 @@ def trained(inputs: Any, recipe: Any, selected: Any, donor: Any = None) -> tuple
         with torch.no_grad():
             for own, given in zip(model.values.parameters(), donor.values.parameters(), strict=True):
                 own.copy_(given)
-    for _ in train_epochs(model, inputs.reader("train"), inputs.splits["train"], recipe.training, seed=task.seed, flip=task.input.flip):
+    for _ in train_epochs(model, inputs.reader("train"), inputs.splits["train"], recipe.training, inputs.kind, seed=task.seed, flip=task.input.flip):
         pass
-    return evaluate(model, inputs.reader("val"), inputs.splits["val"]).accuracy, model
+    return inputs.metric.value(evaluate(model, inputs.reader("val"), inputs.splits["val"], inputs.kind)), model
 
 
 CHILDREN: dict[str, Callable[..., dict[str, Any]]] = {"study": study, "script": script, "loop": loop, "warm": warm}
@@ -307,7 +307,8 @@ def replay(curves: list[list[float]], sizes_bytes: list[int], first_share: float
     records: list[TrialRecord] = []
     for slot, (curve, size_bytes) in enumerate(zip(curves, sizes_bytes, strict=True)):
         rivals = records[: max(0, slot - LAG + 1)]
-        stops = (end for end in range(1, EPOCHS) if stopping.is_dominated(curve[:end], EPOCHS, size_bytes, rivals, 10 * VAL_PER_CLASS))
+        binomial = [math.sqrt(value * (1 - value) / (10 * VAL_PER_CLASS)) for value in curve]
+        stops = (end for end in range(1, EPOCHS) if stopping.is_dominated(curve[:end], binomial[end - 1], EPOCHS, size_bytes, rivals))
         kept = tuple(curve[: next(stops, EPOCHS)])
         state = "complete" if len(kept) == EPOCHS else "stopped"
         records.append(TrialRecord(id=str(slot), point={}, size_bytes=size_bytes, state=state, curve=kept))  # type: ignore[arg-type]

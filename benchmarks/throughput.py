@@ -37,6 +37,7 @@ from torchvision.transforms import Compose, InterpolationMode, PILToTensor, Resi
 from pipeline.data import DataIndex, Reader, ShardEntry, Split, decode_image, read_shard, split_samples, training_batches, write_shards
 from pipeline.data.reader import CACHE
 from pipeline.data.remote import FOLDER_VARIABLE
+from pipeline.kinds import Label, classes_in
 
 HERE = Path(__file__).parent
 DATA = HERE.parent.parent / "shared" / "data"
@@ -44,7 +45,7 @@ RESULTS = HERE / "results" / "throughput.json"
 SHARD_SAMPLES = 250
 SHUFFLE_BUFFER = 1000
 PLAIN = "WebDataset"
-Sample = tuple[str, bytes, int]
+Sample = tuple[str, bytes, Label]
 
 
 @dataclass(frozen=True)
@@ -93,9 +94,9 @@ def camvid() -> list[Sample]:
 def make_dataset(name: str, size_px: int, samples: list[Sample], folder: Path) -> Dataset:
     """Write the samples as shards, and as files in a folder a class."""
     shards = write_shards(folder, "train", samples, SHARD_SAMPLES)
-    classes = [f"class{label}" for label in range(1 + max(label for _, _, label in samples))]
+    classes = [f"class{label}" for label in range(1 + max(number for _, _, label in samples for number in classes_in(label)))]
     for key, image, label in samples:
-        path = folder / "files" / classes[label] / f"{key}.jpg"
+        path = folder / "files" / classes[classes_in(label)[0]] / f"{key}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(image)
     splits: dict[Any, list[ShardEntry]] = {"train": shards, "val": shards[:1], "test": shards[:1]}

@@ -88,6 +88,7 @@ def find(
     *,
     max_bytes: int | None = None,
     min_metric: float | None = None,
+    metric: str | None = None,
     limit: int = 50,
     after: str | None = None,
     workdir: str | Path = WORKDIR,
@@ -98,6 +99,7 @@ def find(
         task: only packs of this task.
         max_bytes: largest size of a pack.
         min_metric: smallest test metric, in [0, 1].
+        metric: only packs chosen by this metric: values of two metrics cannot be compared.
         limit: maximum number of packs.
         after: the pack, as NAME/VERSION, to start after: the last one of the previous page.
         workdir: work folder whose registry is used if MLFLOW_TRACKING_URI is not set.
@@ -105,7 +107,7 @@ def find(
     from pipeline.registry.store import open_registry
 
     registry = open_registry(None, Path(workdir).resolve())
-    return registry.search(task=task, max_bytes=max_bytes, min_metric=min_metric, limit=limit, after=after)
+    return registry.search(task=task, max_bytes=max_bytes, min_metric=min_metric, metric=metric, limit=limit, after=after)
 
 
 def load(reference: str | Path, *, backbone: str | Path | None = None, device: str | None = None, workdir: str | Path = WORKDIR) -> Predictor:

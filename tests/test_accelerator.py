@@ -115,8 +115,10 @@ def test_a_fit_in_bfloat16_gives_a_pack_like_it(
     pack = pack_in(tmp_path)
     assert relative_difference(pack.probe_logits, pack_in(on_cpu(name)).probe_logits) < 0.5
     reloaded = from_pack(pack, tiny_inputs.backbone)
-    score = evaluate(reloaded, tiny_inputs.reader("test"), tiny_inputs.splits["test"])
-    assert abs(score.correct - result.test_correct) <= 1, "the pack that the CPU reads is the one that was tested on the device"
+    outcomes = evaluate(reloaded, tiny_inputs.reader("test"), tiny_inputs.splits["test"], tiny_inputs.kind)
+    assert abs(tiny_inputs.metric.value(outcomes) - result.test_metric) <= 1.01 / len(outcomes), (
+        "the pack that the CPU reads is the one that was tested on the device"
+    )
 
 
 def test_float32_stands_in_for_bfloat16_where_the_device_emulates_it(
@@ -190,10 +192,11 @@ def test_a_selection_keeps_the_connections_of_the_cpu(criterion: str, device: st
 
 def test_evaluation_counts_what_the_cpu_counts(device: str, on_cpu: Callable[[str], Path], tiny_inputs: Inputs) -> None:
     model = from_pack(pack_in(on_cpu("default")), tiny_inputs.backbone)
-    given = tiny_inputs.reader("test"), tiny_inputs.splits["test"]
-    expected = evaluate(model, *given)
-    assert abs(evaluate(model.to(device), *given, device=device).correct - expected.correct) <= 1
-    assert evaluate(model.to("cpu"), *given) == expected
+    given = tiny_inputs.reader("test"), tiny_inputs.splits["test"], tiny_inputs.kind
+    expected, there = evaluate(model, *given), evaluate(model.to(device), *given, device=device)
+    value, metric = tiny_inputs.metric.value(expected), tiny_inputs.metric
+    assert abs(metric.value(there) - value) <= 1.01 / len(expected)
+    assert (evaluate(model.to("cpu"), *given).outputs == expected.outputs).all()
 
 
 @pytest.mark.parametrize("name", ["default", "lora", "full", "prompts"])

@@ -58,7 +58,7 @@ def test_run_takes_task_files_tasks_and_overrides(finished: FinishedRun) -> None
 def test_find_orders_and_filters(finished: FinishedRun) -> None:
     (pack,) = pipeline.find(workdir=finished.workdir)
     assert pipeline.find(max_bytes=pack.size_bytes - 1, workdir=finished.workdir) == []
-    assert pipeline.find("bars", min_metric=pack.metrics["test_accuracy"], workdir=finished.workdir) == [pack]
+    assert pipeline.find("bars", min_metric=pack.metrics["test_metric"], workdir=finished.workdir) == [pack]
 
 
 def test_load_predicts_from_arrays_bytes_and_files_alike(finished: FinishedRun, tmp_path: Path) -> None:

@@ -105,9 +105,7 @@ def test_the_log_tells_every_stage_and_trial(batch: tuple[Path, Answer]) -> None
 def test_status_tells_where_the_tasks_of_a_work_folder_stand(batch: tuple[Path, Answer]) -> None:
     workdir, _ = batch
     told = taskpack("status", "--workdir", workdir, "--json").json()
-    champions = {
-        pack["name"]: (pack["metrics"]["val_accuracy"], pack["size_bytes"]) for pack in taskpack("ls", "--workdir", workdir, "--json").json()
-    }
+    champions = {pack["name"]: (pack["metrics"]["val_metric"], pack["size_bytes"]) for pack in taskpack("ls", "--workdir", workdir, "--json").json()}
     best = {task["task"]: (task["val_metric"], task["size_bytes"]) for task in told["tasks"]}
     assert best == {**champions, "broken": (None, None)}
     assert [task["stage"] for task in told["tasks"]] == ["done", "failed", "done"]

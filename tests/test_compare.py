@@ -52,12 +52,12 @@ def test_methods_are_tuned_alike_tested_once_a_seed_and_resumed(compared: tuple[
     assert "learning rate 1e+3" in diverges.error
     assert (linear.trials, gps.trials, random.trials) == (3, 2, 1), "half of 6, 4 and 2 points"
     for row, method in zip((linear, gps, random), METHODS.values(), strict=False):
-        assert (len(row.test_accuracies), row.test_samples, row.error) == (2, 40, "")
+        assert (len(row.test_metrics), row.test_samples, row.error) == (2, 40, "")
         recipe = method.on(task).search.recipe(method.on(task).recipe, row.point)
         journals = [TrialJournal(folder).read() for folder in workdir.glob("studies/*/compared")]
         records = [record for journal in journals for record in journal.values()]
         tried = [record.val_metric for record in records if record.point.keys() == row.point.keys() and record.val_metric is not None]
-        assert (len(tried), max(tried)) == (row.trials, row.val_accuracy)
+        assert (len(tried), max(tried)) == (row.trials, row.val_metric)
         packs = [read_pack(path) for path in workdir.glob("studies/*/fits/*/pack.safetensors")]
         seeds = sorted(pack.metadata.seed for pack in packs if Recipe.model_validate(pack.metadata.recipe) == recipe)
         assert seeds == [0, 1], "one pack a seed"
@@ -151,8 +151,17 @@ def test_tasks_come_from_files_or_from_a_suite(tasks: list[Path], suite: str | N
 
 
 def row(method: str, size_bytes: int, *accuracies: float, task: str = "a", error: str = "") -> Comparison:
+    errors = [(each * (1 - each) / 100) ** 0.5 for each in accuracies]
     return Comparison(
-        **{"task": task, "method": method, "size_bytes": size_bytes, "test_accuracies": accuracies, "test_samples": 100, "val_accuracy": 0.5},
+        **{
+            "task": task,
+            "method": method,
+            "size_bytes": size_bytes,
+            "test_metrics": accuracies,
+            "test_errors": errors,
+            "test_samples": 100,
+            "val_metric": 0.5,
+        },
         **{"trained_values": 10, "point": {"learning_rate": 0.01, "top_k": 2}, "trials": 2, "error": error},
     )
 
@@ -161,15 +170,15 @@ ROWS = [row("large", 5000, 0.8, 0.9), row("small", 1000, 0.5, 0.6), row("worse",
 
 
 def test_the_error_of_a_mean_has_a_part_of_the_seeds_and_one_of_the_test_set() -> None:
-    assert ROWS[0].test_accuracy == pytest.approx(0.85)
+    assert ROWS[0].test_metric == pytest.approx(0.85)
     assert ROWS[0].seed_deviation == pytest.approx(0.1 / 2**0.5)
-    assert ROWS[0].standard_error == pytest.approx((0.05**2 + 0.85 * 0.15 / 100) ** 0.5)
+    assert ROWS[0].standard_error == pytest.approx((0.05**2 + (0.8 * 0.2 + 0.9 * 0.1) / 200) ** 0.5)
     assert row("one", 1, 0.5).standard_error == pytest.approx(0.05)
 
 
 def test_the_csv_holds_every_number() -> None:
     read = list(csv.DictReader(comparison_csv(ROWS).splitlines()))
-    assert [float(line["test_accuracy"]) for line in read[:3]] == [fmean(each.test_accuracies) for each in ROWS[:3]]
+    assert [float(line["test_metric"]) for line in read[:3]] == [fmean(each.test_metrics) for each in ROWS[:3]]
     assert [line["bytes"] for line in read] == ["5000", "1000", "2000", ""]
     assert read[0]["tuned"] == '{"learning_rate": 0.01, "top_k": 2}'
 

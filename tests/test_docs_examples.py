@@ -145,7 +145,7 @@ def register(inputs: Inputs, workdir: Path) -> None:
     fitted = fit(inputs, inputs.task.recipe, None, workdir / "fit")
     remember(inputs.backbone.fingerprint, inputs.backbone.spec.weights)
     (workdir / "front.png").write_bytes(b"\x89PNG")
-    scores = {"test_accuracy": fitted.test_accuracy, "test_accuracy_stderr": fitted.test_accuracy_stderr}
+    scores = {"test_metric": fitted.test_metric, "test_metric_stderr": fitted.test_metric_stderr}
     champion = Champion(
         task=inputs.task.name,
         pack_path=workdir / "fit" / PACK_FILE,
@@ -154,7 +154,7 @@ def register(inputs: Inputs, workdir: Path) -> None:
         ledger=fitted.ledger,
         metrics={
             **scores,
-            "val_accuracy": fitted.test_accuracy,
+            "val_metric": fitted.test_metric,
             "trained_values": fitted.trained_values,
             "search_seconds": 0.0,
             "fit_seconds": fitted.train_seconds,

@@ -334,7 +334,7 @@ def test_a_backbone_without_blocks_has_no_path_to_drop() -> None:
 
 def mixed(count: int = 6, **changes: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     images, labels = photographs(count), torch.arange(count) % 3
-    pixels, targets = mix(images, labels, 3, Training(**changes), torch.Generator().manual_seed(1))
+    pixels, targets = mix(images, torch.nn.functional.one_hot(labels, 3).float(), Training(**changes), torch.Generator().manual_seed(1))
     return images, torch.nn.functional.one_hot(labels, 3).float(), pixels, targets
 
 

@@ -24,6 +24,7 @@ from pipeline.cluster.rank_group import TrialResources, in_group
 from pipeline.cluster.tasks import WorkersDied, ended_tasks
 from pipeline.data import shards
 from pipeline.errors import ClusterError, DataError, UnexpectedError
+from pipeline.kinds import score
 from pipeline.packs import read_pack
 from pipeline.search.run_study import run_study
 from pipeline.search.study import Study
@@ -202,7 +203,6 @@ def test_a_study_ends_and_retries_groups_as_it_does_single_trials(
         None,
         TrialJournal(tmp_path),
         size_of=lambda recipe: 1,
-        val_samples=len(tiny_inputs.splits["val"]),
         resources=lambda: PAIR,
         on_progress=kill_one,
     )
@@ -236,5 +236,6 @@ def test_two_ranks_take_a_task_from_data_to_pack(
     result, inputs = read_fit(folder), open_inputs(task, workdir / "data" / task.name)
     model = from_pack(read_pack(folder / PACK_FILE), inputs.backbone)
     assert result is not None
-    assert (result.test_correct, result.test_samples) == astuple(evaluate(model, inputs.reader("test"), inputs.splits["test"]))
+    expected = score(inputs.metric, evaluate(model, inputs.reader("test"), inputs.splits["test"], inputs.kind))
+    assert (result.metric, result.test_metric, result.test_metric_stderr, result.test_samples) == astuple(expected)
     assert all_is_given_back()

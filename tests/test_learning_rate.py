@@ -95,6 +95,6 @@ def test_a_vit_with_layer_scale_learns_with_the_default(shared_folder: Path, tmp
     prepare(task, tmp_path)
     inputs = open_inputs(task, tmp_path)
     model = attach(inputs.backbone, inputs.task.recipe, 10, selected=select_here(inputs, 1))
-    epochs = train_epochs(model, inputs.reader("train"), inputs.splits["train"], inputs.task.recipe.training, seed=0, flip=True)
+    epochs = train_epochs(model, inputs.reader("train"), inputs.splits["train"], inputs.task.recipe.training, inputs.kind, seed=0, flip=True)
     losses = list(itertools.islice(epochs, 3))
     assert losses[-1] < 0.7 * math.log(10), losses

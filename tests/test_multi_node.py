@@ -58,10 +58,10 @@ def run_plainly(task: Task, workspace: Workspace) -> None:
         write_selection(select_here(inputs, top_k), path := workspace.selection(inputs, top_k))
         selected = read_selection(path)
     planner = SizePlanner(task, inputs.backbone, inputs.index.classes, selected)
-    study = Study(task, make_proposer(task, planner.size_bytes), TrialJournal(folder.root / "trials"), len(inputs.splits["val"]))
+    study = Study(task, make_proposer(task, planner.size_bytes), TrialJournal(folder.root / "trials"))
     while (slot := study.next_slot()) is not None:
         for epoch, (score, _) in enumerate(run_trial(inputs, study.slots[slot].recipe, selected), start=1):
-            if not study.report(slot, epoch, score.accuracy):
+            if not study.report(slot, epoch, score.value, score.standard_error):
                 break
         study.finish(slot, 0.0, None)
     champion = choose_champion(study.all_records(), task.budget)

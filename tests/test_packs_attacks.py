@@ -12,10 +12,11 @@ from safetensors.numpy import save
 from test_packs_file import assert_same, example_pack
 
 from pipeline.errors import PackDamaged, PackError, PackForeign, PackTruncated, PackVersionError
-from pipeline.packs import description as description_module
 from pipeline.packs import pack_to_bytes, read_pack
 from pipeline.packs.container import container_from_bytes, container_to_bytes
 from pipeline.packs.description import Description
+from pipeline.packs.dictionary import dictionary
+from pipeline.packs.metadata import FORMAT_VERSION
 
 PACK = example_pack()
 DATA = pack_to_bytes(PACK)
@@ -121,7 +122,7 @@ def test_an_empty_file_is_truncated() -> None:
         read_pack(b"")
 
 
-@pytest.mark.parametrize(("version", "message"), [("5", "upgrade"), ("17", "upgrade"), ("9" * 5000, "upgrade"), ("1", "run its task again")])
+@pytest.mark.parametrize(("version", "message"), [("6", "upgrade"), ("17", "upgrade"), ("9" * 5000, "upgrade"), ("1", "run its task again")])
 def test_another_version_is_told_apart_from_damage(version: str, message: str) -> None:
     header = header_of(DATA)
     header["__metadata__"] |= {"version": version, "novelty": "unknown to us"}
@@ -181,7 +182,7 @@ def test_tensors_beside_the_pack_and_bytes_behind_it_are_damage() -> None:
 
 def deflated(text: bytes) -> bytes:
     """As a description is, whatever the text."""
-    deflater = zlib.compressobj(9, zlib.DEFLATED, -zlib.MAX_WBITS, 9, zdict=description_module._DICTIONARY)
+    deflater = zlib.compressobj(9, zlib.DEFLATED, -zlib.MAX_WBITS, 9, zdict=dictionary(FORMAT_VERSION))
     return deflater.compress(text) + deflater.flush()
 
 

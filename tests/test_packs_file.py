@@ -32,6 +32,7 @@ from pipeline.packs import (
     write_pack,
     zero_part,
 )
+from pipeline.packs.dictionary import dictionary
 
 LAYERS = ((TensorSpec("blocks.0.attn.qkv", (18,)), (9, 16)), (TensorSpec("blocks.0.mlp.fc1", (21,)), (7, 20)))
 SHAPES: dict[str, tuple[TensorSpec, ...]] = {
@@ -219,13 +220,35 @@ def test_a_pack_of_version_2_is_read_and_written_anew_with_the_scales_it_had() -
             np.testing.assert_array_equal(part.scales.astype(np.float16), same.scales)
             assert (part.scales != same.scales).any()
     again = pack_to_bytes(old)
-    assert b'"version":"4"' in again
+    assert b'"version":"5"' in again
     assert_same(read_pack(again), old)
 
 
 def test_a_pack_of_version_3_is_read_as_it_was() -> None:
     old = read_pack(Path(__file__).parent / "data" / "example.version3.taskpack")
     assert_same(old, example_pack())
+
+
+def test_a_pack_of_version_4_is_read_as_it_was_and_is_of_a_classification_of_images() -> None:
+    old = read_pack(Path(__file__).parent / "data" / "example.version4.taskpack")
+    assert_same(old, example_pack())
+    meta = old.metadata
+    assert (meta.kind, meta.metric, meta.modality) == ("classification", "accuracy", "images")
+
+
+@pytest.mark.parametrize("version", [2, 3, 4, 5])
+def test_the_dictionary_of_a_version_never_changes(version: int) -> None:
+    digest = hashlib.sha256(dictionary(version)).hexdigest()
+    assert digest == {5: "ef59d9751dad2905acb9c0dab7765c83e99ef705202d5e9fbd6dfb98f0700cd9"}.get(
+        version, "7799533bc11db9664d11986f37cd06ea5ec2e5aaa7244c050611e24e9dea3fe0"
+    )
+
+
+def test_a_pack_says_its_kind_metric_and_modality() -> None:
+    metadata = example_metadata(kind="multilabel", metric="mAP", modality="points")
+    again = read_pack(pack_to_bytes(Pack(metadata, (), np.zeros((0, 5), np.float32)))).metadata
+    assert (again.kind, again.metric, again.modality) == ("multilabel", "mAP", "points")
+    assert '"kind":"classification","metric":"accuracy","modality":"images"' in example_metadata().to_json()
 
 
 def test_a_part_without_means_takes_two_bytes_less_a_matrix() -> None:

@@ -13,7 +13,7 @@ from pipeline.errors import PackDamaged
 from pipeline.packs import LayerShape, decode_positions, encode_positions
 from pipeline.packs import columns as columns_module
 from pipeline.packs.coder import Decoder, Encoder
-from pipeline.packs.columns import block_bounds, ranks_of_first, runs
+from pipeline.packs.columns import Rows, block_bounds, code_columns, ranks_of_first, runs
 from pipeline.packs.positions import CODED, PLAIN, _coded
 from pipeline.packs.tracks import CONCENTRATION, DISCOUNT
 
@@ -250,3 +250,32 @@ def test_bytes_after_coded_positions_are_refused() -> None:
     for surplus in (b"\0", bytes(range(1, 30))):
         with pytest.raises(PackDamaged, match="bytes are left"):
             decode_positions(data + surplus, layers[1])
+
+
+# --- the example of docs/pack-format.md -------------------------------------------------------------------------------------------------------
+
+
+class _Recorder:
+    """A coder that notes the bits of every symbol."""
+
+    def __init__(self) -> None:
+        self.bits: list[float] = []
+
+    def uniform(self, sizes_R: np.ndarray, symbols_R: np.ndarray | None) -> np.ndarray:
+        raise AssertionError("the example names columns by odds")
+
+    def categorical(self, weights_TA: np.ndarray, table_R: np.ndarray, symbols_R: np.ndarray | None) -> np.ndarray:
+        assert symbols_R is not None
+        for table, symbol in zip(table_R, symbols_R, strict=True):
+            self.bits.append(float(np.log2(weights_TA[table].sum() / weights_TA[table, symbol])))
+        return symbols_R
+
+
+def test_the_example_of_the_documentation_costs_what_it_says() -> None:
+    columns, recorder = np.array([2, 2, 0, 2]), _Recorder()
+    one_each, zeros = np.ones(4, np.int64), np.zeros(4, np.int64)
+    rows = Rows(zeros, np.arange(4), one_each, np.array([0]), np.array([4]), np.array([0]))
+    code_columns(recorder, rows, columns)
+    expected = [0, 2, np.log2(36 / 11), np.log2(52 / 25), np.log2(3), np.log2(68 / 27)]
+    np.testing.assert_allclose(recorder.bits, expected, atol=1e-3)
+    assert round(sum(recorder.bits), 1) == 7.7

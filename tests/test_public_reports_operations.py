@@ -188,8 +188,8 @@ def test_packs_validated_on_other_data_are_not_compared(workdir: Path, tmp_path:
 def test_the_test_metric_has_no_part_in_the_choice(workdir: Path, tmp_path: Path) -> None:
     registry = open_registry(None, workdir)
     first, second = champion(tmp_path, accuracy=0.9), champion(tmp_path, accuracy=0.8)
-    registry.register(replace(first, metrics={**first.metrics, "test_accuracy": 0.1}))
-    assert registry.register(replace(second, metrics={**second.metrics, "test_accuracy": 0.99})).aliases == ()
+    registry.register(replace(first, metrics={**first.metrics, "test_metric": 0.1}))
+    assert registry.register(replace(second, metrics={**second.metrics, "test_metric": 0.99})).aliases == ()
 
 
 def test_packs_of_earlier_releases_are_compared_too(workdir: Path, tmp_path: Path) -> None:

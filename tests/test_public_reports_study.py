@@ -159,11 +159,12 @@ def outcomes_of_workers(inputs: Inputs, recipe: Recipe, folder: Path, monkeypatc
     reports: list[dict[str, Any]] = []
     monkeypatch.setattr("ray.tune.report", reports.append)
     config = dict(zip(("task", "recipe", "data_folder", "selection"), sent, strict=True))
-    study_module._trainable({**config, "resources": ALONE_ON_CPU})
+    kept = folder / "kept.safetensors"
+    study_module._trainable({**config, "kept": str(kept), "resources": ALONE_ON_CPU})
     (report,) = reports
     fault = getattr(errors, report["error"])(report["message"])
     vars(fault).update({"details": report["details"]} if report["details"] else {})
-    return [fault, compare_module._trial_worker(*sent, ALONE_ON_CPU), stages_module.fit_worker(*sent, folder, ALONE_ON_CPU)]  # type: ignore[list-item]
+    return [fault, compare_module._trial_worker(*sent, kept, ALONE_ON_CPU), stages_module.fit_worker(*sent, folder, ALONE_ON_CPU)]  # type: ignore[list-item]
 
 
 def test_an_exception_in_a_worker_is_told_as_a_value_with_its_traceback(tiny_inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -233,7 +234,7 @@ def test_a_trial_that_raises_is_run_once_and_the_others_go_on(
     """A recipe with connections and no selection breaks an invariant of the code; the one without connections is sound."""
     task = tiny_task.changed(search=SearchSpace(top_k=(0, 2)))
     journal = TrialJournal(tmp_path / "trials", tmp_path / "logs" / "tiny.txt")
-    sizes = {"size_of": lambda recipe: 100 + bool(recipe.connections), "val_samples": len(tiny_inputs.splits["val"])}
+    sizes = {"size_of": lambda recipe: 100 + bool(recipe.connections)}
     records = run_study(task, tiny_data, None, journal, **sizes)  # type: ignore[arg-type]
     assert [record.state for record in records] == ["complete", "failed"]
     assert list(journal.read()) == [records[0].id], "a mistake in the code may be corrected: run the same command to try it again"
@@ -252,7 +253,7 @@ def test_a_trial_that_raises_is_run_once_and_the_others_go_on(
 def test_each_kind_of_failure_is_kept_and_told_as_what_it_is(tiny_task: Task, tmp_path: Path) -> None:
     task = tiny_task.changed(search=SearchSpace(learning_rate=(1e-4, 1e-3, 2e-3, 3e-3, 4e-3, 5e-3)))
     journal = TrialJournal(tmp_path / "trials", tmp_path / "log")
-    study = Study(task, make_proposer(task, lambda recipe: 1), journal, 10)
+    study = Study(task, make_proposer(task, lambda recipe: 1), journal)
     diverged, memory, died = TrainingError("the loss became nan"), OutOfMemory("out of memory: 0.1 GiB are free"), WorkerDied("its worker died")
     for fault in (diverged, memory, memory, died, UnexpectedError("KeyError: 'a'", "Traceback")):
         slot = study.next_slot()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
+import sqlite3
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -62,12 +64,45 @@ def champion(folder: Path, task: str = "digits", size_bytes: int = 100, accuracy
         pack_digest=digest,
         size_bytes=size_bytes,
         ledger={"positions": 30, "head": size_bytes - 30},
-        metrics={"test_accuracy": accuracy, "val_accuracy": accuracy, "test_accuracy_stderr": 0.01, "trained_parameters": 1234},
+        metrics={"test_metric": accuracy, "val_metric": accuracy, "test_metric_stderr": 0.01, "trained_parameters": 1234},
         params={"smoa.bits": "4", "connections.top_k": "3"},
         tags={"batch": "b1", "backbone": "f" * 64},
         front=FRONT,
         front_figure=figure,
     )
+
+
+# --- packs of earlier releases --------------------------------------------------------------------------------------------------------------
+
+
+def test_a_pack_registered_when_accuracy_was_the_only_metric_is_read(registry, workdir, tmp_path) -> None:
+    given = champion(tmp_path, accuracy=0.7)
+    registry.register(given)
+    with contextlib.closing(sqlite3.connect(workdir / "mlflow.db")) as database:
+        for table in ("metrics", "latest_metrics"):
+            for name in ("test_metric", "test_metric_stderr", "val_metric"):
+                database.execute(f"UPDATE {table} SET key = ? WHERE key = ?", (name.replace("metric", "accuracy"), name))
+        database.commit()
+    old = open_registry(None, workdir)
+    assert old.get("digits/1").metrics == {**given.metrics, "size_bytes": 100, "bytes_positions": 30, "bytes_head": 70}
+    assert (old.get("digits").metric, old.get("digits").val_metric) == ("accuracy", 0.7)
+    assert old.search() == [], "numbers are asked for by their names of today"
+    better = old.register(champion(tmp_path, accuracy=0.9))
+    assert (better.version, better.aliases) == (2, ("champion",))
+    assert old.search(after="digits/2") == []
+
+
+def test_packs_are_found_by_the_metric_that_chose_them(registry, tmp_path) -> None:
+    tags = {"kind": "multilabel", "metric": "mAP"}
+    found = registry.register(replace(champion(tmp_path, task="scenes"), tags=tags))
+    registry.register(replace(champion(tmp_path), tags={"kind": "classification", "metric": "accuracy"}))
+    assert registry.search(metric="mAP") == [found]
+    assert found.metric == "mAP"
+    assert registry.search(metric="mAP", min_metric=0.95) == []
+    assert {pack.name for pack in registry.search()} == {"scenes", "digits"}
+    assert "test mAP" in registry.store.client.get_registered_model("scenes").tags
+    with pytest.raises(RegistryError, match="no metric is called"):
+        registry.search(metric="mAP' OR '1")
 
 
 # --- round trips ----------------------------------------------------------------------------------------------------------------------------
@@ -238,7 +273,7 @@ def test_two_batches_may_register_a_task_at_once(registry, workdir, tmp_path, sa
     client, other, packs = registry.client, open_registry(None, workdir), 0
     for calls in range(0, 100, 1 if same else 4):
         mine = champion(tmp_path, accuracy=0.5 + calls / 1000)
-        theirs = mine if same else champion(tmp_path, accuracy=mine.metrics["val_accuracy"] + (0.0005 if calls % 8 else -0.0005))
+        theirs = mine if same else champion(tmp_path, accuracy=mine.metrics["val_metric"] + (0.0005 if calls % 8 else -0.0005))
         answers = []
         registry.store.client = InterleavingClient(client, calls, lambda theirs=theirs, answers=answers: answers.append(other.register(theirs)))
         answers.append(registry.register(mine))
@@ -246,7 +281,7 @@ def test_two_batches_may_register_a_task_at_once(registry, workdir, tmp_path, sa
             break
         registry.store.client, packs = client, packs + (1 if same else 2)
         assert {answer.pack_digest for answer in answers} == {mine.pack_digest, theirs.pack_digest}
-        assert registry.get("digits").pack_digest == max(mine, theirs, key=lambda pack: pack.metrics["val_accuracy"]).pack_digest
+        assert registry.get("digits").pack_digest == max(mine, theirs, key=lambda pack: pack.metrics["val_metric"]).pack_digest
         found = registry.search(task="digits", limit=1000)
         assert len(found) == len({pack.pack_digest for pack in found}) == packs
     assert calls > 12, "the loop must have walked through every step"
@@ -381,7 +416,7 @@ def test_a_model_of_someone_else_is_refused(registry, tmp_path) -> None:
         ({"size_bytes": 99}, "size_bytes 99, the file has 100"),
         ({"ledger": {"head": 99}}, "ledger sums to 99"),
         ({"pack_path": Path("absent.bin")}, "no such pack"),
-        ({"metrics": {"test_accuracy": float("nan")}}, "test_accuracy"),
+        ({"metrics": {"test_metric": float("nan")}}, "test_metric"),
         ({"tags": {"pack_digest": "x"}}, "pack_digest"),
     ],
 )

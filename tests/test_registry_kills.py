@@ -125,7 +125,7 @@ def check_once(registry: Registry, given: Champion) -> None:
     assert len(children) == len(runs) - 1 == len(RAN)
     assert {run.data.tags[TRIAL_TAG] for run in children} == RAN.keys()
     for run in children:
-        curve = client.get_metric_history(run.info.run_id, "val_accuracy")
+        curve = client.get_metric_history(run.info.run_id, "val_metric")
         assert [point.value for point in curve] == RAN[run.data.tags[TRIAL_TAG]]["curve"]
         assert run.info.status in ("FINISHED", "KILLED", "FAILED")
     assert [pack.name for pack in registry.search()] == ["digits"]

@@ -45,7 +45,7 @@ def champion(folder: Path, name: str = "digits") -> Champion:
         pack_digest=f"digest of {name}",
         size_bytes=100,
         ledger={"head": 60, "biases": 40, "norms": 0},
-        metrics={"test_accuracy": 0.912, "test_accuracy_stderr": 0.008, "val_accuracy": 0.9, "trained_values": 1234},
+        metrics={"test_metric": 0.912, "test_metric_stderr": 0.008, "val_metric": 0.9, "trained_values": 1234},
         params={"head.bits": "4", "training.augment": "a|b"},
         tags={"backbone": "vit_tiny", "backbone_fingerprint": "f" * 64, "description": "handwritten digits", "trial": "b"},
         front=FRONT,
@@ -104,9 +104,9 @@ def test_every_trial_that_ran_is_a_child_run(registry: Registry, tmp_path: Path)
     assert {run.data.tags["mlflow.parentRunId"] for run in runs} == {registry.client.get_model_version("digits", "1").run_id}
     first = runs[0]
     assert first.data.params == {"bits": "1"}
-    assert first.data.metrics == {"val_accuracy": 0.8, "pack_bytes": 60, "seconds": 9}
+    assert first.data.metrics == {"val_metric": 0.8, "pack_bytes": 60, "seconds": 9}
     assert (first.info.start_time, first.info.end_time) == (int(1e12) - 9000, int(1e12))
-    curve = registry.client.get_metric_history(first.info.run_id, "val_accuracy")
+    curve = registry.client.get_metric_history(first.info.run_id, "val_metric")
     assert [(point.step, point.value) for point in curve] == [(1, 0.5), (2, 0.8)]
     assert runs[3].data.tags["message"] == "diverged"
     assert [run.data.tags["on_front"] for run in runs] == ["true", "true", "false", "false"]
@@ -142,7 +142,7 @@ def test_a_registration_that_was_cut_off_logs_no_trial_twice(cut: str, registry:
 
 def test_the_models_tags_follow_the_champion(registry: Registry, tmp_path: Path) -> None:
     registry.register(champion(tmp_path))
-    better = replace(champion(tmp_path), pack_digest="other", metrics={"test_accuracy": 0.95, "test_accuracy_stderr": 0.006, "val_accuracy": 0.95})
+    better = replace(champion(tmp_path), pack_digest="other", metrics={"test_metric": 0.95, "test_metric_stderr": 0.006, "val_metric": 0.95})
     registry.register(better)
     registry.register(replace(champion(tmp_path), pack_digest="worse"))
     assert registry.client.get_registered_model("digits").tags["test accuracy"] == "95.0 ± 0.6 %"

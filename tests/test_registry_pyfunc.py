@@ -16,6 +16,7 @@ import pytest
 from PIL import Image
 
 from pipeline.errors import DataError, PackForeign
+from pipeline.kinds import kind_named
 from pipeline.registry.connection import import_mlflow, import_pyfunc, initialise_sqlite
 from pipeline.registry.pack_record import Champion
 from pipeline.registry.pyfunc import PackModel, _load_pyfunc
@@ -23,7 +24,9 @@ from pipeline.registry.store import open_registry
 
 
 class RecordingPredictor:
-    """Answers with the kind of what it was given, so that a test sees how an input was understood."""
+    """Answers with the type of what it was given, so that a test sees how an input was understood."""
+
+    kind = kind_named("classification")
 
     def predict(self, images: list[Any]) -> list[dict[str, Any]]:
         return [{"label": type(image).__name__, "probability": 1 / (1 + index)} for index, image in enumerate(images)]
@@ -65,7 +68,7 @@ def test_mlflow_loads_a_registered_pack_without_stored_code(loaded, template, tm
     registry = open_registry(f"sqlite:///{tmp_path}/mlflow.db", tmp_path)
     pack = tmp_path / "anything.bin"
     pack.write_bytes(b"p" * 50)
-    registry.register(Champion(task="digits", pack_path=pack, pack_digest="d", size_bytes=50, ledger={"head": 50}, metrics={"test_accuracy": 0.9}))
+    registry.register(Champion(task="digits", pack_path=pack, pack_digest="d", size_bytes=50, ledger={"head": 50}, metrics={"test_metric": 0.9}))
     mlflow = import_pyfunc() and import_mlflow()
     mlflow.set_tracking_uri(registry.store.tracking_uri)
     try:

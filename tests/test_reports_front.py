@@ -74,7 +74,7 @@ def test_front_ignores_nan_and_stopped() -> None:
 def test_same_trials_same_bytes_and_no_global_state(tmp_path) -> None:
     settings_before, backend_before = dict(matplotlib.rcParams), matplotlib.get_backend(auto_select=False)
     for name in ("one.png", "two.png"):
-        draw_front(study(), tmp_path / name, title="digits: 12 trials", max_bytes=64 * KIB, champion="t3")
+        draw_front(study(), tmp_path / name, metric="accuracy", title="digits: 12 trials", max_bytes=64 * KIB, champion="t3")
     assert (tmp_path / "one.png").read_bytes() == (tmp_path / "two.png").read_bytes()
     assert dict(matplotlib.rcParams) == settings_before
     assert matplotlib.get_backend(auto_select=False) == backend_before
@@ -91,10 +91,10 @@ def pixels(path, colour: tuple[int, int, int]) -> int:
 def test_champion_budget_and_rejected_are_drawn(tmp_path) -> None:
     vermilion, grey = (0xD5, 0x5E, 0x00), (0x7F, 0x7F, 0x7F)
     complete = [one for one in study() if one["state"] == "complete"]
-    draw_front(complete, tmp_path / "plain.png", title="t", max_bytes=None, champion=None)
-    draw_front(complete, tmp_path / "champion.png", title="t", max_bytes=None, champion="t3")
+    draw_front(complete, tmp_path / "plain.png", metric="accuracy", title="t", max_bytes=None, champion=None)
+    draw_front(complete, tmp_path / "champion.png", metric="accuracy", title="t", max_bytes=None, champion="t3")
     rejected = [*complete, *(one for one in study() if one["state"] == "rejected")]
-    draw_front(rejected, tmp_path / "rejected.png", title="t", max_bytes=None, champion=None)
+    draw_front(rejected, tmp_path / "rejected.png", metric="accuracy", title="t", max_bytes=None, champion=None)
     assert pixels(tmp_path / "plain.png", vermilion) == 0 < pixels(tmp_path / "champion.png", vermilion)
     assert pixels(tmp_path / "plain.png", grey) < pixels(tmp_path / "rejected.png", grey)
 
@@ -112,11 +112,11 @@ def test_champion_budget_and_rejected_are_drawn(tmp_path) -> None:
     ids=["empty", "all rejected", "one trial", "two alike on the budget", "five decades", "none complete"],
 )
 def test_extremes_are_drawn(tmp_path, trials, max_bytes, champion) -> None:
-    draw_front(trials, tmp_path / "front.png", title="extreme", max_bytes=max_bytes, champion=champion)
+    draw_front(trials, tmp_path / "front.png", metric="accuracy", title="extreme", max_bytes=max_bytes, champion=champion)
     assert (tmp_path / "front.png").stat().st_size > 5000
 
 
 @pytest.mark.parametrize("champion", ["t99", "t10"])
 def test_a_champion_that_was_not_measured_is_an_error(tmp_path, champion) -> None:
     with pytest.raises(ValueError, match=champion):
-        draw_front(study(), tmp_path / "front.png", title="t", max_bytes=None, champion=champion)
+        draw_front(study(), tmp_path / "front.png", metric="accuracy", title="t", max_bytes=None, champion=champion)

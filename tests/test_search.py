@@ -22,6 +22,7 @@ from pipeline.cluster.rank_group import WORKER_DIED
 from pipeline.driver import stages as stages_module
 from pipeline.driver.workspace import Workspace
 from pipeline.errors import BudgetError, ClusterError, DataError, TrainingError, WorkerDied
+from pipeline.kinds import score
 from pipeline.search import run_study as study_module
 from pipeline.search.champion import choose_champion
 from pipeline.search.pareto import pareto_front
@@ -37,7 +38,8 @@ from pipeline.training import Inputs, evaluate, train_epochs
 
 EPOCHS = 6
 DIVERGED = TrainingError("the loss became nan")
-VAL_SAMPLES = 1000
+STANDARD_ERROR = 0.015
+"""Of some thousand samples."""
 quick = settings(max_examples=15, derandomize=True, deadline=None)
 SMALL = SearchSpace(bits=(1, 4), experts=(0, 2), top_k=(0, 1, 3), trials=12)
 LARGE = SearchSpace(bits=(1, 2, 4, 8), experts=(0, 1, 2, 4), top_k=(1, 2, 3), learning_rate=(1e-3, 3e-3), trials=12)
@@ -68,7 +70,7 @@ def fake_metric(identity: str, epoch: int) -> float:
 
 
 def make_study(task: Task, folder: Path) -> Study:
-    return Study(task, make_proposer(task, fake_size), TrialJournal(folder), VAL_SAMPLES)
+    return Study(task, make_proposer(task, fake_size), TrialJournal(folder))
 
 
 def drive(study: Study, order: random.Random, *, failing: set[int] = frozenset(), finishes: int = 10**9) -> list[int]:  # type: ignore[assignment]
@@ -87,7 +89,7 @@ def drive(study: Study, order: random.Random, *, failing: set[int] = frozenset()
         else:
             slot = order.choice(sorted(running))
             running[slot] += 1
-            goes_on = study.report(slot, running[slot], fake_metric(study.slots[slot].id, running[slot]))
+            goes_on = study.report(slot, running[slot], fake_metric(study.slots[slot].id, running[slot]), STANDARD_ERROR)
             fails = slot in failing and running[slot] == 1
             if not goes_on or fails or running[slot] == EPOCHS:
                 study.finish(slot, 1.0, DIVERGED if fails and goes_on else None)
@@ -111,7 +113,7 @@ def reference(task: Task, **options: Any) -> Study:
 
 def drive_one(study: Study, slot: int, failing: set[int] = frozenset()) -> None:  # type: ignore[assignment]
     for epoch in range(1, EPOCHS + 1):
-        if not study.report(slot, epoch, fake_metric(study.slots[slot].id, epoch)):
+        if not study.report(slot, epoch, fake_metric(study.slots[slot].id, epoch), STANDARD_ERROR):
             return study.finish(slot, 1.0, None)
         if slot in failing and epoch == 1:
             return study.finish(slot, 1.0, DIVERGED)
@@ -191,7 +193,7 @@ def test_a_retried_trial_reports_its_epochs_again(tmp_path: Path) -> None:
     study = make_study(make_task(SMALL), tmp_path)
     study.next_slot()
     for epoch, metric in [(1, 0.1), (2, 0.2), (1, 0.3), (2, 0.4)]:
-        assert study.report(0, epoch, metric)
+        assert study.report(0, epoch, metric, STANDARD_ERROR)
     study.finish(0, 1.0, None)
     assert study.records[0].curve == (0.3, 0.4)
 
@@ -290,7 +292,7 @@ def record(size_bytes: int, *curve: float, state: str = "complete", identity: st
     return TrialRecord(id=identity, point={}, size_bytes=size_bytes, state=state, val_metric=metric, curve=curve)  # type: ignore[arg-type]
 
 
-# At 0.5 of 100 samples two standard errors are 0.1.
+# Two standard errors are 0.1.
 @pytest.mark.parametrize(
     ("curve", "earlier", "stops"),
     [
@@ -316,7 +318,7 @@ def record(size_bytes: int, *curve: float, state: str = "complete", identity: st
     ],
 )
 def test_a_trial_stops_where_an_earlier_no_larger_one_was_clearly_better(curve: list[float], earlier: list[TrialRecord], stops: bool) -> None:
-    assert is_dominated(curve, 6, 100, earlier, val_samples=100) is stops
+    assert is_dominated(curve, 0.05, 6, 100, earlier) is stops
 
 
 CURVES = st.lists(st.tuples(st.integers(1, 5), st.integers(0, 5), st.sampled_from(["complete", "complete", "stopped", "rejected"])), max_size=12)
@@ -387,7 +389,7 @@ def test_a_recipe_has_one_key() -> None:
 
 
 def run(task: Task, folder: Path) -> list[TrialRecord]:
-    return run_study(task, folder, None, TrialJournal(folder), size_of=fake_size, val_samples=VAL_SAMPLES)
+    return run_study(task, folder, None, TrialJournal(folder), size_of=fake_size)
 
 
 def by_hand(**options: Any) -> Callable[..., list[str]]:
@@ -431,15 +433,15 @@ def test_a_finished_study_needs_no_worker(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_a_trial_scores_validation_after_every_epoch(tiny_inputs: Inputs) -> None:
     recipe = Recipe(training=Training(epochs=3, batch_size=16, learning_rate=8e-3, precision="fp32"))
-    scores = [score for score, _ in run_trial(tiny_inputs, recipe, None)]
+    scores = [found for found, _ in run_trial(tiny_inputs, recipe, None)]
     model = attach(tiny_inputs.backbone, recipe, 8, seed=0)
     spec = recipe.training
     expected = [
-        evaluate(model, tiny_inputs.reader("val"), tiny_inputs.splits["val"])
-        for _ in train_epochs(model, tiny_inputs.reader("train"), tiny_inputs.splits["train"], spec, seed=0, flip=False)
+        score(tiny_inputs.metric, evaluate(model, tiny_inputs.reader("val"), tiny_inputs.splits["val"], tiny_inputs.kind))
+        for _ in train_epochs(model, tiny_inputs.reader("train"), tiny_inputs.splits["train"], spec, tiny_inputs.kind, seed=0, flip=False)
     ]
     assert scores == expected
-    assert [score.samples for score in scores] == [len(tiny_inputs.splits["val"])] * 3
+    assert [found.samples for found in scores] == [len(tiny_inputs.splits["val"])] * 3
 
 
 def test_a_remark_on_the_training_comes_with_the_last_epoch_and_is_kept(tiny_inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -453,7 +455,7 @@ def test_a_remark_on_the_training_comes_with_the_last_epoch_and_is_kept(tiny_inp
     assert first is not None
     searcher = StudySearcher(study, first, lambda study: None, {}, lambda: False)
     searcher.suggest("a")
-    study.report(0, 1, 0.5)
+    study.report(0, 1, 0.5, STANDARD_ERROR)
     searcher.on_trial_complete("a", {"metric": 0.5, "epoch": 1, "remark": "an expert was never used"})
     (record,) = TrialJournal(tmp_path).read().values()
     assert (record.state, record.val_metric, record.message) == ("complete", 0.5, "an expert was never used")
@@ -514,7 +516,6 @@ def test_a_study_runs_on_ray_tune(tiny_task: Task, tiny_data: Path, tiny_inputs:
             selection,
             journal,
             size_of=planner.size_bytes,
-            val_samples=len(tiny_inputs.splits["val"]),
             on_progress=lambda study: asked_for.append(len(study.slots)) if study.epochs_done() else None,
         )
 
@@ -528,11 +529,17 @@ def test_a_study_runs_on_ray_tune(tiny_task: Task, tiny_data: Path, tiny_inputs:
             assert each.state == "failed"
             assert "with learning rate 1e+30" in each.message
         else:
-            curve = tuple(score.accuracy for score, _ in run_trial(tiny_inputs, recipe, read_selection(selection)))
+            curve = tuple(found.value for found, _ in run_trial(tiny_inputs, recipe, read_selection(selection)))
             assert (each.state, each.curve, each.val_metric) == ("complete", curve, curve[-1])
             assert each.seconds > 0
+            outcomes = journal.outcomes(each.id)
+            assert outcomes is not None
+            assert tiny_inputs.metric.value(outcomes) == pytest.approx(each.val_metric)
+            assert (outcomes.targets == tiny_inputs.splits["val"].labels).all()
     assert journal.read() == {each.id: each for each in records}
-    assert sorted(path.name for path in journal.folder.iterdir()) == sorted(f"{each.id}.json" for each in records)
+    assert sorted(path.name for path in journal.folder.iterdir()) == sorted(
+        f"{each.id}.{extension}" for each in records for extension in ("json", *(["safetensors"] if each.state == "complete" else []))
+    )
     monkeypatch.setattr(study_module, "_run_with_tune", lambda *args: pytest.fail("nothing is left to run"))
     assert run_once() == records
 
@@ -599,5 +606,5 @@ def test_a_trial_stopped_against_one_that_is_gone_runs_again(tmp_path: Path, mon
 
 def test_a_failed_trial_stops_no_other() -> None:
     rival = TrialRecord(id="a", point={}, size_bytes=10, state="failed", curve=(0.9, 0.9, 0.9, 0.9))
-    assert not is_dominated([0.1, 0.1, 0.1, 0.1], 6, 20, [rival], 1000)
-    assert is_dominated([0.1, 0.1, 0.1, 0.1], 6, 20, [replace(rival, state="stopped")], 1000)
+    assert not is_dominated([0.1, 0.1, 0.1, 0.1], 0.01, 6, 20, [rival])
+    assert is_dominated([0.1, 0.1, 0.1, 0.1], 0.01, 6, 20, [replace(rival, state="stopped")])

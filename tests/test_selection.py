@@ -190,7 +190,7 @@ def test_shares_of_the_batches_add_up_to_the_whole(precision: Literal["fp32", "b
     assert len(batches) >= 4
 
     def sums(share: list) -> dict[str, torch.Tensor]:
-        loss = make_loss(spec, tiny_inputs.backbone.width, 8, task.seed)
+        loss = make_loss(spec, tiny_inputs.kind, tiny_inputs.backbone.width, 8, task.seed)
         read = ((number, *tiny_inputs.reader("train").read(samples)) for number, samples in share)
         return gradient_sums(tiny_inputs.backbone, read, spec, loss, seed=task.seed, flip=False)
 

@@ -32,7 +32,7 @@ def trained(inputs: Inputs, device: str, epochs: int, **changes: Any) -> Counter
     recipe = Recipe.model_validate({**RECIPE, "training": {**RECIPE["training"], "epochs": epochs, **changes}})  # type: ignore[dict-item]
     model = attach(inputs.backbone, recipe, len(inputs.index.classes), selected=select_here(inputs, 2)).to(device)
     with standin_device.counted() as counts:
-        for _ in train_epochs(model, inputs.reader("train"), inputs.splits["train"], recipe.training, seed=0, flip=False, device=device):
+        for _ in train_epochs(model, inputs.reader("train"), inputs.splits["train"], recipe.training, inputs.kind, seed=0, flip=False, device=device):
             pass
     return counts
 
@@ -49,7 +49,7 @@ def test_an_evaluation_copies_each_batch_once_there_and_its_answers_back(standin
     recipe = Recipe.model_validate(RECIPE)
     model = attach(tiny_inputs.backbone, recipe, len(tiny_inputs.index.classes), selected=select_here(tiny_inputs, 2)).to(standin)
     with standin_device.counted() as counts:
-        evaluate(model, tiny_inputs.reader("test"), tiny_inputs.splits["test"], device=standin)
+        evaluate(model, tiny_inputs.reader("test"), tiny_inputs.splits["test"], tiny_inputs.kind, device=standin)
     assert {name: counts[name] for name in TRANSFERS} == {"copy to device": 1, "copy to host": 1, "synchronisation": 0}
 
 

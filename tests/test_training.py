@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -18,10 +19,11 @@ from pipeline.adaptation import AdaptedModel, RankedPlaces, attach
 from pipeline.adaptation.packing import SizePlanner, describe, from_pack, to_pack
 from pipeline.backbones import fingerprint
 from pipeline.errors import TrainingError
+from pipeline.kinds import Outcomes, Score, metric_named, score
 from pipeline.packs import pack_to_bytes, read_pack
 from pipeline.selection import select_here
 from pipeline.specs import Connections, Recipe, Training
-from pipeline.training import Inputs, Score, evaluate, train_epochs
+from pipeline.training import Inputs, evaluate, train_epochs
 from pipeline.training import fit as fit_module
 from pipeline.training.fit import PACK_FILE, RESULT_FILE, FitResult, fit, read_fit
 from pipeline.training.loop import learning_rate_factor
@@ -38,10 +40,14 @@ def attached(inputs: Inputs, selected: Selected, recipe: Recipe | None = None, s
     return attach(inputs.backbone, recipe or inputs.task.recipe, len(inputs.index.classes), selected=selected, seed=seed)
 
 
+def scored(model: AdaptedModel, inputs: Inputs, split: str) -> Score:
+    return score(inputs.metric, evaluate(model, inputs.reader(split), inputs.splits[split], inputs.kind))
+
+
 def run(model: AdaptedModel, inputs: Inputs, split: str = "train", seed: int = 0, **changes: Any) -> list[float]:
     """Train to the end with the tiny task's settings but for `changes`; each epoch's loss."""
     spec = inputs.task.recipe.training.model_copy(update=changes)
-    return list(train_epochs(model, inputs.reader(split), inputs.splits[split], spec, seed=seed, flip=False))
+    return list(train_epochs(model, inputs.reader(split), inputs.splits[split], spec, inputs.kind, seed=seed, flip=False))
 
 
 def packed(model: AdaptedModel, inputs: Inputs) -> bytes:
@@ -104,8 +110,7 @@ def test_it_learns_and_leaves_the_backbone_alone(tiny_inputs: Inputs, selected: 
     losses = run(model, tiny_inputs, epochs=25, learning_rate=0.02)
     assert len(losses) == 25
     assert losses[-1] < 0.7 * losses[0]
-    score = evaluate(model, tiny_inputs.reader("train"), tiny_inputs.splits["train"])
-    assert score.accuracy > 0.35, "chance is 1/8"
+    assert scored(model, tiny_inputs, "train").value > 0.35, "chance is 1/8"
     assert fingerprint(state) == before
     assert torch.equal(torch.get_rng_state(), random_state)
 
@@ -152,7 +157,9 @@ def test_bfloat16_comes_close_to_float32(tiny_inputs: Inputs, selected: Selected
 def test_a_caller_may_stop_after_any_epoch(tiny_inputs: Inputs, selected: Selected) -> None:
     whole = run(attached(tiny_inputs, selected), tiny_inputs, epochs=3)
     spec = tiny_inputs.task.recipe.training.model_copy(update={"epochs": 3})
-    epochs = train_epochs(attached(tiny_inputs, selected), tiny_inputs.reader("train"), tiny_inputs.splits["train"], spec, seed=0, flip=False)
+    epochs = train_epochs(
+        attached(tiny_inputs, selected), tiny_inputs.reader("train"), tiny_inputs.splits["train"], spec, tiny_inputs.kind, seed=0, flip=False
+    )
     assert [next(epochs), next(epochs)] == whole[:2]
     epochs.close()  # type: ignore[attr-defined]
 
@@ -178,7 +185,10 @@ def test_every_sample_counts_once(tiny_inputs: Inputs, selected: Selected, monke
         assert 0 < correct < len(samples) or split == "val"
         for batch in (1, 7, 128):
             monkeypatch.setattr(importlib.import_module("pipeline.training.evaluate"), "EVALUATION_BATCH", batch)
-            assert evaluate(model.train(), reader, tiny_inputs.splits[split]) == Score(correct, len(samples))
+            outcomes = evaluate(model.train(), reader, tiny_inputs.splits[split], tiny_inputs.kind)
+            assert (outcomes.targets == tiny_inputs.splits[split].labels).all()
+            found = score(tiny_inputs.metric, outcomes)
+            assert (found.value, found.samples) == (correct / len(samples), len(samples))
 
 
 @pytest.mark.parametrize(("correct", "samples"), [(0, 5), (5, 5), (30, 40), (1, 3)])
@@ -186,8 +196,10 @@ def test_the_standard_error_is_binomial(correct: int, samples: int) -> None:
     hits = [1.0] * correct + [0.0] * (samples - correct)
     mean = sum(hits) / samples
     variance = sum((hit - mean) ** 2 for hit in hits) / samples
-    assert Score(correct, samples).accuracy == pytest.approx(mean)
-    assert Score(correct, samples).standard_error == pytest.approx(math.sqrt(variance / samples))
+    outputs = np.eye(2, dtype=np.float32)[[int(hit) for hit in hits]]
+    found = score(metric_named("accuracy", "classification"), Outcomes(outputs, np.ones(samples, np.int64)))
+    assert found.value == pytest.approx(mean)
+    assert found.standard_error == pytest.approx(math.sqrt(variance / samples))
 
 
 # --- the final fit --------------------------------------------------------------------------------------------------------------------------
@@ -214,9 +226,9 @@ def test_a_fit_measures_the_pack_it_wrote(fitted: tuple[Path, FitResult], tiny_i
     folder, result = fitted
     content = (folder / PACK_FILE).read_bytes()
     model = from_pack(read_pack(content), tiny_inputs.backbone)
-    score = evaluate(model, tiny_inputs.reader("test"), tiny_inputs.splits["test"])
-    assert (result.test_correct, result.test_samples) == (score.correct, 40)
-    assert (result.test_accuracy, result.test_accuracy_stderr) == (score.accuracy, score.standard_error)
+    found = scored(model, tiny_inputs, "test")
+    assert (result.metric, result.test_samples) == ("accuracy", 40)
+    assert (result.test_metric, result.test_metric_stderr) == (found.value, found.standard_error)
     assert result.size_bytes == len(content) == sum(result.ledger.values())
     assert result.size_bytes == SizePlanner(tiny_inputs.task, tiny_inputs.backbone, tiny_inputs.index.classes, selected).size_bytes(
         tiny_inputs.task.recipe

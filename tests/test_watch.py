@@ -29,7 +29,7 @@ from pipeline.search.trial_record import TrialJournal
 from pipeline.specs import Recipe, SearchSpace, Task
 from pipeline.utils.redaction import without_secrets
 
-VAL_SAMPLES = 100
+STANDARD_ERROR = 0.05
 
 
 def read_events(workdir: Path) -> list[dict]:
@@ -43,12 +43,12 @@ def size_of(recipe: Recipe) -> int:
 def make_study(task: Task, folder: Path) -> Study:
     """Four trials of two epochs, of 1000 to 8000 bytes."""
     task = task.model_copy(update={"search": SearchSpace(head_bits=[1, 2, 4, 8])})
-    return Study(task, make_proposer(task, size_of), TrialJournal(folder), VAL_SAMPLES)
+    return Study(task, make_proposer(task, size_of), TrialJournal(folder))
 
 
 def end_trial(study: Study, slot: int, metric: float, seconds: float) -> None:
     for epoch in (1, 2):
-        study.report(slot, epoch, metric)
+        study.report(slot, epoch, metric, STANDARD_ERROR)
     study.finish(slot, seconds, None)
 
 
@@ -115,7 +115,7 @@ def test_time_left_is_that_of_the_trials_that_ended(tiny_task: Task, tmp_path: P
     end_trial(study, slots[0], 0.5, 10.0)
     tracked.follow(study)
     assert tracked.seconds_left(110.0) == 10.0 * 3 / 1 + 1.5 * 10.0
-    study.report(slots[1], 1, 0.6)  # half a trial more
+    study.report(slots[1], 1, 0.6, STANDARD_ERROR)  # half a trial more
     tracked.follow(study)
     assert tracked.seconds_left(115.0) == 15.0 * 2.5 / 1.5 + 1.5 * 10.0
     tracked.enter("fit", 130.0, "")
@@ -155,7 +155,7 @@ def test_the_best_so_far_is_what_would_be_champion(tiny_task: Task, tmp_path: Pa
 
 
 def pack(task: str) -> RegisteredPack:
-    metrics = {"test_accuracy": 0.5, "val_accuracy": 0.6, "size_bytes": 2000.0}
+    metrics = {"test_metric": 0.5, "val_metric": 0.6, "size_bytes": 2000.0}
     return RegisteredPack(
         **{"name": task, "version": 1, "aliases": ("champion",), "model_id": "m", "task": task, "metrics": metrics, "params": {}, "tags": {}},
         **{"size_bytes": 2000, "pack_digest": "d", "created": None},

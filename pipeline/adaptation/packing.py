@@ -35,6 +35,7 @@ def describe(task: Task, recipe: Recipe, backbone: LoadedBackbone, classes: Sequ
     return PackMetadata(
         task=task.name,
         classes=list(classes),
+        kind=task.kind,
         metric=task.metric,
         input=PackInput(size_px=backbone.size_px, mean=backbone.mean, std=backbone.std, interpolation="bicubic"),
         recipe=recipe.model_dump(mode="json", exclude_none=True),

@@ -437,16 +437,17 @@ def demo(workdir: Workdir = api.WORKDIR, max_bytes: MaxBytes = None, trials: Tri
 def list_packs(
     task: Annotated[str | None, typer.Option(help="Only this task's packs.")] = None,
     max_bytes: MaxBytes = None,
-    min_metric: Annotated[float | None, typer.Option(help="Smallest test accuracy, in [0, 1].", min=0, max=1)] = None,
+    min_metric: Annotated[float | None, typer.Option(help="Smallest test metric, in [0, 1].", min=0, max=1)] = None,
+    metric: Annotated[str | None, typer.Option(help="Only packs chosen by this metric, such as accuracy or mAP.")] = None,
     limit: Annotated[int, typer.Option(min=1, help="Maximum number of rows.")] = 50,
     after: Annotated[str | None, typer.Option(help="Start after this pack, the last one of the previous page.", metavar="NAME/VERSION")] = None,
     workdir: Workdir = api.WORKDIR,
     as_json: AsJson = False,
 ) -> None:
-    """List packs of the registry by size and accuracy, best first."""
+    """List packs of the registry by size and metric, best first."""
     from pipeline.cli.tables import packs_table
 
-    found = api.find(task, max_bytes=_size(max_bytes), min_metric=min_metric, limit=limit + 1, after=after, workdir=workdir)
+    found = api.find(task, max_bytes=_size(max_bytes), min_metric=min_metric, metric=metric, limit=limit + 1, after=after, workdir=workdir)
     packs = found[:limit]
     if as_json:
         _print_json([asdict(pack) for pack in packs])
@@ -485,7 +486,7 @@ def show(reference: Reference, workdir: Workdir = api.WORKDIR, as_json: AsJson =
     facts.add_row("pack", f"{pack.name}/{pack.version}  {', '.join(pack.aliases)}")
     for label, text in (
         ("task", pack.tags.get("description") or pack.task),
-        ("test acc. %", percent_with_error(pack.metrics)),
+        (f"test {pack.metric} %", percent_with_error(pack.metrics)),
         ("size", f"{pack.size_bytes:,} bytes, {pack.metrics['trained_values']:,.0f} trained values"),
         ("backbone", f"{pack.tags['backbone']}  {pack.tags['backbone_fingerprint'][:16]}..."),
         ("made on", f"{pack.tags['device']}: search {pack.metrics['search_seconds']:.0f} s, fit {pack.metrics['fit_seconds']:.0f} s"),
@@ -510,18 +511,15 @@ def predict(
     workdir: Workdir = api.WORKDIR,
     as_json: AsJson = False,
 ) -> None:
-    """Classify images with a pack."""
-    from pipeline.cli.tables import table
+    """What a pack says of images: their class, or their labels."""
+    from pipeline.cli.tables import predictions_table
 
     predictor = api.load(reference, backbone=backbone, device=device, workdir=workdir)
     rows = [{"image": str(image), **row} for image, row in zip(images, predictor.predict(images), strict=True)]
     if as_json:
         _print_json(rows)
         return
-    built = table("image", "label", "probability")
-    for row in rows:
-        built.add_row(row["image"], row["label"], f"{row['probability']:.3f}")
-    out.print(built)
+    out.print(predictions_table(rows))
 
 
 @app.command()
@@ -538,18 +536,18 @@ def evaluate(
 
     score, registered = evaluate_pack(reference, workdir=workdir, task_file=task, weights=backbone, device=device)
     content = {
-        "test_accuracy": score.accuracy,
-        "test_accuracy_stderr": score.standard_error,
-        "correct": score.correct,
+        "metric": score.metric,
+        "test_metric": score.value,
+        "test_metric_stderr": score.standard_error,
         "samples": score.samples,
-        "registered_test_accuracy": registered,
+        "registered_test_metric": registered,
     }
     if as_json:
         _print_json(content)
         return
-    out.print(f"test accuracy {score.accuracy!r} ({score.correct} of {score.samples}), standard error {score.standard_error:.4f}")
+    out.print(f"test {score.metric} {score.value!r} of {score.samples} samples, standard error {score.standard_error:.4f}")
     if registered is not None:
-        out.print(f"registered    {registered!r}: {'the same' if registered == score.accuracy else 'NOT the same'}")
+        out.print(f"registered {registered!r}: {'the same' if registered == score.value else 'NOT the same'}")
 
 
 @app.command()

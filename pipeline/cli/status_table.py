@@ -11,11 +11,11 @@ SILENCE_SECONDS = 3 * HEARTBEAT_SECONDS
 
 
 def state_table(state: BatchState, *, is_running: bool) -> Table:
-    """One row per task: stage, and validation accuracy and size of the best trial so far.
+    """One row per task: stage, and validation metric and size of the best trial so far.
 
     The time remaining is blank until it can be estimated.
     """
-    built = table("task", "stage", "trials", "val acc. %", "pack", "left", numbers_from=2)
+    built = table("task", "stage", "trials", "val %", "pack", "left", numbers_from=2)
     for task in state.tasks:
         built.add_row(
             task.task,

@@ -26,8 +26,8 @@ def kib(size_bytes: float) -> str:
 
 
 def percent_with_error(metrics: dict[str, float]) -> str:
-    """Test accuracy in percent with its standard error."""
-    return f"{100 * metrics['test_accuracy']:.1f} ± {100 * metrics['test_accuracy_stderr']:.1f}"
+    """Test metric in percent with its standard error."""
+    return f"{100 * metrics['test_metric']:.1f} ± {100 * metrics['test_metric_stderr']:.1f}"
 
 
 def table(*columns: str, title: str | None = None, numbers_from: int = 1) -> Table:
@@ -52,8 +52,8 @@ def about_table(task: Task) -> Table:
 
 
 def champions_table(outcomes: Sequence[TaskOutcome]) -> Table:
-    """One row per registered task: accuracy, size, and cost of the search."""
-    built = table("task", "test acc. %", "val acc. %", "pack", "trained", "trials", "search s", title="Champions")
+    """One row per registered task: metric, size, and cost of the search."""
+    built = table("task", "metric", "test %", "val %", "pack", "trained", "trials", "search s", title="Champions", numbers_from=2)
     for outcome in outcomes:
         if outcome.registered is None:
             continue
@@ -61,8 +61,9 @@ def champions_table(outcomes: Sequence[TaskOutcome]) -> Table:
         ran = sum(trial.state != "rejected" for trial in outcome.trials)
         built.add_row(
             outcome.task,
+            outcome.registered.metric,
             percent_with_error(metrics),
-            f"{100 * metrics['val_accuracy']:.1f}",
+            f"{100 * metrics['val_metric']:.1f}",
             kib(outcome.registered.size_bytes),
             f"{metrics['trained_values']:,.0f}",
             f"{ran}/{len(outcome.trials)}",
@@ -83,11 +84,12 @@ def attempts_table(attempts: Sequence[Attempt]) -> Table:
 
 def packs_table(packs: Sequence[RegisteredPack]) -> Table:
     """One row per registered pack."""
-    built = table("pack", "alias", "test acc. %", "bytes", "trained", "registered", numbers_from=2)
+    built = table("pack", "alias", "metric", "test %", "bytes", "trained", "registered", numbers_from=3)
     for pack in packs:
         built.add_row(
             f"{pack.name}/{pack.version}",
             ", ".join(pack.aliases),
+            pack.metric,
             percent_with_error(pack.metrics),
             f"{pack.size_bytes:,}",
             f"{pack.metrics['trained_values']:,.0f}",
@@ -140,7 +142,7 @@ def space_table(rows: Sequence[dict[str, Any]], max_bytes: int) -> Table:
 def trials_table(rows: Sequence[dict[str, Any]], champion: str | None) -> Table:
     """One row per trial, sorted by size."""
     names = list(dict.fromkeys(name for row in rows for name in row["point"]))
-    built = table(*names, "bytes", "val acc. %", "epochs", "seconds", "state", title="Trials", numbers_from=0)
+    built = table(*names, "bytes", "val %", "epochs", "seconds", "state", title="Trials", numbers_from=0)
     for row in sorted(rows, key=lambda row: (row["size_bytes"], row["id"])):
         metric = row["val_metric"] if row["val_metric"] is not None else (row["curve"][-1] if row["curve"] else None)
         values = [str(row["point"].get(name, "")) for name in names]
@@ -150,6 +152,18 @@ def trials_table(rows: Sequence[dict[str, Any]], champion: str | None) -> Table:
         built.add_row(
             *values, f"{row['size_bytes']:,}", shown, str(row["epochs"] or ""), seconds, state, style="bold" if row["id"] == champion else ""
         )
+    return built
+
+
+def predictions_table(rows: Sequence[dict[str, Any]]) -> Table:
+    """One row per image; of a multi-label pack the labels that it predicts, each with its probability."""
+    built = table("image", *(["labels"] if "labels" in rows[0] else ["label", "probability"]), numbers_from=2)
+    for row in rows:
+        if "labels" in row:
+            shown = [f"{label} {row['probabilities'][label]:.3f}" for label in row["labels"]]
+            built.add_row(row["image"], ", ".join(shown) or "-")
+        else:
+            built.add_row(row["image"], row["label"], f"{row['probability']:.3f}")
     return built
 
 

@@ -1,6 +1,6 @@
 """From user data to shards, and from shards to batches.
 
-Imports: errors, specs, utils.
+Imports: errors, kinds, specs, utils.
 """
 
 from pipeline.data.augment import augment, numbered_generator, two_views

@@ -15,6 +15,7 @@ from pipeline.data.quoting import shortened_path
 from pipeline.data.sources import SourceSample, read_file, stamp_of
 from pipeline.data.urls import fetch, is_url, sha256_hex
 from pipeline.errors import DataError
+from pipeline.kinds import Label
 from pipeline.utils.redaction import without_secrets
 
 
@@ -23,7 +24,7 @@ class Entry(NamedTuple):
 
     where: str
     place: str
-    label: int
+    label: Label
 
 
 def listed_samples(listed: Mapping[SplitName, Sequence[Entry]], repeats: bool = False) -> dict[SplitName, list[SourceSample]]:

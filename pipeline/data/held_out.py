@@ -9,12 +9,12 @@ not become what a later one is tested on.
 from __future__ import annotations
 
 import os
-from collections import Counter
 
 import numpy as np
 
+from pipeline.data.index import SplitName
 from pipeline.data.sources import Source, SourceSample
-from pipeline.data.splits import held_out_quotas
+from pipeline.data.splits import held_out_by_labels, held_out_quotas, label_array
 from pipeline.data.urls import sha256_hex
 
 
@@ -24,13 +24,24 @@ def hold_out_test(source: Source, fraction: float) -> Source:
     Raises DataError if a class has a single image.
     """
     train = source.splits["train"]
-    quotas = held_out_quotas(np.array([sample.label for sample in train]), fraction, source.classes, "test")
     shared = len(os.path.commonprefix([sample.name for sample in train]).rpartition("/")[0])  # names may be URLs  # noqa: RUF071
-    taken: Counter[int] = Counter()
-    kept: list[SourceSample] = []
-    test: list[SourceSample] = []
-    for sample in sorted(train, key=lambda sample: sha256_hex(os.fsencode(sample.name[shared:]))):
-        is_test = taken[sample.label] < quotas[sample.label]
-        taken[sample.label] += is_test
-        (test if is_test else kept).append(sample)
-    return Source(source.classes, {**source.splits, "train": kept, "test": test})
+    by_hash = sorted(train, key=lambda sample: sha256_hex(os.fsencode(sample.name[shared:])))
+    labels = label_array([sample.label for sample in by_hash])
+    if labels.dtype == object:
+        is_test_N = held_out_by_labels(labels, fraction, np.arange(len(labels)), len(source.classes))
+    else:
+        is_test_N = _first_of_each_class(labels, held_out_quotas(labels, fraction, source.classes, "test"))
+    splits: dict[SplitName, list[SourceSample]] = {
+        "train": [sample for sample, is_test in zip(by_hash, is_test_N, strict=True) if not is_test],
+        "test": [sample for sample, is_test in zip(by_hash, is_test_N, strict=True) if is_test],
+    }
+    return Source(source.classes, {**source.splits, **splits})
+
+
+def _first_of_each_class(labels: np.ndarray, quotas: np.ndarray) -> np.ndarray:
+    taken = np.zeros_like(quotas)
+    is_first = np.zeros(len(labels), bool)
+    for number, label in enumerate(labels):
+        is_first[number] = taken[label] < quotas[label]
+        taken[label] += 1
+    return is_first

@@ -15,14 +15,18 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from pipeline.data.urls import sha256_hex
 from pipeline.errors import DataError
+from pipeline.kinds import classes_in
 
 INDEX_NAME = "index.json"
 FORMAT_VERSION: Literal[1] = 1
 SplitName = Literal["train", "val", "test"]
+_ClassNumber = Annotated[int, Field(ge=0)]
 
 
 class ShardEntry(BaseModel):
-    """One shard: `path` is relative to the index's folder, or absolute, or a URL; `labels` are class numbers in the order of its samples."""
+    """One shard: `path` is relative to the index's folder, or absolute, or a URL; `labels` are in the order of its
+    samples: a class number for each, or a tuple of them where samples may have several.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -30,13 +34,18 @@ class ShardEntry(BaseModel):
     samples: int = Field(ge=1)
     size_bytes: int = Field(ge=1)
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
-    labels: list[Annotated[int, Field(ge=0)]]
+    labels: list[_ClassNumber] | list[tuple[_ClassNumber, ...]]
 
     @model_validator(mode="after")
     def _one_label_a_sample(self) -> Self:
         if len(self.labels) != self.samples:
             raise ValueError(f"{self.path} has {self.samples} samples but {len(self.labels)} labels")
         return self
+
+    @property
+    def largest_class(self) -> int:
+        """The largest class number; -1 where no sample has a label."""
+        return max((each for label in self.labels for each in classes_in(label)), default=-1)
 
 
 class DataIndex(BaseModel):
@@ -57,8 +66,8 @@ class DataIndex(BaseModel):
     @model_validator(mode="after")
     def _labels_are_classes(self) -> Self:
         for shard in self.shards:
-            if max(shard.labels) >= len(self.classes):
-                raise ValueError(f"{shard.path} has label {max(shard.labels)}, but there are {len(self.classes)} classes")
+            if shard.largest_class >= len(self.classes):
+                raise ValueError(f"{shard.path} has label {shard.largest_class}, but there are {len(self.classes)} classes")
         return self
 
     @property

@@ -14,9 +14,11 @@ from collections.abc import Callable
 from pipeline.data.decode import decode_image
 from pipeline.data.faults import Faults, printable
 from pipeline.data.index import SplitName
+from pipeline.data.names import shown_label
+from pipeline.kinds import Label
 
 _CHECK_SIZE_PX = 8
-_Named = tuple[int, str]  # label, name
+_Named = tuple[Label, str]  # label, name
 
 
 class Inspection:
@@ -28,8 +30,8 @@ class Inspection:
         self._shared: dict[tuple[SplitName, SplitName], list[tuple[_Named, _Named]]] = defaultdict(list)
         self._two_labels: dict[SplitName, dict[bytes, tuple[_Named, _Named]]] = defaultdict(dict)
 
-    def look(self, split: SplitName, name: str, label: int, load: Callable[[], bytes]) -> bytes | None:
-        """Return the encoded image from `load`, or None if it cannot be read, which is a fault.
+    def look(self, split: SplitName, name: str, label: Label, load: Callable[[], bytes]) -> bytes | None:
+        """The encoded image that `load` gives; None where it cannot be read, which is noted.
 
         Faults name it `name`.
         """
@@ -64,6 +66,6 @@ class Inspection:
         for split, conflicts in self._two_labels.items():
             (label, name), (other_label, copy) = next(iter(conflicts.values()))
             verb = "image of {} has" if len(conflicts) == 1 else "images of {} have"
-            first = f"{name} is {classes[label]!r}, the same file {copy} is {classes[other_label]!r}"
+            first = f"{name} is {shown_label(label, classes)}, the same file {copy} is {shown_label(other_label, classes)}"
             lines.append(f"{len(conflicts):,} {verb.format(split)} two labels; the first: {first}")
         return [printable(line) for line in lines]

@@ -1,16 +1,27 @@
-"""The meaning of a label: the number of a class, from 0, or its name if names are declared."""
+"""What a label means: the number of a class, from 0, or its name where the names are declared.
+
+A multi-label sample has any number of them. In `key.cls`, and behind the path in a list file, they
+are separated by spaces or commas, or are a JSON list, as they are in JSON: `3 7`, `3,7`, `[3, 7]`,
+`["wall clock", "lamp"]`. Nothing, or `[]`, is a sample without a label.
+"""
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pipeline.data.names import numbered
 from pipeline.data.quoting import listing, quoted, shortened
 from pipeline.errors import DataError
+from pipeline.kinds import Label, TaskKind, kind_named
 
 _DIGITS_MAX = 18  # longer runs of digits are no label
+_SEVERAL = re.compile(r"\[.*\]|[0-9]+([\s,|;]+[0-9]+)+", re.DOTALL)
+_ADVICE = "or `kind: multilabel` in the task file"
+SINGLE = kind_named("classification")
+"""The kind of a task that says nothing else."""
 
 
 class JsonObject(list[tuple[str, Any]]):
@@ -37,7 +48,40 @@ def class_number(label: Any, numbers: Mapping[str, int] | None, where: str) -> i
     if isinstance(label, str) and numbers is not None and label in numbers:
         return numbers[label]
     expected = "a whole number from 0" + (", or one of the names in `classes`" if numbers is not None else "")
+    expected += f", {_ADVICE}" if isinstance(label, str) and _SEVERAL.fullmatch(label) else ""
     raise DataError(f"{where}: the label is {quoted(label)}; expected {expected}")
+
+
+def sample_label(written: Any, kind: TaskKind, numbers: Mapping[str, int] | None, where: str) -> Label:
+    """The label that a text or a JSON value means. Raises DataError naming `where`."""
+    classes = [class_number(each, numbers, where) for each in separate_labels(written, kind, where)]
+    return kind_label(classes, kind, where)
+
+
+def kind_label(classes: Sequence[int], kind: TaskKind, where: str) -> Label:
+    """The label of a sample with these classes. Raises DataError where the kind has none such."""
+    try:
+        return kind.label(classes)
+    except ValueError as error:
+        raise DataError(f"{where}: {error}") from None
+
+
+def separate_labels(written: Any, kind: TaskKind, where: str) -> list[Any]:
+    """The labels in a text or a JSON value; one, unless the kind has several.
+
+    Raises DataError where there are several, and the kind has one.
+    """
+    is_list = isinstance(written, list) and not isinstance(written, JsonObject)
+    if not kind.several_labels:
+        if is_list:
+            raise DataError(f"{where}: the label is {quoted(written)}; expected one class, {_ADVICE}")
+        return [written]
+    if isinstance(written, str) and written.startswith("["):
+        written = read_json(written, where, "a list of labels")
+        is_list = isinstance(written, list)
+    if isinstance(written, str):
+        return [each for each in re.split(r"[\s,]+", written) if each]
+    return list(written) if is_list else [written]
 
 
 def is_name(label: Any) -> bool:
@@ -48,17 +92,22 @@ def is_name(label: Any) -> bool:
 class MemberLabels:
     """Reads the labels of a shard's samples: all are numbers, or all are names from `names`."""
 
-    def __init__(self, names: Sequence[str] | None) -> None:
+    def __init__(self, names: Sequence[str] | None, kind: TaskKind) -> None:
+        self._kind = kind
         self._numbers = None if names is None else numbered(names)
         self._first: tuple[Any, str] | None = None
 
-    def read(self, content: bytes, field: str | None, where: str) -> int:
-        """The class of `key.cls`, or of the field of `key.json`. Raises DataError."""
+    def read(self, content: bytes, field: str | None, where: str) -> Label:
+        """The label that `key.cls` means, or that field of `key.json`. Raises DataError."""
         try:
             text = content.decode("utf-8-sig").strip()
         except UnicodeDecodeError:
             raise DataError(f"{where}: not UTF-8 text; expected a label") from None
-        label = text if field is None else _field(text, field, where)
+        written = text if field is None else _field(text, field, where)
+        labels = separate_labels(written, self._kind, where)
+        return kind_label([self._class(each, where) for each in labels], self._kind, where)
+
+    def _class(self, label: Any, where: str) -> int:
         number = class_number(label, self._numbers, where)
         classes = number + 1 if self._numbers is None else len(self._numbers)
         if number >= classes:

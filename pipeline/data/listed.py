@@ -13,12 +13,13 @@ from typing import Any, NamedTuple
 
 from pipeline.data.entries import Entry, listed_samples, located
 from pipeline.data.index import SplitName
-from pipeline.data.labels import JsonObject, check_one_kind, class_number, read_json
+from pipeline.data.labels import SINGLE, JsonObject, check_one_kind, read_json, sample_label, separate_labels
 from pipeline.data.names import class_names, numbered
 from pipeline.data.quoting import quoted
 from pipeline.data.sources import Source
 from pipeline.data.text import lines_of, read_text
 from pipeline.errors import DataError
+from pipeline.kinds import TaskKind, classes_in
 from pipeline.specs import JsonData, ListsData
 
 _EXPECTED = "the names of a split's images with their labels"
@@ -32,18 +33,20 @@ class _Pair(NamedTuple):
     label: Any
 
 
-def lists_source(data: ListsData) -> Source:
-    """List files whose labels are the classes' numbers, from 0. Raises DataError that names file and line."""
+def lists_source(data: ListsData, kind: TaskKind = SINGLE) -> Source:
+    """List files whose labels are the classes' numbers, from 0; several as `path 3,7`, none as
+    `path []`. Raises DataError that names file and line."""
     names = _names(data)
-    listed = {split: _list_entries(file, data) for split, file in _split_files(data)}
+    listed = {split: _list_entries(file, data, kind) for split, file in _split_files(data)}
     for entries in listed.values():
         for entry in entries:
-            if entry.label >= len(names):
-                raise DataError(f"{entry.where}: label {entry.label} is outside the {len(names)} classes; expected 0 to {len(names) - 1}")
+            largest = max(classes_in(entry.label), default=-1)
+            if largest >= len(names):
+                raise DataError(f"{entry.where}: label {largest} is outside the {len(names)} classes; expected 0 to {len(names) - 1}")
     return Source(names, listed_samples(listed, data.repeats))
 
 
-def json_source(data: JsonData) -> Source:
+def json_source(data: JsonData, kind: TaskKind = SINGLE) -> Source:
     """JSON objects of path to label. Labels that are names, or numbers below the number of classes, are those classes.
 
     Other numbers are numbered in their order, as in VPT, and there must be as many as classes. Raises DataError that names file and key.
@@ -52,27 +55,30 @@ def json_source(data: JsonData) -> Source:
     pairs = {split: _json_pairs(file) for split, file in _split_files(data)}
     declared = None if isinstance(data.classes, int) else numbered(names)
     listed = {
-        split: [Entry(pair.where, _image(pair.path, data), class_number(pair.label, declared, pair.where)) for pair in each]
+        split: [Entry(pair.where, _image(pair.path, data), sample_label(pair.label, kind, declared, pair.where)) for pair in each]
         for split, each in pairs.items()
     }
-    first = pairs["train"][0]
-    for pair in [pair for each in pairs.values() for pair in each]:
-        check_one_kind(pair.label, pair.where, first.label, first.where)
-    labels = sorted({entry.label for entries in listed.values() for entry in entries})
-    if labels[-1] >= len(names):
+    written = [(label, pair.where) for each in pairs.values() for pair in each for label in separate_labels(pair.label, kind, pair.where)]
+    for label, where in written:
+        check_one_kind(label, where, *written[0])
+    labels = sorted({label for entries in listed.values() for entry in entries for label in classes_in(entry.label)})
+    if labels and labels[-1] >= len(names):
         _check_count(listed, labels, len(names))
         names = [str(label) for label in labels] if isinstance(data.classes, int) else names
         number = {label: index for index, label in enumerate(labels)}
-        listed = {split: [entry._replace(label=number[entry.label]) for entry in entries] for split, entries in listed.items()}
+        listed = {
+            split: [entry._replace(label=kind.label([number[label] for label in classes_in(entry.label)])) for entry in entries]
+            for split, entries in listed.items()
+        }
     return Source(names, listed_samples(listed))
 
 
 def _check_count(listed: dict[SplitName, list[Entry]], labels: list[int], classes: int) -> None:
     if len(labels) == classes:
         return
-    largest = next(entry for entries in listed.values() for entry in entries if entry.label == labels[-1])
+    largest = next(entry for entries in listed.values() for entry in entries if labels[-1] in classes_in(entry.label))
     raise DataError(
-        f"{largest.where}: label {largest.label} is outside the {classes} classes; expected 0 to {classes - 1}, "
+        f"{largest.where}: label {labels[-1]} is outside the {classes} classes; expected 0 to {classes - 1}, "
         f"or {classes} different labels in all splits together (there are {len(labels)})"
     )
 
@@ -88,7 +94,7 @@ def _split_files(data: ListsData | JsonData) -> Iterator[tuple[SplitName, str]]:
             yield split, located(file, data.root)
 
 
-def _list_entries(file: str, data: ListsData) -> list[Entry]:
+def _list_entries(file: str, data: ListsData, kind: TaskKind) -> list[Entry]:
     entries = []
     for number, line in enumerate(lines_of(read_text(file, _EXPECTED)), start=1):
         if not line.strip():
@@ -97,7 +103,7 @@ def _list_entries(file: str, data: ListsData) -> list[Entry]:
         path, *label = line.strip().rsplit(maxsplit=1)
         if not label:
             raise DataError(f"{where}: {quoted(path)} has no label; expected `path label`")
-        entries.append(Entry(where, _image(path, data), class_number(label[0], None, where)))
+        entries.append(Entry(where, _image(path, data), sample_label(label[0], kind, None, where)))
     if not entries:
         raise DataError(f"{file}: lists no images; expected lines of `path label`")
     return entries

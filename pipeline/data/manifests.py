@@ -15,10 +15,12 @@ from typing import NamedTuple
 
 from pipeline.data.entries import Entry, listed_samples, located
 from pipeline.data.index import SplitName
+from pipeline.data.labels import SINGLE, kind_label
 from pipeline.data.quoting import listing, quoted, shortened
 from pipeline.data.sources import Source, number_names
 from pipeline.data.text import lines_of, read_text
 from pipeline.errors import DataError
+from pipeline.kinds import TaskKind
 from pipeline.specs import CsvData
 
 _SEPARATORS = (",", ";", "\t", "|")
@@ -28,7 +30,7 @@ _HEADER_MAX = 100_000  # below what the csv module takes for a field
 class _Row(NamedTuple):
     where: str
     path: str
-    label: str
+    labels: list[str]
 
 
 class _Record(NamedTuple):
@@ -36,19 +38,24 @@ class _Record(NamedTuple):
     fields: list[str]
 
 
-def csv_source(data: CsvData) -> Source:
+def csv_source(data: CsvData, kind: TaskKind = SINGLE) -> Source:
     """Manifests with a column of paths and one of labels; classes are the labels that occur in train, sorted.
+
+    Where samples may have several labels, `label_separator` stands between them.
 
     Raises DataError that names file and line.
     """
     manifests: dict[SplitName, str | None] = {"train": data.train, "val": data.val, "test": data.test}
-    rows = {split: _rows(manifest, data) for split, manifest in manifests.items() if manifest is not None}
-    number = number_names({split: [row.label for row in found] for split, found in rows.items()}, "labels")
-    listed = {split: [Entry(row.where, row.path, number[row.label]) for row in found] for split, found in rows.items()}
+    rows = {split: _rows(manifest, data, kind) for split, manifest in manifests.items() if manifest is not None}
+    number = number_names({split: [label for row in found for label in row.labels] for split, found in rows.items()}, "labels")
+    listed = {
+        split: [Entry(row.where, row.path, kind_label([number[label] for label in row.labels], kind, row.where)) for row in found]
+        for split, found in rows.items()
+    }
     return Source(list(number), listed_samples(listed))
 
 
-def _rows(manifest: str, data: CsvData) -> list[_Row]:
+def _rows(manifest: str, data: CsvData, kind: TaskKind) -> list[_Row]:
     columns = data.path_column, data.label_column
     text = read_text(manifest, f"a CSV file with the columns {' and '.join(columns)}")
     records = _records(text, _separator(text, manifest, columns), manifest)
@@ -56,7 +63,8 @@ def _rows(manifest: str, data: CsvData) -> list[_Row]:
     if not _has(header, columns):
         raise DataError(f"{manifest}: a column's name goes on after the first line; is a quote left open?")
     root = data.root if data.root is not None else os.path.dirname(manifest)
-    rows = [_row(record, header, columns, root) for record in records]
+    separator = data.label_separator if kind.several_labels else None
+    rows = [_row(record, header, columns, root, separator) for record in records]
     if not rows:
         raise DataError(f"{manifest}: lists no images; expected lines with the columns {' and '.join(columns)}")
     return rows
@@ -99,15 +107,23 @@ def _records(text: str, separator: str, manifest: str) -> Iterator[_Record]:
         raise DataError(f'{where}: {fault}; expected fields without quotes, or between two "') from None
 
 
-def _row(record: _Record, header: list[str], columns: tuple[str, str], root: str) -> _Row:
+def _row(record: _Record, header: list[str], columns: tuple[str, str], root: str, label_separator: str | None) -> _Row:
     where, fields = record
     if any(fields[len(header) :]):
         raise DataError(f"{where}: {len(fields)} fields, but the first line has {len(header)}; put fields that hold the separator in quotes")
     path, label = (fields[index] if (index := header.index(column)) < len(fields) else "" for column in columns)
-    if not path or not label:
+    if not path or not (label or label_separator):
         raise DataError(f"{where}: {columns[0]} {quoted(path)}, {columns[1]} {quoted(label)}; expected both")
     if len(lines_of(path + label)) > 1:
         raise DataError(
             f"{where}: {columns[0]} {quoted(path)}, {columns[1]} {quoted(label)}: a field goes on in the next line; is a quote left open?"
         )
-    return _Row(where, located(path, root), label)
+    return _Row(where, located(path, root), _separated(label, label_separator, where))
+
+
+def _separated(field: str, separator: str | None, where: str) -> list[str]:
+    """The labels in a field; none where it is empty, which only a multi-label table allows."""
+    labels = [label.strip() for label in field.split(separator)] if separator and field else [field]
+    if not all(labels) and field:
+        raise DataError(f"{where}: the labels {quoted(field)} hold an empty one; write one {separator} between two labels")
+    return labels if field else []

@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from pipeline.data.quoting import quoted, shortened
 from pipeline.data.text import lines_of, read_text
 from pipeline.errors import DataError
+from pipeline.kinds import Label, classes_in
 
 _NAME_MAX = 200
 _NUMBER = re.compile(r"(-?[0-9]{1,18})(\.0*)?")
@@ -30,6 +31,11 @@ def class_names(classes: tuple[str, ...] | str) -> list[str]:
 def numbered(names: Iterable[str]) -> dict[str, int]:
     """Each class's number by its name."""
     return {name: number for number, name in enumerate(names)}
+
+
+def shown_label(label: Label, classes: Sequence[str]) -> str:
+    """A label by its classes' names, for people."""
+    return " and ".join(repr(classes[number]) for number in classes_in(label)) or "without a label"
 
 
 def check_names(names: Iterable[str], where: str) -> None:

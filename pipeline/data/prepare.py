@@ -10,7 +10,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from uuid import uuid4
@@ -31,6 +31,7 @@ from pipeline.data.sources import Source, SourceSample, digits_source, folder_so
 from pipeline.data.splits import split_samples
 from pipeline.data.urls import expand, fetch, is_url, resolve, sha256_hex, stamp
 from pipeline.errors import DataError, StorageError
+from pipeline.kinds import Label, TaskKind, classes_in, kind_named
 from pipeline.specs import CsvData, DigitsData, DrawnData, FolderData, JsonData, ListsData, ShardsData, Task
 
 _VERSION = 1  # part of every source digest: raise it when the same source would give other shards
@@ -45,12 +46,12 @@ def prepare(task: Task, folder: Path) -> DataIndex:
         StorageError: The folder cannot be written, or holds something else.
     """
     folder = Path(os.path.abspath(folder))
-    data = task.data
+    data, kind = task.data, kind_named(task.kind)
     if isinstance(data, ListsData | JsonData) and not is_url(data.root) and not Path(data.root).is_dir():
         origin = f"; it comes from {task.about.source}" if task.about.source else ""
         raise DataError(f"{data.root}: no such folder; expected the dataset of {task.name}, with its list of images for each split{origin}")
     try:
-        index = _index_in_place(data, folder) if isinstance(data, ShardsData) else _write(_source(data), data.model_dump_json(), folder)
+        index = _index_in_place(data, kind, folder) if isinstance(data, ShardsData) else _write(_source(data, kind), _described(data, kind), folder)
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         advice = "free some space, or choose another folder" if full else "check the path and the permissions"
@@ -59,20 +60,27 @@ def prepare(task: Task, folder: Path) -> DataIndex:
     return index
 
 
-def _source(data: FolderData | CsvData | ListsData | JsonData | DigitsData | DrawnData) -> Source:
+_WrittenData = FolderData | CsvData | ListsData | JsonData | DigitsData | DrawnData
+
+
+def _described(data: _WrittenData, kind: TaskKind) -> str:
+    return f"{kind.name} {data.model_dump_json()}"
+
+
+def _source(data: _WrittenData, kind: TaskKind) -> Source:
     match data:
         case DigitsData():
-            return digits_source(data)
+            return digits_source(data).labelled_as(kind)
         case DrawnData():
-            return drawn_source(data)
+            return drawn_source(data).labelled_as(kind)
         case FolderData():
-            source = folder_source(data)
+            source = folder_source(data).labelled_as(kind)
         case CsvData():
-            source = csv_source(data)
+            source = csv_source(data, kind)
         case ListsData():
-            source = lists_source(data)
+            source = lists_source(data, kind)
         case JsonData():
-            source = json_source(data)
+            source = json_source(data, kind)
     return source if data.test_fraction is None else hold_out_test(source, data.test_fraction)
 
 
@@ -94,18 +102,18 @@ def _intact(path: Path, shard: ShardEntry) -> bool:
 # --- shards where they lie ------------------------------------------------------------------------------------------------------------------
 
 
-def _index_in_place(data: ShardsData, folder: Path) -> DataIndex:
+def _index_in_place(data: ShardsData, kind: TaskKind, folder: Path) -> DataIndex:
     splits: dict[SplitName, list[str]] = {"train": expand(data.train)}
     if data.val is not None:
         splits["val"] = expand(data.val)
     splits["test"] = expand(data.test)
     names = class_names(data.classes) if data.classes is not None else None
     stamps = [f"{split} {url} {stamp(url)}" for split, urls in splits.items() for url in urls]
-    source_digest = sha256_hex("\n".join([f"shards {_VERSION} {names!r} {data.label_field!r}", *stamps]).encode())
+    source_digest = sha256_hex("\n".join([f"shards {_VERSION} {kind.name} {names!r} {data.label_field!r}", *stamps]).encode())
     if (index := _current(folder, source_digest)) is not None:
         return index
     inspection = Inspection()
-    entries = {split: [_scan(url, names, split, inspection, data.label_field) for url in urls] for split, urls in splits.items()}
+    entries = {split: [_scan(url, names, split, inspection, data.label_field, kind) for url in urls] for split, urls in splits.items()}
     inspection.check()
     _check_shards_differ(entries)
     classes = names if names is not None else _inferred_classes(entries)
@@ -117,18 +125,18 @@ def _index_in_place(data: ShardsData, folder: Path) -> DataIndex:
 
 
 def _inferred_classes(entries: dict[SplitName, list[ShardEntry]]) -> list[str]:
-    largest, path = max((max(shard.labels), shard.path) for shards in entries.values() for shard in shards)
+    largest, path = max((shard.largest_class, shard.path) for shards in entries.values() for shard in shards)
     if largest >= _MAX_INFERRED_CLASSES:
         raise DataError(f"{path}: label {largest} is too large to count classes by; number the classes from 0")
     return [str(label) for label in range(largest + 1)]
 
 
 def _order_remarks(shards: list[ShardEntry]) -> list[str]:
-    """A warning if shards hold far fewer classes than if their samples were mixed, else None."""
-    counts = np.bincount(np.concatenate([shard.labels for shard in shards]))
-    shares = counts / counts.sum()
+    """A sentence where shards hold far fewer classes than if their samples were mixed."""
+    held_by_shard = [[number for label in shard.labels for number in classes_in(label)] for shard in shards]
+    shares = np.bincount(np.concatenate(held_by_shard).astype(np.int64)) / sum(shard.samples for shard in shards)
     mixed = np.mean([np.sum(1 - (1 - shares) ** shard.samples) for shard in shards])
-    held = np.mean([len(set(shard.labels)) for shard in shards])
+    held = np.mean([len(set(numbers)) for numbers in held_by_shard])
     if held - 1 >= (mixed - 1) / 2:
         return []
     return [
@@ -137,11 +145,11 @@ def _order_remarks(shards: list[ShardEntry]) -> list[str]:
     ]
 
 
-def _scan(url: str, names: list[str] | None, split: SplitName, inspection: Inspection, label_field: str | None = None) -> ShardEntry:
-    """Read every sample of a shard once, so that faults do not show only during training."""
+def _scan(url: str, names: list[str] | None, split: SplitName, inspection: Inspection, label_field: str | None, kind: TaskKind) -> ShardEntry:
+    """Read every sample of a shard once, so that no fault is left to be found during training."""
     content = fetch(url)
-    labels: list[int] = []
-    for key, image, label in samples_in(content, url, names, label_field):
+    labels: list[Label] = []
+    for key, image, label in samples_in(content, url, names, label_field, kind):
         inspection.look(split, f"{url}: {shortened(key)}", label, partial(bytes, image))
         labels.append(label)
     sha256 = sha256_hex(content)
@@ -236,11 +244,11 @@ def check(index: DataIndex, task: Task) -> None:
         raise DataError(f"{task.name}: classes are {listing(index.classes)}; expected at least two, with different names")
     if not index.splits.get("train") or not index.splits.get("test"):
         raise DataError(f"{task.name}: train or test is empty; each needs samples")
-    trained = {label for shard in index.splits["train"] for label in shard.labels}
+    trained = _classes_of(index.splits["train"])
     if len(trained) < 2:
         raise DataError(f"{task.name}: all training samples are of one class; expected at least two classes")
     for split, shards in index.splits.items():
-        missing = sorted({label for shard in shards for label in shard.labels} - trained)
+        missing = sorted(_classes_of(shards) - trained)
         if missing and not isinstance(task.data, ListsData | JsonData):  # there, a benchmark's own lists say who is in train
             names = listing([index.classes[label] for label in missing])
             raise DataError(f"{task.name}: {split} has classes without a training sample: {names}; every class needs training samples")
@@ -257,7 +265,11 @@ def remarks_on(index: DataIndex) -> list[str]:
     return [*missing, *index.remarks]
 
 
+def _classes_of(shards: Sequence[ShardEntry]) -> set[int]:
+    return {number for shard in shards for label in shard.labels for number in classes_in(label)}
+
+
 def untrained_classes(index: DataIndex) -> list[str]:
-    """The classes without a training sample, which a model cannot learn but its accuracy counts like any other."""
-    trained = {label for shard in index.splits["train"] for label in shard.labels}
+    """The classes without a training sample: a model cannot tell them, and its accuracy counts them as any other."""
+    trained = _classes_of(index.splits["train"])
     return [name for number, name in enumerate(index.classes) if number not in trained]

@@ -9,6 +9,7 @@ and cached on disk (remote.py).
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -26,10 +27,13 @@ from pipeline.data.remote import fetch_checked, shard_store
 from pipeline.data.shards import images_in
 from pipeline.data.splits import Split
 from pipeline.data.urls import is_url, resolve
+from pipeline.kinds import Label
 
 CACHE_BYTES = 1024**3
 SHARDS_AHEAD = 4
 Key = tuple[str, int]  # sha256, size_px
+Targets = Callable[[list[Label]], torch.Tensor]
+_one_class_each = functools.partial(torch.tensor, dtype=torch.int64)
 
 
 class ShardCache:
@@ -68,14 +72,25 @@ CACHE = ShardCache()
 
 
 class Reader:
-    """Reads batches of the shards of one split."""
+    """Reads batches of the shards of one split.
 
-    def __init__(self, index_folder: Path, shards: Split | Sequence[ShardEntry], size_px: int, cache_bytes: int = CACHE_BYTES) -> None:
+    Args:
+        targets: what is made of a batch's labels; default: one class per sample, int64 [B].
+    """
+
+    def __init__(
+        self,
+        index_folder: Path,
+        shards: Split | Sequence[ShardEntry],
+        size_px: int,
+        cache_bytes: int = CACHE_BYTES,
+        targets: Targets = _one_class_each,
+    ) -> None:
         self.index_folder = index_folder
         self.shards = tuple(shards.shards if isinstance(shards, Split) else shards)
         self.size_px = size_px
         self.cache_bytes = cache_bytes
-        self._labels = [np.array(shard.labels, np.int64) for shard in self.shards]
+        self._targets = targets
 
     def window(self, numbers: Iterable[int] | None = None) -> int | None:
         """How many of the shards with these numbers (default: all) to mix at a time, so that they stay in the cache; None if all fit."""
@@ -84,20 +99,19 @@ class Reader:
         return None if sum(sizes_bytes) <= self.cache_bytes else max(1, self.cache_bytes // max(sizes_bytes))
 
     def read(self, samples: np.ndarray, content: Callable[[ShardEntry], bytes] | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Images uint8 [B, 3, S, S] and labels int64 [B] of `samples`, int [B, 2] rows of (shard, position), in their order.
+        """Images uint8 [B, 3, S, S] and targets [B, ...] of `samples`, int [B, 2] rows of (shard, position), in their order.
 
         content: source of a shard's bytes; default: its path or URL.
 
         Raises DataError if a shard is missing, or is not the one that was indexed.
         """
         images = np.empty((len(samples), 3, self.size_px, self.size_px), np.uint8)  # numpy copies rows of bytes many times faster than torch
-        labels = np.empty(len(samples), np.int64)
         for number in np.unique(samples[:, 0]):
             rows = np.flatnonzero(samples[:, 0] == number)
             positions = samples[rows, 1]
             images[rows] = self._shard(self.shards[number], content or self._content).numpy()[positions]
-            labels[rows] = self._labels[number][positions]
-        return torch.from_numpy(images), torch.from_numpy(labels)
+        labels = [self.shards[number].labels[position] for number, position in samples.tolist()]
+        return torch.from_numpy(images), self._targets(labels)
 
     def batches(self, plan: Sequence[np.ndarray]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Call `read` for each batch of a plan. The next shards behind URLs are fetched meanwhile.

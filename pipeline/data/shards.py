@@ -1,16 +1,16 @@
 """Shards: WebDataset tars of `key.jpg` (or another extension of `formats.py`) and `key.cls`, written byte for byte the same,
 read without losing a sample or running code.
 
-Python's tar reader stops silently at a damaged header, and at a file that was cut between two members;
-both would lose samples. So a shard is read as a whole, and is valid only if its members are followed
-by the end mark of two zero blocks and by nothing else. Labels are numbers, names or a field of JSON
-(labels.py); members that only a pickle loader could read are rejected by name, and WebDataset's
-decoders, which would load them, are never called.
+Python's tar reader stops without a word at a damaged header, and at a file that was cut between two members; both would lose samples. So a shard is
+read whole, and counts as whole only where its members are followed by the end mark of two zero blocks and by nothing else. Labels are numbers,
+names or a field of JSON, one or several (labels.py). Members that only a pickle loader could
+read are refused by name, and WebDataset's decoders, which would load them, are never called.
 """
 
 from __future__ import annotations
 
 import io
+import json
 import os
 import re
 import tarfile
@@ -24,11 +24,12 @@ from webdataset.writer import TarWriter
 
 from pipeline.data.formats import IMAGE_EXTENSIONS, explain, extension_of, kind_of
 from pipeline.data.index import ShardEntry
-from pipeline.data.labels import MemberLabels
+from pipeline.data.labels import SINGLE, MemberLabels
 from pipeline.data.quoting import listing, shortened
 from pipeline.data.unpack import unpacked
 from pipeline.data.urls import fetch, sha256_hex
 from pipeline.errors import DataError
+from pipeline.kinds import Label, TaskKind
 
 REFUSED_EXTENSIONS = ("pkl", "pickle", "pyd", "npy", "npz", "pt", "pth", "joblib", "dill")
 LABEL_EXTENSION = "cls"
@@ -36,24 +37,30 @@ SAMPLES_PER_SHARD = 1000
 SHARD_SIZE_BYTES = 64 * 1024**2
 _BLOCK_BYTES = tarfile.BLOCKSIZE
 
-Sample = tuple[str, bytes, int]  # key, encoded image, label
+Sample = tuple[str, bytes, Label]  # key, encoded image, label
 
 
 # --- reading --------------------------------------------------------------------------------------------------------------------------------
 
 
-def read_shard(url: str) -> Iterator[Sample]:
+def read_shard(url: str, kind: TaskKind = SINGLE) -> Iterator[Sample]:
     """The samples of the shard at a path or URL, in order: key, encoded image, label. Raises DataError naming the shard and the member at fault."""
-    return samples_in(fetch(url), url)
+    return samples_in(fetch(url), url, kind=kind)
 
 
-def samples_in(content: bytes, url: str, names: Sequence[str] | None = None, label_field: str | None = None) -> Iterator[Sample]:
+def samples_in(
+    content: bytes,
+    url: str,
+    names: Sequence[str] | None = None,
+    label_field: str | None = None,
+    kind: TaskKind = SINGLE,
+) -> Iterator[Sample]:
     """The samples of a shard whose bytes are `content`; `url` is used in errors.
 
     names: of the classes, where they are declared. label_field: the field of `key.json` that holds the label; by default
     the label is `key.cls`, or without one the field `label`. Raises DataError.
     """
-    labels = MemberLabels(names)
+    labels = MemberLabels(names, kind)
     for key, members, image_extension in _samples(content, url):
         sample = f"{url}: {shortened(key)}"
         label_extension = LABEL_EXTENSION if LABEL_EXTENSION in members and label_field is None else "json"
@@ -203,7 +210,7 @@ def _tar(samples: list[Sample]) -> bytes:
     stream = io.BytesIO()
     with TarWriter(stream, user="", group="", mode=0o444, mtime=0, encoder=False, compress=False) as writer:
         for key, image, label in samples:
-            writer.write({"__key__": key, _extension_of(image, key): image, LABEL_EXTENSION: str(label).encode()})
+            writer.write({"__key__": key, _extension_of(image, key): image, LABEL_EXTENSION: json.dumps(label).encode()})
     return stream.getvalue()
 
 

@@ -10,7 +10,7 @@ import hashlib
 import io
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from pipeline.data.names import check_names, numbered
 from pipeline.data.quoting import listing
 from pipeline.data.splits import choose_by_class, class_quotas
 from pipeline.errors import DataError
+from pipeline.kinds import Label, TaskKind, classes_in
 from pipeline.specs import DigitsData, FolderData
 
 
@@ -33,7 +34,7 @@ class SourceSample:
 
     name: str
     stamp: str
-    label: int
+    label: Label
     load: Callable[[], bytes]
 
 
@@ -43,6 +44,13 @@ class Source:
 
     classes: list[str]
     splits: dict[SplitName, list[SourceSample]]
+
+    def labelled_as(self, kind: TaskKind) -> Source:
+        """The same with labels of a kind, where each sample has one class."""
+        splits = {
+            split: [replace(sample, label=kind.label(classes_in(sample.label))) for sample in samples] for split, samples in self.splits.items()
+        }
+        return Source(self.classes, splits)
 
     def digest(self, description: str) -> str:
         """SHA-256 (hex) over `description`, classes, and every sample's name, stamp and label."""

@@ -1,5 +1,5 @@
 """Run everything: batches of tasks, comparisons, monitoring, and the work folder.
 
-Imports: adaptation, backbones, cluster, data, errors, packs, registry, reports, search,
+Imports: adaptation, backbones, cluster, data, errors, kinds, packs, registry, reports, search,
 selection, serving, specs, training, utils.
 """

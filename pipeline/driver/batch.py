@@ -25,7 +25,7 @@ from pipeline.driver.registrar import PATIENCE_SECONDS, Registrar
 from pipeline.driver.stages import LOG, OnProgress, Placement, Stage, Stages, named_errors, no_progress, work_folder
 from pipeline.driver.workspace import StudyFolder
 from pipeline.errors import TaskpackError
-from pipeline.registry.pack_record import DATA_TAG, VALIDATION_TAG, Champion, RegisteredPack, UsedData
+from pipeline.registry.pack_record import DATA_TAG, KIND_TAG, METRIC_TAG, VALIDATION_TAG, Champion, RegisteredPack, UsedData
 from pipeline.registry.store import open_registry
 from pipeline.reports.front_figure import draw_front
 from pipeline.search.champion import choose_champion
@@ -184,7 +184,8 @@ class _Driver(Stages):
             draw_front(
                 [trial.row() for trial in trials],
                 folder.figure,
-                title=f"{task.name}: validation accuracy against the pack's size",
+                title=f"{task.name}: validation {task.metric} against the pack's size",
+                metric=task.metric,
                 max_bytes=task.budget.max_bytes,
                 champion=champion.id,
             )
@@ -211,7 +212,6 @@ class _Driver(Stages):
             selection,
             folder.journal,
             size_of=planner.size_bytes,
-            val_samples=len(inputs.splits["val"]),
             resources=lambda: self.resources(self.ranks(inputs)),
             on_progress=report,
             is_stopping=self.together.is_stopping,
@@ -247,15 +247,17 @@ def _describe(
         size_bytes=fitted.size_bytes,
         ledger=fitted.ledger,
         metrics={
-            "test_accuracy": fitted.test_accuracy,
-            "test_accuracy_stderr": fitted.test_accuracy_stderr,
-            "val_accuracy": champion.val_metric,
+            "test_metric": fitted.test_metric,
+            "test_metric_stderr": fitted.test_metric_stderr,
+            "val_metric": champion.val_metric,
             "trained_values": fitted.trained_values,
             "search_seconds": sum(trial.seconds for trial in trials),
             "fit_seconds": fitted.train_seconds,
         },
         params=flatten(task.search.recipe(task.recipe, champion.point).model_dump(exclude_none=True)),
         tags={
+            KIND_TAG: task.kind,
+            METRIC_TAG: task.metric,
             "backbone": task.backbone.model,
             "backbone_fingerprint": inputs.backbone.fingerprint,
             DATA_TAG: inputs.index.digest,

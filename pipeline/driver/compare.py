@@ -26,12 +26,13 @@ from pipeline.cluster.rank_group import TrialResources, in_group
 from pipeline.driver.stages import LOG, OnProgress, Placement, Stages, named_errors, no_progress, one_at_a_time, work_folder
 from pipeline.driver.workspace import StudyFolder
 from pipeline.errors import SpecError, TaskpackError, TrainingError, UnexpectedError
+from pipeline.kinds import Score
 from pipeline.reports.comparison_row import Comparison
 from pipeline.search.trial import opened, recipe_key, run_trial
 from pipeline.search.trial_record import TrialRecord, failure_warnings
 from pipeline.selection import read_selection
 from pipeline.specs import Method, Recipe, SearchSpace, Task, first_fault
-from pipeline.training import Inputs, Ranks, Score, open_inputs
+from pipeline.training import Inputs, Ranks, open_inputs
 from pipeline.training.fit import FitResult, read_fit
 from pipeline.training.rehearsal import rehearse
 from pipeline.utils.files import explained
@@ -197,7 +198,14 @@ class _Driver(Stages):
             entry.fits += [fitted] if fitted is not None else []
 
     def _trial_arguments(self, entry: _Entry, key: str) -> tuple[Any, ...]:
-        return (entry.task.model_dump_json(), entry.recipes[key][1].model_dump_json(), str(entry.inputs.data_folder), entry.selection)
+        assert entry.folder is not None
+        return (
+            entry.task.model_dump_json(),
+            entry.recipes[key][1].model_dump_json(),
+            str(entry.inputs.data_folder),
+            entry.selection,
+            entry.folder.compared.outcomes_path(key),
+        )
 
     def _fit_arguments(self, entry: _Entry, seed: int) -> tuple[Any, ...]:
         task = entry.task.model_copy(update={"seed": entry.task.seed + seed})
@@ -214,21 +222,21 @@ def _guarded(entry: _Entry, action: Callable[..., Any], *arguments: Any) -> None
 
 
 def _trial_worker(
-    task_json: str, recipe_json: str, data_folder: str, selection: Path | None, resources: TrialResources
+    task_json: str, recipe_json: str, data_folder: str, selection: Path | None, kept: Path, resources: TrialResources
 ) -> tuple[Any, ...] | TaskpackError:
-    """Validation metric after each epoch, a remark, and seconds; a named error is returned, so that Ray does not try again."""
+    """Validation score after each epoch, a remark, and seconds; a named error is returned, so that Ray does not try again."""
     started = time.monotonic()
-    epochs = in_group(_trial, (task_json, recipe_json, data_folder, selection), resources)
+    epochs = in_group(_trial, (task_json, recipe_json, data_folder, selection, kept), resources)
     if isinstance(epochs, TaskpackError):
         return epochs
-    return tuple(score.accuracy for score, _ in epochs), epochs[-1][1], time.monotonic() - started
+    return [score for score, _ in epochs], epochs[-1][1], time.monotonic() - started
 
 
 def _trial(
-    task_json: str, recipe_json: str, data_folder: str, selection: Path | None, resources: TrialResources, ranks: Ranks
+    task_json: str, recipe_json: str, data_folder: str, selection: Path | None, kept: Path, resources: TrialResources, ranks: Ranks
 ) -> list[tuple[Score, str]]:
     with opened(task_json, recipe_json, data_folder, selection, resources.device()) as given:
-        return list(run_trial(*given, device=resources.device(), ranks=ranks))
+        return list(run_trial(*given, device=resources.device(), ranks=ranks, kept=kept))
 
 
 def _record(key: str, entry: _Entry, outcome: Any) -> TrialRecord:
@@ -238,9 +246,18 @@ def _record(key: str, entry: _Entry, outcome: Any) -> TrialRecord:
         return TrialRecord(id=key, point=point, size_bytes=size_bytes, **entry.folder.compared.failure(key, outcome))
     if isinstance(outcome, TaskpackError):
         raise outcome
-    curve, remark, seconds = outcome
+    scores, remark, seconds = outcome
+    curve, errors = tuple(score.value for score in scores), tuple(score.standard_error for score in scores)
     return TrialRecord(
-        id=key, point=point, size_bytes=size_bytes, state="complete", val_metric=curve[-1], curve=curve, seconds=round(seconds, 2), message=remark
+        id=key,
+        point=point,
+        size_bytes=size_bytes,
+        state="complete",
+        val_metric=curve[-1],
+        curve=curve,
+        errors=errors,
+        seconds=round(seconds, 2),
+        message=remark,
     )
 
 
@@ -251,17 +268,19 @@ def _fit_folder(entry: _Entry, seed: int) -> Path:
 
 def _row(entry: _Entry) -> Comparison:
     if entry.error:
-        return Comparison(task=entry.task.name, method=entry.method, error=entry.error)
+        return Comparison(task=entry.task.name, method=entry.method, metric=entry.task.metric, error=entry.error)
     best = entry.best()
     return Comparison(
         task=entry.task.name,
         method=entry.method,
+        metric=entry.task.metric,
         point=best.point,
         trials=len(entry.records),
         size_bytes=entry.fits[0].size_bytes,
         trained_values=entry.fits[0].trained_values,
-        val_accuracy=best.val_metric,
-        test_accuracies=tuple(fitted.test_accuracy for fitted in entry.fits),
+        val_metric=best.val_metric,
+        test_metrics=tuple(fitted.test_metric for fitted in entry.fits),
+        test_errors=tuple(fitted.test_metric_stderr for fitted in entry.fits),
         test_samples=entry.fits[0].test_samples,
         tune_seconds=sum(record.seconds for record in entry.records.values()),
         fit_seconds=sum(fitted.train_seconds for fitted in entry.fits),

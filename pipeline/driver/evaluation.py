@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 from pipeline.adaptation.packing import from_pack
 from pipeline.data import Reader, prepare, read_index, split_samples
 from pipeline.driver.workspace import Workspace
 from pipeline.errors import DataError
+from pipeline.kinds import Score, metric_named, score
 from pipeline.packs import read_pack
 from pipeline.registry.pack_record import RegisteredPack
 from pipeline.registry.store import open_registry
-from pipeline.serving.predictor import load_backbone_of
+from pipeline.serving.predictor import kind_of, load_backbone_of
 from pipeline.specs.task_files import load_task
-from pipeline.training import Score, evaluate
+from pipeline.training import evaluate
 from pipeline.utils.devices import choose_device
 from pipeline.utils.files import exclusive
 
@@ -28,7 +30,7 @@ def evaluate_pack(
         device: device to compute on; default: the GPU if there is one.
 
     Returns:
-        The score, and the registered accuracy (None for a file).
+        The score, and the metric registered for it (None for a file).
 
     Raises:
         SpecError: There is no such device.
@@ -56,8 +58,11 @@ def evaluate_pack(
     _check_same_data(registered, index.digest, folder)
     test = split_samples(index, 0.5, 0)["test"]
     model = from_pack(pack, load_backbone_of(pack.metadata, str(weights) if weights is not None else None))
-    score = evaluate(model.to(device), Reader(folder, test, pack.metadata.input.size_px), test, device=device)
-    return score, registered.metrics["test_accuracy"] if registered is not None else None
+    kind = kind_of(pack.metadata)
+    targets = functools.partial(kind.targets, class_count=len(index.classes))
+    reader = Reader(folder, test, pack.metadata.input.size_px, targets=targets)
+    outcomes = evaluate(model.to(device), reader, test, kind, device=device)
+    return score(metric_named(pack.metadata.metric, kind.name), outcomes), registered.metrics["test_metric"] if registered is not None else None
 
 
 def _check_same_data(registered: RegisteredPack | None, digest: str, folder: Path) -> None:

@@ -1,4 +1,4 @@
 """What a worker needs for a task, opened and resolved: backbone, recipe, splits, readers.
 
-Imports: adaptation, backbones, data, errors, specs, utils.
+Imports: adaptation, backbones, data, errors, kinds, specs, utils.
 """

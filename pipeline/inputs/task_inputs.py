@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from pipeline.backbones import LoadedBackbone, load_backbone
 from pipeline.data import DataIndex, Reader, Split, read_index, split_samples
+from pipeline.data.quoting import listing
 from pipeline.inputs.learning_rate import with_learning_rate
 from pipeline.inputs.preset import on_backbone
+from pipeline.kinds import Metric, TaskKind, classes_in, kind_named, metric_named
 from pipeline.specs import Task
 
 CACHE_BYTES = 2 << 30
@@ -30,9 +33,20 @@ class Inputs:
     data_folder: Path
     absent: Mapping[str, str] = field(default_factory=dict)
 
+    @property
+    def kind(self) -> TaskKind:
+        """The task's kind."""
+        return kind_named(self.task.kind)
+
+    @property
+    def metric(self) -> Metric:
+        """What the task's study maximises."""
+        return metric_named(self.task.metric, self.task.kind)
+
     def reader(self, split: str) -> Reader:
         """A reader of one split's samples."""
-        return Reader(self.data_folder, self.splits[split], self.backbone.size_px, CACHE_BYTES)
+        targets = functools.partial(self.kind.targets, class_count=len(self.index.classes))
+        return Reader(self.data_folder, self.splits[split], self.backbone.size_px, CACHE_BYTES, targets)
 
     def with_task(self, task: Task) -> Inputs:
         """The same data and backbone for another way to adapt it."""
@@ -45,7 +59,16 @@ class Inputs:
         parts_by_reason: dict[str, list[str]] = {}
         for part, reason in self.absent.items():
             parts_by_reason.setdefault(reason, []).append(part)
-        return [f"the recipe leaves out {', '.join(parts)}: {reason}" for reason, parts in parts_by_reason.items()]
+        left_out = [f"the recipe leaves out {', '.join(parts)}: {reason}" for reason, parts in parts_by_reason.items()]
+        return [*left_out, *self._classes_without_validation()]
+
+    def _classes_without_validation(self) -> list[str]:
+        """A sentence where the metric leaves out classes, because validation has none of their samples."""
+        found = {number for label in self.splits["val"].labels.tolist() for number in classes_in(label)}
+        names = [name for number, name in enumerate(self.index.classes) if number not in found]
+        if not names or not self.metric.is_mean_over_classes:
+            return []
+        return [f"validation has no sample of {len(names)} of the classes, which {self.metric.name} leaves out: {listing(names)}"]
 
 
 def open_inputs(task: Task, data_folder: Path) -> Inputs:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from pathlib import Path
 from typing import TypeVar
 
 from pipeline.kinds.protocol import TaskKind
@@ -24,7 +25,7 @@ def kind_named(name: str) -> TaskKind:
     """The kind that is called `name`. Raises ValueError with the known names."""
     _import_all()
     if name not in _KINDS:
-        raise ValueError(f"given {name!r}, expected one of: {', '.join(sorted(_KINDS))}")
+        raise ValueError(f"expected one of: {', '.join(sorted(_KINDS))}")
     return _KINDS[name]
 
 
@@ -36,7 +37,5 @@ def kind_names() -> list[str]:
 
 def _import_all() -> None:
     """Import every module of this folder, so that a new file is all that a new kind needs."""
-    import pipeline.kinds as room
-
-    for module in pkgutil.iter_modules(room.__path__):
-        importlib.import_module(f"{room.__name__}.{module.name}")
+    for module in pkgutil.iter_modules([str(Path(__file__).parent)]):
+        importlib.import_module(f"{__package__}.{module.name}")

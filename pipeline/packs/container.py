@@ -2,7 +2,7 @@
 
     8 bytes    N, little-endian: the header's length
     N bytes    JSON, padded with spaces to a multiple of 8:
-               {"__metadata__":{"format":"taskpack","version":"4"},"pack":{"dtype":"U8","shape":[S],"data_offsets":[0,S]}}
+               {"__metadata__":{"format":"taskpack","version":"5"},"pack":{"dtype":"U8","shape":[S],"data_offsets":[0,S]}}
     S - 32     the content (file.py)
     32 bytes   SHA-256 of every byte before it
 
@@ -20,7 +20,7 @@ from pipeline.errors import PackDamaged, PackForeign, PackTruncated, PackVersion
 from pipeline.packs.metadata import FORMAT_VERSION
 
 MAX_HEADER_BYTES = 1_000_000
-READ_VERSIONS = (2, 3, FORMAT_VERSION)
+READ_VERSIONS = (2, 3, 4, FORMAT_VERSION)
 DIGEST_BYTES = 32
 _FORMAT = "taskpack"
 _LENGTH_BYTES = 8

@@ -13,7 +13,7 @@ from typing_extensions import TypedDict
 
 from pipeline.errors import PackError
 
-FORMAT_VERSION: Final = 4
+FORMAT_VERSION: Final = 5
 
 Channels = tuple[float, float, float]
 Positive = Annotated[float, Field(gt=0)]
@@ -45,13 +45,19 @@ class PackBackbone(TypedDict):
 
 
 class PackMetadata(BaseModel):
-    """The pack's own description. `recipe` and `selection` are the resolved configuration as plain JSON values."""
+    """The pack's own description. `recipe` and `selection` are the resolved configuration as plain JSON values.
+
+    `kind` is the task's kind, `metric` what its study maximised, `modality` what it takes; packs before version 5, which
+    knew one of each, say the metric alone.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     task: str = Field(min_length=1)
     classes: list[str] = Field(min_length=1)
+    kind: str = Field("classification", min_length=1)
     metric: str
+    modality: str = Field("images", min_length=1)
     input: PackInput
     recipe: dict[str, JsonValue]
     backbone: PackBackbone

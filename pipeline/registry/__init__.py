@@ -1,4 +1,4 @@
 """Packs in the MLflow model registry: registered, looked up and loaded.
 
-Imports: errors, search, serving, utils.
+Imports: errors, kinds, search, serving, utils.
 """

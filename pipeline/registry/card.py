@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from pipeline.registry.pack_record import Champion
+from pipeline.registry.pack_record import METRIC_TAG, Champion
 
 
 def version_card(champion: Champion, version: int) -> str:
@@ -35,10 +35,10 @@ def run_note(champion: Champion) -> str:
 
 
 def _headline(champion: Champion) -> str:
-    metrics = champion.metrics
-    tested = f"test accuracy **{100 * metrics['test_accuracy']:.1f} ± {100 * metrics.get('test_accuracy_stderr', 0):.1f} %** (standard error)"
+    metrics, name = champion.metrics, champion.tags.get(METRIC_TAG, "accuracy")
+    tested = f"test {name} **{100 * metrics['test_metric']:.1f} ± {100 * metrics.get('test_metric_stderr', 0):.1f} %** (standard error)"
     facts = [f"**{champion.size_bytes / 1024:.1f} KiB** ({champion.size_bytes:,} bytes)", tested]
-    facts += [f"validation accuracy {100 * metrics['val_accuracy']:.1f} %"] if "val_accuracy" in metrics else []
+    facts += [f"validation {name} {100 * metrics['val_metric']:.1f} %"] if "val_metric" in metrics else []
     facts += [f"{int(metrics['trained_values']):,} trained values"] if "trained_values" in metrics else []
     tags = champion.tags
     backbone = f"\n\nBackbone `{tags['backbone']}`, fingerprint `{tags.get('backbone_fingerprint', '')[:16]}`" if "backbone" in tags else ""

@@ -16,7 +16,7 @@ from typing import Any
 
 from pipeline.errors import RegistryError
 from pipeline.registry.failures import absent_as_none, registry_errors
-from pipeline.registry.pack_record import CHAMPION_ALIAS, DIGEST_TAG, MODEL_ID_TAG, OWN_RUN_TAGS, TASK_TAG, RegisteredPack
+from pipeline.registry.pack_record import CHAMPION_ALIAS, DIGEST_TAG, METRIC_TAG, MODEL_ID_TAG, OWN_RUN_TAGS, TASK_TAG, RegisteredPack, named_by_role
 from pipeline.registry.tracking import TrackingStore
 
 _REFERENCE = re.compile(r"(?P<name>[^/@:'\"`%\\]+)(?:@(?P<alias>[\w.-]+)|/(?P<version>[0-9]+))?")
@@ -35,23 +35,26 @@ class LookUps:
         task: str | None = None,
         max_bytes: int | None = None,
         min_metric: float | None = None,
+        metric: str | None = None,
         limit: int = 50,
         after: str | None = None,
     ) -> list[RegisteredPack]:
-        """Registered packs within `max_bytes` and of at least `min_metric` test accuracy (0 to 1): best first, then smallest, at most `limit`.
+        """Registered packs within `max_bytes` and with a test metric of `min_metric` (0 to 1) or more: best first, then smallest, at most `limit`.
+
+        With `metric`, such as `accuracy`, only packs that were chosen by it: values of two metrics cannot be compared.
 
         Versions deleted since are left out. `after` names the pack, such as the last one of an earlier answer, behind which this one begins, so packs
         registered meanwhile move nothing. Raises RegistryError.
         """
-        clauses = _search_clauses(task, max_bytes, min_metric, limit)
-        order = ["metrics.test_accuracy DESC", "metrics.size_bytes ASC"]
+        clauses = _search_clauses(task, max_bytes, min_metric, metric, limit)
+        order = ["metrics.test_metric DESC", "metrics.size_bytes ASC"]
         found: list[RegisteredPack] = []
         page_token: str | None = None
         with registry_errors(self._store.tracking_uri):
             last = None if after is None else _place(self._version_and_run(after)[1])
             if last is not None:
                 # Packs as good as the last one are on both sides of it; rounding must not leave one out.
-                clauses.append(f"metrics.test_accuracy <= {1e-9 - last[0]:.12f}")
+                clauses.append(f"metrics.test_metric <= {1e-9 - last[0]:.12f}")
             while len(found) < limit:
                 size = min(limit - len(found), _PAGE) if last is None else _PAGE
                 page = self._search_runs(clauses, size, order, page_token)
@@ -63,8 +66,8 @@ class LookUps:
 
     def best_on_validation(self, name: str) -> list[RegisteredPack]:
         """The versions of a task that are best on validation."""
-        clauses = [*_search_clauses(name, None, None, 1), "metrics.val_accuracy >= 0"]
-        return self._packs_of(list(self._search_runs(clauses, _PAGE, ["metrics.val_accuracy DESC"], None)))
+        clauses = [*_search_clauses(name, None, None, None, 1), "metrics.val_metric >= 0"]
+        return self._packs_of(list(self._search_runs(clauses, _PAGE, ["metrics.val_metric DESC"], None)))
 
     def get(self, reference: str) -> RegisteredPack:
         """The pack at `name` (its champion), `name@alias` or `name/3`. Raises RegistryError with near names where there is none."""
@@ -144,7 +147,7 @@ def _merge(version: Any, run: Any, aliases: Iterable[str]) -> RegisteredPack:
         aliases=tuple(sorted(aliases)),
         model_id=version.tags[MODEL_ID_TAG],
         task=run.data.tags[TASK_TAG],
-        metrics=dict(run.data.metrics),
+        metrics=named_by_role(run.data.metrics),
         params=dict(run.data.params),
         tags={key: value for key, value in run.data.tags.items() if not key.startswith("mlflow.") and key not in OWN_RUN_TAGS},
         size_bytes=int(run.data.metrics["size_bytes"]),
@@ -154,18 +157,22 @@ def _merge(version: Any, run: Any, aliases: Iterable[str]) -> RegisteredPack:
 
 
 def _place(run: Any) -> tuple[float, float, int, str]:
-    """Where the server puts a run in the order of `search`: by accuracy, size, age and id."""
-    metrics = run.data.metrics
-    return -metrics["test_accuracy"], metrics["size_bytes"], -run.info.start_time, run.info.run_id
+    """Where the server puts a run in the order of `search`: by metric, size, age and id."""
+    metrics = named_by_role(run.data.metrics)
+    return -metrics["test_metric"], metrics["size_bytes"], -run.info.start_time, run.info.run_id
 
 
-def _search_clauses(task: str | None, max_bytes: int | None, min_metric: float | None, limit: int) -> list[str]:
+def _search_clauses(task: str | None, max_bytes: int | None, min_metric: float | None, metric: str | None, limit: int) -> list[str]:
     if limit < 1:
         raise RegistryError(f"limit: given {limit}, expected 1 or more")
     if task is not None and re.search(r"['\"`\\]", task):
         raise RegistryError(f"task: given {task!r}, which no task can be called; quotes and backslashes are not part of names")
+    if metric is not None and re.search(r"['\"`\\]", metric):
+        raise RegistryError(f"metric: given {metric!r}, which no metric is called; expected a name such as accuracy")
     if min_metric is not None and not 0 <= min_metric <= 1:
-        raise RegistryError(f"min_metric: given {min_metric}, expected an accuracy between 0 and 1")
+        raise RegistryError(f"min_metric: given {min_metric}, expected a metric between 0 and 1")
     # The two numbers are always asked for: other runs in the experiment have none.
-    numbers = ["metrics.size_bytes " + ("> 0" if max_bytes is None else f"<= {max_bytes}"), f"metrics.test_accuracy >= {min_metric or 0:.12f}"]
-    return ["attributes.status = 'FINISHED'", *numbers, *([] if task is None else [f"tags.{TASK_TAG} = '{task}'"])]
+    numbers = ["metrics.size_bytes " + ("> 0" if max_bytes is None else f"<= {max_bytes}"), f"metrics.test_metric >= {min_metric or 0:.12f}"]
+    tags = {TASK_TAG: task, METRIC_TAG: metric}
+    wanted = [f"tags.{tag} = '{value}'" for tag, value in tags.items() if value is not None]
+    return ["attributes.status = 'FINISHED'", *numbers, *wanted]

@@ -10,8 +10,9 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from pipeline.kinds import kind_named
 from pipeline.registry.connection import import_pyfunc
-from pipeline.registry.pack_record import Champion
+from pipeline.registry.pack_record import KIND_TAG, Champion
 
 PACK_FILE = "pack.safetensors"
 _EXAMPLE_PX = 16
@@ -30,7 +31,7 @@ def write_model(champion: Champion, folder: Path, model_id: str) -> Path:
             loader_module="pipeline.registry.pyfunc",
             data_path=str(pack),
             mlflow_model=Model(model_id=model_id),
-            signature=_signature(),
+            signature=_signature(champion.tags.get(KIND_TAG, "classification")),
             input_example=_input_example(),
             # Given, because MLflow otherwise imports the model in a subprocess to find out what it needs.
             pip_requirements=["taskpack"],
@@ -48,16 +49,20 @@ def write_front(champion: Champion, folder: Path) -> Path:
     return target
 
 
-def _signature() -> Any:
-    """A column of images in, a label and its probability out. An image is a path, the bytes of an image file, or those bytes as base64."""
+def _signature(kind: str) -> Any:
+    """A column of images in, the columns of a kind out. An image is a path, the bytes of an image file, or those bytes as base64."""
     from mlflow.models import ModelSignature
     from mlflow.types import ColSpec, DataType, Schema
-    from mlflow.types.schema import AnyType
+    from mlflow.types.schema import AnyType, Array, Map
 
-    return ModelSignature(
-        inputs=Schema([ColSpec(AnyType(), "image")]),
-        outputs=Schema([ColSpec(DataType.string, "label"), ColSpec(DataType.double, "probability")]),
-    )
+    types: dict[Any, Any] = {
+        str: DataType.string,
+        float: DataType.double,
+        list[str]: Array(DataType.string),
+        dict[str, float]: Map(DataType.double),
+    }
+    columns: list[Any] = [ColSpec(types[type_of], name) for name, type_of in kind_named(kind).columns]
+    return ModelSignature(inputs=Schema([ColSpec(AnyType(), "image")]), outputs=Schema(columns))
 
 
 def _input_example() -> Any:

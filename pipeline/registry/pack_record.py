@@ -7,6 +7,7 @@ knows MLflow, so reports and the command line can use them without importing it.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -21,6 +22,7 @@ BEGUN_TAG = "registration_begun_ms"
 WRITER_TAG = "registered_by"
 CHAMPION_ALIAS = "champion"
 DATA_TAG = "data_digest"
+KIND_TAG, METRIC_TAG = "kind", "metric"
 VALIDATION_TAG = "validation"
 """Which samples a pack's recipe was validated on, as a hash."""
 OWN_RUN_TAGS = (BEGUN_TAG, WRITER_TAG)
@@ -43,10 +45,11 @@ class UsedData:
 class Champion:
     """A pack to register.
 
-    `ledger` holds bytes by part and sums to `size_bytes`; `metrics` such as test_accuracy (0 to 1), test_accuracy_stderr, val_accuracy,
-    trained_values, search_seconds, fit_seconds; `params` the recipe, flattened; `tags` backbone, backbone_fingerprint, data_digest, validation,
-    description, trial, device; `front` one row per trial, of which those in `on_front` are beaten
-    by no other in both size and metric; `started` is when work on the task began, None for now.
+    `ledger` holds bytes by part and sums to `size_bytes`; `metrics` such as test_metric (0 to 1, of the metric that the tag
+    `metric` names), test_metric_stderr, val_metric, trained_values, search_seconds, fit_seconds; `params` the recipe,
+    flattened; `tags` kind, metric, backbone, backbone_fingerprint, data_digest, validation, description, trial, device;
+    `front` one row per trial, of which those in `on_front` are beaten by no other in both size and metric; `started` is when
+    work on the task began, None for now.
 
     `within_points` is the budget's: by it, the pack competes with those registered before for the alias `champion`. With `promote` it takes the
     alias in any case.
@@ -93,6 +96,14 @@ class Champion:
         return {**self.tags, TASK_TAG: self.task, DIGEST_TAG: self.pack_digest}
 
 
+_NAMED_BEFORE = {"test_accuracy": "test_metric", "test_accuracy_stderr": "test_metric_stderr", "val_accuracy": "val_metric"}
+
+
+def named_by_role(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Metrics of a run under their names of today: earlier releases had accuracies only, and called them so."""
+    return {_NAMED_BEFORE.get(name, name): value for name, value in metrics.items()}
+
+
 @dataclass(frozen=True, kw_only=True)
 class RegisteredPack:
     """One version of a task's pack, as the registry holds it. `name` is the task's; `model_id` names the MLflow LoggedModel with the files.
@@ -121,7 +132,12 @@ class RegisteredPack:
     @property
     def val_metric(self) -> float | None:
         """The validation metric of the trial it was made of."""
-        return self.metrics.get("val_accuracy")
+        return self.metrics.get("val_metric")
+
+    @property
+    def metric(self) -> str:
+        """The name of the metric that its numbers are of; packs registered before there were others have accuracy."""
+        return self.tags.get(METRIC_TAG, "accuracy")
 
     @property
     def reference(self) -> str:
@@ -130,5 +146,5 @@ class RegisteredPack:
 
     def shown(self) -> dict[str, str]:
         """The few facts that a list of models should show, as tags."""
-        tested = f"{100 * self.metrics['test_accuracy']:.1f} ± {100 * self.metrics.get('test_accuracy_stderr', 0):.1f} %"
-        return {"size": f"{self.size_bytes / 1024:.1f} KiB", "test accuracy": tested, "backbone": self.tags.get("backbone", "")}
+        tested = f"{100 * self.metrics['test_metric']:.1f} ± {100 * self.metrics.get('test_metric_stderr', 0):.1f} %"
+        return {"size": f"{self.size_bytes / 1024:.1f} KiB", f"test {self.metric}": tested, "backbone": self.tags.get("backbone", "")}

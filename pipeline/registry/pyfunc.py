@@ -40,20 +40,23 @@ def _find_pack(path: Path) -> Path:
 
 
 class PackModel:
-    """What `load_model` wraps: images in, labels out."""
+    """What `load_model` wraps: images in, predictions of the pack's kind out."""
 
     def __init__(self, predictor: Any) -> None:
         self._predictor = predictor
 
     def predict(self, model_input: Any, params: dict[str, Any] | None = None) -> pd.DataFrame:
-        """One row an image with columns `label` and `probability` (0 to 1). Raises DataError for what is not an image input.
+        """One row per image. Raises DataError for what is not an image input.
+
+        The columns are the keys of `Predictor.predict`: `label` and `probability` (0 to 1) for classification, `labels` and
+        `probabilities` for multi-label.
 
         A text is a path where such a file exists, otherwise base64.
         """
         if params:
             raise DataError(f"params: given {', '.join(sorted(params))}; a pack takes none, leave them out")
         rows = self._predictor.predict(_images(model_input))
-        return pd.DataFrame({"label": [row["label"] for row in rows], "probability": [row["probability"] for row in rows]})
+        return pd.DataFrame({name: [row[name] for row in rows] for name, _ in self._predictor.kind.columns})
 
 
 def _images(model_input: Any) -> list[Any]:

@@ -87,11 +87,12 @@ class Registry:
         task: str | None = None,
         max_bytes: int | None = None,
         min_metric: float | None = None,
+        metric: str | None = None,
         limit: int = 50,
         after: str | None = None,
     ) -> list[RegisteredPack]:
         """See `LookUps.search`."""
-        return self._lookups.search(task, max_bytes, min_metric, limit, after)
+        return self._lookups.search(task, max_bytes, min_metric, metric, limit, after)
 
     def get(self, reference: str) -> RegisteredPack:
         """See `LookUps.get`."""

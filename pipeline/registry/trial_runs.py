@@ -51,7 +51,7 @@ def _log_trial(client: Any, experiment_id: str, tags: Mapping[str, str], row: Ma
     name = ", ".join(f"{key} {value}" for key, value in row["point"].items()) or "the recipe"
     given = {**tags, **{key: value for key, value in own.items() if value}}
     run = client.create_run(experiment_id, start_time=ended_ms - int(1000 * seconds), run_name=name, tags=given)
-    metrics = [Metric("val_accuracy", float(value), ended_ms, epoch) for epoch, value in enumerate(row.get("curve", ()), start=1)]
+    metrics = [Metric("val_metric", float(value), ended_ms, epoch) for epoch, value in enumerate(row.get("curve", ()), start=1)]
     metrics += [Metric("pack_bytes", float(row["size_bytes"]), ended_ms, 0), Metric("seconds", float(seconds), ended_ms, 0)]
     client.log_batch(run.info.run_id, metrics=metrics, params=[Param(key, str(value)) for key, value in row["point"].items()])
     client.set_terminated(run.info.run_id, _STATUS[row["state"]], ended_ms)

@@ -1,4 +1,4 @@
-"""A comparison as people look at it: CSV, Markdown, and accuracy against bytes with error bars and the front.
+"""A comparison as people look at it: CSV, Markdown, and the metric against bytes with error bars and the front.
 
 The figure is drawn as that of a study is (front.py): a canvas of its own, marks that differ in shape as well as in colour.
 """
@@ -30,9 +30,9 @@ _MARKS = ("o", "s", "^", "D", "v", "P", "X")
 def write_comparison(rows: Sequence[Comparison], folder: Path, *, suite: Suite | None = None, notes: str = "") -> list[Path]:
     """Write `comparison.csv`, `comparison.md` and a PNG a task into `folder`; the paths written. `notes` go above the tables."""
     folder.mkdir(parents=True, exist_ok=True)
-    figures = {task: folder / f"{task}.png" for task in _tasks(rows) if any(row.test_accuracies for row in _of(rows, task))}
+    figures = {task: folder / f"{task}.png" for task in _tasks(rows) if any(row.test_metrics for row in _of(rows, task))}
     for task, path in figures.items():
-        draw_comparison(_of(rows, task), path, title=f"{task}: test accuracy against the pack's size")
+        draw_comparison(_of(rows, task), path, title=f"{task}: test {_metric(_of(rows, task))} against the pack's size")
     (folder / "comparison.csv").write_text(comparison_csv(rows))
     (folder / "comparison.md").write_text(comparison_markdown(rows, suite=suite, notes=notes, figures=figures))
     return [folder / "comparison.csv", folder / "comparison.md", *figures.values()]
@@ -46,11 +46,16 @@ def _of(rows: Sequence[Comparison], task: str) -> list[Comparison]:
     return [row for row in rows if row.task == task]
 
 
+def _metric(rows: Sequence[Comparison]) -> str:
+    """What the numbers of a task's rows are of."""
+    return rows[0].metric
+
+
 # --- tables ---------------------------------------------------------------------------------------------------------------------------------
 
 
 def comparison_csv(rows: Sequence[Comparison]) -> str:
-    """One line a task and method, numbers in full; accuracies in [0, 1]."""
+    """One line a task and method, numbers in full; metrics in [0, 1]."""
     text, cells = StringIO(), [_cells(row) for row in rows]
     writer = csv.DictWriter(text, list(cells[0]) if cells else [], lineterminator="\n")
     writer.writeheader()
@@ -59,18 +64,19 @@ def comparison_csv(rows: Sequence[Comparison]) -> str:
 
 
 def _cells(row: Comparison) -> dict[str, object]:
-    is_tested = bool(row.test_accuracies)
+    is_tested = bool(row.test_metrics)
     return {
         "task": row.task,
         "method": row.method,
+        "metric": row.metric,
         "bytes": row.size_bytes or "",
         "trained_values": row.trained_values or "",
-        "test_accuracy": row.test_accuracy if is_tested else "",
+        "test_metric": row.test_metric if is_tested else "",
         "standard_error": row.standard_error if is_tested else "",
         "seed_deviation": row.seed_deviation if is_tested else "",
-        "seeds": len(row.test_accuracies),
+        "seeds": len(row.test_metrics),
         "test_samples": row.test_samples,
-        "val_accuracy": row.val_accuracy,
+        "val_metric": row.val_metric,
         "trials": row.trials,
         "tuned": json.dumps(row.point),
         "tune_seconds": round(row.tune_seconds, 2),
@@ -84,13 +90,13 @@ def comparison_markdown(rows: Sequence[Comparison], *, suite: Suite | None = Non
     """A table a task, by size; for a suite, the averages of every method that has a score for each task."""
     lines = ["# Methods side by side", ""] + ([notes, ""] if notes else [])
     lines += [
-        "Accuracies in percent: mean over the seeds ± standard error of that mean (seeds and test set), then the seeds' standard deviation. Each",
+        "Metrics in percent: mean over the seeds ± standard error of that mean (seeds and test set), then the seeds' standard deviation. Each",
         "pack reads the test set once. Bytes are the file's. Bold: the front, the methods that no other is both no larger than and better than.",
     ]
     for task in _tasks(rows):
-        lines += ["", f"## {task}", "", *_task_table(_of(rows, task))]
+        lines += ["", f"## {task}: {_metric(_of(rows, task))}", "", *_task_table(_of(rows, task))]
         if figures and task in figures:
-            lines += ["", f"![{task}: test accuracy against pack size]({figures[task].name})"]
+            lines += ["", f"![{task}: test {_metric(_of(rows, task))} against pack size]({figures[task].name})"]
     if suite is not None:
         lines += ["", f"## Averages over {suite.name}", "", *_suite_table(rows, suite)]
     return "\n".join(lines) + "\n"
@@ -125,15 +131,15 @@ def by_size(row: Comparison) -> tuple[float, str]:
 
 def shown_cells(row: Comparison) -> list[str]:
     """A tested row's first columns."""
-    test = f"{100 * row.test_accuracy:.1f} ± {100 * row.standard_error:.1f}"
-    spread, validation = f"{100 * row.seed_deviation:.1f}", f"{100 * (row.val_accuracy or 0):.1f}"
+    test = f"{100 * row.test_metric:.1f} ± {100 * row.standard_error:.1f}"
+    spread, validation = f"{100 * row.seed_deviation:.1f}", f"{100 * (row.val_metric or 0):.1f}"
     return [row.method, test, spread, f"{row.size_bytes:,}", f"{row.trained_values:,}", validation]
 
 
 def suite_scores(rows: Sequence[Comparison], suite: Suite) -> dict[str, dict[str, float]]:
     """By method, the suite's averages in percent; methods that lack a task's score are left out."""
     methods = list(dict.fromkeys(row.method for row in rows))
-    scores = {method: {row.task: 100 * row.test_accuracy for row in rows if row.method == method and row.test_accuracies} for method in methods}
+    scores = {method: {row.task: 100 * row.test_metric for row in rows if row.method == method and row.test_metrics} for method in methods}
     return {method: suite_averages(suite, found) for method, found in scores.items() if found.keys() == set(suite.tasks)}
 
 
@@ -149,7 +155,7 @@ def _suite_table(rows: Sequence[Comparison], suite: Suite) -> list[str]:
 
 def _front(rows: Sequence[Comparison]) -> list[dict[str, object]]:
     points = [
-        {"id": row.method, "state": "complete", "size_bytes": row.size_bytes, "val_metric": row.test_accuracy} for row in rows if row.test_accuracies
+        {"id": row.method, "state": "complete", "size_bytes": row.size_bytes, "val_metric": row.test_metric} for row in rows if row.test_metrics
     ]
     return pareto_front(points)
 
@@ -158,12 +164,12 @@ def _front(rows: Sequence[Comparison]) -> list[dict[str, object]]:
 
 
 def draw_comparison(rows: Sequence[Comparison], path: Path, *, title: str) -> None:
-    """Write a PNG: pack size (log) against test accuracy, error bars of one standard error, and the front. Same rows, same bytes."""
-    shown = [row for row in rows if row.test_accuracies]
+    """Write a PNG: pack size (log) against the test metric, error bars of one standard error, and the front. Same rows, same bytes."""
+    shown = [row for row in rows if row.test_metrics]
     figure = Figure(figsize=(8.6, 5.4), dpi=160, layout="constrained")
     canvas = FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    _set_axes(axes, [row.size_bytes for row in shown], title)
+    _set_axes(axes, [row.size_bytes for row in shown], title, _metric(shown))
     front = _front(shown)
     sizes = [float(str(row["size_bytes"])) for row in front] + [axes.get_xlim()[1]]
     percents = [100 * float(str(row["val_metric"])) for row in front]
@@ -172,7 +178,7 @@ def draw_comparison(rows: Sequence[Comparison], path: Path, *, title: str) -> No
     for row, (mark, colour) in zip(sorted(shown, key=lambda row: row.size_bytes), styles, strict=False):
         axes.errorbar(
             row.size_bytes,
-            100 * row.test_accuracy,
+            100 * row.test_metric,
             yerr=100 * row.standard_error,
             fmt=mark,
             color=colour,
@@ -186,7 +192,7 @@ def draw_comparison(rows: Sequence[Comparison], path: Path, *, title: str) -> No
     canvas.print_png(path, metadata={"Software": None})
 
 
-def _set_axes(axes: Axes, sizes: Sequence[int], title: str) -> None:
+def _set_axes(axes: Axes, sizes: Sequence[int], title: str, metric: str) -> None:
     low, high = min(sizes) / 1.35, max(sizes) * 1.35
     powers = range(math.floor(math.log2(low)), math.ceil(math.log2(high)) + 1)
     stride = 1 + len(powers) // 10
@@ -196,7 +202,7 @@ def _set_axes(axes: Axes, sizes: Sequence[int], title: str) -> None:
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda size_bytes, _: f"{size_bytes / 1024:g}"))
     axes.set_xlabel("pack size (KiB)", fontsize=11)
-    axes.set_ylabel("test accuracy (%)", fontsize=11)
+    axes.set_ylabel(f"test {metric} (%)", fontsize=11)
     axes.set_title(title, fontsize=12.5, fontweight="bold", loc="left")
     axes.grid(True, color="#E4E4E4", linewidth=0.8)
     axes.set_axisbelow(True)

@@ -9,7 +9,8 @@ from typing import Any
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """One method on one task. `point` are the tuned values; `test_accuracies` one a seed, of `test_samples` each; `error` says why there are none,
+    """One method on one task. `point` are the tuned values; `test_metrics` are values of
+    `metric`, one per seed, on `test_samples` each, and `test_errors` their standard errors; `error` says why there are none,
     `warning` which trials failed."""
 
     task: str
@@ -18,8 +19,10 @@ class Comparison:
     trials: int = 0
     size_bytes: int = 0
     trained_values: int = 0
-    val_accuracy: float | None = None
-    test_accuracies: tuple[float, ...] = ()
+    metric: str = "accuracy"
+    val_metric: float | None = None
+    test_metrics: tuple[float, ...] = ()
+    test_errors: tuple[float, ...] = ()
     test_samples: int = 0
     tune_seconds: float = 0.0
     fit_seconds: float = 0.0
@@ -28,17 +31,17 @@ class Comparison:
     warning: str = ""
 
     @property
-    def test_accuracy(self) -> float:
+    def test_metric(self) -> float:
         """Mean over the seeds."""
-        return fmean(self.test_accuracies)
+        return fmean(self.test_metrics)
 
     @property
     def seed_deviation(self) -> float:
         """Standard deviation over the seeds; 0 for a single one."""
-        return stdev(self.test_accuracies) if len(self.test_accuracies) > 1 else 0.0
+        return stdev(self.test_metrics) if len(self.test_metrics) > 1 else 0.0
 
     @property
     def standard_error(self) -> float:
-        """Of the mean: that of the seeds, and the binomial one of the test set, which all seeds share."""
-        binomial = self.test_accuracy * (1 - self.test_accuracy) / self.test_samples
-        return float((self.seed_deviation**2 / len(self.test_accuracies) + binomial) ** 0.5)
+        """Of the mean: that of the seeds, and that of the test set, which all seeds share."""
+        variance = fmean(error**2 for error in self.test_errors)
+        return float((self.seed_deviation**2 / len(self.test_metrics) + variance) ** 0.5)

@@ -28,8 +28,8 @@ _MAX_TICKS = 9
 _LABEL_OFFSETS_POINTS = [(-14, 16), (14, 16), (-14, -34), (14, -34), (-14, 44), (14, 44), (-14, -62), (14, -62)]
 
 
-def draw_front(trials: list[dict[str, Any]], path: Path, *, title: str, max_bytes: int | None, champion: str | None) -> None:
-    """Write a PNG: pack size in KiB (log) against validation accuracy in % for every trial.
+def draw_front(trials: list[dict[str, Any]], path: Path, *, title: str, metric: str, max_bytes: int | None, champion: str | None) -> None:
+    """Write a PNG: pack size in KiB (log) against the validation metric in % for every trial.
 
     A trial: `id`, `point` (searched values), `size_bytes`, `state` (complete, stopped, rejected, failed), `val_metric` (0 to 1 or None). `champion`
     is the id of a complete trial. Same trials, same bytes, which are not written again where they are there. Raises ValueError for an unknown
@@ -41,7 +41,7 @@ def draw_front(trials: list[dict[str, Any]], path: Path, *, title: str, max_byte
     figure = Figure(figsize=_SIZE_INCHES, dpi=_DOTS_PER_INCH, layout="constrained")
     canvas = FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    _set_axes(axes, trials, max_bytes, title)
+    _set_axes(axes, trials, max_bytes, title, metric)
     _draw_front_line(axes, pareto_front(trials))
     _draw_trials(axes, trials)
     _draw_budget(axes, max_bytes)
@@ -56,7 +56,7 @@ def draw_front(trials: list[dict[str, Any]], path: Path, *, title: str, max_byte
         path.write_bytes(drawn.getvalue())
 
 
-def _set_axes(axes: Axes, trials: list[dict[str, Any]], max_bytes: int | None, title: str) -> None:
+def _set_axes(axes: Axes, trials: list[dict[str, Any]], max_bytes: int | None, title: str, metric: str) -> None:
     sizes = [row["size_bytes"] for row in trials] + ([max_bytes] if max_bytes is not None else [])
     low_bytes, high_bytes = min(sizes, default=1024), max(sizes, default=64 * 1024)
     axes.set_xscale("log", base=2)
@@ -66,11 +66,11 @@ def _set_axes(axes: Axes, trials: list[dict[str, Any]], max_bytes: int | None, t
     axes.xaxis.set_major_formatter(FuncFormatter(lambda size_bytes, _: f"{size_bytes / 1024:g}"))
     percents = [100 * row["val_metric"] for row in _measured(trials)] or [0.0, 100.0]
     span = max(max(percents) - min(percents), 1.0)
-    # Room below for the marks of trials that have no accuracy, above for the champion's label.
+    # Room below for the marks of trials that have no metric, above for the champion's label.
     axes.set_ylim(min(percents) - 0.18 * span, max(percents) + 0.25 * span)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda percent, _: f"{percent:g}" if 0 <= percent <= 100 else ""))
     axes.set_xlabel("pack size (KiB)", fontsize=11)
-    axes.set_ylabel("validation accuracy (%)", fontsize=11)
+    axes.set_ylabel(f"validation {metric} (%)", fontsize=11)
     axes.set_title(title, fontsize=12.5, fontweight="bold", loc="left", pad=10 if max_bytes is None else 24, color=_INK)
     axes.tick_params(labelsize=10)
     axes.grid(True, color="#E4E4E4", linewidth=0.8)
@@ -97,7 +97,7 @@ def _measured(trials: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def _draw_front_line(axes: Axes, front: list[dict[str, Any]]) -> None:
     if not front:
         return
-    # To the right edge: a larger budget never makes the best known accuracy worse.
+    # To the right edge: a larger budget never makes the best known value worse.
     sizes = [row["size_bytes"] for row in front] + [axes.get_xlim()[1]]
     percents = [100 * row["val_metric"] for row in front]
     axes.step(sizes, [*percents, percents[-1]], where="post", color=_BLUE, linewidth=1.6, alpha=0.75, label="Pareto front", zorder=2)

@@ -1,4 +1,4 @@
 """The study: which configurations are tried, what is recorded, and which one is the champion.
 
-Imports: adaptation, cluster, errors, inputs, selection, specs, training, utils.
+Imports: adaptation, cluster, errors, inputs, kinds, selection, specs, training, utils.
 """

@@ -19,12 +19,13 @@ from pipeline.cluster.rank_group import WORKER_RETRIES, TrialResources, group
 from pipeline.cluster.task_threads import Interrupted
 from pipeline.cluster.tasks import bundles
 from pipeline.errors import BudgetError, ClusterError, TrainingError, named
+from pipeline.kinds import Score
 from pipeline.search.proposer import LAG, make_proposer
 from pipeline.search.study import OnRecord, Study
 from pipeline.search.trial import opened, run_trial
 from pipeline.search.trial_record import TrialJournal, TrialRecord, failure_warnings
 from pipeline.specs import Recipe, Task
-from pipeline.training import Ranks, Score
+from pipeline.training import Ranks
 from pipeline.training.ranks import RanksLost
 
 
@@ -42,7 +43,6 @@ def run_study(
     journal: TrialJournal,
     *,
     size_of: Callable[[Recipe], int],
-    val_samples: int,
     resources: Callable[[], TrialResources] = TrialResources,
     on_progress: OnRecord = lambda study: None,
     is_stopping: Callable[[], bool] = lambda: False,
@@ -59,7 +59,7 @@ def run_study(
         TaskpackError: Every trial failed.
         Interrupted: `is_stopping()` became true.
     """
-    study = Study(task, make_proposer(task, size_of), journal, val_samples)
+    study = Study(task, make_proposer(task, size_of), journal)
     first = study.next_slot()
     if not study.slots:
         raise _nothing_fits(task, study.all_records())
@@ -150,7 +150,7 @@ def _trainable(config: dict[str, Any]) -> None:
     try:
         with group(_follow, (config,), resources) as ranks:
             for epoch, (score, remark) in enumerate(_epochs(config, resources, ranks), start=1):
-                tune.report({"epoch": epoch, "metric": score.accuracy, "remark": remark})
+                tune.report({"epoch": epoch, "metric": score.value, "standard_error": score.standard_error, "remark": remark})
     except RanksLost:
         raise
     except Exception as error:
@@ -168,4 +168,4 @@ def _follow(config: dict[str, Any], resources: TrialResources, ranks: Ranks) -> 
 def _epochs(config: dict[str, Any], resources: TrialResources, ranks: Ranks) -> Iterator[tuple[Score, str]]:
     device = resources.device()
     with opened(config["task"], config["recipe"], config["data_folder"], config["selection"], device) as given:
-        yield from run_trial(*given, device=device, ranks=ranks)
+        yield from run_trial(*given, device=device, ranks=ranks, kept=Path(config["kept"]))

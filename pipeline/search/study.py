@@ -7,8 +7,9 @@ records alone (see `proposer`).
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from pipeline.errors import TaskpackError
@@ -21,15 +22,16 @@ from pipeline.specs import Task
 class Study:
     """The slots of a study, their results, and what may start next. `ended` are the slots that this run ended, in order of time."""
 
-    def __init__(self, task: Task, proposer: Proposer, journal: TrialJournal, val_samples: int) -> None:
+    def __init__(self, task: Task, proposer: Proposer, journal: TrialJournal) -> None:
         self.task = task
         self.slots: list[Proposal] = []
         self.records: dict[int, TrialRecord] = {}
         self.ended: list[int] = []
-        self._proposer, self._journal, self._val_samples = proposer, journal, val_samples
+        self._proposer, self._journal = proposer, journal
         self._remembered = journal.read()
         self._told = 0
         self._curves: dict[int, list[float]] = {}
+        self._errors: dict[int, list[float]] = {}
         self._stopped: set[int] = set()
         self.is_exhausted = False
 
@@ -58,17 +60,18 @@ class Study:
         record = self._remembered.get(proposal.id)
         if record is None or record.state != "stopped":
             return record is not None
-        return self._is_dominated(slot, list(record.curve))
+        return bool(record.errors) and self._is_dominated(slot, record.curve, record.errors)
 
-    def _is_dominated(self, slot: int, curve: list[float]) -> bool:
+    def _is_dominated(self, slot: int, curve: Sequence[float], errors: Sequence[float]) -> bool:
         proposal = self.slots[slot]
         earlier = [self.records[other] for other in range(slot - LAG + 1)]
-        return is_dominated(curve, proposal.recipe.training.epochs, proposal.size_bytes, earlier, self._val_samples)
+        return is_dominated(curve, errors[-1], proposal.recipe.training.epochs, proposal.size_bytes, earlier)
 
-    def report(self, slot: int, epoch: int, metric: float) -> bool:
-        """Record a trial's metric after an epoch (counted from 1); return whether the trial should continue."""
+    def report(self, slot: int, epoch: int, metric: float, standard_error: float) -> bool:
+        """Take a trial's metric after an epoch (counted from 1); whether the trial should go on."""
         curve = self._curves[slot] = [*self._curves.get(slot, [])[: epoch - 1], metric]
-        if self._is_dominated(slot, curve):
+        errors = self._errors[slot] = [*self._errors.get(slot, [])[: epoch - 1], standard_error]
+        if self._is_dominated(slot, curve, errors):
             self._stopped.add(slot)
             return False
         return True
@@ -88,6 +91,7 @@ class Study:
             point=proposal.point,
             size_bytes=proposal.size_bytes,
             curve=curve,
+            errors=tuple(self._errors.get(slot, ())),
             seconds=round(seconds, 2),
             ended=round(time.time(), 2),
             **outcome,
@@ -95,6 +99,10 @@ class Study:
         self.records[slot] = record
         self.ended.append(slot)
         self._journal.write(record)
+
+    def kept(self, slot: int) -> Path:
+        """Where the worker of a trial keeps its validation outputs."""
+        return self._journal.outcomes_path(self.slots[slot].id)
 
     def epochs_done(self) -> float:
         """Finished epochs in units of trials: a finished trial counts as one."""
@@ -112,7 +120,7 @@ class Study:
         scored = [(record.val_metric, record.size_bytes) for record in self.records.values() if record.val_metric is not None]
         best = max(scored, key=lambda pair: (pair[0], -pair[1]), default=None)
         counted = f"{len(self.records)} trials"
-        return counted if best is None else f"{counted}, best {best[0]:.1%} at {best[1] / 1024:.1f} KiB"
+        return counted if best is None else f"{counted}, best {self.task.metric} {best[0]:.1%} at {best[1] / 1024:.1f} KiB"
 
     def all_records(self) -> list[TrialRecord]:
         """Every trial, in order of slots, then those rejected without being run."""

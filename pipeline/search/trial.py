@@ -11,9 +11,11 @@ from typing import Any
 from pipeline.adaptation import SelectedIndex, attach
 from pipeline.inputs.learning_rate import with_learning_rate
 from pipeline.inputs.out_of_memory import named_out_of_memory
+from pipeline.kinds import Score, score
+from pipeline.search.kept_outcomes import write_outcomes
 from pipeline.selection import read_selection
 from pipeline.specs import Recipe, Task
-from pipeline.training import ALONE, Inputs, Ranks, Score, evaluate, open_inputs, train_epochs
+from pipeline.training import ALONE, Inputs, Ranks, evaluate, open_inputs, train_epochs
 
 
 def recipe_key(recipe: Recipe) -> str:
@@ -36,21 +38,33 @@ def opened(
 
 
 def run_trial(
-    inputs: Inputs, recipe: Recipe, selected: SelectedIndex | None, *, device: str = "cpu", ranks: Ranks = ALONE
+    inputs: Inputs,
+    recipe: Recipe,
+    selected: SelectedIndex | None,
+    *,
+    device: str = "cpu",
+    ranks: Ranks = ALONE,
+    kept: Path | None = None,
 ) -> Iterator[tuple[Score, str]]:
     """Train on train; yield the validation score after every epoch, and finally a warning about the training, if any.
 
     Args:
-        ranks: the processes that train together; all get the same scores.
+        ranks: who trains it with this process; all get the same scores.
+        kept: where the first rank keeps the validation outputs of the last epoch.
 
     Raises:
-        TrainingError: The loss diverges.
-        ClusterError: The ranks no longer have the same values.
+        TrainingError: the loss diverges. ClusterError: the ranks no longer have the same values.
+        StorageError: the outputs cannot be kept.
     """
     task, recipe = inputs.task, with_learning_rate(recipe, inputs.backbone)
     model = attach(inputs.backbone, recipe, len(inputs.index.classes), selected=selected, seed=task.seed).to(device)
     options: dict[str, Any] = {"seed": task.seed, "flip": task.input.flip, "device": device, "ranks": ranks}
-    epochs = train_epochs(model, inputs.reader("train"), inputs.splits["train"], recipe.training, **options)
+    epochs = train_epochs(model, inputs.reader("train"), inputs.splits["train"], recipe.training, inputs.kind, **options)
+    reader, split = inputs.reader("val"), inputs.splits["val"]
     for epoch, _ in enumerate(epochs, start=1):
-        remark = model.idle_experts(ranks.total) if epoch == recipe.training.epochs else ""
-        yield evaluate(model, inputs.reader("val"), inputs.splits["val"], device=device, ranks=ranks), remark
+        is_last = epoch == recipe.training.epochs
+        remark = model.idle_experts(ranks.total) if is_last else ""
+        outcomes = evaluate(model, reader, split, inputs.kind, device=device, ranks=ranks)
+        if is_last and kept is not None and ranks.is_first:
+            write_outcomes(kept, outcomes)
+        yield score(inputs.metric, outcomes), remark

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pipeline.errors import OutOfMemory, TaskpackError, TrainingError
+from pipeline.kinds import Outcomes
+from pipeline.search.kept_outcomes import read_outcomes
 from pipeline.utils.files import explained, read_json, write_json
 
 TrialState = Literal["complete", "stopped", "rejected", "failed"]
@@ -17,10 +19,11 @@ TrialState = Literal["complete", "stopped", "rejected", "failed"]
 class TrialRecord:
     """One trial.
 
-    `id` is the key of its recipe; `curve` the validation metric after each epoch; `val_metric` the
-    last value of a complete trial's curve. A rejected trial is over budget and never ran. `message`
-    is the reason of a failure or rejection, or a warning about a complete trial. `error` is the name
-    of the error of a failure; `ended` the time of the end, in seconds since 1970, 0 if unknown.
+    `id` is its recipe's key; `curve` the validation metric after each epoch and `errors` their
+    standard errors; `val_metric` the last of a complete trial's curve. A rejected trial is over budget and never ran. `message`
+    says why a trial failed or was rejected, or what was odd about one that came to its end.
+    `error` is the name of the error that it failed with; `ended` is when, in seconds since 1970,
+    0 for unknown.
     """
 
     id: str
@@ -29,6 +32,7 @@ class TrialRecord:
     state: TrialState
     val_metric: float | None = None
     curve: tuple[float, ...] = field(default=())
+    errors: tuple[float, ...] = field(default=())
     seconds: float = 0.0
     ended: float = 0.0
     message: str = ""
@@ -40,8 +44,8 @@ class TrialRecord:
         return self.error in ("", TrainingError.__name__, OutOfMemory.__name__)
 
     def row(self) -> dict[str, Any]:
-        """Convert to plain data, for tables, figures and the registry."""
-        return {**asdict(self), "curve": list(self.curve), "epochs": len(self.curve)}
+        """As plain data, for tables, figures and the registry."""
+        return {**asdict(self), "curve": list(self.curve), "errors": list(self.errors), "epochs": len(self.curve)}
 
     def line(self) -> str:
         """One line for a log: `complete, validation 0.8125, 3046 bytes, 12.3 s`."""
@@ -52,7 +56,8 @@ class TrialRecord:
 
 
 class TrialJournal:
-    """A folder with one JSON file per trial, each written atomically. Tracebacks of failures go to `log`."""
+    """A folder with one JSON file per trial, each written whole or not at all, and next to it the trial's
+    validation outputs. Tracebacks of failures go to `log`."""
 
     def __init__(self, folder: Path, log: Path | None = None) -> None:
         self.folder, self._log = folder, log or folder / "log.txt"
@@ -61,6 +66,14 @@ class TrialJournal:
         """The finished trials, by id. A file that is not a record is ignored, so that the trial runs again."""
         records = (_read_record(path) for path in sorted(self.folder.glob("*.json")))
         return {record.id: record for record in records if record is not None}
+
+    def outcomes_path(self, trial: str) -> Path:
+        """Where the worker of a trial keeps its validation outputs."""
+        return self.folder / f"{trial}.safetensors"
+
+    def outcomes(self, trial: str) -> Outcomes | None:
+        """The validation outputs of a trial that came to its end; None where they are lost."""
+        return read_outcomes(self.outcomes_path(trial))
 
     def write(self, record: TrialRecord) -> None:
         """Write the record of a finished trial, unless a retry may end differently. Raises StorageError."""
@@ -94,6 +107,7 @@ def failure_warnings(records: Sequence[TrialRecord]) -> list[str]:
 def _read_record(path: Path) -> TrialRecord | None:
     content = read_json(path)
     try:
-        return TrialRecord(**{**content, "curve": tuple(content["curve"])})
+        curves = {name: tuple(content[name]) for name in ("curve", "errors")}
+        return TrialRecord(**{**content, **curves})
     except (TypeError, KeyError):
         return None

@@ -40,7 +40,8 @@ class StudySearcher(Searcher):
             return Searcher.FINISHED if self._study.is_exhausted else None
         self._slots[trial_id] = slot
         self._on_progress(self._study)
-        return {**self._context, "slot": slot, "recipe": self._study.slots[slot].recipe.model_dump_json()}
+        proposal = self._study.slots[slot]
+        return {**self._context, "slot": slot, "recipe": proposal.recipe.model_dump_json(), "kept": str(self._study.kept(slot))}
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         self._on_progress(self._study)
@@ -89,7 +90,7 @@ class StoppingScheduler(FIFOScheduler):
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         if "error" in result or "epoch" not in result:
             return TrialScheduler.CONTINUE
-        goes_on = self._study.report(trial.config["slot"], result["epoch"], result["metric"])
+        goes_on = self._study.report(trial.config["slot"], result["epoch"], result["metric"], result["standard_error"])
         return TrialScheduler.CONTINUE if goes_on else TrialScheduler.STOP
 
     def __getstate__(self) -> dict[str, Any]:

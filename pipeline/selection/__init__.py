@@ -1,7 +1,7 @@
 """Which connections a task may change: by gradient (GPS, arXiv 2312.10136) or by activation
 (FPS, arXiv 2510.27359).
 
-Imports: adaptation, backbones, data, errors, inputs, specs, utils.
+Imports: adaptation, backbones, data, errors, inputs, kinds, specs, utils.
 """
 
 from pipeline.selection.contrastive import supervised_contrastive_loss

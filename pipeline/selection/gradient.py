@@ -32,7 +32,7 @@ from pipeline.utils.devices import computing_dtype, exact_float32
 SAVED_BYTES = {"cpu": 2 << 30}
 """What a backward pass may keep of one forward pass, by device; elsewhere four times as much."""
 
-NumberedBatch = tuple[int, torch.Tensor, torch.Tensor]  # its number, images uint8 [B, 3, S, S], labels int64 [B]
+NumberedBatch = tuple[int, torch.Tensor, torch.Tensor]  # its number, images uint8 [B, 3, S, S], targets [B, ...]
 
 
 @exact_float32()
@@ -63,9 +63,9 @@ def gradient_sums(
             features: torch.Tensor = model((views - mean) / std)
         return features.float()
 
-    for index, images, labels in batches:
+    for index, images, targets in batches:
         views = two_views(images.to(device), numbered_generator(seed, index), flip, spec.views)
-        _backward(features_of, views, lambda features: loss(features, labels.repeat(2).to(device)), piece)  # noqa: B023 - called at once
+        _backward(features_of, views, lambda features: loss(features, torch.cat([targets, targets]).to(device)), piece)  # noqa: B023 - called at once
     return sums
 
 

@@ -51,6 +51,7 @@ def selection_key(inputs: Inputs, top_k: int) -> str:
         "algorithm": ALGORITHM_VERSION,
         "backbone": inputs.backbone.fingerprint,
         "data": inputs.index.digest,
+        "kind": task.kind,
         "input": [inputs.backbone.size_px, inputs.backbone.mean, inputs.backbone.std, task.input.flip],
         "split": [task.val_fraction, task.seed],
         "selection": task.selection.model_dump(),
@@ -191,7 +192,7 @@ def _sums(
     read = ((number, *tensors) for (number, _), tensors in zip(pace(batches), in_order, strict=True))
     if spec.criterion == "activation":
         return activation_sums(inputs.backbone, read, spec, device=device)
-    loss = make_loss(spec, inputs.backbone.width, len(inputs.index.classes), task.seed)
+    loss = make_loss(spec, inputs.kind, inputs.backbone.width, len(inputs.index.classes), task.seed)
     return gradient_sums(inputs.backbone, read, spec, loss, seed=task.seed, flip=task.input.flip, device=device)
 
 

@@ -1,4 +1,4 @@
 """Packs at work: predictions from a pack on its backbone.
 
-Imports: adaptation, backbones, data, errors, packs, specs, utils.
+Imports: adaptation, backbones, data, errors, kinds, packs, specs, utils.
 """

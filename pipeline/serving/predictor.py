@@ -15,7 +15,8 @@ from pipeline.adaptation.packing import from_pack
 from pipeline.backbones import LoadedBackbone, load_backbone
 from pipeline.backbones.known import recall
 from pipeline.data import decode_image
-from pipeline.errors import BackboneError, DataError
+from pipeline.errors import BackboneError, DataError, PackError
+from pipeline.kinds import TaskKind, kind_named
 from pipeline.packs import Pack, PackMetadata, read_pack
 from pipeline.specs import Backbone, Input
 from pipeline.specs.task_files import catalogue_folder, load_spec
@@ -27,10 +28,11 @@ ImageSource = Path | str | bytes | Image.Image | np.ndarray
 
 
 class Predictor:
-    """A pack on its backbone, ready to classify images on `device`; None takes the GPU, where there is one."""
+    """A pack on its backbone, ready to predict images on `device`; None takes the GPU, where there is one."""
 
     def __init__(self, pack: Pack, backbone: LoadedBackbone, device: str | None = None) -> None:
         self.metadata: PackMetadata = pack.metadata
+        self.kind = kind_of(pack.metadata)
         self.backbone = backbone
         self.device = choose_device(device)
         self.model: AdaptedModel = from_pack(pack, backbone).to(self.device)
@@ -50,10 +52,23 @@ class Predictor:
         return self.model(torch.from_numpy(np.stack(decoded)).to(self.device)).cpu()
 
     def predict(self, images: Sequence[ImageSource]) -> list[dict[str, Any]]:
-        """The most probable class of each image: `label` and `probability` (0 to 1). Raises DataError for what is not an image."""
-        probabilities, choices = self.logits(images).softmax(dim=1).max(dim=1)
-        pairs = zip(choices.tolist(), probabilities.tolist(), strict=True)
-        return [{"label": self.metadata.classes[choice], "probability": probability} for choice, probability in pairs]
+        """What the pack says of each image, by its kind. Raises DataError for what is not an image.
+
+        Returns:
+            classification: the most probable class, `label` and `probability` (0 to 1). multilabel: `labels`, the classes
+            whose probability is above 0.5, and `probabilities` of all classes by name.
+        """
+        return self.kind.predictions(self.logits(images), self.metadata.classes)
+
+
+def kind_of(metadata: PackMetadata) -> TaskKind:
+    """The kind of a pack's task. Raises PackError for one that this version does not know."""
+    try:
+        return kind_named(metadata.kind)
+    except ValueError:
+        raise PackError(
+            f"the pack of task {metadata.task!r} is of kind {metadata.kind!r}, which this taskpack does not know; upgrade taskpack"
+        ) from None
 
 
 def _decode(image: ImageSource, number: int, size_px: int) -> np.ndarray:

@@ -64,6 +64,7 @@ class CsvData(_ImagesData):
     root: str | None = Field(None, description="folder that the listed paths start from; default: the manifest's")
     path_column: str = Field("path", description="column with paths or URLs of images")
     label_column: str = Field("label", description="column with labels")
+    label_separator: str = Field("|", min_length=1, description="separates the labels of a multi-label image: `cat|dog`")
 
 
 ClassCount = Annotated[int, Field(ge=2, le=65536)]

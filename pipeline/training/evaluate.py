@@ -2,43 +2,40 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
-
+import numpy as np
 import torch
 
 from pipeline.adaptation import AdaptedModel
-from pipeline.data import Reader, Split, evaluation_batches
+from pipeline.data import Reader, Split, deal_shards, evaluation_batches
+from pipeline.kinds import Outcomes, TaskKind
 from pipeline.training.ranks import ALONE, Ranks
 from pipeline.utils.devices import exact_float32
 
 EVALUATION_BATCH = 128
 
 
-@dataclass(frozen=True)
-class Score:
-    """Accuracy as a count, so that it is exact and can be summed over workers."""
-
-    correct: int
-    samples: int
-
-    @property
-    def accuracy(self) -> float:
-        """Share of samples classified correctly, in [0, 1]."""
-        return self.correct / self.samples
-
-    @property
-    def standard_error(self) -> float:
-        """Binomial standard error of the accuracy."""
-        return math.sqrt(self.accuracy * (1 - self.accuracy) / self.samples)
-
-
 @exact_float32()
 @torch.inference_mode()
-def evaluate(model: AdaptedModel, reader: Reader, split: Split, *, device: str = "cpu", ranks: Ranks = ALONE) -> Score:
-    """Classify every sample of `split` once, each rank those of its shards."""
-    correct = 0
+def evaluate(
+    model: AdaptedModel,
+    reader: Reader,
+    split: Split,
+    kind: TaskKind,
+    *,
+    device: str = "cpu",
+    ranks: Ranks = ALONE,
+) -> Outcomes:
+    """What the model gives for every sample of `split`, in its order, on all ranks.
+
+    Each rank computes the samples of its shards.
+    """
+    rows: list[tuple[np.ndarray, np.ndarray]] = []
     with model.merged():
-        for images, labels in reader.batches(evaluation_batches(split, EVALUATION_BATCH, ranks.rank, ranks.world)):
-            correct += int((model(images.to(device)).argmax(dim=1).cpu() == labels).sum())
-    return Score(ranks.total(correct), len(split.samples))
+        plan = evaluation_batches(split, EVALUATION_BATCH, ranks.rank, ranks.world)
+        for images, targets in reader.batches(plan):
+            kept = kind.kept(model(images.to(device)).cpu(), targets)
+            rows.append((kept[0].numpy(), kept[1].numpy()))
+    outputs, targets_N = (np.concatenate(each) for each in zip(*ranks.rows(rows), strict=True))
+    rank_of_sample = deal_shards(split, ranks.world)[split.samples[:, 0]]
+    place_N = np.argsort(np.argsort(rank_of_sample, kind="stable"), kind="stable")
+    return Outcomes(outputs[place_N], targets_N[place_N])

@@ -18,6 +18,7 @@ from pipeline.adaptation.packing import describe, from_pack, to_pack
 from pipeline.backbones import fingerprint
 from pipeline.inputs.learning_rate import with_learning_rate
 from pipeline.inputs.task_inputs import Inputs
+from pipeline.kinds import score
 from pipeline.packs import ledger, read_pack, write_pack
 from pipeline.specs import Recipe
 from pipeline.training.evaluate import evaluate
@@ -35,7 +36,7 @@ TRAINING_FILE = "training.json"
 
 @dataclass(frozen=True, kw_only=True)
 class FitResult:
-    """A finished pack and what was measured on it. `test_correct` of `test_samples` were classified correctly by the reloaded pack.
+    """A finished pack and what was measured on it: `test_metric` is the value of the task's `metric`, in [0, 1], for the reloaded pack.
 
     `device` is what trained it, and how many of them where there were several: another device or number may round otherwise.
     """
@@ -44,16 +45,16 @@ class FitResult:
     size_bytes: int
     ledger: dict[str, int]
     trained_values: int
-    test_correct: int
     test_samples: int
-    test_accuracy: float
-    test_accuracy_stderr: float
+    metric: str
+    test_metric: float
+    test_metric_stderr: float
     train_seconds: float
     device: str
 
     def line(self) -> str:
-        """In a few words, for a log: `test 0.8125, 3046 bytes, 12.3 s`."""
-        return f"test {self.test_accuracy:.4f}, {self.size_bytes} bytes, {self.train_seconds:.1f} s"
+        """In a few words, for a log: `test accuracy 0.8125, 3046 bytes, 12.3 s`."""
+        return f"test {self.metric} {self.test_metric:.4f}, {self.size_bytes} bytes, {self.train_seconds:.1f} s"
 
 
 def read_fit(folder: Path) -> FitResult | None:
@@ -103,7 +104,7 @@ def _train_and_pack(inputs: Inputs, recipe: Recipe, selected: SelectedIndex | No
     model = attach(inputs.backbone, recipe, len(inputs.index.classes), selected=selected, seed=task.seed).to(device)
     before = fingerprint(model.backbone.state_dict())
     options: dict[str, Any] = {"seed": task.seed, "flip": task.input.flip, "device": device, "checkpoint": checkpoint, "ranks": ranks}
-    for _ in train_epochs(model, inputs.reader("trainval"), inputs.splits["trainval"], recipe.training, **options):
+    for _ in train_epochs(model, inputs.reader("trainval"), inputs.splits["trainval"], recipe.training, inputs.kind, **options):
         pass
     assert fingerprint(model.backbone.state_dict()) == before, "training changed the frozen backbone"
     if not ranks.is_first:
@@ -117,16 +118,18 @@ def _test(inputs: Inputs, folder: Path, device: str, ranks: Ranks) -> FitResult:
     content = _read(folder / PACK_FILE, ranks)
     pack = read_pack(content)
     model = from_pack(pack, inputs.backbone).to(device)
-    score = evaluate(model, inputs.reader("test"), inputs.splits["test"], device=device, ranks=ranks)
+    split = inputs.splits["test"]
+    outcomes = evaluate(model, inputs.reader("test"), split, inputs.kind, device=device, ranks=ranks)
+    tested = score(inputs.metric, outcomes)
     return FitResult(
         pack_digest=hashlib.sha256(content).hexdigest(),
         size_bytes=len(content),
         ledger=ledger(pack),
         trained_values=model.trained_values(),
-        test_correct=score.correct,
-        test_samples=score.samples,
-        test_accuracy=score.accuracy,
-        test_accuracy_stderr=score.standard_error,
+        test_samples=tested.samples,
+        metric=tested.metric,
+        test_metric=tested.value,
+        test_metric_stderr=tested.standard_error,
         train_seconds=json.loads(_read(folder / TRAINING_FILE, ranks))["seconds"],
         device=f"{ranks.world} x {device_name(device)}" if ranks.world > 1 else device_name(device),
     )

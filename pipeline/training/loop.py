@@ -1,4 +1,5 @@
-"""The one training loop: AdamW on the trained values, linear warm-up, cosine decay, cross-entropy plus the banks' balance term.
+"""The one training loop: AdamW on the trained values, linear warm-up, cosine decay, the task kind's loss plus
+the banks' balance term.
 
 What the papers add to it (augmentation, mixup and CutMix, label smoothing, a moving average of the trained values) is off by default.
 """
@@ -10,11 +11,11 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from pipeline.adaptation import AdaptedModel
 from pipeline.data import Reader, Split, augment, deal_shards, numbered_generator, training_batches
 from pipeline.errors import TrainingError
+from pipeline.kinds import TaskKind
 from pipeline.specs import Training
 from pipeline.training.averaging import MovingAverage
 from pipeline.training.mixing import mix
@@ -35,6 +36,7 @@ def train_epochs(
     reader: Reader,
     split: Split,
     spec: Training,
+    kind: TaskKind,
     *,
     seed: int,
     flip: bool,
@@ -69,15 +71,16 @@ def train_epochs(
         model.train()  # again in every epoch: the caller may have evaluated the model
         progress.losses = progress.losses if first_index else []
         plan = training_batches(split, spec.batch_size, seed, epoch, ranks.rank, ranks.world, reader.window(shards))
-        for images, labels in reader.batches(plan[first_index:]):
+        for images, targets in reader.batches(plan[first_index:]):
             for group in optimiser.param_groups:
                 group["lr"] = peak * learning_rate_factor(progress.step, steps, warmup_steps)
             generator = numbered_generator(ranks.seed(seed), progress.step)
             model.reseed(generator)
             images = augment(images, generator, flip, spec.augment) if spec.augment != "none" else images
             if (spec.mixup or spec.cutmix) and len(images):
-                images, labels = mix(images, labels, model.class_count, spec, generator)
-            loss = _step(model, optimiser, images.to(device), labels.to(device), spec, dtype, ranks)
+                soft_targets = kind.soft_targets(targets, model.class_count)
+                images, targets = mix(images, soft_targets, spec, generator)
+            loss = _step(model, optimiser, images.to(device), targets.to(device), spec, kind, dtype, ranks)
             if not math.isfinite(loss):
                 at = f"at step {progress.step} of {steps} with learning rate {peak:g}"
                 raise TrainingError(f"the loss became {loss} {at}; lower training.learning_rate")
@@ -100,8 +103,9 @@ def _step(
     model: AdaptedModel,
     optimiser: torch.optim.Optimizer,
     images: torch.Tensor,
-    labels: torch.Tensor,
+    targets: torch.Tensor,
     spec: Training,
+    kind: TaskKind,
     dtype: torch.dtype,
     ranks: Ranks,
 ) -> float:
@@ -111,7 +115,7 @@ def _step(
     if len(images):
         with torch.autocast(images.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
             logits = model(images)
-        loss = F.cross_entropy(logits.float(), labels, label_smoothing=spec.label_smoothing)
+        loss = kind.loss(logits.float(), targets, spec.label_smoothing)
         (loss + model.auxiliary_loss()).backward()
     loss = ranks.mean_gradients(list(model.values.parameters()), loss, len(images))
     optimiser.step()

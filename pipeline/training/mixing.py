@@ -11,15 +11,12 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from pipeline.specs import Training
 
 
-def mix(
-    images: torch.Tensor, labels: torch.Tensor, class_count: int, spec: Training, generator: torch.Generator
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mixed images, float32 [B, 3, S, S] in [0, 1], and the probabilities of their classes [B, C]."""
+def mix(images: torch.Tensor, targets: torch.Tensor, spec: Training, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mixed images, float32 [B, 3, S, S] in [0, 1], and their soft targets, float32 [B, ...]."""
     draws = np.random.default_rng(int(torch.randint(2**62, (), generator=generator)))
     pixels = images.float() / 255 if images.dtype == torch.uint8 else images
     other = pixels.flip(0)
@@ -33,7 +30,6 @@ def mix(
         share = 1 - (bottom - top) * (right - left) / (pixels.shape[-2] * pixels.shape[-1])
     else:
         pixels = other.lerp(pixels, share)
-    targets = F.one_hot(labels, class_count).float()
     return pixels, targets.flip(0).lerp(targets, share)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -17,6 +18,8 @@ import torch.distributed as dist
 
 from pipeline.backbones import fingerprint
 from pipeline.errors import ClusterError
+
+Rows = TypeVar("Rows")
 
 
 class RanksLost(Exception):
@@ -80,6 +83,15 @@ class Ranks:
         with answered():
             dist.all_gather(everyones, here)
         return torch.stack(everyones)
+
+    def rows(self, rows: list[Rows]) -> list[Rows]:
+        """Every rank's list, one after the other in order of rank; they may differ in length."""
+        if self.world == 1:
+            return rows
+        everyones: list[list[Rows]] = [[] for _ in range(self.world)]
+        with answered():
+            dist.all_gather_object(everyones, rows)
+        return [each for rank_rows in everyones for each in rank_rows]
 
     def from_first(self, content: bytes) -> bytes:
         """The first rank's `content`, whatever that of the others is: so that all go by one reading of a file."""

@@ -7,7 +7,6 @@ would show trial by trial.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 
 from pipeline.adaptation import RankedPlaces, SelectedIndex, attach
 from pipeline.adaptation.packing import describe, from_pack, probe_images, to_pack
@@ -15,6 +14,7 @@ from pipeline.adaptation.sites import weight_shapes
 from pipeline.backbones import LoadedBackbone
 from pipeline.errors import BackboneError
 from pipeline.inputs.task_inputs import Inputs
+from pipeline.kinds import kind_named
 from pipeline.specs import PARTS, Recipe, Selection, Task
 from pipeline.utils.devices import computing_dtype
 
@@ -30,7 +30,7 @@ def rehearse(inputs: Inputs, recipe: Recipe) -> None:
         BackboneError: it cannot be trained or packed; the message names the part.
     """
     task, precision = inputs.task, recipe.training.precision
-    key = repr((inputs.backbone.fingerprint, task.backbone.model, task.backbone.arguments, inputs.backbone.size_px, precision))
+    key = repr((inputs.backbone.fingerprint, task.backbone.model, task.backbone.arguments, inputs.backbone.size_px, precision, task.kind))
     key += recipe.model_dump_json(exclude={"training"})
     if key in _rehearsed:
         return
@@ -75,7 +75,9 @@ def _train_and_pack(backbone: LoadedBackbone, task: Task, recipe: Recipe) -> Non
     images = torch.from_numpy(probe_images(backbone.size_px))
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
         logits = model(images)
-    loss = F.cross_entropy(logits.float(), torch.arange(len(images)) % len(CLASSES))
+    kind = kind_named(task.kind)
+    targets = kind.targets([kind.label([number % len(CLASSES)]) for number in range(len(images))], len(CLASSES))
+    loss = kind.loss(logits.float(), targets)
     (loss + model.auxiliary_loss()).backward()
     if recipe.full is None:
         selected_anyhow = task.model_copy(update={"selection": Selection()})  # the places are in the pack, whatever criterion will choose them

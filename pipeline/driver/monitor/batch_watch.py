@@ -125,8 +125,8 @@ class BatchWatch:
         self._writer.wake()
 
     def registered(self, task: str, trial: str, pack: RegisteredPack) -> None:
-        """Report that a pack was registered."""
-        numbers = {"size_bytes": pack.size_bytes, "test_metric": pack.metrics.get("test_accuracy"), "val_metric": pack.metrics.get("val_accuracy")}
+        """A task has its pack."""
+        numbers = {"size_bytes": pack.size_bytes, "test_metric": pack.metrics.get("test_metric"), "val_metric": pack.metrics.get("val_metric")}
         self._log.write("registered", task=task, stage="register", trial=trial, pack=f"{pack.name}/{pack.version}", **numbers)
 
     def _show_best(self, task: str, metrics: RayMetrics) -> None:

@@ -6,6 +6,7 @@ import importlib
 import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -94,14 +95,12 @@ def metric_named(name: str, kind: str) -> Metric:
     """The metric of a kind. Raises ValueError with those that it has."""
     known = metrics_of(kind)
     if name not in known:
-        raise ValueError(f"given {name!r}, expected one of: {', '.join(known)} (of kind {kind})")
+        raise ValueError(f"expected a metric of kind {kind}: {', '.join(known)}")
     return _METRICS[kind, name]
 
 
 def metrics_of(kind: str) -> list[str]:
     """The names of a kind's metrics."""
-    import pipeline.kinds.metrics as room
-
-    for module in pkgutil.iter_modules(room.__path__):
-        importlib.import_module(f"{room.__name__}.{module.name}")
+    for module in pkgutil.iter_modules([str(Path(__file__).parent)]):
+        importlib.import_module(f"{__package__}.{module.name}")
     return [name for of, name in _METRICS if of == kind]
