@@ -85,7 +85,7 @@ def test_a_registered_pack_speaks_for_itself_in_mlflows_pages(registry: Registry
     assert run.data.tags["mlflow.note.content"].startswith("handwritten digits\n\n**0.1 KiB** (100 bytes) · test accuracy **91.2")
     experiment = client.get_experiment(registry.store.experiment_id)
     assert experiment.tags["mlflow.experimentKind"] == "custom_model_development"
-    assert experiment.tags["mlflow.note.content"].startswith("Written by taskpack.")
+    assert experiment.tags["mlflow.note.content"].startswith("One run per registered pack")
     assert run.info.start_time == STARTED.timestamp() * 1000
     assert run.info.end_time > run.info.start_time
     (used,) = run.inputs.dataset_inputs

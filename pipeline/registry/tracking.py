@@ -20,8 +20,8 @@ _EXPERIMENT_TAGS = {
     # MLflow's pages otherwise take an experiment for one of generative models.
     "mlflow.experimentKind": "custom_model_development",
     "mlflow.note.content": (
-        "Written by taskpack. One run per registered pack, from the start of its task to its registration; its child runs are the trials of the "
-        "study that the pack was chosen from. The packs themselves are under Model registry, one model per task."
+        "One run per registered pack of taskpack; its child runs are the trials of the pack's study. "
+        "The packs are under Model registry."
     ),
 }
 
