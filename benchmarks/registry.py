@@ -10,17 +10,19 @@ and in the right order, is checked against a plain sort here, and against a pack
 registered among them. Then every pack gets --trials child runs, and the same look-ups are timed
 again: the tables have the seconds without them, with them, and the ratio of the two.
 
-Each look-up is repeated more than ten times on each of the server's connections to its database, since psycopg prepares what it is asked five times,
+On a server, each look-up is repeated more than ten times on each connection to the database, since psycopg prepares what it is asked five times,
 and PostgreSQL may go over to a plan for all values once it has made five for given ones. At the end, MLflow's LoggedModels, which hold the same
 numbers, are asked the same, until an answer takes a minute.
 
-Needs the extra `dev`, and PostgreSQL for the server. Writes benchmarks/results/registry.json and .md; each store and setting keeps its own row.
+Needs the extra `dev`, and PostgreSQL for the server. Writes benchmarks/results/registry.json and
+.md, or registry-sqlite; each setting of the server keeps its own row.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import statistics
 import subprocess
@@ -28,6 +30,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -40,13 +43,13 @@ from pipeline.registry.connection import import_mlflow
 from pipeline.registry.store import Registry, open_registry
 
 HERE = Path(__file__).parent
-RESULTS = HERE / "results" / "registry.json"
+RESULTS = {"server": HERE / "results" / "registry.json", "sqlite": HERE / "results" / "registry-sqlite.json"}
 sys.path.append(str(HERE.parent / "tests"))
 
 from helpers_servers import ADMIN, tracking_server  # noqa: E402
 
 MAX_BYTES, MIN_METRIC = 24 * 1024, 0.8
-ROUNDS = 30
+ROUNDS = {"server": 30, "sqlite": 5}
 PROCESSES = 7
 LOGGED_MODEL_ROUNDS = 60
 LOGGED_MODEL_SECONDS = 60
@@ -89,16 +92,16 @@ def measure(arguments: argparse.Namespace, folder: Path, database_uri: str, as_r
     check_alike(registry)
     writer = dict(os.environ)
     os.environ.update(as_reader)
-    row["without"] = measure_look_ups(open_registry(None, folder), folder)
+    rounds = ROUNDS[arguments.store]
+    row["without"] = in_new_process(measure_look_ups, folder, rounds)
     os.environ.update(writer)
     row["child_runs"] = add_child_runs(registry, database, folder, arguments.trials)
     database.close()
     check_order(registry, numbers)
     row["register_seconds_with"] = timed(lambda: registry.register(made_champion(folder, "task-0008", seed=1, trials=arguments.trials)))
     os.environ.update(as_reader)
-    reader = open_registry(None, folder)
-    row |= {"with": measure_look_ups(reader, folder), "commands": measure_commands(), "load_average": os.getloadavg()[0]}
-    row["logged_models"] = logged_model_seconds(reader) if as_reader else []
+    row |= {"with": in_new_process(measure_look_ups, folder, rounds), "commands": measure_commands(), "load_average": os.getloadavg()[0]}
+    row["logged_models"] = logged_model_seconds(open_registry(None, folder)) if as_reader else []
     return row
 
 
@@ -151,8 +154,15 @@ def spread(seconds: list[float]) -> dict[str, Any]:
     return {"median_s": statistics.median(seconds), "min_s": min(seconds), "max_s": max(seconds), "runs": len(seconds)}
 
 
-def measure_look_ups(registry: Registry, folder: Path) -> dict[str, dict[str, Any]]:
+def in_new_process(call: Callable[..., Any], *arguments: Any) -> Any:
+    """What a call returns there: a connection to SQLite keeps the statistics that it found when it was opened."""
+    with ProcessPoolExecutor(max_workers=1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(call, *arguments).result()
+
+
+def measure_look_ups(folder: Path, rounds: int) -> dict[str, dict[str, Any]]:
     """Pages of 50 rows and one champion, each by a client that is connected and by a new one in the same process."""
+    registry = open_registry(None, folder)
     last = registry.search(max_bytes=MAX_BYTES, min_metric=MIN_METRIC, limit=50)[-1]
     calls: dict[str, Callable[[Registry], object]] = {}
     for name, options in LOOK_UPS.items():
@@ -161,8 +171,8 @@ def measure_look_ups(registry: Registry, folder: Path) -> dict[str, dict[str, An
     calls["the champion of one task"] = partial(Registry.get, reference="task-0009@champion")
     found = {}
     for name, call in calls.items():
-        warm = [timed(partial(call, registry)) for _ in range(ROUNDS)]
-        cold = [timed(lambda call=call: call(open_registry(None, folder))) for _ in range(ROUNDS)]  # type: ignore[misc]
+        warm = [timed(partial(call, registry)) for _ in range(rounds)]
+        cold = [timed(lambda call=call: call(open_registry(None, folder))) for _ in range(rounds)]  # type: ignore[misc]
         found[name] = {"warm": spread(warm), "cold": spread(cold), "requests": requests_of(partial(call, registry))}
     return found
 
@@ -233,16 +243,13 @@ def logged_model_seconds(registry: Registry) -> list[float | None]:
 def save(row: dict[str, Any]) -> None:
     """Put one setting's row in place of its earlier one, and write the page."""
     import_mlflow()
-    kept = json.loads(RESULTS.read_text())["rows"] if RESULTS.exists() else []
-    rows = [each for each in kept if _setting(each) != _setting(row)]
-    rows = sorted([*rows, {**row, "machine": describe_machine()}], key=_setting)
-    RESULTS.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
-    RESULTS.with_suffix(".md").write_text(markdown(rows))
+    path = RESULTS[row["store"]]
+    kept = json.loads(path.read_text())["rows"] if path.exists() else []
+    rows = [each for each in kept if "without" in each and each["auth_cache_seconds"] != row["auth_cache_seconds"]]
+    rows = sorted([*rows, {**row, "machine": describe_machine()}], key=lambda each: each["auth_cache_seconds"])
+    path.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
+    path.with_suffix(".md").write_text(markdown(rows))
     print(markdown(rows))
-
-
-def _setting(row: dict[str, Any]) -> tuple[str, int]:
-    return row["store"], row["auth_cache_seconds"]
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:

@@ -90,7 +90,7 @@ class RegistryError(TaskpackError):
     exit_code = 8
 
 
-class RegistryAway(RegistryError):
+class RegistryUnreachable(RegistryError):
     """The MLflow server, its database or its artifact store is unreachable; the same call may succeed later."""
 
 

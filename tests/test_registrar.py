@@ -1,4 +1,4 @@
-"""Registering with patience: a server that comes back is waited for, one that stays away is given up at the end, a refusal is one at once."""
+"""Registering with patience: a server that comes back is waited for, one that stays silent is given up at the end, a refusal is one at once."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from pipeline.cluster.task_threads import Together
 from pipeline.driver import registrar as registrar_module
 from pipeline.driver.registrar import Registrar
-from pipeline.errors import RegistryAway, RegistryError
+from pipeline.errors import RegistryError, RegistryUnreachable
 from pipeline.registry.pack_record import Champion
 
 SECONDS = 10
@@ -22,7 +22,7 @@ def champion(task: str) -> Champion:
 
 
 class Server:
-    """Stands in for the registry: away until `back` is set; refuses the task `refused`."""
+    """Stands in for the registry: unreachable until `back` is set; refuses the task `refused`."""
 
     def __init__(self) -> None:
         self.back = threading.Event()
@@ -35,7 +35,7 @@ class Server:
         try:
             self.asked.append(champion.task)
             if not self.back.is_set():
-                raise RegistryAway("the server cannot be reached; check that it runs")
+                raise RegistryUnreachable("the server cannot be reached; check that it runs")
             if champion.task == "refused":
                 raise RegistryError("not allowed")
             self.registered.append(champion.task)
@@ -67,7 +67,7 @@ def run(server: Server, tasks: list[str], patience_seconds: float, last: Any = l
     return together.run(work, tasks), remarks
 
 
-def test_the_others_go_on_while_the_server_is_away_and_all_are_registered_once_it_is_back() -> None:
+def test_the_others_go_on_while_the_server_does_not_answer_and_all_are_registered_once_it_is_back() -> None:
     server = Server()
     outcomes, remarks = run(server, ["a", "b", "last"], patience_seconds=0, last=server.back.set)
     assert sorted(server.registered) == outcomes == ["a", "b", "last"]
@@ -75,11 +75,11 @@ def test_the_others_go_on_while_the_server_is_away_and_all_are_registered_once_i
     assert set(remarks) == {"waiting: the server cannot be reached; check that it runs"}
 
 
-def test_a_server_that_stays_away_is_given_up_and_the_pack_is_named() -> None:
+def test_a_server_that_stays_silent_is_given_up_and_the_pack_is_named() -> None:
     server = Server()
     outcomes, _ = run(server, ["a", "b"], patience_seconds=0.3)
-    assert [type(outcome) for outcome in outcomes] == [RegistryAway] * 2
-    assert "(runs/a/pack.safetensors): the same command registers it once the registry is back" in str(outcomes[0])
+    assert [type(outcome) for outcome in outcomes] == [RegistryUnreachable] * 2
+    assert "(runs/a/pack.safetensors): the same command registers it once the registry answers again" in str(outcomes[0])
     assert server.registered == []
     assert 3 <= len(server.asked) <= 12, "asked a few times, ever less often"
 

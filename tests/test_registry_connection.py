@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.errors import RegistryAway, RegistryError, RegistryRefused, StorageError
+from pipeline.errors import RegistryError, RegistryRefused, RegistryUnreachable, StorageError
 from pipeline.registry.connection import initialise_sqlite, resolve_tracking_uri
 from pipeline.registry.failures import registry_errors
 from pipeline.registry.store import Registry, open_registry
@@ -84,7 +84,7 @@ def test_a_server_that_is_not_there_is_reported_soon(tmp_path) -> None:
         unused.bind(("127.0.0.1", 0))
         port = unused.getsockname()[1]
     before, begin = dict(os.environ), time.monotonic()
-    with pytest.raises(RegistryAway, match=f"http://\\*\\*\\*@127.0.0.1:{port}: the MLflow server cannot be reached") as caught:
+    with pytest.raises(RegistryUnreachable, match=f"http://\\*\\*\\*@127.0.0.1:{port}: the MLflow server cannot be reached") as caught:
         open_registry(f"http://user:secret@127.0.0.1:{port}", tmp_path)
     assert "secret" not in str(caught.value)
     assert caught.value.__cause__ is None
@@ -106,8 +106,8 @@ def test_a_server_that_never_answers_is_given_up_soon(tmp_path) -> None:
         (404, RegistryError, "not as MLflow does"),
         (401, RegistryRefused, "MLFLOW_TRACKING_TOKEN"),
         (403, RegistryRefused, "READ, runs EDIT"),
-        (429, RegistryAway, "cannot answer now"),
-        (503, RegistryAway, "cannot answer now"),
+        (429, RegistryUnreachable, "cannot answer now"),
+        (503, RegistryUnreachable, "cannot answer now"),
     ],
 )
 def test_a_server_that_refuses_is_explained(tmp_path, status, kind, message) -> None:
@@ -134,10 +134,10 @@ def test_a_server_that_refuses_is_explained(tmp_path, status, kind, message) -> 
     [
         (
             "request to http://h/api/2.0/mlflow-artifacts/artifacts/1 failed: ResponseError('too many 500 error responses')",
-            RegistryAway,
+            RegistryUnreachable,
             "its artifact store",
         ),
-        ("(sqlite3.OperationalError) database is locked", RegistryAway, "another process is writing"),
+        ("(sqlite3.OperationalError) database is locked", RegistryUnreachable, "another process is writing"),
         ("failed with error code 403 != 200. Response body: 'Invalid Host header'", RegistryRefused, "--allowed-hosts"),
         ("INVALID_PARAMETER_VALUE: no such filter\n\nTraceback", RegistryError, "MLflow refused: INVALID_PARAMETER_VALUE: no such filter$"),
         ("", RegistryError, "no reason given"),
@@ -151,7 +151,7 @@ def test_what_may_pass_is_told_from_what_does_not(text, kind, message) -> None:
 
 def test_no_secret_is_in_a_message() -> None:
     text = "500 Server Error for url: http://me:hidden@h/x?X-Amz-Credential=hidden/1&X-Amz-Signature=hidden&a=1 or https://h/y?sig=hidden"
-    with pytest.raises(RegistryAway) as caught, registry_errors("https://me:hidden@h:5000"):
+    with pytest.raises(RegistryUnreachable) as caught, registry_errors("https://me:hidden@h:5000"):
         raise sqlite3.Error(text)
     assert "hidden" not in str(caught.value)
     assert "https://***@h:5000: " in str(caught.value)

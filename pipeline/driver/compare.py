@@ -4,7 +4,7 @@ Every method tries the same share of its search space, by default all of it. A f
 trials would search a method of 4 points exhaustively and one of 20 by chance, and so favour the
 smaller space.
 
-All trials of a task, whatever their method, are in the cluster's queue at once; none is stopped early, since methods differ in how fast they learn.
+All trials of a task, of all methods, are in the cluster's queue at once; none is stopped early, since methods differ in how fast they learn.
 The trial with the best validation metric is a method's; its recipe is fitted for each seed, and each pack reads the test set once, as reloaded from
 its file. What is finished is kept in the work folder, so the same command goes on after an interruption.
 """

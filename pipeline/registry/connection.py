@@ -2,7 +2,7 @@
 
 MLflow is imported late (it costs seconds) and only after its environment is set, because telemetry starts on import. A fresh SQLite store takes
 seconds of migrations; two processes that both start them leave a database that no process can open. So the store is migrated under a file lock in a
-draft file and moved into place when complete: whoever sees the database sees a finished one, whatever was interrupted.
+draft file and moved into place when complete: no process ever sees an unfinished database.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ _SETTINGS = {
 # MLflow's own defaults retry for minutes; a server that does not answer the first call is more likely down than busy.
 _FIRST_CALL = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "4"}
 _LOCK_SECONDS = 120
+_ANALYSED_ROWS = 1000
 # Where MLflow's tables keep absolute URIs of artifacts.
 _ARTIFACT_COLUMNS = (
     ("experiments", "artifact_location"),
@@ -122,6 +123,16 @@ def rebase_artifacts(database: Path, old: str, new: str) -> None:
                 f"UPDATE {table} SET {column} = ? || substr({column}, ?) WHERE {column} = ? OR substr({column}, 1, ?) = ?",
                 (new, len(old) + 1, old, len(old) + 1, f"{old}/"),
             )
+
+
+def refresh_statistics(database: Path) -> None:
+    """Let SQLite plan its queries by what the tables hold: milliseconds, as only a part of each index is read.
+
+    Without statistics, a look-up among 10,000 packs took it 20 s instead of 0.3 s.
+    """
+    with contextlib.closing(sqlite3.connect(database, timeout=_LOCK_SECONDS)) as connection, connection:
+        connection.execute(f"PRAGMA analysis_limit={_ANALYSED_ROWS}")
+        connection.execute("ANALYZE")
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """What MLflow, its database or its transport raise, as named errors that say what to do.
 
-Two kinds matter to a caller that could try again: `RegistryAway` may pass by itself, `RegistryRefused` does not until a password or a
+Two kinds matter to a caller that could try again: `RegistryUnreachable` may pass by itself, `RegistryRefused` does not until a password or a
 permission is changed. MLflow tells them apart only in the text of its exceptions, so that is what is read here.
 """
 
@@ -13,27 +13,29 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import RegistryAway, RegistryError, RegistryRefused, TaskpackError
+from pipeline.errors import RegistryError, RegistryRefused, RegistryUnreachable, TaskpackError
 from pipeline.registry.connection import import_mlflow
 from pipeline.utils.redaction import without_secrets
 
 _CREDENTIALS = "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
-_STORE_AWAY = "the MLflow server runs, but its artifact store does not answer; check that store and its bucket, then give the same command again"
+_STORE_UNREACHABLE = (
+    "the MLflow server runs, but its artifact store does not answer; check that store and its bucket, then give the same command again"
+)
 # What to look for, what to raise, what to say. The first that is found counts; the last is found in every text.
 _KINDS: tuple[tuple[str, type[RegistryError], str], ...] = (
     (r"disk is full|No space left", RegistryError, "the disk is full; free space, then the same command goes on"),
-    (r"mlflow-artifacts/.*too many 5\d\d error responses", RegistryAway, _STORE_AWAY),
+    (r"mlflow-artifacts/.*too many 5\d\d error responses", RegistryUnreachable, _STORE_UNREACHABLE),
     (
         r"too many (429|5\d\d) error responses|error code (429|5\d\d)|TEMPORARILY_UNAVAILABLE|REQUEST_LIMIT_EXCEEDED|\b5\d\d Server Error",
-        RegistryAway,
+        RegistryUnreachable,
         "the MLflow server cannot answer now ({reason}); see whether its database runs, then give the same command again",
     ),
     (
         r"Max retries exceeded|Connection ?(refused|error|aborted|reset)|timed out",
-        RegistryAway,
+        RegistryUnreachable,
         "the MLflow server cannot be reached; check that it runs, the address and port in MLFLOW_TRACKING_URI, and any proxy",
     ),
-    (r"database is locked", RegistryAway, "another process is writing to this database; wait for it, then give the same command again"),
+    (r"database is locked", RegistryUnreachable, "another process is writing to this database; wait for it, then give the same command again"),
     (
         r"Invalid Host header",
         RegistryRefused,

@@ -93,8 +93,12 @@ class LookUps:
         registered = absent_as_none(self._store.reader.get_registered_model, match["name"])
         if registered is None:
             raise RegistryError(f"{reference}: no task of this name is registered; {self._near_names(match['name'])}")
-        number = match["version"] or registered.aliases.get(match["alias"] or CHAMPION_ALIAS)
-        version = None if number is None else absent_as_none(self._store.reader.get_model_version, registered.name, str(int(number)))
+        alias = match["alias"] or CHAMPION_ALIAS
+        number = match["version"] or registered.aliases.get(alias)
+        if number is None:
+            known = self._known_versions(registered)
+            raise RegistryError(f"{reference}: no version has the alias {alias!r}; give NAME/VERSION ({known})")
+        version = absent_as_none(self._store.reader.get_model_version, registered.name, str(int(number)))
         if version is None:
             raise RegistryError(f"{reference}: no such version; {self._known_versions(registered)}")
         return version, self._run_of(version)

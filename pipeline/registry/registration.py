@@ -42,7 +42,10 @@ class Registration:
 
     def write(self, champion: Champion, with_trials: bool) -> Any:
         """The version of this pack, written if it is not there, and published: described, and found by look-ups."""
-        version = self._find_version(champion) or self._settle(champion, self._create_version(champion, with_trials))
+        version = self._find_version(champion)
+        if version is None:
+            version = self._settle(champion, self._create_version(champion, with_trials))
+            self._store.refresh_statistics()
         self._publish(version, champion)
         return version
 
@@ -143,7 +146,7 @@ class Registration:
             existing_as_none(self._client.create_registered_model, champion.task, description=champion.tags.get("description"))
 
     def _publish(self, version: Any, champion: Champion) -> None:
-        """Do whatever is not done yet: describe the version, tell the LoggedModel of it, end the run, by which `search` finds it from now on."""
+        """Do what is not done yet: describe the version, tell the LoggedModel of it, end the run, by which `search` finds it from now on."""
         model_id, number = version.tags[MODEL_ID_TAG], str(version.version)
         if not version.description:
             self._client.update_model_version(version.name, number, version_card(champion, int(number)))

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import RegistryError
-from pipeline.registry.connection import import_mlflow, rebase_artifacts, short_patience, sqlite_path
+from pipeline.registry.connection import import_mlflow, rebase_artifacts, refresh_statistics, short_patience, sqlite_path
 from pipeline.registry.failures import existing_as_none, registry_errors
 from pipeline.registry.rest import plain_rest
 
@@ -20,8 +20,7 @@ _EXPERIMENT_TAGS = {
     # MLflow's pages otherwise take an experiment for one of generative models.
     "mlflow.experimentKind": "custom_model_development",
     "mlflow.note.content": (
-        "One run per registered pack of taskpack; its child runs are the trials of the pack's study. "
-        "The packs are under Model registry."
+        "One run per registered pack of taskpack; its child runs are the trials of the pack's study. The packs are under Model registry."
     ),
 }
 
@@ -68,6 +67,11 @@ class TrackingStore:
                 f"the MLflow experiment {EXPERIMENT!r} is deleted; restore it: mlflow experiments restore -x {experiment.experiment_id}"
             )
         return experiment
+
+    def refresh_statistics(self) -> None:
+        """After something was registered: a SQLite file has nobody else to do it, a server's database does it by itself."""
+        if (database := sqlite_path(self.tracking_uri)) is not None:
+            refresh_statistics(database)
 
     # --- artifacts --------------------------------------------------------------------------------
 
