@@ -124,14 +124,23 @@ def page(result: dict[str, Any]) -> str:
         "",
         "The backbone is `vit_small_patch14_dinov2` at 98 px, further trained by others on saliency: its patch",
         "features are strong, its class token's are weak, so it is not pristine DINOv2.",
-        f"{runs[0]['epochs']} epochs, one learning rate for all, nothing tuned. Test accuracy in percent, mean over seeds;",
+        f"{_epochs(runs, tasks)} epochs; one learning rate for all, nothing tuned. Test accuracy in percent,",
+        "mean over as many seeds as the number in brackets; rows without numbers were not run yet;",
         "the difference to the group's reference is paired by seed, with its standard error over the seeds.",
     ]
     for title, (reference, variants) in GROUPS.items():
+        if not {run["variant"] for run in runs} & set(variants):
+            continue
         lines += ["", f"## {title}", "", f"| variant | {' | '.join(f'{name} | difference | bytes' for name in tasks)} |"]
         lines += ["|" + "---|" * (1 + 3 * len(tasks))]
         lines += [f"| {variant} | {' | '.join(_cells(runs, name, variant, reference) for name in tasks)} |" for variant in variants]
     return "\n".join(lines) + "\n"
+
+
+def _epochs(runs: Sequence[dict[str, Any]], tasks: Sequence[str]) -> str:
+    """How long each task was trained."""
+    found = {run["task"]: run["epochs"] for run in runs}
+    return ", ".join(f"{task}: {found[task]}" for task in tasks)
 
 
 def _cells(runs: Sequence[dict[str, Any]], task: str, variant: str, reference: str) -> str:

@@ -112,8 +112,9 @@ def main() -> None:
             if any(run.items() <= done.items() for done in result["runs"]):
                 continue
             recipe = Recipe.model_validate({**recipes[name], "training": {"learning_rate": rate, "epochs": arguments.epochs}})
-            result["runs"].append(run | measure(inputs, recipe, selected, seed))
             result["machine"] = describe_machine()
+            commit = {"commit": result["machine"]["commit"]}
+            result["runs"].append(run | measure(inputs, recipe, selected, seed) | commit)
             RESULTS.write_text(json.dumps(result, indent=1) + "\n")
             print(result["runs"][-1], flush=True)
     write_page(result, RESULTS.with_suffix(".md"))

@@ -40,6 +40,12 @@ def _shown(runs: Sequence[Mapping[str, Any]] | None) -> str:
     return f"{accuracy(runs):.1f}" + (f" ({len(runs)} seeds)" if len(runs) > 1 else "")
 
 
+def _commit(line: Line, latest: str) -> str:
+    """The commits of a line's runs, where they are not the latest."""
+    commits = sorted({run["commit"] for runs in line.values() for run in runs} - {latest})
+    return f" (commit {', '.join(commits)})" if commits else ""
+
+
 def _table(header: str, rows: Mapping[str, Sequence[str]], rates: Sequence[float]) -> list[str]:
     cells = [f"| {header} | {' | '.join(f'{rate:g}' for rate in rates)} |", "|---|" + "---:|" * len(rates)]
     return [*cells, *(f"| {name} | {' | '.join(row)} |" for name, row in rows.items()), ""]
@@ -52,7 +58,8 @@ def write_page(result: Mapping[str, Any], path: Path) -> None:
     text = [
         "# Learning rate",
         "",
-        f"`python benchmarks/learning_rate.py` on {machine['cpu']}, torch {machine['torch']}, commit {machine['commit']}.",
+        f"`python benchmarks/learning_rate.py` on {machine['cpu']}, torch {machine['torch']}, commit "
+        f"{machine['commit']} unless a row names another.",
         "",
         f"Validation accuracy in percent after {result['runs'][0]['epochs']} epochs with batches of 32 images, by the",
         "peak of the learning rate. The test images are never read. A backbone's name stands before the task's.",
@@ -67,7 +74,11 @@ def write_page(result: Mapping[str, Any], path: Path) -> None:
         largest = max(standard_error(each) for line in lines.values() for each in line.values())
         about = f"{runs[0]['samples']} validation images; standard errors of up to {largest:.1f} points."
         text += [f"## {case}", "", f"{about} The default rate is {result['defaults'][case]:g}.", ""]
-        text += _table("recipe", {name: [_shown(line.get(rate)) for rate in rates] for name, line in lines.items()}, rates)
+        rows = {
+            name + _commit(line, machine["commit"]): [_shown(line.get(rate)) for rate in rates]
+            for name, line in lines.items()
+        }
+        text += _table("recipe", rows, rates)
     path.write_text("\n".join(text))
     _draw(cases, result["defaults"], path.with_suffix(".png"))
 
