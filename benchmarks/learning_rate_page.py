@@ -58,8 +58,7 @@ def write_page(result: Mapping[str, Any], path: Path) -> None:
     text = [
         "# Learning rate",
         "",
-        f"`python benchmarks/learning_rate.py` on {machine['cpu']}, torch {machine['torch']}, commit "
-        f"{machine['commit']} unless a row names another.",
+        f"`python benchmarks/learning_rate.py` on {machine['cpu']}, torch {machine['torch']}, commit {machine['commit']} unless a row names another.",
         "",
         f"Validation accuracy in percent after {result['runs'][0]['epochs']} epochs with batches of 32 images, by the",
         "peak of the learning rate. The test images are never read. A backbone's name stands before the task's.",
@@ -74,10 +73,7 @@ def write_page(result: Mapping[str, Any], path: Path) -> None:
         largest = max(standard_error(each) for line in lines.values() for each in line.values())
         about = f"{runs[0]['samples']} validation images; standard errors of up to {largest:.1f} points."
         text += [f"## {case}", "", f"{about} The default rate is {result['defaults'][case]:g}.", ""]
-        rows = {
-            name + _commit(line, machine["commit"]): [_shown(line.get(rate)) for rate in rates]
-            for name, line in lines.items()
-        }
+        rows = {name + _commit(line, machine["commit"]): [_shown(line.get(rate)) for rate in rates] for name, line in lines.items()}
         text += _table("recipe", rows, rates)
     path.write_text("\n".join(text))
     _draw(cases, result["defaults"], path.with_suffix(".png"))

@@ -106,6 +106,8 @@ def test_the_pack_is_found_in_a_file_or_a_folder(loaded, tmp_path) -> None:
 
 
 class EchoPredictor:
+    kind = kind_named("classification")
+
     def __init__(self) -> None:
         self.images: list[Any] = []
 

@@ -31,7 +31,7 @@ class Inspection:
         self._two_labels: dict[SplitName, dict[bytes, tuple[_Named, _Named]]] = defaultdict(dict)
 
     def look(self, split: SplitName, name: str, label: Label, load: Callable[[], bytes]) -> bytes | None:
-        """The encoded image that `load` gives; None where it cannot be read, which is noted.
+        """Return the encoded image from `load`, or None if it cannot be read, which is a fault.
 
         Faults name it `name`.
         """

@@ -1,6 +1,6 @@
-"""What a label means: the number of a class, from 0, or its name where the names are declared.
+"""The meaning of a label: the number of a class, from 0, or its name if names are declared.
 
-A multi-label sample has any number of them. In `key.cls`, and behind the path in a list file, they
+A multi-label sample has any number of them. In `key.cls`, and after the path in a list file, they
 are separated by spaces or commas, or are a JSON list, as they are in JSON: `3 7`, `3,7`, `[3, 7]`,
 `["wall clock", "lamp"]`. Nothing, or `[]`, is a sample without a label.
 """
@@ -98,7 +98,7 @@ class MemberLabels:
         self._first: tuple[Any, str] | None = None
 
     def read(self, content: bytes, field: str | None, where: str) -> Label:
-        """The label that `key.cls` means, or that field of `key.json`. Raises DataError."""
+        """The label in `key.cls`, or in the field of `key.json`. Raises DataError."""
         try:
             text = content.decode("utf-8-sig").strip()
         except UnicodeDecodeError:

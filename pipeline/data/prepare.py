@@ -132,7 +132,7 @@ def _inferred_classes(entries: dict[SplitName, list[ShardEntry]]) -> list[str]:
 
 
 def _order_remarks(shards: list[ShardEntry]) -> list[str]:
-    """A sentence where shards hold far fewer classes than if their samples were mixed."""
+    """A warning if shards hold far fewer classes than if their samples were mixed, else None."""
     held_by_shard = [[number for label in shard.labels for number in classes_in(label)] for shard in shards]
     shares = np.bincount(np.concatenate(held_by_shard).astype(np.int64)) / sum(shard.samples for shard in shards)
     mixed = np.mean([np.sum(1 - (1 - shares) ** shard.samples) for shard in shards])
@@ -146,7 +146,7 @@ def _order_remarks(shards: list[ShardEntry]) -> list[str]:
 
 
 def _scan(url: str, names: list[str] | None, split: SplitName, inspection: Inspection, label_field: str | None, kind: TaskKind) -> ShardEntry:
-    """Read every sample of a shard once, so that no fault is left to be found during training."""
+    """Read every sample of a shard once, so that faults do not show only during training."""
     content = fetch(url)
     labels: list[Label] = []
     for key, image, label in samples_in(content, url, names, label_field, kind):
@@ -270,6 +270,6 @@ def _classes_of(shards: Sequence[ShardEntry]) -> set[int]:
 
 
 def untrained_classes(index: DataIndex) -> list[str]:
-    """The classes without a training sample: a model cannot tell them, and its accuracy counts them as any other."""
+    """The classes without a training sample, which a model cannot learn but its accuracy counts like any other."""
     trained = _classes_of(index.splits["train"])
     return [name for number, name in enumerate(index.classes) if number not in trained]

@@ -1,10 +1,11 @@
 """Shards: WebDataset tars of `key.jpg` (or another extension of `formats.py`) and `key.cls`, written byte for byte the same,
 read without losing a sample or running code.
 
-Python's tar reader stops without a word at a damaged header, and at a file that was cut between two members; both would lose samples. So a shard is
-read whole, and counts as whole only where its members are followed by the end mark of two zero blocks and by nothing else. Labels are numbers,
-names or a field of JSON, one or several (labels.py). Members that only a pickle loader could
-read are refused by name, and WebDataset's decoders, which would load them, are never called.
+Python's tar reader stops silently at a damaged header, and at a file that was cut between two members;
+both would lose samples. So a shard is read as a whole, and is valid only if its members are followed
+by the end mark of two zero blocks and by nothing else. Labels are numbers, names or a field of JSON,
+one or several (labels.py); members that only a pickle loader could read are rejected by name, and
+WebDataset's decoders, which would load them, are never called.
 """
 
 from __future__ import annotations

@@ -1,8 +1,10 @@
 """The splits train, validation and test: from the index, or with a stratified validation set held out of train.
 
-Of a class with n samples, about `val_fraction * n` go to validation: quotas by largest remainder, at least one sample of each class on both sides,
-chosen by a seed. Where samples may have several classes, iterative stratification (Sechidis et al. 2011) comes close to that: the rarest class is
-dealt first, each sample to the side that lacks its class more. `trainval` is everything but test, for the final fit.
+Of a class with n samples, about `val_fraction * n` go to validation: quotas by largest remainder, at
+least one sample of each class on both sides, chosen by a seed. If samples may have several classes,
+iterative stratification (Sechidis et al. 2011) comes close to that: the rarest class is dealt first,
+each sample to the side that lacks its class more. `trainval` is everything except test, for the
+final fit.
 """
 
 from __future__ import annotations
@@ -67,7 +69,7 @@ def _subset(name: str, split: Split, chosen: np.ndarray | slice = slice(None)) -
 def held_out_samples(labels: np.ndarray, fraction: float, seed: int, classes: list[str]) -> np.ndarray:
     """Which of the samples with `labels` to hold out, as bool [N].
 
-    Raises DataError where samples have one class each, and a class has a single sample.
+    Raises DataError if samples have one class each, and a class has a single sample.
     """
     if labels.dtype == object:
         order = np.random.default_rng([seed, 0]).permutation(len(labels))

@@ -30,7 +30,7 @@ def evaluate_pack(
         device: device to compute on; default: the GPU if there is one.
 
     Returns:
-        The score, and the metric registered for it (None for a file).
+        The score, and the registered metric (None for a file).
 
     Raises:
         SpecError: There is no such device.

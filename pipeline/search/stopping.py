@@ -1,9 +1,9 @@
 """Early stopping that keeps the front: a trial stops if an earlier one, at most as large, was clearly better at the same epoch.
 
-Comparing metrics alone, as successive halving does, would end every small pack in favour of large ones. Here a trial competes only with trials
-that cost no more bytes. "Clearly" is two standard errors of the trial's own validation metric.
-Only trials that had ended before this one was proposed
-count, so the outcome does not depend on timing.
+Comparing metrics alone, as successive halving does, would stop every small pack in favour of large
+ones. Here a trial competes only with trials that cost no more bytes. "Clearly" means by two standard
+errors of its own validation metric. Only trials that had ended before this one was proposed count,
+so the outcome does not depend on timing.
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ MARGIN_ERRORS = 2.0
 
 
 def is_dominated(curve: Sequence[float], standard_error: float, epochs: int, size_bytes: int, earlier: Iterable[TrialRecord]) -> bool:
-    """Whether a trial with this validation curve so far should end.
+    """Whether to stop a trial with this validation curve so far.
 
     Args:
-        curve: validation metric in [0, 1] after each epoch. standard_error: of its last value.
-        earlier: trials to compare with; those that failed, that are larger than `size_bytes` or ended before this epoch do not count.
+        curve: validation metric in [0, 1] after each epoch.
+        standard_error: of the curve's last value.
+        earlier: trials to compare with; those that failed, are larger than `size_bytes` or ended before this epoch do not count.
     """
     epoch = len(curve)
     if epoch < math.ceil(epochs * FIRST_SHARE) or epoch == epochs:

@@ -68,7 +68,7 @@ class Study:
         return is_dominated(curve, errors[-1], proposal.recipe.training.epochs, proposal.size_bytes, earlier)
 
     def report(self, slot: int, epoch: int, metric: float, standard_error: float) -> bool:
-        """Take a trial's metric after an epoch (counted from 1); whether the trial should go on."""
+        """Record a trial's metric after an epoch (counted from 1); return whether the trial should continue."""
         curve = self._curves[slot] = [*self._curves.get(slot, [])[: epoch - 1], metric]
         errors = self._errors[slot] = [*self._errors.get(slot, [])[: epoch - 1], standard_error]
         if self._is_dominated(slot, curve, errors):

@@ -49,12 +49,13 @@ def run_trial(
     """Train on train; yield the validation score after every epoch, and finally a warning about the training, if any.
 
     Args:
-        ranks: who trains it with this process; all get the same scores.
-        kept: where the first rank keeps the validation outputs of the last epoch.
+        ranks: the processes that train together; all get the same scores.
+        kept: file for the validation outputs of the last epoch, which the first rank writes.
 
     Raises:
-        TrainingError: the loss diverges. ClusterError: the ranks no longer have the same values.
-        StorageError: the outputs cannot be kept.
+        TrainingError: The loss diverges.
+        ClusterError: The ranks no longer have the same values.
+        StorageError: The outputs cannot be written.
     """
     task, recipe = inputs.task, with_learning_rate(recipe, inputs.backbone)
     model = attach(inputs.backbone, recipe, len(inputs.index.classes), selected=selected, seed=task.seed).to(device)

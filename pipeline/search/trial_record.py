@@ -19,11 +19,11 @@ TrialState = Literal["complete", "stopped", "rejected", "failed"]
 class TrialRecord:
     """One trial.
 
-    `id` is its recipe's key; `curve` the validation metric after each epoch and `errors` their
-    standard errors; `val_metric` the last of a complete trial's curve. A rejected trial is over budget and never ran. `message`
-    says why a trial failed or was rejected, or what was odd about one that came to its end.
-    `error` is the name of the error that it failed with; `ended` is when, in seconds since 1970,
-    0 for unknown.
+    `id` is the key of its recipe; `curve` the validation metric after each epoch, and `errors` their
+    standard errors; `val_metric` the last value of a complete trial's curve. A rejected trial is over
+    budget and never ran. `message` is the reason of a failure or rejection, or a warning about a
+    complete trial. `error` is the name of the error of a failure; `ended` the time of the end, in
+    seconds since 1970, 0 if unknown.
     """
 
     id: str
@@ -44,7 +44,7 @@ class TrialRecord:
         return self.error in ("", TrainingError.__name__, OutOfMemory.__name__)
 
     def row(self) -> dict[str, Any]:
-        """As plain data, for tables, figures and the registry."""
+        """Convert to plain data, for tables, figures and the registry."""
         return {**asdict(self), "curve": list(self.curve), "errors": list(self.errors), "epochs": len(self.curve)}
 
     def line(self) -> str:
@@ -56,8 +56,10 @@ class TrialRecord:
 
 
 class TrialJournal:
-    """A folder with one JSON file per trial, each written whole or not at all, and next to it the trial's
-    validation outputs. Tracebacks of failures go to `log`."""
+    """A folder with one JSON file per trial, each written atomically, and next to it the trial's validation outputs.
+
+    Tracebacks of failures go to `log`.
+    """
 
     def __init__(self, folder: Path, log: Path | None = None) -> None:
         self.folder, self._log = folder, log or folder / "log.txt"

@@ -65,7 +65,8 @@ def gradient_sums(
 
     for index, images, targets in batches:
         views = two_views(images.to(device), numbered_generator(seed, index), flip, spec.views)
-        _backward(features_of, views, lambda features: loss(features, torch.cat([targets, targets]).to(device)), piece)  # noqa: B023 - called at once
+        both = torch.cat([targets, targets]).to(device)
+        _backward(features_of, views, lambda features: loss(features, both), piece)  # noqa: B023 - called at once
     return sums
 
 

@@ -125,7 +125,7 @@ class BatchWatch:
         self._writer.wake()
 
     def registered(self, task: str, trial: str, pack: RegisteredPack) -> None:
-        """A task has its pack."""
+        """Report that a pack was registered."""
         numbers = {"size_bytes": pack.size_bytes, "test_metric": pack.metrics.get("test_metric"), "val_metric": pack.metrics.get("val_metric")}
         self._log.write("registered", task=task, stage="register", trial=trial, pack=f"{pack.name}/{pack.version}", **numbers)
 
