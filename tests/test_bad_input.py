@@ -323,6 +323,7 @@ def test_a_disk_that_is_full_at_the_end_keeps_what_was_finished(small_disk: Path
     workdir = new_workdir(base, small_disk)
     for name in ("data", "backbones", "selections", "studies"):
         shutil.copytree(finished.workdir / name, workdir / name)
+    shutil.copy(finished.workdir / "writer.json", workdir)
     assert taskpack("ls", "--workdir", workdir).code == 0
     (workdir / ".lock").touch()
     kept = {path: path.read_bytes() for path in workdir.glob("studies/*/*/*") if path.is_file()}

@@ -171,7 +171,7 @@ def test_an_exception_in_a_worker_is_told_as_a_value_with_its_traceback(tiny_inp
     for fault in outcomes_of_workers(tiny_inputs, Recipe(connections=Connections()), tmp_path, monkeypatch):
         assert isinstance(fault, UnexpectedError)
         assert str(fault) == "AssertionError: a recipe with connections needs a selection"
-        assert "in _tune_layers" in fault.details
+        assert "in _attach_parts" in fault.details
         assert pickle.loads(pickle.dumps(fault)).details == fault.details
 
 
