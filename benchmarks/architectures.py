@@ -1,13 +1,14 @@
 """What runs on which architecture: timm models of every family, in twelve recipes.
 
-    nice -n 10 python benchmarks/architectures.py [--only swin_tiny_patch4_window7_224,levit_128s] [--page]
+    nice -n 10 python benchmarks/architectures.py [--only swin_tiny_patch4_window7_224,levit_128s]
+    [--page]
 
 For each model, with random weights, at two blocks a stage and the smallest input where it can be
 built so, and for each recipe: the planned size, training steps in bfloat16 (float32 where the
 processor has no units for it), the pack as bytes and back, and the logits of the reloaded model.
-The outcome is "runs", the one line that refuses the recipe, or a crash. Outcomes are kept after every
-model, so the same command continues where it was stopped. `--page` only writes the page again.
-Writes benchmarks/results/architectures.json and docs/architectures.md.
+The outcome is "runs", the one line that refuses the recipe, or a crash. Outcomes are kept after
+every model, so the same command continues where it was stopped. `--page` only writes the page
+again. Writes benchmarks/results/architectures.json and docs/architectures.md.
 """
 
 from __future__ import annotations
@@ -91,7 +92,9 @@ MODELS = (
     "ese_vovnet19b_slim_dw", "legacy_xception", "xception41p", "xcit_nano_12_p8_224",
     "nasnetalarge", "pnasnet5large",
 )  # fmt: skip
-"""The smallest model of each of timm's families, and those of families that hold several architectures."""
+"""The smallest model of each of timm's families, and those of families that hold several
+architectures.
+"""
 
 RECIPES: dict[str, dict[str, Any]] = {
     "default": {"preset": "default"},
@@ -111,22 +114,40 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 
 
-def outcome(spec: Backbone, backbone: LoadedBackbone, parts: dict[str, Any], dtype: torch.dtype | None = None) -> str:
+def outcome(
+    spec: Backbone,
+    backbone: LoadedBackbone,
+    parts: dict[str, Any],
+    dtype: torch.dtype | None = None,
+) -> str:
     """`RUNS`, or the line that refuses the recipe. Anything else that goes wrong is raised."""
     try:
         task, _ = on_backbone(_task(spec, backbone, parts), backbone, CLASSES)
         recipe = task.recipe
-        selected = recompute(backbone, task.selection, recipe.connections.top_k) if recipe.connections else None
+        selected = (
+            recompute(backbone, task.selection, recipe.connections.top_k)
+            if recipe.connections
+            else None
+        )
         planned_bytes = SizePlanner(task, backbone, CLASSES, selected).size_bytes(recipe)
     except (BackboneError, SpecError) as error:
         return str(error)
     model = attach(backbone, recipe, len(CLASSES), selected=selected)
-    _train(model, backbone.size_px, dtype or computing_dtype(recipe.training.precision, "cpu"), steps=2)
+    _train(
+        model, backbone.size_px, dtype or computing_dtype(recipe.training.precision, "cpu"), steps=2
+    )
     pack = to_pack(model, describe(task, recipe, backbone, CLASSES))
     data = pack_to_bytes(pack)
-    assert len(data) == planned_bytes, f"the pack has {len(data)} bytes, planned were {planned_bytes}"
-    expected, found = (torch.from_numpy(probe_logits(each, backbone.size_px)) for each in (model, from_pack(read_pack(data), backbone)))
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * max(1.0, float(expected.abs().max())))
+    assert len(data) == planned_bytes, (
+        f"the pack has {len(data)} bytes, planned were {planned_bytes}"
+    )
+    expected, found = (
+        torch.from_numpy(probe_logits(each, backbone.size_px))
+        for each in (model, from_pack(read_pack(data), backbone))
+    )
+    torch.testing.assert_close(
+        found, expected, rtol=1e-4, atol=1e-4 * max(1.0, float(expected.abs().max()))
+    )
     return RUNS
 
 
@@ -143,22 +164,37 @@ def _task(spec: Backbone, backbone: LoadedBackbone, parts: dict[str, Any]) -> Ta
 
 
 def _train(model: AdaptedModel, size_px: int, dtype: torch.dtype, steps: int) -> None:
-    """Some steps of the training loop on noise, each of which must give every value a finite gradient."""
-    images = torch.randint(0, 256, (2, 3, size_px, size_px), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    """Some steps of the training loop on noise, each of which must give every value a finite
+    gradient.
+    """
+    images = torch.randint(
+        0,
+        256,
+        (2, 3, size_px, size_px),
+        dtype=torch.uint8,
+        generator=torch.Generator().manual_seed(1),
+    )
     model.compute_in(dtype)
     model.train()
-    optimiser = torch.optim.AdamW(model.values.parameters(), lr=1e-5)  # a larger step makes deep networks without training diverge
+    optimiser = torch.optim.AdamW(
+        model.values.parameters(), lr=1e-5
+    )  # a larger step makes deep networks without training diverge
     for _ in range(steps):
         optimiser.zero_grad()
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype is torch.bfloat16):
             logits = model(images)
         (F.cross_entropy(logits.float(), torch.arange(2)) + model.auxiliary_loss()).backward()
-        assert all(each.grad is not None and bool(each.grad.sum().isfinite()) for each in model.values.parameters()), "a gradient is not finite"
+        assert all(
+            each.grad is not None and bool(each.grad.sum().isfinite())
+            for each in model.values.parameters()
+        ), "a gradient is not finite"
         optimiser.step()
 
 
 def load_smallest(name: str) -> tuple[Backbone, LoadedBackbone]:
-    """The model with random weights, as small as its arguments allow. Raises BackboneError with the last attempt's reason."""
+    """The model with random weights, as small as its arguments allow. Raises BackboneError with the
+    last attempt's reason.
+    """
     last = BackboneError(f"{name} cannot be built")
     for size_px, size, depth in itertools.product(SIZES_PX, ("img_size", None), SMALL):
         try:
@@ -174,13 +210,19 @@ def load_smallest(name: str) -> tuple[Backbone, LoadedBackbone]:
 
 @torch.no_grad()
 def measure_batch_norms(backbone: LoadedBackbone) -> None:
-    """Give every batch norm the statistics of noise: with those of an untrained network, its features would grow beyond all bounds."""
+    """Give every batch norm the statistics of noise: with those of an untrained network, its
+    features would grow beyond all bounds.
+    """
     norms = [module for module in backbone.model.modules() if isinstance(module, _BatchNorm)]
     for norm in norms:
         norm.train()
         norm.momentum = 1.0
     if norms:
-        backbone.model(torch.randn(8, 3, backbone.size_px, backbone.size_px, generator=torch.Generator().manual_seed(2)))
+        backbone.model(
+            torch.randn(
+                8, 3, backbone.size_px, backbone.size_px, generator=torch.Generator().manual_seed(2)
+            )
+        )
     backbone.model.eval()
 
 
@@ -194,19 +236,30 @@ def survey_of(name: str) -> dict[str, Any]:
         spec, backbone = load_smallest(name)
     except BackboneError as error:
         return {**row, "skipped": f"it cannot be loaded: {error}"}
-    row |= {"arguments": spec.arguments, "size_px": backbone.size_px, "tried_parameters": _count(backbone.model)}
+    row |= {
+        "arguments": spec.arguments,
+        "size_px": backbone.size_px,
+        "tried_parameters": _count(backbone.model),
+    }
     if row["tried_parameters"] > MOST_PARAMETERS:
         return {
             **row,
-            "skipped": f"{row['tried_parameters'] / 1e6:.0f} M parameters at its smallest, more than the {MOST_PARAMETERS / 1e6:.0f} M tried",
+            "skipped": (
+                f"{row['tried_parameters'] / 1e6:.0f} M parameters at its smallest, more than the"
+                f" {MOST_PARAMETERS / 1e6:.0f} M tried"
+            ),
         }
     outcomes: dict[str, str] = {}
     for recipe, parts in RECIPES.items():
         if time.process_time() - start > MOST_SECONDS:
-            outcomes[recipe] = f"not tried: the recipes before took more than {MOST_SECONDS} s of one core"
+            outcomes[recipe] = (
+                f"not tried: the recipes before took more than {MOST_SECONDS} s of one core"
+            )
             continue
         outcomes[recipe] = _outcome_or_crash(spec, backbone, parts)
-    row["default_without"] = list(on_backbone(_task(spec, backbone, RECIPES["default"]), backbone, CLASSES)[1])
+    row["default_without"] = list(
+        on_backbone(_task(spec, backbone, RECIPES["default"]), backbone, CLASSES)[1]
+    )
     return {**row, "outcomes": outcomes, "seconds": round(time.process_time() - start, 1)}
 
 
@@ -223,16 +276,22 @@ def _outcome_or_crash(spec: Backbone, backbone: LoadedBackbone, parts: dict[str,
         return f"{CRASH}: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
-# --- the page -------------------------------------------------------------------------------------------------------------------------------
+# --- the page -------------------------------------------------------------------------------------
 
 
 def page(result: dict[str, Any]) -> str:
     """docs/architectures.md."""
     tried = {name: row for name, row in result["models"].items() if "outcomes" in row}
     skipped = {name: row for name, row in result["models"].items() if "skipped" in row}
-    family = {name: next(each for each in timm.list_modules() if is_model_in_modules(name, [each])) for name in result["models"]}
+    family = {
+        name: next(each for each in timm.list_modules() if is_model_in_modules(name, [each]))
+        for name in result["models"]
+    }
     reasons: dict[str, str] = {}
-    rows = [_row(name, family[name], tried[name], reasons) for name in sorted(tried, key=lambda name: (family[name], name))]
+    rows = [
+        _row(name, family[name], tried[name], reasons)
+        for name in sorted(tried, key=lambda name: (family[name], name))
+    ]
     counts = Counter(_kind(text) for row in tried.values() for text in row["outcomes"].values())
     families = len({family[name] for name in tried})
     commits = sorted({row["commit"] for row in result["models"].values()})
@@ -242,13 +301,25 @@ def page(result: dict[str, Any]) -> str:
         [
             "# Architectures",
             "",
-            f"{len(tried)} timm models of {families} families, each in {len(RECIPES)} recipes (twelve, the adapter in its three placements): "
-            f"{counts['runs']} run, {counts['refused']} are refused in one line that says why, {counts[CRASH]} crash"
-            f"{too_slow}.",
+            (
+                f"{len(tried)} timm models of {families} families, each in {len(RECIPES)} recipes"
+                f" (twelve, the adapter in its three placements): {counts['runs']} run,"
+                f" {counts['refused']} are refused in one line that says why, {counts[CRASH]}"
+                f" crash{too_slow}."
+            ),
             "",
-            "A recipe runs where its pack has the planned size, training steps in bfloat16 give finite",
-            "gradients, and the pack, read back, gives the trained model's logits. Weights are random; models are tried",
-            "at two blocks a stage, narrower, and at a small input where timm can build them so. `default` is the default recipe",
+            (
+                "A recipe runs where its pack has the planned size, training steps in bfloat16 give"
+                " finite"
+            ),
+            (
+                "gradients, and the pack, read back, gives the trained model's logits. Weights are"
+                " random; models are tried"
+            ),
+            (
+                "at two blocks a stage, narrower, and at a small input where timm can build them"
+                " so. `default` is the default recipe"
+            ),
             "without the parts that have no place.",
             "",
             f"Measured on {machine['cpu']}, Python {machine['python']}, torch {machine['torch']},",
@@ -270,22 +341,43 @@ def page(result: dict[str, Any]) -> str:
             "",
             "## Not tried",
             "",
-            *(f"- `{name}` ({family[name]}): {row['skipped']}" for name, row in sorted(skipped.items())),
+            *(
+                f"- `{name}` ({family[name]}): {row['skipped']}"
+                for name, row in sorted(skipped.items())
+            ),
             "",
         ]
     )
 
 
 def _kind(text: str) -> str:
-    return "runs" if text == RUNS else CRASH if text.startswith(CRASH) else "not tried" if text.startswith("not tried") else "refused"
+    return (
+        "runs"
+        if text == RUNS
+        else (
+            CRASH
+            if text.startswith(CRASH)
+            else "not tried"
+            if text.startswith("not tried")
+            else "refused"
+        )
+    )
 
 
 def _row(name: str, family: str, row: dict[str, Any], reasons: dict[str, str]) -> str:
     outcomes = row["outcomes"]
-    without = f" (without {', '.join(row['default_without'])})" if row.get("default_without") else ""
-    runs = [f"default{without}" if recipe == "default" else recipe for recipe, text in outcomes.items() if text == RUNS]
+    without = (
+        f" (without {', '.join(row['default_without'])})" if row.get("default_without") else ""
+    )
+    runs = [
+        f"default{without}" if recipe == "default" else recipe
+        for recipe, text in outcomes.items()
+        if text == RUNS
+    ]
     refused = [
-        f"{recipe} ({reasons.setdefault(_plain(text, row['class']), f'r{len(reasons) + 1}')})" for recipe, text in outcomes.items() if text != RUNS
+        f"{recipe} ({reasons.setdefault(_plain(text, row['class']), f'r{len(reasons) + 1}')})"
+        for recipe, text in outcomes.items()
+        if text != RUNS
     ]
     return f"| {family} | {name} | {', '.join(runs)} | {', '.join(refused)} |"
 
@@ -300,7 +392,9 @@ def main() -> None:
     """Survey, write, and write again after every model."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", default=" ".join(MODELS), help="names, separated by commas")
-    parser.add_argument("--page", action="store_true", help="write the page from the results that are there")
+    parser.add_argument(
+        "--page", action="store_true", help="write the page from the results that are there"
+    )
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
@@ -312,7 +406,11 @@ def main() -> None:
                 continue
             found["models"][name] = {**survey_of(name), "commit": found["machine"]["commit"]}
             _loaded.cache_clear()
-            print(name, found["models"][name].get("skipped") or found["models"][name]["seconds"], flush=True)
+            print(
+                name,
+                found["models"][name].get("skipped") or found["models"][name]["seconds"],
+                flush=True,
+            )
             RESULTS.write_text(json.dumps(found, indent=1) + "\n")
     PAGE.write_text(page(found))
 

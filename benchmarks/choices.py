@@ -109,7 +109,9 @@ def schedule() -> dict[str, float]:
     timm's cosine counts from the first epoch, not from the end of the warm-up.
     """
     epochs, warmup, steps = 100, 10, 25
-    ours = [learning_rate_factor(step, epochs * steps, warmup * steps) for step in range(epochs * steps)]
+    ours = [
+        learning_rate_factor(step, epochs * steps, warmup * steps) for step in range(epochs * steps)
+    ]
     cosine = [0.5 * (1 + math.cos(math.pi * epoch / epochs)) for epoch in range(epochs)]
     theirs = [epoch / warmup if epoch < warmup else cosine[epoch] for epoch in range(epochs)]
     by_step = [rate for rate in theirs for _ in range(steps)]
@@ -121,7 +123,9 @@ def schedule() -> dict[str, float]:
 
 
 def codebook() -> dict[str, float]:
-    """Mean error of 8-bit codes of a standard normal: 500 rounds of alternation against the optimum."""
+    """Mean error of 8-bit codes of a standard normal: 500 rounds of alternation against the
+    optimum.
+    """
     normal, level_N = NormalDist(), np.zeros(256)
     cdf, inverse = np.vectorize(normal.cdf), np.vectorize(normal.inv_cdf)
     for _ in range(500):
@@ -135,7 +139,12 @@ def codebook() -> dict[str, float]:
         return float(np.abs(book[codes] - z).mean())
 
     best = levels(8).astype(np.float64)
-    return {"theirs": error(level_N), "ours": error(best), "theirs_outermost": level_N[-1], "ours_outermost": best[-1]}
+    return {
+        "theirs": error(level_N),
+        "ours": error(best),
+        "theirs_outermost": level_N[-1],
+        "ours_outermost": best[-1],
+    }
 
 
 def page(result: dict[str, Any]) -> str:
@@ -151,27 +160,48 @@ def page(result: dict[str, Any]) -> str:
             [
                 "# Choices that differ from the papers' code",
                 "",
-                f"`python benchmarks/choices.py` on {machine['cpu']}, torch {machine['torch']}, commit {machine['commit']}.",
+                (
+                    f"`python benchmarks/choices.py` on {machine['cpu']}, torch {machine['torch']},"
+                    f" commit {machine['commit']}."
+                ),
                 "",
-                f"GPS's recipe on ten classes of DTD, ViT-S at 98 px, {EPOCHS} epochs, one seed, connections by",
-                "magnitude; 700 test images. Differences are paired by image, with their standard error, so",
-                "they say nothing of effects below some two points. Both kinds of test images meet the model that",
+                (
+                    f"GPS's recipe on ten classes of DTD, ViT-S at 98 px, {EPOCHS} epochs, one"
+                    " seed, connections by"
+                ),
+                (
+                    "magnitude; 700 test images. Differences are paired by image, with their"
+                    " standard error, so"
+                ),
+                (
+                    "they say nothing of effects below some two points. Both kinds of test images"
+                    " meet the model that"
+                ),
                 "was trained on squeezed ones.",
                 "",
                 "| here | their code | accuracy here | theirs | difference |",
                 "|---|---|---|---|---|",
                 *(
-                    f"| {ours} | {theirs} | {row['first']:.1f} | {row['second']:.1f} | {row['difference']:+.1f} ± {row['stderr']:.1f} |"
+                    f"| {ours} | {theirs} | {row['first']:.1f} | {row['second']:.1f} |"
+                    f" {row['difference']:+.1f} ± {row['stderr']:.1f} |"
                     for (ours, theirs), row in rows
                 ),
                 "",
-                "Learning rates as shares of the peak, 100 epochs with 10 of warm-up, by step here and by epoch",
-                f"in their code: at most {rates['largest_difference']:.3f} apart; the sum over all steps is "
-                f"{rates['sum_ratio']:.3f} times theirs, whose 10 cool-down epochs have next to none.",
+                (
+                    "Learning rates as shares of the peak, 100 epochs with 10 of warm-up, by step"
+                    " here and by epoch"
+                ),
+                (
+                    f"in their code: at most {rates['largest_difference']:.3f} apart; the sum over"
+                    f" all steps is {rates['sum_ratio']:.3f} times theirs, whose 10 cool-down"
+                    " epochs have next to none."
+                ),
                 "",
-                f"Codebook at 8 bits, mean error of a standard normal: {book['ours']:.5f} here, outermost level "
-                f"{book['ours_outermost']:.2f}; {book['theirs']:.5f} after their 500 rounds, outermost "
-                f"level {book['theirs_outermost']:.2f}.",
+                (
+                    f"Codebook at 8 bits, mean error of a standard normal: {book['ours']:.5f} here,"
+                    f" outermost level {book['ours_outermost']:.2f}; {book['theirs']:.5f} after"
+                    f" their 500 rounds, outermost level {book['theirs_outermost']:.2f}."
+                ),
             ]
         )
         + "\n"
@@ -180,10 +210,16 @@ def page(result: dict[str, Any]) -> str:
 
 def main() -> None:
     """Measure all, write the page."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.parse_args()
     torch.set_num_threads(1)
-    result: dict[str, Any] = {"machine": describe_machine(), "schedule": schedule(), "codebook": codebook()}
+    result: dict[str, Any] = {
+        "machine": describe_machine(),
+        "schedule": schedule(),
+        "codebook": codebook(),
+    }
     with tempfile.TemporaryDirectory() as folder:
         result["accuracy"] = accuracies(Path(folder))
     RESULTS.write_text(json.dumps(result, indent=1) + "\n")

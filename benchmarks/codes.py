@@ -2,8 +2,9 @@
 
     python benchmarks/codes.py [--workdir runs/methods]
 
-Reads the packs that `python benchmarks/methods.py` trained. For each tensor the entropy of its codes' frequencies is taken, and those frequencies are
-charged at half a logarithm of the count each, as a coder that learns them pays. Tensors that would grow stay plain. Writes
+Reads the packs that `python benchmarks/methods.py` trained. For each tensor the entropy of its
+codes' frequencies is taken, and those frequencies are charged at half a logarithm of the count
+each, as a coder that learns them pays. Tensors that would grow stay plain. Writes
 benchmarks/results/codes.json and .md.
 """
 
@@ -28,7 +29,9 @@ RESULTS = HERE / "results" / "codes.json"
 
 
 def coded_bits(codes_N: np.ndarray, bits: int) -> float:
-    """Bits that codes would take under an ideal coder that learns their frequencies; no more than plain."""
+    """Bits that codes would take under an ideal coder that learns their frequencies; no more than
+    plain.
+    """
     counts_A = np.bincount(codes_N, minlength=2**bits)
     share_A = counts_A[counts_A > 0] / len(codes_N)
     entropy = -float((share_A * np.log2(share_A)).sum()) * len(codes_N)
@@ -45,7 +48,12 @@ def row_of(pack: Pack, size_bytes: int) -> dict[str, Any]:
             for codes_N in np.split(part.codes, stops):
                 plain[part.bits] += part.bits * len(codes_N) / 8
                 coded[part.bits] += coded_bits(codes_N, part.bits) / 8
-    return {"task": pack.metadata.task, "size_bytes": size_bytes, "plain": dict(plain), "coded": dict(coded)}
+    return {
+        "task": pack.metadata.task,
+        "size_bytes": size_bytes,
+        "plain": dict(plain),
+        "coded": dict(coded),
+    }
 
 
 def markdown(result: dict[str, Any]) -> str:
@@ -54,9 +62,15 @@ def markdown(result: dict[str, Any]) -> str:
     lines = [
         "# Codes of trained packs",
         "",
-        f"`python benchmarks/codes.py` on {len(rows)} packs of benchmarks/methods.py, commit {machine['commit']}.",
+        (
+            f"`python benchmarks/codes.py` on {len(rows)} packs of benchmarks/methods.py, commit"
+            f" {machine['commit']}."
+        ),
         "",
-        "What an ideal entropy coder would save, at best: of the codes of each width, and of the whole file.",
+        (
+            "What an ideal entropy coder would save, at best: of the codes of each width, and of"
+            " the whole file."
+        ),
         "",
         "| bits | packs | codes, bytes | saved of the codes | saved of the file |",
         "|---|---|---|---|---|",
@@ -64,9 +78,16 @@ def markdown(result: dict[str, Any]) -> str:
     for bits in sorted({bits for row in rows for bits in row["plain"]}):
         chosen = [row for row in rows if bits in row["plain"]]
         saved = [row["plain"][bits] - row["coded"][bits] for row in chosen]
-        of_codes = _percent([each / row["plain"][bits] for each, row in zip(saved, chosen, strict=True)])
-        of_file = _percent([each / row["size_bytes"] for each, row in zip(saved, chosen, strict=True)])
-        lines.append(f"| {bits} | {len(chosen)} | {fmean(row['plain'][bits] for row in chosen):.0f} | {of_codes} | {of_file} |")
+        of_codes = _percent(
+            [each / row["plain"][bits] for each, row in zip(saved, chosen, strict=True)]
+        )
+        of_file = _percent(
+            [each / row["size_bytes"] for each, row in zip(saved, chosen, strict=True)]
+        )
+        lines.append(
+            f"| {bits} | {len(chosen)} | {fmean(row['plain'][bits] for row in chosen):.0f} |"
+            f" {of_codes} | {of_file} |"
+        )
     return "\n".join([*lines, ""])
 
 

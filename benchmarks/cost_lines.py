@@ -1,9 +1,12 @@
-"""How the time of a step grows with K, experts, width and batch, against what the count of operations predicts.
+"""How the time of a step grows with K, experts, width and batch, against what the count of
+operations predicts.
 
-    python benchmarks/cost_lines.py [--model embedded --size 64 --batch 64] [--precision bf16] [--repeats 9]
+    python benchmarks/cost_lines.py [--model embedded --size 64 --batch 64] [--precision bf16]
+    [--repeats 9]
 
-A line's first point is measured; the others are predicted from it: the products' additional operations (counted while a step runs) at the rate of
-large products, and, along the batch, everything in proportion. Points of all lines run in turn, round by round. Writes
+A line's first point is measured; the others are predicted from it: the products' additional
+operations (counted while a step runs) at the rate of large products, and, along the batch,
+everything in proportion. Points of all lines run in turn, round by round. Writes
 benchmarks/results/cost-lines-<model>-<precision>.json, .md and .png.
 """
 
@@ -57,9 +60,19 @@ def main() -> None:
     backbone = backbone_of(arguments.model, arguments.size)
     setting = make_setting(backbone, arguments.batch, arguments.precision, "cpu")
     largest = make_setting(backbone, max(BATCHES), arguments.precision, "cpu")
-    points = [_point(line, value, setting, recipe) for line, recipes in LINES.items() for value, recipe in recipes.items()]
+    points = [
+        _point(line, value, setting, recipe)
+        for line, recipes in LINES.items()
+        for value, recipe in recipes.items()
+    ]
     points += [
-        _point("batch", batch, replace(largest, images=largest.images[:batch], labels=largest.labels[:batch]), connections(1)) for batch in BATCHES
+        _point(
+            "batch",
+            batch,
+            replace(largest, images=largest.images[:batch], labels=largest.labels[:batch]),
+            connections(1),
+        )
+        for batch in BATCHES
     ]
     times: list[list[float]] = [[] for _ in points]
     for _ in range(arguments.repeats):
@@ -67,8 +80,16 @@ def main() -> None:
             started = time.perf_counter()
             point.variant.step()
             found.append(time.perf_counter() - started)
-    rows = _rows(points, [1000 * statistics.median(found) for found in times], _product_gflops(arguments.precision))
-    result = {"machine": describe_machine(), "command": "python benchmarks/cost_lines.py " + shlex.join(sys.argv[1:]), "rows": rows}
+    rows = _rows(
+        points,
+        [1000 * statistics.median(found) for found in times],
+        _product_gflops(arguments.precision),
+    )
+    result = {
+        "machine": describe_machine(),
+        "command": "python benchmarks/cost_lines.py " + shlex.join(sys.argv[1:]),
+        "rows": rows,
+    }
     path = RESULTS / f"cost-lines-{arguments.model}-{arguments.precision}.json"
     path.write_text(json.dumps(result, indent=1) + "\n")
     path.with_suffix(".md").write_text(_markdown(result, vars(arguments)))
@@ -77,8 +98,12 @@ def main() -> None:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="embedded", help="`embedded`, or any timm model with random weights")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--model", default="embedded", help="`embedded`, or any timm model with random weights"
+    )
     parser.add_argument("--size", type=int, default=64)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=9)
@@ -112,9 +137,17 @@ def _rows(points: list[Point], medians_ms: list[float], gflops: float) -> list[d
         first = next(index for index, other in enumerate(points) if other.line == point.line)
         more = (point.gflop - points[first].gflop) / gflops * 1000
         share = point.images / points[first].images
-        predicted_ms = medians_ms[first] * share if point.line == "batch" else medians_ms[first] + more
+        predicted_ms = (
+            medians_ms[first] * share if point.line == "batch" else medians_ms[first] + more
+        )
         rows.append(
-            {"line": point.line, "value": point.value, "gflop": point.gflop, "median_ms": median_ms, "predicted_ms": predicted_ms}
+            {
+                "line": point.line,
+                "value": point.value,
+                "gflop": point.gflop,
+                "median_ms": median_ms,
+                "predicted_ms": predicted_ms,
+            }
             | {"deviation": median_ms / predicted_ms - 1}
         )
     return rows
@@ -123,30 +156,55 @@ def _rows(points: list[Point], medians_ms: list[float], gflops: float) -> list[d
 def _markdown(result: dict[str, Any], arguments: dict[str, Any]) -> str:
     machine = result["machine"]
     lines = [
-        f"# What a step costs: {arguments['model']} at {arguments['size']} px, batch {arguments['batch']}, {arguments['precision']}",
+        (
+            f"# What a step costs: {arguments['model']} at {arguments['size']} px, batch"
+            f" {arguments['batch']}, {arguments['precision']}"
+        ),
         "",
-        f"`{result['command']}` on {machine['cpu']}, 1 of {machine['cores']} cores, torch {machine['torch']}, commit {machine['commit']}; medians of",
-        f"{arguments['repeats']}, one run. K and batch: connections and biases; experts: width 8; width: 4 experts.",
+        (
+            f"`{result['command']}` on {machine['cpu']}, 1 of {machine['cores']} cores, torch"
+            f" {machine['torch']}, commit {machine['commit']}; medians of"
+        ),
+        (
+            f"{arguments['repeats']}, one run. K and batch: connections and biases; experts: width"
+            " 8; width: 4 experts."
+        ),
         "Predicted from each line's first point.",
         "",
         "| line | value | products GFLOP | step ms | predicted ms | deviation % |",
         "|---|---|---|---|---|---|",
     ]
     for row in result["rows"]:
-        numbers = f"{row['gflop']:.1f} | {row['median_ms']:.1f} | {row['predicted_ms']:.1f} | {100 * row['deviation']:+.1f}"
+        numbers = (
+            f"{row['gflop']:.1f} | {row['median_ms']:.1f} | {row['predicted_ms']:.1f} |"
+            f" {100 * row['deviation']:+.1f}"
+        )
         lines.append(f"| {row['line']} | {row['value']} | {numbers} |")
     lines += ["", *_explanation(result["rows"])]
     return "\n".join(lines) + "\n"
 
 
 def _explanation(rows: list[dict[str, Any]]) -> list[str]:
-    """What the prediction leaves out, with the fixed part of a step by a straight line through the batches."""
+    """What the prediction leaves out, with the fixed part of a step by a straight line through the
+    batches.
+    """
     batches = [row for row in rows if row["line"] == "batch"]
-    slope, fixed_ms = statistics.linear_regression([row["value"] for row in batches], [row["median_ms"] for row in batches])
+    slope, fixed_ms = statistics.linear_regression(
+        [row["value"] for row in batches], [row["median_ms"] for row in batches]
+    )
     return [
-        f"A step is {fixed_ms:.0f} ms and {slope:.2f} ms an image, by least squares: the fixed part (a thousand small operations, writing changed",
-        "weights, the optimiser) is in the batch line's first point and makes its prediction too large. K, experts and width add more than",
-        "their products: gathers of columns, and passes over experts * width hidden units of every token that compute nothing.",
+        (
+            f"A step is {fixed_ms:.0f} ms and {slope:.2f} ms an image, by least squares: the fixed"
+            " part (a thousand small operations, writing changed"
+        ),
+        (
+            "weights, the optimiser) is in the batch line's first point and makes its prediction"
+            " too large. K, experts and width add more than"
+        ),
+        (
+            "their products: gathers of columns, and passes over experts * width hidden units of"
+            " every token that compute nothing."
+        ),
     ]
 
 
@@ -156,9 +214,19 @@ def _draw(rows: list[dict[str, Any]], path: Path) -> None:
     for axis, name in zip(axes, names, strict=True):
         line = [row for row in rows if row["line"] == name]
         values = [row["value"] for row in line]
-        axis.plot(values, [row["predicted_ms"] for row in line], color="0.6", linestyle="--", label="predicted")
+        axis.plot(
+            values,
+            [row["predicted_ms"] for row in line],
+            color="0.6",
+            linestyle="--",
+            label="predicted",
+        )
         axis.plot(values, [row["median_ms"] for row in line], marker="o", label="measured")
-        axis.set(xlabel=name, xticks=values, ylim=(0, 1.1 * max(max(row["median_ms"], row["predicted_ms"]) for row in line)))
+        axis.set(
+            xlabel=name,
+            xticks=values,
+            ylim=(0, 1.1 * max(max(row["median_ms"], row["predicted_ms"]) for row in line)),
+        )
     axes[0].set_ylabel("step, ms")
     axes[0].legend(loc="lower right")
     figure.savefig(path, dpi=110)

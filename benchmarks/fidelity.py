@@ -1,12 +1,15 @@
-"""What the papers claim, looked at on a real ViT-S: how connections are chosen, what regularises, what one bit costs.
+"""What the papers claim, looked at on a real ViT-S: how connections are chosen, what regularises,
+what one bit costs.
 
-    python benchmarks/fidelity.py [--tasks dtd10 caltech101] [--seeds 0 1 2] [--epochs 8] [--variants ...]
+    python benchmarks/fidelity.py [--tasks dtd10 caltech101] [--seeds 0 1 2] [--epochs 8]
+    [--variants ...]
     python benchmarks/fidelity.py --page     write the page from what has been measured
 
-Every run trains one recipe on train and validation and reads the test set once, from the reloaded pack.
-All variants of a task share data, splits and learning rate; nothing is tuned, so differences within a
-group are due to the variant. Interrupt it and start it again: finished runs are kept. Needs the data
-and the backbones beside the project. Writes benchmarks/results/fidelity.json and .md.
+Every run trains one recipe on train and validation and reads the test set once, from the reloaded
+pack. All variants of a task share data, splits and learning rate; nothing is tuned, so differences
+within a group are due to the variant. Interrupt it and start it again: finished runs are kept.
+Needs the data and the backbones beside the project. Writes benchmarks/results/fidelity.json and
+.md.
 """
 
 from __future__ import annotations
@@ -33,12 +36,27 @@ from pipeline.training.fit import fit
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "fidelity.json"
 SHARED = HERE.parent.parent / "shared"
-BACKBONE = Backbone(model="vit_small_patch14_dinov2", weights=str(SHARED / "backbones/vit_small_patch14_dinov2.saliency.safetensors"))
+BACKBONE = Backbone(
+    model="vit_small_patch14_dinov2",
+    weights=str(SHARED / "backbones/vit_small_patch14_dinov2.saliency.safetensors"),
+)
 DATA = {
-    "dtd10": CsvData(format="csv", train=str(SHARED / "data/dtd10/train.csv"), test=str(SHARED / "data/dtd10/test.csv")),
-    "caltech101": ListsData(format="lists", root=str(SHARED / "data/caltech101"), classes=str(SHARED / "data/caltech101/classes.txt")),
+    "dtd10": CsvData(
+        format="csv",
+        train=str(SHARED / "data/dtd10/train.csv"),
+        test=str(SHARED / "data/dtd10/test.csv"),
+    ),
+    "caltech101": ListsData(
+        format="lists",
+        root=str(SHARED / "data/caltech101"),
+        classes=str(SHARED / "data/caltech101/classes.txt"),
+    ),
 }
-GPS: dict[str, Any] = {"connections": {"top_k": 1, "bits": 32}, "biases": {"bits": 32}, "head": {"bits": 32}}
+GPS: dict[str, Any] = {
+    "connections": {"top_k": 1, "bits": 32},
+    "biases": {"bits": 32},
+    "head": {"bits": 32},
+}
 SELECTIONS: dict[str, dict[str, Any]] = {
     "gradient, GPS's views": {},
     "gradient, light views": {"views": "light"},
@@ -67,12 +85,22 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "linear": ({"head": {"bits": 32}, "preset": "linear"}, {}),
     **{name: (GPS, selection) for name, selection in SELECTIONS.items()},
     **{name: ({**GPS, "training": training}, {}) for name, training in TRAININGS.items()},
-    **{f"{name}, {bits} bits": (_at_bits(part, bits), {}) for name, part in PARTS.items() for bits in (1, 32)},
+    **{
+        f"{name}, {bits} bits": (_at_bits(part, bits), {})
+        for name, part in PARTS.items()
+        for bits in (1, 32)
+    },
 }
 GROUPS: dict[str, tuple[str, Sequence[str]]] = {
     "Which connections (GPS, K = 1, 32 bits)": ("gradient, GPS's views", ["linear", *SELECTIONS]),
-    "Regularisation of the same recipe": ("gradient, GPS's views", ["gradient, GPS's views", *TRAININGS]),
-    **{f"One bit against 32: {name}": (f"{name}, 32 bits", [f"{name}, 32 bits", f"{name}, 1 bits"]) for name in PARTS},
+    "Regularisation of the same recipe": (
+        "gradient, GPS's views",
+        ["gradient, GPS's views", *TRAININGS],
+    ),
+    **{
+        f"One bit against 32: {name}": (f"{name}, 32 bits", [f"{name}, 32 bits", f"{name}, 1 bits"])
+        for name in PARTS
+    },
 }
 
 
@@ -93,7 +121,10 @@ def open_task(name: str, selection: dict[str, Any], workdir: Path) -> Inputs:
 def select_once(inputs: Inputs, workdir: Path) -> SelectedIndex:
     """The selection of the task's settings, kept in a file."""
     settings = inputs.task.selection
-    path = workdir / f"{inputs.task.name}-{settings.criterion}-{settings.loss}-{settings.views}.safetensors"
+    path = (
+        workdir
+        / f"{inputs.task.name}-{settings.criterion}-{settings.loss}-{settings.views}.safetensors"
+    )
     if not path.exists():
         write_selection(select_here(inputs, 1), path)
     return read_selection(path)
@@ -104,36 +135,69 @@ def measure(name: str, variant: str, seed: int, epochs: int, workdir: Path) -> d
     parts, selection = VARIANTS[variant]
     inputs = open_task(name, selection, workdir)
     training = {**parts.get("training", {}), "epochs": epochs}
-    recipe = inputs.task.recipe.model_validate({**parts, "training": {"learning_rate": inputs.task.recipe.training.learning_rate, **training}})
+    recipe = inputs.task.recipe.model_validate(
+        {
+            **parts,
+            "training": {"learning_rate": inputs.task.recipe.training.learning_rate, **training},
+        }
+    )
     selected = select_once(inputs, workdir) if recipe.connections else None
     seeded = Inputs(**{**vars(inputs), "task": inputs.task.model_copy(update={"seed": seed})})
     with tempfile.TemporaryDirectory() as folder:
         result = fit(seeded, recipe, selected, Path(folder))
     correct = round(result.test_metric * result.test_samples)
-    return {"correct": correct, "samples": result.test_samples, "bytes": result.size_bytes, "seconds": result.train_seconds}
+    return {
+        "correct": correct,
+        "samples": result.test_samples,
+        "bytes": result.size_bytes,
+        "seconds": result.train_seconds,
+    }
 
 
 def page(result: dict[str, Any]) -> str:
-    """Every group as a table: mean test accuracy over the seeds, difference to the group's first row, bytes."""
+    """Every group as a table: mean test accuracy over the seeds, difference to the group's first
+    row, bytes.
+    """
     machine, runs = result["machine"], result["runs"]
     tasks = [name for name in DATA if any(run["task"] == name for run in runs)]
     lines = [
         "# The papers' claims on a real ViT-S",
         "",
-        f"`python benchmarks/fidelity.py` on {machine['cpu']}, torch {machine['torch']}, commit {machine['commit']}.",
+        (
+            f"`python benchmarks/fidelity.py` on {machine['cpu']}, torch {machine['torch']}, commit"
+            f" {machine['commit']}."
+        ),
         "",
-        "The backbone is `vit_small_patch14_dinov2` at 98 px, further trained by others on saliency: its patch",
+        (
+            "The backbone is `vit_small_patch14_dinov2` at 98 px, further trained by others on"
+            " saliency: its patch"
+        ),
         "features are strong, its class token's are weak, so it is not pristine DINOv2.",
-        f"{_epochs(runs, tasks)} epochs; one learning rate for all, nothing tuned. Test accuracy in percent,",
+        (
+            f"{_epochs(runs, tasks)} epochs; one learning rate for all, nothing tuned. Test"
+            " accuracy in percent,"
+        ),
         "mean over as many seeds as the number in brackets; rows without numbers were not run yet;",
-        "the difference to the group's reference is paired by seed, with its standard error over the seeds.",
+        (
+            "the difference to the group's reference is paired by seed, with its standard error"
+            " over the seeds."
+        ),
     ]
     for title, (reference, variants) in GROUPS.items():
         if not {run["variant"] for run in runs} & set(variants):
             continue
-        lines += ["", f"## {title}", "", f"| variant | {' | '.join(f'{name} | difference | bytes' for name in tasks)} |"]
+        lines += [
+            "",
+            f"## {title}",
+            "",
+            f"| variant | {' | '.join(f'{name} | difference | bytes' for name in tasks)} |",
+        ]
         lines += ["|" + "---|" * (1 + 3 * len(tasks))]
-        lines += [f"| {variant} | {' | '.join(_cells(runs, name, variant, reference) for name in tasks)} |" for variant in variants]
+        lines += [
+            f"| {variant} |"
+            f" {' | '.join(_cells(runs, name, variant, reference) for name in tasks)} |"
+            for variant in variants
+        ]
     return "\n".join(lines) + "\n"
 
 
@@ -145,23 +209,32 @@ def _epochs(runs: Sequence[dict[str, Any]], tasks: Sequence[str]) -> str:
 
 def _cells(runs: Sequence[dict[str, Any]], task: str, variant: str, reference: str) -> str:
     found = {run["seed"]: run for run in runs if (run["task"], run["variant"]) == (task, variant)}
-    others = {run["seed"]: run for run in runs if (run["task"], run["variant"]) == (task, reference)}
+    others = {
+        run["seed"]: run for run in runs if (run["task"], run["variant"]) == (task, reference)
+    }
     if not found:
         return " | | "
     accuracy = {seed: 100 * run["correct"] / run["samples"] for seed, run in found.items()}
-    paired = [accuracy[seed] - 100 * others[seed]["correct"] / others[seed]["samples"] for seed in accuracy if seed in others]
+    paired = [
+        accuracy[seed] - 100 * others[seed]["correct"] / others[seed]["samples"]
+        for seed in accuracy
+        if seed in others
+    ]
     shown = f"{fmean(accuracy.values()):.1f} ({len(accuracy)})"
     difference = (
         ""
         if variant == reference or not paired
-        else f"{fmean(paired):+.1f}" + (f" ± {stdev(paired) / len(paired) ** 0.5:.1f}" if len(paired) > 1 else "")
+        else f"{fmean(paired):+.1f}"
+        + (f" ± {stdev(paired) / len(paired) ** 0.5:.1f}" if len(paired) > 1 else "")
     )
     return f"{shown} | {difference} | {next(iter(found.values()))['bytes']:,}"
 
 
 def main() -> None:
     """Measure what is missing, write the page."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--tasks", nargs="+", default=list(DATA))
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS))
     parser.add_argument("--seeds", nargs="+", type=int, default=(0, 1, 2))
@@ -176,7 +249,9 @@ def main() -> None:
         run = {"task": task, "variant": variant, "seed": seed, "epochs": arguments.epochs}
         if any(run.items() <= done.items() for done in result["runs"]):
             continue
-        result["runs"].append(run | measure(task, variant, seed, arguments.epochs, arguments.workdir))
+        result["runs"].append(
+            run | measure(task, variant, seed, arguments.epochs, arguments.workdir)
+        )
         result["machine"] = describe_machine()
         RESULTS.write_text(json.dumps(result, indent=1) + "\n")
         print(result["runs"][-1], flush=True)

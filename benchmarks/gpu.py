@@ -1,17 +1,22 @@
-"""What a GPU makes of taskpack, in one script of under eight minutes: time and memory of a step, the fused kernel, the selection, the tests.
+"""What a GPU makes of taskpack, in one script of under eight minutes: time and memory of a step,
+the fused kernel, the selection, the tests.
 
-    python benchmarks/gpu.py                          on a machine with a GPU; see CONTRIBUTING.md for the packages, and peft
-    python benchmarks/gpu.py --device cpu --smoke     tiny sizes, to see that the script itself works
+    python benchmarks/gpu.py                          on a machine with a GPU; see CONTRIBUTING.md
+    for the packages, and peft python benchmarks/gpu.py --device cpu --smoke     tiny sizes, to see
+    that the script itself works
 
-1. Steps of ViT-B/16 at 224 px in bfloat16, batches of 64 and 256, variants as in step.py; each is built, warmed up and timed
+1. Steps of ViT-B/16 at 224 px in bfloat16, batches of 64 and 256, variants as in step.py; each is
+built, warmed up and timed
    alone, so that its peak memory is its own.
-2. The fused kernel of connections against its memory bound and against the plain product, as in kernel.py.
-3. Selection (three connections a neuron) over 1,000 random images in float32 and bfloat16; how many neurons have the same
+2. The fused kernel of connections against its memory bound and against the plain product, as in
+kernel.py. 3. Selection (three connections a neuron) over 1,000 random images in float32 and
+bfloat16; how many neurons have the same
    connections in both, and when it is repeated.
 4. The tests: `pytest -m gpu tests/test_accelerator.py`.
 
-Weights are random: they change no times but the number of layers that the fused kernel serves, which is given. Ray and MLflow
-are not needed. What cannot be measured says why. Writes benchmarks/results/gpu-<card>.json and .md.
+Weights are random: they change no times but the number of layers that the fused kernel serves,
+which is given. Ray and MLflow are not needed. What cannot be measured says why. Writes
+benchmarks/results/gpu-<card>.json and .md.
 """
 
 from __future__ import annotations
@@ -44,12 +49,28 @@ from pipeline.specs import Backbone, Input, Selection
 from pipeline.utils.devices import device_name, has_bf16_units, is_accelerator
 
 HERE = Path(__file__).parent
-VARIANTS = (FULL, "LoRA r=8 (peft)", "connections K=1", "connections K=3", "SMoA E=8", "default recipe")
+VARIANTS = (
+    FULL,
+    "LoRA r=8 (peft)",
+    "connections K=1",
+    "connections K=3",
+    "SMoA E=8",
+    "default recipe",
+)
 GPU_TESTS = ("tests/test_accelerator.py",)
 """By name: other files of tests import what a bare machine has not."""
 TOP_K = 3
 CLASSES = 10
-PACKAGES = ("torch", "torchvision", "timm", "peft", "triton", "constriction", "numpy", "safetensors")
+PACKAGES = (
+    "torch",
+    "torchvision",
+    "timm",
+    "peft",
+    "triton",
+    "constriction",
+    "numpy",
+    "safetensors",
+)
 
 
 @dataclass(frozen=True)
@@ -66,19 +87,40 @@ class Sizes:
 
 
 WHOLE = Sizes("vit_base_patch16_224", {}, 224, (64, 256), 1000, 5, 20)
-SMOKE = Sizes("vit_tiny_patch16_224", {"img_size": 32, "patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 2}, 32, (4, 8), 64, 1, 2)
+SMOKE = Sizes(
+    "vit_tiny_patch16_224",
+    {"img_size": 32, "patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 2},
+    32,
+    (4, 8),
+    64,
+    1,
+    2,
+)
 
 
 def main() -> None:
     """Measure everything and write the results."""
     arguments = _arguments()
     sizes = SMOKE if arguments.smoke else WHOLE
-    if is_accelerator(arguments.device) and not torch.get_device_module(arguments.device).is_available():
-        raise SystemExit(f"--device: given {arguments.device}, which torch cannot use here; try --device cpu --smoke")
+    if (
+        is_accelerator(arguments.device)
+        and not torch.get_device_module(arguments.device).is_available()
+    ):
+        raise SystemExit(
+            f"--device: given {arguments.device}, which torch cannot use here; try --device cpu"
+            " --smoke"
+        )
     started = time.monotonic()
-    backbone = load_backbone(Backbone(model=sizes.model, arguments=dict(sizes.arguments), weights="random"), Input(size_px=sizes.size_px))
+    backbone = load_backbone(
+        Backbone(model=sizes.model, arguments=dict(sizes.arguments), weights="random"),
+        Input(size_px=sizes.size_px),
+    )
     result: dict[str, Any] = {
-        "machine": {**describe_machine(), "device": device_name(arguments.device), "versions": versions()},
+        "machine": {
+            **describe_machine(),
+            "device": device_name(arguments.device),
+            "versions": versions(),
+        },
         "command": shlex.join(["python", "benchmarks/gpu.py", *sys.argv[1:]]),
         "sizes": vars(sizes),
         "steps": measure_steps(backbone, sizes, arguments.device),
@@ -87,14 +129,17 @@ def main() -> None:
         "tests": {"skipped": "--no-tests"} if arguments.no_tests else run_tests(),
     }
     result["seconds"] = round(time.monotonic() - started, 1)
-    path = arguments.out / f"gpu-{re.sub(r'[^a-z0-9]+', '-', card(arguments.device)).strip('-')}{'-smoke' if arguments.smoke else ''}.json"
+    name = re.sub(r"[^a-z0-9]+", "-", card(arguments.device)).strip("-")
+    path = arguments.out / f"gpu-{name}{'-smoke' if arguments.smoke else ''}.json"
     path.write_text(json.dumps(result, indent=1) + "\n")
     path.with_suffix(".md").write_text(markdown(result))
     print(path.with_suffix(".md").read_text())
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes")
     parser.add_argument("--no-tests", action="store_true")
@@ -133,7 +178,7 @@ def seconds_of(run: Callable[[], Any], device: str) -> float:
     return time.perf_counter() - started
 
 
-# --- steps ----------------------------------------------------------------------------------------------------------------------------------
+# --- steps ----------------------------------------------------------------------------------------
 
 
 def measure_steps(backbone: LoadedBackbone, sizes: Sizes, device: str) -> list[dict[str, Any]]:
@@ -143,10 +188,22 @@ def measure_steps(backbone: LoadedBackbone, sizes: Sizes, device: str) -> list[d
     rows = []
     for batch in sizes.batches:
         _, images, labels = random_batch(backbone, batch, 1)
-        setting = Setting(backbone, images.to(device), labels.to(device), "bf16" if has_bf16_units(device) else "fp32", device, selected)
+        setting = Setting(
+            backbone,
+            images.to(device),
+            labels.to(device),
+            "bf16" if has_bf16_units(device) else "fp32",
+            device,
+            selected,
+        )
         build = builders(setting)
         for name in VARIANTS:
-            row = {"batch": batch, "variant": name, "precision": setting.precision, **measured_step(build[name], sizes, device)}
+            row = {
+                "batch": batch,
+                "variant": name,
+                "precision": setting.precision,
+                **measured_step(build[name], sizes, device),
+            }
             print(json.dumps(row), file=sys.stderr)
             rows.append(row)
     return [*rows, {"layers": len(selected), "fused_layers": fused_layers(backbone, selected)}]
@@ -155,14 +212,23 @@ def measure_steps(backbone: LoadedBackbone, sizes: Sizes, device: str) -> list[d
 def random_batch(backbone: LoadedBackbone, images: int, number: int) -> NumberedBatch:
     """A batch of noise."""
     generator = torch.Generator().manual_seed(number)
-    pixels = torch.randint(0, 256, (images, 3, backbone.size_px, backbone.size_px), dtype=torch.uint8, generator=generator)
+    pixels = torch.randint(
+        0,
+        256,
+        (images, 3, backbone.size_px, backbone.size_px),
+        dtype=torch.uint8,
+        generator=generator,
+    )
     return number, pixels, torch.arange(images) % CLASSES
 
 
 def fused_layers(backbone: LoadedBackbone, selected: SelectedIndex) -> int:
     """How many layers have few enough columns for the fused kernel at K = 1."""
     columns = {name: backbone.model.get_submodule(name).weight[0].numel() for name in selected}  # type: ignore[union-attr,operator,index]
-    return sum(len((ranked.at(1).long() % columns[name]).unique()) < FUSED_COLUMNS for name, ranked in selected.items())
+    return sum(
+        len((ranked.at(1).long() % columns[name]).unique()) < FUSED_COLUMNS
+        for name, ranked in selected.items()
+    )
 
 
 def measured_step(build: Callable[[], Variant], sizes: Sizes, device: str) -> dict[str, Any]:
@@ -177,7 +243,11 @@ def measured_step(build: Callable[[], Variant], sizes: Sizes, device: str) -> di
         return {"skipped": f"{error.name} is not installed"}
     except torch.OutOfMemoryError:
         return {"skipped": "out of memory"}
-    return {"median_ms": 1000 * statistics.median(times), "fastest_ms": 1000 * min(times), "peak_bytes": peak_bytes(device)}
+    return {
+        "median_ms": 1000 * statistics.median(times),
+        "fastest_ms": 1000 * min(times),
+        "peak_bytes": peak_bytes(device),
+    }
 
 
 def empty_memory(device: str) -> None:
@@ -192,7 +262,7 @@ def peak_bytes(device: str) -> int | None:
     return torch.cuda.max_memory_allocated(device) if torch.device(device).type == "cuda" else None
 
 
-# --- the kernel -----------------------------------------------------------------------------------------------------------------------------
+# --- the kernel -----------------------------------------------------------------------------------
 
 
 def measure_kernel(device: str, sizes: Sizes) -> dict[str, Any]:
@@ -207,10 +277,13 @@ def measure_kernel(device: str, sizes: Sizes) -> dict[str, Any]:
         return {"skipped": "Triton cannot be used here; the log says why"}
     bandwidth = kernel.copy_bandwidth(sizes.repeats)
     given = argparse.Namespace(batch=64, top_k=1, repeats=sizes.repeats)
-    return {"bandwidth": bandwidth, "rows": [kernel.measured_layer(name, given, bandwidth) for name in kernel.LAYERS]}
+    return {
+        "bandwidth": bandwidth,
+        "rows": [kernel.measured_layer(name, given, bandwidth) for name in kernel.LAYERS],
+    }
 
 
-# --- selection ------------------------------------------------------------------------------------------------------------------------------
+# --- selection ------------------------------------------------------------------------------------
 
 
 def measure_selection(backbone: LoadedBackbone, sizes: Sizes, device: str) -> dict[str, Any]:
@@ -218,7 +291,9 @@ def measure_selection(backbone: LoadedBackbone, sizes: Sizes, device: str) -> di
     found: dict[str, SelectedIndex] = {}
     seconds: dict[str, dict[str, float]] = {}
     for name in ("fp32", "fp32 again", "bf16"):
-        found[name], seconds[name] = timed_selection(backbone, sizes, device, Selection(precision="bf16" if name == "bf16" else "fp32"))
+        found[name], seconds[name] = timed_selection(
+            backbone, sizes, device, Selection(precision="bf16" if name == "bf16" else "fp32")
+        )
     return {
         "images": sizes.images,
         "seconds": seconds,
@@ -227,17 +302,26 @@ def measure_selection(backbone: LoadedBackbone, sizes: Sizes, device: str) -> di
     }
 
 
-def timed_selection(backbone: LoadedBackbone, sizes: Sizes, device: str, spec: Selection) -> tuple[SelectedIndex, dict[str, float]]:
+def timed_selection(
+    backbone: LoadedBackbone, sizes: Sizes, device: str, spec: Selection
+) -> tuple[SelectedIndex, dict[str, float]]:
     """The selection, and the seconds of its two halves."""
 
     def batches() -> Iterator[NumberedBatch]:
         for number in range(-(-sizes.images // spec.batch_size)):
-            yield random_batch(backbone, min(spec.batch_size, sizes.images - number * spec.batch_size), number)
+            yield random_batch(
+                backbone, min(spec.batch_size, sizes.images - number * spec.batch_size), number
+            )
 
     loss = make_loss(spec, kind_named("classification"), backbone.width, CLASSES, 0)
     sums: dict[str, torch.Tensor] = {}
     selected: dict[str, Any] = {}
-    gradients = seconds_of(lambda: sums.update(gradient_sums(backbone, batches(), spec, loss, seed=0, flip=True, device=device)), device)
+    gradients = seconds_of(
+        lambda: sums.update(
+            gradient_sums(backbone, batches(), spec, loss, seed=0, flip=True, device=device)
+        ),
+        device,
+    )
     ranking = seconds_of(lambda: selected.update(rank_places(sums, "neuron", TOP_K)), device)
     return selected, {"gradients": gradients, "ranking": ranking}
 
@@ -248,34 +332,58 @@ def share_alike(one: SelectedIndex, other: SelectedIndex) -> float:
     return same / sum(len(ranked.place_M) for ranked in one.values())
 
 
-# --- the tests ------------------------------------------------------------------------------------------------------------------------------
+# --- the tests ------------------------------------------------------------------------------------
 
 
 def run_tests() -> dict[str, Any]:
-    """The tests on the GPU, in a process of its own. Where pytest's plug-in for time limits is absent, it warns of the setting."""
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-rs", *GPU_TESTS, "-W", "ignore::pytest.PytestConfigWarning"]
+    """The tests on the GPU, in a process of its own. Where pytest's plug-in for time limits is
+    absent, it warns of the setting.
+    """
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-m",
+        "gpu",
+        "-rs",
+        *GPU_TESTS,
+        "-W",
+        "ignore::pytest.PytestConfigWarning",
+    ]
     started = time.monotonic()
     try:
-        run = subprocess.run(command, capture_output=True, text=True, check=False, cwd=HERE.parent, timeout=300)
+        run = subprocess.run(
+            command, capture_output=True, text=True, check=False, cwd=HERE.parent, timeout=300
+        )
     except subprocess.TimeoutExpired:
         return {"skipped": "the tests took longer than 300 seconds"}
     lines = run.stdout.strip().splitlines() or run.stderr.strip().splitlines() or [""]
     failed = [line for line in lines if line.startswith(("FAILED", "ERROR", "SKIPPED"))]
-    return {"exit_code": run.returncode, "summary": lines[-1], "lines": failed[:40], "seconds": round(time.monotonic() - started, 1)}
+    return {
+        "exit_code": run.returncode,
+        "summary": lines[-1],
+        "lines": failed[:40],
+        "seconds": round(time.monotonic() - started, 1),
+    }
 
 
-# --- the page -------------------------------------------------------------------------------------------------------------------------------
+# --- the page -------------------------------------------------------------------------------------
 
 
 def markdown(result: dict[str, Any]) -> str:
     """The tables of a result."""
     machine, sizes = result["machine"], result["sizes"]
-    found = ", ".join(f"{name} {version}" for name, version in machine["versions"].items() if version)
+    found = ", ".join(
+        f"{name} {version}" for name, version in machine["versions"].items() if version
+    )
     return "\n".join(
         [
             f"# {machine['device']}: {sizes['model']} at {sizes['size_px']} px",
             "",
-            f"`{result['command']}`, {result['seconds']:.0f} s, commit {machine['commit'] or 'unknown'}, {found}. Random weights.",
+            (
+                f"`{result['command']}`, {result['seconds']:.0f} s, commit"
+                f" {machine['commit'] or 'unknown'}, {found}. Random weights."
+            ),
             "",
             *_step_lines(result["steps"], sizes),
             *_kernel_lines(result["kernel"]),
@@ -287,24 +395,37 @@ def markdown(result: dict[str, Any]) -> str:
 
 def _step_lines(rows: list[dict[str, Any]], sizes: dict[str, Any]) -> list[str]:
     *rows, layers = rows
-    full = {row["batch"]: row["median_ms"] for row in rows if row["variant"] == FULL and "median_ms" in row}
+    full = {
+        row["batch"]: row["median_ms"]
+        for row in rows
+        if row["variant"] == FULL and "median_ms" in row
+    }
     lines = [
         "## Steps",
         "",
-        f"Medians of {sizes['repeats']} after {sizes['warm_up']}; peak memory with the weights. The fused kernel serves {layers['fused_layers']} of "
-        f"{layers['layers']} layers at K=1.",
+        (
+            f"Medians of {sizes['repeats']} after {sizes['warm_up']}; peak memory with the weights."
+            f" The fused kernel serves {layers['fused_layers']} of {layers['layers']} layers at"
+            " K=1."
+        ),
         "",
         "| batch | variant | precision | step ms | ratio to full | images/s | peak GiB |",
         "|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         if "skipped" in row:
-            lines.append(f"| {row['batch']} | {row['variant']} | {row['precision']} | {row['skipped']} | | | |")
+            lines.append(
+                f"| {row['batch']} | {row['variant']} | {row['precision']} | {row['skipped']} |"
+                " | | |"
+            )
             continue
         ratio = f"{row['median_ms'] / full[row['batch']]:.2f}" if row["batch"] in full else ""
         peak = f"{row['peak_bytes'] / 2**30:.2f}" if row["peak_bytes"] is not None else ""
         speed = f"{1000 * row['batch'] / row['median_ms']:.0f}"
-        lines.append(f"| {row['batch']} | {row['variant']} | {row['precision']} | {row['median_ms']:.1f} | {ratio} | {speed} | {peak} |")
+        lines.append(
+            f"| {row['batch']} | {row['variant']} | {row['precision']} | {row['median_ms']:.1f} |"
+            f" {ratio} | {speed} | {peak} |"
+        )
     return [*lines, ""]
 
 
@@ -313,7 +434,14 @@ def _kernel_lines(kernel: dict[str, Any]) -> list[str]:
         return ["## The fused kernel", "", f"Not measured: {kernel['skipped']}.", ""]
     from kernel import table_lines
 
-    return ["## The fused kernel", "", f"Copy bandwidth {kernel['bandwidth'] / 1e12:.2f} TB/s.", "", *table_lines(kernel["rows"]), ""]
+    return [
+        "## The fused kernel",
+        "",
+        f"Copy bandwidth {kernel['bandwidth'] / 1e12:.2f} TB/s.",
+        "",
+        *table_lines(kernel["rows"]),
+        "",
+    ]
 
 
 def _selection_lines(selection: dict[str, Any]) -> list[str]:
@@ -321,15 +449,27 @@ def _selection_lines(selection: dict[str, Any]) -> list[str]:
     lines += ["| precision | gradients s | ranking s | images/s |", "|---|---|---|---|"]
     for name, seconds in selection["seconds"].items():
         speed = selection["images"] / sum(seconds.values())
-        lines.append(f"| {name} | {seconds['gradients']:.2f} | {seconds['ranking']:.2f} | {speed:.0f} |")
-    alike = f"The same connections when repeated: {selection['alike_again']:.4%}; in bf16 as in fp32: {selection['alike_in_bf16']:.2%}."
+        lines.append(
+            f"| {name} | {seconds['gradients']:.2f} | {seconds['ranking']:.2f} | {speed:.0f} |"
+        )
+    alike = (
+        f"The same connections when repeated: {selection['alike_again']:.4%}; in bf16 as in fp32:"
+        f" {selection['alike_in_bf16']:.2%}."
+    )
     return [*lines, "", alike, ""]
 
 
 def _test_lines(tests: dict[str, Any]) -> list[str]:
     if "skipped" in tests:
         return ["## Tests", "", f"Not run: {tests['skipped']}.", ""]
-    return ["## Tests", "", f"`pytest -m gpu`: {tests['summary']}", "", *(f"- {line}" for line in tests["lines"]), ""]
+    return [
+        "## Tests",
+        "",
+        f"`pytest -m gpu`: {tests['summary']}",
+        "",
+        *(f"- {line}" for line in tests["lines"]),
+        "",
+    ]
 
 
 if __name__ == "__main__":

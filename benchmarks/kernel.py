@@ -1,9 +1,11 @@
-"""The fused kernel of connections' gradient on a GPU, alone, against the product it replaces and against its memory bound.
+"""The fused kernel of connections' gradient on a GPU, alone, against the product it replaces and
+against its memory bound.
 
     python benchmarks/kernel.py [--batch 64] [--top-k 1] [--repeats 30]
 
-Layers of ViT-B/16 at 224 px, bfloat16. The bound is the bytes that must move (the kept columns, the output's gradient, places, sums) over the
-bandwidth of a large copy, measured beside it. Times are medians of `repeats`, each of a run with a cold L2 cache. Needs a GPU. Writes
+Layers of ViT-B/16 at 224 px, bfloat16. The bound is the bytes that must move (the kept columns, the
+output's gradient, places, sums) over the bandwidth of a large copy, measured beside it. Times are
+medians of `repeats`, each of a run with a cold L2 cache. Needs a GPU. Writes
 benchmarks/results/kernel-<gpu>.json and .md.
 """
 
@@ -23,7 +25,12 @@ from machine import describe_machine
 
 RESULTS = Path(__file__).parent / "results"
 TOKENS_PER_IMAGE = 197
-LAYERS = {"qkv": (2304, 768, 96), "proj": (768, 768, 48), "fc1": (3072, 768, 64), "fc2": (768, 3072, 64)}
+LAYERS = {
+    "qkv": (2304, 768, 96),
+    "proj": (768, 768, 48),
+    "fc1": (3072, 768, 64),
+    "fc2": (768, 3072, 64),
+}
 """Outputs, inputs, and columns that any neuron chose."""
 
 
@@ -32,7 +39,8 @@ def main() -> None:
     arguments = _arguments()
     if not torch.cuda.is_available():
         raise SystemExit(
-            "this benchmark measures a GPU kernel; no GPU is here. The kernel's test runs in Triton's interpreter: pytest tests/test_sampled.py"
+            "this benchmark measures a GPU kernel; no GPU is here. The kernel's test runs in"
+            " Triton's interpreter: pytest tests/test_sampled.py"
         )
     bandwidth = copy_bandwidth(arguments.repeats)
     rows = [measured_layer(name, arguments, bandwidth) for name in LAYERS]
@@ -49,7 +57,9 @@ def main() -> None:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--top-k", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=30)
@@ -79,26 +89,46 @@ def copy_bandwidth(repeats: int) -> float:
 
 
 def measured_layer(name: str, arguments: argparse.Namespace, bandwidth: float) -> dict[str, Any]:
-    """Seconds of each way to compute the gradient of one layer's connections, and the fused kernel's share of its bound."""
+    """Seconds of each way to compute the gradient of one layer's connections, and the fused
+    kernel's share of its bound.
+    """
     from pipeline.adaptation.kernels.triton_sampled import fused_sampled_product
 
     outputs, inputs, columns = LAYERS[name]
     tokens = arguments.batch * TOKENS_PER_IMAGE
     generator = torch.Generator("cuda").manual_seed(0)
-    x_TI, gradient_TO = (torch.randn(tokens, size, generator=generator, device="cuda").bfloat16() for size in (inputs, outputs))
+    x_TI, gradient_TO = (
+        torch.randn(tokens, size, generator=generator, device="cuda").bfloat16()
+        for size in (inputs, outputs)
+    )
     kept_TU = x_TI[:, :columns].contiguous()
-    column_N = torch.randint(columns, (outputs * arguments.top_k,), generator=generator, device="cuda")
+    column_N = torch.randint(
+        columns, (outputs * arguments.top_k,), generator=generator, device="cuda"
+    )
     row_N = torch.arange(outputs, device="cuda").repeat_interleave(arguments.top_k)
     place_N = column_N * outputs + row_N
     expected = (kept_TU.float().T @ gradient_TO.float()).take(place_N)
-    torch.testing.assert_close(fused_sampled_product(kept_TU, gradient_TO, place_N), expected, rtol=1e-3, atol=1e-2)
+    torch.testing.assert_close(
+        fused_sampled_product(kept_TU, gradient_TO, place_N), expected, rtol=1e-3, atol=1e-2
+    )
     moved = kept_TU.nbytes + gradient_TO.nbytes + place_N.nbytes + 4 * len(place_N)
     seconds = {
-        "fused": _seconds(lambda: fused_sampled_product(kept_TU, gradient_TO, place_N), arguments.repeats),
-        "product of columns": _seconds(lambda: (kept_TU.T @ gradient_TO).take(place_N), arguments.repeats),
-        "dense product": _seconds(lambda: (x_TI.T @ gradient_TO).take(column_N * outputs + row_N), arguments.repeats),
+        "fused": _seconds(
+            lambda: fused_sampled_product(kept_TU, gradient_TO, place_N), arguments.repeats
+        ),
+        "product of columns": _seconds(
+            lambda: (kept_TU.T @ gradient_TO).take(place_N), arguments.repeats
+        ),
+        "dense product": _seconds(
+            lambda: (x_TI.T @ gradient_TO).take(column_N * outputs + row_N), arguments.repeats
+        ),
     }
-    return {"layer": name, "bytes": moved, "seconds": seconds, "share_of_bound": moved / bandwidth / seconds["fused"]}
+    return {
+        "layer": name,
+        "bytes": moved,
+        "seconds": seconds,
+        "share_of_bound": moved / bandwidth / seconds["fused"],
+    }
 
 
 def _markdown(result: dict[str, Any]) -> str:
@@ -106,7 +136,10 @@ def _markdown(result: dict[str, Any]) -> str:
     lines = [
         "# The fused kernel alone",
         "",
-        f"`{result['command']}` on {machine['gpu']}, torch {machine['torch']}, commit {machine['commit']};",
+        (
+            f"`{result['command']}` on {machine['gpu']}, torch {machine['torch']}, commit"
+            f" {machine['commit']};"
+        ),
         f"copy bandwidth {result['bandwidth'] / 1e12:.2f} TB/s.",
         "",
         *table_lines(result["rows"]),
@@ -117,7 +150,10 @@ def _markdown(result: dict[str, Any]) -> str:
 def table_lines(rows: list[dict[str, Any]]) -> list[str]:
     """The table of the layers."""
     lines = [
-        "| layer | fused µs | product of columns µs | dense product µs | fused, % of the memory bound |",
+        (
+            "| layer | fused µs | product of columns µs | dense product µs | fused, % of the memory"
+            " bound |"
+        ),
         "|---|---|---|---|---|",
     ]
     for row in rows:

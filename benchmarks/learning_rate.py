@@ -1,11 +1,14 @@
 """Validation accuracy against the learning rate: one line per backbone, task and recipe.
 
-    python benchmarks/learning_rate.py [--cases vit_small:dtd10 embedded:mnist ...] [--recipes ...] [--rates ...] [--seeds 0 1 2]
+    python benchmarks/learning_rate.py [--cases vit_small:dtd10 embedded:mnist ...] [--recipes ...]
+    [--rates ...] [--seeds 0 1 2]
     python benchmarks/learning_rate.py --page     write the page from what has been measured
 
-A run trains one recipe at one rate on the training images and is scored on the validation images; the test images are never read. All runs of a
-task share one split and one selection, so their differences are due to the rate. Interrupt it and start it again: finished runs are kept.
-Needs the data and the backbones beside the project. Writes benchmarks/results/learning_rate.json, .md and .png.
+A run trains one recipe at one rate on the training images and is scored on the validation images;
+the test images are never read. All runs of a task share one split and one selection, so their
+differences are due to the rate. Interrupt it and start it again: finished runs are kept. Needs the
+data and the backbones beside the project. Writes benchmarks/results/learning_rate.json, .md and
+.png.
 """
 
 from __future__ import annotations
@@ -35,22 +38,40 @@ SHARED = HERE.parent.parent / "shared"
 RATES = (0.0003, 0.001, 0.003, 0.01, 0.03)
 ONE_BIT = {"bits": 1}
 RECIPES: dict[str, dict[str, Any]] = {
-    "all parts, 1 bit": {"connections": ONE_BIT, "biases": ONE_BIT, "norms": ONE_BIT, "smoa": ONE_BIT, "head": ONE_BIT},
+    "all parts, 1 bit": {
+        "connections": ONE_BIT,
+        "biases": ONE_BIT,
+        "norms": ONE_BIT,
+        "smoa": ONE_BIT,
+        "head": ONE_BIT,
+    },
     "house recipe": {"connections": {}, "biases": {}, "norms": {}, "smoa": {}},
     "adapter, 1 bit": {"adapter": ONE_BIT},
     "connections and biases": {"connections": {}, "biases": {}},
     "head": {},
 }
 CONVOLUTIONAL: dict[str, dict[str, Any]] = {
-    "all parts, 1 bit": {"connections": ONE_BIT, "norms": {"which": "all", "bits": 1}, "head": ONE_BIT},
+    "all parts, 1 bit": {
+        "connections": ONE_BIT,
+        "norms": {"which": "all", "bits": 1},
+        "head": ONE_BIT,
+    },
     "norms": {"norms": {"which": "all"}},
     "connections": {"connections": {}},
     "head": {},
 }
-"""The recipes with a place in an EfficientNet, whose layers have neither biases nor blocks with an MLP."""
+"""The recipes with a place in an EfficientNet, whose layers have neither biases nor blocks with an
+MLP.
+"""
 BACKBONES = {
-    "vit_small": Backbone(model="vit_small_patch14_dinov2", weights=str(SHARED / "backbones/vit_small_patch14_dinov2.saliency.safetensors")),
-    "efficientnet": Backbone(model="tf_efficientnet_lite0", weights=str(SHARED / "backbones/tf_efficientnet_lite0.imagenet1k.safetensors")),
+    "vit_small": Backbone(
+        model="vit_small_patch14_dinov2",
+        weights=str(SHARED / "backbones/vit_small_patch14_dinov2.saliency.safetensors"),
+    ),
+    "efficientnet": Backbone(
+        model="tf_efficientnet_lite0",
+        weights=str(SHARED / "backbones/tf_efficientnet_lite0.imagenet1k.safetensors"),
+    ),
 }
 SIZES_PX = {"vit_small": 98, "efficientnet": 64, "embedded": 64}
 CASES = ("embedded:dtd10", "embedded:mnist", "vit_small:dtd10", "efficientnet:dtd10")
@@ -61,10 +82,16 @@ def make_task(case: str) -> Task:
     backbone, name = case.split(":")
     task = load_task(HERE / "tasks" / "mnist.yaml")
     if name == "dtd10":
-        data = CsvData(format="csv", train=str(SHARED / "data/dtd10/train.csv"), test=str(SHARED / "data/dtd10/test.csv"))
+        data = CsvData(
+            format="csv",
+            train=str(SHARED / "data/dtd10/train.csv"),
+            test=str(SHARED / "data/dtd10/test.csv"),
+        )
         task = task.model_copy(update={"name": name, "data": data, "input": Input(flip=True)})
     size = task.input.model_copy(update={"size_px": SIZES_PX[backbone]})
-    return task.model_copy(update={"input": size, "backbone": BACKBONES.get(backbone, task.backbone)})
+    return task.model_copy(
+        update={"input": size, "backbone": BACKBONES.get(backbone, task.backbone)}
+    )
 
 
 def open_case(case: str, workdir: Path) -> tuple[Inputs, SelectedIndex]:
@@ -79,20 +106,37 @@ def open_case(case: str, workdir: Path) -> tuple[Inputs, SelectedIndex]:
 
 
 def measure(inputs: Inputs, recipe: Recipe, selected: SelectedIndex, seed: int) -> dict[str, Any]:
-    """Train one recipe and score it once, in the end; the split and the selection are those of seed 0."""
+    """Train one recipe and score it once, in the end; the split and the selection are those of seed
+    0.
+    """
     started = time.process_time()
     chosen = selected if recipe.connections else None
     model = attach(inputs.backbone, recipe, len(inputs.index.classes), selected=chosen, seed=seed)
-    epochs = train_epochs(model, inputs.reader("train"), inputs.splits["train"], recipe.training, inputs.kind, seed=seed, flip=inputs.task.input.flip)
+    epochs = train_epochs(
+        model,
+        inputs.reader("train"),
+        inputs.splits["train"],
+        recipe.training,
+        inputs.kind,
+        seed=seed,
+        flip=inputs.task.input.flip,
+    )
     losses = [round(loss, 4) for loss in epochs]
     outcomes = evaluate(model, inputs.reader("val"), inputs.splits["val"], inputs.kind)
     seconds = round(time.process_time() - started, 1)
-    return {"correct": round(inputs.metric.value(outcomes) * len(outcomes)), "samples": len(outcomes), "losses": losses, "cpu_seconds": seconds}
+    return {
+        "correct": round(inputs.metric.value(outcomes) * len(outcomes)),
+        "samples": len(outcomes),
+        "losses": losses,
+        "cpu_seconds": seconds,
+    }
 
 
 def main() -> None:
     """Measure what is missing, write the page."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--cases", nargs="+", default=CASES)
     parser.add_argument("--recipes", nargs="+")
     parser.add_argument("--rates", nargs="+", type=float, default=RATES)
@@ -107,11 +151,21 @@ def main() -> None:
         recipes = CONVOLUTIONAL if case.startswith("efficientnet") else RECIPES
         inputs, selected = open_case(case, arguments.workdir)
         result["defaults"][case] = default_learning_rate(inputs.backbone.model)
-        for seed, name, rate in itertools.product(arguments.seeds, arguments.recipes or recipes, arguments.rates):
-            run = {"case": case, "recipe": name, "rate": rate, "seed": seed, "epochs": arguments.epochs}
+        for seed, name, rate in itertools.product(
+            arguments.seeds, arguments.recipes or recipes, arguments.rates
+        ):
+            run = {
+                "case": case,
+                "recipe": name,
+                "rate": rate,
+                "seed": seed,
+                "epochs": arguments.epochs,
+            }
             if any(run.items() <= done.items() for done in result["runs"]):
                 continue
-            recipe = Recipe.model_validate({**recipes[name], "training": {"learning_rate": rate, "epochs": arguments.epochs}})
+            recipe = Recipe.model_validate(
+                {**recipes[name], "training": {"learning_rate": rate, "epochs": arguments.epochs}}
+            )
             result["machine"] = describe_machine()
             commit = {"commit": result["machine"]["commit"]}
             result["runs"].append(run | measure(inputs, recipe, selected, seed) | commit)

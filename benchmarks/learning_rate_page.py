@@ -15,9 +15,13 @@ Line = Mapping[float, Sequence[Mapping[str, Any]]]
 """The runs of one recipe on one case, by rate."""
 
 
-def lines_of(runs: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, dict[float, list[Mapping[str, Any]]]]]:
+def lines_of(
+    runs: Sequence[Mapping[str, Any]],
+) -> dict[str, dict[str, dict[float, list[Mapping[str, Any]]]]]:
     """Runs by case, recipe and rate; rates ascend."""
-    found: dict[str, dict[str, dict[float, list[Mapping[str, Any]]]]] = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
+    found: dict[str, dict[str, dict[float, list[Mapping[str, Any]]]]] = defaultdict(
+        lambda: defaultdict(lambda: defaultdict(list))
+    )
     for run in sorted(runs, key=lambda run: run["rate"]):
         found[run["case"]][run["recipe"]][run["rate"]].append(run)
     return found
@@ -47,7 +51,10 @@ def _commit(line: Line, latest: str) -> str:
 
 
 def _table(header: str, rows: Mapping[str, Sequence[str]], rates: Sequence[float]) -> list[str]:
-    cells = [f"| {header} | {' | '.join(f'{rate:g}' for rate in rates)} |", "|---|" + "---:|" * len(rates)]
+    cells = [
+        f"| {header} | {' | '.join(f'{rate:g}' for rate in rates)} |",
+        "|---|" + "---:|" * len(rates),
+    ]
     return [*cells, *(f"| {name} | {' | '.join(row)} |" for name, row in rows.items()), ""]
 
 
@@ -58,11 +65,23 @@ def write_page(result: Mapping[str, Any], path: Path) -> None:
     text = [
         "# Learning rate",
         "",
-        f"`python benchmarks/learning_rate.py` on {machine['cpu']}, torch {machine['torch']}, commit {machine['commit']} unless a row names another.",
+        (
+            f"`python benchmarks/learning_rate.py` on {machine['cpu']}, torch {machine['torch']},"
+            f" commit {machine['commit']} unless a row names another."
+        ),
         "",
-        f"Validation accuracy in percent after {result['runs'][0]['epochs']} epochs with batches of 32 images, by the",
-        "peak of the learning rate. The test images are never read. A backbone's name stands before the task's.",
-        "The ViT-S (98 px) is DINOv2 further trained for saliency, not the pristine one; the others read 64 px. The",
+        (
+            f"Validation accuracy in percent after {result['runs'][0]['epochs']} epochs with"
+            " batches of 32 images, by the"
+        ),
+        (
+            "peak of the learning rate. The test images are never read. A backbone's name stands"
+            " before the task's."
+        ),
+        (
+            "The ViT-S (98 px) is DINOv2 further trained for saliency, not the pristine one; the"
+            " others read 64 px. The"
+        ),
         "dotted lines are the defaults.",
         "",
         f"![validation accuracy against the learning rate]({path.with_suffix('.png').name})",
@@ -71,21 +90,44 @@ def write_page(result: Mapping[str, Any], path: Path) -> None:
     for case, lines in cases.items():
         runs = [run for line in lines.values() for each in line.values() for run in each]
         largest = max(standard_error(each) for line in lines.values() for each in line.values())
-        about = f"{runs[0]['samples']} validation images; standard errors of up to {largest:.1f} points."
+        about = (
+            f"{runs[0]['samples']} validation images; standard errors of up to {largest:.1f}"
+            " points."
+        )
         text += [f"## {case}", "", f"{about} The default rate is {result['defaults'][case]:g}.", ""]
-        rows = {name + _commit(line, machine["commit"]): [_shown(line.get(rate)) for rate in rates] for name, line in lines.items()}
+        rows = {
+            name + _commit(line, machine["commit"]): [_shown(line.get(rate)) for rate in rates]
+            for name, line in lines.items()
+        }
         text += _table("recipe", rows, rates)
     path.write_text("\n".join(text))
     _draw(cases, result["defaults"], path.with_suffix(".png"))
 
 
-def _draw(cases: Mapping[str, Mapping[str, Line]], defaults: Mapping[str, float], path: Path) -> None:
+def _draw(
+    cases: Mapping[str, Mapping[str, Line]], defaults: Mapping[str, float], path: Path
+) -> None:
     """One panel a case, one line a recipe, binomial standard errors."""
-    figure, axes = plt.subplots(1, len(cases), figsize=(4 * len(cases), 3.6), sharex=True, squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(
+        1,
+        len(cases),
+        figsize=(4 * len(cases), 3.6),
+        sharex=True,
+        squeeze=False,
+        layout="constrained",
+    )
     for axis, (case, lines) in zip(axes[0], cases.items(), strict=True):
         for name, line in lines.items():
             errors = [standard_error(runs) for runs in line.values()]
-            axis.errorbar(list(line), [accuracy(runs) for runs in line.values()], errors, label=name, marker="o", markersize=3, capsize=2)
+            axis.errorbar(
+                list(line),
+                [accuracy(runs) for runs in line.values()],
+                errors,
+                label=name,
+                marker="o",
+                markersize=3,
+                capsize=2,
+            )
         axis.axvline(defaults[case], color="#a0aec0", linestyle=":")
         axis.set(title=case, xscale="log", xlabel="learning rate")
         axis.legend(fontsize=7)

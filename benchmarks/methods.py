@@ -1,9 +1,12 @@
-"""The table of all methods: accuracy against bytes on three real tasks, one protocol, and what the papers claim as measured here.
+"""The table of all methods: accuracy against bytes on three real tasks, one protocol, and what the
+papers claim as measured here.
 
-    python benchmarks/methods.py [--size 32] [--epochs 6] [--seeds 3] [--fraction 1] [--workdir runs/methods]
+    python benchmarks/methods.py [--size 32] [--epochs 6] [--seeds 3] [--fraction 1] [--workdir
+    runs/methods]
 
-Needs the data folder that the task files name. The tasks' own settings, `--size 64 --epochs 15`, take ten times as long. Interrupt it, start it
-again: it goes on. Writes benchmarks/results/methods/: comparison.csv, comparison.md and a figure a task.
+Needs the data folder that the task files name. The tasks' own settings, `--size 64 --epochs 15`,
+take ten times as long. Interrupt it, start it again: it goes on. Writes
+benchmarks/results/methods/: comparison.csv, comparison.md and a figure a task.
 """
 
 from __future__ import annotations
@@ -27,22 +30,44 @@ RESULTS = HERE / "results" / "methods"
 TASKS = ("cifar10", "mnist", "elpv")
 SELECTORS = ("gradient_layer_4bit", "gradient_network_4bit", "magnitude_4bit", "random_4bit")
 METHODS = (
-    *("full", "linear", "bias", "lora_32bit", "adaptformer_32bit", "adaptformer_4bit", "adaptformer_1bit", "smoa_32bit", "smoa_1bit"),
+    *(
+        "full",
+        "linear",
+        "bias",
+        "lora_32bit",
+        "adaptformer_32bit",
+        "adaptformer_4bit",
+        "adaptformer_1bit",
+        "smoa_32bit",
+        "smoa_1bit",
+    ),
     *("adaptformer_x_1bit", "gps_32bit", "gps_4bit", "gps_1bit", "gps_smoa", *SELECTORS),
 )
 CLAIMS: Mapping[str, Sequence[tuple[str, str]]] = {
-    "1 bit loses little against 32 bits (Binary Adapter)": [(f"{method}_1bit", f"{method}_32bit") for method in ("adaptformer", "smoa", "gps")],
-    "gradients neuron by neuron beat other selections (GPS)": [("gps_4bit", other) for other in SELECTORS],
+    "1 bit loses little against 32 bits (Binary Adapter)": [
+        (f"{method}_1bit", f"{method}_32bit") for method in ("adaptformer", "smoa", "gps")
+    ],
+    "gradients neuron by neuron beat other selections (GPS)": [
+        ("gps_4bit", other) for other in SELECTORS
+    ],
 }
 
 
 def claims(rows: Sequence[Comparison]) -> list[str]:
-    """For each claim a table: differences of test accuracy in points, seed by seed, by task and over all tasks."""
+    """For each claim a table: differences of test accuracy in points, seed by seed, by task and
+    over all tasks.
+    """
     found = {(row.task, row.method): row.test_metrics for row in rows}
     tasks = list(dict.fromkeys(row.task for row in rows))
     lines = []
     for claim, pairs in CLAIMS.items():
-        lines += ["", f"**{claim}.**", "", f"| difference | {' | '.join(tasks)} | mean |", "|" + "---|" * (len(tasks) + 2)]
+        lines += [
+            "",
+            f"**{claim}.**",
+            "",
+            f"| difference | {' | '.join(tasks)} | mean |",
+            "|" + "---|" * (len(tasks) + 2),
+        ]
         for one, other in pairs:
             per_task = [_differences(found[task, one], found[task, other]) for task in tasks]
             means = [fmean(each) for each in per_task]
@@ -56,7 +81,11 @@ def _differences(ones: Sequence[float], others: Sequence[float]) -> list[float]:
 
 
 def _shown(points: Sequence[float]) -> str:
-    return f"{fmean(points):+.1f} ± {stdev(points) / len(points) ** 0.5:.1f}" if len(points) > 1 else f"{points[0]:+.1f}"
+    return (
+        f"{fmean(points):+.1f} ± {stdev(points) / len(points) ** 0.5:.1f}"
+        if len(points) > 1
+        else f"{points[0]:+.1f}"
+    )
 
 
 def notes(rows: Sequence[Comparison], arguments: argparse.Namespace) -> str:
@@ -67,10 +96,19 @@ def notes(rows: Sequence[Comparison], arguments: argparse.Namespace) -> str:
         f"--seeds {arguments.seeds} --fraction {arguments.fraction:g}"
     )
     lines = [
-        f"`{command}` on {machine['cpu']}, {machine['cores']} cores, torch {machine['torch']}, commit {machine['commit']}.",
+        (
+            f"`{command}` on {machine['cpu']}, {machine['cores']} cores, torch {machine['torch']},"
+            f" commit {machine['commit']}."
+        ),
         "",
-        f"Embedded backbone (ViT, width 192, depth 6), 1000 training images a task. To fit two cores, images are of {arguments.size} px and training",
-        f"takes {arguments.epochs} epochs; the task files say 64 px and 15 epochs, which `--size 64 --epochs 15` runs. Every method is tuned on",
+        (
+            "Embedded backbone (ViT, width 192, depth 6), 1000 training images a task. To fit two"
+            f" cores, images are of {arguments.size} px and training"
+        ),
+        (
+            f"takes {arguments.epochs} epochs; the task files say 64 px and 15 epochs, which"
+            " `--size 64 --epochs 15` runs. Every method is tuned on"
+        ),
         f"validation over {arguments.fraction:.4g} of its search space and fitted once per seed.",
         "Seconds are of a machine that other work shared.",
         "",
@@ -89,8 +127,13 @@ def main() -> None:
     parser.add_argument("--fraction", type=float, default=1.0)
     parser.add_argument("--workdir", type=Path, default=HERE.parent / "runs" / "methods")
     arguments = parser.parse_args()
-    _, tasks = tasks_to_compare([HERE / "tasks" / f"{name}.yaml" for name in TASKS], None, arguments.epochs)
-    tasks = [task.model_copy(update={"input": task.input.model_copy(update={"size_px": arguments.size})}) for task in tasks]
+    _, tasks = tasks_to_compare(
+        [HERE / "tasks" / f"{name}.yaml" for name in TASKS], None, arguments.epochs
+    )
+    tasks = [
+        task.model_copy(update={"input": task.input.model_copy(update={"size_px": arguments.size})})
+        for task in tasks
+    ]
     with BatchProgress(Console(), list(TASKS)) as progress:
         rows = compare_methods(
             tasks,

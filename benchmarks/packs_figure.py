@@ -23,7 +23,9 @@ COLOURS = {
 def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """Stacked bars, one panel a model."""
     models = list(dict.fromkeys(row["model"] for row in rows))
-    figure, axes = plt.subplots(1, len(models), figsize=(6 * len(models), 4.2), sharex=True, layout="constrained")
+    figure, axes = plt.subplots(
+        1, len(models), figsize=(6 * len(models), 4.2), sharex=True, layout="constrained"
+    )
     for axis, model in zip(np.atleast_1d(axes), models, strict=True):
         mine = [row for row in rows if row["model"] == model]
         labels = [f"K={row['K']}, {row['bits']} bit, E={row['experts']}" for row in mine]

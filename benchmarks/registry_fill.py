@@ -1,4 +1,5 @@
-"""A full registry for benchmarks: one pack registered as a batch does it, its rows copied under other names, ids and numbers.
+"""A full registry for benchmarks: one pack registered as a batch does it, its rows copied under
+other names, ids and numbers.
 
 The rows that a registration wrote are found by comparing every table before and after. Child runs
 are copied by the database itself, one statement for each row of the template, since there are
@@ -24,9 +25,24 @@ from pipeline.registry.store import Registry
 
 VERSIONS_PER_TASK = 10
 TEMPLATE = "template-task"
-LEDGER = ("positions", "values", "biases", "norms", "experts", "router", "head", "probe", "metadata")
+LEDGER = (
+    "positions",
+    "values",
+    "biases",
+    "norms",
+    "experts",
+    "router",
+    "head",
+    "probe",
+    "metadata",
+)
 EPOCHS = 9
-_ORDER = ("runs", "logged_models", "registered_models", "model_versions")  # before the tables that refer to them
+_ORDER = (
+    "runs",
+    "logged_models",
+    "registered_models",
+    "model_versions",
+)  # before the tables that refer to them
 Row = tuple[Any, ...]
 
 
@@ -59,14 +75,18 @@ class Database:
     def columns(self, table: str) -> list[str]:
         """Names of a table's columns, in the order of its rows."""
         if table not in self._columns:
-            self._columns[table] = [column[0] for column in self.execute(f'SELECT * FROM "{table}" LIMIT 0').description]
+            self._columns[table] = [
+                column[0] for column in self.execute(f'SELECT * FROM "{table}" LIMIT 0').description
+            ]
         return self._columns[table]
 
     def insert(self, table: str, rows: list[Row]) -> None:
         """Append rows to a table."""
         if self.is_sqlite:
             with self.transaction():
-                self._connection.executemany(f'INSERT INTO "{table}" VALUES ({", ".join("?" * len(rows[0]))})', rows)
+                self._connection.executemany(
+                    f'INSERT INTO "{table}" VALUES ({", ".join("?" * len(rows[0]))})', rows
+                )
             return
         with self._connection.cursor().copy(f'COPY "{table}" FROM STDIN') as copy:
             for row in rows:
@@ -74,7 +94,9 @@ class Database:
 
     def execute(self, statement: str, values: Row = ()) -> Any:
         """Run a statement whose values are written `?`."""
-        return self._connection.execute(statement if self.is_sqlite else statement.replace("?", "%s"), values)
+        return self._connection.execute(
+            statement if self.is_sqlite else statement.replace("?", "%s"), values
+        )
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[None]:
@@ -84,7 +106,9 @@ class Database:
         self.execute("COMMIT")
 
     def analyze(self) -> None:
-        """Refresh the statistics that queries are planned by, as a server does by itself after a while; SQLite has none unless asked."""
+        """Refresh the statistics that queries are planned by, as a server does by itself after a
+        while; SQLite has none unless asked.
+        """
         if not self.is_sqlite:
             self.execute("ANALYZE")
 
@@ -95,8 +119,21 @@ def made_champion(folder: Path, task: str, seed: int = 0, trials: int = 0) -> Ch
     path = folder / f"{task}-{seed}.safetensors"
     path.write_bytes(content)
     ledger = dict.fromkeys(LEDGER, 3_000) | {"metadata": 30_000 - 3_000 * (len(LEDGER) - 1)}
-    metrics = {"test_metric": 0.9, "test_metric_stderr": 0.01, "val_metric": 0.9, "trained_values": 4e4, "search_seconds": 60, "fit_seconds": 9}
-    row = {"point": {"bits": 4, "top_k": 1, "experts": 4}, "size_bytes": 30_000, "state": "complete", "val_metric": 0.9, "seconds": 5.0}
+    metrics = {
+        "test_metric": 0.9,
+        "test_metric_stderr": 0.01,
+        "val_metric": 0.9,
+        "trained_values": 4e4,
+        "search_seconds": 60,
+        "fit_seconds": 9,
+    }
+    row = {
+        "point": {"bits": 4, "top_k": 1, "experts": 4},
+        "size_bytes": 30_000,
+        "state": "complete",
+        "val_metric": 0.9,
+        "seconds": 5.0,
+    }
     curve = [0.1 * epoch for epoch in range(1, EPOCHS + 1)]
     return Champion(
         task=task,
@@ -106,14 +143,25 @@ def made_champion(folder: Path, task: str, seed: int = 0, trials: int = 0) -> Ch
         ledger=ledger,
         metrics=metrics,
         params={f"part{index // 5}.setting{index % 5}": str(index) for index in range(20)},
-        tags={"backbone": "vit", "backbone_fingerprint": "f" * 64, "data_digest": "d" * 64, "description": "a task", "trial": "t0", "device": "cpu"},
+        tags={
+            "backbone": "vit",
+            "backbone_fingerprint": "f" * 64,
+            "data_digest": "d" * 64,
+            "description": "a task",
+            "trial": "t0",
+            "device": "cpu",
+        },
         front=[{**row, "id": f"t{index}", "curve": curve} for index in range(trials)],
         on_front=("t0",),
     )
 
 
-def fill(registry: Registry, database: Database, folder: Path, packs: int) -> dict[str, tuple[float, int]]:
-    """Register one pack without child runs, copy its rows `packs` times, delete it; accuracy and size in bytes by reference."""
+def fill(
+    registry: Registry, database: Database, folder: Path, packs: int
+) -> dict[str, tuple[float, int]]:
+    """Register one pack without child runs, copy its rows `packs` times, delete it; accuracy and
+    size in bytes by reference.
+    """
     drawn = random.Random(0)
     numbers: dict[str, tuple[float, int]] = {}
     registry.check_writable()
@@ -125,7 +173,10 @@ def fill(registry: Registry, database: Database, folder: Path, packs: int) -> di
     for index in range(packs):
         task, version = f"task-{index // VERSIONS_PER_TASK:04d}", index % VERSIONS_PER_TASK + 1
         # Accuracies are counts of 2000 test samples, so some are equal, as in life.
-        accuracy, size_bytes = drawn.randint(1000, 2000) / 2000, int(1024 * 2 ** drawn.uniform(1, 8))
+        accuracy, size_bytes = (
+            drawn.randint(1000, 2000) / 2000,
+            int(1024 * 2 ** drawn.uniform(1, 8)),
+        )
         numbers[f"{task}/{version}"] = accuracy, size_bytes
         texts = {
             run_id: uuid.uuid4().hex,
@@ -134,10 +185,16 @@ def fill(registry: Registry, database: Database, folder: Path, packs: int) -> di
             TEMPLATE: task,
             '"version": 1': f'"version": {version}',
         }
-        measured = {"test_metric": accuracy, "val_metric": accuracy, "size_bytes": float(size_bytes)}
+        measured = {
+            "test_metric": accuracy,
+            "val_metric": accuracy,
+            "size_bytes": float(size_bytes),
+        }
         for table, rows in _copied(database, written, texts, version, measured):
             copies[table] += rows
-    for table in sorted(copies, key=lambda table: _ORDER.index(table) if table in _ORDER else len(_ORDER)):
+    for table in sorted(
+        copies, key=lambda table: _ORDER.index(table) if table in _ORDER else len(_ORDER)
+    ):
         database.insert(table, copies[table])
     database.analyze()
     registry.client.delete_registered_model(TEMPLATE)
@@ -147,7 +204,9 @@ def fill(registry: Registry, database: Database, folder: Path, packs: int) -> di
 
 
 def add_child_runs(registry: Registry, database: Database, folder: Path, trials: int) -> int:
-    """Give every run of a pack `trials` child runs, as a registration writes them; how many there are then."""
+    """Give every run of a pack `trials` child runs, as a registration writes them; how many there
+    are then.
+    """
     parents = "SELECT run_uuid FROM tags WHERE key = 'pack_digest'"
     before = database.rows() if trials else {}
     template = registry.register(made_champion(folder, "task-0000", seed=1, trials=trials))
@@ -160,12 +219,21 @@ def add_child_runs(registry: Registry, database: Database, folder: Path, trials:
             named = dict(zip(columns, row, strict=True))
             if named["run_uuid"] in children:
                 number = f"{children.index(named['run_uuid']):04x}"
-                values = tuple(number if column == "run_uuid" else value for column, value in named.items() if value != parent)
+                values = tuple(
+                    number if column == "run_uuid" else value
+                    for column, value in named.items()
+                    if value != parent
+                )
                 cells = ", ".join(_cell(column, value == parent) for column, value in named.items())
                 chosen = f"SELECT run_uuid FROM ({parents}) AS found WHERE run_uuid <> ?"
-                database.execute(f'INSERT INTO "{table}" SELECT {cells} FROM ({chosen}) AS parent', (*values, parent))
+                database.execute(
+                    f'INSERT INTO "{table}" SELECT {cells} FROM ({chosen}) AS parent',
+                    (*values, parent),
+                )
     database.analyze()
-    found = database.execute("SELECT count(*) FROM tags WHERE key = 'mlflow.parentRunId'").fetchone()
+    found = database.execute(
+        "SELECT count(*) FROM tags WHERE key = 'mlflow.parentRunId'"
+    ).fetchone()
     return int(found[0])
 
 
@@ -178,14 +246,23 @@ def _cell(column: str, is_parent: bool) -> str:
 
 def _written(before: dict[str, list[Row]], now: dict[str, list[Row]]) -> dict[str, list[Row]]:
     """The rows of each table that were not there before."""
-    changed = {table: list((Counter(rows) - Counter(before.get(table, []))).elements()) for table, rows in now.items()}
+    changed = {
+        table: list((Counter(rows) - Counter(before.get(table, []))).elements())
+        for table, rows in now.items()
+    }
     return {table: rows for table, rows in changed.items() if rows}
 
 
 def _copied(
-    database: Database, written: dict[str, list[Row]], texts: dict[str, str], version: int, numbers: dict[str, float]
+    database: Database,
+    written: dict[str, list[Row]],
+    texts: dict[str, str],
+    version: int,
+    numbers: dict[str, float],
 ) -> Iterator[tuple[str, list[Row]]]:
-    """The template's rows for another pack; those of the registered model only with its first version, its alias only with its last."""
+    """The template's rows for another pack; those of the registered model only with its first
+    version, its alias only with its last.
+    """
 
     def value(given: Any, column: str, name: str | None) -> Any:
         if column == "version":
@@ -200,9 +277,31 @@ def _copied(
         return given
 
     for table, rows in written.items():
-        only_with = {"registered_models": 1, "registered_model_tags": 1, "registered_model_aliases": VERSIONS_PER_TASK}.get(table, version)
+        only_with = {
+            "registered_models": 1,
+            "registered_model_tags": 1,
+            "registered_model_aliases": VERSIONS_PER_TASK,
+        }.get(table, version)
         if only_with == version:
             columns = database.columns(table)
-            names = [next((row[at] for at, column in enumerate(columns) if column in ("key", "metric_name")), None) for row in rows]
+            names = [
+                next(
+                    (
+                        row[at]
+                        for at, column in enumerate(columns)
+                        if column in ("key", "metric_name")
+                    ),
+                    None,
+                )
+                for row in rows
+            ]
             pairs = zip(rows, names, strict=True)
-            yield table, [tuple(value(each, column, name) for each, column in zip(row, columns, strict=True)) for row, name in pairs]
+            yield (
+                table,
+                [
+                    tuple(
+                        value(each, column, name) for each, column in zip(row, columns, strict=True)
+                    )
+                    for row, name in pairs
+                ],
+            )

@@ -1,8 +1,10 @@
-"""A batch played with given costs: discrete events, one GPU a trial, one driver that serves every event in turn.
+"""A batch played with given costs: discrete events, one GPU a trial, one driver that serves every
+event in turn.
 
-A study has at most `LAG` trials in flight, and slot i starts once the slots up to i - LAG have ended. A trial trains an epoch on its GPU, reports,
-and goes on when the driver has taken the result: Tune lets it wait. The driver takes one event at a time, in the order in which they come; what its
-threads spend on polling slows all of it down. Registrations follow each other.
+A study has at most `LAG` trials in flight, and slot i starts once the slots up to i - LAG have
+ended. A trial trains an epoch on its GPU, reports, and goes on when the driver has taken the
+result: Tune lets it wait. The driver takes one event at a time, in the order in which they come;
+what its threads spend on polling slows all of it down. Registrations follow each other.
 """
 
 from __future__ import annotations
@@ -19,8 +21,8 @@ from pipeline.search.proposer import LAG
 
 @dataclass(frozen=True, kw_only=True)
 class Costs:
-    """Seconds of the driver for a result, a trial, a study's begin and end; shares of it that polling a study and writing the state take; seconds of
-    the registry for a pack."""
+    """Seconds of the driver for a result, a trial, a study's begin and end; shares of it that
+    polling a study and writing the state take; seconds of the registry for a pack."""
 
     result: float
     trial: float
@@ -33,8 +35,9 @@ class Costs:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """A batch. Trials take `trial_seconds` of GPU, some a fifth more or less; a selection takes as long as three epochs, a fit a quarter more than a
-    trial; a worker that starts takes `start_seconds` to load its programs, backbone and images."""
+    """A batch. Trials take `trial_seconds` of GPU, some a fifth more or less; a selection takes as
+    long as three epochs, a fit a quarter more than a trial; a worker that starts takes
+    `start_seconds` to load its programs, backbone and images."""
 
     tasks: int
     trials: int
@@ -88,7 +91,9 @@ class _Batch:
         self._waiting: deque[Callable[[], None]] = deque()
         self._to_start = plan.tasks
         self._random = random.Random(0)
-        self._slowdown = 1 / max(1e-9, 1 - min(0.999, plan.studies * costs.silent_share + costs.state_share))
+        self._slowdown = 1 / max(
+            1e-9, 1 - min(0.999, plan.studies * costs.silent_share + costs.state_share)
+        )
 
     def run(self) -> None:
         for _ in range(min(self.plan.studies, self.plan.tasks)):
@@ -128,25 +133,39 @@ class _Batch:
         self._to_start -= 1
         study, plan = _Study(), self.plan
         selecting = plan.start_seconds + 3 * plan.trial_seconds / plan.epochs
-        self._on_driver(self.costs.study, lambda: self._on_gpu(lambda: self._compute(selecting, lambda: self._selected(study))))
+        self._on_driver(
+            self.costs.study,
+            lambda: self._on_gpu(lambda: self._compute(selecting, lambda: self._selected(study))),
+        )
 
     def _selected(self, study: _Study) -> None:
         self._release()
         self._start_trials(study)
 
     def _start_trials(self, study: _Study) -> None:
-        while study.next_slot < self.plan.trials and all(slot in study.ended for slot in range(study.next_slot - LAG + 1)):
+        while study.next_slot < self.plan.trials and all(
+            slot in study.ended for slot in range(study.next_slot - LAG + 1)
+        ):
             slot = study.next_slot
             study.next_slot += 1
             study.in_flight += 1
-            self._on_driver(self.costs.trial, lambda slot=slot: self._on_gpu(lambda: self._begin(study, slot)))  # type: ignore[misc]
+            self._on_driver(
+                self.costs.trial, lambda slot=slot: self._on_gpu(lambda: self._begin(study, slot))
+            )  # type: ignore[misc]
 
     def _begin(self, study: _Study, slot: int) -> None:
         """A trial on a GPU; the first `LAG` of a study start their workers."""
-        epoch_seconds = self.plan.trial_seconds / self.plan.epochs * self._random.uniform(1 - self.plan.spread, 1 + self.plan.spread)
+        epoch_seconds = (
+            self.plan.trial_seconds
+            / self.plan.epochs
+            * self._random.uniform(1 - self.plan.spread, 1 + self.plan.spread)
+        )
         is_new = study.workers < LAG
         study.workers += is_new
-        self._at(self.now + (self.plan.start_seconds if is_new else 0.0), lambda: self._epoch(study, slot, self.plan.epochs, epoch_seconds))
+        self._at(
+            self.now + (self.plan.start_seconds if is_new else 0.0),
+            lambda: self._epoch(study, slot, self.plan.epochs, epoch_seconds),
+        )
 
     def _epoch(self, study: _Study, slot: int, left: int, seconds: float) -> None:
         if left:
@@ -165,7 +184,9 @@ class _Batch:
 
     def _fit(self) -> None:
         seconds = self.plan.start_seconds + 1.25 * self.plan.trial_seconds
-        self._on_driver(self.costs.study_end, lambda: self._on_gpu(lambda: self._compute(seconds, self._fitted)))
+        self._on_driver(
+            self.costs.study_end, lambda: self._on_gpu(lambda: self._compute(seconds, self._fitted))
+        )
 
     def _fitted(self) -> None:
         self._release()

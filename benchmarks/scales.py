@@ -1,9 +1,11 @@
-"""What the scales of low-bit codes may cost: validation accuracy with means and deviations of 32 bits, of 16 bits, and without means.
+"""What the scales of low-bit codes may cost: validation accuracy with means and deviations of 32
+bits, of 16 bits, and without means.
 
     python benchmarks/scales.py [--size 32] [--seeds 3] [--epochs 6] [--workdir runs/scales]
 
-Trains connections and adapters of 1 bit on three real tasks, each variant from the same seeds, and reports the difference to 32 bits seed by seed.
-Needs the data folder that the task files name. Writes benchmarks/results/scales.json and .md.
+Trains connections and adapters of 1 bit on three real tasks, each variant from the same seeds, and
+reports the difference to 32 bits seed by seed. Needs the data folder that the task files name.
+Writes benchmarks/results/scales.json and .md.
 """
 
 from __future__ import annotations
@@ -32,7 +34,11 @@ HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "scales.json"
 TASKS = ("cifar10", "mnist", "elpv")
 RECIPES: dict[str, dict[str, Any]] = {
-    "connections": {"connections": {"top_k": 1, "bits": 1}, "biases": {"bits": 8}, "head": {"bits": 8}},
+    "connections": {
+        "connections": {"top_k": 1, "bits": 1},
+        "biases": {"bits": 8},
+        "head": {"bits": 8},
+    },
     "adapter": {"adapter": {"width": 8, "bits": 1}, "head": {"bits": 8}},
 }
 LEARNING_RATE = {"connections": 0.003, "adapter": 0.003}
@@ -44,17 +50,23 @@ def variant(name: str) -> Iterator[None]:
     """Train with scales of this kind; only codes of 1 bit lose their mean."""
     has_mean, quantise = not name.endswith("no mean"), values.quantise
 
-    def patched(latent_N: torch.Tensor, lengths_G: torch.Tensor, bits: Any, codebook: Any, _: bool) -> torch.Tensor:
+    def patched(
+        latent_N: torch.Tensor, lengths_G: torch.Tensor, bits: Any, codebook: Any, _: bool
+    ) -> torch.Tensor:
         return quantise(latent_N, lengths_G, bits, codebook, has_mean or bits > 1)
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(values, "quantise", patched))
         if name == "32 bits":
-            stack.enter_context(mock.patch.object(quantiser, "_as_stored", lambda statistic_G: statistic_G))
+            stack.enter_context(
+                mock.patch.object(quantiser, "_as_stored", lambda statistic_G: statistic_G)
+            )
         yield
 
 
-def measure(inputs: Inputs, recipe: Recipe, selected: SelectedIndex | None, name: str, seed: int) -> float:
+def measure(
+    inputs: Inputs, recipe: Recipe, selected: SelectedIndex | None, name: str, seed: int
+) -> float:
     """Validation accuracy after the last epoch."""
     task = inputs.task.model_copy(update={"seed": seed})
     opened = Inputs(task, inputs.index, inputs.backbone, inputs.splits, inputs.data_folder)
@@ -62,7 +74,9 @@ def measure(inputs: Inputs, recipe: Recipe, selected: SelectedIndex | None, name
         return [score.value for score, _ in run_trial(opened, recipe, selected)][-1]
 
 
-def rows_of(task_name: str, size_px: int, epochs: int, seeds: int, workdir: Path) -> list[dict[str, Any]]:
+def rows_of(
+    task_name: str, size_px: int, epochs: int, seeds: int, workdir: Path
+) -> list[dict[str, Any]]:
     """Every recipe and variant on one task."""
     task = load_task(HERE / "tasks" / f"{task_name}.yaml")
     task = task.model_copy(update={"input": task.input.model_copy(update={"size_px": size_px})})
@@ -73,11 +87,21 @@ def rows_of(task_name: str, size_px: int, epochs: int, seeds: int, workdir: Path
         write_selection(select_here(inputs, 1), selection)
     rows = []
     for name, parts in RECIPES.items():
-        recipe = Recipe.model_validate({**parts, "training": {"epochs": epochs, "learning_rate": LEARNING_RATE[name]}})
+        recipe = Recipe.model_validate(
+            {**parts, "training": {"epochs": epochs, "learning_rate": LEARNING_RATE[name]}}
+        )
         selected = read_selection(selection) if recipe.connections else None
         for scales in VARIANTS:
             accuracies = [measure(inputs, recipe, selected, scales, seed) for seed in range(seeds)]
-            rows.append({"task": task_name, "recipe": name, "scales": scales, "accuracies": accuracies, "samples": len(inputs.splits["val"])})
+            rows.append(
+                {
+                    "task": task_name,
+                    "recipe": name,
+                    "scales": scales,
+                    "accuracies": accuracies,
+                    "samples": len(inputs.splits["val"]),
+                }
+            )
             print(rows[-1], flush=True)
     return rows
 
@@ -88,9 +112,15 @@ def markdown(result: dict[str, Any]) -> str:
     lines = [
         "# Scales of low-bit codes",
         "",
-        f"`{result['command']}` on {machine['cpu']}, torch {machine['torch']}, commit {machine['commit']}.",
+        (
+            f"`{result['command']}` on {machine['cpu']}, torch {machine['torch']}, commit"
+            f" {machine['commit']}."
+        ),
         "",
-        f"One bit a code, {result['epochs']} epochs, {result['seeds']} seeds; validation accuracy in percent, mean over the seeds. Without means, a",
+        (
+            f"One bit a code, {result['epochs']} epochs, {result['seeds']} seeds; validation"
+            " accuracy in percent, mean over the seeds. Without means, a"
+        ),
         "code stands for a share of the root mean square.",
         "",
         "| task | trained | " + " | ".join(VARIANTS) + " |",
@@ -99,7 +129,11 @@ def markdown(result: dict[str, Any]) -> str:
     found = {(row["task"], row["recipe"], row["scales"]): row["accuracies"] for row in rows}
     pairs = sorted({(task, recipe) for task, recipe, _ in found})
     for pair in pairs:
-        lines.append(f"| {' | '.join(pair)} | " + " | ".join(f"{100 * fmean(found[*pair, scales]):.1f}" for scales in VARIANTS) + " |")
+        lines.append(
+            f"| {' | '.join(pair)} | "
+            + " | ".join(f"{100 * fmean(found[*pair, scales]):.1f}" for scales in VARIANTS)
+            + " |"
+        )
     lines.append("")
     for recipe in RECIPES:
         for scales in VARIANTS[1:]:
@@ -110,7 +144,10 @@ def markdown(result: dict[str, Any]) -> str:
                 for one, other in zip(found[*pair, VARIANTS[0]], found[*pair, scales], strict=True)
             ]
             error = stdev(differences) / len(differences) ** 0.5
-            lines.append(f"- {recipe}, {scales}: {fmean(differences):+.2f} ± {error:.2f} points beside {VARIANTS[0]}, over {len(differences)} pairs.")
+            lines.append(
+                f"- {recipe}, {scales}: {fmean(differences):+.2f} ± {error:.2f} points beside"
+                f" {VARIANTS[0]}, over {len(differences)} pairs."
+            )
     return "\n".join([*lines, ""])
 
 
@@ -123,9 +160,24 @@ def main() -> None:
     parser.add_argument("--workdir", type=Path, default=HERE.parent / "runs" / "scales")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    rows = [row for task in TASKS for row in rows_of(task, arguments.size, arguments.epochs, arguments.seeds, arguments.workdir)]
-    command = f"python benchmarks/scales.py --size {arguments.size} --seeds {arguments.seeds} --epochs {arguments.epochs}"
-    result = {"command": command, "machine": describe_machine(), "epochs": arguments.epochs, "seeds": arguments.seeds, "rows": rows}
+    rows = [
+        row
+        for task in TASKS
+        for row in rows_of(
+            task, arguments.size, arguments.epochs, arguments.seeds, arguments.workdir
+        )
+    ]
+    command = (
+        f"python benchmarks/scales.py --size {arguments.size} --seeds {arguments.seeds} --epochs"
+        f" {arguments.epochs}"
+    )
+    result = {
+        "command": command,
+        "machine": describe_machine(),
+        "epochs": arguments.epochs,
+        "seeds": arguments.seeds,
+        "rows": rows,
+    }
     RESULTS.write_text(json.dumps(result, indent=1) + "\n")
     RESULTS.with_suffix(".md").write_text(markdown(result))
 

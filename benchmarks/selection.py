@@ -1,15 +1,22 @@
-"""Time and memory of the selection stage, against the plain passes it is made of and against the top-K of GPS's released code.
+"""Time and memory of the selection stage, against the plain passes it is made of and against the
+top-K of GPS's released code.
 
     python benchmarks/selection.py [--images 96] [--repeats 7]
 
-1. Selection over N images (reading, augmenting, gradient sums, ranking) against the plain forward and backward pass over the same views, which are
-   made beforehand; embedded ViT at 64 px, cifar10. Variants run in turn, round by round; each time is the median of `repeats`.
-2. Bytes beyond the weights, and whether float64 sums are worth theirs: the gradients of all batches are added as 1 to 12 workers would add them, in
+1. Selection over N images (reading, augmenting, gradient sums, ranking) against the plain forward
+and backward pass over the same views, which are
+   made beforehand; embedded ViT at 64 px, cifar10. Variants run in turn, round by round; each time
+   is the median of `repeats`.
+2. Bytes beyond the weights, and whether float64 sums are worth theirs: the gradients of all batches
+are added as 1 to 12 workers would add them, in
    either precision, and the neurons counted whose connections then differ.
-3. Top-K over all weight matrices of ViT-B/16. GPS's code (arXiv 2312.10136) sorts each whole row with numpy and marks the K-th best through rows of
-   an identity matrix as wide as the larger side, once for each k. A kinder form takes torch.topk and marks through a boolean identity matrix.
+3. Top-K over all weight matrices of ViT-B/16. GPS's code (arXiv 2312.10136) sorts each whole row
+with numpy and marks the K-th best through rows of
+   an identity matrix as wide as the larger side, once for each k. A kinder form takes torch.topk
+   and marks through a boolean identity matrix.
 
-Needs the data folder that benchmarks/tasks/cifar10.yaml names. Writes benchmarks/results/selection.json and .md.
+Needs the data folder that benchmarks/tasks/cifar10.yaml names. Writes
+benchmarks/results/selection.json and .md.
 """
 
 from __future__ import annotations
@@ -46,7 +53,9 @@ Views = list[tuple[torch.Tensor, torch.Tensor]]
 
 def main() -> None:
     """Measure and write the results."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--images", type=int, default=96)
     parser.add_argument("--repeats", type=int, default=7)
     arguments = parser.parse_args()
@@ -79,24 +88,35 @@ def median_seconds(variants: Mapping[str, Callable[[], Any]], repeats: int) -> d
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-# --- the stage ------------------------------------------------------------------------------------------------------------------------------
+# --- the stage ------------------------------------------------------------------------------------
 
 
 def measure_stage(inputs: Inputs, images: int, repeats: int) -> dict[str, float]:
     """Seconds of the plain passes, and of the whole selection, in both precisions."""
     task = inputs.task
-    batches = list(enumerate(shard_batches(inputs.splits["train"], task.selection.batch_size, seed=task.seed)))[: images // task.selection.batch_size]
+    batches = list(
+        enumerate(shard_batches(inputs.splits["train"], task.selection.batch_size, seed=task.seed))
+    )[: images // task.selection.batch_size]
     reader = inputs.reader("train")
     views: Views = []
     for number, samples in batches:
         pixels, labels = reader.read(samples)
-        views.append((two_views(pixels, numbered_generator(task.seed, number), flip=task.input.flip), labels.repeat(2)))
+        views.append(
+            (
+                two_views(pixels, numbered_generator(task.seed, number), flip=task.input.flip),
+                labels.repeat(2),
+            )
+        )
 
     def selection(precision: str) -> dict[str, torch.Tensor]:
         spec = task.selection.model_copy(update={"precision": precision})
-        loss = make_loss(spec, inputs.kind, inputs.backbone.width, len(inputs.index.classes), task.seed)
+        loss = make_loss(
+            spec, inputs.kind, inputs.backbone.width, len(inputs.index.classes), task.seed
+        )
         read = ((number, *reader.read(samples)) for number, samples in batches)
-        sums = gradient_sums(inputs.backbone, read, spec, loss, seed=task.seed, flip=task.input.flip)
+        sums = gradient_sums(
+            inputs.backbone, read, spec, loss, seed=task.seed, flip=task.input.flip
+        )
         return {name: top_connections(sum_OI, 3) for name, sum_OI in sums.items()}
 
     seconds = median_seconds(
@@ -125,39 +145,62 @@ def trained_copy(inputs: Inputs) -> tuple[torch.nn.Module, dict[str, torch.nn.Pa
 def plain_passes(inputs: Inputs, views: Views, precision: str) -> None:
     """Forward and backward over views that are there, gradients thrown away."""
     model, weights = trained_copy(inputs)
-    fuse_attention(slow_fused_attention(model, torch.bfloat16 if precision == "bf16" else torch.float32), False)
+    fuse_attention(
+        slow_fused_attention(model, torch.bfloat16 if precision == "bf16" else torch.float32), False
+    )
     for pixels, labels in views:
         loss_of(inputs, model, pixels, labels, precision).backward()
         for weight in weights.values():
             weight.grad = None
 
 
-def loss_of(inputs: Inputs, model: torch.nn.Module, pixels: torch.Tensor, labels: torch.Tensor, precision: str) -> torch.Tensor:
+def loss_of(
+    inputs: Inputs,
+    model: torch.nn.Module,
+    pixels: torch.Tensor,
+    labels: torch.Tensor,
+    precision: str,
+) -> torch.Tensor:
     """The contrastive loss of one batch of views."""
-    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (inputs.backbone.mean, inputs.backbone.std))
+    mean, std = (
+        torch.tensor(values).view(1, 3, 1, 1)
+        for values in (inputs.backbone.mean, inputs.backbone.std)
+    )
     with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
         features = model((pixels - mean) / std)
     return supervised_contrastive_loss(features.float(), labels, inputs.task.selection.temperature)
 
 
-def share_of_rows_alike(first: Mapping[str, torch.Tensor], second: Mapping[str, torch.Tensor], top_k: int) -> float:
+def share_of_rows_alike(
+    first: Mapping[str, torch.Tensor], second: Mapping[str, torch.Tensor], top_k: int
+) -> float:
     """Share of neurons with the same K connections in the same order."""
     alike = [(first[name][:, :top_k] == second[name][:, :top_k]).all(dim=1) for name in first]
     return float(torch.cat(alike).double().mean())
 
 
-# --- the sums -------------------------------------------------------------------------------------------------------------------------------
+# --- the sums -------------------------------------------------------------------------------------
 
 
 def compare_sums(inputs: Inputs) -> dict[str, Any]:
-    """Bytes of each way to sum, and how many neurons' connections change with the number of workers."""
+    """Bytes of each way to sum, and how many neurons' connections change with the number of
+    workers.
+    """
     task, (model, weights) = inputs.task, trained_copy(inputs)
     gradients: list[dict[str, torch.Tensor]] = []
-    for number, samples in enumerate(shard_batches(inputs.splits["train"], task.selection.batch_size, seed=task.seed)):
+    for number, samples in enumerate(
+        shard_batches(inputs.splits["train"], task.selection.batch_size, seed=task.seed)
+    ):
         pixels, labels = inputs.reader("train").read(samples)
         views = two_views(pixels, numbered_generator(task.seed, number), flip=task.input.flip)
         loss_of(inputs, model, views, labels.repeat(2), "fp32").backward()
-        gradients.append({name: weight.grad.reshape(len(weight), -1) for name, weight in weights.items() if weight.grad is not None})
+        gradients.append(
+            {
+                name: weight.grad.reshape(len(weight), -1)
+                for name, weight in weights.items()
+                if weight.grad is not None
+            }
+        )
         for weight in weights.values():
             weight.grad = None
     sizes_bytes = [weight.nbytes for weight in weights.values()]
@@ -178,17 +221,28 @@ def compare_sums(inputs: Inputs) -> dict[str, Any]:
     }
 
 
-def changed_by_workers(gradients: list[dict[str, torch.Tensor]], dtype: torch.dtype) -> dict[str, int]:
-    """For K = 1 and 3, the neurons whose connections are not the same for every number of workers."""
+def changed_by_workers(
+    gradients: list[dict[str, torch.Tensor]], dtype: torch.dtype
+) -> dict[str, int]:
+    """For K = 1 and 3, the neurons whose connections are not the same for every number of
+    workers.
+    """
     found = [ranked_sums(gradients, workers, dtype) for workers in WORKERS]
     changed = {}
     for top_k in (1, 3):
-        differ = [torch.cat([(each[name][:, :top_k] != found[0][name][:, :top_k]).any(dim=1) for name in each]) for each in found]
+        differ = [
+            torch.cat(
+                [(each[name][:, :top_k] != found[0][name][:, :top_k]).any(dim=1) for name in each]
+            )
+            for each in found
+        ]
         changed[f"K={top_k}"] = int(torch.stack(differ).any(dim=0).sum())
     return changed
 
 
-def ranked_sums(gradients: list[dict[str, torch.Tensor]], workers: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+def ranked_sums(
+    gradients: list[dict[str, torch.Tensor]], workers: int, dtype: torch.dtype
+) -> dict[str, torch.Tensor]:
     """Each worker adds its batches in order, then the workers' sums are added."""
     ranked = {}
     for name in gradients[0]:
@@ -202,7 +256,7 @@ def ranked_sums(gradients: list[dict[str, torch.Tensor]], workers: int, dtype: t
     return ranked
 
 
-# --- top-K ----------------------------------------------------------------------------------------------------------------------------------
+# --- top-K ----------------------------------------------------------------------------------------
 
 
 def identity_marks(gradient: np.ndarray, top_k: int) -> np.ndarray:
@@ -216,7 +270,9 @@ def identity_marks(gradient: np.ndarray, top_k: int) -> np.ndarray:
 
 
 def kinder_identity_marks(gradient_OI: torch.Tensor, top_k: int) -> torch.Tensor:
-    """The same idea at its best: a partial sort in torch, a boolean identity matrix of the row's width."""
+    """The same idea at its best: a partial sort in torch, a boolean identity matrix of the row's
+    width.
+    """
     columns_OK = gradient_OI.abs().topk(top_k, dim=1).indices
     return torch.eye(gradient_OI.shape[1], dtype=torch.bool)[columns_OK].any(dim=1)
 
@@ -249,21 +305,33 @@ def _check_marks(sum_OI: torch.Tensor, array: np.ndarray, top_k: int) -> None:
     assert (marked == kinder_identity_marks(torch.from_numpy(array), top_k).numpy()).all()
 
 
-# --- the page -------------------------------------------------------------------------------------------------------------------------------
+# --- the page -------------------------------------------------------------------------------------
 
 
 def markdown(result: dict[str, Any]) -> str:
     """The tables of a result."""
-    machine, arguments, stage, sums = result["machine"], result["arguments"], result["stage"], result["sums"]
+    machine, arguments, stage, sums = (
+        result["machine"],
+        result["arguments"],
+        result["stage"],
+        result["sums"],
+    )
     lines = [
         "# The selection stage",
         "",
-        f"`python benchmarks/selection.py --images {arguments['images']} --repeats {arguments['repeats']}` on {machine['cpu']}, 1 of "
-        f"{machine['cores']} cores, torch {machine['torch']}, commit {machine['commit']}. Medians of {arguments['repeats']}, one run.",
+        (
+            f"`python benchmarks/selection.py --images {arguments['images']} --repeats"
+            f" {arguments['repeats']}` on {machine['cpu']}, 1 of {machine['cores']} cores, torch"
+            f" {machine['torch']}, commit {machine['commit']}. Medians of {arguments['repeats']},"
+            " one run."
+        ),
         "",
         f"## {arguments['images']} images of cifar10, embedded ViT at 64 px",
         "",
-        "Plain: forward and backward over two views of each image, made beforehand. Selection: reading, augmenting, sums and ranking (K=3) included.",
+        (
+            "Plain: forward and backward over two views of each image, made beforehand. Selection:"
+            " reading, augmenting, sums and ranking (K=3) included."
+        ),
         "",
         "| precision | plain s | selection s | ratio |",
         "|---|---|---|---|",
@@ -273,32 +341,49 @@ def markdown(result: dict[str, Any]) -> str:
         lines.append(f"| {precision} | {plain:.2f} | {selection:.2f} | {selection / plain:.2f} |")
     lines += [
         "",
-        f"Neurons with the same connections in bf16 as in fp32: {100 * stage['rows alike in bf16, K=1']:.1f} % at K=1, "
-        f"{100 * stage['rows alike in bf16, K=3']:.1f} % at K=3 (all three, in order).",
+        (
+            "Neurons with the same connections in bf16 as in fp32:"
+            f" {100 * stage['rows alike in bf16, K=1']:.1f} % at K=1,"
+            f" {100 * stage['rows alike in bf16, K=3']:.1f} % at K=3 (all three, in order)."
+        ),
         "",
         "## What float64 sums cost and buy",
         "",
-        f"MiB beyond the weights, which take {sums['weights_bytes'] / 2**20:.1f} MiB. Changed: neurons, of {sums['neurons']}, whose connections over "
-        f"{sums['images']} images are not the same for every number of workers from {WORKERS[0]} to {WORKERS[-1]}.",
+        (
+            f"MiB beyond the weights, which take {sums['weights_bytes'] / 2**20:.1f} MiB. Changed:"
+            f" neurons, of {sums['neurons']}, whose connections over {sums['images']} images are"
+            f" not the same for every number of workers from {WORKERS[0]} to {WORKERS[-1]}."
+        ),
         "",
         "| sums | gradients folded in one by one | all gradients first | changed at K=1 | at K=3 |",
         "|---|---|---|---|---|",
     ]
     for row in sums["rows"]:
         sizes = f"{row['bytes'] / 2**20:.1f} | {row['bytes_without_folding'] / 2**20:.1f}"
-        lines.append(f"| {row['sums']} | {sizes} | {row['changed']['K=1']} | {row['changed']['K=3']} |")
+        lines.append(
+            f"| {row['sums']} | {sizes} | {row['changed']['K=1']} | {row['changed']['K=3']} |"
+        )
     lines += [
         "",
         "## Top-K of all weight matrices of ViT-B/16",
         "",
-        "Ours reads float64 sums and gives columns; the others read float32 gradients and give masks.",
+        (
+            "Ours reads float64 sums and gives columns; the others read float32 gradients and give"
+            " masks."
+        ),
         "",
-        "| K | ours s | identity matrix, as released s | ratio | identity matrix, kinder s | ratio |",
+        (
+            "| K | ours s | identity matrix, as released s | ratio | identity matrix, kinder s |"
+            " ratio |"
+        ),
         "|---|---|---|---|---|---|",
     ]
     for row in result["top_k"]:
         ours, released, kinder = row["ours"], row["identity"], row["kinder"]
-        lines.append(f"| {row['top_k']} | {ours:.3f} | {released:.2f} | {released / ours:.0f}x | {kinder:.2f} | {kinder / ours:.1f}x |")
+        lines.append(
+            f"| {row['top_k']} | {ours:.3f} | {released:.2f} | {released / ours:.0f}x |"
+            f" {kinder:.2f} | {kinder / ours:.1f}x |"
+        )
     return "\n".join(lines) + "\n"
 
 

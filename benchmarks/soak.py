@@ -1,12 +1,16 @@
-"""Does a batch of many tasks come to its end while its workers are killed, and does its driver stay small?
+"""Does a batch of many tasks come to its end while its workers are killed, and does its driver stay
+small?
 
-    python benchmarks/soak.py [--tasks 100] [--kill-seconds 20] [--minutes 600] [--workdir runs/benchmarks/soak]
+    python benchmarks/soak.py [--tasks 100] [--kill-seconds 20] [--minutes 600] [--workdir
+    runs/benchmarks/soak]
 
-Tiny drawn tasks on a random ViT of width 64 and depth 2, two trials of two epochs each, as one `taskpack run` on a private Ray with two CPUs. Every
-`--kill-seconds` one of that Ray's workers is killed: the first found at work, for such tasks take a worker longer to start than to do. At the end
-every task must have exactly one registered pack, and the driver's memory must not have grown. A run that takes longer than `--minutes` is
-interrupted, as by Ctrl-C, and the same is asked of the tasks that have ended. A fit must be able to start and end between two kills: on a machine
-that is busy with other work, kill less often. Writes benchmarks/results/soak.json, soak.md and soak.png.
+Tiny drawn tasks on a random ViT of width 64 and depth 2, two trials of two epochs each, as one
+`taskpack run` on a private Ray with two CPUs. Every `--kill-seconds` one of that Ray's workers is
+killed: the first found at work, for such tasks take a worker longer to start than to do. At the end
+every task must have exactly one registered pack, and the driver's memory must not have grown. A run
+that takes longer than `--minutes` is interrupted, as by Ctrl-C, and the same is asked of the tasks
+that have ended. A fit must be able to start and end between two kills: on a machine that is busy
+with other work, kill less often. Writes benchmarks/results/soak.json, soak.md and soak.png.
 """
 
 from __future__ import annotations
@@ -40,7 +44,9 @@ SAMPLE_SECONDS = 1.0
 HUNT_SECONDS = 0.1
 """How often it is looked for a worker at work, once one is to be killed."""
 MAX_GROWTH = 0.10
-"""Largest share by which the driver's memory over the last quarter of the tasks may exceed that over the second quarter."""
+"""Largest share by which the driver's memory over the last quarter of the tasks may exceed that
+over the second quarter.
+"""
 BACKBONE = {
     "model": "vit_tiny_patch16_224",
     "arguments": {"img_size": 32, "patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 2},
@@ -50,7 +56,9 @@ BACKBONE = {
 
 @dataclass
 class Soak:
-    """What was seen of a run. `samples`: seconds, the driver's resident bytes, and tasks that have ended; `kills`: seconds and what was killed."""
+    """What was seen of a run. `samples`: seconds, the driver's resident bytes, and tasks that have
+    ended; `kills`: seconds and what was killed.
+    """
 
     samples: list[tuple[float, int, int]] = field(default_factory=list)
     kills: list[tuple[float, str]] = field(default_factory=list)
@@ -64,10 +72,18 @@ def write_tasks(folder: Path, count: int) -> None:
     for number in range(count):
         task: dict[str, Any] = {
             "name": f"bars{number:03d}",
-            "data": {"format": "drawn", "kind": "orientation", "train_samples": 48, "test_samples": 24},
+            "data": {
+                "format": "drawn",
+                "kind": "orientation",
+                "train_samples": 48,
+                "test_samples": 24,
+            },
             "input": {"size_px": 32, "flip": False},
             "backbone": "backbone.yaml",
-            "recipe": {"connections": {"top_k": 1}, "training": {"epochs": 2, "batch_size": 16, "precision": "fp32"}},
+            "recipe": {
+                "connections": {"top_k": 1},
+                "training": {"epochs": 2, "batch_size": 16, "precision": "fp32"},
+            },
             "search": {"bits": [4, 8]},
             "selection": {"batch_size": 16},
             "seed": number,
@@ -76,7 +92,9 @@ def write_tasks(folder: Path, count: int) -> None:
 
 
 def workers_of(driver: psutil.Process) -> dict[int, str]:
-    """What the Ray workers below the driver are doing, by process id; Ray names a process after it. Without a node's agents, no node lives."""
+    """What the Ray workers below the driver are doing, by process id; Ray names a process after it.
+    Without a node's agents, no node lives.
+    """
     found = {}
     for process in driver.children(recursive=True):
         try:
@@ -102,11 +120,29 @@ def kill_one(driver: psutil.Process, draw: random.Random) -> str | None:
 
 
 def watch_run(tasks: Path, workdir: Path, kill_seconds: float, limit_seconds: float) -> Soak:
-    """Run the batch to its end, or for `limit_seconds`, killing workers and looking at the driver's memory."""
+    """Run the batch to its end, or for `limit_seconds`, killing workers and looking at the driver's
+    memory.
+    """
     seen, draw = Soak(), random.Random(0)
-    command = [sys.executable, "-m", "pipeline.cli.app", "run", str(tasks), "--workdir", str(workdir), "--json"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).resolve().parent.parent)}
-    with (workdir / "output.json").open("w") as out, (workdir / "messages.txt").open("w") as messages:
+    command = [
+        sys.executable,
+        "-m",
+        "pipeline.cli.app",
+        "run",
+        str(tasks),
+        "--workdir",
+        str(workdir),
+        "--json",
+    ]
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(Path(__file__).resolve().parent.parent),
+    }
+    with (
+        (workdir / "output.json").open("w") as out,
+        (workdir / "messages.txt").open("w") as messages,
+    ):
         process = subprocess.Popen(command, stdout=out, stderr=messages, env=environment)
         started, next_kill = time.monotonic(), kill_seconds
         driver = psutil.Process(process.pid)
@@ -128,9 +164,14 @@ def watch_run(tasks: Path, workdir: Path, kill_seconds: float, limit_seconds: fl
 
 
 def memory_row(samples: list[tuple[float, int, int]]) -> dict[str, float]:
-    """The driver's memory over the second and the last quarter of the tasks, in bytes, and the slope over the last three quarters of them."""
+    """The driver's memory over the second and the last quarter of the tasks, in bytes, and the
+    slope over the last three quarters of them.
+    """
     tasks = samples[-1][2]
-    rss_N, ended_N = np.array([rss for _, rss, _ in samples]), np.array([ended for _, _, ended in samples])
+    rss_N, ended_N = (
+        np.array([rss for _, rss, _ in samples]),
+        np.array([ended for _, _, ended in samples]),
+    )
     second = rss_N[(ended_N >= tasks / 4) & (ended_N < tasks / 2)]
     last = rss_N[ended_N >= tasks * 3 / 4]
     late = ended_N >= tasks / 4
@@ -145,7 +186,9 @@ def memory_row(samples: list[tuple[float, int, int]]) -> dict[str, float]:
 
 
 def check_packs(workdir: Path, tasks: int, *, interrupted: bool) -> dict[str, int]:
-    """One pack a task that has ended, no more, and no task that failed. Raises AssertionError that says what is wrong."""
+    """One pack a task that has ended, no more, and no task that failed. Raises AssertionError that
+    says what is wrong.
+    """
     packs = open_registry(None, workdir).search(limit=10 * tasks)
     versions = Counter(pack.name for pack in packs)
     state = read_state(workdir)
@@ -153,8 +196,12 @@ def check_packs(workdir: Path, tasks: int, *, interrupted: bool) -> dict[str, in
     done = {task.task for task in state.tasks if task.stage == "done"}
     assert "failed" not in state.stages, f"tasks failed: see {workdir / 'messages.txt'}"
     assert interrupted or len(done) == tasks, state.stages
-    assert done <= versions.keys(), f"done without a registered pack: {sorted(done - versions.keys())}"
-    assert set(versions.values()) == {1}, f"registered more than once: {[name for name, count in versions.items() if count > 1]}"
+    assert done <= versions.keys(), (
+        f"done without a registered pack: {sorted(done - versions.keys())}"
+    )
+    assert set(versions.values()) == {1}, (
+        f"registered more than once: {[name for name, count in versions.items() if count > 1]}"
+    )
     assert all(pack.version == 1 for pack in packs), "a version was registered and lost"
     return {"done": len(done), "registered": len(packs)}
 
@@ -183,7 +230,10 @@ def markdown(result: dict[str, Any]) -> str:
     kills = ", ".join(f"{count} {name}" for name, count in result["kills_by_name"].items())
     rows = {
         "tasks": result["tasks"],
-        "tasks done" + (", then the run was interrupted" if result["done"] < result["tasks"] else ""): result["done"],
+        "tasks done"
+        + (", then the run was interrupted" if result["done"] < result["tasks"] else ""): result[
+            "done"
+        ],
         "registered packs, each once": result["registered"],
         "minutes": f"{result['seconds'] / 60:.1f}",
         "workers killed": result["kills"],
@@ -196,10 +246,15 @@ def markdown(result: dict[str, Any]) -> str:
         [
             "# Soak",
             "",
-            f"{machine['cpu']}, {machine['cores']} cores shared with other work; torch {machine['torch']}; commit {machine['commit']}.",
+            (
+                f"{machine['cpu']}, {machine['cores']} cores shared with other work; torch"
+                f" {machine['torch']}; commit {machine['commit']}."
+            ),
             "",
-            "One batch of tiny tasks, two trials of two epochs each, a worker at work killed every "
-            f"{result['kill_seconds']:g} s: {kills or 'none was killed'}.",
+            (
+                "One batch of tiny tasks, two trials of two epochs each, a worker at work killed"
+                f" every {result['kill_seconds']:g} s: {kills or 'none was killed'}."
+            ),
             "",
             "| | |",
             "|---|---|",
@@ -213,7 +268,9 @@ def markdown(result: dict[str, Any]) -> str:
 
 def main() -> None:
     """Run, check, write the results."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--tasks", type=int, default=100)
     parser.add_argument("--kill-seconds", type=float, default=20.0)
     parser.add_argument("--minutes", type=float, default=600.0)
@@ -224,8 +281,12 @@ def main() -> None:
     workdir = (arguments.workdir / "work").resolve()
     workdir.mkdir(parents=True)
     write_tasks(arguments.workdir / "tasks", arguments.tasks)
-    seen = watch_run(arguments.workdir / "tasks", workdir, arguments.kill_seconds, 60 * arguments.minutes)
-    registered = check_packs(workdir, arguments.tasks, interrupted=seen.seconds >= 60 * arguments.minutes)
+    seen = watch_run(
+        arguments.workdir / "tasks", workdir, arguments.kill_seconds, 60 * arguments.minutes
+    )
+    registered = check_packs(
+        workdir, arguments.tasks, interrupted=seen.seconds >= 60 * arguments.minutes
+    )
     memory = memory_row(seen.samples)
     result = {
         "machine": describe_machine(),

@@ -1,11 +1,15 @@
-"""Time and memory of one training step: connections and SMoA against full fine-tuning, LoRA, SHiRA and the dense masks of GPS's own code.
+"""Time and memory of one training step: connections and SMoA against full fine-tuning, LoRA, SHiRA
+and the dense masks of GPS's own code.
 
-    python benchmarks/step.py [--model embedded --size 64 --batch 64] [--precision bf16] [--repeats 9] [--compile]
+    python benchmarks/step.py [--model embedded --size 64 --batch 64] [--precision bf16] [--repeats
+    9] [--compile]
 
-Variants run in turn, round by round, in one process, so that all meet the same machine; each time is the median of `repeats`. Memory is counted three
-times: what lives beside the one copy of the weights that a variant multiplies with (trained values, gradients and optimiser states; by itself, the
-positions or masks that say which entries train); what is kept for the backward pass, tensor by tensor; and the peak of a process, or of the GPU,
-above the loaded backbone. Needs `pip install peft`. Writes benchmarks/results/step-<model>-<precision>-<hardware>.json and .md.
+Variants run in turn, round by round, in one process, so that all meet the same machine; each time
+is the median of `repeats`. Memory is counted three times: what lives beside the one copy of the
+weights that a variant multiplies with (trained values, gradients and optimiser states; by itself,
+the positions or masks that say which entries train); what is kept for the backward pass, tensor by
+tensor; and the peak of a process, or of the GPU, above the loaded backbone. Needs `pip install
+peft`. Writes benchmarks/results/step-<model>-<precision>-<hardware>.json and .md.
 """
 
 from __future__ import annotations
@@ -34,7 +38,9 @@ def main() -> None:
     arguments = _arguments()
     torch.set_num_threads(arguments.threads)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    setting = make_setting(backbone_of(arguments.model, arguments.size), arguments.batch, arguments.precision, device)
+    setting = make_setting(
+        backbone_of(arguments.model, arguments.size), arguments.batch, arguments.precision, device
+    )
     if arguments.peak_of:
         print(_peak_bytes(setting, arguments.peak_of))
         return
@@ -42,21 +48,33 @@ def main() -> None:
     for row in rows:
         row["peak_bytes"] = _peak_in_process_of_its_own(row["variant"])
     command = "python benchmarks/step.py " + shlex.join(sys.argv[1:])
-    result: dict[str, Any] = {"machine": describe_machine(), "command": command, "arguments": vars(arguments), "rows": rows}
+    result: dict[str, Any] = {
+        "machine": describe_machine(),
+        "command": command,
+        "arguments": vars(arguments),
+        "rows": rows,
+    }
     RESULTS.mkdir(exist_ok=True)
     if device == "cuda":
         hardware = f"{torch.cuda.get_device_name().split()[-1].lower()}-batch{arguments.batch}"
     else:
-        hardware = next((name for name in ("epyc", "xeon") if name in result["machine"]["cpu"].lower()), "cpu")
-    path = RESULTS / f"step-{arguments.model}-{arguments.precision}-{hardware}{'-compiled' if arguments.compile else ''}.json"
+        hardware = next(
+            (name for name in ("epyc", "xeon") if name in result["machine"]["cpu"].lower()), "cpu"
+        )
+    kind = f"{arguments.precision}-{hardware}{'-compiled' if arguments.compile else ''}"
+    path = RESULTS / f"step-{arguments.model}-{kind}.json"
     path.write_text(json.dumps(result, indent=1) + "\n")
     path.with_suffix(".md").write_text(_markdown(result))
     print(path.with_suffix(".md").read_text())
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="embedded", help="`embedded`, or any timm model with random weights")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--model", default="embedded", help="`embedded`, or any timm model with random weights"
+    )
     parser.add_argument("--size", type=int, default=64)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=9)
@@ -100,7 +118,9 @@ def _seconds(variant: Variant, device: str) -> float:
 
 
 def _activation_bytes(variant: Variant) -> int:
-    """Bytes of distinct storages kept for the backward pass of one step, parameters' own storages included once."""
+    """Bytes of distinct storages kept for the backward pass of one step, parameters' own storages
+    included once.
+    """
     kept: dict[int, int] = {}
 
     def note(tensor: torch.Tensor) -> torch.Tensor:
@@ -117,13 +137,20 @@ def _activation_bytes(variant: Variant) -> int:
 
 def _peak_in_process_of_its_own(name: str) -> int:
     command = [sys.executable, __file__, *sys.argv[1:], "--peak-of", name]
-    # What is freed goes back to the system at once, so that what making the setting took is not taken for free.
+    # What is freed goes back to the system at once, so that what making the setting took is not
+    # taken for free.
     returning = {**os.environ, "MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_MMAP_THRESHOLD_": "65536"}
-    return int(subprocess.run(command, check=True, capture_output=True, text=True, env=returning).stdout.split()[-1])
+    return int(
+        subprocess.run(
+            command, check=True, capture_output=True, text=True, env=returning
+        ).stdout.split()[-1]
+    )
 
 
 def _peak_bytes(setting: Setting, name: str) -> int:
-    """The most memory in use while a variant is built and takes its first steps, above what was in use before."""
+    """The most memory in use while a variant is built and takes its first steps, above what was in
+    use before.
+    """
     build = builders(setting)[name]
     if setting.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -134,7 +161,9 @@ def _peak_bytes(setting: Setting, name: str) -> int:
     variant = build()
     for _ in range(PEAK_STEPS):
         variant.step()
-    return (torch.cuda.max_memory_allocated() if setting.device == "cuda" else _status_bytes("VmHWM")) - before
+    return (
+        torch.cuda.max_memory_allocated() if setting.device == "cuda" else _status_bytes("VmHWM")
+    ) - before
 
 
 def _status_bytes(field: str) -> int:
@@ -144,16 +173,31 @@ def _status_bytes(field: str) -> int:
 
 def _markdown(result: dict[str, Any]) -> str:
     machine, arguments = result["machine"], result["arguments"]
-    device = machine["gpu"] or f"{machine['cpu']}, {arguments['threads']} of {machine['cores']} cores"
-    what = "the embedded ViT" if arguments["model"] == "embedded" else f"{arguments['model']}, random weights"
+    device = (
+        machine["gpu"] or f"{machine['cpu']}, {arguments['threads']} of {machine['cores']} cores"
+    )
+    what = (
+        "the embedded ViT"
+        if arguments["model"] == "embedded"
+        else f"{arguments['model']}, random weights"
+    )
     base = next(row for row in result["rows"] if row["variant"] == FULL)
     lines = [
-        f"# One training step: {what} at {arguments['size']} px, batch {arguments['batch']}, {arguments['precision']}",
+        (
+            f"# One training step: {what} at {arguments['size']} px, batch {arguments['batch']},"
+            f" {arguments['precision']}"
+        ),
         "",
-        f"`{result['command']}` on {device}, torch {machine['torch']}, commit {machine['commit']}; medians of {arguments['repeats']}, one run.",
+        (
+            f"`{result['command']}` on {device}, torch {machine['torch']}, commit"
+            f" {machine['commit']}; medians of {arguments['repeats']}, one run."
+        ),
         "Peak: of a process of its own, above the loaded backbone.",
         "",
-        "| variant | step ms | ratio to full | beside the weights MiB | of full's % | positions or masks MiB | kept for backward MiB | peak MiB |",
+        (
+            "| variant | step ms | ratio to full | beside the weights MiB | of full's % | positions"
+            " or masks MiB | kept for backward MiB | peak MiB |"
+        ),
         "|---|---|---|---|---|---|---|---|",
     ]
     for row in result["rows"]:

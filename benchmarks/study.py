@@ -1,15 +1,20 @@
-"""A study of 12 trials on cifar10 against the same 12 trained one by one, and what early stopping and warm starts would change.
+"""A study of 12 trials on cifar10 against the same 12 trained one by one, and what early stopping
+and warm starts would change.
 
     python benchmarks/study.py --seed 0                       measure everything for one seed
-    python benchmarks/study.py --seed 0 --modes study loop    or a part of it; the page is made of what has been measured
+    python benchmarks/study.py --seed 0 --modes study loop    or a part of it; the page is made of
+    what has been measured
 
-study    run_study on a private Ray, as `taskpack run` does it: one selection, reused workers, early stopping, one thread a trial.
-scripts  a plain for-loop over a training script: for each trial a fresh process that loads, selects and trains to the end, torch's own threads.
-loop     kinder: one process that loads and selects once, then trains trial after trial to the end, torch's own threads.
-warm     trials with the same shapes and another learning rate, started from a finished trial's values and trained half as long.
+study    run_study on a private Ray, as `taskpack run` does it: one selection, reused workers, early
+stopping, one thread a trial. scripts  a plain for-loop over a training script: for each trial a
+fresh process that loads, selects and trains to the end, torch's own threads. loop     kinder: one
+process that loads and selects once, then trains trial after trial to the end, torch's own threads.
+warm     trials with the same shapes and another learning rate, started from a finished trial's
+values and trained half as long.
 
-All use the same training step and the same prepared data: 400 training and 300 validation images, embedded ViT at 32 px. Wall times are of whole
-processes, from start to exit. Needs ../shared/data/cifar10. Writes benchmarks/results/study.json and .md.
+All use the same training step and the same prepared data: 400 training and 300 validation images,
+embedded ViT at 32 px. Wall times are of whole processes, from start to exit. Needs
+../shared/data/cifar10. Writes benchmarks/results/study.json and .md.
 """
 
 from __future__ import annotations
@@ -39,7 +44,9 @@ FIRST_RATE, *OTHER_RATES = (0.006, 0.012, 0.024)
 
 def main() -> None:
     """Measure some modes for one seed, each in a process of its own, and write the page."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES)
     parser.add_argument("--child", nargs="+", help=argparse.SUPPRESS)
@@ -56,29 +63,49 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         prepare_data(Path(folder), arguments.seed)
         for mode in arguments.modes:
-            measured[mode] = run_scripts(arguments.seed, Path(folder)) if mode == "scripts" else run_child(mode, arguments.seed, Path(folder))
+            measured[mode] = (
+                run_scripts(arguments.seed, Path(folder))
+                if mode == "scripts"
+                else run_child(mode, arguments.seed, Path(folder))
+            )
             print(mode, round(measured[mode]["wall_seconds"], 1), "s", flush=True)
     result["seeds"] = dict(sorted(result["seeds"].items()))
     RESULTS.write_text(json.dumps(result, indent=1) + "\n")
     RESULTS.with_suffix(".md").write_text(markdown(result))
 
 
-# --- the task -------------------------------------------------------------------------------------------------------------------------------
+# --- the task -------------------------------------------------------------------------------------
 
 
 def make_task(folder: Path, seed: int) -> Any:
     """12 recipes, all within the budget: bits, experts and learning rate."""
-    from pipeline.specs import DEFAULT_RECIPE, Connections, Input, SearchSpace, ShardsData, Task, Training
+    from pipeline.specs import (
+        DEFAULT_RECIPE,
+        Connections,
+        Input,
+        SearchSpace,
+        ShardsData,
+        Task,
+        Training,
+    )
     from pipeline.specs.task_files import load_task
 
-    data = ShardsData(train=str(folder / "train-000000.tar"), val=str(folder / "val-000000.tar"), test=str(CIFAR10 / "test.tar"))
+    data = ShardsData(
+        train=str(folder / "train-000000.tar"),
+        val=str(folder / "val-000000.tar"),
+        test=str(CIFAR10 / "test.tar"),
+    )
     return Task(
         name="cifar10",
         data=data,
         input=Input(size_px=32, flip=True),
         backbone=load_task(HERE / "tasks" / "cifar10.yaml").backbone,
-        recipe=DEFAULT_RECIPE.model_copy(update={"connections": Connections(top_k=1), "training": Training(epochs=EPOCHS)}),
-        search=SearchSpace(bits=(1, 4), experts=(0, 4), learning_rate=(FIRST_RATE, *OTHER_RATES), trials=12),
+        recipe=DEFAULT_RECIPE.model_copy(
+            update={"connections": Connections(top_k=1), "training": Training(epochs=EPOCHS)}
+        ),
+        search=SearchSpace(
+            bits=(1, 4), experts=(0, 4), learning_rate=(FIRST_RATE, *OTHER_RATES), trials=12
+        ),
         seed=seed,
     )
 
@@ -92,8 +119,16 @@ def prepare_data(folder: Path, seed: int) -> None:
     for sample in read_shard(str(CIFAR10 / "train.tar")):
         by_class.setdefault(sample[2], []).append(sample)
     end = TRAIN_PER_CLASS + VAL_PER_CLASS
-    write_shards(folder, "train", [sample for label in sorted(by_class) for sample in by_class[label][:TRAIN_PER_CLASS]])
-    write_shards(folder, "val", [sample for label in sorted(by_class) for sample in by_class[label][TRAIN_PER_CLASS:end]])
+    write_shards(
+        folder,
+        "train",
+        [sample for label in sorted(by_class) for sample in by_class[label][:TRAIN_PER_CLASS]],
+    )
+    write_shards(
+        folder,
+        "val",
+        [sample for label in sorted(by_class) for sample in by_class[label][TRAIN_PER_CLASS:end]],
+    )
     prepare(make_task(folder, seed), folder / "data")
 
 
@@ -118,7 +153,7 @@ def key_of(recipe: Any) -> str:
     return recipe_key(recipe)
 
 
-# --- the processes that are measured --------------------------------------------------------------------------------------------------------
+# --- the processes that are measured --------------------------------------------------------------
 
 
 def run_child(mode: str, seed: int, folder: Path, *rest: str) -> dict[str, Any]:
@@ -134,7 +169,11 @@ def run_scripts(seed: int, folder: Path) -> dict[str, Any]:
     started = time.time()
     trials = [run_child("script", seed, folder, str(number)) for number in range(12)]
     phases = {name: sum(trial["phases"][name] for trial in trials) for name in trials[0]["phases"]}
-    return {"curves": {trial["id"]: trial["curve"] for trial in trials}, "phases": phases, "wall_seconds": time.time() - started}
+    return {
+        "curves": {trial["id"]: trial["curve"] for trial in trials},
+        "phases": phases,
+        "wall_seconds": time.time() - started,
+    }
 
 
 def script(seed: int, folder: Path, number: str) -> dict[str, Any]:
@@ -151,7 +190,11 @@ def script(seed: int, folder: Path, number: str) -> dict[str, Any]:
     return {
         "id": key_of(recipe),
         "curve": curve,
-        "phases": {"start, imports, loading": loaded - STARTED, "selection": chosen - loaded, "training": time.time() - chosen},
+        "phases": {
+            "start, imports, loading": loaded - STARTED,
+            "selection": chosen - loaded,
+            "training": time.time() - chosen,
+        },
     }
 
 
@@ -164,13 +207,22 @@ def loop(seed: int, folder: Path) -> dict[str, Any]:
     loaded = time.time()
     selected = select_here(inputs, 1)
     chosen = time.time()
-    curves = {key_of(recipe): [score.value for score, _ in run_trial(inputs, recipe, selected)] for recipe in all_recipes(inputs.task)}
-    phases = {"start, imports, loading": loaded - STARTED, "selection": chosen - loaded, "training": time.time() - chosen}
+    curves = {
+        key_of(recipe): [score.value for score, _ in run_trial(inputs, recipe, selected)]
+        for recipe in all_recipes(inputs.task)
+    }
+    phases = {
+        "start, imports, loading": loaded - STARTED,
+        "selection": chosen - loaded,
+        "training": time.time() - chosen,
+    }
     return {"curves": curves, "phases": phases}
 
 
 def study(seed: int, folder: Path) -> dict[str, Any]:
-    """The real study on a private Ray. Workers note when a trial enters, makes its first step and leaves."""
+    """The real study on a private Ray. Workers note when a trial enters, makes its first step and
+    leaves.
+    """
     from pipeline.adaptation.packing import SizePlanner
     from pipeline.cluster.capacity import places
     from pipeline.cluster.session import ray_session
@@ -189,7 +241,9 @@ def study(seed: int, folder: Path) -> dict[str, Any]:
             select(inputs.task, folder / "data", 1, path, workers=workers)
         marks["selection"] = time.time()
         journal = TrialJournal(Path(kept) / "trials")
-        size_of = SizePlanner(inputs.task, inputs.backbone, inputs.index.classes, read_selection(path)).size_bytes
+        size_of = SizePlanner(
+            inputs.task, inputs.backbone, inputs.index.classes, read_selection(path)
+        ).size_bytes
         records = module.run_study(inputs.task, folder / "data", path, journal, size_of=size_of)
         marks["search"] = time.time()
     marks["Ray ends"] = time.time()
@@ -198,7 +252,10 @@ def study(seed: int, folder: Path) -> dict[str, Any]:
     return {
         "curves": {record.id: record.curve for record in records},
         "sizes_bytes": {record.id: record.size_bytes for record in records},
-        "phases": {name: after - before for name, (before, after) in zip(marks, itertools.pairwise(times), strict=True)},
+        "phases": {
+            name: after - before
+            for name, (before, after) in zip(marks, itertools.pairwise(times), strict=True)
+        },
         "first trial enters after": min(event["enter"] for event in events) - marks["selection"],
         "start-ups": list(start_ups(events)),
         "trial seconds": sum(event["leave"] - event["enter"] for event in events),
@@ -232,15 +289,25 @@ def noting(trainable: Callable[..., None], log: Path) -> Callable[..., None]:
 
 
 def start_ups(events: list[dict[str, Any]]) -> Iterator[dict[str, float]]:
-    """For each trial that follows another in its worker: seconds from that one's end to entering, and from there to the first step."""
+    """For each trial that follows another in its worker: seconds from that one's end to entering,
+    and from there to the first step.
+    """
     for pid in {event["pid"] for event in events}:
-        own = sorted((event for event in events if event["pid"] == pid), key=lambda event: float(event["enter"]))
+        own = sorted(
+            (event for event in events if event["pid"] == pid),
+            key=lambda event: float(event["enter"]),
+        )
         for before, after in itertools.pairwise(own):
-            yield {"hand-over": after["enter"] - before["leave"], "to first step": after["step"] - after["enter"]}
+            yield {
+                "hand-over": after["enter"] - before["leave"],
+                "to first step": after["step"] - after["enter"],
+            }
 
 
 def warm(seed: int, folder: Path) -> dict[str, Any]:
-    """Final accuracies: cold, cold in half the epochs, and half the epochs from the values of the trial with the first learning rate."""
+    """Final accuracies: cold, cold in half the epochs, and half the epochs from the values of the
+    trial with the first learning rate.
+    """
     from pipeline.selection import select_here
 
     inputs = open_task(seed, folder)
@@ -268,27 +335,51 @@ def with_training(recipe: Any, **changes: Any) -> Any:
 
 
 def trained(inputs: Any, recipe: Any, selected: Any, donor: Any = None) -> tuple[float, Any]:
-    """Validation accuracy at the end, and the trained model. With a donor, its values are where training starts."""
+    """Validation accuracy at the end, and the trained model. With a donor, its values are where
+    training starts.
+    """
     import torch
 
     from pipeline.adaptation import attach
     from pipeline.training import evaluate, train_epochs
 
     task = inputs.task
-    model = attach(inputs.backbone, recipe, len(inputs.index.classes), selected=selected, seed=task.seed)
+    model = attach(
+        inputs.backbone, recipe, len(inputs.index.classes), selected=selected, seed=task.seed
+    )
     if donor is not None:
         with torch.no_grad():
-            for own, given in zip(model.values.parameters(), donor.values.parameters(), strict=True):
+            for own, given in zip(
+                model.values.parameters(), donor.values.parameters(), strict=True
+            ):
                 own.copy_(given)
-    for _ in train_epochs(model, inputs.reader("train"), inputs.splits["train"], recipe.training, inputs.kind, seed=task.seed, flip=task.input.flip):
+    for _ in train_epochs(
+        model,
+        inputs.reader("train"),
+        inputs.splits["train"],
+        recipe.training,
+        inputs.kind,
+        seed=task.seed,
+        flip=task.input.flip,
+    ):
         pass
-    return inputs.metric.value(evaluate(model, inputs.reader("val"), inputs.splits["val"], inputs.kind)), model
+    return (
+        inputs.metric.value(
+            evaluate(model, inputs.reader("val"), inputs.splits["val"], inputs.kind)
+        ),
+        model,
+    )
 
 
-CHILDREN: dict[str, Callable[..., dict[str, Any]]] = {"study": study, "script": script, "loop": loop, "warm": warm}
+CHILDREN: dict[str, Callable[..., dict[str, Any]]] = {
+    "study": study,
+    "script": script,
+    "loop": loop,
+    "warm": warm,
+}
 
 
-# --- the page -------------------------------------------------------------------------------------------------------------------------------
+# --- the page -------------------------------------------------------------------------------------
 
 
 def best(mode: dict[str, Any]) -> float:
@@ -296,8 +387,12 @@ def best(mode: dict[str, Any]) -> float:
     return max(curve[-1] for curve in mode["curves"].values() if len(curve) == EPOCHS)
 
 
-def replay(curves: list[list[float]], sizes_bytes: list[int], first_share: float, errors: float) -> dict[str, float]:
-    """What early stopping with other settings would have done to full curves: share of epochs run, trials stopped, points lost."""
+def replay(
+    curves: list[list[float]], sizes_bytes: list[int], first_share: float, errors: float
+) -> dict[str, float]:
+    """What early stopping with other settings would have done to full curves: share of epochs run,
+    trials stopped, points lost.
+    """
     from pipeline.search import stopping
     from pipeline.search.proposer import LAG
     from pipeline.search.trial_record import TrialRecord
@@ -308,16 +403,31 @@ def replay(curves: list[list[float]], sizes_bytes: list[int], first_share: float
     for slot, (curve, size_bytes) in enumerate(zip(curves, sizes_bytes, strict=True)):
         rivals = records[: max(0, slot - LAG + 1)]
         binomial = [math.sqrt(value * (1 - value) / (10 * VAL_PER_CLASS)) for value in curve]
-        stops = (end for end in range(1, EPOCHS) if stopping.is_dominated(curve[:end], binomial[end - 1], EPOCHS, size_bytes, rivals))
+        stops = (
+            end
+            for end in range(1, EPOCHS)
+            if stopping.is_dominated(curve[:end], binomial[end - 1], EPOCHS, size_bytes, rivals)
+        )
         kept = tuple(curve[: next(stops, EPOCHS)])
         state = "complete" if len(kept) == EPOCHS else "stopped"
-        records.append(TrialRecord(id=str(slot), point={}, size_bytes=size_bytes, state=state, curve=kept))  # type: ignore[arg-type]
+        records.append(
+            TrialRecord(id=str(slot), point={}, size_bytes=size_bytes, state=state, curve=kept)
+        )  # type: ignore[arg-type]
     stopping.FIRST_SHARE, stopping.MARGIN_ERRORS = before
     complete = [record for record in records if record.state == "complete"]
     lost: list[float] = []
     for limit in sorted(set(sizes_bytes)):
-        full = max(curve[-1] for curve, size_bytes in zip(curves, sizes_bytes, strict=True) if size_bytes <= limit)
-        lost.append(full - max((record.curve[-1] for record in complete if record.size_bytes <= limit), default=0.0))
+        full = max(
+            curve[-1]
+            for curve, size_bytes in zip(curves, sizes_bytes, strict=True)
+            if size_bytes <= limit
+        )
+        lost.append(
+            full
+            - max(
+                (record.curve[-1] for record in complete if record.size_bytes <= limit), default=0.0
+            )
+        )
     return {
         "epochs": sum(len(record.curve) for record in records) / (EPOCHS * len(records)),
         "stopped": len(records) - len(complete),
@@ -332,11 +442,17 @@ def markdown(result: dict[str, Any]) -> str:
     lines = [
         "# A study of 12 trials",
         "",
-        f"`python benchmarks/study.py --seed N`, N = {', '.join(seeds)}, on {machine['cpu']}, {machine['cores']} cores, torch {machine['torch']}, "
-        f"commit {machine['commit']}.",
+        (
+            f"`python benchmarks/study.py --seed N`, N = {', '.join(seeds)}, on {machine['cpu']},"
+            f" {machine['cores']} cores, torch {machine['torch']}, commit {machine['commit']}."
+        ),
         "",
-        f"cifar10, {10 * TRAIN_PER_CLASS} training and {10 * VAL_PER_CLASS} validation images, embedded ViT at 32 px, {EPOCHS} epochs; bits 1 and 4, "
-        "experts 0 and 4, three learning rates. Wall seconds are of whole processes. `benchmarks/study.py` says what each column does.",
+        (
+            f"cifar10, {10 * TRAIN_PER_CLASS} training and {10 * VAL_PER_CLASS} validation images,"
+            f" embedded ViT at 32 px, {EPOCHS} epochs; bits 1 and 4, experts 0 and 4, three"
+            " learning rates. Wall seconds are of whole processes. `benchmarks/study.py` says what"
+            " each column does."
+        ),
         "",
         *_walls(seeds),
         *_phases(seeds),
@@ -348,68 +464,140 @@ def markdown(result: dict[str, Any]) -> str:
 
 
 def _with(seeds: dict[str, Any], *modes: str) -> dict[str, Any]:
-    return {seed: measured for seed, measured in seeds.items() if all(mode in measured for mode in modes)}
+    return {
+        seed: measured
+        for seed, measured in seeds.items()
+        if all(mode in measured for mode in modes)
+    }
 
 
 def _walls(seeds: dict[str, Any]) -> list[str]:
     lines = [
-        "| seed | study s | scripts s | ratio | loop s | ratio | best validation %: study | scripts | loop | epochs run by the study |",
+        (
+            "| seed | study s | scripts s | ratio | loop s | ratio | best validation %: study |"
+            " scripts | loop | epochs run by the study |"
+        ),
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for seed, measured in _with(seeds, "study", "scripts").items():
         study_seconds = measured["study"]["wall_seconds"]
-        walls = [(measured[mode]["wall_seconds"] if mode in measured else None) for mode in ("scripts", "loop")]
-        ratios = " | ".join("| " if wall is None else f"{wall:.0f} | {study_seconds / wall:.2f}" for wall in walls)
-        top = " | ".join(f"{100 * best(measured[mode]):.1f}" if mode in measured else "" for mode in ("study", "scripts", "loop"))
+        walls = [
+            (measured[mode]["wall_seconds"] if mode in measured else None)
+            for mode in ("scripts", "loop")
+        ]
+        ratios = " | ".join(
+            "| " if wall is None else f"{wall:.0f} | {study_seconds / wall:.2f}" for wall in walls
+        )
+        top = " | ".join(
+            f"{100 * best(measured[mode]):.1f}" if mode in measured else ""
+            for mode in ("study", "scripts", "loop")
+        )
         epochs = sum(len(curve) for curve in measured["study"]["curves"].values())
-        lines.append(f"| {seed} | {study_seconds:.0f} | {ratios} | {top} | {epochs} of {12 * EPOCHS} |")
+        lines.append(
+            f"| {seed} | {study_seconds:.0f} | {ratios} | {top} | {epochs} of {12 * EPOCHS} |"
+        )
     error = 100 * math.sqrt(0.25 / (10 * VAL_PER_CLASS))
-    return [*lines, "", f"One standard error of an accuracy near 50 % on {10 * VAL_PER_CLASS} images is {error:.1f} points.", ""]
+    return [
+        *lines,
+        "",
+        (
+            f"One standard error of an accuracy near 50 % on {10 * VAL_PER_CLASS} images is"
+            f" {error:.1f} points."
+        ),
+        "",
+    ]
 
 
 def _phases(seeds: dict[str, Any]) -> list[str]:
-    lines = ["## Where the time goes", "", "Seconds, medians over seeds. A study's trials share the cores; its search is their wall time.", ""]
+    lines = [
+        "## Where the time goes",
+        "",
+        (
+            "Seconds, medians over seeds. A study's trials share the cores; its search is their"
+            " wall time."
+        ),
+        "",
+    ]
     for mode in ("study", "scripts", "loop"):
         measured = [each[mode] for each in _with(seeds, mode).values()]
         if measured:
-            phases = {name: statistics.median(each["phases"][name] for each in measured) for name in measured[0]["phases"]}
-            lines.append(f"- {mode}: " + ", ".join(f"{name} {seconds:.1f}" for name, seconds in phases.items()))
+            phases = {
+                name: statistics.median(each["phases"][name] for each in measured)
+                for name in measured[0]["phases"]
+            }
+            lines.append(
+                f"- {mode}: "
+                + ", ".join(f"{name} {seconds:.1f}" for name, seconds in phases.items())
+            )
     studies = [each["study"] for each in _with(seeds, "study").values()]
     if studies:
         enters = statistics.median(each["first trial enters after"] for each in studies)
         busy = statistics.median(each["trial seconds"] for each in studies)
-        lines.append(f"- within the study's search: the first trial enters after {enters:.1f}; all trials together take {busy:.1f}")
+        lines.append(
+            f"- within the study's search: the first trial enters after {enters:.1f}; all trials"
+            f" together take {busy:.1f}"
+        )
     return [*lines, ""]
 
 
 def _start_ups(seeds: dict[str, Any]) -> list[str]:
-    follow_on = [start_up for measured in _with(seeds, "study").values() for start_up in measured["study"]["start-ups"]]
+    follow_on = [
+        start_up
+        for measured in _with(seeds, "study").values()
+        for start_up in measured["study"]["start-ups"]
+    ]
     if not follow_on:
         return []
-    lines = ["## Start-up of a follow-on trial", "", f"{len(follow_on)} trials that followed another in their worker.", ""]
+    lines = [
+        "## Start-up of a follow-on trial",
+        "",
+        f"{len(follow_on)} trials that followed another in their worker.",
+        "",
+    ]
     lines += ["| | median s | largest s |", "|---|---|---|"]
     for name in ("hand-over", "to first step"):
         values = [each[name] for each in follow_on]
         lines.append(f"| {name} | {statistics.median(values):.3f} | {max(values):.3f} |")
-    return [*lines, "", "Hand-over: from the end of one trial to the beginning of the next, which is Ray Tune's.", ""]
+    return [
+        *lines,
+        "",
+        "Hand-over: from the end of one trial to the beginning of the next, which is Ray Tune's.",
+        "",
+    ]
 
 
 def _stopping(seeds: dict[str, Any]) -> list[str]:
     full = []
     for measured in _with(seeds, "study", "scripts").values():
         sizes_bytes = measured["study"]["sizes_bytes"]
-        full.append(([measured["scripts"]["curves"][key] for key in sizes_bytes], list(sizes_bytes.values())))
+        full.append(
+            (
+                [measured["scripts"]["curves"][key] for key in sizes_bytes],
+                list(sizes_bytes.values()),
+            )
+        )
     if not full:
         return []
     lines = [
         "## Early stopping, replayed on the scripts' full curves",
         "",
-        "Lost: points of the best accuracy, and the most that the front loses at any size, means over seeds.",
+        (
+            "Lost: points of the best accuracy, and the most that the front loses at any size,"
+            " means over seeds."
+        ),
         "",
-        "| no trial ends before | standard errors | epochs run | trials stopped | best lost | front lost |",
+        (
+            "| no trial ends before | standard errors | epochs run | trials stopped | best lost |"
+            " front lost |"
+        ),
         "|---|---|---|---|---|---|",
     ]
-    for share, name in ((1 / 8, "an eighth"), (1 / 3, "a third"), (1 / 2, "a half"), (2 / 3, "two thirds")):
+    for share, name in (
+        (1 / 8, "an eighth"),
+        (1 / 3, "a third"),
+        (1 / 2, "a half"),
+        (2 / 3, "two thirds"),
+    ):
         for errors in (1, 2, 3):
             replayed = [replay(curves, sizes_bytes, share, errors) for curves, sizes_bytes in full]
             mean = {key: statistics.mean(each[key] for each in replayed) for key in replayed[0]}
@@ -427,8 +615,11 @@ def _warm(seeds: dict[str, Any]) -> list[str]:
     lines = [
         "## Warm starts",
         "",
-        f"{len(rows)} trials with the learning rates {' and '.join(map(str, OTHER_RATES))}: from the usual start for {EPOCHS} epochs and for "
-        f"{EPOCHS // 2}, and for {EPOCHS // 2} from the values of the finished trial with {FIRST_RATE}.",
+        (
+            f"{len(rows)} trials with the learning rates {' and '.join(map(str, OTHER_RATES))}:"
+            f" from the usual start for {EPOCHS} epochs and for {EPOCHS // 2}, and for"
+            f" {EPOCHS // 2} from the values of the finished trial with {FIRST_RATE}."
+        ),
         "",
         "| | validation % | against cold, points |",
         "|---|---|---|",
@@ -436,7 +627,10 @@ def _warm(seeds: dict[str, Any]) -> list[str]:
     for name in ("cold", "cold, half", "warm, half"):
         differences = [100 * (row[name] - row["cold"]) for row in rows]
         error = statistics.stdev(differences) / math.sqrt(len(differences))
-        lines.append(f"| {name} | {100 * statistics.mean(row[name] for row in rows):.1f} | {statistics.mean(differences):+.1f} ± {error:.1f} |")
+        lines.append(
+            f"| {name} | {100 * statistics.mean(row[name] for row in rows):.1f} |"
+            f" {statistics.mean(differences):+.1f} ± {error:.1f} |"
+        )
     return [*lines, ""]
 
 

@@ -1,7 +1,9 @@
-"""The ways to train that the step benchmarks compare, each as a model and its step: ours, full fine-tuning, LoRA, SHiRA, dense masks.
+"""The ways to train that the step benchmarks compare, each as a model and its step: ours, full
+fine-tuning, LoRA, SHiRA, dense masks.
 
-The others get whatever makes them faster: fused AdamW, one parameter group, and, in bfloat16 on a CPU, attention written out, since torch's fused
-kernel has a slow backward pass there ("as timm runs it" is the same without that). Needs `pip install peft` for LoRA and SHiRA.
+The others get whatever makes them faster: fused AdamW, one parameter group, and, in bfloat16 on a
+CPU, attention written out, since torch's fused kernel has a slow backward pass there ("as timm runs
+it" is the same without that). Needs `pip install peft` for LoRA and SHiRA.
 """
 
 from __future__ import annotations
@@ -38,7 +40,8 @@ MAX_TOP_K = 8
 class Variant:
     """A model's step, and the bytes of what lives beside the weights it multiplies with.
 
-    persistent: trained values, gradients and optimiser states. places: what says which entries train: positions, or masks.
+    persistent: trained values, gradients and optimiser states. places: what says which entries
+    train: positions, or masks.
     """
 
     name: str
@@ -62,7 +65,9 @@ class Setting:
 def backbone_of(model: str, size_px: int) -> LoadedBackbone:
     """`embedded` with its weights, or any timm model with random ones."""
     if model == "embedded":
-        return load_backbone(load_task(catalogue_folder() / "demo" / "digits.yaml").backbone, Input(size_px=size_px))
+        return load_backbone(
+            load_task(catalogue_folder() / "demo" / "digits.yaml").backbone, Input(size_px=size_px)
+        )
     return load_backbone(Backbone(model=model, weights="random"), Input(size_px=size_px))
 
 
@@ -73,25 +78,44 @@ def make_setting(backbone: LoadedBackbone, batch: int, precision: str, device: s
     digits = load_digits()
     numbers = np.arange(batch) % len(digits.images)
     pixels = torch.from_numpy(digits.images[numbers] / 16).float()[:, None].expand(-1, 3, -1, -1)
-    images = (F.interpolate(pixels, size=backbone.size_px, mode="bilinear") * 255).to(torch.uint8).to(device)
+    images = (
+        (F.interpolate(pixels, size=backbone.size_px, mode="bilinear") * 255)
+        .to(torch.uint8)
+        .to(device)
+    )
     labels = torch.from_numpy(digits.target[numbers]).to(device)
-    return Setting(backbone, images, labels, precision, device, select_connections(backbone, images[:64], labels[:64], device, MAX_TOP_K))
+    return Setting(
+        backbone,
+        images,
+        labels,
+        precision,
+        device,
+        select_connections(backbone, images[:64], labels[:64], device, MAX_TOP_K),
+    )
 
 
-def select_connections(backbone: LoadedBackbone, images: torch.Tensor, labels: torch.Tensor, device: str, top_k: int) -> SelectedIndex:
+def select_connections(
+    backbone: LoadedBackbone, images: torch.Tensor, labels: torch.Tensor, device: str, top_k: int
+) -> SelectedIndex:
     """The connections that one batch selects."""
     model = copy.deepcopy(backbone.model).to(device)
     for layer in tunable_layers(model).values():
         layer.weight.requires_grad_(True)
     views = two_views(images.cpu(), torch.Generator().manual_seed(0), flip=False).to(device)
     supervised_contrastive_loss(model(views), labels.repeat(2), 0.07).backward()
-    gradients = {name: layer.weight.grad.flatten(1) for name, layer in tunable_layers(model).items()}  # type: ignore[union-attr]
+    gradients = {
+        name: layer.weight.grad.flatten(1) for name, layer in tunable_layers(model).items()
+    }  # type: ignore[union-attr]
     return rank_places(gradients, "neuron", top_k)
 
 
 def connections(top_k: int, bits: Any = 32) -> Recipe:
     """Connections and biases."""
-    return Recipe(connections=Connections(top_k=top_k, bits=bits), biases=Biases(bits=32 if bits == 32 else 8), head=HEAD)
+    return Recipe(
+        connections=Connections(top_k=top_k, bits=bits),
+        biases=Biases(bits=32 if bits == 32 else 8),
+        head=HEAD,
+    )
 
 
 def smoa(experts: int, bits: Any = 32, width: int = 8) -> Recipe:
@@ -124,8 +148,12 @@ def builders(setting: Setting, is_compiled: bool = False) -> dict[str, Callable[
     if setting.device != "cpu" or setting.precision != "bf16":
         del others["full fine-tuning, as timm runs it"]  # it is the first, then
     others[BOUND] = input_gradients
-    found: dict[str, Callable[[], Variant]] = {name: partial(build, name, setting) for name, build in others.items()}
-    return found | {name: partial(ours, name, setting, recipe, is_compiled) for name, recipe in OURS.items()}
+    found: dict[str, Callable[[], Variant]] = {
+        name: partial(build, name, setting) for name, build in others.items()
+    }
+    return found | {
+        name: partial(ours, name, setting, recipe, is_compiled) for name, recipe in OURS.items()
+    }
 
 
 def _variant(
@@ -140,7 +168,10 @@ def _variant(
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimiser = torch.optim.AdamW(trained, lr=1e-4, weight_decay=0.0, fused=True)
     # Full fine-tuning's trained values are its weights; elsewhere they stand beside them.
-    are_weights = sum(parameter.numel() for parameter in trained) > sum(parameter.numel() for parameter in setting.backbone.model.parameters()) / 2
+    are_weights = (
+        sum(parameter.numel() for parameter in trained)
+        > sum(parameter.numel() for parameter in setting.backbone.model.parameters()) / 2
+    )
 
     def step() -> None:
         with torch.autocast(setting.device, torch.bfloat16, enabled=setting.precision == "bf16"):
@@ -153,7 +184,12 @@ def _variant(
         optimiser.zero_grad(set_to_none=True)
 
     def persistent() -> int:
-        states = sum(value.nbytes for state in optimiser.state.values() for value in state.values() if torch.is_tensor(value))
+        states = sum(
+            value.nbytes
+            for state in optimiser.state.values()
+            for value in state.values()
+            if torch.is_tensor(value)
+        )
         values = sum(parameter.nbytes for parameter in trained)
         # Gradients, all alive at the end of a backward pass, are as large as the values.
         return states + values + (0 if are_weights else values)
@@ -174,7 +210,10 @@ def _plain(setting: Setting, *, has_best_attention: bool = True) -> nn.Sequentia
 
 
 def _from_pixels(setting: Setting, model: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
-    mean, std = (torch.tensor(values, device=setting.device).view(1, 3, 1, 1) for values in (setting.backbone.mean, setting.backbone.std))
+    mean, std = (
+        torch.tensor(values, device=setting.device).view(1, 3, 1, 1)
+        for values in (setting.backbone.mean, setting.backbone.std)
+    )
     return lambda images: model((images.float() / 255 - mean) / std)
 
 
@@ -195,14 +234,23 @@ def dense_masks(name: str, setting: Setting) -> Variant:
     masks: dict[torch.Tensor, torch.Tensor] = {}
     for layer_name, layer in tunable_layers(model[0]).items():
         flat = torch.zeros(layer.weight.numel(), device=setting.device)
-        masks[layer.weight] = flat.scatter_(0, setting.selected[layer_name].at(1).to(setting.device), 1.0).view(layer.weight.shape)
+        masks[layer.weight] = flat.scatter_(
+            0, setting.selected[layer_name].at(1).to(setting.device), 1.0
+        ).view(layer.weight.shape)
 
     def mask() -> None:
         for parameter, kept in masks.items():
             assert parameter.grad is not None
             parameter.grad.mul_(kept)
 
-    return _variant(name, setting, model, _from_pixels(setting, model), mask, sum(kept.nbytes for kept in masks.values()))
+    return _variant(
+        name,
+        setting,
+        model,
+        _from_pixels(setting, model),
+        mask,
+        sum(kept.nbytes for kept in masks.values()),
+    )
 
 
 def lora(name: str, setting: Setting) -> Variant:
@@ -226,7 +274,11 @@ def _peft(name: str, setting: Setting, config: Callable[[list[str]], Any]) -> Va
     names = [layer for layer, module in plain[0].named_modules() if isinstance(module, nn.Linear)]
     plain[0] = get_peft_model(plain[0], config(names))  # type: ignore[arg-type]
     model = plain.to(setting.device)
-    places = sum(indices.nbytes for module in model.modules() for indices in getattr(module, "shira_indices", {}).values())
+    places = sum(
+        indices.nbytes
+        for module in model.modules()
+        for indices in getattr(module, "shira_indices", {}).values()
+    )
     return _variant(name, setting, model, _from_pixels(setting, model), places=places)
 
 
@@ -238,7 +290,9 @@ def adapted(setting: Setting, recipe: Recipe) -> AdaptedModel:
 
 
 def input_gradients(name: str, setting: Setting) -> Variant:
-    """What no method that trains the first layer can be faster than: the forward pass, and gradients of activations alone."""
+    """What no method that trains the first layer can be faster than: the forward pass, and
+    gradients of activations alone.
+    """
     model = adapted(setting, Recipe(head=HEAD))
     pixels = (setting.images.float() / 255).requires_grad_()
     return _variant(name, setting, model, lambda images: model(pixels))
@@ -248,5 +302,17 @@ def ours(name: str, setting: Setting, recipe: Recipe, is_compiled: bool = False)
     """A recipe of taskpack's, with the balance term where it has a bank."""
     model = adapted(setting, recipe)
     forward: Any = torch.compile(model) if is_compiled else model
-    places = sum(buffer.nbytes for layer in model.modules() if isinstance(layer, TunedLayer) for buffer in layer.buffers(recurse=False))
-    return _variant(name, setting, model, forward, places=places, auxiliary_loss=model.auxiliary_loss if recipe.smoa else None)
+    places = sum(
+        buffer.nbytes
+        for layer in model.modules()
+        if isinstance(layer, TunedLayer)
+        for buffer in layer.buffers(recurse=False)
+    )
+    return _variant(
+        name,
+        setting,
+        model,
+        forward,
+        places=places,
+        auxiliary_loss=model.auxiliary_loss if recipe.smoa else None,
+    )

@@ -42,35 +42,54 @@ def run(
         tasks: `Task` objects, task files, or folders of task files.
         workdir: folder for all results; run again with the same one to resume.
         address: address of a Ray cluster; None starts a private one on this machine.
-        overrides: sections of the task files to replace, such as `{"budget": {"max_bytes": "32KiB"}, "search": {"trials": 6}}`.
-        per_trial: CPUs and GPUs per rank of a trial; None takes 1 CPU, and 1 GPU if the cluster has any.
+        overrides: sections of the task files to replace, such as `{"budget": {"max_bytes":
+            "32KiB"}, "search": {"trials": 6}}`.
+        per_trial: CPUs and GPUs per rank of a trial; None takes 1 CPU, and 1 GPU if the cluster has
+            any.
         ranks_per_trial: processes that train each trial and fit together.
-        selection_workers: workers that select connections; None takes an equal share of the GPUs or CPUs, or none if this process is faster.
-        tasks_at_once: tasks to run concurrently; None takes one more than the number whose trials fill the cluster.
-        registry_patience_seconds: how long to wait for an unreachable tracking server at the end of the run.
+        selection_workers: workers that select connections; None takes an equal share of the GPUs or
+            CPUs, or none if this process is faster.
+        tasks_at_once: tasks to run concurrently; None takes one more than the number whose trials
+            fill the cluster.
+        registry_patience_seconds: how long to wait for an unreachable tracking server at the end of
+            the run.
         log_trials: whether each trial becomes a child run of its pack's MLflow run.
-        promote: give the alias `champion` to every pack of this run, even if an earlier one is better.
+        promote: give the alias `champion` to every pack of this run, even if an earlier one is
+            better.
         on_progress: called with each task's progress.
 
     Returns:
         One outcome per task.
 
     Raises:
-        TaskpackError: The batch could not start. Failures of single tasks are in `TaskOutcome.error`.
+        TaskpackError: The batch could not start. Failures of single tasks are in
+            `TaskOutcome.error`.
     """
     from pipeline.driver.batch import run_batch
     from pipeline.driver.stages import Placement, no_progress
 
-    placement = Placement(per_trial=per_trial, ranks_per_trial=ranks_per_trial, selection_workers=selection_workers, tasks_at_once=tasks_at_once)
+    placement = Placement(
+        per_trial=per_trial,
+        ranks_per_trial=ranks_per_trial,
+        selection_workers=selection_workers,
+        tasks_at_once=tasks_at_once,
+    )
     given = [task for task in tasks if isinstance(task, Task)]
-    read = load_tasks([Path(task) for task in tasks if not isinstance(task, Task)], overrides=overrides)
+    read = load_tasks(
+        [Path(task) for task in tasks if not isinstance(task, Task)], overrides=overrides
+    )
     batch = [*given, *read]
     names = [task.name for task in batch]
     repeated = sorted({name for name in names if names.count(name) > 1})
     if repeated:
-        raise SpecError(f"tasks: the name {repeated[0]!r} is given twice; give each task of a batch its own name")
+        raise SpecError(
+            f"tasks: the name {repeated[0]!r} is given twice; give each task of a batch its own"
+            " name"
+        )
     if given and overrides:
-        raise SpecError("overrides: these apply to task files only; change the Task objects themselves")
+        raise SpecError(
+            "overrides: these apply to task files only; change the Task objects themselves"
+        )
     return run_batch(
         batch,
         Path(workdir),
@@ -107,15 +126,29 @@ def find(
     from pipeline.registry.store import open_registry
 
     registry = open_registry(None, Path(workdir).resolve())
-    return registry.search(task=task, max_bytes=max_bytes, min_metric=min_metric, metric=metric, limit=limit, after=after)
+    return registry.search(
+        task=task,
+        max_bytes=max_bytes,
+        min_metric=min_metric,
+        metric=metric,
+        limit=limit,
+        after=after,
+    )
 
 
-def load(reference: str | Path, *, backbone: str | Path | None = None, device: str | None = None, workdir: str | Path = WORKDIR) -> Predictor:
+def load(
+    reference: str | Path,
+    *,
+    backbone: str | Path | None = None,
+    device: str | None = None,
+    workdir: str | Path = WORKDIR,
+) -> Predictor:
     """Load a pack, ready to predict.
 
     Args:
         reference: a pack file, or `NAME`, `NAME@alias` or `NAME/version` in the registry.
-        backbone: checkpoint of the pack's backbone; default: the one this machine used before, or the embedded one.
+        backbone: checkpoint of the pack's backbone; default: the one this machine used before, or
+            the embedded one.
         device: device to compute on, such as `cpu` or `cuda:1`; default: the GPU if there is one.
         workdir: work folder whose registry is used if MLFLOW_TRACKING_URI is not set.
 
@@ -126,7 +159,9 @@ def load(reference: str | Path, *, backbone: str | Path | None = None, device: s
     """
     from pipeline.serving.predictor import load_predictor
 
-    return load_predictor(fetch(reference, workdir=workdir), str(backbone) if backbone is not None else None, device)
+    return load_predictor(
+        fetch(reference, workdir=workdir), str(backbone) if backbone is not None else None, device
+    )
 
 
 def fetch(reference: str | Path, *, workdir: str | Path = WORKDIR) -> Path:
@@ -141,19 +176,28 @@ def fetch(reference: str | Path, *, workdir: str | Path = WORKDIR) -> Path:
     return registry.download(registered, root / "downloads")
 
 
-def export(reference: str | Path, *, to: Format, path: str | Path, backbone: str | Path | None = None, workdir: str | Path = WORKDIR) -> float | None:
+def export(
+    reference: str | Path,
+    *,
+    to: Format,
+    path: str | Path,
+    backbone: str | Path | None = None,
+    workdir: str | Path = WORKDIR,
+) -> float | None:
     """Write a pack in another project's format.
 
     Args:
         reference: as for `load`.
-        to: `timm`, a folder with the merged network as a plain checkpoint; `onnx`, the whole model as one file; `peft`, a folder with a SHiRA or
-            LoRA adapter; `binary-adapter`, NAME.bin with NAME.yaml next to it.
+        to: `timm`, a folder with the merged network as a plain checkpoint; `onnx`, the whole model
+            as one file; `peft`, a folder with a SHiRA or LoRA adapter; `binary-adapter`, NAME.bin
+            with NAME.yaml next to it.
         path: file or folder to write; it must not exist.
         backbone: as for `load`; not needed for binary-adapter.
         workdir: as for `load`.
 
     Returns:
-        The largest difference of a probe logit between pack and export; None if the format's own program is not run.
+        The largest difference of a probe logit between pack and export; None if the format's own
+        program is not run.
 
     Raises:
         ExportError: The format cannot express a part of the pack.
@@ -173,7 +217,9 @@ def export(reference: str | Path, *, to: Format, path: str | Path, backbone: str
     from pipeline.serving.predictor import load_backbone_of
 
     exporters = {"timm": export_checkpoint, "onnx": export_onnx, "peft": export_peft}
-    return exporters[to](pack, load_backbone_of(pack.metadata, str(backbone) if backbone is not None else None), path)
+    return exporters[to](
+        pack, load_backbone_of(pack.metadata, str(backbone) if backbone is not None else None), path
+    )
 
 
 def import_pack(source: str | Path, *, path: str | Path, backbone: str | Path | None = None) -> int:

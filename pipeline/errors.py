@@ -77,7 +77,9 @@ class WorkerDied(ClusterError):
 
 
 class UnexpectedError(ClusterError):
-    """Any other exception, of the code or a library: the message is its type and text, `details` its traceback."""
+    """Any other exception, of the code or a library: the message is its type and text, `details`
+    its traceback.
+    """
 
     def __init__(self, message: str, details: str = "") -> None:
         super().__init__(message)
@@ -91,11 +93,15 @@ class RegistryError(TaskpackError):
 
 
 class RegistryUnreachable(RegistryError):
-    """The MLflow server, its database or its artifact store is unreachable; the same call may succeed later."""
+    """The MLflow server, its database or its artifact store is unreachable; the same call may
+    succeed later.
+    """
 
 
 class RegistryRefused(RegistryError):
-    """The MLflow server denies access to this user or this operation; trying again would not help."""
+    """The MLflow server denies access to this user or this operation; trying again would not
+    help.
+    """
 
 
 class StorageError(TaskpackError):
@@ -105,17 +111,23 @@ class StorageError(TaskpackError):
 
 
 class TrainingError(TaskpackError):
-    """A recipe cannot be trained. If it diverged, the message names the step and the learning rate."""
+    """A recipe cannot be trained. If it diverged, the message names the step and the learning
+    rate.
+    """
 
     exit_code = 10
 
 
 class OutOfMemory(TrainingError):
-    """A recipe needs more memory than its device has; the message names the batch, the model and the free memory."""
+    """A recipe needs more memory than its device has; the message names the batch, the model and
+    the free memory.
+    """
 
 
 class ExportError(TaskpackError):
-    """A pack cannot be exported to the requested format, or the export does not compute the same."""
+    """A pack cannot be exported to the requested format, or the export does not compute the
+    same.
+    """
 
     exit_code = 11
 
@@ -130,10 +142,23 @@ def named(error: Exception) -> TaskpackError:
 
 
 def _full_disk(error: Exception) -> StorageError | None:
-    """The error of a full or read-only disk, in this process, in a worker (wrapped by Ray) or in safetensors' writer."""
+    """The error of a full or read-only disk, in this process, in a worker (wrapped by Ray) or in
+    safetensors' writer.
+    """
     cause = getattr(error, "cause", error)
-    if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
-        return StorageError(f"{cause.filename or 'the work folder'}: {cause.strerror}; free space, or choose another --workdir")
+    if isinstance(cause, OSError) and cause.errno in (
+        errno.ENOSPC,
+        errno.EDQUOT,
+        errno.EROFS,
+        errno.EACCES,
+    ):
+        return StorageError(
+            f"{cause.filename or 'the work folder'}: {cause.strerror}; free space, or choose"
+            " another --workdir"
+        )
     if "No space left on device" in str(error):
-        return StorageError("the work folder, or a node's temporary folder: no space left on device; free space, or choose another --workdir")
+        return StorageError(
+            "the work folder, or a node's temporary folder: no space left on device; free space, or"
+            " choose another --workdir"
+        )
     return None

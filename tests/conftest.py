@@ -1,6 +1,8 @@
-"""What every test shares: one thread a process, no telemetry, no network, no real server, and a backbone small enough to train in a second.
+"""What every test shares: one thread a process, no telemetry, no network, no real server, and a
+backbone small enough to train in a second.
 
-All of it is environment, set before torch, ray or mlflow is first imported, so that tests that need none of them stay fast.
+All of it is environment, set before torch, ray or mlflow is first imported, so that tests that need
+none of them stay fast.
 """
 
 from __future__ import annotations
@@ -19,7 +21,19 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from pipeline.specs import Backbone, Biases, Connections, DrawnData, Input, Norms, Recipe, Selection, Smoa, Task, Training
+from pipeline.specs import (
+    Backbone,
+    Biases,
+    Connections,
+    DrawnData,
+    Input,
+    Norms,
+    Recipe,
+    Selection,
+    Smoa,
+    Task,
+    Training,
+)
 
 if TYPE_CHECKING:
     from pipeline.adaptation import RankedPlaces
@@ -31,7 +45,8 @@ PROJECT_ROOT = Path(__file__).resolve().parent.parent
 
 os.environ.update(
     {
-        # One thread: sums come out the same on every machine, and tests that run beside each other do not fight for cores.
+        # One thread: sums come out the same on every machine, and tests that run beside each other
+        # do not fight for cores.
         "OMP_NUM_THREADS": "1",
         "MKL_NUM_THREADS": "1",
         "OPENBLAS_NUM_THREADS": "1",
@@ -41,7 +56,8 @@ os.environ.update(
         "XDG_CACHE_HOME": tempfile.mkdtemp(prefix="taskpack-tests-"),
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS": "0",
-        # Ray reads both when it is imported; without a token it would write one into the home folder.
+        # Ray reads both when it is imported; without a token it would write one into the home
+        # folder.
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
         "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -54,17 +70,27 @@ os.environ.update(
 )
 atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
-# Shells start background jobs, and some CI runners everything, with SIGINT ignored; programs that tests start would inherit that.
+# Shells start background jobs, and some CI runners everything, with SIGINT ignored; programs that
+# tests start would inherit that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 # A developer's own server or cluster must never receive what the tests write.
-for name in ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI", "MLFLOW_EXPERIMENT_ID", "MLFLOW_RUN_ID", "RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
+for name in (
+    "MLFLOW_TRACKING_URI",
+    "MLFLOW_REGISTRY_URI",
+    "MLFLOW_EXPERIMENT_ID",
+    "MLFLOW_RUN_ID",
+    "RAY_ADDRESS",
+    "RAY_API_SERVER_ADDRESS",
+):
     os.environ.pop(name, None)
 
 
 @pytest.fixture(scope="session")
 def shared_folder() -> Path:
-    """The folder of optional real data beside the project; tests that need it are skipped where it is absent."""
+    """The folder of optional real data beside the project; tests that need it are skipped where it
+    is absent.
+    """
     folder = PROJECT_ROOT.parent / "shared"
     if not (folder / "data").is_dir():
         pytest.skip("optional data is absent: no folder ../shared with data/ beside the project")
@@ -73,15 +99,28 @@ def shared_folder() -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_backbone() -> Backbone:
-    """A random ViT of width 64 and depth 2 for 32 px images (16 patches): every kind of layer that a real one has, in 0.1 M parameters."""
-    arguments: dict[str, int | float | str | bool | list[int]] = {"img_size": 32, "patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 2}
+    """A random ViT of width 64 and depth 2 for 32 px images (16 patches): every kind of layer that
+    a real one has, in 0.1 M parameters.
+    """
+    arguments: dict[str, int | float | str | bool | list[int]] = {
+        "img_size": 32,
+        "patch_size": 8,
+        "embed_dim": 64,
+        "depth": 2,
+        "num_heads": 2,
+    }
     return Backbone(model="vit_tiny_patch16_224", arguments=arguments, weights="random")
 
 
 @pytest.fixture(scope="session")
 def families(tiny_backbone: Backbone) -> dict[str, Backbone]:
-    """One tiny random backbone a family: tokens, windows of channels-last tokens, and ConvNeXt with its MLP as convolutions and as Linear layers."""
-    stages: dict[str, int | float | str | bool | list[int]] = {"depths": [1, 1, 1, 1], "dims": [8, 16, 24, 32]}
+    """One tiny random backbone a family: tokens, windows of channels-last tokens, and ConvNeXt with
+    its MLP as convolutions and as Linear layers.
+    """
+    stages: dict[str, int | float | str | bool | list[int]] = {
+        "depths": [1, 1, 1, 1],
+        "dims": [8, 16, 24, 32],
+    }
     swin: dict[str, int | float | str | bool | list[int]] = {
         **{"img_size": 32, "patch_size": 2, "window_size": 4, "embed_dim": 16},
         **{"depths": [1, 1], "num_heads": [1, 2]},
@@ -102,17 +141,25 @@ def random_selection() -> Callable[..., dict[str, RankedPlaces]]:
     from pipeline.adaptation import rank_places
     from pipeline.adaptation.sites import weight_shapes
 
-    def draw(backbone: LoadedBackbone, top_k: int, seed: int = 0, level: Level = "neuron") -> dict[str, RankedPlaces]:
+    def draw(
+        backbone: LoadedBackbone, top_k: int, seed: int = 0, level: Level = "neuron"
+    ) -> dict[str, RankedPlaces]:
         generator = torch.Generator().manual_seed(seed)
         shapes = weight_shapes(backbone.model)
-        return rank_places({name: torch.rand(shape, generator=generator) for name, shape in shapes.items()}, level, top_k)
+        return rank_places(
+            {name: torch.rand(shape, generator=generator) for name, shape in shapes.items()},
+            level,
+            top_k,
+        )
 
     return draw
 
 
 @pytest.fixture(scope="session")
 def tiny_task(tiny_backbone: Backbone) -> Task:
-    """Which of 8 ways a bar lies, 96 drawn samples to learn from: the tiny backbone beats chance at it within seconds."""
+    """Which of 8 ways a bar lies, 96 drawn samples to learn from: the tiny backbone beats chance at
+    it within seconds.
+    """
     return Task(
         name="tiny",
         data=DrawnData(format="drawn", kind="orientation", train_samples=96, test_samples=40),
@@ -150,20 +197,28 @@ def tiny_inputs(tiny_task: Task, tiny_data: Path) -> Inputs:
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Register the stand-in for a GPU where a test wants it: torch takes note of its devices at the first backward pass."""
-    wanting = [item for item in session.items if isinstance(item, pytest.Function) and _wants_standin(item)]
+    """Register the stand-in for a GPU where a test wants it: torch takes note of its devices at the
+    first backward pass.
+    """
+    wanting = [
+        item for item in session.items if isinstance(item, pytest.Function) and _wants_standin(item)
+    ]
     if not wanting or session.config.option.collectonly:
         return
     import standin_device
 
     if standin_device.find_compiler() is not None:
-        with contextlib.suppress(RuntimeError):  # what does not compile fails the tests that want it, and no others
+        with contextlib.suppress(
+            RuntimeError
+        ):  # what does not compile fails the tests that want it, and no others
             standin_device.register(_compiled_standin(session.config))
 
 
 def _wants_standin(item: pytest.Function) -> bool:
     parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
-    return "standin" in item.fixturenames or any(isinstance(value, str) and value == "stand-in" for value in parameters)
+    return "standin" in item.fixturenames or any(
+        isinstance(value, str) and value == "stand-in" for value in parameters
+    )
 
 
 def _compiled_standin(config: pytest.Config) -> Path:
@@ -180,7 +235,9 @@ def standin_library(pytestconfig: pytest.Config) -> Path:
     import standin_device
 
     if standin_device.find_compiler() is None:
-        pytest.skip("the stand-in for a GPU needs a C++ compiler; none of c++, g++ and clang++ is here")
+        pytest.skip(
+            "the stand-in for a GPU needs a C++ compiler; none of c++, g++ and clang++ is here"
+        )
     return _compiled_standin(pytestconfig)
 
 
@@ -200,7 +257,14 @@ def local_ray() -> Iterator[None]:
     from pipeline.cluster.session import ray_session
 
     temporary = os.path.join(tempfile.gettempdir(), "ray")
-    ray.init(address="local", num_cpus=3, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR, _temp_dir=temporary)
+    ray.init(
+        address="local",
+        num_cpus=3,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+        _temp_dir=temporary,
+    )
     try:
         with ray_session():
             yield

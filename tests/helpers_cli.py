@@ -1,4 +1,6 @@
-"""What the tests of the command line share: a task small enough to run whole in half a minute, the command in this process or in its own."""
+"""What the tests of the command line share: a task small enough to run whole in half a minute, the
+command in this process or in its own.
+"""
 
 from __future__ import annotations
 
@@ -86,7 +88,11 @@ def taskpack(*arguments: str | Path) -> Answer:
     out, err, given = io.StringIO(), io.StringIO(), sys.argv
     sys.argv = ["taskpack", *map(str, arguments)]
     try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.raises(SystemExit) as ended:
+        with (
+            contextlib.redirect_stdout(out),
+            contextlib.redirect_stderr(err),
+            pytest.raises(SystemExit) as ended,
+        ):
             cli.main()
     finally:
         sys.argv = given
@@ -96,14 +102,25 @@ def taskpack(*arguments: str | Path) -> Answer:
 
 def environment(**changes: str) -> dict[str, str]:
     """Of a command in its own process: this one's, without what pytest adds, at 80 columns."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST", "PYTHONWARNINGS"))}
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("PYTEST", "PYTHONWARNINGS"))
+    }
     return {**kept, "COLUMNS": "80", **changes}
 
 
 def taskpack_process(*arguments: str | Path, **changes: str) -> Answer:
     """The command in its own process, as a user has it; `changes` are of its environment."""
     command = [str(COMMAND), *map(str, arguments)]
-    done = subprocess.run(command, env=environment(**changes), capture_output=True, text=True, timeout=TIMEOUT_SECONDS, check=False)
+    done = subprocess.run(
+        command,
+        env=environment(**changes),
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_SECONDS,
+        check=False,
+    )
     return Answer(done.returncode, done.stdout, done.stderr)
 
 
@@ -133,10 +150,14 @@ def one(paths: Iterator[Path]) -> Path:
 
 @functools.cache
 def finished_run(base: Path) -> FinishedRun:
-    """One whole run, below the session's temporary folder, for all test files. Tests that change anything work on a copy."""
+    """One whole run, below the session's temporary folder, for all test files. Tests that change
+    anything work on a copy.
+    """
     folder = base / "finished"
     task_file = write_task(folder / "tasks")
-    return FinishedRun(folder / "work", task_file, taskpack_process("run", task_file, "--workdir", folder / "work"))
+    return FinishedRun(
+        folder / "work", task_file, taskpack_process("run", task_file, "--workdir", folder / "work")
+    )
 
 
 @functools.cache

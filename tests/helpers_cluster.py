@@ -1,4 +1,6 @@
-"""A Ray cluster of several nodes on this machine, whose workers note what they begin and can be held there; the command run on it."""
+"""A Ray cluster of several nodes on this machine, whose workers note what they begin and can be
+held there; the command run on it.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ HOOKS = Path(__file__).with_name("hooks")
 
 @dataclass
 class TestCluster:
-    """A head without CPUs, where commands connect, and nodes of one CPU each. `notes` is the folder of `hooks/sitecustomize.py`."""
+    """A head without CPUs, where commands connect, and nodes of one CPU each. `notes` is the folder
+    of `hooks/sitecustomize.py`.
+    """
 
     __test__ = False
 
@@ -40,8 +44,14 @@ class TestCluster:
         self.nodes.append(self.cluster.add_node(num_cpus=1, **self.options))
 
     def lose_node_of(self, process: int) -> None:
-        """Kill the node that a worker process belongs to, without warning, and everything on it; another takes its place."""
-        (node,) = [node for node in self.nodes if node.all_processes["raylet"][0].process.pid == parent(process)]
+        """Kill the node that a worker process belongs to, without warning, and everything on it;
+        another takes its place.
+        """
+        (node,) = [
+            node
+            for node in self.nodes
+            if node.all_processes["raylet"][0].process.pid == parent(process)
+        ]
         self.nodes.remove(node)
         self.cluster.remove_node(node, allow_graceful=False)
         self.add_node()
@@ -75,14 +85,24 @@ class TestCluster:
 
     def wait_for(self, kind: str, count: int, command: Command) -> int:
         """The process of the `count`-th beginning."""
-        wait_until(lambda: len(self.begun(kind)) >= count or command.process.poll() is not None or ": failed" in command.said())
-        assert len(self.begun(kind)) >= count, f"no {kind} number {count} has begun: {self.counts()} {command.said()}"
+        wait_until(
+            lambda: (
+                len(self.begun(kind)) >= count
+                or command.process.poll() is not None
+                or ": failed" in command.said()
+            )
+        )
+        assert len(self.begun(kind)) >= count, (
+            f"no {kind} number {count} has begun: {self.counts()} {command.said()}"
+        )
         return self.begun(kind)[count - 1]
 
 
 @contextlib.contextmanager
 def test_cluster(folder: Path, nodes: int, **options: Any) -> Iterator[TestCluster]:
-    """A cluster whose nodes are ended at the end; `options` are of each node. A node's death is noticed within seconds."""
+    """A cluster whose nodes are ended at the end; `options` are of each node. A node's death is
+    noticed within seconds.
+    """
     from ray.cluster_utils import Cluster
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -95,7 +115,11 @@ def test_cluster(folder: Path, nodes: int, **options: Any) -> Iterator[TestClust
     with pytest.MonkeyPatch.context() as patch:
         for name, value in changes.items():
             patch.setenv(name, value)
-        arguments = {"num_cpus": 0, "include_dashboard": False, "temp_dir": os.path.join(tempfile.gettempdir(), "ray")}
+        arguments = {
+            "num_cpus": 0,
+            "include_dashboard": False,
+            "temp_dir": os.path.join(tempfile.gettempdir(), "ray"),
+        }
         cluster = Cluster(initialize_head=True, head_node_args=arguments)
         try:
             made = TestCluster(cluster, folder, options)
@@ -136,7 +160,12 @@ def start(folder: Path, *arguments: str | Path, **changes: str) -> Command:
     folder.mkdir(parents=True, exist_ok=True)
     out, err = folder / "out", folder / "err"
     with out.open("w") as stdout, err.open("w") as stderr:
-        process = subprocess.Popen([str(COMMAND), *map(str, arguments)], env=environment(**changes), stdout=stdout, stderr=stderr)
+        process = subprocess.Popen(
+            [str(COMMAND), *map(str, arguments)],
+            env=environment(**changes),
+            stdout=stdout,
+            stderr=stderr,
+        )
     return Command(process, out, err)
 
 
@@ -159,16 +188,33 @@ def title(process: int) -> str:
 
 def written(workdir: Path) -> dict[Path, int]:
     """The finished results and when each was written."""
-    patterns = ("data/*/*", "selections/*.safetensors", "studies/*/trials/*.json", "studies/*/fits/*/pack.safetensors")
-    return {path.relative_to(workdir): path.stat().st_mtime_ns for pattern in patterns for path in workdir.glob(pattern)}
+    patterns = (
+        "data/*/*",
+        "selections/*.safetensors",
+        "studies/*/trials/*.json",
+        "studies/*/fits/*/pack.safetensors",
+    )
+    return {
+        path.relative_to(workdir): path.stat().st_mtime_ns
+        for pattern in patterns
+        for path in workdir.glob(pattern)
+    }
 
 
 def results(workdir: Path) -> dict[str, bytes]:
     """Selections and packs, by path."""
     patterns = ("selections/*.safetensors", "studies/*/fits/*/pack.safetensors")
-    return {str(path.relative_to(workdir)): path.read_bytes() for pattern in patterns for path in workdir.glob(pattern)}
+    return {
+        str(path.relative_to(workdir)): path.read_bytes()
+        for pattern in patterns
+        for path in workdir.glob(pattern)
+    }
 
 
 def stages_of(out: str) -> Counter[str]:
     """How often each task entered each stage, as its log says."""
-    return Counter(line.partition("] ")[2].partition(" - ")[0] for line in out.splitlines() if line.startswith("["))
+    return Counter(
+        line.partition("] ")[2].partition(" - ")[0]
+        for line in out.splitlines()
+        if line.startswith("[")
+    )

@@ -1,4 +1,5 @@
-"""Another user of a cluster: fills every node's object store, says so, and checks its objects once it is told to end.
+"""Another user of a cluster: fills every node's object store, says so, and checks its objects once
+it is told to end.
 
 python tests/helpers_objects.py ADDRESS BYTES_A_NODE
 """
@@ -23,8 +24,17 @@ def make_objects(count: int) -> list[ray.ObjectRef]:
 def main(address: str, bytes_a_node: int) -> None:
     """Hold objects until a line comes in."""
     ray.init(address=address, log_to_driver=False)
-    nodes = [NodeAffinitySchedulingStrategy(node["NodeID"], soft=False) for node in ray.nodes() if node["Resources"].get("CPU")]
-    held = ray.get([make_objects.options(scheduling_strategy=node).remote(bytes_a_node // OBJECT_BYTES) for node in nodes])
+    nodes = [
+        NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+        for node in ray.nodes()
+        if node["Resources"].get("CPU")
+    ]
+    held = ray.get(
+        [
+            make_objects.options(scheduling_strategy=node).remote(bytes_a_node // OBJECT_BYTES)
+            for node in nodes
+        ]
+    )
     print("held", flush=True)
     sys.stdin.readline()
     for objects in held:

@@ -1,7 +1,9 @@
-"""A device beside the CPU: from training to a pack that is used, everything computes there what it computes on the CPU.
+"""A device beside the CPU: from training to a pack that is used, everything computes there what it
+computes on the CPU.
 
-Every test runs on the stand-in for a GPU (see `standin_device`), and with `pytest -m gpu` on a GPU. What only the stand-in can
-show is in `test_standin.py`. Nothing here needs Ray or MLflow: on a machine without them, name this file to pytest.
+Every test runs on the stand-in for a GPU (see `standin_device`), and with `pytest -m gpu` on a GPU.
+What only the stand-in can show is in `test_standin.py`. Nothing here needs Ray or MLflow: on a
+machine without them, name this file to pytest.
 """
 
 from __future__ import annotations
@@ -52,7 +54,10 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
     **{part: {part: {}} for part in ("ssf", "class_token", "full")},
     "linear": {},
 }
-DROPOUT: dict[str, dict[str, Any]] = {"connections": {"bits": 4}, "adapter": {"width": 4, "bits": 1, "dropout": 0.5}}
+DROPOUT: dict[str, dict[str, Any]] = {
+    "connections": {"bits": 4},
+    "adapter": {"width": 4, "bits": 1, "dropout": 0.5},
+}
 
 
 @pytest.fixture(scope="session", params=["stand-in", pytest.param("gpu", marks=pytest.mark.gpu)])
@@ -70,7 +75,9 @@ def selected(tiny_inputs: Inputs) -> dict[str, RankedPlaces]:
 
 
 @pytest.fixture(scope="module")
-def on_cpu(tiny_inputs: Inputs, selected: SelectedIndex, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+def on_cpu(
+    tiny_inputs: Inputs, selected: SelectedIndex, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Path]:
     """A function (recipe) -> the folder of its fit in float32 on the CPU."""
 
     @functools.cache
@@ -83,7 +90,9 @@ def on_cpu(tiny_inputs: Inputs, selected: SelectedIndex, tmp_path_factory: pytes
 
 
 def make_recipe(name: str, **training: Any) -> Recipe:
-    return Recipe.model_validate({**RECIPES[name], "training": {**TRAINING, "precision": "fp32", **training}})
+    return Recipe.model_validate(
+        {**RECIPES[name], "training": {**TRAINING, "precision": "fp32", **training}}
+    )
 
 
 def pack_in(folder: Path) -> Pack:
@@ -94,43 +103,78 @@ def relative_difference(one: np.ndarray, other: np.ndarray) -> float:
     return float(np.abs(one - other).max() / np.abs(other).max())
 
 
-# --- fits -----------------------------------------------------------------------------------------------------------------------------------
+# --- fits -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_fit_gives_the_pack_of_the_cpu(
-    name: str, device: str, on_cpu: Callable[[str], Path], tiny_inputs: Inputs, selected: SelectedIndex, tmp_path: Path
+    name: str,
+    device: str,
+    on_cpu: Callable[[str], Path],
+    tiny_inputs: Inputs,
+    selected: SelectedIndex,
+    tmp_path: Path,
 ) -> None:
     result = fit(tiny_inputs, make_recipe(name), selected, tmp_path, device=device)
     expected = pack_in(on_cpu(name))
     assert result.size_bytes == (on_cpu(name) / PACK_FILE).stat().st_size
-    assert relative_difference(pack_in(tmp_path).probe_logits, expected.probe_logits) < 0.02 or RECIPES[name].keys() & {"adapter", "lora"}
+    assert relative_difference(
+        pack_in(tmp_path).probe_logits, expected.probe_logits
+    ) < 0.02 or RECIPES[name].keys() & {"adapter", "lora"}
 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_fit_in_bfloat16_gives_a_pack_like_it(
-    name: str, device: str, on_cpu: Callable[[str], Path], tiny_inputs: Inputs, selected: SelectedIndex, tmp_path: Path
+    name: str,
+    device: str,
+    on_cpu: Callable[[str], Path],
+    tiny_inputs: Inputs,
+    selected: SelectedIndex,
+    tmp_path: Path,
 ) -> None:
-    result = fit(tiny_inputs, make_recipe(name, precision="bf16"), selected, tmp_path, device=device)
+    result = fit(
+        tiny_inputs, make_recipe(name, precision="bf16"), selected, tmp_path, device=device
+    )
     pack = pack_in(tmp_path)
     assert relative_difference(pack.probe_logits, pack_in(on_cpu(name)).probe_logits) < 0.5
     reloaded = from_pack(pack, tiny_inputs.backbone)
-    outcomes = evaluate(reloaded, tiny_inputs.reader("test"), tiny_inputs.splits["test"], tiny_inputs.kind)
+    outcomes = evaluate(
+        reloaded, tiny_inputs.reader("test"), tiny_inputs.splits["test"], tiny_inputs.kind
+    )
     assert abs(tiny_inputs.metric.value(outcomes) - result.test_metric) <= 1.01 / len(outcomes), (
         "the pack that the CPU reads is the one that was tested on the device"
     )
 
 
 def test_float32_stands_in_for_bfloat16_where_the_device_emulates_it(
-    device: str, tiny_inputs: Inputs, selected: SelectedIndex, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    device: str,
+    tiny_inputs: Inputs,
+    selected: SelectedIndex,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(torch.get_device_module(device), "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    monkeypatch.setattr(
+        torch.get_device_module(device),
+        "is_bf16_supported",
+        lambda including_emulation=True: including_emulation,
+    )
     for precision in ("bf16", "fp32"):
-        fit(tiny_inputs, make_recipe("linear", precision=precision), selected, tmp_path / precision, device=device)
-    assert relative_difference(pack_in(tmp_path / "bf16").probe_logits, pack_in(tmp_path / "fp32").probe_logits) < 1e-4
+        fit(
+            tiny_inputs,
+            make_recipe("linear", precision=precision),
+            selected,
+            tmp_path / precision,
+            device=device,
+        )
+    assert (
+        relative_difference(
+            pack_in(tmp_path / "bf16").probe_logits, pack_in(tmp_path / "fp32").probe_logits
+        )
+        < 1e-4
+    )
 
 
-# --- going on on another device ---------------------------------------------------------------------------------------------------------------
+# --- going on on another device -------------------------------------------------------------------
 
 
 class Killed(Exception):
@@ -139,10 +183,24 @@ class Killed(Exception):
 
 @pytest.mark.parametrize("is_back", [False, True], ids=["from the CPU", "to the CPU"])
 def test_a_fit_goes_on_on_another_device(
-    is_back: bool, device: str, tiny_inputs: Inputs, selected: SelectedIndex, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    is_back: bool,
+    device: str,
+    tiny_inputs: Inputs,
+    selected: SelectedIndex,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(fit_module, "Checkpoint", functools.partial(Checkpoint, every_seconds=0, cost_share=math.inf))
-    recipe = Recipe.model_validate({**DROPOUT, "training": {**TRAINING, "augment": "light", "drop_path": 0.2, "precision": "fp32"}})
+    monkeypatch.setattr(
+        fit_module,
+        "Checkpoint",
+        functools.partial(Checkpoint, every_seconds=0, cost_share=math.inf),
+    )
+    recipe = Recipe.model_validate(
+        {
+            **DROPOUT,
+            "training": {**TRAINING, "augment": "light", "drop_path": 0.2, "precision": "fp32"},
+        }
+    )
     taken, step = [0, 2], loop._step
 
     def counted(*arguments: Any) -> Any:
@@ -158,11 +216,13 @@ def test_a_fit_goes_on_on_another_device(
     assert steps_kept(tmp_path) == 2
     taken[:] = [0, 1 << 30]
     fit(tiny_inputs, recipe, selected, tmp_path, device=second)
-    assert taken[0] == math.ceil(len(tiny_inputs.splits["trainval"]) / 32) - 2, "no step is taken twice"
+    assert taken[0] == math.ceil(len(tiny_inputs.splits["trainval"]) / 32) - 2, (
+        "no step is taken twice"
+    )
     assert not (tmp_path / CHECKPOINT_FILE).exists()
 
 
-# --- selection ------------------------------------------------------------------------------------------------------------------------------
+# --- selection ------------------------------------------------------------------------------------
 
 CRITERIA: dict[str, dict[str, Any]] = {
     "gradient": {},
@@ -173,24 +233,40 @@ CRITERIA: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("criterion", CRITERIA)
-def test_a_selection_keeps_the_connections_of_the_cpu(criterion: str, device: str, tiny_inputs: Inputs) -> None:
+def test_a_selection_keeps_the_connections_of_the_cpu(
+    criterion: str, device: str, tiny_inputs: Inputs
+) -> None:
     levels: tuple[Level, ...] = ("neuron", "layer", "network")
     spec = tiny_inputs.task.selection.model_copy(update=CRITERIA[criterion])
-    inputs = Inputs(**{**vars(tiny_inputs), "task": tiny_inputs.task.model_copy(update={"selection": spec})})
+    inputs = Inputs(
+        **{**vars(tiny_inputs), "task": tiny_inputs.task.model_copy(update={"selection": spec})}
+    )
     batches = stage._numbered_batches(inputs)
     here, there = (stage._sums(inputs, batches, where) for where in ("cpu", device))
     assert {total.device.type for total in there.values()} <= {device}
     for level in levels:
-        at_level = Inputs(**{**vars(inputs), "task": inputs.task.model_copy(update={"selection": spec.model_copy(update={"level": level})})})
+        at_level = Inputs(
+            **{
+                **vars(inputs),
+                "task": inputs.task.model_copy(
+                    update={"selection": spec.model_copy(update={"level": level})}
+                ),
+            }
+        )
         expected, found = (stage._ranked(at_level, dict(sums), 3) for sums in (here, there))
-        same = [np.isin(found[name].place_M.numpy(), ranked.place_M.numpy()) for name, ranked in expected.items()]
+        same = [
+            np.isin(found[name].place_M.numpy(), ranked.place_M.numpy())
+            for name, ranked in expected.items()
+        ]
         assert np.concatenate(same).mean() > 0.99, level
 
 
-# --- using a pack -----------------------------------------------------------------------------------------------------------------------------
+# --- using a pack ---------------------------------------------------------------------------------
 
 
-def test_evaluation_counts_what_the_cpu_counts(device: str, on_cpu: Callable[[str], Path], tiny_inputs: Inputs) -> None:
+def test_evaluation_counts_what_the_cpu_counts(
+    device: str, on_cpu: Callable[[str], Path], tiny_inputs: Inputs
+) -> None:
     model = from_pack(pack_in(on_cpu("default")), tiny_inputs.backbone)
     given = tiny_inputs.reader("test"), tiny_inputs.splits["test"], tiny_inputs.kind
     expected, there = evaluate(model, *given), evaluate(model.to(device), *given, device=device)
@@ -200,7 +276,9 @@ def test_evaluation_counts_what_the_cpu_counts(device: str, on_cpu: Callable[[st
 
 
 @pytest.mark.parametrize("name", ["default", "lora", "full", "prompts"])
-def test_a_predictor_answers_as_on_the_cpu_wherever_it_is_moved(name: str, device: str, on_cpu: Callable[[str], Path], tiny_inputs: Inputs) -> None:
+def test_a_predictor_answers_as_on_the_cpu_wherever_it_is_moved(
+    name: str, device: str, on_cpu: Callable[[str], Path], tiny_inputs: Inputs
+) -> None:
     pack = pack_in(on_cpu(name))
     images = list(np.random.default_rng(0).integers(0, 256, (70, 20, 24, 3), dtype=np.uint8))
     expected = Predictor(pack, tiny_inputs.backbone, "cpu").logits(images)
@@ -212,25 +290,34 @@ def test_a_predictor_answers_as_on_the_cpu_wherever_it_is_moved(name: str, devic
     torch.testing.assert_close(predictor.logits(images), expected, rtol=1e-3, atol=1e-3)
 
 
-# --- the fused kernel -------------------------------------------------------------------------------------------------------------------------
+# --- the fused kernel -----------------------------------------------------------------------------
 
 
 def test_without_a_compiler_connections_take_the_plain_product(
     device: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def fail(*arguments: Any) -> Any:
-        raise RuntimeError("Failed to find C compiler.\nPlease specify via CC environment variable.")
+        raise RuntimeError(
+            "Failed to find C compiler.\nPlease specify via CC environment variable."
+        )
 
-    triton_sampled = pytest.importorskip("pipeline.adaptation.kernels.triton_sampled", reason="needs Triton")
+    triton_sampled = pytest.importorskip(
+        "pipeline.adaptation.kernels.triton_sampled", reason="needs Triton"
+    )
     monkeypatch.setattr(triton_sampled, "fused_sampled_product", fail)
     monkeypatch.setattr(sampled, "fused_kernel", functools.cache(sampled.fused_kernel.__wrapped__))
     x_TC, gradient_TO = torch.arange(12.0).view(4, 3), torch.arange(20.0).view(4, 5)
     place_N = torch.tensor([1, 7, 14])
     for _ in range(2):
         found = sampled.sampled_product(x_TC.to(device), gradient_TO.to(device), place_N.to(device))
-        torch.testing.assert_close(found.cpu(), sampled.plain_sampled_product(x_TC, gradient_TO, place_N))
+        torch.testing.assert_close(
+            found.cpu(), sampled.plain_sampled_product(x_TC, gradient_TO, place_N)
+        )
     (message,) = caplog.messages
-    assert "(Failed to find C compiler.); it needs Triton, a C compiler and Python's headers" in message
+    assert (
+        "(Failed to find C compiler.); it needs Triton, a C compiler and Python's headers"
+        in message
+    )
 
 
 @pytest.mark.gpu
@@ -241,15 +328,20 @@ def test_the_fused_kernel_computes_the_plain_product() -> None:
     if kernel is None:
         pytest.skip("Triton cannot be used here; the log says why")
     generator = torch.Generator().manual_seed(0)
-    x_TC, gradient_TO = torch.randn(6304, 96, generator=generator), torch.randn(6304, 768, generator=generator)
+    x_TC, gradient_TO = (
+        torch.randn(6304, 96, generator=generator),
+        torch.randn(6304, 768, generator=generator),
+    )
     place_N = torch.randint(0, 96 * 768, (1000,), generator=generator).sort().values
     expected = (x_TC.double().T @ gradient_TO.double()).take(place_N)
     found = kernel(x_TC.cuda(), gradient_TO.cuda(), place_N.cuda())
     torch.testing.assert_close(found.cpu().double(), expected, rtol=1e-4, atol=1e-2)
-    assert torch.equal(found, kernel(x_TC.cuda(), gradient_TO.cuda(), place_N.cuda())), "sums are taken in a fixed order"
+    assert torch.equal(found, kernel(x_TC.cuda(), gradient_TO.cuda(), place_N.cuda())), (
+        "sums are taken in a fixed order"
+    )
 
 
-# --- several processes on one device ----------------------------------------------------------------------------------------------------------
+# --- several processes on one device --------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -258,7 +350,9 @@ def pool() -> Iterator[ProcessPoolExecutor]:
         yield pool
 
 
-def fit_on_rank(task_json: str, data_folder: Path, folder: Path, device: str, library: Path | None, ranks: Ranks) -> str:
+def fit_on_rank(
+    task_json: str, data_folder: Path, folder: Path, device: str, library: Path | None, ranks: Ranks
+) -> str:
     """A fit, in a process that may know nothing of the device yet; the digest of its pack."""
     if library is not None:
         import standin_device
@@ -267,9 +361,18 @@ def fit_on_rank(task_json: str, data_folder: Path, folder: Path, device: str, li
     torch.set_num_threads(1)
     inputs = open_inputs(Task.model_validate_json(task_json), data_folder)
     if ranks.world > 1:
-        dist.init_process_group("gloo", init_method=f"file://{folder}.store", rank=ranks.rank, world_size=ranks.world)
+        dist.init_process_group(
+            "gloo", init_method=f"file://{folder}.store", rank=ranks.rank, world_size=ranks.world
+        )
     try:
-        result = fit(inputs, make_recipe("default", precision="bf16"), select_here(inputs, 2), folder, device=device, ranks=ranks)
+        result = fit(
+            inputs,
+            make_recipe("default", precision="bf16"),
+            select_here(inputs, 2),
+            folder,
+            device=device,
+            ranks=ranks,
+        )
         return result.pack_digest
     finally:
         if ranks.world > 1:
@@ -277,17 +380,29 @@ def fit_on_rank(task_json: str, data_folder: Path, folder: Path, device: str, li
 
 
 def side_by_side(
-    pool: ProcessPoolExecutor, request: pytest.FixtureRequest, inputs: Inputs, device: str, folders: Sequence[Path], world: int
+    pool: ProcessPoolExecutor,
+    request: pytest.FixtureRequest,
+    inputs: Inputs,
+    device: str,
+    folders: Sequence[Path],
+    world: int,
 ) -> list[str]:
     library = None if device == "cuda" else request.getfixturevalue("standin_library")
     given = inputs.task.model_dump_json(), inputs.data_folder
     ranks = [Ranks(rank, world) for rank in range(world)] if world > 1 else [Ranks()] * len(folders)
-    running = [pool.submit(fit_on_rank, *given, folder, device, library, rank) for folder, rank in zip(folders, ranks, strict=True)]
+    running = [
+        pool.submit(fit_on_rank, *given, folder, device, library, rank)
+        for folder, rank in zip(folders, ranks, strict=True)
+    ]
     return [each.result(timeout=300) for each in running]
 
 
 def test_two_ranks_train_one_pack(
-    device: str, pool: ProcessPoolExecutor, request: pytest.FixtureRequest, tiny_inputs: Inputs, tmp_path: Path
+    device: str,
+    pool: ProcessPoolExecutor,
+    request: pytest.FixtureRequest,
+    tiny_inputs: Inputs,
+    tmp_path: Path,
 ) -> None:
     folder = tmp_path / "fit"
     digests = side_by_side(pool, request, tiny_inputs, device, [folder, folder], 2)
@@ -296,7 +411,9 @@ def test_two_ranks_train_one_pack(
 
 
 @pytest.mark.gpu
-def test_two_trials_share_a_gpu(pool: ProcessPoolExecutor, request: pytest.FixtureRequest, tiny_inputs: Inputs, tmp_path: Path) -> None:
+def test_two_trials_share_a_gpu(
+    pool: ProcessPoolExecutor, request: pytest.FixtureRequest, tiny_inputs: Inputs, tmp_path: Path
+) -> None:
     if not torch.cuda.is_available():
         pytest.skip("needs a GPU that torch can use")
     folders = [tmp_path / "one", tmp_path / "other"]

@@ -1,6 +1,8 @@
-"""Every timm family that people use, tiny and with random weights, in every recipe: it runs, or one line says which part has no place.
+"""Every timm family that people use, tiny and with random weights, in every recipe: it runs, or one
+line says which part has no place.
 
-"Runs" is that of benchmarks/architectures.py: the planned size, training steps with finite gradients, the pack as bytes and back, equal logits.
+"Runs" is that of benchmarks/architectures.py: the planned size, training steps with finite
+gradients, the pack as bytes and back, equal logits.
 """
 
 from __future__ import annotations
@@ -25,14 +27,25 @@ BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 STAGES = {"depths": [1, 1, 1, 1], "dims": [8, 16, 24, 32]}
 VIT = {"img_size": 32, "embed_dim": 32, "depth": 2, "num_heads": 2}
 PYRAMID = {"depths": [1, 1, 1, 1], "embed_dims": [8, 16, 24, 32]}
-SWIN = {"img_size": 32, "patch_size": 2, "window_size": 4, "embed_dim": 16, "depths": [1, 1], "num_heads": [1, 2]}
+SWIN = {
+    "img_size": 32,
+    "patch_size": 2,
+    "window_size": 4,
+    "embed_dim": 16,
+    "depths": [1, 1],
+    "num_heads": [1, 2],
+}
 
 FAMILIES: dict[str, tuple[str, dict[str, Any], int]] = {
     "ViT": ("vit_tiny_patch16_224", VIT, 32),
     "ViT, norms after the branches": ("vit_relpos_small_patch16_rpn_224", VIT, 32),
     "DeiT, distilled": ("deit_tiny_distilled_patch16_224", VIT, 32),
     "EVA-02": ("eva02_tiny_patch14_224", {**VIT, "img_size": 28}, 28),
-    "EVA, norms after the branches": ("eva_giant_patch14_224", {**VIT, "img_size": 28, "mlp_ratio": 2.0, "use_post_norm": True}, 28),
+    "EVA, norms after the branches": (
+        "eva_giant_patch14_224",
+        {**VIT, "img_size": 28, "mlp_ratio": 2.0, "use_post_norm": True},
+        28,
+    ),
     "BEiT": ("beit_base_patch16_224", VIT, 32),
     "DINOv2 with registers": ("vit_small_patch14_reg4_dinov2", {**VIT, "img_size": 28}, 28),
     "DINOv3": ("vit_small_patch16_dinov3", VIT, 32),
@@ -54,27 +67,54 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], int]] = {
     "CoAtNet": ("test_coatnet", {"img_size": 64}, 64),
     "CaiT": ("cait_xxs24_224", {**VIT, "depth_token_only": 1}, 32),
     "XCiT": ("xcit_nano_12_p16_224", VIT, 32),
-    "Hiera": ("hiera_tiny_224", {"img_size": [64, 64], "embed_dim": 16, "stages": [1, 1, 2, 1]}, 64),
+    "Hiera": (
+        "hiera_tiny_224",
+        {"img_size": [64, 64], "embed_dim": 16, "stages": [1, 1, 2, 1]},
+        64,
+    ),
     "MViT": ("mvitv2_tiny", {"img_size": 32}, 32),
     "PVT": ("pvt_v2_b0", {**PYRAMID, "num_heads": [1, 2, 2, 4]}, 32),
     "FastViT": ("fastvit_t8", {"layers": [1, 1, 1, 1]}, 64),
-    "TinyViT": ("tiny_vit_5m_224", {"depths": [1, 1, 1, 1], "embed_dims": [8, 16, 24, 32], "num_heads": [1, 1, 2, 2]}, 224),
-    "LeViT": ("levit_128s", {"img_size": 64, "embed_dim": [16, 24, 32], "key_dim": 8, "num_heads": [1, 2, 2], "depth": [1, 1, 1]}, 64),
-    "DaViT": ("davit_tiny", {"depths": [1, 1, 1, 1], "embed_dims": [8, 16, 24, 32], "num_heads": [1, 2, 2, 2]}, 32),
+    "TinyViT": (
+        "tiny_vit_5m_224",
+        {"depths": [1, 1, 1, 1], "embed_dims": [8, 16, 24, 32], "num_heads": [1, 1, 2, 2]},
+        224,
+    ),
+    "LeViT": (
+        "levit_128s",
+        {
+            "img_size": 64,
+            "embed_dim": [16, 24, 32],
+            "key_dim": 8,
+            "num_heads": [1, 2, 2],
+            "depth": [1, 1, 1],
+        },
+        64,
+    ),
+    "DaViT": (
+        "davit_tiny",
+        {"depths": [1, 1, 1, 1], "embed_dims": [8, 16, 24, 32], "num_heads": [1, 2, 2, 2]},
+        32,
+    ),
     "ConViT": ("convit_tiny", {**VIT, "num_heads": 4, "local_up_to_layer": 1}, 32),
     "EdgeNeXt": ("edgenext_xx_small", {"depths": [2, 2, 2, 2], "dims": [8, 16, 24, 32]}, 64),
     "NextViT": ("nextvit_small", {"depths": [1, 1, 5, 1]}, 32),
     "ViTamin": ("vitamin_small_224", {"img_size": 64, "depth": 1, "num_heads": 2}, 64),
 }
 
-NO_TOKENS = {"prompts": "expected a VisionTransformer", "class_token": "expected a VisionTransformer"}
+NO_TOKENS = {
+    "prompts": "expected a VisionTransformer",
+    "class_token": "expected a VisionTransformer",
+}
 NO_CLASS_TOKEN = {"class_token": "has no class token"}
 NO_CALL = {"ssf": "without calling the layer"}
 NO_ATTENTION = {"adapter after_attention": "no attention branch .*; choose parallel or after_mlp"}
 NO_LORA = {"lora": "given '[qv]', which matches no layer of .*; it has "}
 BY_HEAD = {"lora": "not laid out as q, k and v in thirds; name the whole layer, qkv"}
 NO_BIAS = {"biases": "parameters named bias or gamma"}
-NO_MLP = dict.fromkeys(("smoa", "adapter parallel", "adapter after_mlp", "adapter after_attention"), "next to an MLP")
+NO_MLP = dict.fromkeys(
+    ("smoa", "adapter parallel", "adapter after_mlp", "adapter after_attention"), "next to an MLP"
+)
 
 REFUSED: dict[str, dict[str, str]] = {
     "ViT, norms after the branches": NO_TOKENS,
@@ -111,7 +151,9 @@ REFUSED: dict[str, dict[str, str]] = {
     "NextViT": {**NO_TOKENS, **NO_ATTENTION},
     "ViTamin": NO_CLASS_TOKEN,
 }
-"""For each family, the recipes that it refuses, and what the line says; families that are not here refuse none."""
+"""For each family, the recipes that it refuses, and what the line says; families that are not here
+refuse none.
+"""
 LARGE = ("MViT", "NextViT")
 """Families that cannot be built small enough for every run of the tests."""
 
@@ -121,7 +163,9 @@ def survey() -> Iterator[ModuleType]:
     """The script whose `outcome` tries a recipe."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(BENCHMARKS))
-        spec = importlib.util.spec_from_file_location("architectures", BENCHMARKS / "architectures.py")
+        spec = importlib.util.spec_from_file_location(
+            "architectures", BENCHMARKS / "architectures.py"
+        )
         assert spec is not None
         assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
@@ -129,7 +173,13 @@ def survey() -> Iterator[ModuleType]:
         yield module
 
 
-@pytest.mark.parametrize("family", [pytest.param(family, marks=pytest.mark.slow if family in LARGE else ()) for family in FAMILIES])
+@pytest.mark.parametrize(
+    "family",
+    [
+        pytest.param(family, marks=pytest.mark.slow if family in LARGE else ())
+        for family in FAMILIES
+    ],
+)
 def test_every_recipe_runs_or_is_refused_in_one_line(family: str, survey: ModuleType) -> None:
     name, arguments, size_px = FAMILIES[family]
     spec = Backbone(model=name, arguments=arguments, weights="random")
@@ -139,23 +189,38 @@ def test_every_recipe_runs_or_is_refused_in_one_line(family: str, survey: Module
     for recipe, parts in survey.RECIPES.items():
         found = survey.outcome(spec, backbone, parts)
         if recipe in expected:
-            assert re.fullmatch(rf"recipe\.{next(iter(parts))}\b.*{expected[recipe]}.*", found), (recipe, found)
+            assert re.fullmatch(rf"recipe\.{next(iter(parts))}\b.*{expected[recipe]}.*", found), (
+                recipe,
+                found,
+            )
         else:
             assert found == survey.RUNS, (recipe, found)
     # And once in the other precision.
     if has_bf16_units("cpu"):
-        assert survey.outcome(spec, backbone, survey.RECIPES["default"], torch.float32) == survey.RUNS
+        assert (
+            survey.outcome(spec, backbone, survey.RECIPES["default"], torch.float32) == survey.RUNS
+        )
 
 
 def test_a_backbone_that_uses_one_tensor_twice_is_refused_in_one_line() -> None:
     """CoaT's blocks share their position encodings."""
-    with pytest.raises(BackboneError, match=r"^backbone\.model: given coat_lite_tiny, which uses one tensor under several names .*$"):
-        load_backbone(Backbone(model="coat_lite_tiny", arguments={"img_size": 64}, weights="random"), Input(size_px=64))
+    with pytest.raises(
+        BackboneError,
+        match=(
+            r"^backbone\.model: given coat_lite_tiny, which uses one tensor under several names .*$"
+        ),
+    ):
+        load_backbone(
+            Backbone(model="coat_lite_tiny", arguments={"img_size": 64}, weights="random"),
+            Input(size_px=64),
+        )
 
 
 def test_the_page_is_what_the_script_wrote(survey: ModuleType) -> None:
     result = json.loads(survey.RESULTS.read_text(encoding="utf-8"))
     assert survey.PAGE.read_text(encoding="utf-8") == survey.page(result)
-    outcomes = [text for row in result["models"].values() for text in row.get("outcomes", {}).values()]
+    outcomes = [
+        text for row in result["models"].values() for text in row.get("outcomes", {}).values()
+    ]
     assert len(outcomes) > 1500
     assert not any(text.startswith(survey.CRASH) for text in outcomes)

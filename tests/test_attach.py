@@ -1,4 +1,6 @@
-"""What a plan promises is what is attached, on every family of backbones, and what matches nothing is refused."""
+"""What a plan promises is what is attached, on every family of backbones, and what matches nothing
+is refused.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,13 @@ PARTS = {
     "smoa": Recipe(smoa=Smoa(experts=3, width=2, bits=4)),
     "single expert": Recipe(smoa=Smoa(experts=1, width=2, bits=1)),
     "head": Recipe(head=Head(bits=1)),
-    "all": Recipe(connections=Connections(top_k=3, bits=1), biases=Biases(), norms=Norms(), smoa=Smoa(experts=2, width=3), head=Head(bits=32)),
+    "all": Recipe(
+        connections=Connections(top_k=3, bits=1),
+        biases=Biases(),
+        norms=Norms(),
+        smoa=Smoa(experts=2, width=3),
+        head=Head(bits=32),
+    ),
 }
 Select = Callable[..., SelectedIndex]
 every_family = pytest.mark.parametrize("family", FAMILIES)
@@ -36,22 +44,36 @@ def load(spec: Backbone) -> LoadedBackbone:
 
 
 def images(count: int = 3) -> torch.Tensor:
-    return torch.randint(0, 256, (count, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    return torch.randint(
+        0, 256, (count, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
 
 
-def attached(backbone: LoadedBackbone, recipe: Recipe, select: Select, seed: int = 0) -> AdaptedModel:
+def attached(
+    backbone: LoadedBackbone, recipe: Recipe, select: Select, seed: int = 0
+) -> AdaptedModel:
     top_k = recipe.connections.top_k + 1 if recipe.connections is not None else 1
     return attach(backbone, recipe, CLASSES, selected=select(backbone, top_k), seed=seed)
 
 
-def by_tensor(model: AdaptedModel, flat: Callable[[FlatValues], torch.Tensor]) -> dict[PlannedTensor, torch.Tensor]:
-    """What `flat` gives for each group of values (the latent values, or their gradient), cut into the plan's tensors by their sizes alone."""
+def by_tensor(
+    model: AdaptedModel, flat: Callable[[FlatValues], torch.Tensor]
+) -> dict[PlannedTensor, torch.Tensor]:
+    """What `flat` gives for each group of values (the latent values, or their gradient), cut into
+    the plan's tensors by their sizes alone.
+    """
     found = {}
     for group in model.values.flat:
         assert isinstance(group, FlatValues)
         start = 0
-        for tensor in (tensor for tensor in model.values.tensors if (tensor.bits, tensor.has_mean) == (group.bits, group.has_mean)):
-            found[tensor] = flat(group)[start : start + math.prod(tensor.shape)].reshape(tensor.shape)
+        for tensor in (
+            tensor
+            for tensor in model.values.tensors
+            if (tensor.bits, tensor.has_mean) == (group.bits, group.has_mean)
+        ):
+            found[tensor] = flat(group)[start : start + math.prod(tensor.shape)].reshape(
+                tensor.shape
+            )
             start += math.prod(tensor.shape)
         assert start == len(flat(group))
     return {tensor: found[tensor] for tensor in model.values.tensors}
@@ -68,15 +90,26 @@ def expert_load(model: AdaptedModel) -> dict[str, list[int]]:
 
 @every_family
 @every_part
-def test_planned_tensors_are_the_trained_ones(family: str, part: str, families: dict[str, Backbone], random_selection: Select) -> None:
+def test_planned_tensors_are_the_trained_ones(
+    family: str, part: str, families: dict[str, Backbone], random_selection: Select
+) -> None:
     backbone = load(families[family])
-    planned, model = plan(backbone, PARTS[part], CLASSES), attached(backbone, PARTS[part], random_selection)
+    planned, model = (
+        plan(backbone, PARTS[part], CLASSES),
+        attached(backbone, PARTS[part], random_selection),
+    )
     assert model.values.tensors == tuple(latent(model)) == planned
-    assert {tensor: tuple(value.shape) for tensor, value in model.values().items()} == {tensor: tensor.shape for tensor in planned}
+    assert {tensor: tuple(value.shape) for tensor, value in model.values().items()} == {
+        tensor: tensor.shape for tensor in planned
+    }
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    assert {id(parameter) for parameter in trainable} == {id(parameter) for parameter in model.values.parameters()}
+    assert {id(parameter) for parameter in trainable} == {
+        id(parameter) for parameter in model.values.parameters()
+    }
     widths = sorted({tensor.bits for tensor in planned})
-    assert [parameter.numel() for parameter in trainable] == [sum(tensor.values for tensor in planned if tensor.bits == bits) for bits in widths]
+    assert [parameter.numel() for parameter in trainable] == [
+        sum(tensor.values for tensor in planned if tensor.bits == bits) for bits in widths
+    ]
     assert model.trained_values() == sum(parameter.numel() for parameter in trainable)
 
 
@@ -85,25 +118,42 @@ def test_a_plan_counts_what_the_backbone_has(family: str, families: dict[str, Ba
     """Counted from the backbone's parameters by their names and shapes alone."""
     backbone = load(families[family])
     planned = plan(backbone, PARTS["all"], CLASSES)
-    count = {part: sum(tensor.values for tensor in planned if tensor.part == part) for part in ("connections", "biases", "norms", "adapters", "head")}
+    count = {
+        part: sum(tensor.values for tensor in planned if tensor.part == part)
+        for part in ("connections", "biases", "norms", "adapters", "head")
+    }
     parameters = dict(backbone.model.named_parameters())
-    layers = {name.removesuffix(".weight"): tensor for name, tensor in parameters.items() if name.endswith(".weight") and tensor.ndim in (2, 4)}
+    layers = {
+        name.removesuffix(".weight"): tensor
+        for name, tensor in parameters.items()
+        if name.endswith(".weight") and tensor.ndim in (2, 4)
+    }
     second_norm = "norm2." if family in ("vit", "swin") else ".conv_dw"
     blocks = {name.rsplit(second_norm, 1)[0] for name in parameters if second_norm in name}
     widths = [tensor.shape[1] for name, tensor in layers.items() if name.endswith("mlp.fc1")]
     assert len(blocks) == len(widths) > 0
-    assert count["connections"] == sum(tensor.shape[0] * min(3, tensor[0].numel()) for tensor in layers.values())
+    assert count["connections"] == sum(
+        tensor.shape[0] * min(3, tensor[0].numel()) for tensor in layers.values()
+    )
     own = sum(parameters[f"{name}.bias"].numel() for name in layers if f"{name}.bias" in parameters)
-    beside = [tensor.numel() for name, tensor in parameters.items() if name.endswith(("gamma", "bias_table"))]
+    beside = [
+        tensor.numel()
+        for name, tensor in parameters.items()
+        if name.endswith(("gamma", "bias_table"))
+    ]
     assert count["biases"] == own + sum(beside)
     assert bool(beside) == (family != "vit")
     assert count["norms"] == sum(2 * width for width in widths)
-    assert count["adapters"] == sum(2 * (2 * 3 * width) + 8 * width + 2 * 8 for width in set(widths))
+    assert count["adapters"] == sum(
+        2 * (2 * 3 * width) + 8 * width + 2 * 8 for width in set(widths)
+    )
     assert count["head"] == CLASSES * (backbone.width + 1)
 
 
 @every_family
-def test_changes_are_where_their_names_say(family: str, families: dict[str, Backbone], random_selection: Select) -> None:
+def test_changes_are_where_their_names_say(
+    family: str, families: dict[str, Backbone], random_selection: Select
+) -> None:
     recipe = PARTS["all"].model_copy(update={"smoa": None})
     model = attached(load(families[family]), recipe, random_selection)
     generator = torch.Generator().manual_seed(3)
@@ -119,14 +169,18 @@ def test_changes_are_where_their_names_say(family: str, families: dict[str, Back
             assert torch.equal(getattr(model.backbone.get_submodule(owner), leaf), frozen + value)
         elif tensor.part in ("connections", "biases"):
             layer = model.backbone.get_submodule(tensor.name)
-            assert torch.equal(layer.current["connections" if tensor.part == "connections" else "bias"], value)
+            assert torch.equal(
+                layer.current["connections" if tensor.part == "connections" else "bias"], value
+            )
             assert torch.equal(model.positions()[tensor.name], layer.index_N)
         else:
             assert torch.equal(model.head.current[leaf], value)
 
 
 @every_family
-def test_every_block_of_a_width_shares_its_banks_tensors(family: str, families: dict[str, Backbone], random_selection: Select) -> None:
+def test_every_block_of_a_width_shares_its_banks_tensors(
+    family: str, families: dict[str, Backbone], random_selection: Select
+) -> None:
     model = attached(load(families[family]), PARTS["smoa"], random_selection)
     model(images(1))
     blocks = [module for module in model.backbone.modules() if isinstance(module, ParallelToMlp)]
@@ -134,15 +188,27 @@ def test_every_block_of_a_width_shares_its_banks_tensors(family: str, families: 
     for block in blocks:
         (bank,) = block.bank
         width = bank.current["down"].shape[-1]
-        planned = {tensor.name.removeprefix(f"smoa.{width}."): value for tensor, value in model.values().items() if tensor.part == "adapters"}
+        planned = {
+            tensor.name.removeprefix(f"smoa.{width}."): value
+            for tensor, value in model.values().items()
+            if tensor.part == "adapters"
+        }
         assert bank.current.keys() == {"down", "up", "router", "embeddings"}
         assert all(torch.equal(value, planned[name]) for name, value in bank.current.items())
     assert {id(block.bank[0]) for block in blocks} == {id(bank) for bank in model.banks}
 
 
 def test_a_layer_without_bias_gets_none(tiny_backbone: Backbone) -> None:
-    backbone = load(tiny_backbone.model_copy(update={"arguments": {**tiny_backbone.arguments, "qkv_bias": False}}))
-    names = {tensor.name for tensor in plan(backbone, PARTS["biases"], CLASSES) if tensor.part == "biases"}
+    backbone = load(
+        tiny_backbone.model_copy(
+            update={"arguments": {**tiny_backbone.arguments, "qkv_bias": False}}
+        )
+    )
+    names = {
+        tensor.name
+        for tensor in plan(backbone, PARTS["biases"], CLASSES)
+        if tensor.part == "biases"
+    }
     assert "blocks.0.attn.proj" in names
     assert "blocks.0.attn.qkv" not in names
     model = attach(backbone, PARTS["biases"], CLASSES)
@@ -150,13 +216,16 @@ def test_a_layer_without_bias_gets_none(tiny_backbone: Backbone) -> None:
     assert model.backbone.get_submodule("blocks.0.attn.qkv").current == {}
 
 
-# --- what is refused ------------------------------------------------------------------------------------------------------------------------
+# --- what is refused ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("part", ["biases", "norms", "smoa"])
 def test_a_part_that_matches_nothing_is_refused(part: str) -> None:
     resnet = load(Backbone(model="resnet18", weights="random"))
-    with pytest.raises(BackboneError, match=rf"recipe\.{part}: nothing in ResNet matches it; it needs .*; leave this part out"):
+    with pytest.raises(
+        BackboneError,
+        match=rf"recipe\.{part}: nothing in ResNet matches it; it needs .*; leave this part out",
+    ):
         plan(resnet, PARTS[part], CLASSES)
     with pytest.raises(BackboneError, match=rf"recipe\.{part}"):
         attach(resnet, PARTS[part], CLASSES)
@@ -167,18 +236,34 @@ RESTLESS: dict[str, Backbone] = {
     "padding by input": Backbone(model="tf_mobilenetv3_small_minimal_100", weights="random"),
     "weights read by the block": Backbone(
         model="swinv2_tiny_window8_256",
-        arguments={"img_size": 32, "patch_size": 2, "window_size": 4, "embed_dim": 16, "depths": [1, 1], "num_heads": [1, 2]},
+        arguments={
+            "img_size": 32,
+            "patch_size": 2,
+            "window_size": 4,
+            "embed_dim": 16,
+            "depths": [1, 1],
+            "num_heads": [1, 2],
+        },
         weights="random",
     ),
 }
 
 
 @pytest.mark.parametrize("kind", RESTLESS)
-def test_layers_that_are_more_than_their_weight_are_left_alone_or_refused(kind: str, random_selection: Select) -> None:
-    """Weight standardisation, padding that depends on the input, blocks that use a layer's weight themselves: never a silently other network."""
+def test_layers_that_are_more_than_their_weight_are_left_alone_or_refused(
+    kind: str, random_selection: Select
+) -> None:
+    """Weight standardisation, padding that depends on the input, blocks that use a layer's weight
+    themselves: never a silently other network.
+    """
     backbone, x = load(RESTLESS[kind]), images(2)
     try:
-        model = attach(backbone, Recipe(connections=Connections(bits=32)), CLASSES, selected=random_selection(backbone, 1))
+        model = attach(
+            backbone,
+            Recipe(connections=Connections(bits=32)),
+            CLASSES,
+            selected=random_selection(backbone, 1),
+        )
     except BackboneError:
         return
     with torch.inference_mode():
@@ -187,25 +272,36 @@ def test_layers_that_are_more_than_their_weight_are_left_alone_or_refused(kind: 
         torch.testing.assert_close(model.backbone(x), backbone.model(x), rtol=1e-4, atol=1e-4)
 
 
-# --- how it starts --------------------------------------------------------------------------------------------------------------------------
+# --- how it starts --------------------------------------------------------------------------------
 
 
 @every_family
 @pytest.mark.parametrize("bits", [16, 32])
-def test_changes_start_without_effect(family: str, bits: int, families: dict[str, Backbone], random_selection: Select) -> None:
+def test_changes_start_without_effect(
+    family: str, bits: int, families: dict[str, Backbone], random_selection: Select
+) -> None:
     backbone = load(families[family])
-    recipe = Recipe.model_validate({part: {"bits": bits} for part in ("connections", "biases", "norms")})
+    recipe = Recipe.model_validate(
+        {part: {"bits": bits} for part in ("connections", "biases", "norms")}
+    )
     model, x = attached(backbone, recipe, random_selection), images()
     with torch.inference_mode():
         model(x)  # hands the changes to the layers
-        torch.testing.assert_close(model.backbone(model.normalise(x)), backbone.model(model.normalise(x)), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            model.backbone(model.normalise(x)),
+            backbone.model(model.normalise(x)),
+            rtol=1e-5,
+            atol=1e-5,
+        )
 
 
 @every_family
 def test_images_are_normalised_once(family: str, families: dict[str, Backbone]) -> None:
     backbone = load(families[family])
     model, x = attach(backbone, PARTS["head"], CLASSES), images()
-    by_hand = torch.stack([(x[:, c].float() / 255 - backbone.mean[c]) / backbone.std[c] for c in range(3)], dim=1)
+    by_hand = torch.stack(
+        [(x[:, c].float() / 255 - backbone.mean[c]) / backbone.std[c] for c in range(3)], dim=1
+    )
     with torch.inference_mode():
         head = {tensor.name: value for tensor, value in model.values().items()}
         expected = backbone.model(by_hand) @ head["head.weight"].T + head["head.bias"]
@@ -214,15 +310,21 @@ def test_images_are_normalised_once(family: str, families: dict[str, Backbone]) 
 
 
 @every_family
-def test_a_seed_gives_the_same_model(family: str, families: dict[str, Backbone], random_selection: Select) -> None:
+def test_a_seed_gives_the_same_model(
+    family: str, families: dict[str, Backbone], random_selection: Select
+) -> None:
     backbone = load(families[family])
-    first, again, other = (latent(attached(backbone, PARTS["all"], random_selection, seed=seed)) for seed in (1, 1, 2))
+    first, again, other = (
+        latent(attached(backbone, PARTS["all"], random_selection, seed=seed)) for seed in (1, 1, 2)
+    )
     assert all(torch.equal(a, b) for a, b in zip(first.values(), again.values(), strict=True))
     head = next(tensor for tensor in first if tensor.name == "head.weight")
     assert not torch.equal(first[head], other[head])
 
 
-def test_the_global_generator_and_the_backbone_are_left_alone(tiny_backbone: Backbone, random_selection: Select) -> None:
+def test_the_global_generator_and_the_backbone_are_left_alone(
+    tiny_backbone: Backbone, random_selection: Select
+) -> None:
     backbone = load(tiny_backbone)
     modules, before = list(backbone.model.modules()), fingerprint(backbone.model.state_dict())
     state = torch.get_rng_state()
@@ -237,24 +339,37 @@ def test_the_global_generator_and_the_backbone_are_left_alone(tiny_backbone: Bac
 
 @every_family
 @pytest.mark.parametrize("bits", [1, 4, 32])
-def test_every_trained_tensor_learns(family: str, bits: int, families: dict[str, Backbone], random_selection: Select) -> None:
-    recipe = Recipe.model_validate({part: {"bits": bits} for part in ("connections", "biases", "norms", "smoa", "head")})
+def test_every_trained_tensor_learns(
+    family: str, bits: int, families: dict[str, Backbone], random_selection: Select
+) -> None:
+    recipe = Recipe.model_validate(
+        {part: {"bits": bits} for part in ("connections", "biases", "norms", "smoa", "head")}
+    )
     model = attached(load(families[family]), recipe, random_selection).train()
     logits = model(images(8))
     (logits.square().mean() + logits[:, 0].mean() + model.auxiliary_loss()).backward()
     assert all(parameter.grad is not None for parameter in model.values.parameters())
     gradients = by_tensor(model, lambda group: group.latent_N.grad)  # type: ignore[arg-type, return-value]
-    assert [tensor.name for tensor, gradient in gradients.items() if not bool(gradient.isfinite().all())] == []
+    assert [
+        tensor.name for tensor, gradient in gradients.items() if not bool(gradient.isfinite().all())
+    ] == []
     still = [tensor for tensor, gradient in gradients.items() if float(gradient.abs().max()) == 0]
-    # Attention does not see a change of all keys alike, so a key's bias alone may have no gradient; every tensor here holds more than that.
+    # Attention does not see a change of all keys alike, so a key's bias alone may have no gradient;
+    # every tensor here holds more than that.
     assert [tensor.name for tensor in still] == []
 
 
-# --- modes and devices ----------------------------------------------------------------------------------------------------------------------
+# --- modes and devices ----------------------------------------------------------------------------
 
 
-def test_only_the_banks_know_a_training_mode(tiny_backbone: Backbone, random_selection: Select) -> None:
-    spec = tiny_backbone.model_copy(update={"arguments": {**tiny_backbone.arguments, "drop_path_rate": 0.9, "proj_drop_rate": 0.5}})
+def test_only_the_banks_know_a_training_mode(
+    tiny_backbone: Backbone, random_selection: Select
+) -> None:
+    spec = tiny_backbone.model_copy(
+        update={
+            "arguments": {**tiny_backbone.arguments, "drop_path_rate": 0.9, "proj_drop_rate": 0.5}
+        }
+    )
     model, x = attached(load(spec), PARTS["all"], random_selection), images()
     with torch.no_grad():
         quiet = model(x)
@@ -270,12 +385,21 @@ def test_everything_moves_with_the_model(tiny_backbone: Backbone, random_selecti
     """`to(device)` reaches every tensor that a forward pass needs."""
     recipe = PARTS["all"].model_copy(update={"smoa": None})
     model = attached(load(tiny_backbone), recipe, random_selection).to("meta")
-    held = ((name, key, value) for name, module in model.named_modules() for key, value in vars(module).items() if isinstance(value, torch.Tensor))
+    held = (
+        (name, key, value)
+        for name, module in model.named_modules()
+        for key, value in vars(module).items()
+        if isinstance(value, torch.Tensor)
+    )
     assert [(name, key) for name, key, value in held if value.device.type != "meta"] == []
 
 
-def test_converting_the_model_leaves_the_shared_backbone_as_it_was(tiny_backbone: Backbone, random_selection: Select) -> None:
-    """PyTorch moves and converts parameters in place, so a shared one would take the cached backbone with it."""
+def test_converting_the_model_leaves_the_shared_backbone_as_it_was(
+    tiny_backbone: Backbone, random_selection: Select
+) -> None:
+    """PyTorch moves and converts parameters in place, so a shared one would take the cached
+    backbone with it.
+    """
     backbone = load(tiny_backbone)
     model = attached(backbone, PARTS["all"], random_selection)
     try:
@@ -285,7 +409,9 @@ def test_converting_the_model_leaves_the_shared_backbone_as_it_was(tiny_backbone
         backbone.model.float()
 
 
-def test_the_auxiliary_loss_is_the_weighted_balance_of_the_banks(families: dict[str, Backbone], random_selection: Select) -> None:
+def test_the_auxiliary_loss_is_the_weighted_balance_of_the_banks(
+    families: dict[str, Backbone], random_selection: Select
+) -> None:
     recipe = Recipe(smoa=Smoa(experts=2, width=2, balance_weight=0.5))
     model = attached(load(families["swin"]), recipe, random_selection).train()
     assert len(model.banks) == 2, "Swin's stages have two widths"
@@ -295,7 +421,9 @@ def test_the_auxiliary_loss_is_the_weighted_balance_of_the_banks(families: dict[
     assert expected > 0
 
 
-def test_a_forward_pass_forgets_the_balance_of_the_last_and_adds_to_the_load(families: dict[str, Backbone], random_selection: Select) -> None:
+def test_a_forward_pass_forgets_the_balance_of_the_last_and_adds_to_the_load(
+    families: dict[str, Backbone], random_selection: Select
+) -> None:
     model = attached(load(families["swin"]), PARTS["smoa"], random_selection).train()
     model(images(2))
     first, terms, load_once = (
@@ -308,17 +436,23 @@ def test_a_forward_pass_forgets_the_balance_of_the_last_and_adds_to_the_load(fam
     model(images(2))
     assert [len(bank.balance_terms) for bank in model.banks] == terms
     assert torch.equal(model.auxiliary_loss().detach(), first)
-    assert expert_load(model) == {name: [2 * tokens for tokens in counts] for name, counts in load_once.items()}
+    assert expert_load(model) == {
+        name: [2 * tokens for tokens in counts] for name, counts in load_once.items()
+    }
     assert all(sum(counts) > 0 for counts in load_once.values())
     model.eval()(images(2))
     assert float(model.auxiliary_loss()) == 0
 
 
-def test_experts_without_a_single_token_are_named_with_the_load(families: dict[str, Backbone], random_selection: Select) -> None:
+def test_experts_without_a_single_token_are_named_with_the_load(
+    families: dict[str, Backbone], random_selection: Select
+) -> None:
     model = attached(load(families["swin"]), PARTS["smoa"], random_selection).train()
     assert model.idle_experts() == "", "nothing was trained yet"
     first, second = model.banks
     first.expert_load.copy_(torch.tensor([5, 0, 7]))
     second.expert_load.copy_(torch.tensor([1, 2, 3]))
-    assert model.idle_experts().startswith("bank 0: 1 of 3 experts were never used (tokens: 5, 0, 7); try fewer experts, or")
+    assert model.idle_experts().startswith(
+        "bank 0: 1 of 3 experts were never used (tokens: 5, 0, 7); try fewer experts, or"
+    )
     assert "bank 1" not in model.idle_experts()

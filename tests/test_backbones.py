@@ -1,4 +1,6 @@
-"""Backbones: frozen, unmodified, told apart by their tensors, and refused in words where they do not fit."""
+"""Backbones: frozen, unmodified, told apart by their tensors, and refused in words where they do
+not fit.
+"""
 
 from __future__ import annotations
 
@@ -32,23 +34,35 @@ def changed(spec: Backbone, **arguments: int | float | str | bool | list[int]) -
     return spec.model_copy(update={"arguments": {**spec.arguments, **arguments}})
 
 
-# --- fingerprint ----------------------------------------------------------------------------------------------------------------------------
+# --- fingerprint ----------------------------------------------------------------------------------
 
 
 def slow_fingerprint(state: dict[str, torch.Tensor]) -> str:
-    """SHA-256 over `name:dtype:shape;` and the little-endian numbers of each tensor, in order of name."""
+    """SHA-256 over `name:dtype:shape;` and the little-endian numbers of each tensor, in order of
+    name.
+    """
     text = b""
     for name in sorted(state):
         tensor = state[name]
-        text += f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode() + tensor.contiguous().numpy().tobytes()
+        text += (
+            f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode()
+            + tensor.contiguous().numpy().tobytes()
+        )
     return hashlib.sha256(text).hexdigest()
 
 
 def test_the_fingerprint_is_a_digest_of_names_types_shapes_and_numbers() -> None:
-    state = {"b": torch.arange(6.0).reshape(2, 3), "a": torch.tensor(7), "c": torch.zeros(0), "d": torch.tensor([True, False])}
+    state = {
+        "b": torch.arange(6.0).reshape(2, 3),
+        "a": torch.tensor(7),
+        "c": torch.zeros(0),
+        "d": torch.tensor([True, False]),
+    }
     assert fingerprint(state) == slow_fingerprint(state)
     assert fingerprint(dict(reversed(state.items()))) == fingerprint(state)
-    assert fingerprint({**state, "b": state["b"].T.contiguous().T}) == fingerprint(state), "how a tensor lies in memory is not its value"
+    assert fingerprint({**state, "b": state["b"].T.contiguous().T}) == fingerprint(state), (
+        "how a tensor lies in memory is not its value"
+    )
 
 
 @pytest.mark.parametrize(
@@ -62,28 +76,42 @@ def test_the_fingerprint_is_a_digest_of_names_types_shapes_and_numbers() -> None
     ],
     ids=["one bit", "shape", "type", "name", "another tensor"],
 )
-def test_any_change_changes_the_fingerprint(change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> None:
+def test_any_change_changes_the_fingerprint(
+    change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]],
+) -> None:
     state = {"w": torch.arange(6.0).reshape(2, 3)}
     assert fingerprint(change(state)) != fingerprint(state)
 
 
 def test_one_checkpoint_has_one_fingerprint_at_every_size(families: dict[str, Backbone]) -> None:
     for family in ("vit", "convnext"):
-        assert len({load_backbone(families[family], Input(size_px=size)).fingerprint for size in (32, 64)}) == 1
+        assert (
+            len(
+                {
+                    load_backbone(families[family], Input(size_px=size)).fingerprint
+                    for size in (32, 64)
+                }
+            )
+            == 1
+        )
 
 
-# --- loading --------------------------------------------------------------------------------------------------------------------------------
+# --- loading --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_backbone_is_a_frozen_feature_extractor(family: str, families: dict[str, Backbone]) -> None:
+def test_a_backbone_is_a_frozen_feature_extractor(
+    family: str, families: dict[str, Backbone]
+) -> None:
     backbone = load_backbone(families[family], SIZE)
     assert backbone.model(torch.zeros(2, 3, 32, 32)).shape == (2, backbone.width)
     assert not any(parameter.requires_grad for parameter in backbone.model.parameters())
     assert not any(module.training for module in backbone.model.modules())
 
 
-def test_random_weights_are_seeded_and_leave_the_global_generator_alone(tiny_backbone: Backbone, forget_loaded: None) -> None:
+def test_random_weights_are_seeded_and_leave_the_global_generator_alone(
+    tiny_backbone: Backbone, forget_loaded: None
+) -> None:
     torch.manual_seed(123)
     expected = torch.rand(3)
     torch.manual_seed(123)
@@ -94,7 +122,9 @@ def test_random_weights_are_seeded_and_leave_the_global_generator_alone(tiny_bac
 
 
 def test_a_configuration_is_loaded_once_a_process(tiny_backbone: Backbone) -> None:
-    assert load_backbone(tiny_backbone, SIZE) is load_backbone(tiny_backbone.model_copy(), Input(size_px=32))
+    assert load_backbone(tiny_backbone, SIZE) is load_backbone(
+        tiny_backbone.model_copy(), Input(size_px=32)
+    )
 
 
 def test_normalisation_is_the_tasks_else_the_backbones_else_timms(tiny_backbone: Backbone) -> None:
@@ -109,19 +139,28 @@ def test_normalisation_is_the_tasks_else_the_backbones_else_timms(tiny_backbone:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_fresh_model_shares_tensors_but_not_modules(family: str, families: dict[str, Backbone]) -> None:
+def test_a_fresh_model_shares_tensors_but_not_modules(
+    family: str, families: dict[str, Backbone]
+) -> None:
     backbone = load_backbone(families[family], SIZE)
     copy = backbone.fresh_model()
     shared = dict(backbone.model.named_parameters())
     assert copy.state_dict().keys() == backbone.model.state_dict().keys()
-    assert all(parameter.data_ptr() == shared[name].data_ptr() for name, parameter in copy.named_parameters())
-    assert not {id(module) for module in copy.modules()} & {id(module) for module in backbone.model.modules()}
-    name = next(name for name, module in copy.named_modules() if isinstance(module, torch.nn.LayerNorm))
+    assert all(
+        parameter.data_ptr() == shared[name].data_ptr()
+        for name, parameter in copy.named_parameters()
+    )
+    assert not {id(module) for module in copy.modules()} & {
+        id(module) for module in backbone.model.modules()
+    }
+    name = next(
+        name for name, module in copy.named_modules() if isinstance(module, torch.nn.LayerNorm)
+    )
     copy.set_submodule(name, torch.nn.Identity())
     assert isinstance(backbone.model.get_submodule(name), torch.nn.LayerNorm)
 
 
-# --- checkpoints ----------------------------------------------------------------------------------------------------------------------------
+# --- checkpoints ----------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -135,38 +174,68 @@ def loaded(spec: Backbone, path: Path) -> dict[str, torch.Tensor]:
     return load_backbone(spec.model_copy(update={"weights": str(path)}), SIZE).model.state_dict()
 
 
-def test_a_checkpoint_is_read_without_its_classifier(tiny_backbone: Backbone, state: dict[str, torch.Tensor], tmp_path: Path) -> None:
-    save_file({**state, "head.weight": torch.zeros(10, 64), "head.bias": torch.zeros(10)}, tmp_path / "weights.safetensors")
+def test_a_checkpoint_is_read_without_its_classifier(
+    tiny_backbone: Backbone, state: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    save_file(
+        {**state, "head.weight": torch.zeros(10, 64), "head.bias": torch.zeros(10)},
+        tmp_path / "weights.safetensors",
+    )
     result = loaded(tiny_backbone, tmp_path / "weights.safetensors")
     assert result.keys() == state.keys()
     assert all(torch.equal(tensor, state[name]) for name, tensor in result.items())
 
 
-def test_a_half_precision_checkpoint_becomes_float32(tiny_backbone: Backbone, state: dict[str, torch.Tensor], tmp_path: Path) -> None:
-    save_file({name: tensor.half() for name, tensor in state.items()}, tmp_path / "half.safetensors")
+def test_a_half_precision_checkpoint_becomes_float32(
+    tiny_backbone: Backbone, state: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    save_file(
+        {name: tensor.half() for name, tensor in state.items()}, tmp_path / "half.safetensors"
+    )
     result = loaded(tiny_backbone, tmp_path / "half.safetensors")
-    assert all(tensor.dtype == torch.float32 and torch.equal(tensor, state[name].half().float()) for name, tensor in result.items())
+    assert all(
+        tensor.dtype == torch.float32 and torch.equal(tensor, state[name].half().float())
+        for name, tensor in result.items()
+    )
 
 
-@pytest.mark.parametrize(("family", "size_px"), [("vit", 32), ("vit", 64), ("swin", 32), ("convnext", 64)])
-def test_a_shared_backbone_is_the_one_it_was_made_of(family: str, size_px: int, families: dict[str, Backbone], tmp_path: Path) -> None:
-    """At another size than its native one too: position tables are resampled after loading, and stored as they were."""
+@pytest.mark.parametrize(
+    ("family", "size_px"), [("vit", 32), ("vit", 64), ("swin", 32), ("convnext", 64)]
+)
+def test_a_shared_backbone_is_the_one_it_was_made_of(
+    family: str, size_px: int, families: dict[str, Backbone], tmp_path: Path
+) -> None:
+    """At another size than its native one too: position tables are resampled after loading, and
+    stored as they were.
+    """
     path = tmp_path / "backbones" / "shared.safetensors"
     original = load_backbone(families[family], Input(size_px=size_px))
     share(original, path)
-    again = load_backbone(families[family].model_copy(update={"weights": str(path)}), Input(size_px=size_px))
-    assert again.fingerprint == original.fingerprint == load_backbone(families[family], SIZE).fingerprint
+    again = load_backbone(
+        families[family].model_copy(update={"weights": str(path)}), Input(size_px=size_px)
+    )
+    assert (
+        again.fingerprint
+        == original.fingerprint
+        == load_backbone(families[family], SIZE).fingerprint
+    )
     images = torch.rand(2, 3, size_px, size_px, generator=torch.Generator().manual_seed(0))
     assert torch.equal(again.model(images), original.model(images))
     assert list(path.parent.iterdir()) == [path]
 
 
-def test_a_loaded_checkpoint_is_pages_of_its_file_which_no_write_reaches(tiny_backbone: Backbone, tmp_path: Path) -> None:
+def test_a_loaded_checkpoint_is_pages_of_its_file_which_no_write_reaches(
+    tiny_backbone: Backbone, tmp_path: Path
+) -> None:
     path = tmp_path / "weights.safetensors"
     share(load_backbone(tiny_backbone, SIZE), path)
     before = path.read_bytes()
     weight = loaded(tiny_backbone, path)["blocks.0.mlp.fc1.weight"]
-    maps = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if line.endswith(str(path))]
+    maps = [
+        line.split()
+        for line in Path("/proc/self/maps").read_text().splitlines()
+        if line.endswith(str(path))
+    ]
     ranges = [[int(end, 16) for end in line[0].split("-")] for line in maps]
     assert any(first <= weight.data_ptr() < last for first, last in ranges), "nothing was copied"
     weight.detach().add_(1)
@@ -176,9 +245,15 @@ def test_a_loaded_checkpoint_is_pages_of_its_file_which_no_write_reaches(tiny_ba
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda state: {name: tensor for name, tensor in state.items() if name != "norm.weight"}, r"1 missing \(norm\.weight\)"),
+        (
+            lambda state: {name: tensor for name, tensor in state.items() if name != "norm.weight"},
+            r"1 missing \(norm\.weight\)",
+        ),
         (lambda state: {**state, "surplus": torch.zeros(1)}, r"1 unknown \(surplus\)"),
-        (lambda state: {**state, "cls_token": torch.zeros(1, 1, 63)}, r"cls_token is \(1, 1, 63\), expected \(1, 1, 64\)"),
+        (
+            lambda state: {**state, "cls_token": torch.zeros(1, 1, 63)},
+            r"cls_token is \(1, 1, 63\), expected \(1, 1, 64\)",
+        ),
     ],
     ids=["missing", "unknown", "reshaped"],
 )
@@ -204,22 +279,28 @@ class Trap:
         return Path.touch, (self.path,)
 
 
-def test_a_pickled_checkpoint_is_refused_and_not_run(tiny_backbone: Backbone, tmp_path: Path) -> None:
+def test_a_pickled_checkpoint_is_refused_and_not_run(
+    tiny_backbone: Backbone, tmp_path: Path
+) -> None:
     (tmp_path / "trap.pth").write_bytes(pickle.dumps(Trap(tmp_path / "sprung")))
     with pytest.raises(BackboneError, match="is a Python pickle, which may run code"):
         loaded(tiny_backbone, tmp_path / "trap.pth")
     assert not (tmp_path / "sprung").exists()
 
 
-def test_an_argument_cannot_bring_weights_from_elsewhere(tiny_backbone: Backbone, tmp_path: Path) -> None:
-    """timm's own `checkpoint_path` reads pickled files, and the fingerprint would be of what it read."""
+def test_an_argument_cannot_bring_weights_from_elsewhere(
+    tiny_backbone: Backbone, tmp_path: Path
+) -> None:
+    """timm's own `checkpoint_path` reads pickled files, and the fingerprint would be of what it
+    read.
+    """
     path = tmp_path / "weights.pth"
     torch.save({"cls_token": torch.zeros(1, 1, 64)}, path)
     with pytest.raises(BackboneError, match="checkpoint_path"):
         load_backbone(changed(tiny_backbone, checkpoint_path=str(path)), SIZE)
 
 
-# --- refusals -------------------------------------------------------------------------------------------------------------------------------
+# --- refusals -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -230,33 +311,55 @@ def test_an_argument_cannot_bring_weights_from_elsewhere(tiny_backbone: Backbone
         ({"weights": "absent.safetensors"}, "no such file"),
     ],
 )
-def test_an_unknown_backbone_is_refused(update: dict[str, str], message: str, tiny_backbone: Backbone) -> None:
+def test_an_unknown_backbone_is_refused(
+    update: dict[str, str], message: str, tiny_backbone: Backbone
+) -> None:
     with pytest.raises(BackboneError, match=message):
         load_backbone(tiny_backbone.model_copy(update=update), SIZE)
 
 
-@pytest.mark.parametrize("arguments", [{"dpth": 3}, {"num_heads": 3}, {"depth": "x"}, {"num_classes": 5}, {"patch_size": 0}, {"embed_dim": -2}])
-def test_arguments_that_do_not_fit_are_refused(arguments: dict[str, int | str], tiny_backbone: Backbone) -> None:
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"dpth": 3},
+        {"num_heads": 3},
+        {"depth": "x"},
+        {"num_classes": 5},
+        {"patch_size": 0},
+        {"embed_dim": -2},
+    ],
+)
+def test_arguments_that_do_not_fit_are_refused(
+    arguments: dict[str, int | str], tiny_backbone: Backbone
+) -> None:
     with pytest.raises(BackboneError, match=r"backbone\.arguments: .* do not fit"):
         load_backbone(changed(tiny_backbone, **arguments), SIZE)
 
 
 @pytest.mark.parametrize(("family", "arguments"), [("vit", {"patch_size": 16}), ("convnext", {})])
-def test_a_size_the_model_cannot_take_is_refused(family: str, arguments: dict[str, int], families: dict[str, Backbone]) -> None:
+def test_a_size_the_model_cannot_take_is_refused(
+    family: str, arguments: dict[str, int], families: dict[str, Backbone]
+) -> None:
     with pytest.raises(BackboneError, match=r"input\.size_px: given 8"):
         load_backbone(changed(families[family], **arguments), Input(size_px=8))
 
 
-# --- what this machine knows ----------------------------------------------------------------------------------------------------------------
+# --- what this machine knows ----------------------------------------------------------------------
 
 
-def test_weights_are_remembered_by_fingerprint_while_they_are_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_are_remembered_by_fingerprint_while_they_are_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     checkpoint = tmp_path / "weights.safetensors"
     checkpoint.touch()
     assert known.recall("a") is None
     known.remember("a", str(checkpoint))
     known.remember("b", "random")
-    assert (known.recall("a"), known.recall("b"), known.recall("c")) == (str(checkpoint), "random", None)
+    assert (known.recall("a"), known.recall("b"), known.recall("c")) == (
+        str(checkpoint),
+        "random",
+        None,
+    )
     checkpoint.unlink()
     assert known.recall("a") is None

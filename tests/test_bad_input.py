@@ -1,4 +1,6 @@
-"""What users get wrong: each fault gives one message that says what to do and its exit code, before any cluster is asked for anything."""
+"""What users get wrong: each fault gives one message that says what to do and its exit code, before
+any cluster is asked for anything.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,17 @@ from typing import Any
 
 import pytest
 import torch
-from helpers_cli import BACKBONE, TASK, Answer, FinishedRun, finished_run, free_port, new_workdir, taskpack, write_task
+from helpers_cli import (
+    BACKBONE,
+    TASK,
+    Answer,
+    FinishedRun,
+    finished_run,
+    free_port,
+    new_workdir,
+    taskpack,
+    write_task,
+)
 from safetensors.torch import load_file, save_file
 
 from pipeline.data.shards import write_shards
@@ -49,7 +61,9 @@ def workdir(base: Path, tmp_path: Path) -> Path:
 
 
 def refused(answer: Answer, code: int, *words: str) -> None:
-    """The command failed as it should: this exit code, these words, nothing that only a programmer understands."""
+    """The command failed as it should: this exit code, these words, nothing that only a programmer
+    understands.
+    """
     assert answer.code == code, answer.words
     assert all(word in answer.words for word in words), answer.words
     assert "Traceback" not in answer.words
@@ -57,17 +71,23 @@ def refused(answer: Answer, code: int, *words: str) -> None:
     assert 0 < len(answer.err.splitlines()) <= 2, answer.err
 
 
-# --- data -----------------------------------------------------------------------------------------------------------------------------------
+# --- data -----------------------------------------------------------------------------------------
 
 
 def image(seed: int) -> bytes:
     generator = torch.Generator().manual_seed(seed)
-    return encode_png(torch.randint(0, 256, (8, 8, 3), generator=generator, dtype=torch.uint8).numpy())
+    return encode_png(
+        torch.randint(0, 256, (8, 8, 3), generator=generator, dtype=torch.uint8).numpy()
+    )
 
 
 def shard(folder: Path, split: str, labels: list[int]) -> Path:
     first = {"train": 0, "test": 10_000}[split]
-    write_shards(folder, split, ((f"{number:06d}", image(first + number), label) for number, label in enumerate(labels)))
+    write_shards(
+        folder,
+        split,
+        ((f"{number:06d}", image(first + number), label) for number, label in enumerate(labels)),
+    )
     return folder / f"{split}-000000.tar"
 
 
@@ -134,7 +154,9 @@ def few(folder: Path) -> None:
         (few, ("12 training samples are fewer than", "batch_size = 16", "add samples")),
     ],
 )
-def test_data_that_cannot_be_used(harm: Callable[[Path], None], words: tuple[str, ...], workdir: Path, tmp_path: Path) -> None:
+def test_data_that_cannot_be_used(
+    harm: Callable[[Path], None], words: tuple[str, ...], workdir: Path, tmp_path: Path
+) -> None:
     sound_shards(tmp_path)
     harm(tmp_path)
     data = {"train": "train-000000.tar", "test": "test-*.tar", "classes": ["left", "right"]}
@@ -146,12 +168,18 @@ def test_a_class_that_train_lacks(workdir: Path, tmp_path: Path) -> None:
     sound_shards(tmp_path)
     class_missing_from_train(tmp_path)
     task = write_task(tmp_path, data={"train": "train-*.tar", "test": "test-*.tar"})
-    refused(taskpack("run", task, "--workdir", workdir), 3, "test has classes without a training sample: 1")
+    refused(
+        taskpack("run", task, "--workdir", workdir),
+        3,
+        "test has classes without a training sample: 1",
+    )
 
 
 def test_sound_shards_are_taken(workdir: Path, tmp_path: Path) -> None:
     sound_shards(tmp_path)
-    task = write_task(tmp_path, data={"train": "train-*.tar", "test": "test-*.tar", "classes": ["left", "right"]})
+    task = write_task(
+        tmp_path, data={"train": "train-*.tar", "test": "test-*.tar", "classes": ["left", "right"]}
+    )
     answer = taskpack("plan", task, "--workdir", workdir)
     assert answer.code == 0, answer.words
 
@@ -159,24 +187,40 @@ def test_sound_shards_are_taken(workdir: Path, tmp_path: Path) -> None:
 def test_an_image_to_predict_that_is_none(finished: FinishedRun, tmp_path: Path) -> None:
     text = tmp_path / "note.png"
     text.write_text("not an image")
-    refused(taskpack("predict", "bars", text, "--workdir", finished.workdir), 3, "note.png: cannot be decoded")
-    refused(taskpack("predict", "bars", tmp_path / "none.png", "--workdir", finished.workdir), 3, "none.png: no such image")
+    refused(
+        taskpack("predict", "bars", text, "--workdir", finished.workdir),
+        3,
+        "note.png: cannot be decoded",
+    )
+    refused(
+        taskpack("predict", "bars", tmp_path / "none.png", "--workdir", finished.workdir),
+        3,
+        "none.png: no such image",
+    )
 
 
-# --- backbones ------------------------------------------------------------------------------------------------------------------------------
+# --- backbones ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"model": "vit_tiny_patch16_225"}, ("backbone.model: given 'vit_tiny_patch16_225'", "did you mean vit_tiny_patch16_224")),
-        ({"weights": "none.safetensors"}, ("none.safetensors", "no such file", "'pretrained' or 'random'")),
+        (
+            {"model": "vit_tiny_patch16_225"},
+            ("backbone.model: given 'vit_tiny_patch16_225'", "did you mean vit_tiny_patch16_224"),
+        ),
+        (
+            {"weights": "none.safetensors"},
+            ("none.safetensors", "no such file", "'pretrained' or 'random'"),
+        ),
         ({"weights": "text.safetensors"}, ("text.safetensors", "not a readable safetensors file")),
         ({"weights": "other.safetensors"}, ("other.safetensors does not fit", "missing")),
         ({"arguments": {"depht": 2}}, ("backbone.arguments", "do not fit")),
     ],
 )
-def test_backbones_that_cannot_be_used(changes: dict[str, Any], words: tuple[str, ...], workdir: Path, tmp_path: Path) -> None:
+def test_backbones_that_cannot_be_used(
+    changes: dict[str, Any], words: tuple[str, ...], workdir: Path, tmp_path: Path
+) -> None:
     (tmp_path / "text.safetensors").write_text("not tensors")
     save_file({"head.other": torch.zeros(3)}, tmp_path / "other.safetensors")
     task = write_task(tmp_path, backbone={**BACKBONE, **changes})
@@ -201,10 +245,15 @@ def test_a_pack_refuses_another_backbone(finished: FinishedRun, tmp_path: Path) 
     picture.write_bytes(image(0))
     for arguments in (("verify", "bars"), ("predict", "bars", picture), ("evaluate", "bars")):
         answer = taskpack(*arguments, "--backbone", other, "--workdir", finished.workdir)
-        refused(answer, 6, "needs the backbone vit_tiny_patch16_224 with fingerprint", "give the checkpoint it was trained on")
+        refused(
+            answer,
+            6,
+            "needs the backbone vit_tiny_patch16_224 with fingerprint",
+            "give the checkpoint it was trained on",
+        )
 
 
-# --- packs and the registry -----------------------------------------------------------------------------------------------------------------
+# --- packs and the registry -----------------------------------------------------------------------
 
 
 def test_packs_that_are_none(finished: FinishedRun, tmp_path: Path) -> None:
@@ -216,28 +265,46 @@ def test_packs_that_are_none(finished: FinishedRun, tmp_path: Path) -> None:
         refused(taskpack("verify", path, "--workdir", finished.workdir), 6, str(path))
 
 
-@pytest.mark.parametrize(("reference", "words"), [("barz", "did you mean bars"), ("bars/7", "newest version: 1"), ("bars@best", "aliases: champion")])
+@pytest.mark.parametrize(
+    ("reference", "words"),
+    [
+        ("barz", "did you mean bars"),
+        ("bars/7", "newest version: 1"),
+        ("bars@best", "aliases: champion"),
+    ],
+)
 def test_names_that_are_not_registered(reference: str, words: str, finished: FinishedRun) -> None:
     for command in ("show", "verify", "evaluate"):
         refused(taskpack(command, reference, "--workdir", finished.workdir), 8, reference, words)
 
 
-def test_an_mlflow_server_that_does_not_answer(finished: FinishedRun, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_an_mlflow_server_that_does_not_answer(
+    finished: FinishedRun, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{free_port()}")
     started = time.monotonic()
-    refused(taskpack("run", finished.task_file, "--workdir", tmp_path / "work"), 8, "the MLflow server cannot be reached", "MLFLOW_TRACKING_URI")
+    refused(
+        taskpack("run", finished.task_file, "--workdir", tmp_path / "work"),
+        8,
+        "the MLflow server cannot be reached",
+        "MLFLOW_TRACKING_URI",
+    )
     refused(taskpack("ls"), 8, "the MLflow server cannot be reached")
     assert time.monotonic() - started < 30
 
 
-# --- the cluster ----------------------------------------------------------------------------------------------------------------------------
+# --- the cluster ----------------------------------------------------------------------------------
 
 
-def test_a_ray_cluster_that_does_not_answer(workdir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_ray_cluster_that_does_not_answer(
+    workdir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from pipeline.cluster.session import ray_session
 
     monkeypatch.setattr("pipeline.driver.stages.ray_session", ray_session)
-    monkeypatch.setattr("ray.init", lambda **options: pytest.fail("Ray was asked, and would try for minutes"))
+    monkeypatch.setattr(
+        "ray.init", lambda **options: pytest.fail("Ray was asked, and would try for minutes")
+    )
     monkeypatch.setattr("ray.is_initialized", lambda: False)
     task, started = write_task(tmp_path), time.monotonic()
     for address, words in (
@@ -247,19 +314,32 @@ def test_a_ray_cluster_that_does_not_answer(workdir: Path, tmp_path: Path, monke
         ("127.0.0.1:99999", "no Ray cluster answers"),
         ("no-such-host.invalid:6379", "no Ray cluster answers"),
     ):
-        refused(taskpack("run", task, "--workdir", workdir, "--address", address), 7, address, words)
+        refused(
+            taskpack("run", task, "--workdir", workdir, "--address", address), 7, address, words
+        )
     assert time.monotonic() - started < 30
     assert not (workdir / "data").exists()
 
 
-# --- what the user wrote --------------------------------------------------------------------------------------------------------------------
+# --- what the user wrote --------------------------------------------------------------------------
 
 
 def test_a_budget_that_nothing_fits(workdir: Path, tmp_path: Path) -> None:
     task = write_task(tmp_path, budget={"max_bytes": "1KiB"})
-    refused(taskpack("run", task, "--workdir", workdir), 5, "nothing in the search space fits the budget of 1024 bytes", "Raise budget.max_bytes")
-    sampled = write_task(tmp_path, budget={"max_bytes": "1KiB"}, search={**TASK["search"], "trials": 2})
-    refused(taskpack("run", sampled, "--workdir", workdir), 5, "nothing in the search space fits the budget")
+    refused(
+        taskpack("run", task, "--workdir", workdir),
+        5,
+        "nothing in the search space fits the budget of 1024 bytes",
+        "Raise budget.max_bytes",
+    )
+    sampled = write_task(
+        tmp_path, budget={"max_bytes": "1KiB"}, search={**TASK["search"], "trials": 2}
+    )
+    refused(
+        taskpack("run", sampled, "--workdir", workdir),
+        5,
+        "nothing in the search space fits the budget",
+    )
 
 
 @pytest.mark.parametrize(
@@ -275,17 +355,33 @@ def test_task_files_with_a_fault(changes: dict[str, Any], words: str, tmp_path: 
     path = write_task(tmp_path, **changes)
     answer = taskpack("run", path, "--workdir", tmp_path / "work")
     refused(answer, 2, str(path), words)
-    assert not (tmp_path / "work").exists(), "a fault in a task file must be found before anything is made"
+    assert not (tmp_path / "work").exists(), (
+        "a fault in a task file must be found before anything is made"
+    )
 
 
 def test_options_with_a_fault(finished: FinishedRun, tmp_path: Path) -> None:
-    refused(taskpack("ls", "--max-bytes", "lots", "--workdir", finished.workdir), 2, "--max-bytes: given 'lots'", "64KiB")
+    refused(
+        taskpack("ls", "--max-bytes", "lots", "--workdir", finished.workdir),
+        2,
+        "--max-bytes: given 'lots'",
+        "64KiB",
+    )
     refused(taskpack("run", tmp_path / "none.yaml"), 2, "none.yaml: no such task file")
-    refused(taskpack("run", finished.task_file, "--recipe", tmp_path / "none.yaml"), 2, "none.yaml: cannot be read")
-    refused(taskpack("run", finished.task_file, "--max-bytes", "lots", "--workdir", tmp_path / "w"), 2, "budget.max_bytes", "lots")
+    refused(
+        taskpack("run", finished.task_file, "--recipe", tmp_path / "none.yaml"),
+        2,
+        "none.yaml: cannot be read",
+    )
+    refused(
+        taskpack("run", finished.task_file, "--max-bytes", "lots", "--workdir", tmp_path / "w"),
+        2,
+        "budget.max_bytes",
+        "lots",
+    )
 
 
-# --- the disk -------------------------------------------------------------------------------------------------------------------------------
+# --- the disk -------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -293,7 +389,11 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A disk of a few MB, mounted for one test."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={SCRATCH_MB}m", "tmpfs", str(folder)], capture_output=True, check=False)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={SCRATCH_MB}m", "tmpfs", str(folder)],
+        capture_output=True,
+        check=False,
+    )
     if mounted.returncode != 0:
         pytest.skip("a small disk cannot be mounted here (needs root)")
     yield folder
@@ -307,19 +407,25 @@ def fill(disk: Path) -> None:
     assert os.statvfs(disk).f_bavail == 0
 
 
-def test_a_disk_that_is_full_before_the_data_is_written(small_disk: Path, base: Path, tmp_path: Path) -> None:
+def test_a_disk_that_is_full_before_the_data_is_written(
+    small_disk: Path, base: Path, tmp_path: Path
+) -> None:
     workdir = new_workdir(base, small_disk)
     task = write_task(tmp_path)
     assert taskpack("ls", "--workdir", workdir).code == 0
     (workdir / ".lock").touch()
     (workdir / "data").mkdir()
     fill(small_disk)
-    refused(taskpack("run", task, "--workdir", workdir), 9, "No space left on device", "choose another")
+    refused(
+        taskpack("run", task, "--workdir", workdir), 9, "No space left on device", "choose another"
+    )
     (small_disk / "filler").unlink()
     assert taskpack("plan", task, "--workdir", workdir).code == 0
 
 
-def test_a_disk_that_is_full_at_the_end_keeps_what_was_finished(small_disk: Path, finished: FinishedRun, base: Path) -> None:
+def test_a_disk_that_is_full_at_the_end_keeps_what_was_finished(
+    small_disk: Path, finished: FinishedRun, base: Path
+) -> None:
     workdir = new_workdir(base, small_disk)
     for name in ("data", "backbones", "selections", "studies"):
         shutil.copytree(finished.workdir / name, workdir / name)

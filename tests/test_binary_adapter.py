@@ -1,4 +1,6 @@
-"""Binary Adapter's files: read into parts and written back byte for byte, computed as the paper's formula says, damage refused by name."""
+"""Binary Adapter's files: read into parts and written back byte for byte, computed as the paper's
+formula says, damage refused by name.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,15 @@ from pipeline.adaptation.packing import from_pack
 from pipeline.backbones import LoadedBackbone, load_backbone
 from pipeline.errors import ExportError, PackDamaged, PackError, PackTruncated
 from pipeline.exchange import binary_adapter
-from pipeline.exchange.binary_adapter import BACKBONE, INPUT, description_of, export_binary_adapter, import_binary_adapter, read_files, recipe_of
+from pipeline.exchange.binary_adapter import (
+    BACKBONE,
+    INPUT,
+    description_of,
+    export_binary_adapter,
+    import_binary_adapter,
+    read_files,
+    recipe_of,
+)
 from pipeline.packs import Pack, Part, TensorSpec, pack_to_bytes, read_pack
 from pipeline.packs.binary_adapter_file import Description, Layout, read_parts, write_parts
 from pipeline.specs import Backbone, Head, Input
@@ -30,7 +40,16 @@ Matrix = tuple[np.ndarray, np.float32, np.float32]
 
 
 def describe(method: str, **changes: Any) -> Description:
-    return Description.from_mapping({"dataset": "cifar", "method": method, "dim": 4, "num_class": CLASSES, "scale": 0.1, **changes})
+    return Description.from_mapping(
+        {
+            "dataset": "cifar",
+            "method": method,
+            "dim": 4,
+            "num_class": CLASSES,
+            "scale": 0.1,
+            **changes,
+        }
+    )
 
 
 @dataclasses.dataclass
@@ -55,22 +74,32 @@ def write_slowly(description: Description, seed: int = 0) -> Written:
         mean, sd = np.float32(draw.normal(0, 0.01)), np.float32(draw.uniform(0.05, 0.2))
         matrices.append((codes, mean, sd))
         flat = codes.ravel().tolist()
-        data += bytes(sum(bit << place for place, bit in enumerate(flat[start : start + 8])) for start in range(0, len(flat), 8))
+        data += bytes(
+            sum(bit << place for place, bit in enumerate(flat[start : start + 8]))
+            for start in range(0, len(flat), 8)
+        )
         data += mean.tobytes() + sd.tobytes()
     head = None
     if not is_bihead:
-        head = draw.normal(0, 0.1, (description.num_class, WIDTH)).astype(np.float32), draw.normal(0, 0.1, description.num_class).astype(np.float32)
+        head = (
+            draw.normal(0, 0.1, (description.num_class, WIDTH)).astype(np.float32),
+            draw.normal(0, 0.1, description.num_class).astype(np.float32),
+        )
         data += head[0].tobytes() + head[1].tobytes()
     return Written(matrices, head, data)
 
 
 @pytest.fixture(scope="module")
 def tiny(tiny_backbone: Backbone) -> LoadedBackbone:
-    return load_backbone(tiny_backbone, Input(size_px=32, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0)))
+    return load_backbone(
+        tiny_backbone, Input(size_px=32, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+    )
 
 
 @pytest.fixture(scope="module")
-def import_tiny(tiny: LoadedBackbone, tiny_backbone: Backbone) -> Callable[[Description, bytes], Pack]:
+def import_tiny(
+    tiny: LoadedBackbone, tiny_backbone: Backbone
+) -> Callable[[Description, bytes], Pack]:
     """As `import_binary_adapter`, on the tiny ViT."""
 
     def read(description: Description, data: bytes) -> Pack:
@@ -79,15 +108,20 @@ def import_tiny(tiny: LoadedBackbone, tiny_backbone: Backbone) -> Callable[[Desc
     return read
 
 
-# --- the arithmetic -------------------------------------------------------------------------------------------------------------------------
+# --- the arithmetic -------------------------------------------------------------------------------
 
 
 def weights_of(written: Written) -> list[torch.Tensor]:
     """Code 1 is the level above the mean."""
-    return [torch.from_numpy((np.where(codes == 1, LEVEL, -LEVEL) * sd + mean).astype(np.float32)) for codes, mean, sd in written.matrices]
+    return [
+        torch.from_numpy((np.where(codes == 1, LEVEL, -LEVEL) * sd + mean).astype(np.float32))
+        for codes, mean, sd in written.matrices
+    ]
 
 
-def attend(attention: Any, x: torch.Tensor, low_rank: list[torch.Tensor], scale: float) -> torch.Tensor:
+def attend(
+    attention: Any, x: torch.Tensor, low_rank: list[torch.Tensor], scale: float
+) -> torch.Tensor:
     """timm's attention with changes of q and v, projection by projection."""
     q, k, v = attention.qkv(x).chunk(3, dim=-1)
     if low_rank:
@@ -99,8 +133,12 @@ def attend(attention: Any, x: torch.Tensor, low_rank: list[torch.Tensor], scale:
 
 
 @torch.inference_mode()
-def slow_logits(network: Any, written: Written, description: Description, images: torch.Tensor) -> torch.Tensor:
-    """The authors' model, written out on timm's own blocks: x + attn(norm1 x), then x + mlp(norm2 x) + s * adapter(x)."""
+def slow_logits(
+    network: Any, written: Written, description: Description, images: torch.Tensor
+) -> torch.Tensor:
+    """The authors' model, written out on timm's own blocks: x + attn(norm1 x), then x + mlp(norm2
+    x) + s * adapter(x).
+    """
     weights, scale = weights_of(written), description.scale
     is_lora = description.method.startswith("lora")
     x = network.norm_pre(network._pos_embed(network.patch_embed(images.float() / 255)))
@@ -116,25 +154,35 @@ def slow_logits(network: Any, written: Written, description: Description, images
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_pack_computes_what_the_authors_formula_says(method: str, tiny: LoadedBackbone, import_tiny: Callable[[Description, bytes], Pack]) -> None:
+def test_a_pack_computes_what_the_authors_formula_says(
+    method: str, tiny: LoadedBackbone, import_tiny: Callable[[Description, bytes], Pack]
+) -> None:
     description = describe(method, scale=10.0)
     written = write_slowly(description)
     pack = read_pack(pack_to_bytes(import_tiny(description, written.data)))
     model = from_pack(pack, tiny)
-    images = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    images = torch.randint(
+        0, 256, (4, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(1)
+    )
     expected = slow_logits(tiny.model, written, description, images)
     with torch.inference_mode():
-        torch.testing.assert_close(model.eval()(images), expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
-        tiny_logits = slow_logits(tiny.model, written, description.model_copy(update={"scale": 0.01}), images)
+        torch.testing.assert_close(
+            model.eval()(images), expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max())
+        )
+        tiny_logits = slow_logits(
+            tiny.model, written, description.model_copy(update={"scale": 0.01}), images
+        )
     assert not torch.allclose(tiny_logits, expected, rtol=1e-2)  # the scale matters
 
 
-# --- bytes ----------------------------------------------------------------------------------------------------------------------------------
+# --- bytes ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dim", [1, 2, 3, 32])
 @pytest.mark.parametrize("method", METHODS)
-def test_a_file_comes_back_byte_for_byte(method: str, dim: int, import_tiny: Callable[[Description, bytes], Pack]) -> None:
+def test_a_file_comes_back_byte_for_byte(
+    method: str, dim: int, import_tiny: Callable[[Description, bytes], Pack]
+) -> None:
     description = describe(method, dim=dim, num_class=5)
     data = write_slowly(description, seed=dim).data
     pack = read_pack(pack_to_bytes(import_tiny(description, data)))
@@ -143,7 +191,10 @@ def test_a_file_comes_back_byte_for_byte(method: str, dim: int, import_tiny: Cal
 
 def test_numbers_keep_their_bits() -> None:
     """Zero with a sign, the smallest and the largest float32: parts keep them as they are."""
-    layout: Layout = [("adapters", 1, [TensorSpec("a", (1, 8)), TensorSpec("b", (8, 1))]), ("head", 32, [TensorSpec("w", (2, 2))])]
+    layout: Layout = [
+        ("adapters", 1, [TensorSpec("a", (1, 8)), TensorSpec("b", (8, 1))]),
+        ("head", 32, [TensorSpec("w", (2, 2))]),
+    ]
     scales = np.array([-0.0, 1e-45, 3.4e38, 0.0], "<f4")
     floats = np.array([-0.0, 1e-45, -3.4e38, 1.0], "<f4")
     data = b"\x01" + scales[:2].tobytes() + b"\x80" + scales[2:].tobytes() + floats.tobytes()
@@ -156,7 +207,9 @@ def skeleton(backbone: LoadedBackbone, description: Description) -> Layout:
     planned = plan(backbone, recipe_of(description), description.num_class)
     parts: dict[tuple[Any, int], list[TensorSpec]] = {}
     for tensor in planned:
-        parts.setdefault((tensor.part, tensor.bits), []).append(TensorSpec(tensor.name, tensor.shape))
+        parts.setdefault((tensor.part, tensor.bits), []).append(
+            TensorSpec(tensor.name, tensor.shape)
+        )
     return [(name, bits, specs) for (name, bits), specs in parts.items()]
 
 
@@ -188,9 +241,12 @@ def test_mutated_files_are_read_or_refused_by_name(method: str, tiny: LoadedBack
     assert 0 < refused < 1000
 
 
-# --- descriptions ---------------------------------------------------------------------------------------------------------------------------
+# --- descriptions ---------------------------------------------------------------------------------
 
-YAML = "backbone: vit_base_patch16_224_in21k\nbit: 1\ndataset: cifar\ndim: 32\nmethod: adaptformer-bihead\nnum_class: 100\nscale: 0.1\n"
+YAML = (
+    "backbone: vit_base_patch16_224_in21k\nbit: 1\ndataset: cifar\ndim: 32\nmethod:"
+    " adaptformer-bihead\nnum_class: 100\nscale: 0.1\n"
+)
 
 
 @pytest.mark.parametrize(
@@ -207,7 +263,9 @@ YAML = "backbone: vit_base_patch16_224_in21k\nbit: 1\ndataset: cifar\ndim: 32\nm
         (YAML, "!!python/object/apply:os.system ['true']", "not a YAML file"),
     ],
 )
-def test_a_description_that_is_not_valid_is_refused(old: str, new: str, message: str, tmp_path: Path) -> None:
+def test_a_description_that_is_not_valid_is_refused(
+    old: str, new: str, message: str, tmp_path: Path
+) -> None:
     (tmp_path / "a.bin").write_bytes(b"")
     (tmp_path / "a.yaml").write_text(YAML.replace(old, new))
     with pytest.raises(PackDamaged, match=message):
@@ -244,42 +302,75 @@ def on_their_backbone(pack: Pack, **changes: Any) -> Pack:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_description_comes_back(method: str, import_tiny: Callable[[Description, bytes], Pack], tmp_path: Path) -> None:
+def test_a_description_comes_back(
+    method: str, import_tiny: Callable[[Description, bytes], Pack], tmp_path: Path
+) -> None:
     description = describe(method)
     written = write_slowly(description)
-    export_binary_adapter(on_their_backbone(import_tiny(description, written.data)), tmp_path / "a.bin")
+    export_binary_adapter(
+        on_their_backbone(import_tiny(description, written.data)), tmp_path / "a.bin"
+    )
     assert read_files(tmp_path / "a.bin") == (written.data, description)
-    assert (tmp_path / "a.yaml").read_text().startswith("backbone: vit_base_patch16_224_in21k\nbit: 1\ndataset: cifar\n")
+    assert (
+        (tmp_path / "a.yaml")
+        .read_text()
+        .startswith("backbone: vit_base_patch16_224_in21k\nbit: 1\ndataset: cifar\n")
+    )
 
 
-def test_other_packs_are_refused_in_words(import_tiny: Callable[[Description, bytes], Pack], tmp_path: Path) -> None:
+def test_other_packs_are_refused_in_words(
+    import_tiny: Callable[[Description, bytes], Pack], tmp_path: Path
+) -> None:
     description = describe("adaptformer-bihead")
     pack = import_tiny(description, write_slowly(description).data)
     recipe = recipe_of(description)
     for refused, message in (
         (pack, "files are for vit_base_patch16_224.orig_in21k"),
-        (dataclasses.replace(pack, metadata=on_their_backbone(pack).metadata.model_copy(update={"input": pack.metadata.input})), "224 px"),
-        (on_their_backbone(pack, recipe=recipe.model_copy(update={"head": Head(bits=8)}).model_dump(exclude_none=True)), "has other parts"),
+        (
+            dataclasses.replace(
+                pack,
+                metadata=on_their_backbone(pack).metadata.model_copy(
+                    update={"input": pack.metadata.input}
+                ),
+            ),
+            "224 px",
+        ),
+        (
+            on_their_backbone(
+                pack,
+                recipe=recipe.model_copy(update={"head": Head(bits=8)}).model_dump(
+                    exclude_none=True
+                ),
+            ),
+            "has other parts",
+        ),
         (on_their_backbone(pack, recipe={"connections": {}}), "has other parts"),
     ):
         with pytest.raises(ExportError, match=message):
             export_binary_adapter(refused, tmp_path / "a.bin")
     with pytest.raises(ExportError, match=r"ends in \.bin"):
         export_binary_adapter(pack, tmp_path / "a.safetensors")
-    eight = Part("head", 8, (TensorSpec("w", (1, 8)),), np.zeros(8, np.uint8), np.ones((1, 2), np.float32))
+    eight = Part(
+        "head", 8, (TensorSpec("w", (1, 8)),), np.zeros(8, np.uint8), np.ones((1, 2), np.float32)
+    )
     with pytest.raises(ExportError, match="has 8 bits"):
         write_parts([eight])
     assert list(tmp_path.iterdir()) == []
 
 
-# --- the published files --------------------------------------------------------------------------------------------------------------------
+# --- the published files --------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def published() -> Path:
-    folder = Path(__file__).resolve().parent.parent.parent / "shared" / "reference" / "binary_adapter"
+    folder = (
+        Path(__file__).resolve().parent.parent.parent / "shared" / "reference" / "binary_adapter"
+    )
     if not folder.is_dir():
-        pytest.skip("optional data is absent: no published Binary Adapter files in ../shared/reference/binary_adapter")
+        pytest.skip(
+            "optional data is absent: no published Binary Adapter files in"
+            " ../shared/reference/binary_adapter"
+        )
     return folder
 
 
@@ -287,7 +378,9 @@ def test_the_published_files_come_back_byte_for_byte_with_their_descriptions(
     published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By the commands, on a random ViT-B/16, since its weights are not needed for the bytes."""
-    monkeypatch.setattr(binary_adapter, "BACKBONE", BACKBONE.model_copy(update={"weights": "random"}))
+    monkeypatch.setattr(
+        binary_adapter, "BACKBONE", BACKBONE.model_copy(update={"weights": "random"})
+    )
     files = sorted(published.glob("*.bin"))
     assert len(files) == 4
     for file in files:
@@ -300,4 +393,7 @@ def test_the_published_files_come_back_byte_for_byte_with_their_descriptions(
         scale = yaml.safe_load(file.with_suffix(".yaml").read_text())["scale"]
         recipe = read_pack(pack).metadata.recipe
         assert (recipe.get("adapter") or recipe["lora"])["scale"] == scale  # type: ignore[index, union-attr]
-        assert description_of(read_pack(pack).metadata).dataset == file.stem.split("--")[1].split("-bit")[0]
+        assert (
+            description_of(read_pack(pack).metadata).dataset
+            == file.stem.split("--")[1].split("-bit")[0]
+        )

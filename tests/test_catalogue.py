@@ -1,4 +1,6 @@
-"""The task files that come with taskpack: each is valid, each says where its data comes from, and each suite is what its benchmark's papers mean."""
+"""The task files that come with taskpack: each is valid, each says where its data comes from, and
+each suite is what its benchmark's papers mean.
+"""
 
 from __future__ import annotations
 
@@ -11,18 +13,45 @@ import yaml
 
 from pipeline.errors import SpecError
 from pipeline.reports.suite import suite_averages
-from pipeline.specs import Backbone, FolderData, JsonData, ListsData, Recipe, SearchSpace, Suite, Task
-from pipeline.specs.task_files import DATA_ROOT, SUITE_FILE, catalogue_folder, load_methods, load_spec, load_suite, load_task, load_tasks
+from pipeline.specs import (
+    Backbone,
+    FolderData,
+    JsonData,
+    ListsData,
+    Recipe,
+    SearchSpace,
+    Suite,
+    Task,
+)
+from pipeline.specs.task_files import (
+    DATA_ROOT,
+    SUITE_FILE,
+    catalogue_folder,
+    load_methods,
+    load_spec,
+    load_suite,
+    load_task,
+    load_tasks,
+)
 
 CATALOGUE = Path(__file__).resolve().parents[1] / "tasks"
 FILES = sorted(CATALOGUE.rglob("*.y*ml"))
 UNPUBLISHED = (CATALOGUE, CATALOGUE / "demo", CATALOGUE / "methods", CATALOGUE / "binary_adapter")
-PUBLISHED = [path for path in FILES if path.parent not in UNPUBLISHED and path.name not in (SUITE_FILE, "base.yaml")]
+PUBLISHED = [
+    path
+    for path in FILES
+    if path.parent not in UNPUBLISHED and path.name not in (SUITE_FILE, "base.yaml")
+]
 SUITES = sorted(path.parent.name for path in FILES if path.name == SUITE_FILE)
 
-# From their papers (VPT, GPS): the mean of all tasks and, for VTAB-1k, the mean of the three group means.
+# From their papers (VPT, GPS): the mean of all tasks and, for VTAB-1k, the mean of the three group
+# means.
 AVERAGES = {
-    "vtab1k": {"full fine-tuning": (65.57, 68.96), "linear probe": (52.94, 57.64), "GPS": (75.18, 77.47)},
+    "vtab1k": {
+        "full fine-tuning": (65.57, 68.96),
+        "linear probe": (52.94, 57.64),
+        "GPS": (75.18, 77.47),
+    },
     "fgvc": {"full fine-tuning": (88.54,), "linear probe": (79.32,), "GPS": (91.78,)},
 }
 
@@ -34,11 +63,18 @@ def data_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def published(tasks: list[Task], method: str) -> dict[str, float]:
     """Each task's accuracy in percent by the one method whose name begins so."""
-    return {task.name: next(value for name, value in task.about.published_percent.items() if name.startswith(method)) for task in tasks}
+    return {
+        task.name: next(
+            value for name, value in task.about.published_percent.items() if name.startswith(method)
+        )
+        for task in tasks
+    }
 
 
 def read_any(path: Path, folder: Path) -> Any:
-    """A file of the catalogue as what it is: a method, a task, a suite, a base that tasks start from, or a backbone."""
+    """A file of the catalogue as what it is: a method, a task, a suite, a base that tasks start
+    from, or a backbone.
+    """
     if path.parent.name == "methods":
         return load_methods([path])
     content = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -55,7 +91,7 @@ def read_any(path: Path, folder: Path) -> Any:
     return load_task(folder / "any.yaml")
 
 
-# --- task files -----------------------------------------------------------------------------------------------------------------------------
+# --- task files -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(CATALOGUE)))
@@ -76,7 +112,9 @@ def test_a_published_dataset_says_where_it_comes_from_and_fits_its_backbone(path
     assert task.input.size_px == 224
     assert task.backbone.weights == "pretrained"
     assert isinstance(task.data, ListsData | JsonData | FolderData)
-    assert task.search.size() <= task.search.trials  # the published recipe is a point that is tried, whatever else is
+    assert (
+        task.search.size() <= task.search.trials
+    )  # the published recipe is a point that is tried, whatever else is
     assert task.recipe.connections is not None
     assert task.recipe.norms is task.recipe.smoa is None
 
@@ -88,7 +126,11 @@ def test_one_line_changes_the_backbone_of_all_but_the_demo() -> None:
 
 
 def test_tasks_have_names_of_their_own_over_the_whole_catalogue() -> None:
-    names = [load_task(path).name for path in FILES if "name" in (content := yaml.safe_load(path.read_text())) and "groups" not in content]
+    names = [
+        load_task(path).name
+        for path in FILES
+        if "name" in (content := yaml.safe_load(path.read_text())) and "groups" not in content
+    ]
     assert len(names) == len(set(names))
 
 
@@ -97,7 +139,15 @@ def test_classes_are_those_of_the_benchmarks() -> None:
         return {task.name.split("-", 1)[1]: task.data.classes for task in load_suite(suite)[1]}  # type: ignore[union-attr]
 
     assert classes("vtab1k") == {
-        **{"cifar100": 100, "caltech101": 102, "dtd": 47, "oxford_flowers102": 102, "oxford_iiit_pet": 37, "svhn": 10, "sun397": 397},
+        **{
+            "cifar100": 100,
+            "caltech101": 102,
+            "dtd": 47,
+            "oxford_flowers102": 102,
+            "oxford_iiit_pet": 37,
+            "svhn": 10,
+            "sun397": 397,
+        },
         **{"patch_camelyon": 2, "eurosat": 10, "resisc45": 45, "diabetic_retinopathy": 5},
         **{"clevr_count": 8, "clevr_dist": 6, "dmlab": 6, "kitti": 4},
         **{"dsprites_loc": 16, "dsprites_ori": 16, "smallnorb_azi": 18, "smallnorb_ele": 9},
@@ -109,16 +159,24 @@ def test_the_folder_of_the_datasets_must_be_named(monkeypatch: pytest.MonkeyPatc
     monkeypatch.delenv(DATA_ROOT)
     with pytest.raises(SpecError, match=r"dtd\.yaml: data\.root: .*TASKPACK_DATA is not set"):
         load_task(CATALOGUE / "vtab1k" / "dtd.yaml")
-    assert [task.name for task in load_tasks([CATALOGUE / "demo"])] == ["counting", "digits", "orientation"]
+    assert [task.name for task in load_tasks([CATALOGUE / "demo"])] == [
+        "counting",
+        "digits",
+        "orientation",
+    ]
 
 
-# --- suites ---------------------------------------------------------------------------------------------------------------------------------
+# --- suites ---------------------------------------------------------------------------------------
 
 
 def test_the_suites() -> None:
     assert SUITES == ["binary_adapter", "fewshot", "fgvc", "vtab1k"]
     assert catalogue_folder() == CATALOGUE
-    assert {name: len(tasks) for name, tasks in load_suite("vtab1k")[0].groups.items()} == {"natural": 7, "specialized": 4, "structured": 8}
+    assert {name: len(tasks) for name, tasks in load_suite("vtab1k")[0].groups.items()} == {
+        "natural": 7,
+        "specialized": 4,
+        "structured": 8,
+    }
 
 
 @pytest.mark.parametrize("name", SUITES)
@@ -130,7 +188,10 @@ def test_a_suite_has_its_tasks_in_its_order(name: str) -> None:
 
 
 def test_overrides_reach_the_tasks_of_a_suite() -> None:
-    assert {task.budget.max_bytes for task in load_suite("fgvc", overrides={"budget": {"max_bytes": "96KiB"}})[1]} == {96 * 1024}
+    assert {
+        task.budget.max_bytes
+        for task in load_suite("fgvc", overrides={"budget": {"max_bytes": "96KiB"}})[1]
+    } == {96 * 1024}
 
 
 def write_suite(folder: Path, groups: Mapping[str, Any], names: str = "ab") -> Path:
@@ -151,14 +212,18 @@ def write_suite(folder: Path, groups: Mapping[str, Any], names: str = "ab") -> P
         ({}, "groups: given {}"),
     ],
 )
-def test_a_suite_that_is_not_its_folders_tasks_is_refused(groups: dict[str, list[str]], words: str, tmp_path: Path) -> None:
+def test_a_suite_that_is_not_its_folders_tasks_is_refused(
+    groups: dict[str, list[str]], words: str, tmp_path: Path
+) -> None:
     with pytest.raises(SpecError) as caught:
         load_suite(write_suite(tmp_path, groups))
     assert str(caught.value).startswith(f"{tmp_path / SUITE_FILE}: ")
     assert words in str(caught.value)
 
 
-def test_a_folder_that_is_no_suite_does_not_hide_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_that_is_no_suite_does_not_hide_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "fgvc").mkdir()
     monkeypatch.chdir(tmp_path)
     assert load_suite("fgvc")[0].name == "fgvc"
@@ -166,19 +231,28 @@ def test_a_folder_that_is_no_suite_does_not_hide_one(tmp_path: Path, monkeypatch
 
 @pytest.mark.parametrize("name", ["vtab", "demo", "none/at/all"])
 def test_an_unknown_suite_lists_the_known_ones(name: str) -> None:
-    with pytest.raises(SpecError, match=rf"{name}: no such suite; .* or one of binary_adapter, fewshot, fgvc, vtab1k"):
+    with pytest.raises(
+        SpecError,
+        match=rf"{name}: no such suite; .* or one of binary_adapter, fewshot, fgvc, vtab1k",
+    ):
         load_suite(name)
 
 
-# --- averages -------------------------------------------------------------------------------------------------------------------------------
+# --- averages -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "method"), [(name, method) for name, methods in AVERAGES.items() for method in methods])
-def test_published_accuracies_have_the_averages_that_their_papers_state(name: str, method: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "method"), [(name, method) for name, methods in AVERAGES.items() for method in methods]
+)
+def test_published_accuracies_have_the_averages_that_their_papers_state(
+    name: str, method: str
+) -> None:
     suite, tasks = load_suite(name)
     averages = suite_averages(suite, published(tasks, method))
     means = [value for key, value in averages.items() if key.startswith("mean of")]
-    assert means == pytest.approx(AVERAGES[name][method], abs=0.01)  # papers average what they rounded, or round last
+    assert means == pytest.approx(
+        AVERAGES[name][method], abs=0.01
+    )  # papers average what they rounded, or round last
 
 
 def test_both_averages_by_name() -> None:
@@ -189,12 +263,18 @@ def test_both_averages_by_name() -> None:
 
 
 def test_a_suite_of_one_group_has_one_mean() -> None:
-    assert suite_averages(Suite(name="s", groups={"all": ("a", "b")}), {"a": 1, "b": 2}) == {"mean of 2 tasks": 1.5}
+    assert suite_averages(Suite(name="s", groups={"all": ("a", "b")}), {"a": 1, "b": 2}) == {
+        "mean of 2 tasks": 1.5
+    }
 
 
 @pytest.mark.parametrize(
     ("scores", "words"),
-    [({"a": 1.0}, "no score for b; its averages need"), ({"a": 1.0, "b": 1.0, "c": 1.0}, "c is not of this suite"), ({}, "no score for a, b")],
+    [
+        ({"a": 1.0}, "no score for b; its averages need"),
+        ({"a": 1.0, "b": 1.0, "c": 1.0}, "c is not of this suite"),
+        ({}, "no score for a, b"),
+    ],
 )
 def test_there_is_no_average_over_some_of_the_tasks(scores: dict[str, float], words: str) -> None:
     with pytest.raises(SpecError, match=words):

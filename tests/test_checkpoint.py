@@ -1,4 +1,6 @@
-"""Checkpoints: a fit that dies at any step goes on in the middle of its epoch and gives the bytes of one that did not."""
+"""Checkpoints: a fit that dies at any step goes on in the middle of its epoch and gives the bytes
+of one that did not.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,14 @@ from pipeline.training.run_checkpoint import Checkpoint, Progress
 RECIPE = {
     "connections": {"bits": 4},
     "adapter": {"width": 4, "bits": 1, "dropout": 0.5},
-    "training": {"epochs": 2, "batch_size": 16, "augment": "light", "mixup": 0.2, "ema": 0.9, "learning_rate": 0.01},
+    "training": {
+        "epochs": 2,
+        "batch_size": 16,
+        "augment": "light",
+        "mixup": 0.2,
+        "ema": 0.9,
+        "learning_rate": 0.01,
+    },
 }
 
 
@@ -37,7 +46,11 @@ def selected(tiny_inputs: Inputs) -> dict[str, RankedPlaces]:
 @pytest.fixture
 def steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """[steps taken, steps after which the next one dies]; a checkpoint follows every step."""
-    monkeypatch.setattr(fit_module, "Checkpoint", functools.partial(Checkpoint, every_seconds=0, cost_share=math.inf))
+    monkeypatch.setattr(
+        fit_module,
+        "Checkpoint",
+        functools.partial(Checkpoint, every_seconds=0, cost_share=math.inf),
+    )
     counts, step = [0, 1 << 30], loop._step
 
     def counted(*arguments: object) -> tuple[float, bool]:
@@ -73,10 +86,18 @@ def test_a_fit_that_dies_goes_on_and_gives_the_same_bytes(
 
 @pytest.mark.parametrize("damage", ["cut", "one bit", "foreign", "of another model"])
 def test_a_checkpoint_that_cannot_be_used_is_a_fresh_start(
-    damage: str, tiny_inputs: Inputs, selected: dict[str, RankedPlaces], steps: list[int], tmp_path: Path
+    damage: str,
+    tiny_inputs: Inputs,
+    selected: dict[str, RankedPlaces],
+    steps: list[int],
+    tmp_path: Path,
 ) -> None:
     recipe = Recipe.model_validate(RECIPE)
-    other = recipe if damage != "of another model" else Recipe.model_validate({**RECIPE, "adapter": {"width": 3, "bits": 1, "dropout": 0.5}})
+    other = (
+        recipe
+        if damage != "of another model"
+        else Recipe.model_validate({**RECIPE, "adapter": {"width": 3, "bits": 1, "dropout": 0.5}})
+    )
     steps[1] = 2
     with pytest.raises(Killed):
         fit(tiny_inputs, other, selected, tmp_path)

@@ -1,4 +1,6 @@
-"""The command line on a finished work folder: every command says what the files and the registry hold."""
+"""The command line on a finished work folder: every command says what the files and the registry
+hold.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,16 @@ import shutil
 from pathlib import Path
 
 import pytest
-from helpers_cli import TRIALS, Answer, FinishedRun, finished_run, one, taskpack, taskpack_process, write_task
+from helpers_cli import (
+    TRIALS,
+    Answer,
+    FinishedRun,
+    finished_run,
+    one,
+    taskpack,
+    taskpack_process,
+    write_task,
+)
 
 from pipeline.data import save_samples
 from pipeline.packs import LEDGER_KEYS
@@ -31,10 +42,12 @@ def ask(finished: FinishedRun):
 
 @pytest.fixture(scope="session")
 def images(finished: FinishedRun, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    return save_samples(finished.workdir / "data" / "bars", tmp_path_factory.mktemp("images"), count=6)
+    return save_samples(
+        finished.workdir / "data" / "bars", tmp_path_factory.mktemp("images"), count=6
+    )
 
 
-# --- run ------------------------------------------------------------------------------------------------------------------------------------
+# --- run ------------------------------------------------------------------------------------------
 
 
 def test_a_run_ends_well_and_says_only_what_it_should(finished: FinishedRun) -> None:
@@ -58,13 +71,17 @@ def test_a_run_ends_well_and_says_only_what_it_should(finished: FinishedRun) -> 
     assert all(len(line) <= 80 for line in champions[:3])
 
 
-def test_the_same_run_again_redoes_nothing_and_starts_no_ray(finished: FinishedRun, ask, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_same_run_again_redoes_nothing_and_starts_no_ray(
+    finished: FinishedRun, ask, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refuse(address: str | None) -> None:
         raise AssertionError("Ray was started")
 
     monkeypatch.setattr("pipeline.driver.stages.ray_session", refuse)
     files = [
-        path for pattern in ("data/**/*", "selections/*", "studies/*/trials/*", "studies/*/fits/**/*") for path in finished.workdir.glob(pattern)
+        path
+        for pattern in ("data/**/*", "selections/*", "studies/*/trials/*", "studies/*/fits/**/*")
+        for path in finished.workdir.glob(pattern)
     ]
     before = {path: path.stat().st_mtime_ns for path in files}
     answer = ask("run", finished.task_file)
@@ -77,7 +94,9 @@ def test_run_as_json_prints_nothing_else_on_stdout(finished: FinishedRun, ask) -
     answer = ask("run", finished.task_file, "--json")
     (outcome,) = answer.json()
     assert (outcome["task"], outcome["error"]) == ("bars", None)
-    assert outcome["registered"]["pack_digest"] == ask("show", "bars", "--json").json()["pack_digest"]
+    assert (
+        outcome["registered"]["pack_digest"] == ask("show", "bars", "--json").json()["pack_digest"]
+    )
     assert len(outcome["trials"]) == TRIALS
 
 
@@ -89,7 +108,7 @@ def test_another_budget_runs_no_trial_twice(finished: FinishedRun, ask) -> None:
     assert f"the smallest pack would take {smallest}" in answer.words
 
 
-# --- ls and show ----------------------------------------------------------------------------------------------------------------------------
+# --- ls and show ----------------------------------------------------------------------------------
 
 
 def test_ls_filters_by_numbers(finished: FinishedRun, ask) -> None:
@@ -112,7 +131,11 @@ def test_ls_filters_by_numbers(finished: FinishedRun, ask) -> None:
 
 def test_show_accounts_for_every_byte(finished: FinishedRun, ask) -> None:
     content = ask("show", "bars@champion", "--json").json()
-    assert sum(content["metrics"][f"bytes_{part}"] for part in LEDGER_KEYS) == content["size_bytes"] == finished.pack.stat().st_size
+    assert (
+        sum(content["metrics"][f"bytes_{part}"] for part in LEDGER_KEYS)
+        == content["size_bytes"]
+        == finished.pack.stat().st_size
+    )
     text = ask("show", "bars/1").out
     assert f"{content['size_bytes']:,}" in text
     assert content["pack_digest"] in text, "the digest was broken over two lines"
@@ -127,7 +150,7 @@ def test_show_lists_the_trials_and_marks_the_champion(ask) -> None:
     assert f"{content['size_bytes']:,}" in champion.split()
 
 
-# --- predict, evaluate, verify --------------------------------------------------------------------------------------------------------------
+# --- predict, evaluate, verify --------------------------------------------------------------------
 
 
 def test_predict_classifies_files(ask, images: list[Path]) -> None:
@@ -138,17 +161,26 @@ def test_predict_classifies_files(ask, images: list[Path]) -> None:
     assert images[0].name in "".join(ask("predict", "bars", images[0]).out.split())
 
 
-def test_a_pack_file_predicts_as_its_registered_copy(finished: FinishedRun, ask, images: list[Path]) -> None:
-    assert ask("predict", finished.pack, *images, "--json").json() == ask("predict", "bars@champion", *images, "--json").json()
+def test_a_pack_file_predicts_as_its_registered_copy(
+    finished: FinishedRun, ask, images: list[Path]
+) -> None:
+    assert (
+        ask("predict", finished.pack, *images, "--json").json()
+        == ask("predict", "bars@champion", *images, "--json").json()
+    )
 
 
-def test_pyfunc_gives_the_labels_of_predict(finished: FinishedRun, ask, images: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pyfunc_gives_the_labels_of_predict(
+    finished: FinishedRun, ask, images: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     rows = ask("predict", "bars@champion", *images, "--json").json()
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{finished.workdir / 'mlflow.db'}")
     model = import_pyfunc().load_model("models:/bars@champion")
     predicted = model.predict({"image": [str(image) for image in images]})
     assert predicted["label"].tolist() == [row["label"] for row in rows]
-    assert predicted["probability"].tolist() == pytest.approx([row["probability"] for row in rows], abs=1e-6)
+    assert predicted["probability"].tolist() == pytest.approx(
+        [row["probability"] for row in rows], abs=1e-6
+    )
 
 
 def test_evaluate_gives_the_registered_accuracy_to_the_digit(finished: FinishedRun, ask) -> None:
@@ -161,8 +193,13 @@ def test_evaluate_gives_the_registered_accuracy_to_the_digit(finished: FinishedR
     assert (from_file["test_metric"], from_file["registered_test_metric"]) == (registered, None)
 
 
-def test_evaluate_refuses_other_data_than_the_pack_was_tested_on(finished: FinishedRun, ask, tmp_path: Path) -> None:
-    other = write_task(tmp_path, data={"format": "drawn", "kind": "orientation", "train_samples": 80, "test_samples": 41})
+def test_evaluate_refuses_other_data_than_the_pack_was_tested_on(
+    finished: FinishedRun, ask, tmp_path: Path
+) -> None:
+    other = write_task(
+        tmp_path,
+        data={"format": "drawn", "kind": "orientation", "train_samples": 80, "test_samples": 41},
+    )
     folder = tmp_path / "work"
     shutil.copytree(finished.workdir, folder, ignore=shutil.ignore_patterns(".lock"))
     answer = taskpack("evaluate", "bars", "--task", other, "--workdir", folder)
@@ -178,7 +215,9 @@ def test_verify_accepts_a_sound_pack(finished: FinishedRun, ask) -> None:
 
 
 @pytest.mark.parametrize("share", [0.3, 0.6, 0.95])
-def test_verify_refuses_a_flipped_byte(finished: FinishedRun, ask, tmp_path: Path, share: float) -> None:
+def test_verify_refuses_a_flipped_byte(
+    finished: FinishedRun, ask, tmp_path: Path, share: float
+) -> None:
     content = bytearray(finished.pack.read_bytes())
     content[int(share * len(content))] ^= 1
     damaged = tmp_path / "damaged.safetensors"
@@ -190,15 +229,19 @@ def test_verify_refuses_a_flipped_byte(finished: FinishedRun, ask, tmp_path: Pat
     assert answer.out == ""
 
 
-# --- plan and prepare -----------------------------------------------------------------------------------------------------------------------
+# --- plan and prepare -----------------------------------------------------------------------------
 
 
-def test_plan_foretells_the_registered_size_to_the_byte(finished: FinishedRun, ask, tmp_path: Path) -> None:
+def test_plan_foretells_the_registered_size_to_the_byte(
+    finished: FinishedRun, ask, tmp_path: Path
+) -> None:
     shown = ask("show", "bars", "--json").json()
     trained = next(trial for trial in shown["trials"] if trial["id"] == shown["tags"]["trial"])
     plan = ask("plan", finished.task_file, "--json").json()
     assert {"point": trained["point"], "size_bytes": shown["size_bytes"]} in plan["space"]
-    assert sorted(row["size_bytes"] for row in plan["space"]) == sorted(trial["size_bytes"] for trial in shown["trials"])
+    assert sorted(row["size_bytes"] for row in plan["space"]) == sorted(
+        trial["size_bytes"] for trial in shown["trials"]
+    )
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(json.dumps(champion_recipe(finished.pack)))
     planned = ask("plan", finished.task_file, "--recipe", recipe, "--json").json()
@@ -224,13 +267,17 @@ def test_prepare_writes_shards_and_counts_them(finished: FinishedRun, ask, tmp_p
     answer = ask("prepare", finished.task_file, "--out", tmp_path / "bars")
     assert answer.code == 0
     assert "8 classes" in answer.out
-    rows = [line.split()[:3] for line in answer.out.splitlines() if line.startswith(("train", "test"))]
+    rows = [
+        line.split()[:3] for line in answer.out.splitlines() if line.startswith(("train", "test"))
+    ]
     assert rows == [["train", "80", "1"], ["test", "40", "1"]]
-    same = {path.name: path.read_bytes() for path in (finished.workdir / "data" / "bars").glob("*.tar")}
+    same = {
+        path.name: path.read_bytes() for path in (finished.workdir / "data" / "bars").glob("*.tar")
+    }
     assert {path.name: path.read_bytes() for path in (tmp_path / "bars").glob("*.tar")} == same
 
 
-# --- export -------------------------------------------------------------------------------------------------------------------------------
+# --- export ---------------------------------------------------------------------------------------
 
 
 def test_export_writes_a_registered_pack_as_onnx(ask, tmp_path: Path) -> None:
@@ -241,7 +288,9 @@ def test_export_writes_a_registered_pack_as_onnx(ask, tmp_path: Path) -> None:
     assert "checked: its logits differ" in answer.words
 
 
-def test_export_says_what_a_format_has_no_place_for(finished: FinishedRun, ask, tmp_path: Path) -> None:
+def test_export_says_what_a_format_has_no_place_for(
+    finished: FinishedRun, ask, tmp_path: Path
+) -> None:
     answer = ask("export", finished.pack, "--to", "timm", "--out", tmp_path / "bars")
     assert answer.code == 11
     assert "cannot hold the part smoa" in answer.words
@@ -249,7 +298,7 @@ def test_export_says_what_a_format_has_no_place_for(finished: FinishedRun, ask, 
     assert list(tmp_path.iterdir()) == []
 
 
-# --- as a process ---------------------------------------------------------------------------------------------------------------------------
+# --- as a process ---------------------------------------------------------------------------------
 
 
 def test_an_error_is_one_message_and_an_exit_code(finished: FinishedRun) -> None:
@@ -262,7 +311,23 @@ def test_an_error_is_one_message_and_an_exit_code(finished: FinishedRun) -> None
 
 @pytest.mark.parametrize(
     "command",
-    ["run", "demo", "ls", "show", "predict", "evaluate", "verify", "export", "import", "plan", "prepare", "submit", "status", "logs", "stop"],
+    [
+        "run",
+        "demo",
+        "ls",
+        "show",
+        "predict",
+        "evaluate",
+        "verify",
+        "export",
+        "import",
+        "plan",
+        "prepare",
+        "submit",
+        "status",
+        "logs",
+        "stop",
+    ],
 )
 def test_every_command_has_help(command: str) -> None:
     answer = taskpack(command, "--help")

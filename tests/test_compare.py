@@ -18,18 +18,50 @@ from pipeline.driver import compare as compare_module
 from pipeline.driver.compare import compare_methods, sampled_points
 from pipeline.errors import SpecError
 from pipeline.packs import read_pack
-from pipeline.reports.comparison import comparison_csv, comparison_markdown, suite_scores, write_comparison
+from pipeline.reports.comparison import (
+    comparison_csv,
+    comparison_markdown,
+    suite_scores,
+    write_comparison,
+)
 from pipeline.reports.comparison_row import Comparison
 from pipeline.search.trial_record import TrialJournal
-from pipeline.specs import Backbone, Input, Method, Recipe, SearchSpace, Selection, Suite, Task, Training
+from pipeline.specs import (
+    Backbone,
+    Input,
+    Method,
+    Recipe,
+    SearchSpace,
+    Selection,
+    Suite,
+    Task,
+    Training,
+)
 from pipeline.specs.task_files import known_methods, load_methods, tasks_to_compare
 
 METHODS = {
-    "linear": Method(recipe=Recipe(), search=SearchSpace(learning_rate=(0.001, 0.003, 0.01, 0.03, 0.05, 0.1))),
-    "gps": Method.model_validate({"recipe": {"connections": {"bits": 4}}, "search": {"learning_rate": [0.003, 0.03], "head_bits": [4, 8]}}),
-    "random": Method.model_validate({"recipe": {"connections": {}}, "search": {"bits": [4, 8]}, "selection": {"criterion": "random"}}),
-    "misfit": Method.model_validate({"recipe": {"lora": {"targets": ["query"]}}, "search": {"learning_rate": [0.003, 0.03]}}),
-    "diverges": Method.model_validate({"recipe": {"biases": {}}, "search": {"learning_rate": [1e30, 1e31]}}),
+    "linear": Method(
+        recipe=Recipe(), search=SearchSpace(learning_rate=(0.001, 0.003, 0.01, 0.03, 0.05, 0.1))
+    ),
+    "gps": Method.model_validate(
+        {
+            "recipe": {"connections": {"bits": 4}},
+            "search": {"learning_rate": [0.003, 0.03], "head_bits": [4, 8]},
+        }
+    ),
+    "random": Method.model_validate(
+        {
+            "recipe": {"connections": {}},
+            "search": {"bits": [4, 8]},
+            "selection": {"criterion": "random"},
+        }
+    ),
+    "misfit": Method.model_validate(
+        {"recipe": {"lora": {"targets": ["query"]}}, "search": {"learning_rate": [0.003, 0.03]}}
+    ),
+    "diverges": Method.model_validate(
+        {"recipe": {"biases": {}}, "search": {"learning_rate": [1e30, 1e31]}}
+    ),
 }
 
 
@@ -42,7 +74,9 @@ def compared(tiny_task: Task, tmp_path_factory: pytest.TempPathFactory) -> tuple
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::DeprecationWarning")
 @pytest.mark.usefixtures("local_ray")
-def test_methods_are_tuned_alike_tested_once_a_seed_and_resumed(compared: tuple[Path, Task], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_methods_are_tuned_alike_tested_once_a_seed_and_resumed(
+    compared: tuple[Path, Task], monkeypatch: pytest.MonkeyPatch
+) -> None:
     workdir, task = compared
     rows = compare_methods([task], METHODS, workdir, seeds=2, fraction=0.5)
     assert [(row.task, row.method) for row in rows] == [("tiny", name) for name in METHODS]
@@ -56,15 +90,27 @@ def test_methods_are_tuned_alike_tested_once_a_seed_and_resumed(compared: tuple[
         recipe = method.on(task).search.recipe(method.on(task).recipe, row.point)
         journals = [TrialJournal(folder).read() for folder in workdir.glob("studies/*/compared")]
         records = [record for journal in journals for record in journal.values()]
-        tried = [record.val_metric for record in records if record.point.keys() == row.point.keys() and record.val_metric is not None]
+        tried = [
+            record.val_metric
+            for record in records
+            if record.point.keys() == row.point.keys() and record.val_metric is not None
+        ]
         assert (len(tried), max(tried)) == (row.trials, row.val_metric)
         packs = [read_pack(path) for path in workdir.glob("studies/*/fits/*/pack.safetensors")]
-        seeds = sorted(pack.metadata.seed for pack in packs if Recipe.model_validate(pack.metadata.recipe) == recipe)
+        seeds = sorted(
+            pack.metadata.seed
+            for pack in packs
+            if Recipe.model_validate(pack.metadata.recipe) == recipe
+        )
         assert seeds == [0, 1], "one pack a seed"
     sizes = {path.stat().st_size for path in workdir.glob("studies/*/fits/*/pack.safetensors")}
     assert {linear.size_bytes, gps.size_bytes} <= sizes
-    monkeypatch.setattr(compare_module._Driver, "resources", lambda driver: pytest.fail("nothing is left to run"))
-    again = compare_methods([task], {name: METHODS[name] for name in ("linear", "gps")}, workdir, seeds=2, fraction=0.5)
+    monkeypatch.setattr(
+        compare_module._Driver, "resources", lambda driver: pytest.fail("nothing is left to run")
+    )
+    again = compare_methods(
+        [task], {name: METHODS[name] for name in ("linear", "gps")}, workdir, seeds=2, fraction=0.5
+    )
     assert again == [linear, gps]
 
 
@@ -81,13 +127,18 @@ SPACES = [
 ]
 
 
-@pytest.mark.parametrize(("fraction", "sizes"), [(1.0, [1, 4, 20]), (0.5, [1, 2, 10]), (0.25, [1, 1, 5]), (1e-9, [1, 1, 1])])
+@pytest.mark.parametrize(
+    ("fraction", "sizes"),
+    [(1.0, [1, 4, 20]), (0.5, [1, 2, 10]), (0.25, [1, 1, 5]), (1e-9, [1, 1, 1])],
+)
 def test_every_space_is_tried_by_the_same_share(fraction: float, sizes: list[int]) -> None:
     assert [len(sampled_points(space, fraction, 0)) for space in SPACES] == sizes
 
 
 def test_a_whole_space_is_tried_in_its_order() -> None:
-    assert [sampled_points(space, 1, 3) for space in SPACES] == [list(space.points()) for space in SPACES]
+    assert [sampled_points(space, 1, 3) for space in SPACES] == [
+        list(space.points()) for space in SPACES
+    ]
 
 
 def test_points_are_sampled_by_the_seed_and_a_larger_share_has_them_too() -> None:
@@ -100,7 +151,12 @@ def test_points_are_sampled_by_the_seed_and_a_larger_share_has_them_too() -> Non
 
 
 def test_training_that_a_method_does_not_name_is_the_tasks(tiny_task: Task) -> None:
-    method = Method.model_validate({"recipe": {"full": {}, "training": {"weight_decay": 0.1}}, "search": {"learning_rate": [0.1]}})
+    method = Method.model_validate(
+        {
+            "recipe": {"full": {}, "training": {"weight_decay": 0.1}},
+            "search": {"learning_rate": [0.1]},
+        }
+    )
     training = method.on(tiny_task).recipe.training
     assert training == tiny_task.recipe.training.model_copy(update={"weight_decay": 0.1})
     assert method.on(tiny_task).recipe.connections is None
@@ -110,29 +166,43 @@ def test_a_selection_that_a_method_does_not_name_is_the_tasks(tiny_task: Task) -
     content = {"recipe": {"connections": {}}, "search": {"learning_rate": [0.1]}}
     task = tiny_task.model_copy(update={"selection": Selection(level="layer")})
     assert Method.model_validate(content).on(task).selection == Selection(level="layer")
-    assert Method.model_validate({**content, "selection": {"criterion": "random"}}).on(task).selection == Selection(criterion="random")
+    assert Method.model_validate({**content, "selection": {"criterion": "random"}}).on(
+        task
+    ).selection == Selection(criterion="random")
     with pytest.raises(ValidationError, match="selection would change nothing"):
-        Method.model_validate({"recipe": {"biases": {}}, "search": {"learning_rate": [0.1]}, "selection": {"level": "layer"}})
+        Method.model_validate(
+            {
+                "recipe": {"biases": {}},
+                "search": {"learning_rate": [0.1]},
+                "selection": {"level": "layer"},
+            }
+        )
 
 
-# --- the catalogue's methods ----------------------------------------------------------------------------------------------------------------
+# --- the catalogue's methods ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", known_methods())
-def test_a_method_of_the_catalogue_fits_a_vit_and_has_enough_to_try(name: str, tiny_backbone: Backbone, tiny_task: Task) -> None:
+def test_a_method_of_the_catalogue_fits_a_vit_and_has_enough_to_try(
+    name: str, tiny_backbone: Backbone, tiny_task: Task
+) -> None:
     method = load_methods([name])[name]
     assert method.description
     assert method.search.size() >= 4
     task = method.on(tiny_task)
     backbone = load_backbone(tiny_backbone, Input(size_px=32))
-    assert all(plan(backbone, task.search.recipe(task.recipe, point), 3) for point in task.search.points())
+    assert all(
+        plan(backbone, task.search.recipe(task.recipe, point), 3) for point in task.search.points()
+    )
 
 
 def test_methods_are_found_by_name_and_file_and_named_once(tmp_path: Path) -> None:
     own = tmp_path / "mine.yaml"
     own.write_text("recipe: {biases: {}}\nsearch: {learning_rate: [0.1, 0.2]}\n")
     assert list(load_methods([str(own), "lora_1bit"])) == ["mine", "lora_1bit"]
-    with pytest.raises(SpecError, match=r"lroa: no such method; expected a YAML file, or one of .*lora_1bit"):
+    with pytest.raises(
+        SpecError, match=r"lroa: no such method; expected a YAML file, or one of .*lora_1bit"
+    ):
         load_methods(["lroa"])
     with pytest.raises(SpecError, match="given twice"):
         load_methods(["lora_1bit", "lora_1bit"])
@@ -147,10 +217,12 @@ def test_tasks_come_from_files_or_from_a_suite(tasks: list[Path], suite: str | N
         tasks_to_compare(tasks, suite, None)
 
 
-# --- tables and figures ---------------------------------------------------------------------------------------------------------------------
+# --- tables and figures ---------------------------------------------------------------------------
 
 
-def row(method: str, size_bytes: int, *accuracies: float, task: str = "a", error: str = "") -> Comparison:
+def row(
+    method: str, size_bytes: int, *accuracies: float, task: str = "a", error: str = ""
+) -> Comparison:
     errors = [(each * (1 - each) / 100) ** 0.5 for each in accuracies]
     return Comparison(
         **{
@@ -162,11 +234,21 @@ def row(method: str, size_bytes: int, *accuracies: float, task: str = "a", error
             "test_samples": 100,
             "val_metric": 0.5,
         },
-        **{"trained_values": 10, "point": {"learning_rate": 0.01, "top_k": 2}, "trials": 2, "error": error},
+        **{
+            "trained_values": 10,
+            "point": {"learning_rate": 0.01, "top_k": 2},
+            "trials": 2,
+            "error": error,
+        },
     )
 
 
-ROWS = [row("large", 5000, 0.8, 0.9), row("small", 1000, 0.5, 0.6), row("worse", 2000, 0.4, 0.4), row("misfit", 0, error="no place\nfor it")]
+ROWS = [
+    row("large", 5000, 0.8, 0.9),
+    row("small", 1000, 0.5, 0.6),
+    row("worse", 2000, 0.4, 0.4),
+    row("misfit", 0, error="no place\nfor it"),
+]
 
 
 def test_the_error_of_a_mean_has_a_part_of_the_seeds_and_one_of_the_test_set() -> None:
@@ -178,14 +260,25 @@ def test_the_error_of_a_mean_has_a_part_of_the_seeds_and_one_of_the_test_set() -
 
 def test_the_csv_holds_every_number() -> None:
     read = list(csv.DictReader(comparison_csv(ROWS).splitlines()))
-    assert [float(line["test_metric"]) for line in read[:3]] == [fmean(each.test_metrics) for each in ROWS[:3]]
+    assert [float(line["test_metric"]) for line in read[:3]] == [
+        fmean(each.test_metrics) for each in ROWS[:3]
+    ]
     assert [line["bytes"] for line in read] == ["5000", "1000", "2000", ""]
     assert read[0]["tuned"] == '{"learning_rate": 0.01, "top_k": 2}'
 
 
 def test_the_table_is_by_size_and_the_front_is_bold() -> None:
-    lines = [line for line in comparison_markdown(ROWS, notes="Two seeds.").splitlines() if line.startswith("|")]
-    assert [line.split("|")[1].strip() for line in lines[2:]] == ["**small**", "worse", "**large**", "misfit"]
+    lines = [
+        line
+        for line in comparison_markdown(ROWS, notes="Two seeds.").splitlines()
+        if line.startswith("|")
+    ]
+    assert [line.split("|")[1].strip() for line in lines[2:]] == [
+        "**small**",
+        "worse",
+        "**large**",
+        "misfit",
+    ]
     assert "| 85.0 ± 6.1 | 7.1 | 5,000 |" in lines[4]
     assert "learning_rate 0.01, top_k 2" in lines[4]
     assert "no place for it" in lines[5]
@@ -194,7 +287,12 @@ def test_the_table_is_by_size_and_the_front_is_bold() -> None:
 
 def test_a_suites_averages_need_every_task() -> None:
     suite = Suite(name="pair", groups={"first": ("a",), "second": ("b", "c")})
-    rows = [row("m", 10, 0.1), row("m", 20, 0.4, task="b"), row("m", 30, 0.7, task="c"), row("n", 10, 0.1)]
+    rows = [
+        row("m", 10, 0.1),
+        row("m", 20, 0.4, task="b"),
+        row("m", 30, 0.7, task="c"),
+        row("n", 10, 0.1),
+    ]
     assert list(suite_scores(rows, suite)) == ["m"]
     assert suite_scores(rows, suite)["m"]["mean of 3 tasks"] == pytest.approx(40)
     table = comparison_markdown(rows, suite=suite)
@@ -206,10 +304,15 @@ def test_what_is_written_depends_on_the_rows_alone(tmp_path: Path) -> None:
     assert [path.name for path in first] == ["comparison.csv", "comparison.md", "a.png"]
     assert [path.read_bytes() for path in first] == [path.read_bytes() for path in again]
     assert first[2].read_bytes().startswith(b"\x89PNG")
-    assert [path.name for path in write_comparison(ROWS[3:], tmp_path / "failed")] == ["comparison.csv", "comparison.md"]
+    assert [path.name for path in write_comparison(ROWS[3:], tmp_path / "failed")] == [
+        "comparison.csv",
+        "comparison.md",
+    ]
 
 
 def test_the_command_refuses_before_anything_runs(tmp_path: Path) -> None:
-    answer = CliRunner().invoke(app, ["compare", "--methods", "lroa", "--workdir", str(tmp_path / "runs")])
+    answer = CliRunner().invoke(
+        app, ["compare", "--methods", "lroa", "--workdir", str(tmp_path / "runs")]
+    )
     assert isinstance(answer.exception, SpecError)
     assert not (tmp_path / "runs").exists()

@@ -1,7 +1,8 @@
 """What every part promises, on every family of backbones: one suite that each new part has to pass.
 
-It attaches or is refused in words; it starts without effect where it says so; gradients go to its own values and nowhere else; training leaves the
-backbone as it was; its pack has the bytes it announced and gives the same logits; a state dict restores it; a seed repeats it; bfloat16 does not
+It attaches or is refused in words; it starts without effect where it says so; gradients go to its
+own values and nowhere else; training leaves the backbone as it was; its pack has the bytes it
+announced and gives the same logits; a state dict restores it; a seed repeats it; bfloat16 does not
 break it.
 """
 
@@ -50,9 +51,21 @@ PARTS: dict[str, dict[str, Any]] = {
     "fact": {"fact": {"rank": 3}},
     "fact of the MLP": {"fact": {"rank": 3, "targets": ["fc1", "fc2"]}},
     "fact at 1 bit": {"fact": {"rank": 3, "bits": 1, "targets": ["fc1", "fc2"]}},
-    "lloyd_max": {"adapter": {"width": 4}, "smoa": {"placement": "after_mlp"}, "quantiser": {"codebook": "lloyd_max"}},
-    "a scale a row": {"adapter": {"width": 4, "bits": 1}, "biases": {"bits": 2}, "head": {"bits": 3}, "quantiser": {"scales": "row"}},
-    "lora, both": {"lora": {"targets": ["fc1"], "bits": 2}, "quantiser": {"codebook": "lloyd_max", "scales": "row"}},
+    "lloyd_max": {
+        "adapter": {"width": 4},
+        "smoa": {"placement": "after_mlp"},
+        "quantiser": {"codebook": "lloyd_max"},
+    },
+    "a scale a row": {
+        "adapter": {"width": 4, "bits": 1},
+        "biases": {"bits": 2},
+        "head": {"bits": 3},
+        "quantiser": {"scales": "row"},
+    },
+    "lora, both": {
+        "lora": {"targets": ["fc1"], "bits": 2},
+        "quantiser": {"codebook": "lloyd_max", "scales": "row"},
+    },
     "ssf": {"ssf": {}},
     "prompts": {"prompts": {"count": 3}},
     "prompts deep": {"prompts": {"count": 3, "deep": True}},
@@ -60,7 +73,14 @@ PARTS: dict[str, dict[str, Any]] = {
     "full": {"full": {}},
     "full at 1 bit": {"full": {"bits": 1}},
     "Adapter-X": {
-        "smoa": {"experts": 2, "width": 4, "heads": 2, "bits": 1, "placement": "after_mlp", "prompt_generator": True},
+        "smoa": {
+            "experts": 2,
+            "width": 4,
+            "heads": 2,
+            "bits": 1,
+            "placement": "after_mlp",
+            "prompt_generator": True,
+        },
         **{"norms": {}, "class_token": {}, "head": {"bits": 1, "bias": False}},
     },
     "house": {"connections": {}, "biases": {}, "smoa": {}, "norms": {}},
@@ -69,7 +89,10 @@ PARTS: dict[str, dict[str, Any]] = {
         **{"adapter": {"placement": "after_mlp"}, "lora": {"targets": ["fc1"]}},
     },
 }
-TOKENS = dict.fromkeys(("smoa with prompts", "prompts", "prompts deep", "class_token", "Adapter-X"), "expected a VisionTransformer")
+TOKENS = dict.fromkeys(
+    ("smoa with prompts", "prompts", "prompts deep", "class_token", "Adapter-X"),
+    "expected a VisionTransformer",
+)
 NO_ATTENTION = {
     "adapter after_attention": "no attention branch",
     "adapter after_both": "no attention branch",
@@ -80,23 +103,47 @@ REFUSED = {
     ("convnext_linear", "lora everywhere"): "given 'qkv'.*it has .*fc1, fc2",
     ("convnext_linear", "fact"): "given 'qkv'.*it has .*fc1, fc2",
     **{("convnext", part): "it has no Linear layers" for part in PARTS if part.startswith("fact")},
-    **{(family, part): message for family in ("convnext", "convnext_linear") for part, message in NO_ATTENTION.items()},
-    **{(family, part): message for family in ("swin", "convnext", "convnext_linear") for part, message in TOKENS.items()},
+    **{
+        (family, part): message
+        for family in ("convnext", "convnext_linear")
+        for part, message in NO_ATTENTION.items()
+    },
+    **{
+        (family, part): message
+        for family in ("swin", "convnext", "convnext_linear")
+        for part, message in TOKENS.items()
+    },
 }
-ACCEPTED = [(family, part) for family in FAMILIES for part in PARTS if (family, part) not in REFUSED]
-SILENT_AT_START = ("connections", "biases", "norms", "adapter", "lora", "fact", "class_token", "full")
+ACCEPTED = [
+    (family, part) for family in FAMILIES for part in PARTS if (family, part) not in REFUSED
+]
+SILENT_AT_START = (
+    "connections",
+    "biases",
+    "norms",
+    "adapter",
+    "lora",
+    "fact",
+    "class_token",
+    "full",
+)
 every_pair = pytest.mark.parametrize(("family", "part"), ACCEPTED)
 
 
 def make_recipe(part: str, bits: int | None = None) -> Recipe:
     """The part's recipe, all its sections at `bits` where given."""
     given = {"bits": bits} if bits is not None else {}
-    sections = {name: {**section, **({} if name == "quantiser" else given)} for name, section in PARTS[part].items()}
+    sections = {
+        name: {**section, **({} if name == "quantiser" else given)}
+        for name, section in PARTS[part].items()
+    }
     return Recipe.model_validate(sections)
 
 
 def images(count: int = 6) -> torch.Tensor:
-    return torch.randint(0, 256, (count, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    return torch.randint(
+        0, 256, (count, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -105,11 +152,19 @@ def load(families: dict[str, Backbone]) -> Callable[[str], LoadedBackbone]:
 
 
 @pytest.fixture(scope="module")
-def start(load: Callable[[str], LoadedBackbone], random_selection: Select) -> Callable[..., AdaptedModel]:
+def start(
+    load: Callable[[str], LoadedBackbone], random_selection: Select
+) -> Callable[..., AdaptedModel]:
     """A function (family, recipe, seed) -> the recipe's model before training."""
 
     def build(family: str, recipe: Recipe, seed: int = 0) -> AdaptedModel:
-        return attach(load(family), recipe, len(CLASSES), selected=random_selection(load(family), SELECTED), seed=seed)
+        return attach(
+            load(family),
+            recipe,
+            len(CLASSES),
+            selected=random_selection(load(family), SELECTED),
+            seed=seed,
+        )
 
     return build
 
@@ -117,7 +172,9 @@ def start(load: Callable[[str], LoadedBackbone], random_selection: Select) -> Ca
 def step(model: AdaptedModel, optimiser: torch.optim.Optimizer) -> None:
     logits = model(images())
     optimiser.zero_grad()
-    (F.cross_entropy(logits.float(), torch.arange(6) % len(CLASSES)) + model.auxiliary_loss()).backward()
+    (
+        F.cross_entropy(logits.float(), torch.arange(6) % len(CLASSES)) + model.auxiliary_loss()
+    ).backward()
     optimiser.step()
 
 
@@ -140,7 +197,9 @@ def logits(model: AdaptedModel) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def trained(start: Callable[..., AdaptedModel]) -> Callable[[str, str], AdaptedModel]:
-    """A function (family, part) -> the part's model after a few steps; the tests share it and only look at it."""
+    """A function (family, part) -> the part's model after a few steps; the tests share it and only
+    look at it.
+    """
 
     @functools.cache
     def build(family: str, part: str) -> AdaptedModel:
@@ -150,7 +209,9 @@ def trained(start: Callable[..., AdaptedModel]) -> Callable[[str, str], AdaptedM
 
 
 @pytest.mark.parametrize(("family", "part"), REFUSED)
-def test_what_does_not_fit_a_family_is_refused_in_words(family: str, part: str, load: Callable[[str], LoadedBackbone]) -> None:
+def test_what_does_not_fit_a_family_is_refused_in_words(
+    family: str, part: str, load: Callable[[str], LoadedBackbone]
+) -> None:
     for call in (plan, attach):
         with pytest.raises(BackboneError, match=REFUSED[family, part]):
             call(load(family), make_recipe(part), len(CLASSES))
@@ -160,12 +221,20 @@ def test_what_does_not_fit_a_family_is_refused_in_words(family: str, part: str, 
 def test_what_is_planned_is_what_trains(family: str, part: str, load: Any, trained: Any) -> None:
     model, planned = trained(family, part), plan(load(family), make_recipe(part), len(CLASSES))
     assert model.values.tensors == planned
-    assert model.trained_values() == sum(tensor.values for tensor in planned) == sum(len(values) for values in latent(model))
-    assert {id(each) for each in model.parameters() if each.requires_grad} == {id(each) for each in model.values.parameters()}
+    assert (
+        model.trained_values()
+        == sum(tensor.values for tensor in planned)
+        == sum(len(values) for values in latent(model))
+    )
+    assert {id(each) for each in model.parameters() if each.requires_grad} == {
+        id(each) for each in model.values.parameters()
+    }
 
 
 @every_pair
-def test_it_starts_without_effect_where_it_says_so(family: str, part: str, load: Any, start: Any) -> None:
+def test_it_starts_without_effect_where_it_says_so(
+    family: str, part: str, load: Any, start: Any
+) -> None:
     if set(PARTS[part]) - set(SILENT_AT_START) or not PARTS[part]:
         return
     for bits in (16, 32):
@@ -173,12 +242,16 @@ def test_it_starts_without_effect_where_it_says_so(family: str, part: str, load:
         with torch.inference_mode():
             model(images())  # hands the changes to the modules
             x = model.normalise(images())
-            torch.testing.assert_close(model.backbone(x), load(family).model(x), rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(
+                model.backbone(x), load(family).model(x), rtol=1e-5, atol=1e-5
+            )
 
 
 @every_pair
 def test_every_value_of_the_part_matters_and_learns(family: str, part: str, start: Any) -> None:
-    """No tensor is planned, stored and paid for without being used: its gradient is not zero once it is somewhere else than at its start."""
+    """No tensor is planned, stored and paid for without being used: its gradient is not zero once
+    it is somewhere else than at its start.
+    """
     model = start(family, make_recipe(part))
     generator = torch.Generator().manual_seed(3)
     for parameter in model.values.parameters():
@@ -190,18 +263,27 @@ def test_every_value_of_the_part_matters_and_learns(family: str, part: str, star
         module.current[key] = value
     x = model.normalise(images())
     model.head(model.backbone(x)).square().mean().backward()
-    idle = [tensor.name for tensor, value in values.items() if value.grad is None or not float(value.grad.abs().max())]
+    idle = [
+        tensor.name
+        for tensor, value in values.items()
+        if value.grad is None or not float(value.grad.abs().max())
+    ]
     assert idle == []
 
 
 @pytest.fixture(scope="module")
 def untouched(load: Callable[[str], LoadedBackbone]) -> dict[str, dict[str, torch.Tensor]]:
     """The backbones' tensors before anything was attached."""
-    return {family: {name: tensor.clone() for name, tensor in load(family).model.state_dict().items()} for family in FAMILIES}
+    return {
+        family: {name: tensor.clone() for name, tensor in load(family).model.state_dict().items()}
+        for family in FAMILIES
+    }
 
 
 @every_pair
-def test_training_leaves_the_backbone_alone(family: str, part: str, load: Any, untouched: Any, start: Any) -> None:
+def test_training_leaves_the_backbone_alone(
+    family: str, part: str, load: Any, untouched: Any, start: Any
+) -> None:
     train(start(family, make_recipe(part)))
     state = load(family).model.state_dict()
     assert all(torch.equal(tensor, untouched[family][name]) for name, tensor in state.items())
@@ -219,7 +301,12 @@ def test_its_pack_has_the_announced_bytes_and_gives_the_same_logits(
     assert planner.size_bytes(recipe) == len(content)
     assert planner.ledger(recipe) == ledger(pack)
     expected = logits(model)
-    torch.testing.assert_close(logits(from_pack(read_pack(content), backbone)), expected, rtol=1e-5, atol=1e-5 * max(1, float(expected.abs().max())))
+    torch.testing.assert_close(
+        logits(from_pack(read_pack(content), backbone)),
+        expected,
+        rtol=1e-5,
+        atol=1e-5 * max(1, float(expected.abs().max())),
+    )
 
 
 @every_pair
@@ -228,7 +315,9 @@ def test_merged_for_evaluation_it_computes_the_same(family: str, part: str, trai
     expected = logits(model)
     with torch.inference_mode(), model.merged():
         merged = model(images())
-    torch.testing.assert_close(merged, expected, rtol=1e-4, atol=1e-5 * max(1, float(expected.abs().max())))
+    torch.testing.assert_close(
+        merged, expected, rtol=1e-4, atol=1e-5 * max(1, float(expected.abs().max()))
+    )
     assert torch.equal(logits(model), expected), "and can go on as before"
 
 
@@ -243,7 +332,9 @@ def test_its_state_survives_a_checkpoint(family: str, part: str, start: Any, tra
 def test_a_seed_repeats_it(family: str, part: str, start: Any, trained: Any) -> None:
     torch.manual_seed(1234)  # whatever the process has drawn before
     again = train(start(family, make_recipe(part)))
-    assert all(torch.equal(a, b) for a, b in zip(latent(again), latent(trained(family, part)), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(latent(again), latent(trained(family, part)), strict=True)
+    )
     other = train(start(family, make_recipe(part), seed=1))
     assert not all(torch.equal(a, b) for a, b in zip(latent(again), latent(other), strict=True))
 
@@ -257,8 +348,13 @@ def test_it_trains_in_bfloat16_with_float32_values(family: str, part: str, start
     optimiser = torch.optim.AdamW(model.values.parameters(), lr=0.02)
     with torch.autocast("cpu", torch.bfloat16):
         output = model(images())
-    (F.cross_entropy(output.float(), torch.arange(6) % len(CLASSES)) + model.auxiliary_loss()).backward()
-    assert all(parameter.grad is not None and parameter.grad.dtype == torch.float32 for parameter in model.values.parameters())
+    (
+        F.cross_entropy(output.float(), torch.arange(6) % len(CLASSES)) + model.auxiliary_loss()
+    ).backward()
+    assert all(
+        parameter.grad is not None and parameter.grad.dtype == torch.float32
+        for parameter in model.values.parameters()
+    )
     assert all(bool(parameter.grad.isfinite().all()) for parameter in model.values.parameters())
     optimiser.step()
     assert not any(torch.equal(a, b) for a, b in zip(before, latent(model), strict=True))

@@ -1,4 +1,6 @@
-"""Connections against a plain dense layer with the same effective weight: values, gradients, and what must not change."""
+"""Connections against a plain dense layer with the same effective weight: values, gradients, and
+what must not change.
+"""
 
 from __future__ import annotations
 
@@ -42,9 +44,15 @@ def build(kind: str, top_k: int = 2) -> tuple[TunableLayer, TunedLayer, torch.Te
     index_OK = torch.rand(rows, columns, generator=generator).argsort(dim=1)[:, :top_k]
     index_N = (torch.arange(rows)[:, None] * columns + index_OK).flatten().sort().values
     tuned = TunedLayer(base, index_N)
-    shapes = {"connections": index_N.shape} if base.bias is None else {"connections": index_N.shape, "bias": base.bias.shape}
+    shapes = (
+        {"connections": index_N.shape}
+        if base.bias is None
+        else {"connections": index_N.shape, "bias": base.bias.shape}
+    )
     for name, size in shapes.items():
-        tuned.current[name] = torch.empty(size).normal_(0, 0.5, generator=generator).requires_grad_()
+        tuned.current[name] = (
+            torch.empty(size).normal_(0, 0.5, generator=generator).requires_grad_()
+        )
     return base, tuned, torch.randn(shape, generator=generator)
 
 
@@ -52,35 +60,57 @@ def slow_weight(base: TunableLayer, tuned: TunedLayer) -> torch.Tensor:
     """The dense effective weight, entry by entry."""
     assert tuned.index_N is not None
     weight_OI = base.weight.detach().clone().reshape(base.weight.shape[0], -1)
-    for place, value in zip(tuned.index_N.tolist(), tuned.current["connections"].detach(), strict=True):
+    for place, value in zip(
+        tuned.index_N.tolist(), tuned.current["connections"].detach(), strict=True
+    ):
         weight_OI[divmod(place, weight_OI.shape[1])] += value
     return weight_OI.reshape(base.weight.shape)
 
 
-def plain(base: TunableLayer, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+def plain(
+    base: TunableLayer, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
     if isinstance(base, nn.Linear):
         return F.linear(x, weight, bias)
     return F.conv2d(x, weight, bias, base.stride, base.padding, base.dilation, base.groups)
 
 
-def dense_gradients(base: TunableLayer, tuned: TunedLayer, x: torch.Tensor, outer: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Output, and gradients of input, connections and bias, by autograd on the whole dense layer."""
+def dense_gradients(
+    base: TunableLayer, tuned: TunedLayer, x: torch.Tensor, outer: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """Output, and gradients of input, connections and bias, by autograd on the whole dense
+    layer.
+    """
     assert tuned.index_N is not None
     weight, inputs = slow_weight(base, tuned).requires_grad_(), x.clone().requires_grad_()
-    bias = None if base.bias is None else (base.bias.detach() + tuned.current["bias"].detach()).requires_grad_()
+    bias = (
+        None
+        if base.bias is None
+        else (base.bias.detach() + tuned.current["bias"].detach()).requires_grad_()
+    )
     y = plain(base, inputs, weight, bias)
     y.backward(outer)
     assert weight.grad is not None
     assert inputs.grad is not None
-    gradients = {"y": y.detach(), "x": inputs.grad, "connections": weight.grad.flatten()[tuned.index_N]}
+    gradients = {
+        "y": y.detach(),
+        "x": inputs.grad,
+        "connections": weight.grad.flatten()[tuned.index_N],
+    }
     return gradients if bias is None or bias.grad is None else {**gradients, "bias": bias.grad}
 
 
-def tuned_gradients(tuned: TunedLayer, x: torch.Tensor, outer: torch.Tensor) -> dict[str, torch.Tensor]:
+def tuned_gradients(
+    tuned: TunedLayer, x: torch.Tensor, outer: torch.Tensor
+) -> dict[str, torch.Tensor]:
     inputs = x.clone().requires_grad_()
     y = tuned(inputs)
     y.backward(outer.to(y.dtype))
-    found = {"y": y.detach(), "x": inputs.grad, **{name: value.grad for name, value in tuned.current.items()}}
+    found = {
+        "y": y.detach(),
+        "x": inputs.grad,
+        **{name: value.grad for name, value in tuned.current.items()},
+    }
     assert not any(gradient is None for gradient in found.values())
     return found  # type: ignore[return-value]
 
@@ -88,24 +118,36 @@ def tuned_gradients(tuned: TunedLayer, x: torch.Tensor, outer: torch.Tensor) -> 
 @every_layer
 def test_gradients_are_the_dense_layers_at_the_selected_entries(kind: str) -> None:
     base, tuned, x = build(kind)
-    outer = torch.randn(plain(base, x, base.weight, base.bias).shape, generator=torch.Generator().manual_seed(2))
+    outer = torch.randn(
+        plain(base, x, base.weight, base.bias).shape, generator=torch.Generator().manual_seed(2)
+    )
     expected, found = dense_gradients(base, tuned, x, outer), tuned_gradients(tuned, x, outer)
     assert expected.keys() == found.keys()
     for name, gradient in expected.items():
-        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            found[name],
+            gradient,
+            rtol=1e-4,
+            atol=1e-5,
+            msg=lambda text, name=name: f"{name}: {text}",
+        )
 
 
 @every_layer
 def test_under_bfloat16_the_same_to_three_digits(kind: str) -> None:
     base, tuned, x = build(kind)
-    outer = torch.randn(plain(base, x, base.weight, base.bias).shape, generator=torch.Generator().manual_seed(2))
+    outer = torch.randn(
+        plain(base, x, base.weight, base.bias).shape, generator=torch.Generator().manual_seed(2)
+    )
     expected = dense_gradients(base, tuned, x, outer)
     with torch.autocast("cpu", torch.bfloat16):
         found = tuned_gradients(tuned, x, outer)
     assert found["y"].dtype == torch.bfloat16
     assert found["connections"].dtype == torch.float32
     for name, gradient in expected.items():
-        assert float((found[name].float() - gradient).abs().max()) < 0.03 * float(gradient.abs().max()), name
+        assert float((found[name].float() - gradient).abs().max()) < 0.03 * float(
+            gradient.abs().max()
+        ), name
 
 
 @every_layer
@@ -113,10 +155,18 @@ def test_the_derivative_is_that_of_the_function_in_double_precision(kind: str) -
     base, tuned, x = build(kind)
     base, tuned = base.double(), tuned.double()
 
-    def product(inputs: torch.Tensor, values_N: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    def product(
+        inputs: torch.Tensor, values_N: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
         return _ConnectedProduct.apply(inputs, values_N, bias, tuned.weight_with(values_N), tuned)
 
-    assert torch.autograd.gradcheck(product, [x.double().requires_grad_(), *(v.detach().double().requires_grad_() for v in tuned.current.values())])
+    assert torch.autograd.gradcheck(
+        product,
+        [
+            x.double().requires_grad_(),
+            *(v.detach().double().requires_grad_() for v in tuned.current.values()),
+        ],
+    )
 
 
 @every_layer
@@ -124,7 +174,10 @@ def test_the_derivative_is_that_of_the_function_in_double_precision(kind: str) -
 def test_training_leaves_every_other_weight_as_it_was_bit_for_bit(kind: str, bits: Bits) -> None:
     base, tuned, x = build(kind)
     assert tuned.index_N is not None
-    planned = {PlannedTensor("connections", name, tuple(value.shape), bits): value.detach() for name, value in tuned.current.items()}
+    planned = {
+        PlannedTensor("connections", name, tuple(value.shape), bits): value.detach()
+        for name, value in tuned.current.items()
+    }
     trained = TrainedValues(planned)
 
     def hand_over() -> torch.Tensor:
@@ -142,10 +195,16 @@ def test_training_leaves_every_other_weight_as_it_was_bit_for_bit(kind: str, bit
         optimiser.step()
     values = hand_over()
     assert bool((values != start).any())
-    assert all(torch.equal(tensor.view(torch.int32), before[name].view(torch.int32)) for name, tensor in base.named_parameters())
+    assert all(
+        torch.equal(tensor.view(torch.int32), before[name].view(torch.int32))
+        for name, tensor in base.named_parameters()
+    )
     assert all(tensor.grad is None for tensor in base.parameters())
     selected = torch.zeros(base.weight.numel(), dtype=torch.bool).scatter(0, tuned.index_N, True)
-    effective, original = (weight.flatten().view(torch.int32) for weight in (tuned.weight_with(values), before["weight"]))
+    effective, original = (
+        weight.flatten().view(torch.int32)
+        for weight in (tuned.weight_with(values), before["weight"])
+    )
     assert torch.equal(effective[~selected], original[~selected])
     assert int((effective[selected] != original[selected]).sum()) > 0
 

@@ -25,7 +25,14 @@ def test_bytes_path_and_image_agree(tmp_path: Path) -> None:
     image = Image.fromarray(RGB)
     path = tmp_path / "image.png"
     path.write_bytes(encode(image))
-    for source in (image, path, str(path), encode(image), encode(image, "BMP"), encode(image, "WEBP", lossless=True)):
+    for source in (
+        image,
+        path,
+        str(path),
+        encode(image),
+        encode(image, "BMP"),
+        encode(image, "WEBP", lossless=True),
+    ):
         decoded = decode_image(source, 8)
         assert decoded.dtype == np.uint8
         assert np.array_equal(decoded, RGB.transpose(2, 0, 1))
@@ -36,7 +43,9 @@ def test_resize_is_antialiased_bicubic_to_a_square() -> None:
     expected = np.asarray(image.resize((16, 16), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
     assert np.array_equal(decode_image(encode(image), 16), expected)
     stripes = Image.fromarray(np.tile(np.array([[0, 255]], np.uint8), (64, 32)))
-    assert np.abs(decode_image(encode(stripes), 8).astype(int)[:, :, 1:-1] - 127).max() < 24  # fine stripes average out; they do not alias
+    assert (
+        np.abs(decode_image(encode(stripes), 8).astype(int)[:, :, 1:-1] - 127).max() < 24
+    )  # fine stripes average out; they do not alias
 
 
 def test_grey_one_bit_and_alpha() -> None:
@@ -63,7 +72,9 @@ def test_sixteen_bit_grey_keeps_its_range() -> None:
 
 
 def test_cmyk_jpeg() -> None:
-    decoded = decode_image(encode(Image.new("RGB", (8, 8), (200, 30, 30)).convert("CMYK"), "JPEG"), 8)
+    decoded = decode_image(
+        encode(Image.new("RGB", (8, 8), (200, 30, 30)).convert("CMYK"), "JPEG"), 8
+    )
     assert np.abs(decoded.mean(axis=(1, 2)) - [200, 30, 30]).max() < 12
 
 
@@ -79,7 +90,9 @@ def test_exif_orientation_is_applied() -> None:
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "BMP"])
 def test_truncated_images_are_refused(kind: str) -> None:
-    content = encode(Image.fromarray(np.random.default_rng(2).integers(0, 256, (32, 32, 3), np.uint8)), kind)
+    content = encode(
+        Image.fromarray(np.random.default_rng(2).integers(0, 256, (32, 32, 3), np.uint8)), kind
+    )
     for cut in (0, 1, 10, len(content) // 3, len(content) * 2 // 3):
         with pytest.raises(DataError, match=r"s\.tar: 7: cannot be decoded"):
             decode_image(content[:cut], 8, "s.tar: 7")

@@ -11,7 +11,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.data import DataIndex, ShardEntry, Split, deal_shards, evaluation_batches, shard_batches, split_samples, training_batches
+from pipeline.data import (
+    DataIndex,
+    ShardEntry,
+    Split,
+    deal_shards,
+    evaluation_batches,
+    shard_batches,
+    split_samples,
+    training_batches,
+)
 from pipeline.data.splits import choose_by_class, class_quotas
 from pipeline.errors import DataError
 
@@ -19,12 +28,22 @@ quick = settings(max_examples=60, derandomize=True, deadline=None)
 
 
 def shard(number: int, labels: list[int]) -> ShardEntry:
-    return ShardEntry(path=f"{number}.tar", samples=len(labels), size_bytes=1, sha256=f"{number:064x}", labels=labels)
+    return ShardEntry(
+        path=f"{number}.tar",
+        samples=len(labels),
+        size_bytes=1,
+        sha256=f"{number:064x}",
+        labels=labels,
+    )
 
 
-def make_index(sizes: list[int], classes: int = 3, val: list[int] | None = None, seed: int = 0) -> DataIndex:
+def make_index(
+    sizes: list[int], classes: int = 3, val: list[int] | None = None, seed: int = 0
+) -> DataIndex:
     rng = np.random.default_rng(seed)
-    shards = [shard(number, rng.integers(0, classes, size).tolist()) for number, size in enumerate(sizes)]
+    shards = [
+        shard(number, rng.integers(0, classes, size).tolist()) for number, size in enumerate(sizes)
+    ]
     splits = {"train": shards, "test": [shard(999, [0, 1, 2])]}
     if val is not None:
         splits["val"] = [shard(500, val)]
@@ -43,16 +62,19 @@ def everything(split: Split) -> list[tuple[int, int]]:
     return sorted(rows([split.samples]))
 
 
-# --- splits ---------------------------------------------------------------------------------------------------------------------------------
+# --- splits ---------------------------------------------------------------------------------------
 
 
 @quick
-@given(st.lists(st.integers(2, 60), min_size=2, max_size=6), st.floats(0.05, 0.95), st.integers(0, 5))
+@given(
+    st.lists(st.integers(2, 60), min_size=2, max_size=6), st.floats(0.05, 0.95), st.integers(0, 5)
+)
 def test_held_out_samples_are_stratified(counts: list[int], fraction: float, seed: int) -> None:
     labels = np.repeat(np.arange(len(counts)), counts)
     np.random.default_rng(seed).shuffle(labels)
     index = DataIndex(
-        classes=[str(label) for label in range(len(counts))], splits={"train": [shard(0, labels[:3].tolist()), shard(1, labels[3:].tolist())]}
+        classes=[str(label) for label in range(len(counts))],
+        splits={"train": [shard(0, labels[:3].tolist()), shard(1, labels[3:].tolist())]},
     )
     splits = split_samples(index, fraction, seed)
     train, val = splits["train"], splits["val"]
@@ -62,12 +84,18 @@ def test_held_out_samples_are_stratified(counts: list[int], fraction: float, see
         assert 1 <= held <= count - 1
         assert abs(held - fraction * count) <= 1 or held in (1, count - 1)
     for split in (train, val):
-        assert [split.shards[number].labels[position] for number, position in split.samples] == split.labels.tolist()
+        assert [
+            split.shards[number].labels[position] for number, position in split.samples
+        ] == split.labels.tolist()
 
 
 def test_held_out_total_and_seeds() -> None:
     index = make_index([700, 300], classes=7)
-    first, again, other = split_samples(index, 0.2, 1), split_samples(index, 0.2, 1), split_samples(index, 0.2, 2)
+    first, again, other = (
+        split_samples(index, 0.2, 1),
+        split_samples(index, 0.2, 1),
+        split_samples(index, 0.2, 2),
+    )
     assert len(first["val"]) == 200
     assert np.array_equal(first["val"].samples, again["val"].samples)
     assert not np.array_equal(first["val"].samples, other["val"].samples)
@@ -105,7 +133,7 @@ def test_quotas_share_out_the_total(counts: list[int], total: int) -> None:
     assert np.array_equal(np.bincount(labels[chosen], minlength=len(counts)), quotas)
 
 
-# --- training -------------------------------------------------------------------------------------------------------------------------------
+# --- training -------------------------------------------------------------------------------------
 
 
 UNEVEN = st.lists(st.integers(1, 30), min_size=1, max_size=6)
@@ -113,9 +141,13 @@ UNEVEN = st.lists(st.integers(1, 30), min_size=1, max_size=6)
 
 @quick
 @given(UNEVEN, st.integers(1, 9), st.integers(1, 5), st.one_of(st.none(), st.integers(1, 4)))
-def test_training_epochs_are_exact(sizes: list[int], batch_size: int, world: int, window: int | None) -> None:
+def test_training_epochs_are_exact(
+    sizes: list[int], batch_size: int, world: int, window: int | None
+) -> None:
     split = whole(sizes)
-    ranks = [training_batches(split, batch_size, 3, 1, rank, world, window) for rank in range(world)]
+    ranks = [
+        training_batches(split, batch_size, 3, 1, rank, world, window) for rank in range(world)
+    ]
     assert sorted(rows([batch for batches in ranks for batch in batches])) == everything(split)
     steps = len(training_batches(split, batch_size, 3, 1))
     assert [len(batches) for batches in ranks] == [steps] * world
@@ -124,16 +156,25 @@ def test_training_epochs_are_exact(sizes: list[int], batch_size: int, world: int
     if world > 1:
         assert np.ptp(lengths, axis=1).max() <= 1
         assert np.ptp(lengths.sum(axis=0)) <= 1
-    assert all(batch.dtype == np.int32 and batch.shape[1] == 2 for batches in ranks for batch in batches)
+    assert all(
+        batch.dtype == np.int32 and batch.shape[1] == 2 for batches in ranks for batch in batches
+    )
 
 
 @quick
 @given(UNEVEN, st.integers(1, 5), st.integers(0, 3))
-def test_a_shard_is_one_ranks_in_every_epoch_and_split(sizes: list[int], world: int, epoch: int) -> None:
+def test_a_shard_is_one_ranks_in_every_epoch_and_split(
+    sizes: list[int], world: int, epoch: int
+) -> None:
     splits = split_samples(make_index([size + 20 for size in sizes]), 0.3, 0)
     readers: dict[int, set[int]] = {number: set() for number in range(len(sizes))}
     for rank in range(world):
-        read = [batches for split in splits.values() if split.name != "test" for batches in training_batches(split, 4, 0, epoch, rank, world)]
+        read = [
+            batches
+            for split in splits.values()
+            if split.name != "test"
+            for batches in training_batches(split, 4, 0, epoch, rank, world)
+        ]
         for number, _ in rows(read + evaluation_batches(splits["val"], 4, rank, world)):
             readers[number].add(rank)
     assert all(len(ranks) <= 1 for ranks in readers.values())
@@ -176,22 +217,25 @@ def test_a_window_bounds_the_shards_in_use() -> None:
 
 def test_plans_do_not_depend_on_the_process() -> None:
     code = (
-        "import numpy as np\n"
-        "from pipeline.data import ShardEntry, Split, training_batches, shard_batches\n"
-        "samples = np.stack([np.repeat(np.arange(4), 25), np.tile(np.arange(25), 4)], 1).astype(np.int32)\n"
-        "shard = ShardEntry(path='0.tar', samples=25, size_bytes=1, sha256='0' * 64, labels=[0] * 25)\n"
-        "split = Split('train', (shard,) * 4, samples, np.zeros(100, np.int64))\n"
-        "print([b.tolist() for b in training_batches(split, 8, 7, 3, 1, 2) + shard_batches(split, 8, 1, 2)])\n"
+        "import numpy as np\nfrom pipeline.data import ShardEntry, Split, training_batches,"
+        " shard_batches\nsamples = np.stack([np.repeat(np.arange(4), 25), np.tile(np.arange(25),"
+        " 4)], 1).astype(np.int32)\nshard = ShardEntry(path='0.tar', samples=25, size_bytes=1,"
+        " sha256='0' * 64, labels=[0] * 25)\nsplit = Split('train', (shard,) * 4, samples,"
+        " np.zeros(100, np.int64))\nprint([b.tolist() for b in training_batches(split, 8, 7, 3, 1,"
+        " 2) + shard_batches(split, 8, 1, 2)])\n"
     )
     samples = np.stack([np.repeat(np.arange(4), 25), np.tile(np.arange(25), 4)], 1).astype(np.int32)
     split = Split("train", (shard(0, [0] * 25),) * 4, samples, np.zeros(100, np.int64))
     np.random.default_rng(1).random(5)
-    here = [batch.tolist() for batch in training_batches(split, 8, 7, 3, 1, 2) + shard_batches(split, 8, 1, 2)]
+    here = [
+        batch.tolist()
+        for batch in training_batches(split, 8, 7, 3, 1, 2) + shard_batches(split, 8, 1, 2)
+    ]
     there = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert there.stdout.strip() == str(here)
 
 
-# --- sums and evaluation --------------------------------------------------------------------------------------------------------------------
+# --- sums and evaluation --------------------------------------------------------------------------
 
 
 @quick
@@ -201,8 +245,12 @@ def test_shard_batches(sizes: list[int], batch_size: int, world: int) -> None:
     alone = shard_batches(split, batch_size, 0, 1)
     ranks = [shard_batches(split, batch_size, rank, world) for rank in range(world)]
     assert sorted(rows(alone)) == everything(split)
-    assert sorted(rows([batch])[0] for batches in ranks for batch in batches) == sorted(rows([batch])[0] for batch in alone)
-    assert sorted(map(str, (batch.tolist() for batches in ranks for batch in batches))) == sorted(str(batch.tolist()) for batch in alone)
+    assert sorted(rows([batch])[0] for batches in ranks for batch in batches) == sorted(
+        rows([batch])[0] for batch in alone
+    )
+    assert sorted(map(str, (batch.tolist() for batches in ranks for batch in batches))) == sorted(
+        str(batch.tolist()) for batch in alone
+    )
     for batch in alone:
         assert len(set(batch[:, 0])) == 1
         assert len(batch) <= batch_size + 1

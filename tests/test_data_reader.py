@@ -11,7 +11,16 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.data import DataIndex, Reader, augment, decode_image, read_shard, split_samples, two_views, write_shards
+from pipeline.data import (
+    DataIndex,
+    Reader,
+    augment,
+    decode_image,
+    read_shard,
+    split_samples,
+    two_views,
+    write_shards,
+)
 from pipeline.data.reader import CACHE, ShardCache
 from pipeline.data.sources import encode_png
 from pipeline.errors import DataError
@@ -31,10 +40,17 @@ def _empty_cache() -> Iterator[None]:
 
 def dataset(folder: Path, shards: int = 3, seed: int = 0) -> DataIndex:
     rng = np.random.default_rng(seed)
-    samples = [(f"{number:06d}", encode_png(rng.integers(0, 256, (9, 7, 3), np.uint8)), number % 2) for number in range(10 * shards)]
+    samples = [
+        (f"{number:06d}", encode_png(rng.integers(0, 256, (9, 7, 3), np.uint8)), number % 2)
+        for number in range(10 * shards)
+    ]
     folder.mkdir(exist_ok=True)
     return DataIndex(
-        classes=["a", "b"], splits={"train": write_shards(folder, "train", samples, 10), "test": write_shards(folder, "test", samples[:2])}
+        classes=["a", "b"],
+        splits={
+            "train": write_shards(folder, "train", samples, 10),
+            "test": write_shards(folder, "test", samples[:2]),
+        },
     )
 
 
@@ -42,7 +58,11 @@ def test_batches_are_the_decoded_samples(tmp_path: Path) -> None:
     split = split_samples(dataset(tmp_path), 0.3, 0)["train"]
     chosen = np.random.default_rng(1).permutation(split.samples)[:13]
     images, labels = Reader(tmp_path, split, SIZE_PX).read(chosen)
-    assert (images.dtype, images.shape, labels.dtype) == (torch.uint8, (13, 3, SIZE_PX, SIZE_PX), torch.int64)
+    assert (images.dtype, images.shape, labels.dtype) == (
+        torch.uint8,
+        (13, 3, SIZE_PX, SIZE_PX),
+        torch.int64,
+    )
     stored = [list(read_shard(str(tmp_path / shard.path))) for shard in split.shards]
     for row, (number, position) in enumerate(chosen):
         _, content, label = stored[number][position]
@@ -50,12 +70,21 @@ def test_batches_are_the_decoded_samples(tmp_path: Path) -> None:
         assert labels[row] == label
 
 
-def test_the_cache_is_bounded_and_drops_the_least_recently_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cache_is_bounded_and_drops_the_least_recently_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     index = dataset(tmp_path)
     loaded: list[int] = []
     reader = Reader(tmp_path, index.splits["train"], SIZE_PX, cache_bytes=2 * SHARD_BYTES)
     decode = reader._decode
-    monkeypatch.setattr(reader, "_decode", lambda shard, content: (loaded.append(index.splits["train"].index(shard)), decode(shard, content))[1])
+    monkeypatch.setattr(
+        reader,
+        "_decode",
+        lambda shard, content: (
+            loaded.append(index.splits["train"].index(shard)),
+            decode(shard, content),
+        )[1],
+    )
     for number in (0, 1, 0, 2, 0, 1):
         reader.read(np.array([[number, 0]]))
         assert CACHE.size_bytes() <= 2 * SHARD_BYTES
@@ -69,11 +98,18 @@ def test_a_shard_larger_than_the_bound_is_still_read(tmp_path: Path) -> None:
     assert CACHE.size_bytes() == SHARD_BYTES
 
 
-def test_same_names_in_two_folders_are_not_confused_and_same_content_is_shared(tmp_path: Path) -> None:
+def test_same_names_in_two_folders_are_not_confused_and_same_content_is_shared(
+    tmp_path: Path,
+) -> None:
     chosen = np.array([[0, 0]])
-    first, second, copy = dataset(tmp_path / "a"), dataset(tmp_path / "b", seed=1), dataset(tmp_path / "c")
+    first, second, copy = (
+        dataset(tmp_path / "a"),
+        dataset(tmp_path / "b", seed=1),
+        dataset(tmp_path / "c"),
+    )
     images = [
-        Reader(tmp_path / name, index.splits["train"], SIZE_PX).read(chosen)[0] for name, index in zip("abc", (first, second, copy), strict=True)
+        Reader(tmp_path / name, index.splits["train"], SIZE_PX).read(chosen)[0]
+        for name, index in zip("abc", (first, second, copy), strict=True)
     ]
     assert not torch.equal(images[0], images[1])
     assert torch.equal(images[0], images[2])
@@ -116,7 +152,12 @@ def test_a_failed_load_leaves_the_cache_usable() -> None:
 
 def test_threads_share_one_load() -> None:
     cache, loads = ShardCache(), []
-    threads = [threading.Thread(target=cache.get, args=(("x", 8), lambda: (loads.append(1), torch.zeros(3))[1], 100)) for _ in range(4)]
+    threads = [
+        threading.Thread(
+            target=cache.get, args=(("x", 8), lambda: (loads.append(1), torch.zeros(3))[1], 100)
+        )
+        for _ in range(4)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -124,15 +165,19 @@ def test_threads_share_one_load() -> None:
     assert len(loads) == 1
 
 
-# --- augmentation ---------------------------------------------------------------------------------------------------------------------------
+# --- augmentation ---------------------------------------------------------------------------------
 
 
 def batch(count: int = 6, seed: int = 0) -> torch.Tensor:
-    return torch.randint(0, 256, (count, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+    return torch.randint(
+        0, 256, (count, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed)
+    )
 
 
 def test_augmentation_repeats_with_the_generator() -> None:
-    first, again, other = (augment(batch(), torch.Generator().manual_seed(seed), True) for seed in (1, 1, 2))
+    first, again, other = (
+        augment(batch(), torch.Generator().manual_seed(seed), True) for seed in (1, 1, 2)
+    )
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
     assert (first.dtype, first.shape) == (torch.float32, (6, 3, 16, 16))
@@ -155,8 +200,12 @@ def test_two_views_of_each_image() -> None:
     first, second = views.chunk(2)
     assert not torch.equal(first, second)
     # Smooth images survive crop and jitter: view i of both halves is closest to image i.
-    levels = torch.linspace(40, 200, 6).view(6, 1, 1, 1).expand(6, 3, 16, 16) * torch.tensor([1.0, 0.5, 0.2]).view(1, 3, 1, 1)
-    plain = two_views(levels.to(torch.uint8), torch.Generator().manual_seed(0), False)  # the default: every kind of change
+    levels = torch.linspace(40, 200, 6).view(6, 1, 1, 1).expand(6, 3, 16, 16) * torch.tensor(
+        [1.0, 0.5, 0.2]
+    ).view(1, 3, 1, 1)
+    plain = two_views(
+        levels.to(torch.uint8), torch.Generator().manual_seed(0), False
+    )  # the default: every kind of change
     assert torch.allclose(plain.std(dim=(2, 3)), torch.zeros(12, 3), atol=1e-4)
 
 
@@ -173,7 +222,9 @@ def test_mirrors_only_where_allowed() -> None:
 
 
 def relative_crops(kind: Augmentation) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Widths, heights and centres of 300 crops, as fractions of the image, read from its coordinates."""
+    """Widths, heights and centres of 300 crops, as fractions of the image, read from its
+    coordinates.
+    """
     columns = torch.linspace(0, 1, 64).expand(64, 64)
     coordinates = torch.stack([columns, columns.T, columns]).expand(300, 3, 64, 64)
     views = augment(coordinates, torch.Generator().manual_seed(0), True, kind)
@@ -182,7 +233,9 @@ def relative_crops(kind: Augmentation) -> tuple[torch.Tensor, torch.Tensor, torc
 
 
 @pytest.mark.parametrize(("kind", "smallest"), [("light", 0.5), ("crop", 0.08)])
-def test_crops_cover_the_stated_share_of_the_image(kind: Augmentation, smallest: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_crops_cover_the_stated_share_of_the_image(
+    kind: Augmentation, smallest: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(importlib.import_module("pipeline.data.augment"), "JITTER", 0.0)
     widths, heights, centres = relative_crops(kind)
     area = widths * heights
@@ -195,4 +248,6 @@ def test_crops_cover_the_stated_share_of_the_image(kind: Augmentation, smallest:
 
 def test_an_unaugmented_batch_is_the_images_themselves() -> None:
     images = batch()
-    assert torch.equal(augment(images, torch.Generator().manual_seed(0), True, "none"), images.float() / 255)
+    assert torch.equal(
+        augment(images, torch.Generator().manual_seed(0), True, "none"), images.float() / 255
+    )

@@ -1,4 +1,6 @@
-"""Shards behind URLs: fetched once from a real server, kept by content, bounded, never believed without their hash."""
+"""Shards behind URLs: fetched once from a real server, kept by content, bounded, never believed
+without their hash.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +50,9 @@ def served(tmp_path: Path) -> Iterator[tuple[Path, str, Counter[str]]]:
         def log_message(self, *_: object) -> None:
             pass
 
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=folder)) as server:
+    with http.server.ThreadingHTTPServer(
+        ("127.0.0.1", 0), functools.partial(Handler, directory=folder)
+    ) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield folder, f"http://127.0.0.1:{server.server_port}", asked
         server.shutdown()
@@ -57,16 +61,31 @@ def served(tmp_path: Path) -> Iterator[tuple[Path, str, Counter[str]]]:
 def dataset(folder: Path, url: str) -> DataIndex:
     """Shards in `folder`, indexed by URL."""
     rng = np.random.default_rng(0)
-    samples = [(f"{number:06d}", encode_png(rng.integers(0, 256, (9, 7, 3), np.uint8)), number % 2) for number in range(10 * SHARDS)]
-    splits = {"train": write_shards(folder, "train", samples, 10), "test": write_shards(folder, "test", samples[:2])}
-    moved = {name: [shard.model_copy(update={"path": f"{url}/{shard.path}"}) for shard in shards] for name, shards in splits.items()}
+    samples = [
+        (f"{number:06d}", encode_png(rng.integers(0, 256, (9, 7, 3), np.uint8)), number % 2)
+        for number in range(10 * SHARDS)
+    ]
+    splits = {
+        "train": write_shards(folder, "train", samples, 10),
+        "test": write_shards(folder, "test", samples[:2]),
+    }
+    moved = {
+        name: [shard.model_copy(update={"path": f"{url}/{shard.path}"}) for shard in shards]
+        for name, shards in splits.items()
+    }
     return DataIndex(classes=["a", "b"], splits=moved)
 
 
-def test_two_epochs_of_two_readers_ask_for_each_shard_once(served: tuple[Path, str, Counter[str]], tmp_path: Path) -> None:
+def test_two_epochs_of_two_readers_ask_for_each_shard_once(
+    served: tuple[Path, str, Counter[str]], tmp_path: Path
+) -> None:
     folder, url, asked = served
     split = split_samples(dataset(folder, url), 0.3, 0)["train"]
-    local = Reader(folder, [shard.model_copy(update={"path": Path(shard.path).name}) for shard in split.shards], SIZE_PX)
+    local = Reader(
+        folder,
+        [shard.model_copy(update={"path": Path(shard.path).name}) for shard in split.shards],
+        SIZE_PX,
+    )
     for cache_bytes in (1 << 30, 1):  # all in memory; one shard in memory
         reader = Reader(tmp_path, split, SIZE_PX, cache_bytes)
         for epoch in range(2):
@@ -80,10 +99,14 @@ def test_two_epochs_of_two_readers_ask_for_each_shard_once(served: tuple[Path, s
                 assert torch.equal(labels, expected_labels)
     assert set(asked.values()) == {1}
     assert len(asked) == SHARDS
-    assert {path.name for path in (tmp_path / "store").iterdir() if not path.suffix} == {shard.sha256 for shard in split.shards}
+    assert {path.name for path in (tmp_path / "store").iterdir() if not path.suffix} == {
+        shard.sha256 for shard in split.shards
+    }
 
 
-def test_the_next_shards_are_on_their_way_while_one_is_used(served: tuple[Path, str, Counter[str]], tmp_path: Path) -> None:
+def test_the_next_shards_are_on_their_way_while_one_is_used(
+    served: tuple[Path, str, Counter[str]], tmp_path: Path
+) -> None:
     folder, url, asked = served
     split = split_samples(dataset(folder, url), 0.3, 0)["train"]
     by_shard = [split.samples[split.samples[:, 0] == number] for number in range(SHARDS)]
@@ -94,7 +117,9 @@ def test_the_next_shards_are_on_their_way_while_one_is_used(served: tuple[Path, 
     assert "/train-000001.tar" in asked
 
 
-def test_a_shard_that_fails_ends_the_epoch_when_its_turn_comes(served: tuple[Path, str, Counter[str]], tmp_path: Path) -> None:
+def test_a_shard_that_fails_ends_the_epoch_when_its_turn_comes(
+    served: tuple[Path, str, Counter[str]], tmp_path: Path
+) -> None:
     folder, url, _ = served
     split = split_samples(dataset(folder, url), 0.3, 0)["train"]
     (folder / "train-000002.tar").write_bytes(b"something else")
@@ -109,14 +134,19 @@ def test_a_shard_that_fails_ends_the_epoch_when_its_turn_comes(served: tuple[Pat
         reader.read(by_shard[4])
 
 
-def test_training_does_not_fetch_what_preparing_has_read(served: tuple[Path, str, Counter[str]], tmp_path: Path) -> None:
+def test_training_does_not_fetch_what_preparing_has_read(
+    served: tuple[Path, str, Counter[str]], tmp_path: Path
+) -> None:
     folder, url, asked = served
-    entries = [_scan(shard.path, ["a", "b"], "train", Inspection()) for shard in dataset(folder, url).splits["train"]]
+    entries = [
+        _scan(shard.path, ["a", "b"], "train", Inspection())
+        for shard in dataset(folder, url).splits["train"]
+    ]
     Reader(tmp_path, entries, SIZE_PX).read(np.array([[number, 0] for number in range(SHARDS)]))
     assert set(asked.values()) == {1}
 
 
-# --- the store ------------------------------------------------------------------------------------------------------------------------------
+# --- the store ------------------------------------------------------------------------------------
 
 
 def test_shards_of_one_name_are_told_apart(tmp_path: Path) -> None:
@@ -124,7 +154,9 @@ def test_shards_of_one_name_are_told_apart(tmp_path: Path) -> None:
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "train-000000.tar").write_bytes(name.encode() * 100)
-        contents[name] = store.read(str(tmp_path / name / "train-000000.tar"), sha256_hex(name.encode() * 100))
+        contents[name] = store.read(
+            str(tmp_path / name / "train-000000.tar"), sha256_hex(name.encode() * 100)
+        )
     assert contents == {"a": b"a" * 100, "b": b"b" * 100}
 
 
@@ -159,13 +191,25 @@ def test_a_damaged_copy_is_fetched_again(tmp_path: Path) -> None:
 def test_a_store_that_cannot_be_written_keeps_nothing_and_reads_on(tmp_path: Path) -> None:
     (tmp_path / "a.tar").write_bytes(b"whole")
     (tmp_path / "file").write_text("")
-    assert ShardStore(tmp_path / "file" / "kept", 1e9).read(str(tmp_path / "a.tar"), sha256_hex(b"whole")) == b"whole"
+    assert (
+        ShardStore(tmp_path / "file" / "kept", 1e9).read(
+            str(tmp_path / "a.tar"), sha256_hex(b"whole")
+        )
+        == b"whole"
+    )
 
 
-def test_threads_that_want_one_shard_fetch_it_once(served: tuple[Path, str, Counter[str]], tmp_path: Path) -> None:
+def test_threads_that_want_one_shard_fetch_it_once(
+    served: tuple[Path, str, Counter[str]], tmp_path: Path
+) -> None:
     folder, url, asked = served
     (folder / "a.tar").write_bytes(b"whole" * 1000)
-    threads = [threading.Thread(target=shard_store().read, args=(f"{url}/a.tar", sha256_hex(b"whole" * 1000))) for _ in range(6)]
+    threads = [
+        threading.Thread(
+            target=shard_store().read, args=(f"{url}/a.tar", sha256_hex(b"whole" * 1000))
+        )
+        for _ in range(6)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:

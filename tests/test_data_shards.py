@@ -23,15 +23,22 @@ _FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
 
 def encoded(number: int, kind: str = "PNG") -> bytes:
     stream = io.BytesIO()
-    Image.fromarray(np.random.default_rng(number).integers(0, 256, (6, 5, 3), np.uint8)).save(stream, format=kind)
+    Image.fromarray(np.random.default_rng(number).integers(0, 256, (6, 5, 3), np.uint8)).save(
+        stream, format=kind
+    )
     return stream.getvalue()
 
 
 def some_samples(count: int) -> list[tuple[str, bytes, int]]:
-    return [(f"{number:06d}", encoded(number, _FORMATS[number % 4]), number % 3) for number in range(count)]
+    return [
+        (f"{number:06d}", encoded(number, _FORMATS[number % 4]), number % 3)
+        for number in range(count)
+    ]
 
 
-def tar_of(members: dict[str, bytes] | list[tuple[str, bytes]], tar_format: int = tarfile.USTAR_FORMAT) -> bytes:
+def tar_of(
+    members: dict[str, bytes] | list[tuple[str, bytes]], tar_format: int = tarfile.USTAR_FORMAT
+) -> bytes:
     stream = io.BytesIO()
     with tarfile.open(fileobj=stream, mode="w", format=tar_format) as archive:
         for name, content in members.items() if isinstance(members, dict) else members:
@@ -44,10 +51,18 @@ def tar_of(members: dict[str, bytes] | list[tuple[str, bytes]], tar_format: int 
 def test_written_shards_read_back(tmp_path: Path) -> None:
     samples = some_samples(11)
     entries = write_shards(tmp_path, "train", samples, samples_per_shard=4)
-    assert [entry.path for entry in entries] == ["train-000000.tar", "train-000001.tar", "train-000002.tar"]
+    assert [entry.path for entry in entries] == [
+        "train-000000.tar",
+        "train-000001.tar",
+        "train-000002.tar",
+    ]
     assert [entry.samples for entry in entries] == [4, 4, 3]
-    assert [sample for entry in entries for sample in read_shard(str(tmp_path / entry.path))] == samples
-    assert [label for entry in entries for label in entry.labels] == [label for _, _, label in samples]
+    assert [
+        sample for entry in entries for sample in read_shard(str(tmp_path / entry.path))
+    ] == samples
+    assert [label for entry in entries for label in entry.labels] == [
+        label for _, _, label in samples
+    ]
     assert entries[0].size_bytes == (tmp_path / entries[0].path).stat().st_size
 
 
@@ -64,7 +79,9 @@ def test_shards_have_the_same_bytes_every_time(tmp_path: Path) -> None:
     again = write_shards(tmp_path / "again", "train", some_samples(5))
     assert first == again
     with tarfile.open(tmp_path / first[0].path) as archive:
-        assert {(member.mtime, member.uid, member.uname, member.mode) for member in archive} == {(0, 0, "", 0o444)}
+        assert {(member.mtime, member.uid, member.uname, member.mode) for member in archive} == {
+            (0, 0, "", 0o444)
+        }
 
 
 def test_what_is_no_image_is_not_written(tmp_path: Path) -> None:
@@ -73,9 +90,22 @@ def test_what_is_no_image_is_not_written(tmp_path: Path) -> None:
 
 
 def test_every_truncation_is_noticed() -> None:
-    content = tar_of([(name, data) for number in range(4) for name, data in ((f"{number}.cls", b"1"), (f"{number}.png", encoded(number)))])
+    content = tar_of(
+        [
+            (name, data)
+            for number in range(4)
+            for name, data in ((f"{number}.cls", b"1"), (f"{number}.png", encoded(number)))
+        ]
+    )
     end_of_members = len(content.rstrip(b"\0"))
-    cuts = sorted({*range(0, len(content), 512), *range(511, len(content), 512), *range(0, len(content), 97), end_of_members})
+    cuts = sorted(
+        {
+            *range(0, len(content), 512),
+            *range(511, len(content), 512),
+            *range(0, len(content), 97),
+            end_of_members,
+        }
+    )
     whole = list(samples_in(content, "whole.tar"))
     for cut in cuts:
         with contextlib.suppress(DataError):
@@ -88,15 +118,32 @@ def test_every_truncation_is_noticed() -> None:
 
 @pytest.mark.parametrize("offset", [512 * 4, 512 * 4 + 150, 512 * 8 + 10])
 def test_a_damaged_header_is_noticed(offset: int) -> None:
-    content = bytearray(tar_of([(name, data) for number in range(4) for name, data in ((f"{number}.cls", b"1"), (f"{number}.png", encoded(number)))]))
+    content = bytearray(
+        tar_of(
+            [
+                (name, data)
+                for number in range(4)
+                for name, data in ((f"{number}.cls", b"1"), (f"{number}.png", encoded(number)))
+            ]
+        )
+    )
     content[offset] ^= 0x41
     with pytest.raises(DataError, match=r"bad\.tar"):
         list(samples_in(bytes(content), "bad.tar"))
 
 
-@pytest.mark.parametrize("tar_format", [tarfile.USTAR_FORMAT, tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
+@pytest.mark.parametrize(
+    "tar_format", [tarfile.USTAR_FORMAT, tarfile.PAX_FORMAT, tarfile.GNU_FORMAT]
+)
 def test_flipped_bits_lose_no_sample_silently(tar_format: int) -> None:
-    members = {name: data for number in range(3) for name, data in ((f"{'deep/' * 30}{number}.cls", b"1"), (f"{'deep/' * 30}{number}.png", b"x"))}
+    members = {
+        name: data
+        for number in range(3)
+        for name, data in (
+            (f"{'deep/' * 30}{number}.cls", b"1"),
+            (f"{'deep/' * 30}{number}.png", b"x"),
+        )
+    }
     content = tar_of(members, tar_format)
     rng = np.random.default_rng(0)
     for _ in range(400):
@@ -107,7 +154,9 @@ def test_flipped_bits_lose_no_sample_silently(tar_format: int) -> None:
 
 
 def test_two_tars_in_one_file_are_refused() -> None:
-    both = tar_of({"0.png": encoded(0), "0.cls": b"0"}) + tar_of({"1.png": encoded(1), "1.cls": b"0"})
+    both = tar_of({"0.png": encoded(0), "0.cls": b"0"}) + tar_of(
+        {"1.png": encoded(1), "1.cls": b"0"}
+    )
     with pytest.raises(DataError, match="second tar"):
         list(samples_in(both, "both.tar"))
 
@@ -123,7 +172,17 @@ def test_two_tars_in_one_file_are_refused() -> None:
         ([("a.psd", b"x"), ("a.cls", b"1")], "a: no image, only psd, cls"),
         ([("a.png", b"x"), ("a.jpg", b"x"), ("a.cls", b"1")], "more than one image"),
         ([("a.png", b"x"), ("a.png", b"y"), ("a.cls", b"1")], "occurs twice"),
-        ([("a.png", b"x"), ("a.cls", b"1"), ("b.png", b"x"), ("b.cls", b"1"), ("a.jpg", b"x"), ("a.txt", b"1")], "a.jpg: an image without"),
+        (
+            [
+                ("a.png", b"x"),
+                ("a.cls", b"1"),
+                ("b.png", b"x"),
+                ("b.cls", b"1"),
+                ("a.jpg", b"x"),
+                ("a.txt", b"1"),
+            ],
+            "a.jpg: an image without",
+        ),
         ([("a.png", b"x"), ("a.PNG", b"y"), ("a.cls", b"1")], "duplicate"),
         ([("a.png", b"x"), ("a.cls", b"1"), ("a.__bad__", b"1")], "a.__bad__: refused"),
         ([("a.png", b"x"), ("a.cls", b"1"), ("a.__key__", b"1")], "a.__key__: refused"),
@@ -141,13 +200,27 @@ def test_faults_are_named(members: list[tuple[str, bytes]], message: str) -> Non
 
 
 def test_a_key_that_comes_back_is_refused() -> None:
-    members = [("a.png", b"x"), ("a.cls", b"1"), ("b.png", b"x"), ("b.cls", b"1"), ("a.jpg", b"x"), ("a.CLS", b"1")]
+    members = [
+        ("a.png", b"x"),
+        ("a.cls", b"1"),
+        ("b.png", b"x"),
+        ("b.cls", b"1"),
+        ("a.jpg", b"x"),
+        ("a.CLS", b"1"),
+    ]
     with pytest.raises(DataError, match="a: this key occurs twice"):
         list(samples_in(tar_of(members), "s.tar"))
 
 
 def test_extra_members_and_upper_case_are_fine() -> None:
-    members = [("README", b"hi"), ("d/a.PNG", b"x"), ("d/a.CLS", b" 12\n"), ("d/a.json", b"{}"), ("d/a.seg.png", b"y"), ("._b.png", b"junk")]
+    members = [
+        ("README", b"hi"),
+        ("d/a.PNG", b"x"),
+        ("d/a.CLS", b" 12\n"),
+        ("d/a.json", b"{}"),
+        ("d/a.seg.png", b"y"),
+        ("._b.png", b"junk"),
+    ]
     assert list(samples_in(tar_of(members), "s.tar")) == [("d/a", b"x", 12)]
 
 
@@ -186,7 +259,9 @@ def test_links_are_refused() -> None:
         "git://x",
     ],
 )
-def test_commands_and_chains_are_refused(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_commands_and_chains_are_refused(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(DataError, match="refused"):
         list(read_shard(url))
@@ -210,7 +285,9 @@ def test_shards_behind_a_url_and_with_odd_names(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("tag", [{}, {"ETag": None}])
-def test_a_store_without_tags_is_read_to_tell_a_change(tag: dict[str, None], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_store_without_tags_is_read_to_tell_a_change(
+    tag: dict[str, None], monkeypatch: pytest.MonkeyPatch
+) -> None:
     filesystem = fsspec.filesystem("memory")
     monkeypatch.setattr(type(filesystem), "info", lambda *_: {"size": 3, **tag})
     filesystem.pipe_file("/data-stamp/a.tar", b"one")
@@ -239,17 +316,29 @@ def test_a_missing_shard_is_named(tmp_path: Path) -> None:
 
 
 def entry(path: str, labels: list[int], digit: str = "0") -> ShardEntry:
-    return ShardEntry(path=path, samples=len(labels), size_bytes=1, sha256=digit * 64, labels=labels)
+    return ShardEntry(
+        path=path, samples=len(labels), size_bytes=1, sha256=digit * 64, labels=labels
+    )
 
 
 def test_index_round_trip_and_digest(tmp_path: Path) -> None:
-    index = DataIndex(classes=["a", "b"], splits={"train": [entry("t.tar", [0, 1])], "test": [entry("e.tar", [1], "1")]})
+    index = DataIndex(
+        classes=["a", "b"],
+        splits={"train": [entry("t.tar", [0, 1])], "test": [entry("e.tar", [1], "1")]},
+    )
     write_index(tmp_path, index)
     assert read_index(tmp_path) == index
     assert [path.name for path in tmp_path.iterdir()] == ["index.json"]
-    moved = DataIndex(classes=["a", "b"], splits={"test": [entry("/x/e.tar", [1], "1")], "train": [entry("/y/t.tar", [0, 1])]}, source_digest="x")
+    moved = DataIndex(
+        classes=["a", "b"],
+        splits={"test": [entry("/x/e.tar", [1], "1")], "train": [entry("/y/t.tar", [0, 1])]},
+        source_digest="x",
+    )
     assert moved.digest == index.digest
-    swapped = DataIndex(classes=["a", "b"], splits={"train": [entry("t.tar", [0, 1], "1")], "test": [entry("e.tar", [1], "0")]})
+    swapped = DataIndex(
+        classes=["a", "b"],
+        splits={"train": [entry("t.tar", [0, 1], "1")], "test": [entry("e.tar", [1], "0")]},
+    )
     renamed = DataIndex(classes=["a", "c"], splits=index.splits)
     assert len({index.digest, swapped.digest, renamed.digest}) == 3
 

@@ -1,4 +1,6 @@
-"""Data servers that are slow, broken or away for a moment: what passes is waited for, what does not is named."""
+"""Data servers that are slow, broken or away for a moment: what passes is waited for, what does not
+is named.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +16,16 @@ from pipeline.data.urls import fetch, stamp
 from pipeline.errors import DataError
 
 # Connections that a test cuts off are closed by the client's own thread, some of them late.
-pytestmark = [pytest.mark.filterwarnings("ignore::ResourceWarning"), pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")]
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
 
 
 class Server(ThreadingHTTPServer):
-    """`/flaky` fails twice, then answers; `/silent` accepts and says nothing; `/stalls` sends half; `/none` is not there."""
+    """`/flaky` fails twice, then answers; `/silent` accepts and says nothing; `/stalls` sends half;
+    `/none` is not there.
+    """
 
     daemon_threads = True
 

@@ -1,7 +1,9 @@
-"""The files of deploy/ fit together and fit the programs they are for, as far as that shows without a container engine, a cluster or a cloud.
+"""The files of deploy/ fit together and fit the programs they are for, as far as that shows without
+a container engine, a cluster or a cloud.
 
-Ray's own code reads the launcher's file and the RayCluster; the rest of the Kubernetes files is held against the fields of KubeRay 1.7's and
-Kubernetes' references that they use, listed below; every command line is parsed by the command it calls.
+Ray's own code reads the launcher's file and the RayCluster; the rest of the Kubernetes files is
+held against the fields of KubeRay 1.7's and Kubernetes' references that they use, listed below;
+every command line is parsed by the command it calls.
 """
 
 from __future__ import annotations
@@ -23,7 +25,17 @@ from typing import Annotated, Any, Literal
 import pytest
 import typer
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr, ValidationError, create_model
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    StrictBool,
+    StrictInt,
+    StrictStr,
+    ValidationError,
+    create_model,
+)
 
 from pipeline.cli.app import app
 from pipeline.driver.jobs import describe
@@ -33,7 +45,11 @@ PROJECT_ROOT = Path(__file__).resolve().parent.parent
 DEPLOY = PROJECT_ROOT / "deploy"
 README = (DEPLOY / "README.md").read_text(encoding="utf-8")
 PROJECT = tomllib.loads((PROJECT_ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-PINS = dict(line.split("==") for line in (PROJECT_ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines() if "==" in line)
+PINS = dict(
+    line.split("==")
+    for line in (PROJECT_ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    if "==" in line
+)
 SHARED = "/mnt/taskpack"
 
 
@@ -42,7 +58,7 @@ def load(name: str) -> Any:
     return yaml.safe_load((DEPLOY / name).read_text(encoding="utf-8"))
 
 
-# --- Kubernetes: the fields that these files use, as the references declare them ---------------------------------------------------------------
+# --- Kubernetes: the fields that these files use, as the references declare them ------------------
 
 
 def quantity(text: str) -> str:
@@ -67,13 +83,21 @@ class Strict(BaseModel):
 
 def record(title: str, /, **fields: Any) -> type[Strict]:
     """A strict object; a field given as (type, default) is optional."""
-    return create_model(title, __base__=Strict, **{name: kind if isinstance(kind, tuple) else (kind, ...) for name, kind in fields.items()})
+    return create_model(
+        title,
+        __base__=Strict,
+        **{name: kind if isinstance(kind, tuple) else (kind, ...) for name, kind in fields.items()},
+    )
 
 
 Labels = dict[StrictStr, StrictStr]
 Metadata = record("ObjectMeta", name=Name, labels=(Labels, {}))
-Resources = record("ResourceRequirements", requests=dict[StrictStr, Quantity], limits=dict[StrictStr, Quantity])
-ContainerPort = record("ContainerPort", name=Annotated[Name, Field(max_length=15)], containerPort=Port)
+Resources = record(
+    "ResourceRequirements", requests=dict[StrictStr, Quantity], limits=dict[StrictStr, Quantity]
+)
+ContainerPort = record(
+    "ContainerPort", name=Annotated[Name, Field(max_length=15)], containerPort=Port
+)
 EnvFrom = record("EnvFromSource", secretRef=record("SecretEnvSource", name=Name))
 Env = record("EnvVar", name=StrictStr, value=StrictStr)
 Mount = record("VolumeMount", name=Name, mountPath=Annotated[StrictStr, Field(pattern="^/")])
@@ -91,13 +115,32 @@ Container = record(
 Volume = record(
     "Volume",
     name=Name,
-    persistentVolumeClaim=(record("PersistentVolumeClaimVolumeSource", claimName=Name) | None, None),
-    emptyDir=(record("EmptyDirVolumeSource", medium=Literal["", "Memory"], sizeLimit=Quantity) | None, None),
+    persistentVolumeClaim=(
+        record("PersistentVolumeClaimVolumeSource", claimName=Name) | None,
+        None,
+    ),
+    emptyDir=(
+        record("EmptyDirVolumeSource", medium=Literal["", "Memory"], sizeLimit=Quantity) | None,
+        None,
+    ),
 )
 PodSpec = record(
     "PodSpec",
-    securityContext=record("PodSecurityContext", runAsNonRoot=StrictBool, runAsUser=Count, runAsGroup=Count, fsGroup=Count),
-    tolerations=(list[record("Toleration", key=StrictStr, operator=Literal["Exists", "Equal"], effect=StrictStr)], []),  # type: ignore[misc]
+    securityContext=record(
+        "PodSecurityContext",
+        runAsNonRoot=StrictBool,
+        runAsUser=Count,
+        runAsGroup=Count,
+        fsGroup=Count,
+    ),
+    tolerations=(
+        list[
+            record(
+                "Toleration", key=StrictStr, operator=Literal["Exists", "Equal"], effect=StrictStr
+            )
+        ],
+        [],
+    ),  # type: ignore[misc]
     containers=list[Container],  # type: ignore[valid-type]
     volumes=(list[Volume], []),  # type: ignore[valid-type]
 )
@@ -108,7 +151,12 @@ ClusterSpec = record(
     rayVersion=StrictStr,
     authOptions=record("AuthOptions", mode=Literal["disabled", "token"], secretName=Name),
     enableInTreeAutoscaling=StrictBool,
-    autoscalerOptions=record("AutoscalerOptions", version=Literal["v1", "v2"], idleTimeoutSeconds=Count, resources=Resources),
+    autoscalerOptions=record(
+        "AutoscalerOptions",
+        version=Literal["v1", "v2"],
+        idleTimeoutSeconds=Count,
+        resources=Resources,
+    ),
     headGroupSpec=record("HeadGroupSpec", rayStartParams=StartParams, template=PodTemplate),
     workerGroupSpecs=list[
         record(  # type: ignore[misc]
@@ -137,7 +185,9 @@ ClaimSpec = record(
     resources=record("VolumeResourceRequirements", requests=dict[StrictStr, Quantity]),
 )
 KINDS = {
-    kind: record(kind, apiVersion=Literal[version], kind=Literal[kind], metadata=Metadata, spec=spec)  # type: ignore[valid-type]
+    kind: record(
+        kind, apiVersion=Literal[version], kind=Literal[kind], metadata=Metadata, spec=spec
+    )  # type: ignore[valid-type]
     for kind, version, spec in (
         ("RayCluster", "ray.io/v1", ClusterSpec),
         ("RayJob", "ray.io/v1", JobSpec),
@@ -173,8 +223,25 @@ def test_a_manifest_has_known_fields_of_the_right_types(name: str) -> None:
         (("spec", "enableInTreeAutoScaling"), True),
         (("spec", "headGroupSpec", "rayStartParams", "num-cpus"), 0),
         (("spec", "workerGroupSpecs", 0, "minReplicas"), "0"),
-        (("spec", "workerGroupSpecs", 0, "template", "spec", "containers", 0, "resources", "limits", "memory"), "16GB"),
-        (("spec", "headGroupSpec", "template", "spec", "containers", 0, "ports", 0, "name"), "global-control-store"),
+        (
+            (
+                "spec",
+                "workerGroupSpecs",
+                0,
+                "template",
+                "spec",
+                "containers",
+                0,
+                "resources",
+                "limits",
+                "memory",
+            ),
+            "16GB",
+        ),
+        (
+            ("spec", "headGroupSpec", "template", "spec", "containers", 0, "ports", 0, "name"),
+            "global-control-store",
+        ),
         (("spec", "autoscalerOptions", "version"), "v3"),
         (("metadata", "name"), "Taskpack"),
     ],
@@ -194,8 +261,12 @@ def test_both_clusters_are_the_same() -> None:
 
 
 def test_ray_reads_the_cluster_as_it_is_meant() -> None:
-    """By the code with which the autoscaler in the head's pod reads it: a head that runs nothing, GPU nodes from none on."""
-    from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
+    """By the code with which the autoscaler in the head's pod reads it: a head that runs nothing,
+    GPU nodes from none on.
+    """
+    from ray.autoscaler._private.kuberay.autoscaling_config import (
+        _derive_autoscaling_config_from_ray_cr,
+    )
 
     manifest = load("kubernetes/raycluster.yaml")
     manifest["metadata"]["namespace"] = "default"
@@ -217,10 +288,18 @@ def test_requests_stay_below_limits_and_gpus_are_whole() -> None:
         for container in pod["containers"]:
             requests, limits = container["resources"]["requests"], container["resources"]["limits"]
             assert requests.keys() == limits.keys()
-            assert all(parse_quantity(requests[key]) <= parse_quantity(limits[key]) for key in requests)
-            assert requests.get("nvidia.com/gpu") == limits.get("nvidia.com/gpu")  # Kubernetes knows no half GPU
-            memory = [volume["emptyDir"]["sizeLimit"] for volume in pod["volumes"] if "emptyDir" in volume]
-            assert sum(map(parse_quantity, memory)) < parse_quantity(requests["memory"])  # what lies in /dev/shm counts
+            assert all(
+                parse_quantity(requests[key]) <= parse_quantity(limits[key]) for key in requests
+            )
+            assert requests.get("nvidia.com/gpu") == limits.get(
+                "nvidia.com/gpu"
+            )  # Kubernetes knows no half GPU
+            memory = [
+                volume["emptyDir"]["sizeLimit"] for volume in pod["volumes"] if "emptyDir" in volume
+            ]
+            assert sum(map(parse_quantity, memory)) < parse_quantity(
+                requests["memory"]
+            )  # what lies in /dev/shm counts
 
 
 def test_every_pod_has_the_shared_folder_and_its_mounts() -> None:
@@ -231,7 +310,10 @@ def test_every_pod_has_the_shared_folder_and_its_mounts() -> None:
         for container in pod["containers"]:
             mounts = {mount["mountPath"]: mount["name"] for mount in container["volumeMounts"]}
             assert set(mounts.values()) == volumes.keys()
-            assert volumes[mounts[SHARED]]["persistentVolumeClaim"]["claimName"] == claim["metadata"]["name"]
+            assert (
+                volumes[mounts[SHARED]]["persistentVolumeClaim"]["claimName"]
+                == claim["metadata"]["name"]
+            )
             assert {"name": "TASKPACK_DATA", "value": f"{SHARED}/data"} in container["env"]
 
 
@@ -242,28 +324,59 @@ def test_secrets_are_made_by_the_readme_with_the_keys_that_are_used() -> None:
         for words in command_lines("kubectl")
         if words[1:4] == ["create", "secret", "generic"]
     }
-    used = {source["secretRef"]["name"] for pod in pods(cluster()) for container in pod["containers"] for source in container.get("envFrom", [])}
+    used = {
+        source["secretRef"]["name"]
+        for pod in pods(cluster())
+        for container in pod["containers"]
+        for source in container.get("envFrom", [])
+    }
     assert used | {cluster()["authOptions"]["secretName"]} == made.keys()
-    assert made[cluster()["authOptions"]["secretName"]] == {"auth_token"}  # KubeRay asks for this key
-    assert [made[name] for name in used] == [{"MLFLOW_TRACKING_URI", "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"}]
-    assert not any("kind: Secret" in (DEPLOY / name).read_text(encoding="utf-8") for name in MANIFESTS)
+    assert made[cluster()["authOptions"]["secretName"]] == {
+        "auth_token"
+    }  # KubeRay asks for this key
+    assert [made[name] for name in used] == [
+        {"MLFLOW_TRACKING_URI", "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"}
+    ]
+    assert not any(
+        "kind: Secret" in (DEPLOY / name).read_text(encoding="utf-8") for name in MANIFESTS
+    )
 
 
 def test_what_the_readme_asks_kubernetes_for_is_there() -> None:
-    names = {f"{load(name)['kind'].lower()}/{load(name)['metadata']['name']}" for name in MANIFESTS} | {"service/taskpack-head-svc"}
+    names = {
+        f"{load(name)['kind'].lower()}/{load(name)['metadata']['name']}" for name in MANIFESTS
+    } | {"service/taskpack-head-svc"}
     asked = {
-        word for words in command_lines("kubectl") for word in words if re.fullmatch(r"(raycluster|rayjob|service|persistentvolumeclaim)/.+", word)
+        word
+        for words in command_lines("kubectl")
+        for word in words
+        if re.fullmatch(r"(raycluster|rayjob|service|persistentvolumeclaim)/.+", word)
     }
     assert asked
     assert asked <= names
-    selectors = {word.split("=", 1)[1] for words in command_lines("kubectl") for word in words if word.startswith("--selector=")}
-    values = {part.split("=")[1] for selector in selectors for part in selector.split(",") if part.startswith("ray.io/cluster=")}
+    selectors = {
+        word.split("=", 1)[1]
+        for words in command_lines("kubectl")
+        for word in words
+        if word.startswith("--selector=")
+    }
+    values = {
+        part.split("=")[1]
+        for selector in selectors
+        for part in selector.split(",")
+        if part.startswith("ray.io/cluster=")
+    }
     assert values == {load("kubernetes/raycluster.yaml")["metadata"]["name"]}
-    groups = {part.split("=")[1] for selector in selectors for part in selector.split(",") if part.startswith("ray.io/group=")}
+    groups = {
+        part.split("=")[1]
+        for selector in selectors
+        for part in selector.split(",")
+        if part.startswith("ray.io/group=")
+    }
     assert groups <= {group["groupName"] for group in cluster()["workerGroupSpecs"]} | {"headgroup"}
 
 
-# --- the cluster launcher -----------------------------------------------------------------------------------------------------------------------
+# --- the cluster launcher -------------------------------------------------------------------------
 
 
 def launcher() -> dict[str, Any]:
@@ -280,9 +393,16 @@ def test_the_launchers_file_passes_rays_validation() -> None:
     validate_config(config)
     head = config["available_node_types"].pop(config["head_node_type"])
     assert head["resources"] == {"CPU": 0}
-    assert [(kind["min_workers"], kind["resources"]["GPU"]) for kind in config["available_node_types"].values()] == [(0, 1)]
-    assert config["max_workers"] == sum(kind["max_workers"] for kind in config["available_node_types"].values())
-    assert not any("which ray" in command for command in config["setup_commands"])  # Ray's default installs a Ray of its own
+    assert [
+        (kind["min_workers"], kind["resources"]["GPU"])
+        for kind in config["available_node_types"].values()
+    ] == [(0, 1)]
+    assert config["max_workers"] == sum(
+        kind["max_workers"] for kind in config["available_node_types"].values()
+    )
+    assert not any(
+        "which ray" in command for command in config["setup_commands"]
+    )  # Ray's default installs a Ray of its own
 
 
 def test_the_launchers_wrong_field_is_noticed() -> None:
@@ -298,12 +418,17 @@ def test_the_launchers_wrong_field_is_noticed() -> None:
 def test_the_launchers_nodes_share_token_folder_and_ports() -> None:
     config = launcher()
     options = shlex.split(" ".join(config["docker"]["run_options"]))
-    environment = dict(value.split("=", 1) for name, value in itertools.pairwise(options) if name == "--env")
+    environment = dict(
+        value.split("=", 1) for name, value in itertools.pairwise(options) if name == "--env"
+    )
     assert environment["RAY_AUTH_MODE"] == "token"
     assert environment["RAY_AUTH_TOKEN_PATH"] in config["file_mounts"]
     assert environment["TASKPACK_DATA"] == f"{SHARED}/data"
     assert f"{SHARED}:{SHARED}" in options
-    assert any(SHARED in command and "mount -t nfs4" in command for command in config["initialization_commands"])
+    assert any(
+        SHARED in command and "mount -t nfs4" in command
+        for command in config["initialization_commands"]
+    )
     head, worker = config["head_start_ray_commands"][-1], config["worker_start_ray_commands"][-1]
     assert "--autoscaling-config=~/ray_bootstrap_config.yaml" in head
     assert "--num-cpus=0" in head
@@ -313,16 +438,24 @@ def test_the_launchers_nodes_share_token_folder_and_ports() -> None:
     assert f"/home/ray/{sourced[1]}" in config["file_mounts"]
 
 
-# --- the images ---------------------------------------------------------------------------------------------------------------------------------
+# --- the images -----------------------------------------------------------------------------------
 
 INSTRUCTIONS = {"ARG", "CMD", "COPY", "ENV", "EXPOSE", "FROM", "RUN", "USER", "WORKDIR"}
 
 
 def dockerfile() -> list[tuple[str, str]]:
     """Instruction and arguments of every line, continuations joined, comments left out."""
-    lines = [line for line in (DEPLOY / "Dockerfile").read_text(encoding="utf-8").splitlines() if not line.lstrip().startswith("#")]
+    lines = [
+        line
+        for line in (DEPLOY / "Dockerfile").read_text(encoding="utf-8").splitlines()
+        if not line.lstrip().startswith("#")
+    ]
     joined = re.sub(r"\\\n", " ", "\n".join(lines))
-    return [(line.split(maxsplit=1)[0], line.split(maxsplit=1)[1]) for line in joined.splitlines() if line.strip()]
+    return [
+        (line.split(maxsplit=1)[0], line.split(maxsplit=1)[1])
+        for line in joined.splitlines()
+        if line.strip()
+    ]
 
 
 def stage(name: str) -> list[tuple[str, str]]:
@@ -337,35 +470,59 @@ def stage(name: str) -> list[tuple[str, str]]:
 
 
 def ignored(path: str) -> bool:
-    """Whether the build context leaves `path` out: the last pattern that matches it or a folder it lies in decides."""
+    """Whether the build context leaves `path` out: the last pattern that matches it or a folder it
+    lies in decides.
+    """
     verdict = False
     for line in (DEPLOY / "Dockerfile.dockerignore").read_text(encoding="utf-8").splitlines():
         pattern = line.removeprefix("!")
         parents = [path, *(str(parent) for parent in Path(path).parents)]
-        if line and not line.startswith("#") and any(fnmatch.fnmatch(each, pattern) for each in parents):
+        if (
+            line
+            and not line.startswith("#")
+            and any(fnmatch.fnmatch(each, pattern) for each in parents)
+        ):
             verdict = not line.startswith("!")
     return verdict
 
 
 def copied() -> list[str]:
-    return [source for instruction, rest in dockerfile() if instruction == "COPY" for source in rest.split()[:-1]]
+    return [
+        source
+        for instruction, rest in dockerfile()
+        if instruction == "COPY"
+        for source in rest.split()[:-1]
+    ]
 
 
 def test_the_dockerfile_has_known_instructions_and_the_stages_that_are_named() -> None:
     assert {instruction for instruction, _ in dockerfile()} == INSTRUCTIONS
     bases = [rest for instruction, rest in dockerfile() if instruction == "FROM"]
     assert bases == ["python:3.11-slim-bookworm AS base", "base AS mlflow", "base AS taskpack"]
-    named = {words[words.index("--target") + 1] for words in command_lines("docker") if "--target" in words}
+    named = {
+        words[words.index("--target") + 1]
+        for words in command_lines("docker")
+        if "--target" in words
+    }
     assert named | {load("mlflow/compose.yaml")["x-mlflow"]["build"]["target"]} == {"mlflow"}
-    arguments = {words[words.index("--build-arg") + 1].split("=")[0] for words in command_lines("docker") if "--build-arg" in words}
-    assert arguments == {rest.split("=")[0] for instruction, rest in dockerfile() if instruction == "ARG"}
+    arguments = {
+        words[words.index("--build-arg") + 1].split("=")[0]
+        for words in command_lines("docker")
+        if "--build-arg" in words
+    }
+    assert arguments == {
+        rest.split("=")[0] for instruction, rest in dockerfile() if instruction == "ARG"
+    }
 
 
 def test_what_is_copied_exists_and_reaches_the_build() -> None:
     assert {"constraints.txt", "pyproject.toml", "pipeline", "tasks"} <= set(copied())
     assert [source for source in copied() if not (PROJECT_ROOT / source).exists()] == []
     assert [source for source in copied() if ignored(source)] == []
-    assert all(ignored(secret) for secret in (".git", "runs", "deploy/mlflow/.env", ".venv", "deploy/mlflow/compose.yaml"))
+    assert all(
+        ignored(secret)
+        for secret in (".git", "runs", "deploy/mlflow/.env", ".venv", "deploy/mlflow/compose.yaml")
+    )
 
 
 def test_what_the_package_is_built_from_is_copied() -> None:
@@ -377,7 +534,11 @@ def test_the_image_has_the_python_that_the_project_is_tested_with() -> None:
     image = re.search(r"python:(\d+\.\d+)-", dockerfile()[0][1])
     config = tomllib.loads((PROJECT_ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     assert image is not None
-    assert image[1] == config["tool"]["mypy"]["python_version"] == PROJECT["requires-python"].removeprefix(">=")
+    assert (
+        image[1]
+        == config["tool"]["mypy"]["python_version"]
+        == PROJECT["requires-python"].removeprefix(">=")
+    )
 
 
 @pytest.mark.parametrize("name", ["taskpack", "mlflow"])
@@ -387,9 +548,17 @@ def test_an_image_runs_as_a_user_and_installs_pinned_versions(name: str) -> None
     assert [rest.split()[0] for instruction, rest in instructions if instruction == "CMD"]
     environment = " ".join(rest for instruction, rest in instructions if instruction == "ENV")
     assert "HOME=/home/ray" in environment  # where Ray's launcher puts its files: it asks the image
-    installs = [part for instruction, rest in instructions if instruction == "RUN" for part in re.findall(r"pip install [^;&]+", rest)]
+    installs = [
+        part
+        for instruction, rest in instructions
+        if instruction == "RUN"
+        for part in re.findall(r"pip install [^;&]+", rest)
+    ]
     assert installs
-    assert all("--constraint constraints.txt" in install or install.strip() == "pip install --no-deps ." for install in installs)
+    assert all(
+        "--constraint constraints.txt" in install or install.strip() == "pip install --no-deps ."
+        for install in installs
+    )
 
 
 def test_the_images_user_is_the_pods_user() -> None:
@@ -399,20 +568,44 @@ def test_the_images_user_is_the_pods_user() -> None:
 
 def test_the_images_requirements_are_the_projects() -> None:
     """The one line of Python that lists what the image installs, run as the build runs it."""
-    script = next(re.search(r'python -c "([^"]+)"', rest)[1] for _, rest in stage("taskpack") if "tomllib" in rest)  # type: ignore[index]
+    script = next(
+        re.search(r'python -c "([^"]+)"', rest)[1]
+        for _, rest in stage("taskpack")
+        if "tomllib" in rest
+    )  # type: ignore[index]
     printed: list[str] = []
-    exec(script, {"open": lambda name, mode: io.BytesIO((PROJECT_ROOT / name).read_bytes()), "print": lambda *words, sep: printed.extend(words)})
+    exec(
+        script,
+        {
+            "open": lambda name, mode: io.BytesIO((PROJECT_ROOT / name).read_bytes()),
+            "print": lambda *words, sep: printed.extend(words),
+        },
+    )
     assert printed == [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["cluster"]]
 
 
 def test_the_servers_requirements_are_pinned_once() -> None:
-    lines = [line for line in (DEPLOY / "mlflow/requirements.txt").read_text(encoding="utf-8").splitlines() if not line.startswith("#")]
+    lines = [
+        line
+        for line in (DEPLOY / "mlflow/requirements.txt").read_text(encoding="utf-8").splitlines()
+        if not line.startswith("#")
+    ]
     names = [re.split(r"[=\[]", line)[0].lower() for line in lines]
     pinned = {name.lower() for name in PINS}
     assert "mlflow" in pinned
-    assert [line for line, name in zip(lines, names, strict=True) if name in pinned and "==" in line] == []
-    assert [line for line, name in zip(lines, names, strict=True) if name not in pinned and "==" not in line] == []
-    extra = {re.split(r"[<>=;\s]", need)[0].lower() for need in importlib.metadata.requires("mlflow") or [] if 'extra == "auth"' in need}
+    assert [
+        line for line, name in zip(lines, names, strict=True) if name in pinned and "==" in line
+    ] == []
+    assert [
+        line
+        for line, name in zip(lines, names, strict=True)
+        if name not in pinned and "==" not in line
+    ] == []
+    extra = {
+        re.split(r"[<>=;\s]", need)[0].lower()
+        for need in importlib.metadata.requires("mlflow") or []
+        if 'extra == "auth"' in need
+    }
     assert extra
     assert extra <= pinned | set(names)  # what basic auth needs
     assert {"psycopg", "psycopg-binary", "boto3"} <= set(names)
@@ -420,14 +613,25 @@ def test_the_servers_requirements_are_pinned_once() -> None:
 
 def test_versions_agree() -> None:
     assert cluster()["rayVersion"] == PINS["ray"]
-    tags = set(re.findall(r"taskpack(?:-mlflow)?:([0-9.]+[0-9])", "".join(path.read_text(encoding="utf-8") for path in deploy_files())))
+    tags = set(
+        re.findall(
+            r"taskpack(?:-mlflow)?:([0-9.]+[0-9])",
+            "".join(path.read_text(encoding="utf-8") for path in deploy_files()),
+        )
+    )
     assert tags == {PROJECT["version"]}
-    clients = {pin for path in deploy_files() for pin in re.findall(r"boto3==([0-9.]+)", path.read_text(encoding="utf-8"))}
+    clients = {
+        pin
+        for path in deploy_files()
+        for pin in re.findall(r"boto3==([0-9.]+)", path.read_text(encoding="utf-8"))
+    }
     assert len(clients) == 1
 
 
 def test_one_image_is_named_everywhere() -> None:
-    images = {container["image"] for pod in pods(cluster()) for container in pod["containers"]} | {load("aws.yaml")["docker"]["image"]}
+    images = {container["image"] for pod in pods(cluster()) for container in pod["containers"]} | {
+        load("aws.yaml")["docker"]["image"]
+    }
     (image,) = images
     assert ["docker", "push", image] in command_lines("docker")
 
@@ -436,7 +640,7 @@ def deploy_files() -> list[Path]:
     return [path for path in DEPLOY.rglob("*") if path.is_file() and path.name != ".env"]
 
 
-# --- the MLflow server --------------------------------------------------------------------------------------------------------------------------
+# --- the MLflow server ----------------------------------------------------------------------------
 
 REFERENCE = re.compile(r"\$\{(\w+)(:\?[^}]+)?\}")
 
@@ -454,11 +658,18 @@ def example() -> dict[str, str]:
 def test_the_server_asks_for_every_variable_and_knows_no_password() -> None:
     references = REFERENCE.findall((DEPLOY / "mlflow/compose.yaml").read_text(encoding="utf-8"))
     assert {name for name, _ in references} == example().keys()
-    assert [name for name, refusal in references if not refusal] == []  # an empty variable stops the start, each by its name
+    assert [
+        name for name, refusal in references if not refusal
+    ] == []  # an empty variable stops the start, each by its name
     secret = {name for name in example() if re.search("PASSWORD|KEY|SECRET", name)}
     assert len(secret) == 4
     assert {name: example()[name] for name in secret} == dict.fromkeys(secret, "")
-    given = [value for service in compose()["services"].values() for name, value in service.get("environment", {}).items() if "PASSWORD" in name]
+    given = [
+        value
+        for service in compose()["services"].values()
+        for name, value in service.get("environment", {}).items()
+        if "PASSWORD" in name
+    ]
     assert len(given) == 3
     assert all(REFERENCE.fullmatch(value) for value in given)
     assert ".env" in (PROJECT_ROOT / ".gitignore").read_text(encoding="utf-8").splitlines()
@@ -472,7 +683,9 @@ def test_services_wait_for_services_that_are_there_and_can_tell() -> None:
             assert condition["condition"] in ("service_healthy", "service_completed_successfully")
             if condition["condition"] == "service_healthy":
                 assert services[name]["healthcheck"]["test"][0] == "CMD"
-    assert all("healthcheck" in service for name, service in services.items() if service.get("restart"))
+    assert all(
+        "healthcheck" in service for name, service in services.items() if service.get("restart")
+    )
 
 
 def test_mounts_and_hosts_of_the_services_are_there() -> None:
@@ -480,22 +693,45 @@ def test_mounts_and_hosts_of_the_services_are_there() -> None:
     for service in services.values():
         for mount in service.get("volumes", []):
             source = mount.split(":")[0]
-            assert (DEPLOY / "mlflow" / source).is_file() if source.startswith(".") else source in volumes
+            assert (
+                (DEPLOY / "mlflow" / source).is_file()
+                if source.startswith(".")
+                else source in volumes
+            )
         assert {each["source"] for each in service.get("configs", [])} <= configs.keys()
-    text = "".join((DEPLOY / "mlflow" / name).read_text(encoding="utf-8") for name in ("compose.yaml", "basic_auth.ini"))
+    text = "".join(
+        (DEPLOY / "mlflow" / name).read_text(encoding="utf-8")
+        for name in ("compose.yaml", "basic_auth.ini")
+    )
     hosts = set(re.findall(r"postgresql://\w+@(\w+)/|http://(\w+):8333", text))
-    assert {host for pair in hosts for host in pair if host} == {"postgres", "s3"} <= services.keys()
+    assert (
+        {host for pair in hosts for host in pair if host} == {"postgres", "s3"} <= services.keys()
+    )
     build = compose()["x-mlflow"]["build"]
-    assert (DEPLOY / "mlflow" / build["context"] / build["dockerfile"]).resolve() == DEPLOY / "Dockerfile"
+    assert (
+        DEPLOY / "mlflow" / build["context"] / build["dockerfile"]
+    ).resolve() == DEPLOY / "Dockerfile"
 
 
 def test_what_the_readme_saves_is_there() -> None:
     volumes = {f"{compose()['name']}_{name}" for name in compose()["volumes"]}
-    saved = {word.split(":")[0] for words in command_lines("docker") for word in words if re.match("taskpack-mlflow_", word)}
+    saved = {
+        word.split(":")[0]
+        for words in command_lines("docker")
+        for word in words
+        if re.match("taskpack-mlflow_", word)
+    }
     assert saved
     assert saved <= volumes
-    services = {words[words.index("exec") + 2] for words in command_lines("docker") if "exec" in words}
-    services |= {name for words in command_lines("docker") if "logs" in words for name in words[words.index("logs") + 1 :]}
+    services = {
+        words[words.index("exec") + 2] for words in command_lines("docker") if "exec" in words
+    }
+    services |= {
+        name
+        for words in command_lines("docker")
+        if "logs" in words
+        for name in words[words.index("logs") + 1 :]
+    }
     assert services
     assert services <= compose()["services"].keys()
 
@@ -504,7 +740,10 @@ def test_the_stores_key_is_the_servers_key() -> None:
     identity = json.loads(compose()["configs"]["s3"]["content"])["identities"][0]
     environment = compose()["services"]["mlflow"]["environment"]
     (key,) = identity["credentials"]
-    assert key == {"accessKey": environment["AWS_ACCESS_KEY_ID"], "secretKey": environment["AWS_SECRET_ACCESS_KEY"]}
+    assert key == {
+        "accessKey": environment["AWS_ACCESS_KEY_ID"],
+        "secretKey": environment["AWS_SECRET_ACCESS_KEY"],
+    }
 
 
 def test_the_server_has_two_databases_that_are_made() -> None:
@@ -513,21 +752,41 @@ def test_the_server_has_two_databases_that_are_made() -> None:
     users = configparser.ConfigParser()
     users.read(DEPLOY / "mlflow/basic_auth.ini")
     uris = [*stores, users["mlflow"]["database_uri"]]
-    assert [uri.split("@")[0] for uri in uris] == [f"postgresql://{services['postgres']['environment']['POSTGRES_USER']}"] * 2  # no password in them
-    made = re.findall(r"CREATE DATABASE (\w+)", (DEPLOY / "mlflow/create_auth_database.sql").read_text(encoding="utf-8"))
-    assert [uri.rsplit("/", 1)[1] for uri in uris] == [services["postgres"]["environment"]["POSTGRES_DB"], *made]
+    assert [uri.split("@")[0] for uri in uris] == [
+        f"postgresql://{services['postgres']['environment']['POSTGRES_USER']}"
+    ] * 2  # no password in them
+    made = re.findall(
+        r"CREATE DATABASE (\w+)",
+        (DEPLOY / "mlflow/create_auth_database.sql").read_text(encoding="utf-8"),
+    )
+    assert [uri.rsplit("/", 1)[1] for uri in uris] == [
+        services["postgres"]["environment"]["POSTGRES_DB"],
+        *made,
+    ]
 
 
 def test_mlflow_knows_the_settings_it_is_given() -> None:
     from mlflow import environment_variables
 
-    given = {name for name in compose()["services"]["mlflow"]["environment"] if name.startswith("MLFLOW_")}
-    known = {variable.name for variable in vars(environment_variables).values() if hasattr(variable, "name")}
+    given = {
+        name
+        for name in compose()["services"]["mlflow"]["environment"]
+        if name.startswith("MLFLOW_")
+    }
+    known = {
+        variable.name
+        for variable in vars(environment_variables).values()
+        if hasattr(variable, "name")
+    }
     assert given - {"MLFLOW_DISABLE_TELEMETRY"} <= known
     keys = configparser.ConfigParser()
     keys.read(DEPLOY / "mlflow/basic_auth.ini")
-    settings = Path(environment_variables.__file__).with_name("server") / "auth/config.py"  # read, not imported: that would set up its database
-    assert set(keys["mlflow"]) <= set(re.findall(r"^    (\w+): ", settings.read_text(encoding="utf-8"), re.MULTILINE))
+    settings = (
+        Path(environment_variables.__file__).with_name("server") / "auth/config.py"
+    )  # read, not imported: that would set up its database
+    assert set(keys["mlflow"]) <= set(
+        re.findall(r"^    (\w+): ", settings.read_text(encoding="utf-8"), re.MULTILINE)
+    )
 
 
 def test_the_server_listens_where_it_is_reached() -> None:
@@ -540,45 +799,87 @@ def test_the_server_listens_where_it_is_reached() -> None:
     assert ("EXPOSE", port) in stage("mlflow")
 
 
-# --- command lines ------------------------------------------------------------------------------------------------------------------------------
+# --- command lines --------------------------------------------------------------------------------
 
 
-PROGRAMS = ("aws", "cat", "chmod", "cp", "curl", "docker", "export", "helm", "kubectl", "mkdir", "mlflow", "pip", "python3", "ray", "taskpack")
+PROGRAMS = (
+    "aws",
+    "cat",
+    "chmod",
+    "cp",
+    "curl",
+    "docker",
+    "export",
+    "helm",
+    "kubectl",
+    "mkdir",
+    "mlflow",
+    "pip",
+    "python3",
+    "ray",
+    "taskpack",
+)
 
 
 def readme_lines() -> list[str]:
-    """The commands of the README: those of its shell blocks, continuations joined, and those in its text that are more than a command's name."""
+    """The commands of the README: those of its shell blocks, continuations joined, and those in its
+    text that are more than a command's name.
+    """
     blocks = re.findall(r"^```sh\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
     text = re.sub(r"^```.*?^```", "", README, flags=re.MULTILINE | re.DOTALL)
-    inline = [span for span in re.findall(r"`([^`\n]+)`", text) if span.split()[0] in PROGRAMS and len(span.split()) > 2]
-    return [line.strip() for block in blocks for line in re.sub(r"\\\n\s*", "", block).splitlines() if line] + inline
+    inline = [
+        span
+        for span in re.findall(r"`([^`\n]+)`", text)
+        if span.split()[0] in PROGRAMS and len(span.split()) > 2
+    ]
+    return [
+        line.strip()
+        for block in blocks
+        for line in re.sub(r"\\\n\s*", "", block).splitlines()
+        if line
+    ] + inline
 
 
 def command_lines(program: str) -> list[list[str]]:
     """The words of every command line of a program, in the README and in the files themselves."""
     found = [shlex.split(line, comments=True) for line in readme_lines()]
     inner = [[word for word in words if word] for words in found]
-    for words in list(inner):  # what `kubectl exec ... -- taskpack ls` and `docker run IMAGE taskpack ls` run inside
+    for words in list(
+        inner
+    ):  # what `kubectl exec ... -- taskpack ls` and `docker run IMAGE taskpack ls` run inside
         for name in ("taskpack", "ray"):
             if name in words[1:] and words[0] in ("docker", "kubectl"):
                 inner.append(words[words.index(name) :])
-    inner += [shlex.split(quoted) for line in readme_lines() for quoted in re.findall(r"\$\(([^)]*)\)", line)]
+    inner += [
+        shlex.split(quoted)
+        for line in readme_lines()
+        for quoted in re.findall(r"\$\(([^)]*)\)", line)
+    ]
     inner += [shlex.split(words[-1]) for words in inner if words[:2] == ["ray", "exec"]]
     inner.append(shlex.split(load("kubernetes/rayjob.yaml")["spec"]["entrypoint"]))
     inner.append(list(compose()["services"]["mlflow"]["command"]))
     inner += [json.loads(rest) for instruction, rest in dockerfile() if instruction == "CMD"]
-    for command in (*load("aws.yaml")["head_start_ray_commands"], *load("aws.yaml")["worker_start_ray_commands"]):
-        inner += [shlex.split(part) for part in command.split(";") if part.strip().startswith("ray ")]
+    for command in (
+        *load("aws.yaml")["head_start_ray_commands"],
+        *load("aws.yaml")["worker_start_ray_commands"],
+    ):
+        inner += [
+            shlex.split(part) for part in command.split(";") if part.strip().startswith("ray ")
+        ]
     return [words for words in inner if words and words[0] == program]
 
 
 def parse(command: Any, words: list[str]) -> None:
-    """Parse the words as a command would: an error where an option does not exist, or an argument is missing. Typer and click are alike in this."""
+    """Parse the words as a command would: an error where an option does not exist, or an argument
+    is missing. Typer and click are alike in this.
+    """
     if words[-1] == "--help":
         return
     context = command.make_context(words[0], words[1:])
     if hasattr(command, "resolve_command"):
-        name, inner, rest = command.resolve_command(context, [*context._protected_args, *context.args])
+        name, inner, rest = command.resolve_command(
+            context, [*context._protected_args, *context.args]
+        )
         parse(inner, [name, *rest])
 
 
@@ -589,7 +890,9 @@ def command(program: str) -> Any:
         from ray.scripts.scripts import cli
 
         return cli
-    with warnings.catch_warnings(action="ignore"):  # of MLflow's own tables, as in pipeline/registry/connection.py
+    with warnings.catch_warnings(
+        action="ignore"
+    ):  # of MLflow's own tables, as in pipeline/registry/connection.py
         from mlflow.cli import cli
 
     return cli
@@ -605,7 +908,13 @@ def test_command_lines_parse(program: str, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.parametrize(
-    "line", ["taskpack run tasks/demo --adress auto", "taskpack sumbit tasks/demo", "ray up --no-such deploy/aws.yaml", "mlflow server --prot=1"]
+    "line",
+    [
+        "taskpack run tasks/demo --adress auto",
+        "taskpack sumbit tasks/demo",
+        "ray up --no-such deploy/aws.yaml",
+        "mlflow server --prot=1",
+    ],
 )
 def test_a_wrong_command_line_is_noticed(line: str) -> None:
     words = shlex.split(line)
@@ -620,7 +929,9 @@ def test_programs_named_in_the_readme_are_known() -> None:
 def test_the_jobs_tasks_are_in_the_image() -> None:
     words = shlex.split(load("kubernetes/rayjob.yaml")["spec"]["entrypoint"])
     folder = Path(words[2]).relative_to("/usr/local/share/taskpack")
-    data_files = tomllib.loads((PROJECT_ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]["data-files"]
+    data_files = tomllib.loads((PROJECT_ROOT / "pyproject.toml").read_text(encoding="utf-8"))[
+        "tool"
+    ]["setuptools"]["data-files"]
     assert data_files[f"share/taskpack/{folder}"] == [f"tasks/{folder}/*"]
     assert load_tasks([PROJECT_ROOT / "tasks" / folder])
     workdir = Path(words[words.index("--workdir") + 1])
@@ -632,14 +943,18 @@ def test_the_first_batch_is_the_demos_on_the_image_and_can_be_submitted() -> Non
     (demo,) = load_tasks([PROJECT_ROOT / "tasks/demo/digits.yaml"])
     apart = {"backbone": {"weights"}}
     assert first.model_dump(exclude=apart) == demo.model_dump(exclude=apart)
-    assert Path(first.backbone.weights) == Path("/usr/local/share/taskpack/demo", Path(demo.backbone.weights).name)
+    assert Path(first.backbone.weights) == Path(
+        "/usr/local/share/taskpack/demo", Path(demo.backbone.weights).name
+    )
     submits = [words for words in command_lines("taskpack") if words[1] == "submit"]
     assert len(submits) == 2
     for words in submits:
         options = dict(zip(words[3::2], words[4::2], strict=True))
         assert words[2] == "deploy/first.yaml"
         assert options["--workdir"].startswith(f"{SHARED}/")
-        assert describe([first], workdir=options["--workdir"], shared=[Path(options["--shared"])]).files.keys() == {"digits.yaml"}
+        assert describe(
+            [first], workdir=options["--workdir"], shared=[Path(options["--shared"])]
+        ).files.keys() == {"digits.yaml"}
 
 
 def test_files_and_links_of_the_readme_exist() -> None:
@@ -648,7 +963,10 @@ def test_files_and_links_of_the_readme_exist() -> None:
     named = set(re.findall(r"deploy/[\w./-]*\w", README)) - {"deploy/mlflow/.env"}
     assert [name for name in named if not (PROJECT_ROOT / name).exists()] == []
     shown = {str(path.relative_to(DEPLOY)) for path in deploy_files()} - {"README.md"}
-    assert {re.sub(r"[`*]", "", cell) for cell in re.findall(r"^\| `([^|]+)` \|", README, flags=re.MULTILINE)} >= shown
+    assert {
+        re.sub(r"[`*]", "", cell)
+        for cell in re.findall(r"^\| `([^|]+)` \|", README, flags=re.MULTILINE)
+    } >= shown
 
 
 def test_the_readme_says_that_no_engine_has_run_it() -> None:

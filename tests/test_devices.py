@@ -12,19 +12,33 @@ import torch
 from pipeline.cluster.rank_group import TrialResources
 from pipeline.errors import ClusterError, SpecError
 from pipeline.utils import devices
-from pipeline.utils.devices import check_gpus_usable, choose_device, computing_dtype, exact_float32, has_bf16_units, is_accelerator, reserved_gpu
+from pipeline.utils.devices import (
+    check_gpus_usable,
+    choose_device,
+    computing_dtype,
+    exact_float32,
+    has_bf16_units,
+    is_accelerator,
+    reserved_gpu,
+)
 
-DRIVER = "NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.104.05  Sat Aug 19 01:15:15 UTC 2023\n"
+DRIVER = (
+    "NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.104.05  Sat Aug 19 01:15:15 UTC 2023\n"
+)
 
 
 @pytest.fixture
 def cuda_with(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
-    """A function (count): torch can use so many GPUs, the second of which has no units for bfloat16."""
+    """A function (count): torch can use so many GPUs, the second of which has no units for
+    bfloat16.
+    """
 
     def pretend(count: int) -> None:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
-        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+        monkeypatch.setattr(
+            torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation
+        )
         monkeypatch.setattr(torch.version, "cuda", "13.2")
 
     return pretend
@@ -51,13 +65,19 @@ def test_the_gpu_is_taken_where_there_is_one(cuda_with: Callable[[int], None]) -
 @pytest.mark.parametrize("name", ["cuda:2", "gpu", "cuda:x", "mps:7", ""])
 def test_a_device_that_is_not_here_is_refused(name: str, cuda_with: Callable[[int], None]) -> None:
     cuda_with(2)
-    with pytest.raises(SpecError, match=f"given '{name}'; expected one that torch can use here: cpu, cuda:0, cuda:1$"):
+    with pytest.raises(
+        SpecError,
+        match=f"given '{name}'; expected one that torch can use here: cpu, cuda:0, cuda:1$",
+    ):
         choose_device(name)
 
 
 def test_why_there_is_no_cuda_is_said(cuda_with: Callable[[int], None], driver: Path) -> None:
     cuda_with(0)
-    with pytest.raises(SpecError, match=r"use here: cpu \(NVIDIA's driver is 535.104.05, torch .* is built for CUDA 13.2\)$"):
+    with pytest.raises(
+        SpecError,
+        match=r"use here: cpu \(NVIDIA's driver is 535.104.05, torch .* is built for CUDA 13.2\)$",
+    ):
         choose_device("cuda")
 
 
@@ -68,10 +88,19 @@ def test_an_accelerator_is_one_whatever_its_number(cuda_with: Callable[[int], No
     assert computing_dtype("bf16", "cuda:1") == torch.float32
 
 
-def test_a_gpu_that_torch_cannot_use_never_means_the_cpu(cuda_with: Callable[[int], None], driver: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_that_torch_cannot_use_never_means_the_cpu(
+    cuda_with: Callable[[int], None], driver: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     cuda_with(0)
-    unusable = r"torch cannot use it: NVIDIA's driver is 535.104.05, torch .* is built for CUDA 13.2; .*--gpus-per-trial 0"
-    for refused in (lambda: TrialResources(gpus=0.5).device(), lambda: check_gpus_usable(None), lambda: check_gpus_usable(1)):
+    unusable = (
+        r"torch cannot use it: NVIDIA's driver is 535.104.05, torch .* is built for CUDA 13.2;"
+        r" .*--gpus-per-trial 0"
+    )
+    for refused in (
+        lambda: TrialResources(gpus=0.5).device(),
+        lambda: check_gpus_usable(None),
+        lambda: check_gpus_usable(1),
+    ):
         with pytest.raises(ClusterError, match=unusable):
             refused()
     assert TrialResources(gpus=0).device() == "cpu"
@@ -89,12 +118,16 @@ def test_a_torch_without_cuda_and_a_machine_without_a_driver_are_named(
     cuda_with(0)
     monkeypatch.setattr(devices, "_NVIDIA", tmp_path / "absent")
     monkeypatch.setattr(torch.version, "cuda", None)
-    with pytest.raises(ClusterError, match=r"no driver of NVIDIA's is loaded, torch .* is built without CUDA"):
+    with pytest.raises(
+        ClusterError, match=r"no driver of NVIDIA's is loaded, torch .* is built without CUDA"
+    ):
         reserved_gpu()
     check_gpus_usable(None)
 
 
-def test_float32_is_exact_where_it_is_asked_for_and_as_before_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_float32_is_exact_where_it_is_asked_for_and_as_before_elsewhere(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     def flags() -> tuple[Any, ...]:
         return torch.backends.cudnn.conv.fp32_precision, torch.backends.cudnn.deterministic
 

@@ -45,7 +45,11 @@ def test_options_named_in_the_text_exist() -> None:
 def test_commands_said_to_take_json_are_those_that_do() -> None:
     sentence = re.search(r"[^.]*take `--json`", prose(DOCS / "packs.md"))
     assert sentence is not None
-    takes_json = {name for name, command in COMMANDS.items() if any("--json" in parameter.opts for parameter in command.params)}
+    takes_json = {
+        name
+        for name, command in COMMANDS.items()
+        if any("--json" in parameter.opts for parameter in command.params)
+    }
     assert set(re.findall(r"`([a-z]+)`", sentence[0])) == takes_json
 
 

@@ -49,7 +49,7 @@ FRAGMENT = {
 }
 
 
-# --- YAML ----------------------------------------------------------------------------------------
+# --- YAML -----------------------------------------------------------------------------------------
 
 
 def yaml_files(page: Path) -> list[tuple[str, str]]:
@@ -66,7 +66,9 @@ WITH_YAML = [page for page in PAGES if blocks("yaml", page)]
 
 
 def write_yaml(page: Path, folder: Path) -> None:
-    """Write a page's YAML files, and those of the first page that they refer to; complete fragments of tasks."""
+    """Write a page's YAML files, and those of the first page that they refer to; complete fragments
+    of tasks.
+    """
     files = {**dict(yaml_files(DOCS / "index.md")), **dict(yaml_files(page))}
     for name, text in files.items():
         path = folder / name
@@ -91,7 +93,9 @@ def test_sections_fit_the_task_they_are_given_to(tmp_path: Path) -> None:
     for page in (DOCS / "recipes.md", DOCS / "search.md"):
         write_yaml(page, tmp_path)
     names = ("recipe", "search", "budget")
-    task = load_task(tmp_path / "flowers.yaml", overrides={name: tmp_path / f"{name}.yaml" for name in names})
+    task = load_task(
+        tmp_path / "flowers.yaml", overrides={name: tmp_path / f"{name}.yaml" for name in names}
+    )
     assert task.backbone.model == "vit_small_patch16_224.augreg_in21k"
     assert task.recipe.norms is None
     assert f"the {task.search.size()} configurations above" in prose(DOCS / "search.md")
@@ -117,7 +121,7 @@ def test_what_the_recipe_text_says_of_missing_parts_holds() -> None:
     assert parts({"preset": "linear"}) == []
 
 
-# --- commands and Python, run on a registered pack -----------------------------------------------
+# --- commands and Python, run on a registered pack ------------------------------------------------
 
 RUN = ("ls", "show", "predict", "evaluate", "verify", "plan", "prepare")
 """The commands that are run. The others train, need a cluster, or need files that are not here."""
@@ -129,11 +133,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A folder with what the examples name: a task, an image, and `runs` with a registered pack."""
     folder = tmp_path_factory.mktemp("examples")
     training = {"epochs": 1, "batch_size": 16, "precision": "fp32"}
-    path = write_task(folder, recipe={"biases": {}, "training": training}, search={"head_bits": [4, 8]})
+    path = write_task(
+        folder, recipe={"biases": {}, "training": training}, search={"head_bits": [4, 8]}
+    )
     workspace = Workspace(folder / "runs")
     task = load_task(path)
     prepare(task, workspace.data(task.name))
-    (folder / "image.png").write_bytes(save_samples(workspace.data(task.name), folder / "samples", count=1)[0].read_bytes())
+    (folder / "image.png").write_bytes(
+        save_samples(workspace.data(task.name), folder / "samples", count=1)[0].read_bytes()
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         register(open_inputs(task, workspace.data(task.name)), workspace.root)
@@ -191,7 +199,9 @@ def test_a_command_runs(line: str, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("block", blocks("python"), ids=lambda block: block.split("\n", 1)[0])
-def test_a_python_block_runs(block: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_python_block_runs(
+    block: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     outcome = TaskOutcome(task="bars", registered=pipeline.find("bars")[0])
     monkeypatch.setattr(pipeline, "run", create_autospec(pipeline.run, return_value=[outcome]))
     exec(compile(adapted(block), "example", "exec"), {})

@@ -19,7 +19,9 @@ GENERATED = {"docs/architectures.md"}
 def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
     environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
-    done = subprocess.run(command, cwd=PROJECT_ROOT, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, cwd=PROJECT_ROOT, env=environment, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     cli = (tmp_path / "reference/cli/index.html").read_text(encoding="utf-8")
     assert "--registry-patience" in cli
@@ -35,7 +37,11 @@ def test_every_page_is_in_the_navigation_once() -> None:
     def pages(entry: object) -> list[str]:
         if isinstance(entry, dict):
             return [page for value in entry.values() for page in pages(value)]
-        return [page for value in entry for page in pages(value)] if isinstance(entry, list) else [str(entry)]
+        return (
+            [page for value in entry for page in pages(value)]
+            if isinstance(entry, list)
+            else [str(entry)]
+        )
 
     listed = sorted(pages(config["nav"]))
     in_docs = [page.relative_to(DOCS).as_posix() for page in PAGES if page.is_relative_to(DOCS)]
@@ -50,8 +56,15 @@ def test_links_and_files_named_on_a_page_exist(page: Path) -> None:
     assert [link for link in links if not (page.parent / link).exists()] == []
     rooms = "pipeline|docs|tasks|tests|benchmarks|deploy"
     named = re.findall(rf"`((?:{rooms})/[^`\s*<]+)`", text)
-    named += [f"pipeline/{name}" for name in re.findall(r"`((?!pipeline/|tests/|deploy/|benchmarks/)[a-z_]+/[a-z_]+\.py)`", text)]
-    named += [word for line in taskpack_lines(page) for word in line.split() if word.startswith("tasks/")]
+    named += [
+        f"pipeline/{name}"
+        for name in re.findall(
+            r"`((?!pipeline/|tests/|deploy/|benchmarks/)[a-z_]+/[a-z_]+\.py)`", text
+        )
+    ]
+    named += [
+        word for line in taskpack_lines(page) for word in line.split() if word.startswith("tasks/")
+    ]
     missing = [name for name in named if not (PROJECT_ROOT / name).exists()]
     assert set(missing) <= {"deploy/mlflow/.env"}
 

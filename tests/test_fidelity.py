@@ -1,4 +1,6 @@
-"""What the papers' released code does, held as values: our catalogue and our formulas against theirs."""
+"""What the papers' released code does, held as values: our catalogue and our formulas against
+theirs.
+"""
 
 from __future__ import annotations
 
@@ -26,8 +28,8 @@ from pipeline.training.mixing import mix
 CATALOGUE = Path(__file__).resolve().parents[1] / "tasks"
 
 # Learning rate, batch size, K and drop path of the training scripts that GPS's authors released on
-# 2024-10-17 (FightingFighting/GPS, train_scripts/vit); for FGVC also mixup, CutMix, label smoothing and
-# the decay of the moving average, of which the first three are defaults of their args.py.
+# 2024-10-17 (FightingFighting/GPS, train_scripts/vit); for FGVC also mixup, CutMix, label smoothing
+# and the decay of the moving average, of which the first three are defaults of their args.py.
 GPS_VTAB = {
     "caltech101": (0.002, 16, 1, 0),
     "cifar100": (0.01, 32, 1, 0),
@@ -60,7 +62,11 @@ GPS_FGVC = {
 
 SCALES = (0.01, 0.1, 1, 10, 100)
 """What Binary Adapter tunes per task."""
-ADAPTER_METHODS = sorted(path.stem for path in (CATALOGUE / "methods").glob("*.yaml") if path.name.startswith(("adapt", "lora", "smoa", "fact")))
+ADAPTER_METHODS = sorted(
+    path.stem
+    for path in (CATALOGUE / "methods").glob("*.yaml")
+    if path.name.startswith(("adapt", "lora", "smoa", "fact"))
+)
 
 
 @pytest.fixture(autouse=True)
@@ -68,20 +74,38 @@ def data_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(DATA_ROOT, str(tmp_path / "datasets"))
 
 
-@pytest.mark.parametrize(("suite", "table"), [("vtab1k", GPS_VTAB), ("fgvc", GPS_FGVC)], ids=["vtab1k", "fgvc"])
-def test_the_catalogue_trains_as_the_released_scripts_of_gps(suite: str, table: dict[str, tuple[float, ...]]) -> None:
+@pytest.mark.parametrize(
+    ("suite", "table"), [("vtab1k", GPS_VTAB), ("fgvc", GPS_FGVC)], ids=["vtab1k", "fgvc"]
+)
+def test_the_catalogue_trains_as_the_released_scripts_of_gps(
+    suite: str, table: dict[str, tuple[float, ...]]
+) -> None:
     tasks = {name: load_task(CATALOGUE / suite / f"{name}.yaml") for name in table}
-    names = ("drop_path",) if suite == "vtab1k" else ("drop_path", "mixup", "cutmix", "label_smoothing", "ema")
+    names = (
+        ("drop_path",)
+        if suite == "vtab1k"
+        else ("drop_path", "mixup", "cutmix", "label_smoothing", "ema")
+    )
     ours = {
-        name: (training.learning_rate, training.batch_size, task.recipe.connections.top_k, *(getattr(training, each) for each in names))
+        name: (
+            training.learning_rate,
+            training.batch_size,
+            task.recipe.connections.top_k,
+            *(getattr(training, each) for each in names),
+        )
         for name, task in tasks.items()
         for training in [task.recipe.training]
         if task.recipe.connections is not None
     }
     assert ours == table
-    assert {(task.recipe.training.epochs, task.recipe.training.warmup_epochs, task.recipe.training.weight_decay) for task in tasks.values()} == {
-        (100, 10, 0)
-    }
+    assert {
+        (
+            task.recipe.training.epochs,
+            task.recipe.training.warmup_epochs,
+            task.recipe.training.weight_decay,
+        )
+        for task in tasks.values()
+    } == {(100, 10, 0)}
 
 
 # --- the setting of Binary Adapter ----------------------------------------------------------------
@@ -91,9 +115,13 @@ def test_the_catalogue_has_the_setting_of_binary_adapters_code() -> None:
     """Its main.py, vtab.py and train.sh, on the same 19 tasks as the suite of VTAB-1k."""
     vtab1k = {task.name.split("-")[1]: task for task in load_tasks([CATALOGUE / "vtab1k"])}
     tasks = {task.name.split("-")[1]: task for task in load_tasks([CATALOGUE / "binary_adapter"])}
-    assert {name: task.data for name, task in tasks.items()} == {name: task.data for name, task in vtab1k.items()}
+    assert {name: task.data for name, task in tasks.items()} == {
+        name: task.data for name, task in vtab1k.items()
+    }
     for task in tasks.values():
-        assert task.backbone == Backbone(model="vit_base_patch16_224.orig_in21k", mean=(0, 0, 0), std=(1, 1, 1))
+        assert task.backbone == Backbone(
+            model="vit_base_patch16_224.orig_in21k", mean=(0, 0, 0), std=(1, 1, 1)
+        )
         assert (task.input.mean, task.input.std, task.input.size_px) == (None, None, 224)
         training = task.recipe.training
         assert (training.epochs, training.warmup_epochs, training.batch_size) == (100, 10, 64)
@@ -148,7 +176,7 @@ def test_adapter_x_trains_its_papers_share_of_a_vit_b(method: str) -> None:
     assert f"{share:.2%}" == "0.20%"
 
 
-# --- the two views of GPS ---------------------------------------------------------------------------------------------------------------------
+# --- the two views of GPS -------------------------------------------------------------------------
 
 
 def photographs(count: int = 8, size: int = 24) -> torch.Tensor:
@@ -163,12 +191,19 @@ def photographs(count: int = 8, size: int = 24) -> torch.Tensor:
 
 def test_hues_turn_as_in_torchvision() -> None:
     images, turns = photographs(), torch.tensor([0.1, -0.1, 0.07, 0.5, -0.5, 0.0, 0.03, -0.02])
-    expected = torch.stack([torchvision_functional.adjust_hue(image, float(turn)) for image, turn in zip(images, turns, strict=True)])
+    expected = torch.stack(
+        [
+            torchvision_functional.adjust_hue(image, float(turn))
+            for image, turn in zip(images, turns, strict=True)
+        ]
+    )
     torch.testing.assert_close(turn_hue(images, turns), expected, atol=1e-5, rtol=0)
 
 
 def test_the_selection_draws_the_views_of_gps_by_default() -> None:
-    """Crops of 8 to 100 %, colour jitter of 80 % and grey of 20 % of all views; colours come out as torchvision's operators make them."""
+    """Crops of 8 to 100 %, colour jitter of 80 % and grey of 20 % of all views; colours come out as
+    torchvision's operators make them.
+    """
     assert Selection().views == "strong"
     grey = torch.full((4000, 3, 2, 2), 0.5)
     colour = grey * torch.tensor([1.0, 0.6, 0.2]).view(1, 3, 1, 1)
@@ -177,7 +212,9 @@ def test_the_selection_draws_the_views_of_gps_by_default() -> None:
     is_unchanged = (views - colour[:, :, 0, 0]).abs().amax(dim=1) < 1e-5
     assert float(is_grey.float().mean()) == pytest.approx(0.2, abs=0.02)
     assert float(is_unchanged.float().mean()) == pytest.approx(0.2 * 0.8, abs=0.02)
-    brightness_alone = augment(grey, torch.Generator().manual_seed(0), True, "strong")[:, 0, 0, 0] / 0.5
+    brightness_alone = (
+        augment(grey, torch.Generator().manual_seed(0), True, "strong")[:, 0, 0, 0] / 0.5
+    )
     assert 0.5999 <= float(brightness_alone.min()) < 0.65
     assert 1.35 < float(brightness_alone.max()) <= 1.4001
 
@@ -192,7 +229,9 @@ def test_one_image_through_the_colour_operators_is_what_torchvision_makes_of_it(
             drawn.append(super().__call__(*shape))
             return drawn[-1]
 
-    ours = _colour_jitter(images, Recording(torch.Generator().manual_seed(3), len(images), images.device))
+    ours = _colour_jitter(
+        images, Recording(torch.Generator().manual_seed(3), len(images), images.device)
+    )
     order, factors, hue, jittered, grey = drawn
     operators = [
         torchvision_functional.adjust_brightness,
@@ -201,10 +240,15 @@ def test_one_image_through_the_colour_operators_is_what_torchvision_makes_of_it(
         torchvision_functional.adjust_hue,
     ]
     for number, image in enumerate(images):
-        amounts = [*(1 + 0.4 * (2 * factors[:, number] - 1)).tolist(), float(0.1 * (2 * hue[number] - 1))]
+        amounts = [
+            *(1 + 0.4 * (2 * factors[:, number] - 1)).tolist(),
+            float(0.1 * (2 * hue[number] - 1)),
+        ]
         for operator in order[:, number].argsort().tolist() if jittered[number] < 0.8 else []:
             image = operators[operator](image, amounts[operator])
-        expected = torchvision_functional.rgb_to_grayscale(image, 3) if grey[number] < 0.2 else image
+        expected = (
+            torchvision_functional.rgb_to_grayscale(image, 3) if grey[number] < 0.2 else image
+        )
         torch.testing.assert_close(ours[number], expected, atol=2e-5, rtol=0)
 
 
@@ -212,8 +256,14 @@ def test_one_image_through_the_colour_operators_is_what_torchvision_makes_of_it(
 
 SMALL_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "vit": ("vit_base_patch16_224", {"embed_dim": 48, "depth": 2, "num_heads": 3}),
-    "vit with LayerScale": ("deit3_small_patch16_224", {"embed_dim": 48, "depth": 2, "num_heads": 3}),
-    "swin": ("swin_base_patch4_window7_224", {"embed_dim": 16, "depths": [1, 1], "num_heads": [1, 2]}),
+    "vit with LayerScale": (
+        "deit3_small_patch16_224",
+        {"embed_dim": 48, "depth": 2, "num_heads": 3},
+    ),
+    "swin": (
+        "swin_base_patch4_window7_224",
+        {"embed_dim": 16, "depths": [1, 1], "num_heads": [1, 2]},
+    ),
     "beit": ("beit_base_patch16_224", {"embed_dim": 48, "depth": 2, "num_heads": 3}),
     "convnext": ("convnext_base", {"depths": [1, 1, 1, 1], "dims": [8, 16, 24, 32]}),
     "levit": ("levit_128s", {}),
@@ -232,7 +282,11 @@ def names_that_gps_trains(names: Iterable[str]) -> set[str]:
     def is_frozen(name: str) -> bool:
         return "norm" in name or "pos_embed" in name or "cls_token" in name
 
-    return {name for name in names if not is_frozen(theirs(name)) and ("bias" in theirs(name) or "gamma" in theirs(name))}
+    return {
+        name
+        for name in names
+        if not is_frozen(theirs(name)) and ("bias" in theirs(name) or "gamma" in theirs(name))
+    }
 
 
 def small_backbone(family: str) -> LoadedBackbone:
@@ -288,30 +342,44 @@ def test_a_network_on_changed_biases_computes_what_timm_does_on_the_sums(family:
         torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=1e-5)
 
 
-# --- drop path ------------------------------------------------------------------------------------------------------------------------------------
+# --- drop path ------------------------------------------------------------------------------------
 
 
 def outputs_of(model: AdaptedModel, name: str, images: torch.Tensor) -> torch.Tensor:
-    """What a module of the backbone gives in one forward pass [B, T, D], after all changes of a branch's end."""
+    """What a module of the backbone gives in one forward pass [B, T, D], after all changes of a
+    branch's end.
+    """
     seen: list[torch.Tensor] = []
-    handle = model.backbone.get_submodule(name).register_forward_hook(lambda module, inputs, output: seen.append(output))
+    handle = model.backbone.get_submodule(name).register_forward_hook(
+        lambda module, inputs, output: seen.append(output)
+    )
     model(images)
     handle.remove()
     return seen[0].detach()
 
 
 def test_drop_path_leaves_out_branches_of_whole_samples_and_scales_the_others() -> None:
-    spec = Backbone(model="vit_tiny_patch16_224", arguments={"img_size": 32, "depth": 3, "embed_dim": 48, "num_heads": 3}, weights="random")
+    spec = Backbone(
+        model="vit_tiny_patch16_224",
+        arguments={"img_size": 32, "depth": 3, "embed_dim": 48, "num_heads": 3},
+        weights="random",
+    )
     backbone = load_backbone(spec, Input(size_px=32))
     images = photographs(64, 32)
     plain = attach(backbone, Recipe(), 3)
     dropping = attach(backbone, Recipe(training=Training(drop_path=0.5)), 3)
     assert torch.equal(plain.eval()(images), dropping.eval()(images))
     dropping.train()
-    branch, without = outputs_of(dropping, "blocks.0.drop_path2", images), outputs_of(plain, "blocks.0.drop_path2", images)
+    branch, without = (
+        outputs_of(dropping, "blocks.0.drop_path2", images),
+        outputs_of(plain, "blocks.0.drop_path2", images),
+    )
     assert torch.equal(branch, without), "the first block keeps everything"
     stream = outputs_of(dropping, "blocks.0", images)
-    branch, without = outputs_of(dropping, "blocks.1.drop_path1", images), outputs_of(plain, "blocks.1.drop_path1", images)
+    branch, without = (
+        outputs_of(dropping, "blocks.1.drop_path1", images),
+        outputs_of(plain, "blocks.1.drop_path1", images),
+    )
     assert torch.equal(stream, outputs_of(plain, "blocks.0", images))
     is_dropped = (branch == 0).flatten(1).all(dim=1)
     assert 4 <= int(is_dropped.sum()) <= 28, "a quarter of 64"
@@ -319,22 +387,35 @@ def test_drop_path_leaves_out_branches_of_whole_samples_and_scales_the_others() 
 
 
 def test_the_rates_of_drop_path_rise_as_timms() -> None:
-    theirs = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=4, embed_dim=48, num_heads=3, drop_path_rate=0.3)
-    assert drop_rates(0.3, 4) == pytest.approx([getattr(block.drop_path1, "drop_prob", 0.0) for block in theirs.blocks])
+    theirs = timm.create_model(
+        "vit_tiny_patch16_224", img_size=32, depth=4, embed_dim=48, num_heads=3, drop_path_rate=0.3
+    )
+    assert drop_rates(0.3, 4) == pytest.approx(
+        [getattr(block.drop_path1, "drop_prob", 0.0) for block in theirs.blocks]
+    )
 
 
 def test_a_backbone_without_blocks_has_no_path_to_drop() -> None:
-    backbone = load_backbone(Backbone(model="test_efficientnet", weights="random"), Input(size_px=32))
+    backbone = load_backbone(
+        Backbone(model="test_efficientnet", weights="random"), Input(size_px=32)
+    )
     with pytest.raises(BackboneError, match=r"recipe\.training\.drop_path: given 0\.1"):
         attach(backbone, Recipe(training=Training(drop_path=0.1)), 3)
 
 
-# --- mixup, CutMix and the moving average --------------------------------------------------------------------------------------------------------
+# --- mixup, CutMix and the moving average ---------------------------------------------------------
 
 
-def mixed(count: int = 6, **changes: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+def mixed(
+    count: int = 6, **changes: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     images, labels = photographs(count), torch.arange(count) % 3
-    pixels, targets = mix(images, torch.nn.functional.one_hot(labels, 3).float(), Training(**changes), torch.Generator().manual_seed(1))
+    pixels, targets = mix(
+        images,
+        torch.nn.functional.one_hot(labels, 3).float(),
+        Training(**changes),
+        torch.Generator().manual_seed(1),
+    )
     return images, torch.nn.functional.one_hot(labels, 3).float(), pixels, targets
 
 
@@ -358,10 +439,17 @@ def test_cutmix_states_the_share_of_pixels_that_it_kept() -> None:
 def test_smoothed_mixed_labels_are_those_of_timm() -> None:
     """timm smooths each label, then mixes; torch smooths the mixture: the same numbers."""
     _, labels, _, targets = mixed(mixup=0.8)
-    logits, share = torch.randn(6, 3, generator=torch.Generator().manual_seed(0)), float(targets[0, 0])
+    logits, share = (
+        torch.randn(6, 3, generator=torch.Generator().manual_seed(0)),
+        float(targets[0, 0]),
+    )
     smooth = 0.9 * labels + 0.1 / 3
-    expected = -((share * smooth + (1 - share) * smooth.flip(0)) * logits.log_softmax(1)).sum(1).mean()
-    torch.testing.assert_close(torch.nn.functional.cross_entropy(logits, targets, label_smoothing=0.1), expected)
+    expected = (
+        -((share * smooth + (1 - share) * smooth.flip(0)) * logits.log_softmax(1)).sum(1).mean()
+    )
+    torch.testing.assert_close(
+        torch.nn.functional.cross_entropy(logits, targets, label_smoothing=0.1), expected
+    )
 
 
 @pytest.mark.parametrize("decay", [0.9, 0.9998])
@@ -373,7 +461,11 @@ def test_the_moving_average_is_that_of_its_formula(decay: float) -> None:
         with torch.no_grad():
             parameter.copy_(torch.tensor([step, step**0.5, 1.0]))
         rate = min(decay, (1 + step) / (10 + step))
-        expected = parameter.detach().clone() if expected is None else rate * expected + (1 - rate) * parameter.detach()
+        expected = (
+            parameter.detach().clone()
+            if expected is None
+            else rate * expected + (1 - rate) * parameter.detach()
+        )
         average.update(step)
     average.swap()
     torch.testing.assert_close(parameter.detach(), expected)
@@ -381,14 +473,20 @@ def test_the_moving_average_is_that_of_its_formula(decay: float) -> None:
     assert parameter.tolist() == pytest.approx([39, 39**0.5, 1])
 
 
-# --- the table ----------------------------------------------------------------------------------------------------------------------------------
+# --- the table ------------------------------------------------------------------------------------
 
 
 def test_every_row_of_the_table_names_a_test_that_exists() -> None:
-    text = (Path(__file__).resolve().parents[1] / "docs" / "fidelity.md").read_text(encoding="utf-8")
+    text = (Path(__file__).resolve().parents[1] / "docs" / "fidelity.md").read_text(
+        encoding="utf-8"
+    )
     rows = [line for line in text.splitlines() if re.search(r"\| (same|choice|open) \|", line)]
     named = [re.fullmatch(r".*\| `([a-z_]+\.py)::(test_[a-z0-9_]+)` \|", line) for line in rows]
     assert len(rows) > 25
     for line, match in zip(rows, named, strict=True):
         assert match is not None, line
-        assert re.search(rf"^def {match[2]}\(", Path(__file__).with_name(match[1]).read_text(encoding="utf-8"), re.MULTILINE), line
+        assert re.search(
+            rf"^def {match[2]}\(",
+            Path(__file__).with_name(match[1]).read_text(encoding="utf-8"),
+            re.MULTILINE,
+        ), line

@@ -1,4 +1,6 @@
-"""Groups of ranks on Ray: had whole or not at all, ended as one, started again as one; a task trained by two of them from data to pack."""
+"""Groups of ranks on Ray: had whole or not at all, ended as one, started again as one; a task
+trained by two of them from data to pack.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,10 @@ from pipeline.specs import SearchSpace, Smoa, Task
 from pipeline.training import Inputs, Ranks, evaluate, open_inputs
 from pipeline.training.fit import PACK_FILE, read_fit
 
-pytestmark = [pytest.mark.usefixtures("local_ray"), pytest.mark.filterwarnings("ignore::ResourceWarning")]
+pytestmark = [
+    pytest.mark.usefixtures("local_ray"),
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+]
 PAIR = TrialResources(ranks=2)
 
 
@@ -87,7 +92,9 @@ def err(said: int, folder: Path, resources: TrialResources, ranks: Ranks) -> Non
 
 
 def err_later(said: int, folder: Path, resources: TrialResources, ranks: Ranks) -> None:
-    """The second rank fails by itself, of something without a name, while the first waits for it."""
+    """The second rank fails by itself, of something without a name, while the first waits for
+    it.
+    """
     with (folder / "tries").open("a") as tries:
         tries.write(str(ranks.rank))
     if not ranks.is_first:
@@ -110,7 +117,9 @@ def on_pairs(work: Any, folder: Path, groups: int = 1, retries: int = 1) -> list
         return in_group(work, arguments, PAIR)
 
     arguments = [(said, folder) for said in range(groups)]
-    ended = dict(ended_tasks(worker, arguments, 1, 0, ranks=2, retries=retries, is_stopping=lambda: False))
+    ended = dict(
+        ended_tasks(worker, arguments, 1, 0, ranks=2, retries=retries, is_stopping=lambda: False)
+    )
     return [ended[said] for said in range(groups)]
 
 
@@ -118,7 +127,9 @@ def all_is_given_back() -> bool:
     """Whether the three places of the cluster are free again, soon."""
     deadline = time.monotonic() + 30
     while time.monotonic() < deadline:
-        held = [each for each in ray.util.placement_group_table().values() if each["state"] != "REMOVED"]
+        held = [
+            each for each in ray.util.placement_group_table().values() if each["state"] != "REMOVED"
+        ]
         if not held and ray.available_resources().get("CPU") == 3:
             return True
         time.sleep(0.1)
@@ -176,14 +187,26 @@ def test_a_group_ends_with_its_first_rank(tmp_path: Path) -> None:
 
 def test_a_cluster_of_fixed_size_refuses_more_ranks_than_it_can_ever_hold() -> None:
     wait_for_room(3, 1, 0, lambda: False)
-    with pytest.raises(ClusterError, match=r"for each of 2 ranks, and the nodes \(3 CPUs and 0 GPUs\) have room for 1; lower --ranks-per-trial"):
+    with pytest.raises(
+        ClusterError,
+        match=(
+            r"for each of 2 ranks, and the nodes \(3 CPUs and 0 GPUs\) have room for 1; lower"
+            r" --ranks-per-trial"
+        ),
+    ):
         wait_for_room(2, 2, 0, lambda: False)
 
 
 def test_a_study_ends_and_retries_groups_as_it_does_single_trials(
-    tiny_task: Task, tiny_data: Path, tiny_inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_task: Task,
+    tiny_data: Path,
+    tiny_inputs: Inputs,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The second rank of the first trial is killed; the second trial is stopped after its first epoch; the third runs in the processes left."""
+    """The second rank of the first trial is killed; the second trial is stopped after its first
+    epoch; the third runs in the processes left.
+    """
     space = SearchSpace(learning_rate=(1e-3, 2e-3, 3e-3))
     training = tiny_task.recipe.training.model_copy(update={"epochs": 3})
     recipe = tiny_task.recipe.model_copy(update={"connections": None, "training": training})
@@ -207,18 +230,35 @@ def test_a_study_ends_and_retries_groups_as_it_does_single_trials(
         on_progress=kill_one,
     )
     assert len(killed) == 1
-    assert [(record.state, len(record.curve)) for record in records] == [("complete", 3), ("stopped", 1), ("complete", 3)]
+    assert [(record.state, len(record.curve)) for record in records] == [
+        ("complete", 3),
+        ("stopped", 1),
+        ("complete", 3),
+    ]
     assert all_is_given_back()
 
 
 def other_ranks() -> list[int]:
-    """The processes of this Ray, whose raylet is a child of this process, that are at work as ranks but the first."""
-    titles = {int(path.parent.name): path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if path.exists()}
-    return [process for process, title in titles.items() if title.startswith(b"ray::_other") and parent(parent(process)) == os.getpid()]
+    """The processes of this Ray, whose raylet is a child of this process, that are at work as ranks
+    but the first.
+    """
+    titles = {
+        int(path.parent.name): path.read_bytes()
+        for path in Path("/proc").glob("[0-9]*/cmdline")
+        if path.exists()
+    }
+    return [
+        process
+        for process, title in titles.items()
+        if title.startswith(b"ray::_other") and parent(parent(process)) == os.getpid()
+    ]
 
 
 def test_two_ranks_take_a_task_from_data_to_pack(
-    tiny_task: Task, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+    tiny_task: Task,
+    tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """More ranks are asked for than the task has shards; early trials end others."""
     workdir = new_workdir(tmp_path_factory.getbasetemp(), tmp_path)
@@ -226,7 +266,12 @@ def test_two_ranks_take_a_task_from_data_to_pack(
     recipe = tiny_task.recipe.model_copy(update={"smoa": Smoa(experts=2, width=4, bits=4)})
     task = tiny_task.model_copy(update={"recipe": recipe, "search": SearchSpace(bits=(4, 8))})
     remarks: list[str] = []
-    (outcome,) = api.run([task], workdir=workdir, ranks_per_trial=3, on_progress=lambda *told: remarks.append(told[3]))
+    (outcome,) = api.run(
+        [task],
+        workdir=workdir,
+        ranks_per_trial=3,
+        on_progress=lambda *told: remarks.append(told[3]),
+    )
     assert outcome.error is None
     assert outcome.registered is not None
     assert outcome.registered.tags["device"].startswith("2 x CPU (")
@@ -236,6 +281,13 @@ def test_two_ranks_take_a_task_from_data_to_pack(
     result, inputs = read_fit(folder), open_inputs(task, workdir / "data" / task.name)
     model = from_pack(read_pack(folder / PACK_FILE), inputs.backbone)
     assert result is not None
-    expected = score(inputs.metric, evaluate(model, inputs.reader("test"), inputs.splits["test"], inputs.kind))
-    assert (result.metric, result.test_metric, result.test_metric_stderr, result.test_samples) == astuple(expected)
+    expected = score(
+        inputs.metric, evaluate(model, inputs.reader("test"), inputs.splits["test"], inputs.kind)
+    )
+    assert (
+        result.metric,
+        result.test_metric,
+        result.test_metric_stderr,
+        result.test_samples,
+    ) == astuple(expected)
     assert all_is_given_back()

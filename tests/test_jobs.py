@@ -1,4 +1,6 @@
-"""What a submitted batch is, how its attempts follow each other, and how a cluster that refuses is reported; no cluster here."""
+"""What a submitted batch is, how its attempts follow each other, and how a cluster that refuses is
+reported; no cluster here.
+"""
 
 from __future__ import annotations
 
@@ -35,18 +37,54 @@ class FakeClient:
     faster: bool = False  # somebody else submits the same job just before
 
     def list_jobs(self) -> list[SimpleNamespace]:
-        foreign = SimpleNamespace(metadata=None, status="RUNNING", submission_id=None, message=None, start_time=1, end_time=None, driver_node_id=None)
+        foreign = SimpleNamespace(
+            metadata=None,
+            status="RUNNING",
+            submission_id=None,
+            message=None,
+            start_time=1,
+            end_time=None,
+            driver_node_id=None,
+        )
         return [foreign, *self.jobs]
 
-    def submit_job(self, *, entrypoint: str, submission_id: str, runtime_env: dict[str, Any], metadata: dict[str, str]) -> None:
+    def submit_job(
+        self,
+        *,
+        entrypoint: str,
+        submission_id: str,
+        runtime_env: dict[str, Any],
+        metadata: dict[str, str],
+    ) -> None:
         if self.faster:
             self.faster = False
-            self.submit_job(entrypoint=entrypoint, submission_id=submission_id, runtime_env=runtime_env, metadata=metadata)
+            self.submit_job(
+                entrypoint=entrypoint,
+                submission_id=submission_id,
+                runtime_env=runtime_env,
+                metadata=metadata,
+            )
         if submission_id in [job.submission_id for job in self.jobs]:
-            raise RuntimeError(f"Request failed with status code 500: Traceback:\n ...\nRuntimeError: {submission_id} already exists")
-        sent = {path.name: path.read_text() for path in Path(runtime_env["working_dir"], "tasks").iterdir()}
-        times = {"start_time": 1000 * len(self.jobs) + 1000, "end_time": None, "driver_node_id": None}
-        job = {"submission_id": submission_id, "status": "PENDING", "message": "queued", "metadata": metadata, "entrypoint": entrypoint}
+            raise RuntimeError(
+                "Request failed with status code 500: Traceback:\n ...\nRuntimeError:"
+                f" {submission_id} already exists"
+            )
+        sent = {
+            path.name: path.read_text()
+            for path in Path(runtime_env["working_dir"], "tasks").iterdir()
+        }
+        times = {
+            "start_time": 1000 * len(self.jobs) + 1000,
+            "end_time": None,
+            "driver_node_id": None,
+        }
+        job = {
+            "submission_id": submission_id,
+            "status": "PENDING",
+            "message": "queued",
+            "metadata": metadata,
+            "entrypoint": entrypoint,
+        }
         self.jobs.append(SimpleNamespace(**job, **times, sent=sent, runtime_env=runtime_env))
 
     def stop_job(self, job: str) -> bool:
@@ -77,11 +115,15 @@ def batch(tmp_path: Path) -> Batch:
     return describe(load_tasks([write_task(tmp_path)], expand=False), workdir="/mnt/runs")
 
 
-# --- the description ------------------------------------------------------------------------------------------------------------------------
+# --- the description ------------------------------------------------------------------------------
 
 
-def test_a_description_is_read_as_the_tasks_it_was_made_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every task of the catalogue, bases and shared sections and all, alone in a folder of another machine with its own datasets."""
+def test_a_description_is_read_as_the_tasks_it_was_made_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every task of the catalogue, bases and shared sections and all, alone in a folder of another
+    machine with its own datasets.
+    """
     folders = [CATALOGUE / name for name in ("demo", "fewshot", "fgvc", "large", "vtab1k")]
     monkeypatch.delenv(DATA_ROOT, raising=False)
     sent = describe(load_tasks(folders, expand=False), workdir="/mnt/runs", shared=[CATALOGUE])
@@ -90,13 +132,19 @@ def test_a_description_is_read_as_the_tasks_it_was_made_of(tmp_path: Path, monke
     monkeypatch.setenv(DATA_ROOT, "/mnt/data")
     there = load_tasks([tmp_path])
     assert len(there) == len(sent.files) > 30
-    assert sorted(there, key=lambda task: task.name) == sorted(load_tasks(folders), key=lambda task: task.name)
+    assert sorted(there, key=lambda task: task.name) == sorted(
+        load_tasks(folders), key=lambda task: task.name
+    )
 
 
-def test_the_machine_that_reads_a_description_says_where_the_data_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_machine_that_reads_a_description_says_where_the_data_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv(DATA_ROOT, "/only/here")
     data = {"format": "lists", "root": "$TASKPACK_DATA/x", "classes": 2}
-    sent = describe(load_tasks([write_task(tmp_path, data=data)], expand=False), workdir="/mnt/runs")
+    sent = describe(
+        load_tasks([write_task(tmp_path, data=data)], expand=False), workdir="/mnt/runs"
+    )
     assert yaml.safe_load(sent.files["bars.yaml"])["data"]["root"] == "$TASKPACK_DATA/x"
 
 
@@ -104,14 +152,32 @@ def test_the_machine_that_reads_a_description_says_where_the_data_are(tmp_path: 
     ("changes", "key"),
     [
         ({"data": {"format": "folder", "train": "a", "test": "https://host/b"}}, "data.train"),
-        ({"data": {"train": ["$TASKPACK_DATA/a.tar", "s3://b/c.tar"], "test": ["$TASKPACK_DATA/d.tar", "e.tar"]}}, "data.test"),
-        ({"data": {"format": "lists", "root": "$TASKPACK_DATA/a", "classes": "names.txt"}}, "data.classes"),
-        ({"backbone": {"model": "vit_tiny_patch16_224", "weights": "own.safetensors"}}, "backbone.weights"),
+        (
+            {
+                "data": {
+                    "train": ["$TASKPACK_DATA/a.tar", "s3://b/c.tar"],
+                    "test": ["$TASKPACK_DATA/d.tar", "e.tar"],
+                }
+            },
+            "data.test",
+        ),
+        (
+            {"data": {"format": "lists", "root": "$TASKPACK_DATA/a", "classes": "names.txt"}},
+            "data.classes",
+        ),
+        (
+            {"backbone": {"model": "vit_tiny_patch16_224", "weights": "own.safetensors"}},
+            "backbone.weights",
+        ),
     ],
 )
-def test_what_the_cluster_may_not_have_is_refused(changes: dict[str, Any], key: str, tmp_path: Path) -> None:
+def test_what_the_cluster_may_not_have_is_refused(
+    changes: dict[str, Any], key: str, tmp_path: Path
+) -> None:
     tasks = load_tasks([write_task(tmp_path, **changes)], expand=False)
-    with pytest.raises(SpecError, match=f"task bars: {key}: {tmp_path}/.* is a path of this machine.*--shared"):
+    with pytest.raises(
+        SpecError, match=f"task bars: {key}: {tmp_path}/.* is a path of this machine.*--shared"
+    ):
         describe(tasks, workdir="/mnt/runs")
     assert describe(tasks, workdir="/mnt/runs", shared=[tmp_path]).files
     assert [found for found, _ in local_paths(tasks[0])] == [key]
@@ -135,10 +201,12 @@ def test_the_id_is_of_the_description_not_of_the_order(tmp_path: Path) -> None:
     assert len({batch.default_id for batch in [one, *others]}) == 5
 
 
-# --- attempts -------------------------------------------------------------------------------------------------------------------------------
+# --- attempts -------------------------------------------------------------------------------------
 
 
-def test_a_batch_that_runs_or_is_done_is_not_started_again(server: JobServer, client: FakeClient, batch: Batch) -> None:
+def test_a_batch_that_runs_or_is_done_is_not_started_again(
+    server: JobServer, client: FakeClient, batch: Batch
+) -> None:
     first, started = server.submit(batch)
     assert (first.batch, first.attempt, first.tasks, started) == (batch.default_id, 1, 1, True)
     for state in ("PENDING", "RUNNING", "SUCCEEDED"):
@@ -149,25 +217,36 @@ def test_a_batch_that_runs_or_is_done_is_not_started_again(server: JobServer, cl
 
 
 @pytest.mark.parametrize("state", ["FAILED", "STOPPED"])
-def test_a_batch_that_ended_early_gets_a_new_attempt(state: str, server: JobServer, client: FakeClient, batch: Batch) -> None:
+def test_a_batch_that_ended_early_gets_a_new_attempt(
+    state: str, server: JobServer, client: FakeClient, batch: Batch
+) -> None:
     server.submit(batch, "friday")
     client.jobs[0].status = state
     attempt, started = server.submit(batch, "friday")
     assert (attempt.batch, attempt.attempt, attempt.job, started) == ("friday", 2, "friday.2", True)
-    assert [(known.attempt, known.state) for known in server.attempts()] == [(2, "PENDING"), (1, state)]
+    assert [(known.attempt, known.state) for known in server.attempts()] == [
+        (2, "PENDING"),
+        (1, state),
+    ]
     assert server.find("friday").attempt == 2
 
 
-def test_of_two_who_submit_at_once_one_starts_it(server: JobServer, client: FakeClient, batch: Batch) -> None:
+def test_of_two_who_submit_at_once_one_starts_it(
+    server: JobServer, client: FakeClient, batch: Batch
+) -> None:
     client.faster = True
     attempt, started = server.submit(batch)
     assert (attempt.attempt, started, len(client.jobs)) == (1, False, 1)
 
 
-def test_an_id_belongs_to_one_description_while_it_runs(server: JobServer, client: FakeClient, batch: Batch) -> None:
+def test_an_id_belongs_to_one_description_while_it_runs(
+    server: JobServer, client: FakeClient, batch: Batch
+) -> None:
     server.submit(batch, "friday")
     other = Batch(batch.files, ("--workdir", "/mnt/other"))
-    with pytest.raises(SpecError, match="'friday', but other tasks or options with this id are running"):
+    with pytest.raises(
+        SpecError, match="'friday', but other tasks or options with this id are running"
+    ):
         server.submit(other, "friday")
     client.jobs[0].status = "FAILED"
     assert server.submit(other, "friday")[1]
@@ -179,13 +258,25 @@ def test_an_id_that_is_none_is_refused(batch_id: str, server: JobServer, batch: 
         server.submit(batch, batch_id)
 
 
-def test_the_job_is_the_command_and_the_description(server: JobServer, client: FakeClient, batch: Batch, tmp_path: Path) -> None:
+def test_the_job_is_the_command_and_the_description(
+    server: JobServer, client: FakeClient, batch: Batch, tmp_path: Path
+) -> None:
     (tmp_path / "pipeline").mkdir()
     (tmp_path / "pipeline" / "cli.py").touch()
     quoted = Batch(batch.files, ("--workdir", "/mnt/it's a; folder"))
     server.submit(quoted, working_dir=tmp_path, python="/opt/my venv/bin/python")
     (job,) = client.jobs
-    words = ["/opt/my venv/bin/python", "-m", "pipeline.cli.app", "run", "tasks", "--address", "auto", "--workdir", "/mnt/it's a; folder"]
+    words = [
+        "/opt/my venv/bin/python",
+        "-m",
+        "pipeline.cli.app",
+        "run",
+        "tasks",
+        "--address",
+        "auto",
+        "--workdir",
+        "/mnt/it's a; folder",
+    ]
     assert shlex.split(job.entrypoint) == words
     assert job.sent == batch.files
     assert job.runtime_env["py_modules"] == [str(tmp_path / "pipeline")]
@@ -195,7 +286,9 @@ def test_the_job_is_the_command_and_the_description(server: JobServer, client: F
         server.submit(batch, working_dir=tmp_path / "pipeline")
 
 
-def test_logs_and_stop_are_of_the_last_attempt(server: JobServer, client: FakeClient, batch: Batch) -> None:
+def test_logs_and_stop_are_of_the_last_attempt(
+    server: JobServer, client: FakeClient, batch: Batch
+) -> None:
     server.submit(batch, "friday")
     assert server.logs("friday") == "log of friday.1\n"
     stopped, was_running = server.stop("friday")
@@ -207,10 +300,24 @@ def test_logs_and_stop_are_of_the_last_attempt(server: JobServer, client: FakeCl
     assert written == ["one\n", "two\n"]
 
 
-def test_where_tasks_stand_is_asked_of_the_node_that_knows(client: FakeClient, batch: Batch) -> None:
+def test_where_tasks_stand_is_asked_of_the_node_that_knows(
+    client: FakeClient, batch: Batch
+) -> None:
     asked: list[tuple[str, dict[str, list[str]]]] = []
-    state = BatchState(batch="friday.1", started=1.0, written=2.0, is_over=False, seconds_left=None, tasks=(TaskState(task="bars"),))
-    answers = [(200, json.dumps(state.as_json())), (500, "A file is not found"), (200, "not JSON"), (200, "{}")]
+    state = BatchState(
+        batch="friday.1",
+        started=1.0,
+        written=2.0,
+        is_over=False,
+        seconds_left=None,
+        tasks=(TaskState(task="bars"),),
+    )
+    answers = [
+        (200, json.dumps(state.as_json())),
+        (500, "A file is not found"),
+        (200, "not JSON"),
+        (200, "{}"),
+    ]
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -240,14 +347,20 @@ def test_where_tasks_stand_is_asked_of_the_node_that_knows(client: FakeClient, b
 
 
 def test_a_batch_that_is_not_there(server: JobServer, batch: Batch) -> None:
-    with pytest.raises(ClusterError, match=r"friday: the cluster at http://head:8265 has no such batch\. A cluster that was restarted"):
+    with pytest.raises(
+        ClusterError,
+        match=(
+            r"friday: the cluster at http://head:8265 has no such batch\. A cluster that was"
+            r" restarted"
+        ),
+    ):
         server.find("friday")
     server.submit(batch, "monday")
     with pytest.raises(ClusterError, match="it has monday"):
         server.stop("friday")
 
 
-# --- refusals -------------------------------------------------------------------------------------------------------------------------------
+# --- refusals -------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -271,10 +384,18 @@ def answering(request: pytest.FixtureRequest) -> Iterator[str]:
 
 @pytest.mark.parametrize(
     ("answering", "message"),
-    [(401, "asks for a token, and none was sent"), (403, "the token is not this cluster's"), (404, "refused"), (500, "refused"), (200, "refused")],
+    [
+        (401, "asks for a token, and none was sent"),
+        (403, "the token is not this cluster's"),
+        (404, "refused"),
+        (500, "refused"),
+        (200, "refused"),
+    ],
     indirect=["answering"],
 )
-def test_a_server_that_refuses_is_one_message(answering: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_that_refuses_is_one_message(
+    answering: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "10.1.2.3:6379")  # the address given counts
     answer = taskpack("status", "--address", answering)
     assert (answer.code, answer.out) == (7, "")
@@ -283,7 +404,9 @@ def test_a_server_that_refuses_is_one_message(answering: str, message: str, monk
     assert len(answer.err) < 500
 
 
-@pytest.mark.parametrize("address", ["auto", "head:8265", "ray://head:10001", "http://", "ftp://head"])
+@pytest.mark.parametrize(
+    "address", ["auto", "head:8265", "ray://head:10001", "http://", "ftp://head"]
+)
 def test_an_address_that_is_none(address: str) -> None:
     answer = taskpack("logs", "friday", "--address", address)
     assert answer.code == 7
@@ -300,13 +423,20 @@ def test_nobody_answers() -> None:
 
 def test_faults_of_tasks_show_before_the_cluster_is_asked(tmp_path: Path) -> None:
     answer = taskpack(
-        "submit", write_task(tmp_path, data={**TASK["data"], "kind": "stars"}), "--workdir", "/mnt/runs", "--address", "http://nowhere.invalid:1"
+        "submit",
+        write_task(tmp_path, data={**TASK["data"], "kind": "stars"}),
+        "--workdir",
+        "/mnt/runs",
+        "--address",
+        "http://nowhere.invalid:1",
     )
     assert answer.code == 2
     assert "data.kind" in answer.err
 
 
-def test_the_token_is_found_where_ray_looks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_token_is_found_where_ray_looks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("RAY_AUTH_TOKEN")
     assert jobs._token() is None

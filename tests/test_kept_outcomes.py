@@ -26,7 +26,9 @@ def test_outputs_come_back_as_half_floats_and_targets_as_they_were(tmp_path: Pat
 
 
 @pytest.mark.parametrize("samples", [1, 1000])
-def test_a_sample_takes_two_bytes_a_class_and_one_for_its_label(samples: int, tmp_path: Path) -> None:
+def test_a_sample_takes_two_bytes_a_class_and_one_for_its_label(
+    samples: int, tmp_path: Path
+) -> None:
     outcomes = Outcomes(np.zeros((samples, 10), np.float32), np.full(samples, 9))
     write_outcomes(tmp_path / "t", outcomes)
     assert 21 * samples <= (tmp_path / "t").stat().st_size <= 21 * samples + 320
@@ -64,7 +66,15 @@ def test_damage_is_noticed_wherever_it_is(tmp_path: Path) -> None:
 
 def test_a_record_counts_without_its_outputs(tmp_path: Path) -> None:
     journal = TrialJournal(tmp_path / "trials")
-    record = TrialRecord(id="a", point={}, size_bytes=1, state="complete", val_metric=0.5, curve=(0.5,), errors=(0.1,))
+    record = TrialRecord(
+        id="a",
+        point={},
+        size_bytes=1,
+        state="complete",
+        val_metric=0.5,
+        curve=(0.5,),
+        errors=(0.1,),
+    )
     journal.write(record)
     assert journal.read() == {"a": record}
     assert journal.outcomes("a") is None
@@ -75,7 +85,9 @@ def test_a_record_counts_without_its_outputs(tmp_path: Path) -> None:
     assert journal.outcomes("a") is None
 
 
-def test_an_interrupted_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_write_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(source: Path, target: Path) -> None:
         raise OSError(28, "No space left on device")
 

@@ -1,4 +1,6 @@
-"""Task kinds and metrics: the conformance suites, torchmetrics as reference, and their own corners."""
+"""Task kinds and metrics: the conformance suites, torchmetrics as reference, and their own
+corners.
+"""
 
 import warnings
 
@@ -33,7 +35,9 @@ def test_every_kind_and_its_metrics_keep_their_promises(name: str) -> None:
 
 
 def drawn(kind: str, *, absent: bool = False, ties: bool = False) -> Outcomes:
-    """Outcomes somewhat better than chance, without samples of the last class where one is to be absent."""
+    """Outcomes somewhat better than chance, without samples of the last class where one is to be
+    absent.
+    """
     rng = np.random.default_rng(3)
     occurring = CLASSES - absent
     targets = rng.integers(occurring, size=SAMPLES)
@@ -61,7 +65,11 @@ def by_torchmetrics(name: str, kind: str, outcomes: Outcomes) -> float:
     if name == "accuracy":
         return float(function(outputs, targets, CLASSES, average="micro"))
     # of the same softmax: equal logits give equal probabilities only to within rounding
-    scores = torch.from_numpy(softmax(outcomes.outputs)) if kind == "classification" else outputs.sigmoid()
+    scores = (
+        torch.from_numpy(softmax(outcomes.outputs))
+        if kind == "classification"
+        else outputs.sigmoid()
+    )
     with warnings.catch_warnings(action="ignore"):  # of classes that do not occur
         values = function(scores, targets, CLASSES, average=None)
     occurs = F.one_hot(targets, CLASSES).sum(0) if kind == "classification" else targets.sum(0)
@@ -70,7 +78,9 @@ def by_torchmetrics(name: str, kind: str, outcomes: Outcomes) -> float:
 
 @pytest.mark.parametrize("absent", [False, True])
 @pytest.mark.parametrize("ties", [False, True])
-@pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind in kind_names() for name in metrics_of(kind)])
+@pytest.mark.parametrize(
+    ("kind", "name"), [(kind, name) for kind in kind_names() for name in metrics_of(kind)]
+)
 def test_metrics_are_those_of_torchmetrics(kind: str, name: str, absent: bool, ties: bool) -> None:
     outcomes = drawn(kind, absent=absent, ties=ties)
     value = metric_named(name, kind).value(outcomes)
@@ -140,7 +150,9 @@ def test_predictions_are_what_people_are_told() -> None:
     outputs = torch.tensor([[2.0, -1.0, 0.5], [-1.0, -2.0, -3.0]])
     first, second = kind_named("multilabel").predictions(outputs, ["car", "dog", "tree"])
     assert (first["labels"], second["labels"]) == (["car", "tree"], [])
-    assert first["probabilities"] == pytest.approx(dict(zip(["car", "dog", "tree"], outputs[0].sigmoid().tolist(), strict=True)))
+    assert first["probabilities"] == pytest.approx(
+        dict(zip(["car", "dog", "tree"], outputs[0].sigmoid().tolist(), strict=True))
+    )
     single = kind_named("classification").predictions(outputs, ["car", "dog", "tree"])[0]
     assert single == {"label": "car", "probability": pytest.approx(float(outputs[0].softmax(0)[0]))}
 
@@ -153,7 +165,9 @@ def test_predictions_are_what_people_are_told() -> None:
         ("multilabel", [1, 2, 1], "given twice"),
     ],
 )
-def test_labels_that_a_kind_does_not_have_are_refused(kind: str, classes: list[int], said: str) -> None:
+def test_labels_that_a_kind_does_not_have_are_refused(
+    kind: str, classes: list[int], said: str
+) -> None:
     with pytest.raises(ValueError, match=said):
         kind_named(kind).label(classes)
 
@@ -184,7 +198,9 @@ def test_the_conformance_suites_notice_what_is_broken() -> None:
     for values in (
         lambda outcomes, weights: np.full(len(weights), 1.5),
         lambda outcomes, weights: np.full(len(weights), 0.5),
-        lambda outcomes, weights: np.full(len(weights), (outcomes.outputs.argmax(1) == outcomes.targets).mean()),
+        lambda outcomes, weights: np.full(
+            len(weights), (outcomes.outputs.argmax(1) == outcomes.targets).mean()
+        ),
     ):
         with pytest.raises(AssertionError):
             check_metric(Metric("broken", "classification", values), kind_named("classification"))

@@ -1,4 +1,6 @@
-"""Several tasks on several nodes: the packs of a plain loop in one process, whatever is lost on the way, and nothing finished done twice."""
+"""Several tasks on several nodes: the packs of a plain loop in one process, whatever is lost on the
+way, and nothing finished done twice.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +15,25 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from helpers_cli import TASK, empty_registry, environment, free_port, new_workdir, taskpack_process, write_task
-from helpers_cluster import Command, TestCluster, results, start, test_cluster, title, wait_until, written
+from helpers_cli import (
+    TASK,
+    empty_registry,
+    environment,
+    free_port,
+    new_workdir,
+    taskpack_process,
+    write_task,
+)
+from helpers_cluster import (
+    Command,
+    TestCluster,
+    results,
+    start,
+    test_cluster,
+    title,
+    wait_until,
+    written,
+)
 
 from pipeline.adaptation.packing import SizePlanner
 from pipeline.data import prepare
@@ -30,7 +49,10 @@ from pipeline.specs.task_files import load_tasks
 from pipeline.training import open_inputs
 from pipeline.training.fit import fit
 
-pytestmark = [pytest.mark.filterwarnings("ignore::ResourceWarning"), pytest.mark.filterwarnings("ignore::DeprecationWarning")]
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+]
 
 TRAINING = {"epochs": 3, "batch_size": 16, "precision": "fp32"}
 OBJECT_STORE_BYTES = 80 << 20  # the least that Ray allows is 75 MiB
@@ -41,9 +63,20 @@ TRIALS = 6  # four of bars, two of dots
 def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two tasks, one of which trains connections."""
     folder = tmp_path_factory.mktemp("tasks")
-    write_task(folder, name="bars", recipe={**TASK["recipe"], "training": TRAINING}, search={"bits": [4, 8], "top_k": [1, 2]})
+    write_task(
+        folder,
+        name="bars",
+        recipe={**TASK["recipe"], "training": TRAINING},
+        search={"bits": [4, 8], "top_k": [1, 2]},
+    )
     linear = {"connections": None, "training": TRAINING}
-    write_task(folder, name="dots", data={**TASK["data"], "kind": "counting"}, recipe=linear, search={"head_bits": [4, 8]})
+    write_task(
+        folder,
+        name="dots",
+        data={**TASK["data"], "kind": "counting"},
+        recipe=linear,
+        search={"head_bits": [4, 8]},
+    )
     return folder
 
 
@@ -58,9 +91,13 @@ def run_plainly(task: Task, workspace: Workspace) -> None:
         write_selection(select_here(inputs, top_k), path := workspace.selection(inputs, top_k))
         selected = read_selection(path)
     planner = SizePlanner(task, inputs.backbone, inputs.index.classes, selected)
-    study = Study(task, make_proposer(task, planner.size_bytes), TrialJournal(folder.root / "trials"))
+    study = Study(
+        task, make_proposer(task, planner.size_bytes), TrialJournal(folder.root / "trials")
+    )
     while (slot := study.next_slot()) is not None:
-        for epoch, (score, _) in enumerate(run_trial(inputs, study.slots[slot].recipe, selected), start=1):
+        for epoch, (score, _) in enumerate(
+            run_trial(inputs, study.slots[slot].recipe, selected), start=1
+        ):
             if not study.report(slot, epoch, score.value, score.standard_error):
                 break
         study.finish(slot, 0.0, None)
@@ -83,11 +120,25 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestCluster]:
         yield made
 
 
-@pytest.mark.parametrize("stage", ["trial", pytest.param("select", marks=pytest.mark.slow), pytest.param("fit", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "stage",
+    [
+        "trial",
+        pytest.param("select", marks=pytest.mark.slow),
+        pytest.param("fit", marks=pytest.mark.slow),
+    ],
+)
 def test_a_node_that_is_lost_changes_nothing(
-    stage: str, cluster: TestCluster, tasks: Path, expected: dict[str, bytes], tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+    stage: str,
+    cluster: TestCluster,
+    tasks: Path,
+    expected: dict[str, bytes],
+    tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
-    """A node dies without warning while a worker of each stage is at work on it, beside another task's."""
+    """A node dies without warning while a worker of each stage is at work on it, beside another
+    task's.
+    """
     cluster.forget()
     workdir = new_workdir(tmp_path_factory.getbasetemp(), tmp_path)
     options = ("--address", cluster.address, "--selection-workers", "1", "--json")
@@ -96,34 +147,61 @@ def test_a_node_that_is_lost_changes_nothing(
         cluster.lose_node_of(cluster.wait_for(stage, 1, command))
     answer = command.end()
     assert answer.code == 0, command.said()
-    assert [(task["task"], task["stage"]) for task in answer.json()] == [("bars", "done"), ("dots", "done")]
+    assert [(task["task"], task["stage"]) for task in answer.json()] == [
+        ("bars", "done"),
+        ("dots", "done"),
+    ]
     assert results(workdir) == expected
     undisturbed = {"select": 1, "trial": TRIALS, "fit": 2}
-    assert cluster.counts() == {**undisturbed, stage: undisturbed[stage] + 1}, "what was lost is done again, and nothing else"
+    assert cluster.counts() == {**undisturbed, stage: undisturbed[stage] + 1}, (
+        "what was lost is done again, and nothing else"
+    )
 
 
 @pytest.mark.slow
 def test_nodes_that_are_lost_change_nothing_of_what_two_ranks_train(
     cluster: TestCluster, tiny_data: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """One rank a node. In the fit, the node of the first rank dies, in another run that of the other."""
+    """One rank a node. In the fit, the node of the first rank dies, in another run that of the
+    other.
+    """
     shards = {split: str(tiny_data / f"{split}-*.tar") for split in ("train", "test")}
     recipe = {"connections": None, "training": TRAINING}
-    task = write_task(tmp_path / "tasks", name="bars", data={"format": "shards", **shards}, recipe=recipe, search={"head_bits": [4, 8]})
+    task = write_task(
+        tmp_path / "tasks",
+        name="bars",
+        data={"format": "shards", **shards},
+        recipe=recipe,
+        search={"head_bits": [4, 8]},
+    )
 
     def run(name: str) -> tuple[Command, Path]:
         cluster.forget()
         workdir = new_workdir(tmp_path_factory.getbasetemp(), tmp_path / name)
-        return start(tmp_path / name, "run", task, "--workdir", workdir, "--address", cluster.address, "--ranks-per-trial", "2"), workdir
+        return start(
+            tmp_path / name,
+            "run",
+            task,
+            "--workdir",
+            workdir,
+            "--address",
+            cluster.address,
+            "--ranks-per-trial",
+            "2",
+        ), workdir
 
     command, undisturbed = run("undisturbed")
     assert command.end().code == 0, command.said()
-    assert cluster.counts() == {"select": 0, "trial": 4, "fit": 2}, "what a trial or a fit does, both ranks begin"
+    assert cluster.counts() == {"select": 0, "trial": 4, "fit": 2}, (
+        "what a trial or a fit does, both ranks begin"
+    )
     for rank in ("fit_worker", "_other"):
         with cluster.held("fit"):
             command, workdir = run(f"without {rank}")
             cluster.wait_for("fit", 2, command)
-            (process,) = [process for process in cluster.begun("fit") if title(process) == f"ray::{rank}"]
+            (process,) = [
+                process for process in cluster.begun("fit") if title(process) == f"ray::{rank}"
+            ]
             cluster.lose_node_of(process)
         assert command.end().code == 0, command.said()
         assert cluster.counts() == {"select": 0, "trial": 4, "fit": 4}, rank
@@ -132,40 +210,84 @@ def test_nodes_that_are_lost_change_nothing_of_what_two_ranks_train(
 
 @pytest.mark.slow
 def test_a_head_that_is_lost_ends_the_run_and_another_cluster_goes_on(
-    tasks: Path, expected: dict[str, bytes], tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+    tasks: Path,
+    expected: dict[str, bytes],
+    tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
     """All trials of one task are finished when the head dies, in the selection of the other."""
     workdir = new_workdir(tmp_path_factory.getbasetemp(), tmp_path)
 
     def run(cluster: TestCluster) -> Command:
-        return start(tmp_path / cluster.notes.name, "run", tasks, "--workdir", workdir, "--address", cluster.address, "--selection-workers", "1")
+        return start(
+            tmp_path / cluster.notes.name,
+            "run",
+            tasks,
+            "--workdir",
+            workdir,
+            "--address",
+            cluster.address,
+            "--selection-workers",
+            "1",
+        )
 
-    with test_cluster(tmp_path / "first", nodes=2) as cluster, cluster.held("select"), cluster.held("fit"):
+    with (
+        test_cluster(tmp_path / "first", nodes=2) as cluster,
+        cluster.held("select"),
+        cluster.held("fit"),
+    ):
         command = run(cluster)
         cluster.wait_for("select", 1, command)
         cluster.wait_for("fit", 1, command)
         cluster.lose_head()
         answer = command.end()
     assert answer.code == 7, command.said()
-    assert "has not answered for 50 seconds; when the cluster is up again, run the same command" in command.said().replace("\n", " ")
+    assert (
+        "has not answered for 50 seconds; when the cluster is up again, run the same command"
+        in command.said().replace("\n", " ")
+    )
     finished = written(workdir)
 
     with test_cluster(tmp_path / "second", nodes=2) as cluster:
         command = run(cluster)
         assert command.end().code == 0, command.said()
-        assert cluster.counts() == {"select": 1, "trial": TRIALS - 2, "fit": 2}, "the trials of dots were not run again"
-    assert {path: time for path, time in written(workdir).items() if path in finished} == finished, "what was finished was written again"
+        assert cluster.counts() == {"select": 1, "trial": TRIALS - 2, "fit": 2}, (
+            "the trials of dots were not run again"
+        )
+    assert {
+        path: time for path, time in written(workdir).items() if path in finished
+    } == finished, "what was finished was written again"
     assert results(workdir) == expected
 
 
 @pytest.mark.slow
 def test_a_full_object_store_changes_nothing(
-    tasks: Path, expected: dict[str, bytes], tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+    tasks: Path,
+    expected: dict[str, bytes],
+    tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
-    """Others have filled the nodes' object stores thrice over: what taskpack puts there pushes out what lies there, and may be pushed out itself."""
+    """Others have filled the nodes' object stores thrice over: what taskpack puts there pushes out
+    what lies there, and may be pushed out itself.
+    """
     workdir = new_workdir(tmp_path_factory.getbasetemp(), tmp_path)
-    with test_cluster(tmp_path / "notes", nodes=2, object_store_memory=OBJECT_STORE_BYTES) as cluster, other_objects(cluster, 3 * OBJECT_STORE_BYTES):
-        command = start(tmp_path, "run", tasks, "--workdir", workdir, "--address", cluster.address, "--selection-workers", "1")
+    with (
+        test_cluster(
+            tmp_path / "notes", nodes=2, object_store_memory=OBJECT_STORE_BYTES
+        ) as cluster,
+        other_objects(cluster, 3 * OBJECT_STORE_BYTES),
+    ):
+        command = start(
+            tmp_path,
+            "run",
+            tasks,
+            "--workdir",
+            workdir,
+            "--address",
+            cluster.address,
+            "--selection-workers",
+            "1",
+        )
         assert command.end().code == 0, command.said()
         assert cluster.counts() == {"select": 1, "trial": TRIALS, "fit": 2}
     assert results(workdir) == expected
@@ -175,7 +297,12 @@ def test_a_full_object_store_changes_nothing(
 def other_objects(cluster: TestCluster, total_bytes: int) -> Iterator[None]:
     """Another user of the cluster holds so many bytes of objects on every node meanwhile."""
     with subprocess.Popen(
-        [sys.executable, str(Path(__file__).with_name("helpers_objects.py")), cluster.address, str(total_bytes)],
+        [
+            sys.executable,
+            str(Path(__file__).with_name("helpers_objects.py")),
+            cluster.address,
+            str(total_bytes),
+        ],
         env=environment(),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -189,7 +316,9 @@ def other_objects(cluster: TestCluster, total_bytes: int) -> Iterator[None]:
 
 
 class MlflowServer:
-    """A tracking server on a copy of an empty store, which can be killed and started again at the same address."""
+    """A tracking server on a copy of an empty store, which can be killed and started again at the
+    same address.
+    """
 
     def __init__(self, base: Path, folder: Path) -> None:
         folder.mkdir()
@@ -202,14 +331,29 @@ class MlflowServer:
     def start(self) -> None:
         store, artifacts = f"sqlite:///{self.folder / 'server.db'}", self.folder / "artifacts"
         options = ("--host", "127.0.0.1", "--port", str(self.port), "--workers", "1")
-        command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", store, "--artifacts-destination", str(artifacts), *options]
+        command = [
+            sys.executable,
+            "-m",
+            "mlflow",
+            "server",
+            "--backend-store-uri",
+            store,
+            "--artifacts-destination",
+            str(artifacts),
+            *options,
+        ]
         with (self.folder / "log").open("a") as log:
             changes = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-            self.process = subprocess.Popen(command, env=environment(**changes), stdout=log, stderr=log, start_new_session=True)
+            self.process = subprocess.Popen(
+                command, env=environment(**changes), stdout=log, stderr=log, start_new_session=True
+            )
         assert wait_until(self._answers), (self.folder / "log").read_text()
 
     def _answers(self) -> bool:
-        with contextlib.suppress(OSError), urllib.request.urlopen(f"{self.address}/health", timeout=2) as answer:
+        with (
+            contextlib.suppress(OSError),
+            urllib.request.urlopen(f"{self.address}/health", timeout=2) as answer,
+        ):
             return bool(answer.status == 200)
         return False
 
@@ -230,9 +374,15 @@ def server(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
 
 @pytest.mark.slow
 def test_a_killed_driver_and_a_registry_that_goes_and_comes_back(
-    cluster: TestCluster, server: MlflowServer, tasks: Path, expected: dict[str, bytes], tmp_path: Path
+    cluster: TestCluster,
+    server: MlflowServer,
+    tasks: Path,
+    expected: dict[str, bytes],
+    tmp_path: Path,
 ) -> None:
-    """The driver is killed in the search and in the fit; in the last run, the server goes away before the first pack is registered."""
+    """The driver is killed in the search and in the fit; in the last run, the server goes away
+    before the first pack is registered.
+    """
     cluster.forget()
     workdir = tmp_path / "work"
     finished: dict[Path, int] = {}
@@ -243,11 +393,15 @@ def test_a_killed_driver_and_a_registry_that_goes_and_comes_back(
 
     def check_kept() -> None:
         now = written(workdir)
-        assert {path: now.get(path) for path in finished} == finished, "what was finished was written again"
+        assert {path: now.get(path) for path in finished} == finished, (
+            "what was finished was written again"
+        )
         finished.update(now)
 
     command = run("killed in search")
-    assert wait_until(lambda: any(workdir.glob("studies/*/trials/*.json")) or command.process.poll() is not None)
+    assert wait_until(
+        lambda: any(workdir.glob("studies/*/trials/*.json")) or command.process.poll() is not None
+    )
     command.kill()
     finished |= written(workdir)
 
@@ -264,12 +418,18 @@ def test_a_killed_driver_and_a_registry_that_goes_and_comes_back(
         command = run("while the registry is away")
         cluster.wait_for("fit", 4, command)
         server.kill()
-    assert wait_until(lambda: "register - waiting: " in command.out.read_text() or command.process.poll() is not None)
+    assert wait_until(
+        lambda: (
+            "register - waiting: " in command.out.read_text() or command.process.poll() is not None
+        )
+    )
     server.start()
     answer = command.end()
     assert answer.code == 0, command.said()
     check_kept()
-    assert cluster.counts() == {"select": selections, "trial": trials, "fit": 4}, "the last run searched nothing and did the two lost fits again"
+    assert cluster.counts() == {"select": selections, "trial": trials, "fit": 4}, (
+        "the last run searched nothing and did the two lost fits again"
+    )
     assert results(workdir) == expected
     packs = taskpack_process("ls", "--json", MLFLOW_TRACKING_URI=server.address).json()
     assert sorted((pack["name"], pack["version"]) for pack in packs) == [("bars", 1), ("dots", 1)]

@@ -1,4 +1,6 @@
-"""Multi-label tasks from a table or shards to a registered pack: three squares, each there or not."""
+"""Multi-label tasks from a table or shards to a registered pack: three squares, each there or
+not.
+"""
 
 from __future__ import annotations
 
@@ -77,7 +79,12 @@ def of(data: dict[str, Any], /, **changes: Any) -> dict[str, Any]:
         "recipe": {
             "connections": {"top_k": 1},
             "biases": {},
-            "training": {"epochs": 12, "batch_size": 16, "learning_rate": 0.02, "precision": "fp32"},
+            "training": {
+                "epochs": 12,
+                "batch_size": 16,
+                "learning_rate": 0.02,
+                "precision": "fp32",
+            },
         },
         "search": {"bits": [4, 8]},
         "selection": {"batch_size": 16},
@@ -96,7 +103,7 @@ def inputs(table: Path, tmp_path_factory: pytest.TempPathFactory) -> Inputs:
     return open_inputs(task, folder)
 
 
-# --- data -------------------------------------------------------------------------------------------------------------------------------------
+# --- data -----------------------------------------------------------------------------------------
 
 
 def test_a_table_names_the_labels_of_an_image_also_none(inputs: Inputs, table: Path) -> None:
@@ -123,9 +130,16 @@ def test_shards_hold_the_same_as_a_table(inputs: Inputs, tmp_path: Path) -> None
     for split, numbers in (("train", range(TRAIN)), ("test", range(1000, 1000 + TEST))):
         samples = [(f"{number:06d}", *drawn(number)) for number in numbers]
         order = sorted(NAMES)
-        samples = [(key, image, tuple(sorted(order.index(NAMES[each]) for each in label))) for key, image, label in samples]
+        samples = [
+            (key, image, tuple(sorted(order.index(NAMES[each]) for each in label)))
+            for key, image, label in samples
+        ]
         write_shards(tmp_path, split, samples)
-    data = {"train": str(tmp_path / "train-*.tar"), "test": str(tmp_path / "test-*.tar"), "classes": sorted(NAMES)}
+    data = {
+        "train": str(tmp_path / "train-*.tar"),
+        "test": str(tmp_path / "test-*.tar"),
+        "classes": sorted(NAMES),
+    }
     index = prepare(Task.model_validate(of(data)), tmp_path / "p")
     (shard,), (same,) = index.splits["train"], inputs.index.splits["train"]
     assert sorted(map(str, shard.labels)) == sorted(map(str, same.labels))
@@ -145,7 +159,9 @@ def test_shards_hold_the_same_as_a_table(inputs: Inputs, tmp_path: Path) -> None
         (b"[]", ()),
     ],
 )
-def test_labels_in_a_shard_are_written_in_several_ways(member: bytes, expected: tuple[int, ...], shard_of: Callable[..., bytes]) -> None:
+def test_labels_in_a_shard_are_written_in_several_ways(
+    member: bytes, expected: tuple[int, ...], shard_of: Callable[..., bytes]
+) -> None:
     from pipeline.data.shards import samples_in
 
     content = shard_of(cls=member)
@@ -175,17 +191,27 @@ def shard_of() -> Callable[..., bytes]:
     [
         ("multilabel", {"cls": b"0 3"}, "label 3 is outside the 3 classes; expected 0 to 2"),
         ("multilabel", {"cls": b"1 2 1"}, "a class is given twice"),
-        ("multilabel", {"cls": b"red,purple"}, "the label is 'purple'; expected a whole number from 0"),
+        (
+            "multilabel",
+            {"cls": b"red,purple"},
+            "the label is 'purple'; expected a whole number from 0",
+        ),
         ("multilabel", {"cls": b"0 red"}, "expected either numbers or names"),
         ("multilabel", {"cls": b"[0, 1"}, "not valid JSON"),
         ("multilabel", {"cls": b"[0, [1]]"}, "the label is a list or an object"),
         ("multilabel", {"json": b'{"label": {"a": 1}}'}, "the label is a list or an object"),
         ("classification", {"cls": b"0 2"}, "or `kind: multilabel` in the task file"),
-        ("classification", {"json": b'{"label": [0, 2]}'}, "or `kind: multilabel` in the task file"),
+        (
+            "classification",
+            {"json": b'{"label": [0, 2]}'},
+            "or `kind: multilabel` in the task file",
+        ),
         ("classification", {"cls": b""}, "expected a whole number"),
     ],
 )
-def test_labels_that_cannot_be_are_refused_by_sample(kind: str, members: dict[str, bytes], said: str, shard_of: Callable[..., bytes]) -> None:
+def test_labels_that_cannot_be_are_refused_by_sample(
+    kind: str, members: dict[str, bytes], said: str, shard_of: Callable[..., bytes]
+) -> None:
     from pipeline.data.shards import samples_in
 
     with pytest.raises(DataError) as refused:
@@ -194,8 +220,12 @@ def test_labels_that_cannot_be_are_refused_by_sample(kind: str, members: dict[st
     assert said in str(refused.value)
 
 
-@pytest.mark.parametrize(("field", "said"), [("red||blue", "hold an empty one"), ("red|red", "a class is given twice")])
-def test_fields_that_cannot_be_are_refused_by_line(table: Path, tmp_path: Path, field: str, said: str) -> None:
+@pytest.mark.parametrize(
+    ("field", "said"), [("red||blue", "hold an empty one"), ("red|red", "a class is given twice")]
+)
+def test_fields_that_cannot_be_are_refused_by_line(
+    table: Path, tmp_path: Path, field: str, said: str
+) -> None:
     shutil.copytree(table, tmp_path / "t")
     lines = (tmp_path / "t" / "train.csv").read_text().splitlines()
     lines[3] = f"{lines[3].split(',')[0]},{field}"
@@ -205,7 +235,14 @@ def test_fields_that_cannot_be_are_refused_by_line(table: Path, tmp_path: Path, 
 
 
 def test_lists_and_json_name_several_classes(tmp_path: Path) -> None:
-    lists: dict[str, Any] = {"format": "lists", "root": str(tmp_path), "classes": 3, "train": "train.txt", "test": "test.txt", "val": None}
+    lists: dict[str, Any] = {
+        "format": "lists",
+        "root": str(tmp_path),
+        "classes": 3,
+        "train": "train.txt",
+        "test": "test.txt",
+        "val": None,
+    }
     labels: dict[str, list[Label]] = {"train": [], "test": []}
     for split, numbers in (("train", range(40)), ("test", range(100, 120))):
         rows = []
@@ -216,7 +253,9 @@ def test_lists_and_json_name_several_classes(tmp_path: Path) -> None:
             labels[split].append(label)
         text = [f"{path} {','.join(map(str, label)) or '[]'}" for path, label in rows]
         (tmp_path / f"{split}.txt").write_text("\n".join(text))
-        (tmp_path / f"{split}.json").write_text(json.dumps({path: list(label) for path, label in rows}))
+        (tmp_path / f"{split}.json").write_text(
+            json.dumps({path: list(label) for path, label in rows})
+        )
     as_json = {**lists, "format": "json", "train": "train.json", "test": "test.json"}
     for number, data in enumerate((lists, as_json)):
         index = prepare(Task.model_validate(of(data)), tmp_path / f"p{number}")
@@ -246,7 +285,7 @@ def test_rare_classes_are_in_train_and_where_there_are_two_in_validation(fractio
     assert not held[29], "the only sample of a class is trained on"
 
 
-# --- specification ----------------------------------------------------------------------------------------------------------------------------
+# --- specification --------------------------------------------------------------------------------
 
 
 def test_the_metric_is_the_kinds_first_unless_named(table: Path) -> None:
@@ -259,16 +298,35 @@ def test_the_metric_is_the_kinds_first_unless_named(table: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"kind": "regression"}, 'kind: given "regression"; expected one of: classification, multilabel'),
-        ({"metric": "accuracy"}, 'metric: given "accuracy"; expected a metric of kind multilabel: '),
-        ({"kind": "classification", "metric": "hamming"}, "expected a metric of kind classification: accuracy"),
         (
-            {"kind": "classification", "data": {"format": "csv", "train": "t.csv", "test": "u.csv", "label_separator": ";"}},
+            {"kind": "regression"},
+            'kind: given "regression"; expected one of: classification, multilabel',
+        ),
+        (
+            {"metric": "accuracy"},
+            'metric: given "accuracy"; expected a metric of kind multilabel: ',
+        ),
+        (
+            {"kind": "classification", "metric": "hamming"},
+            "expected a metric of kind classification: accuracy",
+        ),
+        (
+            {
+                "kind": "classification",
+                "data": {
+                    "format": "csv",
+                    "train": "t.csv",
+                    "test": "u.csv",
+                    "label_separator": ";",
+                },
+            },
             "label_separator would change nothing",
         ),
     ],
 )
-def test_what_does_not_fit_the_kind_is_refused(changes: dict[str, Any], said: str, table: Path, tmp_path: Path) -> None:
+def test_what_does_not_fit_the_kind_is_refused(
+    changes: dict[str, Any], said: str, table: Path, tmp_path: Path
+) -> None:
     path = tmp_path / "task.yaml"
     path.write_text(yaml.safe_dump(of(csv_data(table), **changes)))
     with pytest.raises(SpecError) as refused:
@@ -293,7 +351,7 @@ def test_a_kind_has_selections_of_its_own(inputs: Inputs) -> None:
     assert selection_key(single, 1) != selection_key(inputs, 1)
 
 
-# --- training, packing, predicting ------------------------------------------------------------------------------------------------------------
+# --- training, packing, predicting ----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("changes", [{}, {"mixup": 0.5, "cutmix": 0.5, "label_smoothing": 0.1}])
@@ -305,7 +363,9 @@ def test_a_trial_learns_the_squares(inputs: Inputs, loss: str, changes: dict[str
     recipe = chosen.task.recipe.model_copy(update={"training": training})
     scores = [found for found, _ in run_trial(chosen, recipe, select_here(chosen, 1))]
     assert {found.metric for found in scores} == {"mAP"}
-    val = np.array([[number in label for number in range(3)] for label in inputs.splits["val"].labels])
+    val = np.array(
+        [[number in label for number in range(3)] for label in inputs.splits["val"].labels]
+    )
     assert scores[-1].value > val.mean() + 0.2, "chance is the share of labels"
     assert all(found.standard_error > 0 for found in scores)
 
@@ -320,11 +380,19 @@ def fitted(inputs: Inputs, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_pack_predicts_labels_with_probabilities(inputs: Inputs, fitted: Path) -> None:
     result = json.loads((fitted / "result.json").read_text())
     pack = read_pack(fitted / PACK_FILE)
-    assert (pack.metadata.kind, pack.metadata.metric, pack.metadata.modality) == ("multilabel", "mAP", "images")
+    assert (pack.metadata.kind, pack.metadata.metric, pack.metadata.modality) == (
+        "multilabel",
+        "mAP",
+        "images",
+    )
     model = from_pack(pack, inputs.backbone)
     outcomes = evaluate(model, inputs.reader("test"), inputs.splits["test"], inputs.kind)
     found = score(inputs.metric, outcomes)
-    assert (result["metric"], result["test_metric"], result["test_samples"]) == ("mAP", found.value, TEST)
+    assert (result["metric"], result["test_metric"], result["test_samples"]) == (
+        "mAP",
+        found.value,
+        TEST,
+    )
     images = [drawn(number)[0] for number in range(1000, 1000 + TEST)]
     rows = Predictor(pack, inputs.backbone, "cpu").predict(images)
     classes = inputs.index.classes
@@ -332,13 +400,22 @@ def test_a_pack_predicts_labels_with_probabilities(inputs: Inputs, fitted: Path)
         assert list(row["probabilities"]) == classes
         assert row["labels"] == [name for name in classes if row["probabilities"][name] > 0.5]
     outputs = np.array([list(row["probabilities"].values()) for row in rows])
-    targets = np.array([[NAMES.index(name) in drawn(number)[1] for name in classes] for number in range(1000, 1000 + TEST)])
-    assert metric_named("mAP", "multilabel").value(Outcomes(outputs, targets)) == pytest.approx(found.value)
+    targets = np.array(
+        [
+            [NAMES.index(name) in drawn(number)[1] for name in classes]
+            for number in range(1000, 1000 + TEST)
+        ]
+    )
+    assert metric_named("mAP", "multilabel").value(Outcomes(outputs, targets)) == pytest.approx(
+        found.value
+    )
 
 
 def test_a_pack_of_an_unknown_kind_is_refused(fitted: Path) -> None:
     metadata = read_pack(fitted / PACK_FILE).metadata.model_copy(update={"kind": "counting"})
-    with pytest.raises(PackError, match="of kind 'counting', which this taskpack does not know; upgrade taskpack"):
+    with pytest.raises(
+        PackError, match="of kind 'counting', which this taskpack does not know; upgrade taskpack"
+    ):
         kind_of(metadata)
 
 
@@ -350,11 +427,13 @@ def test_a_training_set_without_enough_classes_is_refused(inputs: Inputs) -> Non
         check(index, inputs.task)
 
 
-# --- the command line -------------------------------------------------------------------------------------------------------------------------
+# --- the command line -----------------------------------------------------------------------------
 
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::DeprecationWarning")
-def test_the_command_line_speaks_of_the_metric_by_name(table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_line_speaks_of_the_metric_by_name(
+    table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path, workdir = tmp_path / "squares.yaml", tmp_path / "runs"
     path.write_text(yaml.safe_dump(of(csv_data(table))))
 
@@ -370,7 +449,11 @@ def test_the_command_line_speaks_of_the_metric_by_name(table: Path, tmp_path: Pa
     assert "test mAP %" in ask("show", "squares").out
     evaluated = ask("evaluate", "squares", "--json").json()
     assert (evaluated["metric"], evaluated["samples"]) == ("mAP", TEST)
-    assert evaluated["test_metric"] == evaluated["registered_test_metric"] == pack["metrics"]["test_metric"]
+    assert (
+        evaluated["test_metric"]
+        == evaluated["registered_test_metric"]
+        == pack["metrics"]["test_metric"]
+    )
     image = table / "test" / "1000.png"
     (row,) = ask("predict", "squares", image, "--json").json()
     assert set(row) == {"image", "labels", "probabilities"}

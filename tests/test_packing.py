@@ -1,4 +1,6 @@
-"""From a trained model to a file and back: the planned size is the file's, the reloaded model is the trained one, anything else is refused."""
+"""From a trained model to a file and back: the planned size is the file's, the reloaded model is
+the trained one, anything else is refused.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +48,9 @@ def trained(backbone: LoadedBackbone, recipe: Recipe, select: Select) -> Adapted
 
 
 def logits(model: AdaptedModel) -> torch.Tensor:
-    images = torch.randint(0, 256, (6, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    images = torch.randint(
+        0, 256, (6, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(1)
+    )
     with torch.inference_mode():
         return model.eval()(images)
 
@@ -55,7 +59,12 @@ def logits(model: AdaptedModel) -> torch.Tensor:
 @pytest.mark.parametrize("mix", MIXES)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_pack_has_its_planned_size_and_gives_the_trained_model_back(
-    family: str, mix: str, bits: int, families: dict[str, Backbone], tiny_task: Task, random_selection: Select
+    family: str,
+    mix: str,
+    bits: int,
+    families: dict[str, Backbone],
+    tiny_task: Task,
+    random_selection: Select,
 ) -> None:
     backbone, recipe = load_backbone(families[family], tiny_task.input), make_recipe(mix, bits)
     model = trained(backbone, recipe, random_selection)
@@ -67,12 +76,17 @@ def test_a_pack_has_its_planned_size_and_gives_the_trained_model_back(
     assert SizePlanner(tiny_task, backbone, CLASSES).size_bytes(recipe) <= len(content)
     reloaded = from_pack(read_pack(content), backbone)
     expected = logits(model)
-    torch.testing.assert_close(logits(reloaded), expected, rtol=1e-5, atol=1e-5 * max(1.0, float(expected.abs().max())))
+    torch.testing.assert_close(
+        logits(reloaded), expected, rtol=1e-5, atol=1e-5 * max(1.0, float(expected.abs().max()))
+    )
     assert Recipe.model_validate(pack.metadata.recipe) == recipe
 
 
 def test_places_are_coded_once_for_all_widths_of_their_values(
-    tiny_task: Task, tiny_backbone: Backbone, random_selection: Select, monkeypatch: pytest.MonkeyPatch
+    tiny_task: Task,
+    tiny_backbone: Backbone,
+    random_selection: Select,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     coded: list[int] = []
 
@@ -84,40 +98,64 @@ def test_places_are_coded_once_for_all_widths_of_their_values(
     backbone = load_backbone(tiny_backbone, tiny_task.input)
     selected = random_selection(backbone, 4)
     planner = SizePlanner(tiny_task, backbone, CLASSES, selected)
-    recipes = [Recipe.model_validate({"connections": {"top_k": top_k, "bits": bits}}) for top_k in (1, 3) for bits in (1, 4, 16)]
+    recipes = [
+        Recipe.model_validate({"connections": {"top_k": top_k, "bits": bits}})
+        for top_k in (1, 3)
+        for bits in (1, 4, 16)
+    ]
     sizes = [planner.size_bytes(recipe) for recipe in recipes]
     assert len(coded) == 2
-    assert sizes == [SizePlanner(tiny_task, backbone, CLASSES, selected).size_bytes(recipe) for recipe in recipes]
+    assert sizes == [
+        SizePlanner(tiny_task, backbone, CLASSES, selected).size_bytes(recipe) for recipe in recipes
+    ]
 
 
-def test_packing_a_reloaded_model_again_gives_the_same_logits(tiny_task: Task, tiny_backbone: Backbone, random_selection: Select) -> None:
+def test_packing_a_reloaded_model_again_gives_the_same_logits(
+    tiny_task: Task, tiny_backbone: Backbone, random_selection: Select
+) -> None:
     """What is read from a file is used as it is: it is not quantised a second time."""
     backbone, recipe = load_backbone(tiny_backbone, tiny_task.input), make_recipe("all", 2)
     model = trained(backbone, recipe, random_selection)
-    reloaded = from_pack(read_pack(pack_to_bytes(to_pack(model, describe(tiny_task, recipe, backbone, CLASSES)))), backbone)
+    reloaded = from_pack(
+        read_pack(pack_to_bytes(to_pack(model, describe(tiny_task, recipe, backbone, CLASSES)))),
+        backbone,
+    )
     used, read = model.values(), reloaded.values()
     assert read.keys() == used.keys()
     for tensor, value in read.items():
         torch.testing.assert_close(value, used[tensor], rtol=1e-6, atol=1e-7)
 
 
-def test_probe_logits_do_not_depend_on_the_model_being_in_training(tiny_task: Task, tiny_backbone: Backbone, random_selection: Select) -> None:
-    model = trained(load_backbone(tiny_backbone, tiny_task.input), make_recipe("all", 8), random_selection)
+def test_probe_logits_do_not_depend_on_the_model_being_in_training(
+    tiny_task: Task, tiny_backbone: Backbone, random_selection: Select
+) -> None:
+    model = trained(
+        load_backbone(tiny_backbone, tiny_task.input), make_recipe("all", 8), random_selection
+    )
     assert (probe_logits(model.train(), 32) == probe_logits(model.eval(), 32)).all()
 
 
-# --- what does not belong together ----------------------------------------------------------------------------------------------------------
+# --- what does not belong together ----------------------------------------------------------------
 
 
 @pytest.fixture
 def pack(tiny_task: Task, tiny_backbone: Backbone, random_selection: Select) -> Pack:
     """A pack of the tiny backbone with every part, read from its bytes."""
     backbone, recipe = load_backbone(tiny_backbone, tiny_task.input), make_recipe("all", 4)
-    return read_pack(pack_to_bytes(to_pack(trained(backbone, recipe, random_selection), describe(tiny_task, recipe, backbone, CLASSES))))
+    return read_pack(
+        pack_to_bytes(
+            to_pack(
+                trained(backbone, recipe, random_selection),
+                describe(tiny_task, recipe, backbone, CLASSES),
+            )
+        )
+    )
 
 
 @pytest.fixture
-def other_weights(tiny_task: Task, tiny_backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> Iterator[LoadedBackbone]:
+def other_weights(
+    tiny_task: Task, tiny_backbone: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[LoadedBackbone]:
     """The tiny backbone with other random weights."""
     load._load_cached.cache_clear()
     monkeypatch.setattr(load, "RANDOM_WEIGHTS_SEED", 1)
@@ -127,7 +165,8 @@ def other_weights(tiny_task: Task, tiny_backbone: Backbone, monkeypatch: pytest.
 
 def test_other_weights_are_refused(pack: Pack, other_weights: LoadedBackbone) -> None:
     expected = (
-        rf"task 'tiny' needs the backbone vit_tiny_patch16_224 .*{pack.metadata.backbone['fingerprint'][:16]}.*{other_weights.fingerprint[:16]}"
+        r"task 'tiny' needs the backbone vit_tiny_patch16_224"
+        rf" .*{pack.metadata.backbone['fingerprint'][:16]}.*{other_weights.fingerprint[:16]}"
     )
     with pytest.raises(PackBackboneMismatch, match=expected):
         from_pack(pack, other_weights)
@@ -146,18 +185,24 @@ def test_the_first_tensor_that_differs_is_named(name: str, pack: Pack, tiny_inpu
 
 
 def test_another_width_is_refused(pack: Pack, tiny_task: Task, tiny_backbone: Backbone) -> None:
-    narrow = tiny_backbone.model_copy(update={"arguments": {**tiny_backbone.arguments, "embed_dim": 32}})
+    narrow = tiny_backbone.model_copy(
+        update={"arguments": {**tiny_backbone.arguments, "embed_dim": 32}}
+    )
     with pytest.raises(PackBackboneMismatch):
         from_pack(pack, load_backbone(narrow, tiny_task.input))
 
 
-def test_a_backbone_set_to_another_size_is_refused_in_words(pack: Pack, tiny_backbone: Backbone) -> None:
+def test_a_backbone_set_to_another_size_is_refused_in_words(
+    pack: Pack, tiny_backbone: Backbone
+) -> None:
     with pytest.raises((PackBackboneMismatch, PackDamaged), match="32"):
         from_pack(pack, load_backbone(tiny_backbone, Input(size_px=64)))
 
 
 def with_recipe(pack: Pack, **changes: Any) -> Pack:
-    """The pack with another recipe in its metadata, written and read again: its digest is in order."""
+    """The pack with another recipe in its metadata, written and read again: its digest is in
+    order.
+    """
     metadata = pack.metadata.model_copy(update={"recipe": {**pack.metadata.recipe, **changes}})
     return read_pack(pack_to_bytes(Pack(metadata, pack.parts, pack.probe_logits)))
 
@@ -176,7 +221,9 @@ def with_recipe(pack: Pack, **changes: Any) -> Pack:
         ("head", {"bits": 9}, "recipe"),
     ],
 )
-def test_a_recipe_that_was_changed_is_refused(part: str, change: dict[str, Any], message: str, pack: Pack, tiny_inputs: Any) -> None:
+def test_a_recipe_that_was_changed_is_refused(
+    part: str, change: dict[str, Any], message: str, pack: Pack, tiny_inputs: Any
+) -> None:
     section = pack.metadata.recipe[part]
     assert isinstance(section, dict)
     with pytest.raises(PackDamaged, match=message):
@@ -189,10 +236,14 @@ def test_an_unknown_part_in_the_recipe_is_refused(pack: Pack, tiny_inputs: Any) 
 
 
 def test_a_part_that_is_missing_or_surplus_is_refused(pack: Pack, tiny_inputs: Any) -> None:
-    without = dataclasses.replace(pack, parts=tuple(part for part in pack.parts if part.name != "norms"))
+    without = dataclasses.replace(
+        pack, parts=tuple(part for part in pack.parts if part.name != "norms")
+    )
     with pytest.raises(PackDamaged, match=r"missing norms 'blocks\.0\.norm2\.bias'"):
         from_pack(without, tiny_inputs.backbone)
-    linear_probe = pack.metadata.model_copy(update={"recipe": make_recipe("head", 4).model_dump(exclude_none=True)})
+    linear_probe = pack.metadata.model_copy(
+        update={"recipe": make_recipe("head", 4).model_dump(exclude_none=True)}
+    )
     with pytest.raises(PackDamaged, match="surplus"):
         from_pack(dataclasses.replace(pack, metadata=linear_probe), tiny_inputs.backbone)
 
@@ -202,7 +253,10 @@ def test_a_pack_without_biases_beside_layers_leaves_them_frozen(
     family: str, families: dict[str, Backbone], tiny_task: Task, random_selection: Select
 ) -> None:
     """Earlier versions trained none of them; their packs give what they gave."""
-    backbone, recipe = load_backbone(families[family], tiny_task.input), Recipe(biases=Biases(bits=32))
+    backbone, recipe = (
+        load_backbone(families[family], tiny_task.input),
+        Recipe(biases=Biases(bits=32)),
+    )
     model = trained(backbone, recipe, random_selection)
     layers = weight_shapes(backbone.model)
     with torch.no_grad():
@@ -222,16 +276,28 @@ def test_a_pack_without_biases_beside_layers_leaves_them_frozen(
 
 def test_values_that_were_changed_do_not_pass_the_probe(pack: Pack, tiny_inputs: Any) -> None:
     changed = tuple(
-        dataclasses.replace(part, codes=part.codes[::-1].copy()) if part.name == "head" and part.bits == 4 else part for part in pack.parts
+        (
+            dataclasses.replace(part, codes=part.codes[::-1].copy())
+            if part.name == "head" and part.bits == 4
+            else part
+        )
+        for part in pack.parts
     )
     with pytest.raises(PackDamaged, match="probe logits"):
         from_pack(dataclasses.replace(pack, parts=changed), tiny_inputs.backbone)
 
 
-def test_values_that_overflow_do_not_pass_the_probe(tiny_task: Task, tiny_backbone: Backbone) -> None:
+def test_values_that_overflow_do_not_pass_the_probe(
+    tiny_task: Task, tiny_backbone: Backbone
+) -> None:
     """Logits that are not numbers differ from every stored one, though no comparison says so."""
     backbone, recipe = load_backbone(tiny_backbone, tiny_task.input), make_recipe("head", 32)
-    pack = to_pack(attach(backbone, recipe, len(CLASSES)), describe(tiny_task, recipe, backbone, CLASSES))
-    huge = tuple(dataclasses.replace(part, codes=np.full_like(part.codes, 3e38)) if part.bits == 32 else part for part in pack.parts)
+    pack = to_pack(
+        attach(backbone, recipe, len(CLASSES)), describe(tiny_task, recipe, backbone, CLASSES)
+    )
+    huge = tuple(
+        dataclasses.replace(part, codes=np.full_like(part.codes, 3e38)) if part.bits == 32 else part
+        for part in pack.parts
+    )
     with np.errstate(all="ignore"), pytest.raises(PackDamaged, match="probe logits"):
         from_pack(dataclasses.replace(pack, parts=huge), backbone)

@@ -1,4 +1,6 @@
-"""Attacks on the reader: whatever the bytes, it raises a named error or returns the very same pack, quickly and in little memory."""
+"""Attacks on the reader: whatever the bytes, it raises a named error or returns the very same pack,
+quickly and in little memory.
+"""
 
 import json
 import tracemalloc
@@ -27,12 +29,14 @@ def header_of(data: bytes) -> dict[str, Any]:
     return json.loads(data[8 : 8 + HEADER_BYTES])
 
 
-def with_header(header: dict[str, Any] | list[Any] | str, body: bytes = DATA[8 + HEADER_BYTES :]) -> bytes:
+def with_header(
+    header: dict[str, Any] | list[Any] | str, body: bytes = DATA[8 + HEADER_BYTES :]
+) -> bytes:
     text = (header if isinstance(header, str) else json.dumps(header)).encode()
     return len(text).to_bytes(8, "little") + text + body
 
 
-# --- damage ---------------------------------------------------------------------------------------------------------------------------------
+# --- damage ---------------------------------------------------------------------------------------
 
 
 def test_every_truncation_is_noticed() -> None:
@@ -53,8 +57,13 @@ def test_damage_in_the_content_or_its_digest_is_called_damage(byte: int) -> None
 
 
 def mutate(rng: np.random.Generator) -> bytes:
-    """One random change: flipped bits, swapped, inserted, removed or repeated bytes, or another header length."""
-    data, start, stop = bytearray(DATA), *sorted(int(place) for place in rng.integers(0, len(DATA), 2))
+    """One random change: flipped bits, swapped, inserted, removed or repeated bytes, or another
+    header length.
+    """
+    data, start, stop = (
+        bytearray(DATA),
+        *sorted(int(place) for place in rng.integers(0, len(DATA), 2)),
+    )
     match rng.integers(0, 6):
         case 0:
             for place in rng.integers(0, len(DATA), rng.integers(1, 5)):
@@ -68,7 +77,9 @@ def mutate(rng: np.random.Generator) -> bytes:
         case 4:
             data[start:start] = data[stop : stop + 64]
         case _:
-            data[:8] = int(rng.integers(0, [HEADER_BYTES + 9, 2 * len(DATA), 2**62][rng.integers(0, 3)])).to_bytes(8, "little")
+            data[:8] = int(
+                rng.integers(0, [HEADER_BYTES + 9, 2 * len(DATA), 2**62][rng.integers(0, 3)])
+            ).to_bytes(8, "little")
     return bytes(data)
 
 
@@ -92,7 +103,7 @@ def test_random_mutations_are_refused_or_harmless() -> None:
     assert peak_bytes < 8_000_000
 
 
-# --- files that are something else ----------------------------------------------------------------------------------------------------------
+# --- files that are something else ----------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -122,7 +133,10 @@ def test_an_empty_file_is_truncated() -> None:
         read_pack(b"")
 
 
-@pytest.mark.parametrize(("version", "message"), [("6", "upgrade"), ("17", "upgrade"), ("9" * 5000, "upgrade"), ("1", "run its task again")])
+@pytest.mark.parametrize(
+    ("version", "message"),
+    [("6", "upgrade"), ("17", "upgrade"), ("9" * 5000, "upgrade"), ("1", "run its task again")],
+)
 def test_another_version_is_told_apart_from_damage(version: str, message: str) -> None:
     header = header_of(DATA)
     header["__metadata__"] |= {"version": version, "novelty": "unknown to us"}
@@ -130,7 +144,7 @@ def test_another_version_is_told_apart_from_damage(version: str, message: str) -
         read_pack(with_header(header))
 
 
-# --- headers that lie -----------------------------------------------------------------------------------------------------------------------
+# --- headers that lie -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("value", ["0", 2, "two", None, "2 "])
@@ -177,17 +191,21 @@ def test_tensors_beside_the_pack_and_bytes_behind_it_are_damage() -> None:
         read_pack(with_header({"__metadata__": header["__metadata__"], "puck": header["pack"]}))
 
 
-# --- content that lies under a valid digest -------------------------------------------------------------------------------------------------
+# --- content that lies under a valid digest -------------------------------------------------------
 
 
 def deflated(text: bytes) -> bytes:
     """As a description is, whatever the text."""
-    deflater = zlib.compressobj(9, zlib.DEFLATED, -zlib.MAX_WBITS, 9, zdict=dictionary(FORMAT_VERSION))
+    deflater = zlib.compressobj(
+        9, zlib.DEFLATED, -zlib.MAX_WBITS, 9, zdict=dictionary(FORMAT_VERSION)
+    )
     return deflater.compress(text) + deflater.flush()
 
 
 def with_description(data: bytes, rest: bytes | None = None) -> bytes:
-    """The pack with another compressed description before the same numbers, and a digest that agrees."""
+    """The pack with another compressed description before the same numbers, and a digest that
+    agrees.
+    """
     _, content = container_from_bytes(DATA)
     after = content[4 + int.from_bytes(content[:4], "little") :] if rest is None else rest
     return container_to_bytes(len(data).to_bytes(4, "little") + data + after)
@@ -196,7 +214,9 @@ def with_description(data: bytes, rest: bytes | None = None) -> bytes:
 def forge(change: Callable[[dict[str, Any]], Any]) -> bytes:
     """The pack with its description changed in place."""
     _, content = container_from_bytes(DATA)
-    described = Description.from_bytes(content[4 : 4 + int.from_bytes(content[:4], "little")]).model_dump(mode="json")
+    described = Description.from_bytes(
+        content[4 : 4 + int.from_bytes(content[:4], "little")]
+    ).model_dump(mode="json")
     change(described)
     return with_description(deflated(json.dumps(described).encode()))
 
@@ -265,7 +285,9 @@ NUMBERS = CONTENT[4 + int.from_bytes(CONTENT[:4], "little") :]
 DESCRIPTION = CONTENT[4 : -len(NUMBERS)]
 
 
-@pytest.mark.parametrize("rest", [b"", NUMBERS[:-1], NUMBERS + b"\0", bytes(len(NUMBERS)), b"\xff" * len(NUMBERS)])
+@pytest.mark.parametrize(
+    "rest", [b"", NUMBERS[:-1], NUMBERS + b"\0", bytes(len(NUMBERS)), b"\xff" * len(NUMBERS)]
+)
 def test_other_numbers_under_a_valid_digest_are_damage(rest: bytes) -> None:
     with pytest.raises(PackDamaged):
         read_pack(with_description(DESCRIPTION, rest))

@@ -34,7 +34,9 @@ def test_codes_survive_and_match_the_slow_reference(width_bits: int, data: st.Da
 def test_the_largest_code_survives_at_every_size_and_one_more_is_refused(width_bits: int) -> None:
     for count in range(18):
         codes = np.full(count, 2**width_bits - 1, np.uint64)
-        np.testing.assert_array_equal(unpack_codes(pack_codes(codes, width_bits), count, width_bits), codes)
+        np.testing.assert_array_equal(
+            unpack_codes(pack_codes(codes, width_bits), count, width_bits), codes
+        )
     with pytest.raises(PackError, match="do not fit"):
         pack_codes(np.array([0, 2**width_bits], np.uint64), width_bits)
 

@@ -1,4 +1,6 @@
-"""The codebooks against published values, a slow alternation, and the conditions that define them."""
+"""The codebooks against published values, a slow alternation, and the conditions that define
+them.
+"""
 
 import itertools
 from statistics import NormalDist
@@ -13,12 +15,17 @@ NORMAL = NormalDist()
 PUBLISHED_POSITIVE = {
     1: ([0.6745], []),
     2: ([0.3778, 1.2657], [0.8217]),
-    4: ([0.1056, 0.319, 0.5401, 0.7752, 1.034, 1.3331, 1.7077, 2.2655], [0.2123, 0.4296, 0.6576, 0.9046, 1.1836, 1.5204, 1.9866]),
+    4: (
+        [0.1056, 0.319, 0.5401, 0.7752, 1.034, 1.3331, 1.7077, 2.2655],
+        [0.2123, 0.4296, 0.6576, 0.9046, 1.1836, 1.5204, 1.9866],
+    ),
 }
 
 
 def alternate(level: list[float], rounds: int) -> list[float]:
-    """Threshold = midpoint of neighbours, level = median of its bin: the definition, one value at a time."""
+    """Threshold = midpoint of neighbours, level = median of its bin: the definition, one value at a
+    time.
+    """
     for _ in range(rounds):
         border = [(low + high) / 2 for low, high in itertools.pairwise(level)]
         cumulative = [0.0, *(NORMAL.cdf(value) for value in border), 1.0]
@@ -29,8 +36,14 @@ def alternate(level: list[float], rounds: int) -> list[float]:
 @pytest.mark.parametrize("bits", PUBLISHED_POSITIVE)
 def test_levels_and_thresholds_are_the_published_ones(bits: int) -> None:
     positive_levels, positive_thresholds = PUBLISHED_POSITIVE[bits]
-    np.testing.assert_allclose(levels(bits), [-v for v in positive_levels[::-1]] + positive_levels, atol=6e-5)
-    np.testing.assert_allclose(thresholds(bits), [-v for v in positive_thresholds[::-1]] + [0.0] + positive_thresholds, atol=6e-5)
+    np.testing.assert_allclose(
+        levels(bits), [-v for v in positive_levels[::-1]] + positive_levels, atol=6e-5
+    )
+    np.testing.assert_allclose(
+        thresholds(bits),
+        [-v for v in positive_thresholds[::-1]] + [0.0] + positive_thresholds,
+        atol=6e-5,
+    )
 
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4])
@@ -50,7 +63,9 @@ LLOYD_MAX_POSITIVE = {
 
 @pytest.mark.parametrize("bits", LLOYD_MAX_POSITIVE)
 def test_lloyd_max_levels_are_the_published_ones(bits: int) -> None:
-    np.testing.assert_allclose(levels(bits, "lloyd_max")[2 ** (bits - 1) :], LLOYD_MAX_POSITIVE[bits], atol=6e-4)
+    np.testing.assert_allclose(
+        levels(bits, "lloyd_max")[2 ** (bits - 1) :], LLOYD_MAX_POSITIVE[bits], atol=6e-4
+    )
 
 
 @pytest.mark.parametrize("bits", range(1, 9))
@@ -67,7 +82,10 @@ def test_lloyd_max_levels_are_the_means_of_their_bins(bits: int) -> None:
 
 def test_each_codebook_is_best_at_its_own_error() -> None:
     z = np.random.default_rng(0).standard_normal(100_000)
-    error = {kind: z - levels(3, kind)[np.searchsorted(thresholds(3, kind), z)] for kind in ("median", "lloyd_max")}
+    error = {
+        kind: z - levels(3, kind)[np.searchsorted(thresholds(3, kind), z)]
+        for kind in ("median", "lloyd_max")
+    }
     assert np.abs(error["median"]).mean() < np.abs(error["lloyd_max"]).mean()
     assert np.square(error["lloyd_max"]).mean() < np.square(error["median"]).mean()
 
@@ -90,7 +108,10 @@ def test_codebooks_are_float32_ascending_symmetric_and_between_each_other(bits: 
 
 def test_more_bits_mean_a_smaller_error_on_normal_weights() -> None:
     z = np.random.default_rng(0).normal(size=20_000).astype(np.float32)
-    errors = [float(np.abs(z - levels(bits)[np.searchsorted(thresholds(bits), z)]).mean()) for bits in range(1, 9)]
+    errors = [
+        float(np.abs(z - levels(bits)[np.searchsorted(thresholds(bits), z)]).mean())
+        for bits in range(1, 9)
+    ]
     assert all(fine < 0.6 * coarse for coarse, fine in itertools.pairwise(errors))
 
 

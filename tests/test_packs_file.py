@@ -34,7 +34,10 @@ from pipeline.packs import (
 )
 from pipeline.packs.dictionary import dictionary
 
-LAYERS = ((TensorSpec("blocks.0.attn.qkv", (18,)), (9, 16)), (TensorSpec("blocks.0.mlp.fc1", (21,)), (7, 20)))
+LAYERS = (
+    (TensorSpec("blocks.0.attn.qkv", (18,)), (9, 16)),
+    (TensorSpec("blocks.0.mlp.fc1", (21,)), (7, 20)),
+)
 SHAPES: dict[str, tuple[TensorSpec, ...]] = {
     "connections": tuple(tensor for tensor, _ in LAYERS),
     "biases": (TensorSpec("blocks.0.attn.qkv", (9,)), TensorSpec("blocks.0.mlp.fc1", (7,))),
@@ -45,16 +48,34 @@ SHAPES: dict[str, tuple[TensorSpec, ...]] = {
 
 
 def example_metadata(**changes: Any) -> PackMetadata:
-    arguments: dict[str, Any] = {"task": "birds", "classes": ['"Vögel"', *"bcde"], "metric": "accuracy", "seed": 3}
-    arguments["input"] = PackInput(size_px=64, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), interpolation="bicubic")
-    arguments["recipe"] = {"connections": {"top_k": 2, "bits": 4}, "training": {"learning_rate": 3e-3, "augment": False}, "smoa": None}
-    arguments["backbone"] = {"model": "vit_tiny", "arguments": {"depth": 1, "window": [4, 4]}, "fingerprint": "0f" * 32, "trail": "a0b1"}
+    arguments: dict[str, Any] = {
+        "task": "birds",
+        "classes": ['"Vögel"', *"bcde"],
+        "metric": "accuracy",
+        "seed": 3,
+    }
+    arguments["input"] = PackInput(
+        size_px=64, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), interpolation="bicubic"
+    )
+    arguments["recipe"] = {
+        "connections": {"top_k": 2, "bits": 4},
+        "training": {"learning_rate": 3e-3, "augment": False},
+        "smoa": None,
+    }
+    arguments["backbone"] = {
+        "model": "vit_tiny",
+        "arguments": {"depth": 1, "window": [4, 4]},
+        "fingerprint": "0f" * 32,
+        "trail": "a0b1",
+    }
     return PackMetadata(**{**arguments, **changes})
 
 
 def zero_example(name: str, bits: Any) -> Part:
     layers = tuple(layer for _, layer in LAYERS) if name == "connections" else ()
-    return zero_part(name, bits, SHAPES[name], random_places(np.random.default_rng(0)) if layers else (), layers)  # type: ignore[arg-type]
+    return zero_part(
+        name, bits, SHAPES[name], random_places(np.random.default_rng(0)) if layers else (), layers
+    )  # type: ignore[arg-type]
 
 
 def random_places(rng: np.random.Generator) -> tuple[np.ndarray, ...]:
@@ -67,8 +88,16 @@ def random_places(rng: np.random.Generator) -> tuple[np.ndarray, ...]:
 
 def random_part(name: str, bits: Any, rng: np.random.Generator) -> Part:
     empty = zero_example(name, bits)
-    codes = rng.integers(0, 2**bits, empty.count).astype(np.uint8) if bits <= 8 else rng.normal(size=empty.count).astype(empty.codes.dtype)
-    scales = None if empty.scales is None else np.abs(rng.normal(size=empty.scales.shape)).astype(np.float16).astype(np.float32)
+    codes = (
+        rng.integers(0, 2**bits, empty.count).astype(np.uint8)
+        if bits <= 8
+        else rng.normal(size=empty.count).astype(empty.codes.dtype)
+    )
+    scales = (
+        None
+        if empty.scales is None
+        else np.abs(rng.normal(size=empty.scales.shape)).astype(np.float16).astype(np.float32)
+    )
     positions = random_places(rng) if empty.layers else ()
     return Part(empty.name, bits, empty.tensors, codes, scales, positions, empty.layers)
 
@@ -78,7 +107,9 @@ def example_pack(bits: dict[str, Any] | None = None, seed: int = 0) -> Pack:
     rng = np.random.default_rng(seed)
     bits = bits or {"connections": 4, "biases": 8, "norms": 32, "adapters": 1, "head": 2}
     parts = [random_part(name, width, rng) for name, width in bits.items()]
-    parts.append(Part("head", 16, (TensorSpec("head.bias", (5,)),), rng.normal(size=5).astype(np.float16)))
+    parts.append(
+        Part("head", 16, (TensorSpec("head.bias", (5,)),), rng.normal(size=5).astype(np.float16))
+    )
     return Pack(example_metadata(), tuple(parts), rng.normal(size=(3, 5)).astype(np.float32))
 
 
@@ -87,7 +118,17 @@ def assert_same(left: Pack, right: Pack) -> None:
     np.testing.assert_array_equal(left.probe_logits, right.probe_logits)
     assert len(left.parts) == len(right.parts)
     for one, other in zip(left.parts, right.parts, strict=True):
-        for name in ("name", "bits", "tensors", "layers", "recomputed", "codebook", "by_row", "scale_bits", "has_mean"):
+        for name in (
+            "name",
+            "bits",
+            "tensors",
+            "layers",
+            "recomputed",
+            "codebook",
+            "by_row",
+            "scale_bits",
+            "has_mean",
+        ):
             assert getattr(one, name) == getattr(other, name)
         for name in ("codes", "scales"):
             np.testing.assert_array_equal(getattr(one, name), getattr(other, name), strict=True)
@@ -95,7 +136,7 @@ def assert_same(left: Pack, right: Pack) -> None:
             np.testing.assert_array_equal(places, others, strict=True)
 
 
-# --- round trips ----------------------------------------------------------------------------------------------------------------------------
+# --- round trips ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("bits", PART_BITS)
@@ -105,19 +146,31 @@ def test_every_part_survives_at_every_width(bits: int) -> None:
 
 
 @settings(max_examples=40, derandomize=True, deadline=None)
-@given(bits=st.dictionaries(st.sampled_from(sorted(SHAPES)), st.sampled_from(PART_BITS), min_size=1), seed=st.integers(0, 999))
-def test_any_mix_survives_and_its_size_and_ledger_are_known(bits: dict[str, Any], seed: int) -> None:
+@given(
+    bits=st.dictionaries(st.sampled_from(sorted(SHAPES)), st.sampled_from(PART_BITS), min_size=1),
+    seed=st.integers(0, 999),
+)
+def test_any_mix_survives_and_its_size_and_ledger_are_known(
+    bits: dict[str, Any], seed: int
+) -> None:
     pack = example_pack(bits, seed)
     data = pack_to_bytes(pack)
     assert_same(read_pack(data), pack)
-    zeros = [zero_part(part.name, part.bits, part.tensors, part.positions, part.layers) for part in pack.parts]
+    zeros = [
+        zero_part(part.name, part.bits, part.tensors, part.positions, part.layers)
+        for part in pack.parts
+    ]
     assert ledger(Pack(pack.metadata, tuple(zeros), np.zeros((3, 5), np.float32))) == ledger(pack)
     assert sum(ledger(pack).values()) == len(data)
 
 
 def test_recomputed_positions_take_no_bytes() -> None:
     layers = tuple(layer for _, layer in LAYERS)
-    pack = Pack(example_metadata(), (zero_part("connections", 4, SHAPES["connections"], (), layers, recomputed=True),), np.zeros((0, 5), np.float32))
+    pack = Pack(
+        example_metadata(),
+        (zero_part("connections", 4, SHAPES["connections"], (), layers, recomputed=True),),
+        np.zeros((0, 5), np.float32),
+    )
     assert_same(read_pack(pack_to_bytes(pack)), pack)
     assert ledger(pack)["positions"] == 0
 
@@ -130,7 +183,12 @@ def test_a_pack_may_hold_no_part_and_no_probe() -> None:
 
 def test_arrays_of_a_read_pack_can_be_written_to() -> None:
     for part in read_pack(pack_to_bytes(example_pack())).parts:
-        arrays = [part.codes, *part.positions, *part.values().values(), *([] if part.scales is None else [part.scales])]
+        arrays = [
+            part.codes,
+            *part.positions,
+            *part.values().values(),
+            *([] if part.scales is None else [part.scales]),
+        ]
         assert all(array.flags.writeable for array in arrays)
 
 
@@ -147,14 +205,20 @@ def test_deeply_nested_but_sane_metadata_survives() -> None:
     assert read_pack(pack_to_bytes(pack)).metadata == pack.metadata
 
 
-# --- determinism ----------------------------------------------------------------------------------------------------------------------------
+# --- determinism ----------------------------------------------------------------------------------
 
 
 def test_the_same_pack_is_the_same_bytes_in_another_process() -> None:
-    code = "import hashlib; from test_packs_file import *; print(hashlib.sha256(pack_to_bytes(example_pack())).hexdigest())"
+    code = (
+        "import hashlib; from test_packs_file import *;"
+        " print(hashlib.sha256(pack_to_bytes(example_pack())).hexdigest())"
+    )
     runs = {
         subprocess.run(
-            [sys.executable, "-c", code], env={**os.environ, "PYTHONHASHSEED": seed}, cwd=Path(__file__).parent, capture_output=True
+            [sys.executable, "-c", code],
+            env={**os.environ, "PYTHONHASHSEED": seed},
+            cwd=Path(__file__).parent,
+            capture_output=True,
         ).stdout
         for seed in ("1", "2")
     }
@@ -168,7 +232,7 @@ def test_the_order_in_which_metadata_is_given_does_not_matter() -> None:
     assert one.to_json() == other.to_json()
 
 
-# --- other readers and writers --------------------------------------------------------------------------------------------------------------
+# --- other readers and writers --------------------------------------------------------------------
 
 
 def test_the_safetensors_library_reads_the_file_and_writes_the_same_tensor() -> None:
@@ -183,15 +247,15 @@ def test_the_safetensors_library_reads_the_file_and_writes_the_same_tensor() -> 
 def test_the_reader_needs_neither_torch_nor_the_safetensors_library(tmp_path: Path) -> None:
     write_pack(tmp_path / "pack", example_pack())
     code = (
-        "import sys; sys.modules.update(dict.fromkeys(['torch', 'timm', 'ray', 'mlflow', 'safetensors']))\n"
-        f"from pipeline.packs import read_pack; pack = read_pack({str(tmp_path / 'pack')!r})\n"
-        "print(sum(part.count for part in pack.parts))"
+        "import sys; sys.modules.update(dict.fromkeys(['torch', 'timm', 'ray', 'mlflow',"
+        " 'safetensors']))\nfrom pipeline.packs import read_pack; pack ="
+        f" read_pack({str(tmp_path / 'pack')!r})\nprint(sum(part.count for part in pack.parts))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert int(done.stdout) == sum(part.count for part in example_pack().parts)
 
 
-# --- the ledger -----------------------------------------------------------------------------------------------------------------------------
+# --- the ledger -----------------------------------------------------------------------------------
 
 
 def test_the_ledger_charges_each_part_what_it_takes() -> None:
@@ -208,7 +272,7 @@ def test_the_ledger_charges_each_part_what_it_takes() -> None:
     assert sum(spent.values()) == len(pack_to_bytes(pack))
 
 
-# --- versions -------------------------------------------------------------------------------------------------------------------------------
+# --- versions -------------------------------------------------------------------------------------
 
 
 def test_a_pack_of_version_2_is_read_and_written_anew_with_the_scales_it_had() -> None:
@@ -248,7 +312,10 @@ def test_a_pack_says_its_kind_metric_and_modality() -> None:
     metadata = example_metadata(kind="multilabel", metric="mAP", modality="points")
     again = read_pack(pack_to_bytes(Pack(metadata, (), np.zeros((0, 5), np.float32)))).metadata
     assert (again.kind, again.metric, again.modality) == ("multilabel", "mAP", "points")
-    assert '"kind":"classification","metric":"accuracy","modality":"images"' in example_metadata().to_json()
+    assert (
+        '"kind":"classification","metric":"accuracy","modality":"images"'
+        in example_metadata().to_json()
+    )
 
 
 def test_a_part_without_means_takes_two_bytes_less_a_matrix() -> None:
@@ -256,7 +323,12 @@ def test_a_part_without_means_takes_two_bytes_less_a_matrix() -> None:
     assert part.scales is not None
     scales = np.where([False, True], part.scales, np.float32(0))
     centred, plain = (
-        Pack(example_metadata(), (replace(part, scales=scales, has_mean=has_mean),), np.zeros((2, 5), np.float32)) for has_mean in (True, False)
+        Pack(
+            example_metadata(),
+            (replace(part, scales=scales, has_mean=has_mean),),
+            np.zeros((2, 5), np.float32),
+        )
+        for has_mean in (True, False)
     )
     assert_same(read_pack(pack_to_bytes(plain)), plain)
     assert ledger(centred)["values"] - ledger(plain)["values"] == 2 * part.groups
@@ -264,7 +336,7 @@ def test_a_part_without_means_takes_two_bytes_less_a_matrix() -> None:
         replace(part, has_mean=False)
 
 
-# --- the file system ------------------------------------------------------------------------------------------------------------------------
+# --- the file system ------------------------------------------------------------------------------
 
 
 def test_a_written_pack_is_read_back_and_its_size_returned(tmp_path: Path) -> None:
@@ -276,7 +348,9 @@ def test_a_written_pack_is_read_back_and_its_size_returned(tmp_path: Path) -> No
     assert os.listdir(tmp_path) == [path.name]
 
 
-def test_a_full_disk_is_a_storage_error_and_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_a_storage_error_and_leaves_the_old_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "birds.safetensors"
     path.write_bytes(b"an older file")
 
@@ -307,16 +381,22 @@ def test_missing_and_unreadable_files_are_named(tmp_path: Path) -> None:
         read_pack(tmp_path / "short")
 
 
-# --- contradictions -------------------------------------------------------------------------------------------------------------------------
+# --- contradictions -------------------------------------------------------------------------------
 
 
 def test_a_tensor_may_be_stored_once_only() -> None:
     head = zero_example("head", 4)
     with pytest.raises(PackDamaged, match=r"stored twice: head: head\.weight"):
-        Pack(example_metadata(), (head, zero_example("biases", 4), head), np.zeros((1, 5), np.float32))
+        Pack(
+            example_metadata(),
+            (head, zero_example("biases", 4), head),
+            np.zeros((1, 5), np.float32),
+        )
 
 
-@pytest.mark.parametrize("logits", [np.zeros((2, 4)), np.zeros(5), np.full((1, 5), 7e4), np.full((1, 5), np.nan)])
+@pytest.mark.parametrize(
+    "logits", [np.zeros((2, 4)), np.zeros(5), np.full((1, 5), 7e4), np.full((1, 5), np.nan)]
+)
 def test_probe_logits_must_fit_the_classes_and_float16(logits: np.ndarray) -> None:
     with pytest.raises(PackDamaged, match="probe logits"):
         Pack(example_metadata(), (), logits.astype(np.float32))
@@ -328,7 +408,15 @@ def test_probe_logits_must_fit_the_classes_and_float16(logits: np.ndarray) -> No
         {"created": "today"},
         {"classes": []},
         {"backbone": {"model": "vit_tiny", "arguments": {}, "fingerprint": "short", "trail": ""}},
-        {"backbone": {"model": "vit_tiny", "arguments": {}, "fingerprint": "0f" * 32, "trail": "", "path": "/tmp"}},
+        {
+            "backbone": {
+                "model": "vit_tiny",
+                "arguments": {},
+                "fingerprint": "0f" * 32,
+                "trail": "",
+                "path": "/tmp",
+            }
+        },
         {"input": {"size_px": 64, "mean": (0, 0, 0), "std": (1, 0, 1), "interpolation": "bicubic"}},
         {"recipe": {"callback": print}},
         {"seed": -1},
@@ -346,4 +434,10 @@ def test_metadata_that_json_cannot_hold_is_refused() -> None:
 
 def test_metadata_that_no_reader_would_accept_is_not_written() -> None:
     with pytest.raises(PackError, match="shorten the class names"):
-        pack_to_bytes(Pack(example_metadata(classes=["x" * 1_000_000, *"bcde"]), (), np.zeros((0, 5), np.float32)))
+        pack_to_bytes(
+            Pack(
+                example_metadata(classes=["x" * 1_000_000, *"bcde"]),
+                (),
+                np.zeros((0, 5), np.float32),
+            )
+        )

@@ -8,7 +8,11 @@ import pytest
 from pipeline.errors import PackDamaged
 from pipeline.packs import PART_BITS, LayerShape, Part, TensorSpec, levels, zero_part
 
-BANK = (TensorSpec("smoa.down", (3, 2, 5)), TensorSpec("smoa.router", (4, 5)), TensorSpec("smoa.bias", (7,)))
+BANK = (
+    TensorSpec("smoa.down", (3, 2, 5)),
+    TensorSpec("smoa.router", (4, 5)),
+    TensorSpec("smoa.bias", (7,)),
+)
 LAYERS = (TensorSpec("blocks.0.fc", (8,)), TensorSpec("blocks.1.fc", (3,)))
 PLACES = (np.array([0, 1, 8, 11, 15, 16, 18, 19]), np.array([8, 9, 26]))
 
@@ -20,7 +24,12 @@ def part(**changes: Any) -> Part:
 
 
 def connections(**changes: Any) -> Part:
-    arguments = {"name": "connections", "bits": 32, "tensors": LAYERS, "codes": np.arange(11, dtype=np.float32)}
+    arguments = {
+        "name": "connections",
+        "bits": 32,
+        "tensors": LAYERS,
+        "codes": np.arange(11, dtype=np.float32),
+    }
     arguments |= {"layers": ((4, 6), (3, 9)), "positions": PLACES}
     return Part(**{**arguments, **changes})
 
@@ -32,17 +41,29 @@ def test_low_bit_values_are_level_times_sd_plus_mean_of_each_matrix(bits: int) -
     scales = np.abs(rng.normal(size=(3 + 1 + 1, 2))).astype(np.float16).astype(np.float32)
     values = Part("adapters", bits, BANK, codes, scales).values()
     group_of_value = [0] * 10 + [1] * 10 + [2] * 10 + [3] * 20 + [4] * 7
-    slow = [levels(bits)[code] * scales[group, 1] + scales[group, 0] for code, group in zip(codes, group_of_value, strict=True)]
+    slow = [
+        levels(bits)[code] * scales[group, 1] + scales[group, 0]
+        for code, group in zip(codes, group_of_value, strict=True)
+    ]
     assert list(values) == [tensor.name for tensor in BANK]
-    assert all(values[tensor.name].shape == tensor.shape and values[tensor.name].dtype == np.float32 for tensor in BANK)
-    np.testing.assert_array_equal(np.concatenate([value.ravel() for value in values.values()]), np.array(slow, np.float32))
+    assert all(
+        values[tensor.name].shape == tensor.shape and values[tensor.name].dtype == np.float32
+        for tensor in BANK
+    )
+    np.testing.assert_array_equal(
+        np.concatenate([value.ravel() for value in values.values()]), np.array(slow, np.float32)
+    )
 
 
 @pytest.mark.parametrize(("bits", "dtype"), [(16, np.float16), (32, np.float32)])
-def test_wide_values_are_stored_as_they_are_and_handed_out_as_copies(bits: int, dtype: type) -> None:
+def test_wide_values_are_stored_as_they_are_and_handed_out_as_copies(
+    bits: int, dtype: type
+) -> None:
     codes = np.linspace(-3, 3, 57).astype(dtype)
     wide = Part("adapters", bits, BANK, codes)
-    np.testing.assert_array_equal(wide.values()["smoa.router"], codes[30:50].astype(np.float32).reshape(4, 5))
+    np.testing.assert_array_equal(
+        wide.values()["smoa.router"], codes[30:50].astype(np.float32).reshape(4, 5)
+    )
     wide.values()["smoa.bias"][:] = 9
     assert codes[-1] == 3
 
@@ -52,7 +73,10 @@ def test_zero_parts_are_valid(bits: int) -> None:
     bank = zero_part("adapters", bits, BANK)
     assert (bank.count, bank.groups) == (57, 5)
     assert all((value == 0).all() for value in bank.values().values())
-    assert zero_part("connections", bits, LAYERS, PLACES, ((4, 6), (3, 9))).layer_shapes == (LayerShape(4, 6, 8), LayerShape(3, 9, 3))
+    assert zero_part("connections", bits, LAYERS, PLACES, ((4, 6), (3, 9))).layer_shapes == (
+        LayerShape(4, 6, 8),
+        LayerShape(3, 9, 3),
+    )
 
 
 @pytest.mark.parametrize(
@@ -60,7 +84,10 @@ def test_zero_parts_are_valid(bits: int) -> None:
     [
         ({"name": "tail"}, "expected one of connections"),
         ({"bits": 9}, "given 9 bits"),
-        ({"tensors": (), "codes": np.zeros(0, np.uint8), "scales": np.zeros((0, 2), np.float32)}, "holds no tensor"),
+        (
+            {"tensors": (), "codes": np.zeros(0, np.uint8), "scales": np.zeros((0, 2), np.float32)},
+            "holds no tensor",
+        ),
         ({"tensors": (TensorSpec("a", (3,)), TensorSpec("a", (3,)))}, "same name"),
         ({"tensors": (TensorSpec("a", (3, 0)),)}, "holds no value"),
         ({"codes": np.arange(6)}, "uint8; given int64"),
@@ -91,7 +118,10 @@ def test_a_part_that_contradicts_itself_is_refused(changes: dict[str, Any], mess
         ({"positions": ()}, "expected positions of 2 layers"),
         ({"recomputed": True}, "expected positions of 0 layers"),
         ({"layers": ((4, 6),)}, "shapes of 2 layers"),
-        ({"layers": ((1, 6), (3, 9))}, r"'blocks.0.fc' of shape \[8\] is no list of entries of a weight \[1, 6\]"),
+        (
+            {"layers": ((1, 6), (3, 9))},
+            r"'blocks.0.fc' of shape \[8\] is no list of entries of a weight \[1, 6\]",
+        ),
         ({"layers": ((3, 6), (3, 9))}, "layer 0: places 0 to 19, the weight has 18"),
         ({"positions": (PLACES[0][:7], PLACES[1])}, r"layer 0: expected int64 \[8\]"),
         ({"positions": (PLACES[0].astype(np.int32), PLACES[1])}, "found int32"),

@@ -20,7 +20,9 @@ from pipeline.packs.tracks import CONCENTRATION, DISCOUNT
 Layers = tuple[list[np.ndarray], list[LayerShape]]
 
 
-def per_row(rows: int, columns: int, top_k: int, rng: np.random.Generator, skew: float = 1.5) -> np.ndarray:
+def per_row(
+    rows: int, columns: int, top_k: int, rng: np.random.Generator, skew: float = 1.5
+) -> np.ndarray:
     """`top_k` places in every row; some columns are chosen by many rows."""
     odds = (1 + np.arange(columns)) ** -skew
     score_OI = rng.random((rows, columns)) ** (1 / odds[rng.permutation(columns)])
@@ -36,7 +38,9 @@ def by_layer(rows: int, columns: int, count: int, rng: np.random.Generator) -> n
 
 def layers_of(*places_and_shapes: tuple[np.ndarray, int, int]) -> Layers:
     places = [each for each, _, _ in places_and_shapes]
-    return places, [LayerShape(rows, columns, len(each)) for each, rows, columns in places_and_shapes]
+    return places, [
+        LayerShape(rows, columns, len(each)) for each, rows, columns in places_and_shapes
+    ]
 
 
 def assert_survives(layers: Layers) -> bytes:
@@ -46,19 +50,29 @@ def assert_survives(layers: Layers) -> bytes:
     return data
 
 
-# --- round trips ----------------------------------------------------------------------------------------------------------------------------
+# --- round trips ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 3, 5, 16, 63, 64])
 def test_any_k_of_every_neuron_survives(top_k: int) -> None:
     rng = np.random.default_rng(top_k)
-    assert_survives(layers_of((per_row(192, 64, top_k, rng), 192, 64), (per_row(65, 70, top_k, rng), 65, 70), (per_row(1, 64, top_k, rng), 1, 64)))
+    assert_survives(
+        layers_of(
+            (per_row(192, 64, top_k, rng), 192, 64),
+            (per_row(65, 70, top_k, rng), 65, 70),
+            (per_row(1, 64, top_k, rng), 1, 64),
+        )
+    )
 
 
 @pytest.mark.parametrize("count", [1, 7, 300, 4095, 4096])
 def test_selections_by_layer_survive(count: int) -> None:
     rng = np.random.default_rng(count)
-    assert_survives(layers_of((by_layer(128, 32, count, rng), 128, 32), (by_layer(1, 4096, count, rng), 1, 4096)))
+    assert_survives(
+        layers_of(
+            (by_layer(128, 32, count, rng), 128, 32), (by_layer(1, 4096, count, rng), 1, 4096)
+        )
+    )
 
 
 @settings(max_examples=60, derandomize=True, deadline=None)
@@ -66,8 +80,13 @@ def test_selections_by_layer_survive(count: int) -> None:
 def test_any_places_survive(data: st.DataObject) -> None:
     layers = []
     for _ in range(data.draw(st.integers(1, 3))):
-        rows, columns = data.draw(st.integers(1, 140)), data.draw(st.sampled_from([1, 2, 3, 31, 300, 70_000]))
-        places = data.draw(st.lists(st.integers(0, rows * columns - 1), min_size=1, max_size=90, unique=True))
+        rows, columns = (
+            data.draw(st.integers(1, 140)),
+            data.draw(st.sampled_from([1, 2, 3, 31, 300, 70_000])),
+        )
+        places = data.draw(
+            st.lists(st.integers(0, rows * columns - 1), min_size=1, max_size=90, unique=True)
+        )
         layers.append((np.array(sorted(places)), rows, columns))
     assert_survives(layers_of(*layers))
 
@@ -86,11 +105,13 @@ def test_the_smaller_form_is_kept_and_both_can_be_read() -> None:
     assert len(encode_positions(*scattered)) <= 1 + len(_coded(*scattered))
 
 
-# --- size -----------------------------------------------------------------------------------------------------------------------------------
+# --- size -----------------------------------------------------------------------------------------
 
 
 def slow_bits(places: np.ndarray, columns: int) -> float:
-    """Code length of one row-by-row selection of K = 1 in one track, value by value, as the model's definition has it."""
+    """Code length of one row-by-row selection of K = 1 in one track, value by value, as the model's
+    definition has it.
+    """
     seen: dict[int, int] = {}
     bits, chosen = 0.0, (places % columns).tolist()
     for start, stop in itertools.pairwise(block_bounds(len(chosen), 0)):
@@ -107,7 +128,9 @@ def slow_bits(places: np.ndarray, columns: int) -> float:
 
 @pytest.mark.parametrize("skew", [0.5, 1.5, 3.0])
 def test_the_coded_size_is_the_models_code_length(skew: float) -> None:
-    places = per_row(50, 192, 1, np.random.default_rng(1), skew)  # fewer rows than two segments: one track
+    places = per_row(
+        50, 192, 1, np.random.default_rng(1), skew
+    )  # fewer rows than two segments: one track
     coded = _coded(*layers_of((places, 50, 192)))
     assert len(coded) == pytest.approx(slow_bits(places, 192) / 8, abs=4)
 
@@ -117,7 +140,9 @@ def test_heads_that_choose_alike_are_cheaper_than_one_model_of_all() -> None:
     heads = [per_row(64, 192, 1, rng, skew=3.0) + head * 64 * 192 for head in range(6)]
     mixed = np.concatenate(heads)
     shuffled = np.sort(rng.permutation(384) * 192 + mixed % 192)
-    assert len(encode_positions(*layers_of((mixed, 384, 192)))) < 0.95 * len(encode_positions(*layers_of((shuffled, 384, 192))))
+    assert len(encode_positions(*layers_of((mixed, 384, 192)))) < 0.95 * len(
+        encode_positions(*layers_of((shuffled, 384, 192)))
+    )
 
 
 def test_the_order_within_a_row_costs_nothing() -> None:
@@ -125,7 +150,7 @@ def test_the_order_within_a_row_costs_nothing() -> None:
     assert len(_coded(*layers_of((np.arange(300 * 64), 300, 64)))) < 300 * 64 * 6 / 8 / 8
 
 
-# --- what no writer wrote -------------------------------------------------------------------------------------------------------------------
+# --- what no writer wrote -------------------------------------------------------------------------
 
 SHAPES = [LayerShape(4, 6, 3), LayerShape(2, 9, 2)]
 PLACES = [np.array([0, 7, 23]), np.array([8, 9])]
@@ -165,7 +190,9 @@ def test_random_bytes_are_refused_or_read_as_places() -> None:
 
 
 def test_every_truncation_of_plain_positions_is_damage() -> None:
-    scattered, shapes = layers_of((np.arange(64) * 4096 + np.random.default_rng(1).permutation(4096)[:64], 64, 4096))
+    scattered, shapes = layers_of(
+        (np.arange(64) * 4096 + np.random.default_rng(1).permutation(4096)[:64], 64, 4096)
+    )
     data = encode_positions(scattered, shapes)
     assert data[:1] == PLAIN
     for size in range(len(data)):
@@ -175,15 +202,25 @@ def test_every_truncation_of_plain_positions_is_damage() -> None:
 
 @pytest.mark.parametrize(
     "shapes",
-    [[], [LayerShape(4, 6, 0)], [LayerShape(4, 6, 25)], [LayerShape(1, 1 << 23, 1)], [LayerShape(1 << 22, 1, 1), LayerShape(1, 1, 1)]],
+    [
+        [],
+        [LayerShape(4, 6, 0)],
+        [LayerShape(4, 6, 25)],
+        [LayerShape(1, 1 << 23, 1)],
+        [LayerShape(1 << 22, 1, 1), LayerShape(1, 1, 1)],
+    ],
 )
 def test_shapes_that_no_layer_has_are_damage(shapes: list[LayerShape]) -> None:
     with pytest.raises(PackDamaged):
         decode_positions(b"\1" + bytes(50), shapes)
 
 
-@pytest.mark.parametrize(("limit", "message"), [("max_work", "odds"), ("max_cells", "column models")])
-def test_work_and_memory_out_of_proportion_are_refused_and_not_written(limit: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("limit", "message"), [("max_work", "odds"), ("max_cells", "column models")]
+)
+def test_work_and_memory_out_of_proportion_are_refused_and_not_written(
+    limit: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     layers = layers_of((per_row(768, 192, 1, np.random.default_rng(0), skew=1.0), 768, 192))
     coded = encode_positions(*layers)
     assert coded[:1] == CODED
@@ -193,7 +230,7 @@ def test_work_and_memory_out_of_proportion_are_refused_and_not_written(limit: st
     assert encode_positions(*layers)[:1] == PLAIN
 
 
-# --- helpers --------------------------------------------------------------------------------------------------------------------------------
+# --- helpers --------------------------------------------------------------------------------------
 
 
 @settings(max_examples=40, derandomize=True, deadline=None)
@@ -208,10 +245,17 @@ def test_blocks_cover_all_rows_once_and_never_cross_segments(rows: int, segment:
 def test_runs_and_ranks() -> None:
     assert runs(np.array([3, 10, 7]), np.array([2, 0, 3])).tolist() == [3, 4, 7, 8, 9]
     assert runs(np.array([], int), np.array([], int)).tolist() == []
-    assert ranks_of_first(np.array([0, 0, 0, 2, 2, 2]), np.array([5, 9, 5, 9, 4, 9])).tolist() == [1, 2, 1, 1, 2, 1]
+    assert ranks_of_first(np.array([0, 0, 0, 2, 2, 2]), np.array([5, 9, 5, 9, 4, 9])).tolist() == [
+        1,
+        2,
+        1,
+        1,
+        2,
+        1,
+    ]
 
 
-# --- the coder ------------------------------------------------------------------------------------------------------------------------------
+# --- the coder ------------------------------------------------------------------------------------
 
 
 def random_symbols(seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -225,14 +269,20 @@ def random_symbols(seed: int) -> tuple[np.ndarray, np.ndarray]:
     return weights_TA, symbols_R * (rng.random() >= 0.5)
 
 
-@pytest.mark.parametrize("first", [0, 876])  # 876: the last word that would be rounded up does not exist
+@pytest.mark.parametrize(
+    "first", [0, 876]
+)  # 876: the last word that would be rounded up does not exist
 def test_any_symbols_survive_the_coder_and_bytes_after_them_are_noticed(first: int) -> None:
     for seed in range(first, first + 200):
         weights_TA, symbols_R = random_symbols(seed)
         encoder, table_R = Encoder(), np.zeros(len(symbols_R), np.int64)
         encoder.categorical(weights_TA, table_R, symbols_R)
         data = encoder.to_bytes()
-        for surplus in (b"", b"\0", bytes(64) + b"surplus"):  # zeros are what a decoder takes missing bytes for
+        for surplus in (
+            b"",
+            b"\0",
+            bytes(64) + b"surplus",
+        ):  # zeros are what a decoder takes missing bytes for
             decoder = Decoder(data + surplus)
             np.testing.assert_array_equal(decoder.categorical(weights_TA, table_R, None), symbols_R)
             if surplus:
@@ -252,7 +302,7 @@ def test_bytes_after_coded_positions_are_refused() -> None:
             decode_positions(data + surplus, layers[1])
 
 
-# --- the example of docs/pack-format.md -------------------------------------------------------------------------------------------------------
+# --- the example of docs/pack-format.md -----------------------------------------------------------
 
 
 class _Recorder:
@@ -264,7 +314,9 @@ class _Recorder:
     def uniform(self, sizes_R: np.ndarray, symbols_R: np.ndarray | None) -> np.ndarray:
         raise AssertionError("the example names columns by odds")
 
-    def categorical(self, weights_TA: np.ndarray, table_R: np.ndarray, symbols_R: np.ndarray | None) -> np.ndarray:
+    def categorical(
+        self, weights_TA: np.ndarray, table_R: np.ndarray, symbols_R: np.ndarray | None
+    ) -> np.ndarray:
         assert symbols_R is not None
         for table, symbol in zip(table_R, symbols_R, strict=True):
             self.bits.append(float(np.log2(weights_TA[table].sum() / weights_TA[table, symbol])))

@@ -1,4 +1,6 @@
-"""What a run asks of a cluster: how many trials its nodes hold, how many tasks that makes, what is refused."""
+"""What a run asks of a cluster: how many trials its nodes hold, how many tasks that makes, what is
+refused.
+"""
 
 from __future__ import annotations
 
@@ -25,16 +27,32 @@ from pipeline.errors import ClusterError, SpecError
         (Node(16, 0), (1, 1), 0),
         (Node(0, 0), (1, 0), 0),
     ],
-    ids=["CPUs", "and a half", "tenths", "quarters of GPUs", "CPUs run out first", "no GPU", "a head that takes no work"],
+    ids=[
+        "CPUs",
+        "and a half",
+        "tenths",
+        "quarters of GPUs",
+        "CPUs run out first",
+        "no GPU",
+        "a head that takes no work",
+    ],
 )
-def test_a_node_holds_as_many_trials_as_fit(node: Node, asked: tuple[float, float], held: int) -> None:
+def test_a_node_holds_as_many_trials_as_fit(
+    node: Node, asked: tuple[float, float], held: int
+) -> None:
     assert node.places(*asked) == held
 
 
 def stages_on(nodes: list[Node], placement: Placement, monkeypatch: pytest.MonkeyPatch) -> Stages:
     monkeypatch.setattr(cluster, "running_nodes", lambda: nodes)
     monkeypatch.setattr(stages, "is_connected", lambda: True)
-    return Stages(workspace=Workspace(Path("runs")), start_ray=lambda: None, ray_is_private=True, placement=placement, on_progress=no_progress)
+    return Stages(
+        workspace=Workspace(Path("runs")),
+        start_ray=lambda: None,
+        ray_is_private=True,
+        placement=placement,
+        on_progress=no_progress,
+    )
 
 
 @pytest.mark.parametrize(
@@ -48,13 +66,29 @@ def stages_on(nodes: list[Node], placement: Placement, monkeypatch: pytest.Monke
         ([Node(64, 8)] * 4, (None, None), 9),
         ([Node(64, 8)] * 4, (None, 0.5), 17),
     ],
-    ids=["a laptop", "no worker yet", "one study fills it", "two nodes", "large trials", "GPUs by default", "two trials a GPU"],
+    ids=[
+        "a laptop",
+        "no worker yet",
+        "one study fills it",
+        "two nodes",
+        "large trials",
+        "GPUs by default",
+        "two trials a GPU",
+    ],
 )
 def test_as_many_tasks_run_as_their_trials_fill_the_cluster_and_one_more(
-    nodes: list[Node], per_trial: tuple[float | None, float | None], tasks: int, monkeypatch: pytest.MonkeyPatch
+    nodes: list[Node],
+    per_trial: tuple[float | None, float | None],
+    tasks: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     assert stages_on(nodes, Placement(per_trial=per_trial), monkeypatch).tasks_at_once() == tasks
-    assert stages_on(nodes, Placement(per_trial=per_trial, tasks_at_once=3), monkeypatch).tasks_at_once() == 3
+    assert (
+        stages_on(
+            nodes, Placement(per_trial=per_trial, tasks_at_once=3), monkeypatch
+        ).tasks_at_once()
+        == 3
+    )
 
 
 def test_one_task_runs_until_ray_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -67,7 +101,11 @@ def test_a_trial_takes_one_gpu_or_a_share_of_one() -> None:
     for gpus in (None, 0, 0.25, 1):
         assert Placement(per_trial=(None, gpus)).per_trial[1] == gpus
     with pytest.raises(
-        SpecError, match=r"given 2; a process uses one GPU: give 1, or a share of one such as 0\.5\. For more .*, give --ranks-per-trial"
+        SpecError,
+        match=(
+            r"given 2; a process uses one GPU: give 1, or a share of one such as 0\.5\. For more"
+            r" .*, give --ranks-per-trial"
+        ),
     ):
         Placement(per_trial=(1, 2))
 
@@ -75,19 +113,32 @@ def test_a_trial_takes_one_gpu_or_a_share_of_one() -> None:
 def test_ranks_do_not_share_a_gpu() -> None:
     for gpus in (None, 0, 1):
         assert Placement(per_trial=(None, gpus), ranks_per_trial=2).ranks_per_trial == 2
-    with pytest.raises(SpecError, match=r"--gpus-per-trial: given 0\.5 with --ranks-per-trial 2; .*: give 1 or 0, or one rank a trial"):
+    with pytest.raises(
+        SpecError,
+        match=(
+            r"--gpus-per-trial: given 0\.5 with --ranks-per-trial 2; .*: give 1 or 0, or one rank a"
+            r" trial"
+        ),
+    ):
         Placement(per_trial=(None, 0.5), ranks_per_trial=2)
 
 
 def test_trials_of_several_ranks_take_as_many_places(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert stages_on([Node(8, 0)] * 2, Placement(ranks_per_trial=4), monkeypatch).tasks_at_once() == 2
+    assert (
+        stages_on([Node(8, 0)] * 2, Placement(ranks_per_trial=4), monkeypatch).tasks_at_once() == 2
+    )
 
 
-def test_a_selection_with_more_workers_than_the_cluster_holds_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_selection_with_more_workers_than_the_cluster_holds_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(cluster, "running_nodes", lambda: [Node(2, 0), Node(1, 0)])
     monkeypatch.setattr(cluster, "_scales_itself", lambda: False)
     check_holds_group(3, 1, 0)
-    with pytest.raises(ClusterError, match=r"--selection-workers: given 4, the cluster has room for 3, each with a CPU$"):
+    with pytest.raises(
+        ClusterError,
+        match=r"--selection-workers: given 4, the cluster has room for 3, each with a CPU$",
+    ):
         check_holds_group(4, 1, 0)
     monkeypatch.setattr(cluster, "_scales_itself", lambda: True)
     check_holds_group(4, 1, 0)

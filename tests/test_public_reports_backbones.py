@@ -1,4 +1,6 @@
-"""Backbones as people have them: checkpoints of other sizes, layouts and formats (pytorch-image-models, safetensors#202)."""
+"""Backbones as people have them: checkpoints of other sizes, layouts and formats
+(pytorch-image-models, safetensors#202).
+"""
 
 from __future__ import annotations
 
@@ -31,22 +33,43 @@ State = dict[str, torch.Tensor]
 Arguments = dict[str, int | float | str | bool | list[int]]
 
 VIT: Arguments = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
-SWIN: Arguments = {"img_size": 32, "patch_size": 2, "window_size": 4, "embed_dim": 16, "depths": [1, 1, 1], "num_heads": [1, 2, 2]}
+SWIN: Arguments = {
+    "img_size": 32,
+    "patch_size": 2,
+    "window_size": 4,
+    "embed_dim": 16,
+    "depths": [1, 1, 1],
+    "num_heads": [1, 2, 2],
+}
 
 
 def random_state(model: str, arguments: Arguments) -> State:
     """What a checkpoint of this model holds, with its classifier."""
     torch.manual_seed(3)
-    return {name: tensor.clone() for name, tensor in timm.create_model(model, **arguments).state_dict().items()}
+    return {
+        name: tensor.clone()
+        for name, tensor in timm.create_model(model, **arguments).state_dict().items()
+    }
 
 
 def as_timm_loads_it(model: str, arguments: Arguments, path: Path) -> State:
-    return timm.create_model(model, pretrained=True, num_classes=0, pretrained_cfg_overlay={"file": str(path)}, **arguments).state_dict()
+    return timm.create_model(
+        model,
+        pretrained=True,
+        num_classes=0,
+        pretrained_cfg_overlay={"file": str(path)},
+        **arguments,
+    ).state_dict()
 
 
 def original_swin(state: State) -> State:
     """Microsoft's names: a stage's downsampling is at the end of the one before."""
-    return {re.sub(r"layers\.(\d)\.downsample", lambda m: f"layers.{int(m[1]) - 1}.downsample", name): tensor for name, tensor in state.items()}
+    return {
+        re.sub(
+            r"layers\.(\d)\.downsample", lambda m: f"layers.{int(m[1]) - 1}.downsample", name
+        ): tensor
+        for name, tensor in state.items()
+    }
 
 
 def original_deit3(state: State) -> State:
@@ -56,7 +79,10 @@ def original_deit3(state: State) -> State:
 
 def original_dinov2(state: State) -> State:
     """Facebook's file has a token for training with masks, too."""
-    return {**{name: tensor for name, tensor in state.items() if not name.startswith("head.")}, "mask_token": torch.zeros(1, 32)}
+    return {
+        **{name: tensor for name, tensor in state.items() if not name.startswith("head.")},
+        "mask_token": torch.zeros(1, 32),
+    }
 
 
 def data_parallel(state: State) -> State:
@@ -85,14 +111,31 @@ def as_they_are(state: State) -> State:
         ("swin_tiny_patch4_window7_224", SWIN, {**SWIN, "window_size": 8}, as_they_are),
         ("swin_tiny_patch4_window7_224", SWIN, SWIN, original_swin),
     ],
-    ids=["positions", "half", "patches", "data-parallel", "dinov2", "deit3", "beit", "window", "swin"],
+    ids=[
+        "positions",
+        "half",
+        "patches",
+        "data-parallel",
+        "dinov2",
+        "deit3",
+        "beit",
+        "window",
+        "swin",
+    ],
 )
 def test_a_checkpoint_loads_as_timm_loads_it(
-    model: str, written: Arguments, wanted: Arguments, change: Callable[[State], State], tmp_path: Path
+    model: str,
+    written: Arguments,
+    wanted: Arguments,
+    change: Callable[[State], State],
+    tmp_path: Path,
 ) -> None:
     path = tmp_path / "weights.safetensors"
     save_file(change(random_state(model, written)), path)
-    backbone = load_backbone(Backbone(model=model, arguments=wanted, weights=str(path)), Input(size_px=wanted["img_size"]))
+    backbone = load_backbone(
+        Backbone(model=model, arguments=wanted, weights=str(path)),
+        Input(size_px=wanted["img_size"]),
+    )
     expected = as_timm_loads_it(model, wanted, path)
     assert backbone.state.keys() == expected.keys()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in backbone.state.items())
@@ -112,7 +155,14 @@ def test_whatever_belongs_to_the_classifier_is_left_out(model: str, tmp_path: Pa
 
 def test_counters_that_inference_never_reads_may_be_missing(tmp_path: Path) -> None:
     path, state = tmp_path / "weights.safetensors", random_state("test_resnet", {})
-    save_file({name: tensor for name, tensor in state.items() if not name.endswith("num_batches_tracked")}, path)
+    save_file(
+        {
+            name: tensor
+            for name, tensor in state.items()
+            if not name.endswith("num_batches_tracked")
+        },
+        path,
+    )
     backbone = load_backbone(Backbone(model="test_resnet", weights=str(path)), Input(size_px=32))
     assert all(torch.equal(tensor, state[name]) for name, tensor in backbone.state.items())
 
@@ -121,27 +171,49 @@ def test_what_timm_cannot_convert_is_refused_by_name(tmp_path: Path) -> None:
     path = tmp_path / "weights.safetensors"
     save_file({"blocks.0.pwconv9.weight": torch.zeros(3, 3)}, path)
     for model in ("convnext_atto", "test_vit", "swin_tiny_patch4_window7_224"):
-        with pytest.raises(BackboneError, match=r"does not fit .* missing \(.*unknown \(blocks\.0\.pwconv9\.weight\)"):
+        with pytest.raises(
+            BackboneError,
+            match=r"does not fit .* missing \(.*unknown \(blocks\.0\.pwconv9\.weight\)",
+        ):
             load_backbone(Backbone(model=model, weights=str(path)), Input(size_px=64))
 
 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("old.pth", pickle.dumps([1]), r"Python pickle.*run code.*save_file\(torch\.load\('old\.pth', weights_only=True\), 'old\.safetensors'\)"),
+        (
+            "old.pth",
+            pickle.dumps([1]),
+            (
+                r"Python pickle.*run code.*save_file\(torch\.load\('old\.pth', weights_only=True\),"
+                r" 'old\.safetensors'\)"
+            ),
+        ),
         ("new.pth", b"PK\x03\x04...", r"PyTorch or NumPy archive.*save_file"),
-        ("lfs.safetensors", b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n", "Git LFS pointer.*git lfs pull"),
+        (
+            "lfs.safetensors",
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n",
+            "Git LFS pointer.*git lfs pull",
+        ),
         ("page.safetensors", b"<!DOCTYPE html>", "web page"),
-        ("short.safetensors", b"\x10\x00\x00\x00\x00\x00\x00\x00{}", "not a readable safetensors file.*download it again"),
+        (
+            "short.safetensors",
+            b"\x10\x00\x00\x00\x00\x00\x00\x00{}",
+            "not a readable safetensors file.*download it again",
+        ),
     ],
 )
-def test_another_format_is_named_with_the_way_out(name: str, content: bytes, message: str, tmp_path: Path) -> None:
+def test_another_format_is_named_with_the_way_out(
+    name: str, content: bytes, message: str, tmp_path: Path
+) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(BackboneError, match=message):
         load_backbone(Backbone(model="test_vit", weights=str(tmp_path / name)), Input(size_px=64))
 
 
-def test_the_way_out_of_a_pickled_checkpoint_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_way_out_of_a_pickled_checkpoint_works(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     torch.save(random_state("test_vit", {}), "weights.pth")
     with pytest.raises(BackboneError) as refusal:
@@ -149,13 +221,24 @@ def test_the_way_out_of_a_pickled_checkpoint_works(tmp_path: Path, monkeypatch: 
     command = re.search(r'python -c "(.*)"', str(refusal.value))
     assert command is not None
     exec(command[1], {})
-    assert load_backbone(Backbone(model="test_vit", weights="weights.safetensors"), Input(size_px=160)).width == 64
+    assert (
+        load_backbone(
+            Backbone(model="test_vit", weights="weights.safetensors"), Input(size_px=160)
+        ).width
+        == 64
+    )
 
 
 def test_tied_tensors_are_refused_by_name() -> None:
-    """Two names of one tensor cannot be stored (safetensors#202), and a change under one name would change the other."""
+    """Two names of one tensor cannot be stored (safetensors#202), and a change under one name would
+    change the other.
+    """
     with pytest.raises(
-        BackboneError, match=r"coat_tiny.*one tensor under several names \(cpe1\.proj\.weight, serial_blocks1\.0\.cpe\.proj\.weight\)"
+        BackboneError,
+        match=(
+            r"coat_tiny.*one tensor under several names \(cpe1\.proj\.weight,"
+            r" serial_blocks1\.0\.cpe\.proj\.weight\)"
+        ),
     ):
         load_backbone(Backbone(model="coat_tiny", weights="random"), Input(size_px=64))
 
@@ -163,27 +246,49 @@ def test_tied_tensors_are_refused_by_name() -> None:
 @pytest.mark.parametrize(
     ("model", "arguments", "file", "size_px"),
     [
-        ("vit_small_patch14_dinov2", {"img_size": 98}, "vit_small_patch14_dinov2.saliency.safetensors", 98),
+        (
+            "vit_small_patch14_dinov2",
+            {"img_size": 98},
+            "vit_small_patch14_dinov2.saliency.safetensors",
+            98,
+        ),
         ("tf_efficientnet_lite0", {}, "tf_efficientnet_lite0.imagenet1k.safetensors", 96),
     ],
 )
-def test_real_checkpoints_load(model: str, arguments: Arguments, file: str, size_px: int, shared_folder: Path) -> None:
+def test_real_checkpoints_load(
+    model: str, arguments: Arguments, file: str, size_px: int, shared_folder: Path
+) -> None:
     path = shared_folder / "backbones" / file
-    backbone = load_backbone(Backbone(model=model, arguments=arguments, weights=str(path)), Input(size_px=size_px))
+    backbone = load_backbone(
+        Backbone(model=model, arguments=arguments, weights=str(path)), Input(size_px=size_px)
+    )
     expected = as_timm_loads_it(model, arguments, path)
     assert all(torch.equal(tensor, expected[name]) for name, tensor in backbone.state.items())
 
 
-# --- folders and the hub --------------------------------------------------------------------------------------------------------------------
+# --- folders and the hub --------------------------------------------------------------------------
 
 
 def saved_by_timm(folder: Path) -> State:
-    """A folder as timm saves a model for the hub; `test_vit` at another depth and size than its own."""
+    """A folder as timm saves a model for the hub; `test_vit` at another depth and size than its
+    own.
+    """
     state = random_state("test_vit", {"depth": 2, "img_size": 64})
     folder.mkdir(parents=True)
     save_file(state, folder / "model.safetensors")
-    cfg = {"input_size": [3, 64, 64], "fixed_input_size": True, "mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6], "classifier": "head"}
-    config = {"architecture": "test_vit", "num_classes": 1000, "model_args": {"depth": 2, "num_classes": 1000}, "pretrained_cfg": cfg}
+    cfg = {
+        "input_size": [3, 64, 64],
+        "fixed_input_size": True,
+        "mean": [0.1, 0.2, 0.3],
+        "std": [0.4, 0.5, 0.6],
+        "classifier": "head",
+    }
+    config = {
+        "architecture": "test_vit",
+        "num_classes": 1000,
+        "model_args": {"depth": 2, "num_classes": 1000},
+        "pretrained_cfg": cfg,
+    }
     (folder / "config.json").write_text(json.dumps(config))
     return state
 
@@ -204,8 +309,13 @@ def test_a_folder_that_timm_saved_is_a_backbone_by_its_registry_name(tmp_path: P
     backbone = load_backbone(Backbone(model=f"local-dir:{tmp_path / 'model'}"), Input())
     assert (backbone.size_px, backbone.mean, backbone.std) == (64, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
     assert all(torch.equal(tensor, state[name]) for name, tensor in backbone.state.items())
-    assert (backbone.spec.model, backbone.spec.arguments) == ("test_vit", {"depth": 2, "img_size": 64})
-    assert load_backbone(backbone.spec, Input()).fingerprint == backbone.fingerprint, "a pack needs no more than this"
+    assert (backbone.spec.model, backbone.spec.arguments) == (
+        "test_vit",
+        {"depth": 2, "img_size": 64},
+    )
+    assert load_backbone(backbone.spec, Input()).fingerprint == backbone.fingerprint, (
+        "a pack needs no more than this"
+    )
 
 
 def test_a_cached_hub_model_loads_offline(cached: State) -> None:
@@ -216,29 +326,53 @@ def test_a_cached_hub_model_loads_offline(cached: State) -> None:
 
 def test_weights_may_be_a_folder(tmp_path: Path) -> None:
     state = saved_by_timm(tmp_path / "model")
-    backbone = load_backbone(Backbone(model="test_vit", arguments={"depth": 2, "img_size": 64}, weights=str(tmp_path / "model")), Input())
+    backbone = load_backbone(
+        Backbone(
+            model="test_vit",
+            arguments={"depth": 2, "img_size": 64},
+            weights=str(tmp_path / "model"),
+        ),
+        Input(),
+    )
     assert all(torch.equal(tensor, state[name]) for name, tensor in backbone.state.items())
 
 
 @pytest.mark.parametrize(
     ("model", "weights", "message"),
     [
-        ("timm/vit_tiny_patch16_224.augreg_in21k", "pretrained", "expected 'vit_tiny_patch16_224.augreg_in21k', which is timm's own name of it"),
+        (
+            "timm/vit_tiny_patch16_224.augreg_in21k",
+            "pretrained",
+            "expected 'vit_tiny_patch16_224.augreg_in21k', which is timm's own name of it",
+        ),
         ("someone/model", "random", r"hf-hub:OWNER/NAME.*local-dir:FOLDER"),
-        ("test_vit", "https://example.com/weights.safetensors", "download the file and give its path"),
+        (
+            "test_vit",
+            "https://example.com/weights.safetensors",
+            "download the file and give its path",
+        ),
         ("test_vit", "hf-hub:someone/model", "model: hf-hub:OWNER/NAME"),
         ("test_vit", "{folder}", r"no safetensors file; expected model\.safetensors"),
         ("local-dir:{folder}", "pretrained", r"no config\.json; expected a folder that timm saved"),
     ],
 )
-def test_other_sources_are_refused_with_the_way_out(model: str, weights: str, message: str, tmp_path: Path) -> None:
+def test_other_sources_are_refused_with_the_way_out(
+    model: str, weights: str, message: str, tmp_path: Path
+) -> None:
     (tmp_path / "pytorch_model.bin").touch()
     with pytest.raises(BackboneError, match=message):
-        load_backbone(Backbone(model=model.format(folder=tmp_path), weights=weights.format(folder=tmp_path)), Input())
+        load_backbone(
+            Backbone(model=model.format(folder=tmp_path), weights=weights.format(folder=tmp_path)),
+            Input(),
+        )
 
 
-@pytest.mark.parametrize("arguments", [{"checkpoint_path": "x.pth"}, {"depth": {"a": 1}}, {"no_such": 1}])
-def test_what_a_saved_config_asks_for_beyond_an_architecture_is_refused(arguments: dict[str, object], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "arguments", [{"checkpoint_path": "x.pth"}, {"depth": {"a": 1}}, {"no_such": 1}]
+)
+def test_what_a_saved_config_asks_for_beyond_an_architecture_is_refused(
+    arguments: dict[str, object], tmp_path: Path
+) -> None:
     saved_by_timm(tmp_path / "model")
     config = json.loads((tmp_path / "model" / "config.json").read_text())
     (tmp_path / "model" / "config.json").write_text(json.dumps({**config, "model_args": arguments}))
@@ -246,7 +380,7 @@ def test_what_a_saved_config_asks_for_beyond_an_architecture_is_refused(argument
         load_backbone(Backbone(model=f"local-dir:{tmp_path / 'model'}"), Input())
 
 
-# --- without a network ----------------------------------------------------------------------------------------------------------------------
+# --- without a network ----------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -273,17 +407,24 @@ MODELS = ["vit_tiny_patch16_224", "gcvit_base.in1k", "hf-hub:someone/absent"]
 
 @pytest.mark.parametrize("model", MODELS)
 def test_without_a_network_pretrained_weights_are_refused_at_once(
-    model: str, empty_cache: None, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    model: str,
+    empty_cache: None,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
     started = time.monotonic()
-    assert re.search(r"cannot be reached \(Connection refused\).*`weights`.*--backbone FILE", refusal_of(model))
+    assert re.search(
+        r"cannot be reached \(Connection refused\).*`weights`.*--backbone FILE", refusal_of(model)
+    )
     assert time.monotonic() - started < 4
     assert capfd.readouterr().err == ""
 
 
-def test_a_network_that_does_not_answer_is_given_up(empty_cache: None, mute_server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_network_that_does_not_answer_is_given_up(
+    empty_cache: None, mute_server: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(constants, "ENDPOINT", mute_server)
     monkeypatch.setattr(hub, "ANSWER_SECONDS", 0.3)
     started = time.monotonic()
@@ -292,7 +433,9 @@ def test_a_network_that_does_not_answer_is_given_up(empty_cache: None, mute_serv
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_a_hub_that_is_switched_off_is_not_asked(model: str, empty_cache: None, mute_server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_that_is_switched_off_is_not_asked(
+    model: str, empty_cache: None, mute_server: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "ENDPOINT", mute_server)
     started = time.monotonic()
@@ -306,22 +449,35 @@ def test_any_answer_is_a_network() -> None:
         assert hub._no_answer(f"http://127.0.0.1:{server.server_port}/absent") is None
 
 
-# --- defaults follow the backbone -----------------------------------------------------------------------------------------------------------
+# --- defaults follow the backbone -----------------------------------------------------------------
 
 CLASSES = tuple("0123456789")
 CNN = {"model": "test_resnet", "weights": "random"}
 
 
 def digits(**sections: object) -> Task:
-    return validate(Task, {"name": "a", "data": {"format": "digits"}, "backbone": CNN, **sections}, source="task")
+    return validate(
+        Task,
+        {"name": "a", "data": {"format": "digits"}, "backbone": CNN, **sections},
+        source="task",
+    )
 
 
 @pytest.mark.parametrize(
     ("arguments", "size_px", "expected"),
-    [({}, None, 160), ({"img_size": 96}, None, 96), ({"img_size": [96, 96]}, None, 96), ({"img_size": 96}, 32, 32)],
+    [
+        ({}, None, 160),
+        ({"img_size": 96}, None, 96),
+        ({"img_size": [96, 96]}, None, 96),
+        ({"img_size": 96}, 32, 32),
+    ],
 )
-def test_images_have_the_size_that_the_backbone_is_built_for(arguments: Arguments, size_px: int | None, expected: int) -> None:
-    backbone = load_backbone(Backbone(model="test_vit", arguments=arguments, weights="random"), Input(size_px=size_px))
+def test_images_have_the_size_that_the_backbone_is_built_for(
+    arguments: Arguments, size_px: int | None, expected: int
+) -> None:
+    backbone = load_backbone(
+        Backbone(model="test_vit", arguments=arguments, weights="random"), Input(size_px=size_px)
+    )
     assert backbone.size_px == expected
 
 
@@ -330,8 +486,13 @@ def test_the_default_recipe_keeps_what_has_a_place() -> None:
     task = digits(search={"trials": 3})
     resolved, absent = on_backbone(task, load_backbone(task.backbone, Input()), CLASSES)
     assert [*absent] == ["biases", "smoa", "norms"]
-    assert resolved.recipe == task.recipe.model_copy(update={"biases": None, "smoa": None, "norms": None, "preset": None})
-    assert (resolved.search.axes(), resolved.search.trials) == (default_space(resolved.recipe).axes(), 3)
+    assert resolved.recipe == task.recipe.model_copy(
+        update={"biases": None, "smoa": None, "norms": None, "preset": None}
+    )
+    assert (resolved.search.axes(), resolved.search.trials) == (
+        default_space(resolved.recipe).axes(),
+        3,
+    )
     assert resolved.search.axes().keys() == {"bits", "top_k"}
     assert on_backbone(resolved, load_backbone(task.backbone, Input()), CLASSES) == (resolved, {})
 
@@ -344,18 +505,30 @@ def test_the_default_recipe_is_whole_where_everything_has_a_place(tiny_backbone:
 
 
 def test_the_default_recipe_is_within_the_default_budget_on_a_large_backbone() -> None:
-    """A ViT-S has 41,856 neurons, and as many biases of a byte each; what is left out is named, and a wide budget holds all."""
+    """A ViT-S has 41,856 neurons, and as many biases of a byte each; what is left out is named, and
+    a wide budget holds all.
+    """
     spec = Backbone(model="vit_small_patch16_224", arguments={"img_size": 32}, weights="random")
     backbone = load_backbone(spec, Input())
     resolved, absent = on_backbone(digits(backbone=spec.model_dump()), backbone, CLASSES)
     assert [*absent] == ["connections"]
     planner = SizePlanner(resolved, backbone, CLASSES)
-    assert min(planner.size_bytes(resolved.search.recipe(resolved.recipe, point)) for point in resolved.search.points()) <= 65536
-    wide, none_absent = on_backbone(digits(backbone=spec.model_dump(), budget={"max_bytes": "1MiB"}), backbone, CLASSES)
+    assert (
+        min(
+            planner.size_bytes(resolved.search.recipe(resolved.recipe, point))
+            for point in resolved.search.points()
+        )
+        <= 65536
+    )
+    wide, none_absent = on_backbone(
+        digits(backbone=spec.model_dump(), budget={"max_bytes": "1MiB"}), backbone, CLASSES
+    )
     assert (none_absent, wide.search) == ({}, digits().search)
 
 
-@pytest.mark.parametrize("recipe", [{"connections": {}, "norms": {}}, {"preset": "default", "norms": {}}])
+@pytest.mark.parametrize(
+    "recipe", [{"connections": {}, "norms": {}}, {"preset": "default", "norms": {}}]
+)
 def test_a_part_that_was_named_is_required(recipe: dict[str, object]) -> None:
     task = digits(recipe=recipe)
     backbone = load_backbone(task.backbone, Input())
@@ -370,8 +543,19 @@ def test_an_unresolved_task_is_the_same_after_a_round_trip() -> None:
 
 
 def test_a_preset_is_the_default_with_what_is_written() -> None:
-    recipe = digits(recipe={"preset": "default", "connections": None, "biases": {"bits": 4}, "training": {"epochs": 3}}).recipe
-    assert (recipe.connections, recipe.biases.bits if recipe.biases else None, recipe.training.epochs) == (None, 4, 3)
+    recipe = digits(
+        recipe={
+            "preset": "default",
+            "connections": None,
+            "biases": {"bits": 4},
+            "training": {"epochs": 3},
+        }
+    ).recipe
+    assert (
+        recipe.connections,
+        recipe.biases.bits if recipe.biases else None,
+        recipe.training.epochs,
+    ) == (None, 4, 3)
     assert (recipe.smoa, recipe.norms) == (DEFAULT_PARTS["smoa"], DEFAULT_PARTS["norms"])
     assert digits(recipe={"preset": "linear"}).recipe == digits(recipe={"connections": None}).recipe
 
@@ -385,7 +569,9 @@ def test_a_preset_is_the_default_with_what_is_written() -> None:
         ({"preset": "linear", "biases": {}}, "given biases too"),
     ],
 )
-def test_a_recipe_means_the_same_in_tasks_and_methods(recipe: dict[str, object], message: str) -> None:
+def test_a_recipe_means_the_same_in_tasks_and_methods(
+    recipe: dict[str, object], message: str
+) -> None:
     with pytest.raises(SpecError, match=message) as refusal:
         digits(recipe=recipe)
     assert "\n" not in str(refusal.value)
@@ -394,9 +580,16 @@ def test_a_recipe_means_the_same_in_tasks_and_methods(recipe: dict[str, object],
 
 
 def test_a_preset_replaces_the_parts_of_a_base(tmp_path: Path) -> None:
-    base = {"name": "base", "data": {"format": "digits"}, "backbone": CNN, "recipe": {"lora": {}, "training": {"epochs": 7}}}
+    base = {
+        "name": "base",
+        "data": {"format": "digits"},
+        "backbone": CNN,
+        "recipe": {"lora": {}, "training": {"epochs": 7}},
+    }
     (tmp_path / "base.yaml").write_text(json.dumps(base))
-    (tmp_path / "own.yaml").write_text(json.dumps({"base": "base.yaml", "name": "own", "recipe": {"preset": "linear"}}))
+    (tmp_path / "own.yaml").write_text(
+        json.dumps({"base": "base.yaml", "name": "own", "recipe": {"preset": "linear"}})
+    )
     recipe = load_task(tmp_path / "own.yaml").recipe
     assert (recipe.lora, recipe.training.epochs) == (None, 7)
 
@@ -410,17 +603,39 @@ def test_real_backbones_run_end_to_end(shared_folder: Path, tmp_path: Path) -> N
         by_class: dict[str, list[str]] = {}
         for row in rows:
             by_class.setdefault(row.rpartition(",")[2], []).append(row)
-        chosen = [row for rows_of_one in by_class.values() for row in rows_of_one[: count // len(by_class)]]
+        chosen = [
+            row
+            for rows_of_one in by_class.values()
+            for row in rows_of_one[: count // len(by_class)]
+        ]
         (tmp_path / f"{split}.csv").write_text("\n".join([header, *chosen]) + "\n")
-    data = {"format": "csv", "train": str(tmp_path / "train.csv"), "test": str(tmp_path / "test.csv"), "root": str(photos)}
+    data = {
+        "format": "csv",
+        "train": str(tmp_path / "train.csv"),
+        "test": str(tmp_path / "test.csv"),
+        "root": str(photos),
+    }
     recipe = {"preset": "default", "training": {"epochs": 1, "warmup_epochs": 0, "batch_size": 8}}
     for model, file, size_px in (
         ("vit_small_patch14_dinov2", "vit_small_patch14_dinov2.saliency.safetensors", 28),
         ("tf_efficientnet_lite0", "tf_efficientnet_lite0.imagenet1k.safetensors", 64),
     ):
         backbone = {"model": model, "weights": str(shared_folder / "backbones" / file)}
-        rest = {"input": {"size_px": size_px}, "recipe": recipe, "search": {"trials": 1}, "selection": {"batch_size": 8}, "val_fraction": 0.25}
-        (tmp_path / f"{model}.yaml").write_text(json.dumps({"name": model.replace("_", "-"), "data": data, "backbone": backbone, **rest}))
+        rest = {
+            "input": {"size_px": size_px},
+            "recipe": recipe,
+            "search": {"trials": 1},
+            "selection": {"batch_size": 8},
+            "val_fraction": 0.25,
+        }
+        (tmp_path / f"{model}.yaml").write_text(
+            json.dumps(
+                {"name": model.replace("_", "-"), "data": data, "backbone": backbone, **rest}
+            )
+        )
     outcomes = run(sorted(tmp_path.glob("*.yaml")), workdir=tmp_path / "work")
     assert [outcome.error for outcome in outcomes] == [None, None]
-    assert all(outcome.registered is not None and outcome.registered.size_bytes <= 65536 for outcome in outcomes)
+    assert all(
+        outcome.registered is not None and outcome.registered.size_bytes <= 65536
+        for outcome in outcomes
+    )

@@ -1,4 +1,6 @@
-"""Conditions of image files that people reported for other tools; each is accepted, or refused by name."""
+"""Conditions of image files that people reported for other tools; each is accepted, or refused by
+name.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,7 @@ from pipeline.registry.pyfunc import PackModel
 from pipeline.serving.predictor import Predictor
 from pipeline.specs import Backbone, Input
 
-# --- formats --------------------------------------------------------------------------------------------------------------------------------
+# --- formats --------------------------------------------------------------------------------------
 
 LOSSLESS = {"PNG": {}, "WEBP": {"lossless": True}, "BMP": {}, "TIFF": {}, "PPM": {}}
 
@@ -39,9 +41,15 @@ def test_every_common_format_is_read_and_written_to_shards(kind: str, tmp_path: 
     extension = extension_of(content)
     (tmp_path / "test" / "cat" / f"new.{str(extension).upper()}").write_bytes(content)
     index = prepare(task_of(data), tmp_path / "p")
-    written = [image for shard in index.splits["test"] for _, image, _ in read_shard(str(tmp_path / "p" / shard.path))]
+    written = [
+        image
+        for shard in index.splits["test"]
+        for _, image, _ in read_shard(str(tmp_path / "p" / shard.path))
+    ]
     assert content in written
-    difference = np.abs(decode_image(content, 16).astype(int) - np.asarray(image).transpose(2, 0, 1))
+    difference = np.abs(
+        decode_image(content, 16).astype(int) - np.asarray(image).transpose(2, 0, 1)
+    )
     assert difference.max() == 0 if kind in LOSSLESS else difference.mean() < 12
 
 
@@ -49,7 +57,9 @@ def test_every_common_format_is_read_and_written_to_shards(kind: str, tmp_path: 
 def test_less_common_extensions_are_images_too(name: str, tmp_path: Path) -> None:
     data = write_folders(tmp_path)
     (tmp_path / "train" / "cat" / name).write_bytes(encode(Image.fromarray(pixels_of(99)), "JPEG"))
-    assert sum(shard.samples for shard in prepare(task_of(data), tmp_path / "p").splits["train"]) == 17
+    assert (
+        sum(shard.samples for shard in prepare(task_of(data), tmp_path / "p").splits["train"]) == 17
+    )
 
 
 @pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG", "TIFF", "AVIF"])
@@ -69,7 +79,10 @@ def test_grey_values_beyond_sixteen_bits_are_refused() -> None:
     deep = Image.fromarray(np.full((4, 4), 70_000, np.int32))
     with pytest.raises(DataError, match="x: an image of values beyond 16 bits has no known range"):
         decode_image(encode(deep, "TIFF"), 4, "x")
-    assert decode_image(encode(Image.fromarray(np.full((4, 4), 65535, np.uint16)), "TIFF"), 4).min() == 255
+    assert (
+        decode_image(encode(Image.fromarray(np.full((4, 4), 65535, np.uint16)), "TIFF"), 4).min()
+        == 255
+    )
 
 
 @pytest.mark.parametrize(
@@ -78,10 +91,16 @@ def test_grey_values_beyond_sixteen_bits_are_refused() -> None:
         (b"", "the file is empty, 0 bytes; copy it again"),
         (b"<!DOCTYPE html><html lang=en>", "an HTML page; download the image again"),
         (b"\n<?xml version='1.0'?><!-- x --><HTML>", "an HTML page"),
-        (b"<?xml version='1.0'?><Error><Code>AccessDenied</Code>", "an XML text; download the image again"),
+        (
+            b"<?xml version='1.0'?><Error><Code>AccessDenied</Code>",
+            "an XML text; download the image again",
+        ),
         (b'{"error": "rate limit"}', "a JSON text; download the image again"),
         (b"\0\0\0\x18ftypisom\0\0\0\0", "a video; extract its frames as images"),
-        (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\n", "a Git LFS pointer, not the file itself; run `git lfs pull`"),
+        (
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\n",
+            "a Git LFS pointer, not the file itself; run `git lfs pull`",
+        ),
         (b"%PDF-1.7\n", "a PDF document; convert it to JPEG or PNG"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n", "a PostScript document"),
         (b"<svg xmlns='http://www.w3.org/2000/svg'>", "an SVG drawing"),
@@ -90,7 +109,13 @@ def test_grey_values_beyond_sixteen_bits_are_refused() -> None:
         (bytes(128) + b"DICM", "a DICOM image"),
         (b"\xff\xd8\xff\xe0", "a damaged JPEG image"),
         (b"GIF89a", "a damaged GIF image"),
-        (b"hello", "its first bytes are b'hello', those of no image; expected JPEG, PNG, WEBP, BMP, TIFF, GIF, AVIF or PPM"),
+        (
+            b"hello",
+            (
+                "its first bytes are b'hello', those of no image; expected JPEG, PNG, WEBP, BMP,"
+                " TIFF, GIF, AVIF or PPM"
+            ),
+        ),
     ],
 )
 def test_what_is_not_an_image_is_named_by_its_first_bytes(content: bytes, words: str) -> None:
@@ -109,7 +134,10 @@ def test_naming_a_file_takes_no_longer_for_hostile_text() -> None:
 def test_heic_is_refused_with_the_way_out(brand: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pillow_heif", None)  # as where it is not installed
     readable_formats.cache_clear()
-    with pytest.raises(DataError, match="a HEIC image; convert it to JPEG or PNG, or install the package pillow-heif"):
+    with pytest.raises(
+        DataError,
+        match="a HEIC image; convert it to JPEG or PNG, or install the package pillow-heif",
+    ):
         decode_image(b"\0\0\0\x18ftyp" + brand + b"\0\0\0\0mif1heic", 8)
     readable_formats.cache_clear()
 
@@ -122,14 +150,21 @@ def test_heic_is_read_where_its_package_is_installed() -> None:
     assert np.abs(decode_image(content, 8)[:, 4, 4].astype(int) - [255, 0, 0]).max() < 8
 
 
-# --- EXIF, and many pixels ------------------------------------------------------------------------------------------------------------------
+# --- EXIF, and many pixels ------------------------------------------------------------------------
 
 
 def png_with(pixels: np.ndarray, name: bytes, body: bytes) -> bytes:
     """A PNG with one more chunk, with a right checksum."""
     content = encode_png(pixels)
     end = content.index(b"IDAT") - 4
-    return content[:end] + struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body)) + content[end:]
+    return (
+        content[:end]
+        + struct.pack(">I", len(body))
+        + name
+        + body
+        + struct.pack(">I", zlib.crc32(name + body))
+        + content[end:]
+    )
 
 
 @pytest.mark.parametrize(
@@ -138,20 +173,29 @@ def png_with(pixels: np.ndarray, name: bytes, body: bytes) -> bytes:
         b"garbage!",
         b"",
         b"MM\0*\0\0\0\x08",  # ends before its directory
-        b"MM\0*\0\0\0\x08\xff\xff" + b"\x01\x12\x00\x03\xff\xff\xff\xff\0\0\0\x06",  # 65,535 entries, one of four billion values
+        # 65,535 entries, one of four billion values
+        b"MM\0*\0\0\0\x08\xff\xff" + b"\x01\x12\x00\x03\xff\xff\xff\xff\0\0\0\x06",
         b"II*\0\x08\0\0\0\x01\0\x12\x01\x02\0\x01\0\0\0zzzz\0\0\0\0",  # the orientation is a text
     ],
 )
 def test_malformed_exif_does_not_make_an_image_unreadable(exif: bytes) -> None:
     pixels = pixels_of(3, (8, 8))
-    webp = encode(Image.fromarray(pixels), "WEBP", lossless=True, exif=exif) if exif else encode_png(pixels)
+    webp = (
+        encode(Image.fromarray(pixels), "WEBP", lossless=True, exif=exif)
+        if exif
+        else encode_png(pixels)
+    )
     for content in (png_with(pixels, b"eXIf", exif), webp):
         assert np.array_equal(decode_image(content, 8), pixels.transpose(2, 0, 1))
 
 
 @pytest.mark.parametrize(
     ("name", "body"),
-    [(b"zTXt", b"workflow\0\0" + zlib.compress(b"x" * 3_000_000)), (b"iCCP", b"no end"), (b"gAMA", b"")],
+    [
+        (b"zTXt", b"workflow\0\0" + zlib.compress(b"x" * 3_000_000)),
+        (b"iCCP", b"no end"),
+        (b"gAMA", b""),
+    ],
 )
 def test_no_metadata_make_a_png_unreadable(name: bytes, body: bytes) -> None:
     pixels = pixels_of(3, (8, 8))
@@ -181,17 +225,23 @@ def test_a_hundred_megapixels_are_read_without_a_warning(monkeypatch: pytest.Mon
         decode_image(encode_png(np.zeros((100, 100, 3), np.uint8)), 8, "big")
 
 
-# --- mean, std ------------------------------------------------------------------------------------------------------------------------------
+# --- mean, std ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("channels", [{"mean": [123.7, 116.3, 103.5]}, {"std": [58.4, 57.1, 57.4]}, {"mean": [-0.1, 0.5, 0.5]}])
+@pytest.mark.parametrize(
+    "channels",
+    [{"mean": [123.7, 116.3, 103.5]}, {"std": [58.4, 57.1, 57.4]}, {"mean": [-0.1, 0.5, 0.5]}],
+)
 def test_mean_and_std_of_the_0_255_scale_are_refused(channels: dict[str, Any]) -> None:
-    for section in (lambda: Input(**channels), lambda: Backbone(model="vit_tiny_patch16_224", **channels)):
+    for section in (
+        lambda: Input(**channels),
+        lambda: Backbone(model="vit_tiny_patch16_224", **channels),
+    ):
         with pytest.raises(ValidationError, match=r"for pixels in \[0, 1\]"):
             section()
 
 
-# --- prediction -----------------------------------------------------------------------------------------------------------------------------
+# --- prediction -----------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -208,15 +258,23 @@ def test_a_scoring_error_says_which_row(predictor: Predictor) -> None:
         PackModel(predictor).predict([good, b"<html>"])
     with pytest.raises(DataError, match=r"image 2: cannot be decoded: a PDF"):
         PackModel(predictor).predict([good, good, base64.b64encode(b"%PDF-1.7").decode()])
-    with pytest.raises(DataError, match=r"image 0: given an array of float64 \[4, 4, 3\]; expected uint8"):
+    with pytest.raises(
+        DataError, match=r"image 0: given an array of float64 \[4, 4, 3\]; expected uint8"
+    ):
         predictor.predict([np.zeros((4, 4, 3))])
 
 
 @pytest.mark.parametrize(
     ("make", "words"),
-    [(lambda path: path.mkdir(), "is a folder; expected an image"), (lambda path: None, "no such image"), (lambda path: path.touch(), "is empty")],
+    [
+        (lambda path: path.mkdir(), "is a folder; expected an image"),
+        (lambda path: None, "no such image"),
+        (lambda path: path.touch(), "is empty"),
+    ],
 )
-def test_a_path_that_is_no_image_is_named(make: Any, words: str, predictor: Predictor, tmp_path: Path) -> None:
+def test_a_path_that_is_no_image_is_named(
+    make: Any, words: str, predictor: Predictor, tmp_path: Path
+) -> None:
     make(tmp_path / "x.jpg")
     with pytest.raises(DataError, match=rf"x\.jpg: .*{words}"):
         predictor.predict([tmp_path / "x.jpg"])

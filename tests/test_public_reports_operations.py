@@ -1,4 +1,6 @@
-"""What an operator meets: moved work folders, other MLflow versions, signals, logs, aliases, long plans."""
+"""What an operator meets: moved work folders, other MLflow versions, signals, logs, aliases, long
+plans.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,17 @@ from typing import Any
 
 import pytest
 import torch
-from helpers_cli import COMMAND, descendants, environment, finished_run, new_workdir, one, taskpack, wait_until, write_task
+from helpers_cli import (
+    COMMAND,
+    descendants,
+    environment,
+    finished_run,
+    new_workdir,
+    one,
+    taskpack,
+    wait_until,
+    write_task,
+)
 from rich.console import Console
 from test_registry import champion
 
@@ -36,7 +48,9 @@ from pipeline.training import Inputs
 
 
 @pytest.fixture
-def workdir(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+def workdir(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> Path:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     return new_workdir(tmp_path_factory.getbasetemp(), tmp_path / "here")
 
@@ -46,7 +60,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return finished_run(tmp_path_factory.getbasetemp())
 
 
-# --- a work folder that was moved or copied (mlflow#3144, mlflow#184) -----------------------------------------------------------------------
+# --- a work folder that was moved or copied (mlflow#3144, mlflow#184) -----------------------------
 
 
 def everything_in(database: Path) -> str:
@@ -64,17 +78,24 @@ def test_a_moved_folder_is_read_and_written_where_it_is(workdir: Path, tmp_path:
     shutil.move(workdir, moved)
     registry = open_registry(None, moved)
     first = registry.get("digits")
-    assert registry.download(first, tmp_path / "copies").read_bytes() == champion(tmp_path, accuracy=0.5).pack_path.read_bytes()
+    assert (
+        registry.download(first, tmp_path / "copies").read_bytes()
+        == champion(tmp_path, accuracy=0.5).pack_path.read_bytes()
+    )
     assert registry.front(first)
     second = registry.register(champion(tmp_path, accuracy=0.9))
     for pack in (first, second):
         assert registry.download(pack, tmp_path / "copies").stat().st_size == pack.size_bytes
     assert not workdir.exists(), "nothing may be written to the former place"
-    assert str(workdir) not in everything_in(moved / "mlflow.db"), "MLflow's own pages find all files, too"
+    assert str(workdir) not in everything_in(moved / "mlflow.db"), (
+        "MLflow's own pages find all files, too"
+    )
     assert len(list(moved.glob("artifacts/**/pack.safetensors"))) == 2
 
 
-def test_what_is_registered_in_a_copy_stays_out_of_the_original(workdir: Path, tmp_path: Path) -> None:
+def test_what_is_registered_in_a_copy_stays_out_of_the_original(
+    workdir: Path, tmp_path: Path
+) -> None:
     open_registry(None, workdir).register(champion(tmp_path, accuracy=0.5))
     copy = tmp_path / "copy"
     shutil.copytree(workdir, copy)
@@ -86,8 +107,12 @@ def test_what_is_registered_in_a_copy_stays_out_of_the_original(workdir: Path, t
     assert len(list(copy.glob("artifacts/**/pack.safetensors"))) == 2
 
 
-def test_looking_up_under_another_path_does_not_disturb_a_run(workdir: Path, tmp_path: Path) -> None:
-    """One folder under two paths, such as a container's and its host's: only who registers says where the files are."""
+def test_looking_up_under_another_path_does_not_disturb_a_run(
+    workdir: Path, tmp_path: Path
+) -> None:
+    """One folder under two paths, such as a container's and its host's: only who registers says
+    where the files are.
+    """
     running = open_registry(None, workdir)
     running.register(champion(tmp_path, accuracy=0.5))
     seen = tmp_path / "seen"
@@ -98,11 +123,19 @@ def test_looking_up_under_another_path_does_not_disturb_a_run(workdir: Path, tmp
     assert (seen / "mlflow.db").read_bytes() == before
 
 
-def test_artifacts_that_are_kept_apart_from_the_database_stay_there(workdir: Path, tmp_path: Path) -> None:
+def test_artifacts_that_are_kept_apart_from_the_database_stay_there(
+    workdir: Path, tmp_path: Path
+) -> None:
     apart = tmp_path / "apart"
-    Registry(f"sqlite:///{workdir}/mlflow.db", None).client.delete_experiment(Registry(f"sqlite:///{workdir}/mlflow.db", None).store.experiment_id)
+    Registry(f"sqlite:///{workdir}/mlflow.db", None).client.delete_experiment(
+        Registry(f"sqlite:///{workdir}/mlflow.db", None).store.experiment_id
+    )
     with sqlite3.connect(workdir / "mlflow.db") as connection:
-        connection.execute("UPDATE experiments SET artifact_location = ?, lifecycle_stage = 'active' WHERE name = 'taskpack'", (apart.as_uri(),))
+        connection.execute(
+            "UPDATE experiments SET artifact_location = ?, lifecycle_stage = 'active' WHERE name ="
+            " 'taskpack'",
+            (apart.as_uri(),),
+        )
     connection.close()
     open_registry(None, workdir).register(champion(tmp_path))
     assert one(apart.rglob("pack.safetensors"))
@@ -114,14 +147,24 @@ def test_every_command_works_in_a_moved_work_folder(finished: Any, tmp_path: Pat
     shutil.copytree(finished.workdir, moved)
     before = {path: path.stat().st_mtime_ns for path in (finished.workdir / "artifacts").rglob("*")}
     image = save_samples(moved / "data" / "bars", tmp_path / "images", count=1)[0]
-    for command in (("show", "bars"), ("predict", "bars", image), ("evaluate", "bars"), ("verify", "bars"), ("run", finished.task_file)):
+    for command in (
+        ("show", "bars"),
+        ("predict", "bars", image),
+        ("evaluate", "bars"),
+        ("verify", "bars"),
+        ("run", finished.task_file),
+    ):
         answer = taskpack(*command, "--workdir", moved)
         assert (answer.code, answer.err) == (0, ""), command
-    assert str(finished.workdir) not in everything_in(moved / "mlflow.db"), "MLflow's own pages find the files after a run"
-    assert {path: path.stat().st_mtime_ns for path in (finished.workdir / "artifacts").rglob("*")} == before
+    assert str(finished.workdir) not in everything_in(moved / "mlflow.db"), (
+        "MLflow's own pages find the files after a run"
+    )
+    assert {
+        path: path.stat().st_mtime_ns for path in (finished.workdir / "artifacts").rglob("*")
+    } == before
 
 
-# --- a database of another MLflow -----------------------------------------------------------------------------------------------------------
+# --- a database of another MLflow -----------------------------------------------------------------
 
 
 def with_schema(workdir: Path, revision: str) -> None:
@@ -137,18 +180,28 @@ def test_a_database_of_a_newer_mlflow_names_both_and_the_remedy(workdir: Path) -
     with pytest.raises(RegistryError) as caught:
         open_registry(None, workdir)
     message = str(caught.value)
-    for expected in ("a newer MLflow wrote this database (schema fffffffffff0)", f"MLflow {mlflow.__version__}", "pip install --upgrade mlflow"):
+    for expected in (
+        "a newer MLflow wrote this database (schema fffffffffff0)",
+        f"MLflow {mlflow.__version__}",
+        "pip install --upgrade mlflow",
+    ):
         assert expected in message
     assert "db upgrade" not in message, "MLflow cannot downgrade a database"
 
 
 def test_a_database_of_an_older_mlflow_says_how_to_upgrade_it(workdir: Path) -> None:
     with_schema(workdir, "451aebb31d03")
-    with pytest.raises(RegistryError, match=r"an older MLflow wrote this database \(schema 451aebb31d03\).*mlflow db upgrade sqlite:///"):
+    with pytest.raises(
+        RegistryError,
+        match=(
+            r"an older MLflow wrote this database \(schema 451aebb31d03\).*mlflow db upgrade"
+            r" sqlite:///"
+        ),
+    ):
         open_registry(None, workdir)
 
 
-# --- the alias `champion` -------------------------------------------------------------------------------------------------------------------
+# --- the alias `champion` -------------------------------------------------------------------------
 
 
 def test_a_smaller_and_worse_pack_does_not_take_the_alias(workdir: Path, tmp_path: Path) -> None:
@@ -158,67 +211,100 @@ def test_a_smaller_and_worse_pack_does_not_take_the_alias(workdir: Path, tmp_pat
     worse = registry.register(rerun)
     assert (worse.version, worse.aliases) == (2, ())
     assert registry.get("digits").version == 1
-    assert worse.remark == (
-        "champion: stays digits/1; digits/1 (validation 90.0%, 900 bytes) is a better choice than digits/2 (validation 80.0%, 100 bytes) "
-        "(--promote moves the alias nevertheless)"
+    assert (
+        worse.remark
+        == "champion: stays digits/1; digits/1 (validation 90.0%, 900 bytes) is a better choice"
+        " than digits/2 (validation 80.0%, 100 bytes) (--promote moves the alias nevertheless)"
     )
     promoted = registry.register(replace(rerun, promote=True))
-    assert (promoted.version, promoted.aliases, promoted.remark) == (2, ("champion",), "champion: digits/2, promoted")
+    assert (promoted.version, promoted.aliases, promoted.remark) == (
+        2,
+        ("champion",),
+        "champion: digits/2, promoted",
+    )
 
 
-def test_a_smaller_pack_that_is_nearly_as_good_takes_the_alias(workdir: Path, tmp_path: Path) -> None:
+def test_a_smaller_pack_that_is_nearly_as_good_takes_the_alias(
+    workdir: Path, tmp_path: Path
+) -> None:
     registry = open_registry(None, workdir)
     registry.register(champion(tmp_path, size_bytes=900, accuracy=0.9))
-    smaller = registry.register(replace(champion(tmp_path, size_bytes=100, accuracy=0.896), within_points=0.5))
+    smaller = registry.register(
+        replace(champion(tmp_path, size_bytes=100, accuracy=0.896), within_points=0.5)
+    )
     assert smaller.aliases == ("champion",)
-    creeping = registry.register(replace(champion(tmp_path, size_bytes=90, accuracy=0.892), within_points=0.5))
+    creeping = registry.register(
+        replace(champion(tmp_path, size_bytes=90, accuracy=0.892), within_points=0.5)
+    )
     assert creeping.aliases == (), "within the tolerance of the champion, not of the best"
     assert registry.get("digits").version == smaller.version
 
 
 @pytest.mark.parametrize("tag", ["data_digest", "validation"])
-def test_packs_validated_on_other_data_are_not_compared(workdir: Path, tmp_path: Path, tag: str) -> None:
+def test_packs_validated_on_other_data_are_not_compared(
+    workdir: Path, tmp_path: Path, tag: str
+) -> None:
     registry = open_registry(None, workdir)
     registry.register(replace(champion(tmp_path, accuracy=0.5), tags={tag: "a"}))
     other = registry.register(replace(champion(tmp_path, accuracy=0.9), tags={tag: "b"}))
     assert other.aliases == ()
-    assert "digits/2 was validated on other samples, so the two cannot be compared (--promote moves the alias to digits/2)" in other.remark
+    assert (
+        "digits/2 was validated on other samples, so the two cannot be compared (--promote moves"
+        " the alias to digits/2)" in other.remark
+    )
 
 
 def test_the_test_metric_has_no_part_in_the_choice(workdir: Path, tmp_path: Path) -> None:
     registry = open_registry(None, workdir)
     first, second = champion(tmp_path, accuracy=0.9), champion(tmp_path, accuracy=0.8)
     registry.register(replace(first, metrics={**first.metrics, "test_metric": 0.1}))
-    assert registry.register(replace(second, metrics={**second.metrics, "test_metric": 0.99})).aliases == ()
+    assert (
+        registry.register(replace(second, metrics={**second.metrics, "test_metric": 0.99})).aliases
+        == ()
+    )
 
 
 def test_packs_of_earlier_releases_are_compared_too(workdir: Path, tmp_path: Path) -> None:
     """They do not say which samples were held out, only of which data."""
     registry = open_registry(None, workdir)
     registry.register(replace(champion(tmp_path, accuracy=0.9), tags={"data_digest": "a"}))
-    worse = registry.register(replace(champion(tmp_path, accuracy=0.8), tags={"data_digest": "a", "validation": "v"}))
+    worse = registry.register(
+        replace(champion(tmp_path, accuracy=0.8), tags={"data_digest": "a", "validation": "v"})
+    )
     assert worse.aliases == ()
 
 
-def test_a_promoted_pack_keeps_the_alias_until_a_better_one_than_all_comes(workdir: Path, tmp_path: Path) -> None:
+def test_a_promoted_pack_keeps_the_alias_until_a_better_one_than_all_comes(
+    workdir: Path, tmp_path: Path
+) -> None:
     registry = open_registry(None, workdir)
     best = registry.register(champion(tmp_path, accuracy=0.9))
-    small = registry.register(replace(champion(tmp_path, accuracy=0.7, size_bytes=50), promote=True))
+    small = registry.register(
+        replace(champion(tmp_path, accuracy=0.7, size_bytes=50), promote=True)
+    )
     between = registry.register(champion(tmp_path, accuracy=0.8))
     assert between.aliases == ()
-    assert place_alias(between, registry.get("digits"), [best, small, between], 0.0)[0].version == small.version
+    assert (
+        place_alias(between, registry.get("digits"), [best, small, between], 0.0)[0].version
+        == small.version
+    )
     assert registry.register(champion(tmp_path, accuracy=0.95)).aliases == ("champion",)
 
 
-# --- lines in a log -------------------------------------------------------------------------------------------------------------------------
+# --- lines in a log -------------------------------------------------------------------------------
 
 
 def test_a_log_has_one_plain_line_per_trial_and_fit(finished: Any) -> None:
     lines = finished.answer.out.splitlines()
     trials = [line for line in lines if ": trial " in line]
     assert len(trials) == 8
-    assert [line.split("trial ")[1].split(":")[0] for line in trials] == [f"{number} of 8" for number in range(1, 9)]
-    pattern = r"\[ *\d+\.\d s\] bars: trial \d of 8: (complete|stopped), validation 0\.\d{4}, \d+ bytes, \d+\.\d s"
+    assert [line.split("trial ")[1].split(":")[0] for line in trials] == [
+        f"{number} of 8" for number in range(1, 9)
+    ]
+    pattern = (
+        r"\[ *\d+\.\d s\] bars: trial \d of 8: (complete|stopped), validation 0\.\d{4}, \d+ bytes,"
+        r" \d+\.\d s"
+    )
     assert all(re.fullmatch(pattern, line) for line in trials), trials
     (fit,) = (line for line in lines if ": fit: test " in line)
     assert re.fullmatch(r"\[ *\d+\.\d s\] bars: fit: test [01]\.\d{4}, \d+ bytes, \d+\.\d s", fit)
@@ -236,7 +322,9 @@ class Lines(io.StringIO):
         self.flushed = self.getvalue()
 
 
-def test_lines_are_flushed_and_plain_even_where_colour_is_forced(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lines_are_flushed_and_plain_even_where_colour_is_forced(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")
     out = Lines()
     with BatchProgress(Console(file=out), ["bars"]) as progress:
@@ -249,7 +337,15 @@ def test_lines_are_flushed_and_plain_even_where_colour_is_forced(monkeypatch: py
 
 
 def test_a_failed_trial_is_one_line() -> None:
-    record = TrialRecord(id="t", point={}, size_bytes=10, state="failed", curve=(0.5,), seconds=1.0, message="diverged at step 3\nTraceback")
+    record = TrialRecord(
+        id="t",
+        point={},
+        size_bytes=10,
+        state="failed",
+        curve=(0.5,),
+        seconds=1.0,
+        message="diverged at step 3\nTraceback",
+    )
     assert record.line() == "failed, validation 0.5000, 10 bytes, 1.0 s - diverged at step 3"
 
 
@@ -259,38 +355,56 @@ def test_without_a_handler_nothing_is_shown(capsys: pytest.CaptureFixture[str]) 
     assert capsys.readouterr() == ("", "")
 
 
-# --- plans ----------------------------------------------------------------------------------------------------------------------------------
+# --- plans ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("level", ["neuron", "layer", "network"])
 @pytest.mark.parametrize("top_k", [1, 3])
 def test_bounds_hold_for_every_selection(tiny_inputs: Inputs, level: Any, top_k: int) -> None:
-    task: Task = tiny_inputs.task.model_copy(update={"selection": Selection(level=level, batch_size=16)})
+    task: Task = tiny_inputs.task.model_copy(
+        update={"selection": Selection(level=level, batch_size=16)}
+    )
     recipe = Recipe(connections=Connections(top_k=top_k))
     bounds = SizePlanner(task, tiny_inputs.backbone, tiny_inputs.index.classes)
     least, most = bounds.size_bytes(recipe), bounds.largest_bytes(recipe)
     shapes = weight_shapes(tiny_inputs.backbone.model)
     generator = torch.Generator().manual_seed(0)
     for skew in (0.0, 1.0, 8.0):  # of layers and of rows
-        importance = {name: torch.rand(shape, generator=generator) for name, shape in shapes.items()}
+        importance = {
+            name: torch.rand(shape, generator=generator) for name, shape in shapes.items()
+        }
         for weights in importance.values():
-            weights *= torch.rand(len(weights), 1, generator=generator) ** skew * torch.rand(1, generator=generator) ** skew
-        exact = SizePlanner(task, tiny_inputs.backbone, tiny_inputs.index.classes, rank_places(importance, level, top_k))
+            weights *= (
+                torch.rand(len(weights), 1, generator=generator) ** skew
+                * torch.rand(1, generator=generator) ** skew
+            )
+        exact = SizePlanner(
+            task,
+            tiny_inputs.backbone,
+            tiny_inputs.index.classes,
+            rank_places(importance, level, top_k),
+        )
         assert exact.is_exact(recipe)
         assert least <= exact.size_bytes(recipe) == exact.largest_bytes(recipe) <= most
     assert most < 2 * least
 
 
-def test_a_plan_without_selecting_gives_bounds_and_the_next_one_what_they_bound(tmp_path: Path) -> None:
+def test_a_plan_without_selecting_gives_bounds_and_the_next_one_what_they_bound(
+    tmp_path: Path,
+) -> None:
     task_file = write_task(tmp_path)
-    quick = taskpack("plan", task_file, "--workdir", tmp_path / "work", "--no-select", "--json").json()
+    quick = taskpack(
+        "plan", task_file, "--workdir", tmp_path / "work", "--no-select", "--json"
+    ).json()
     assert not list((tmp_path / "work").glob("selections/*"))
     assert not quick["is_exact"]
     shown = taskpack("plan", task_file, "--workdir", tmp_path / "work", "--no-select")
     assert all(text in shown.words for text in ("at least", "at most", "the sizes are bounds"))
     full = taskpack("plan", task_file, "--workdir", tmp_path / "work")
     assert "selecting connections: 1 of 4 batches, about" in full.err
-    exact = taskpack("plan", task_file, "--workdir", tmp_path / "work", "--no-select", "--json").json()
+    exact = taskpack(
+        "plan", task_file, "--workdir", tmp_path / "work", "--no-select", "--json"
+    ).json()
     assert exact["is_exact"], "a selection that is kept is used"
     sizes = {str(row["point"]): row["size_bytes"] for row in exact["space"]}
     assert len(sizes) == 8
@@ -313,7 +427,7 @@ def test_a_plan_says_what_it_does_and_how_long_it_takes(monkeypatch: pytest.Monk
     ]
 
 
-# --- signals --------------------------------------------------------------------------------------------------------------------------------
+# --- signals --------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -324,7 +438,15 @@ def started(tmp_path: Path) -> Iterator[Any]:
     def start(*arguments: str | Path) -> tuple[subprocess.Popen[bytes], Path, Path]:
         out, err = tmp_path / "out", tmp_path / "err"
         with out.open("w") as stdout, err.open("w") as stderr:
-            processes.append(subprocess.Popen([COMMAND, *arguments], env=environment(), stdout=stdout, stderr=stderr, start_new_session=True))
+            processes.append(
+                subprocess.Popen(
+                    [COMMAND, *arguments],
+                    env=environment(),
+                    stdout=stdout,
+                    stderr=stderr,
+                    start_new_session=True,
+                )
+            )
         return processes[-1], out, err
 
     yield start
@@ -338,7 +460,9 @@ def test_sigterm_ends_a_plan_with_one_line(tmp_path: Path, started: Any) -> None
     data = {"format": "drawn", "kind": "orientation", "train_samples": 2000, "test_samples": 40}
     task_file = write_task(tmp_path / "tasks", data=data)
     process, _, err = started("plan", task_file, "--workdir", tmp_path / "work")
-    assert wait_until(lambda: "selecting connections: 1 of" in err.read_text() or process.poll() is not None, 120)
+    assert wait_until(
+        lambda: "selecting connections: 1 of" in err.read_text() or process.poll() is not None, 120
+    )
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) == 143
     assert err.read_text().splitlines()[-1] == "terminated; run the same command to start again"
@@ -348,12 +472,26 @@ def test_sigterm_ends_a_plan_with_one_line(tmp_path: Path, started: Any) -> None
 @pytest.mark.slow
 def test_sigterm_ends_a_comparison_and_everything_it_started(tmp_path: Path, started: Any) -> None:
     task_file = write_task(tmp_path / "tasks")
-    process, out, err = started("compare", task_file, "--methods", "linear,lora_1bit", "--seeds", "1", "--workdir", tmp_path / "work")
-    assert wait_until(lambda: ": trial 1 of 12: " in out.read_text() or process.poll() is not None, 600), out.read_text()
+    process, out, err = started(
+        "compare",
+        task_file,
+        "--methods",
+        "linear,lora_1bit",
+        "--seeds",
+        "1",
+        "--workdir",
+        tmp_path / "work",
+    )
+    assert wait_until(
+        lambda: ": trial 1 of 12: " in out.read_text() or process.poll() is not None, 600
+    ), out.read_text()
     family = descendants(process.pid)
     process.send_signal(signal.SIGTERM)
     assert process.wait(120) == 143
-    assert err.read_text().splitlines() == [f"terminated; finished work is kept in {tmp_path / 'work'}; run the same command to continue"]
+    assert err.read_text().splitlines() == [
+        f"terminated; finished work is kept in {tmp_path / 'work'}; run the same command to"
+        " continue"
+    ]
     assert family
     wait_until(lambda: not any(os.path.exists(f"/proc/{pid}") for pid in family), 30)
     assert [pid for pid in family if os.path.exists(f"/proc/{pid}")] == []

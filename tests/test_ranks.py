@@ -1,4 +1,6 @@
-"""Several ranks train as one process does: the same gradients, every sample once, and on from a checkpoint as if nothing had happened."""
+"""Several ranks train as one process does: the same gradients, every sample once, and on from a
+checkpoint as if nothing had happened.
+"""
 
 from __future__ import annotations
 
@@ -42,13 +44,20 @@ OnRanks = Callable[..., list[Any]]
 
 @pytest.fixture(scope="module")
 def on_ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OnRanks]:
-    """A function (world, work, *arguments) -> what `work(*arguments, ranks)` gives on each of `world` processes."""
+    """A function (world, work, *arguments) -> what `work(*arguments, ranks)` gives on each of
+    `world` processes.
+    """
     folder, groups = tmp_path_factory.mktemp("ranks"), itertools.count()
     with ProcessPoolExecutor(3, mp_context=multiprocessing.get_context("spawn")) as pool:
 
         def run(world: int, work: Callable[..., Any], *arguments: Any) -> list[Any]:
-            store = folder / str(next(groups))  # where they meet, so that no process takes two of them
-            running = [pool.submit(_on_rank, work, store, Ranks(rank, world), arguments) for rank in range(world)]
+            store = folder / str(
+                next(groups)
+            )  # where they meet, so that no process takes two of them
+            running = [
+                pool.submit(_on_rank, work, store, Ranks(rank, world), arguments)
+                for rank in range(world)
+            ]
             return [each.result(timeout=300) for each in running]
 
         yield run
@@ -56,7 +65,9 @@ def on_ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OnRanks]:
 
 def _on_rank(work: Callable[..., Any], store: Path, ranks: Ranks, arguments: Sequence[Any]) -> Any:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=ranks.rank, world_size=ranks.world)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=ranks.rank, world_size=ranks.world
+    )
     try:
         return work(*arguments, ranks)
     finally:
@@ -67,14 +78,18 @@ def opened(task_json: str, data_folder: Path) -> Inputs:
     return open_inputs(Task.model_validate_json(task_json), data_folder)
 
 
-# --- gradients ------------------------------------------------------------------------------------------------------------------------------
+# --- gradients ------------------------------------------------------------------------------------
 
 # Steps by the samples of each of three ranks; with two, the last two are one.
 STEPS = [(6, 5, 5), (7, 0, 1), (0, 3, 9)]
 
 
-def gradients(task_json: str, data_folder: Path, ranks: Ranks) -> list[tuple[float, list[np.ndarray]]]:
-    """Loss and gradients of each of `STEPS`, without dropout, augmentation or a balance of experts, which know their own samples only."""
+def gradients(
+    task_json: str, data_folder: Path, ranks: Ranks
+) -> list[tuple[float, list[np.ndarray]]]:
+    """Loss and gradients of each of `STEPS`, without dropout, augmentation or a balance of experts,
+    which know their own samples only.
+    """
     inputs = opened(task_json, data_folder)
     recipe = Recipe.model_validate(
         {
@@ -84,19 +99,44 @@ def gradients(task_json: str, data_folder: Path, ranks: Ranks) -> list[tuple[flo
             "training": {"precision": "fp32"},
         }
     )
-    model = attach(inputs.backbone, recipe, len(inputs.index.classes), selected=select_here(inputs, 2), seed=3).train()
+    model = attach(
+        inputs.backbone, recipe, len(inputs.index.classes), selected=select_here(inputs, 2), seed=3
+    ).train()
     optimiser = torch.optim.SGD(model.values.parameters(), lr=0.01)
     reader, samples, steps = inputs.reader("train"), inputs.splits["train"].samples, []
     for sizes in STEPS:
         first, second, third = np.split(samples[: sum(sizes)], np.cumsum(sizes)[:-1])
-        parts = {1: [samples[: sum(sizes)]], 2: [first, np.concatenate([second, third])], 3: [first, second, third]}[ranks.world]
-        loss = loop._step(model, optimiser, *reader.read(parts[ranks.rank]), recipe.training, inputs.kind, torch.float32, ranks)
-        steps.append((loss, [each.grad.numpy().copy() for each in model.values.parameters() if each.grad is not None]))
+        parts = {
+            1: [samples[: sum(sizes)]],
+            2: [first, np.concatenate([second, third])],
+            3: [first, second, third],
+        }[ranks.world]
+        loss = loop._step(
+            model,
+            optimiser,
+            *reader.read(parts[ranks.rank]),
+            recipe.training,
+            inputs.kind,
+            torch.float32,
+            ranks,
+        )
+        steps.append(
+            (
+                loss,
+                [
+                    each.grad.numpy().copy()
+                    for each in model.values.parameters()
+                    if each.grad is not None
+                ],
+            )
+        )
     return steps
 
 
 @pytest.mark.parametrize("world", [2, 3])
-def test_ranks_step_as_one_process_on_the_whole_batch(world: int, on_ranks: OnRanks, tiny_task: Task, tiny_data: Path) -> None:
+def test_ranks_step_as_one_process_on_the_whole_batch(
+    world: int, on_ranks: OnRanks, tiny_task: Task, tiny_data: Path
+) -> None:
     alone = gradients(tiny_task.model_dump_json(), tiny_data, ALONE)
     for steps in on_ranks(world, gradients, tiny_task.model_dump_json(), tiny_data):
         for (loss, together), (expected_loss, expected) in zip(steps, alone, strict=True):
@@ -105,12 +145,17 @@ def test_ranks_step_as_one_process_on_the_whole_batch(world: int, on_ranks: OnRa
                 np.testing.assert_allclose(here, there, rtol=1e-4, atol=1e-5 * np.abs(there).max())
 
 
-# --- what ranks tell each other -------------------------------------------------------------------------------------------------------------
+# --- what ranks tell each other -------------------------------------------------------------------
 
 
 def talk(ranks: Ranks) -> dict[str, Any]:
-    said: dict[str, Any] = {"total": ranks.total(ranks.rank + 1), "gathered": ranks.gathered(torch.tensor([ranks.rank, 7])).tolist()}
-    said["content"] = [ranks.from_first(content if ranks.is_first else b"another") for content in (b"first", b"")]
+    said: dict[str, Any] = {
+        "total": ranks.total(ranks.rank + 1),
+        "gathered": ranks.gathered(torch.tensor([ranks.rank, 7])).tolist(),
+    }
+    said["content"] = [
+        ranks.from_first(content if ranks.is_first else b"another") for content in (b"first", b"")
+    ]
     ranks.check_agree({"same": torch.ones(3)})
     try:
         ranks.check_agree({"other": torch.tensor(ranks.rank)})
@@ -140,15 +185,19 @@ def test_ranks_draw_other_numbers() -> None:
     assert len({Ranks(rank, 4).seed(11) for rank in range(4)}) == 4
 
 
-# --- trials and fits ------------------------------------------------------------------------------------------------------------------------
+# --- trials and fits ------------------------------------------------------------------------------
 
 
 class Killed(Exception):
     pass
 
 
-def counted_fit(inputs: Inputs, folder: Path, ranks: Ranks, steps_before_death: int = 1 << 30) -> int:
-    """Fit with a checkpoint at every step; how many steps were taken. Raises Killed where there are more than `steps_before_death`."""
+def counted_fit(
+    inputs: Inputs, folder: Path, ranks: Ranks, steps_before_death: int = 1 << 30
+) -> int:
+    """Fit with a checkpoint at every step; how many steps were taken. Raises Killed where there are
+    more than `steps_before_death`.
+    """
     taken, step = 0, loop._step
 
     def counted(*arguments: Any) -> float:
@@ -160,13 +209,21 @@ def counted_fit(inputs: Inputs, folder: Path, ranks: Ranks, steps_before_death: 
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "_step", counted)
-        patch.setattr(fit_module, "Checkpoint", functools.partial(Checkpoint, every_seconds=0, cost_share=math.inf))
+        patch.setattr(
+            fit_module,
+            "Checkpoint",
+            functools.partial(Checkpoint, every_seconds=0, cost_share=math.inf),
+        )
         fit(inputs, Recipe.model_validate(RECIPE), select_here(inputs, 2), folder, ranks=ranks)
     return taken
 
 
-def interrupted_fits(task_json: str, data_folder: Path, folder: Path, ranks: Ranks) -> list[tuple[int, int]]:
-    """For each step after which the ranks died: that step, and how many were left to take. The last fit was none of several ranks before."""
+def interrupted_fits(
+    task_json: str, data_folder: Path, folder: Path, ranks: Ranks
+) -> list[tuple[int, int]]:
+    """For each step after which the ranks died: that step, and how many were left to take. The last
+    fit was none of several ranks before.
+    """
     inputs = opened(task_json, data_folder)
     total, left = counted_fit(inputs, folder / "whole", ranks), []
     for died_after in (1, total // 2 - 1, total // 2, total // 2 + 2):
@@ -187,16 +244,24 @@ def test_two_ranks_go_on_in_the_middle_of_an_epoch_and_give_the_same_bytes(
     assert first == second
     (*_, (_, total)) = first
     assert total == 2 * -(-96 // 16), "as many steps as one process takes"
-    assert [taken for _, taken in first] == [total - died_after for died_after, _ in first], "no step is taken twice, nor on from one process"
+    assert [taken for _, taken in first] == [total - died_after for died_after, _ in first], (
+        "no step is taken twice, nor on from one process"
+    )
     content = (tmp_path / "whole" / PACK_FILE).read_bytes()
     for died_after, _ in first[:-2]:
         assert (tmp_path / str(died_after) / PACK_FILE).read_bytes() == content, died_after
     assert (tmp_path / "of one" / PACK_FILE).read_bytes() == content
-    assert json.loads((tmp_path / "whole" / "result.json").read_text())["device"].startswith("2 x CPU (")
+    assert json.loads((tmp_path / "whole" / "result.json").read_text())["device"].startswith(
+        "2 x CPU ("
+    )
 
 
-def scored(task_json: str, data_folder: Path, ranks: Ranks) -> tuple[list[Score], list[list[float]], list[int], str]:
-    """A trial's scores; outputs and labels of the model without training; the shards that this rank opened."""
+def scored(
+    task_json: str, data_folder: Path, ranks: Ranks
+) -> tuple[list[Score], list[list[float]], list[int], str]:
+    """A trial's scores; outputs and labels of the model without training; the shards that this rank
+    opened.
+    """
     inputs = opened(task_json, data_folder)
     recipe = Recipe.model_validate({**RECIPE, "connections": None})
     scores = [found for found, _ in run_trial(inputs, recipe, None, ranks=ranks)]
@@ -214,7 +279,9 @@ def scored(task_json: str, data_folder: Path, ranks: Ranks) -> tuple[list[Score]
     return scores, rows, sorted(read), fingerprint(model.values.state_dict())
 
 
-def test_ranks_score_every_sample_once(on_ranks: OnRanks, tiny_task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranks_score_every_sample_once(
+    on_ranks: OnRanks, tiny_task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(shards, "SHARD_SIZE_BYTES", 60_000)
     prepare(tiny_task, tmp_path / "data")
     alone = scored(tiny_task.model_dump_json(), tmp_path / "data", ALONE)

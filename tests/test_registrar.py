@@ -1,4 +1,6 @@
-"""Registering with patience: a server that comes back is waited for, one that stays silent is given up at the end, a refusal is one at once."""
+"""Registering with patience: a server that comes back is waited for, one that stays silent is given
+up at the end, a refusal is one at once.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,14 @@ SECONDS = 10
 
 
 def champion(task: str) -> Champion:
-    return Champion(task=task, pack_path=Path("runs") / task / "pack.safetensors", pack_digest="", size_bytes=0, ledger={}, metrics={})
+    return Champion(
+        task=task,
+        pack_path=Path("runs") / task / "pack.safetensors",
+        pack_digest="",
+        size_bytes=0,
+        ledger={},
+        metrics={},
+    )
 
 
 class Server:
@@ -51,8 +60,12 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registrar_module, "LONGEST_PAUSE_SECONDS", 0.05)
 
 
-def run(server: Server, tasks: list[str], patience_seconds: float, last: Any = lambda: None) -> tuple[list[Any], list[str]]:
-    """Every task's outcome with one task at a time, and what was remarked; the task `last` does something before it registers."""
+def run(
+    server: Server, tasks: list[str], patience_seconds: float, last: Any = lambda: None
+) -> tuple[list[Any], list[str]]:
+    """Every task's outcome with one task at a time, and what was remarked; the task `last` does
+    something before it registers.
+    """
     together, remarks = Together(lambda: 1), []
     registrar = Registrar(server, together, patience_seconds)  # type: ignore[arg-type]
 
@@ -67,7 +80,7 @@ def run(server: Server, tasks: list[str], patience_seconds: float, last: Any = l
     return together.run(work, tasks), remarks
 
 
-def test_the_others_go_on_while_the_server_does_not_answer_and_all_are_registered_once_it_is_back() -> None:
+def test_others_go_on_while_the_server_is_silent_and_all_are_registered_later() -> None:
     server = Server()
     outcomes, remarks = run(server, ["a", "b", "last"], patience_seconds=0, last=server.back.set)
     assert sorted(server.registered) == outcomes == ["a", "b", "last"]
@@ -79,7 +92,10 @@ def test_a_server_that_stays_silent_is_given_up_and_the_pack_is_named() -> None:
     server = Server()
     outcomes, _ = run(server, ["a", "b"], patience_seconds=0.3)
     assert [type(outcome) for outcome in outcomes] == [RegistryUnreachable] * 2
-    assert "(runs/a/pack.safetensors): the same command registers it once the registry answers again" in str(outcomes[0])
+    assert (
+        "(runs/a/pack.safetensors): the same command registers it once the registry answers again"
+        in str(outcomes[0])
+    )
     assert server.registered == []
     assert 3 <= len(server.asked) <= 12, "asked a few times, ever less often"
 

@@ -1,4 +1,6 @@
-"""Registering and finding packs, on a SQLite store: round trips, look-ups by number, every way to be interrupted, every way to ask wrongly."""
+"""Registering and finding packs, on a SQLite store: round trips, look-ups by number, every way to
+be interrupted, every way to ask wrongly.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,17 @@ from pipeline.registry.store import Registry, open_registry
 from pipeline.registry.tracking import EXPERIMENT
 from pipeline.registry.trial_runs import PARENT_TAG
 
-FRONT = [{"id": "t0", "point": {"bits": 4}, "size_bytes": 100, "state": "complete", "val_metric": 0.9, "epochs": 2, "seconds": 1.5}]
+FRONT = [
+    {
+        "id": "t0",
+        "point": {"bits": 4},
+        "size_bytes": 100,
+        "state": "complete",
+        "val_metric": 0.9,
+        "epochs": 2,
+        "seconds": 1.5,
+    }
+]
 
 
 @pytest.fixture(scope="session")
@@ -51,7 +63,9 @@ def registry(workdir) -> Registry:
     return open_registry(None, workdir)
 
 
-def champion(folder: Path, task: str = "digits", size_bytes: int = 100, accuracy: float = 0.9, seed: int = 0) -> Champion:
+def champion(
+    folder: Path, task: str = "digits", size_bytes: int = 100, accuracy: float = 0.9, seed: int = 0
+) -> Champion:
     content = hashlib.shake_256(f"{task} {seed} {accuracy}".encode()).digest(size_bytes)
     digest = hashlib.sha256(content).hexdigest()
     path = folder / f"{digest[:12]}.bin"
@@ -64,7 +78,12 @@ def champion(folder: Path, task: str = "digits", size_bytes: int = 100, accuracy
         pack_digest=digest,
         size_bytes=size_bytes,
         ledger={"positions": 30, "head": size_bytes - 30},
-        metrics={"test_metric": accuracy, "val_metric": accuracy, "test_metric_stderr": 0.01, "trained_parameters": 1234},
+        metrics={
+            "test_metric": accuracy,
+            "val_metric": accuracy,
+            "test_metric_stderr": 0.01,
+            "trained_parameters": 1234,
+        },
         params={"smoa.bits": "4", "connections.top_k": "3"},
         tags={"batch": "b1", "backbone": "f" * 64},
         front=FRONT,
@@ -72,19 +91,29 @@ def champion(folder: Path, task: str = "digits", size_bytes: int = 100, accuracy
     )
 
 
-# --- packs of earlier releases --------------------------------------------------------------------------------------------------------------
+# --- packs of earlier releases --------------------------------------------------------------------
 
 
-def test_a_pack_registered_when_accuracy_was_the_only_metric_is_read(registry, workdir, tmp_path) -> None:
+def test_a_pack_registered_when_accuracy_was_the_only_metric_is_read(
+    registry, workdir, tmp_path
+) -> None:
     given = champion(tmp_path, accuracy=0.7)
     registry.register(given)
     with contextlib.closing(sqlite3.connect(workdir / "mlflow.db")) as database:
         for table in ("metrics", "latest_metrics"):
             for name in ("test_metric", "test_metric_stderr", "val_metric"):
-                database.execute(f"UPDATE {table} SET key = ? WHERE key = ?", (name.replace("metric", "accuracy"), name))
+                database.execute(
+                    f"UPDATE {table} SET key = ? WHERE key = ?",
+                    (name.replace("metric", "accuracy"), name),
+                )
         database.commit()
     old = open_registry(None, workdir)
-    assert old.get("digits/1").metrics == {**given.metrics, "size_bytes": 100, "bytes_positions": 30, "bytes_head": 70}
+    assert old.get("digits/1").metrics == {
+        **given.metrics,
+        "size_bytes": 100,
+        "bytes_positions": 30,
+        "bytes_head": 70,
+    }
     assert (old.get("digits").metric, old.get("digits").val_metric) == ("accuracy", 0.7)
     assert old.search() == [], "numbers are asked for by their names of today"
     better = old.register(champion(tmp_path, accuracy=0.9))
@@ -95,7 +124,9 @@ def test_a_pack_registered_when_accuracy_was_the_only_metric_is_read(registry, w
 def test_packs_are_found_by_the_metric_that_chose_them(registry, tmp_path) -> None:
     tags = {"kind": "multilabel", "metric": "mAP"}
     found = registry.register(replace(champion(tmp_path, task="scenes"), tags=tags))
-    registry.register(replace(champion(tmp_path), tags={"kind": "classification", "metric": "accuracy"}))
+    registry.register(
+        replace(champion(tmp_path), tags={"kind": "classification", "metric": "accuracy"})
+    )
     assert registry.search(metric="mAP") == [found]
     assert found.metric == "mAP"
     assert registry.search(metric="mAP", min_metric=0.95) == []
@@ -105,16 +136,31 @@ def test_packs_are_found_by_the_metric_that_chose_them(registry, tmp_path) -> No
         registry.search(metric="mAP' OR '1")
 
 
-# --- round trips ----------------------------------------------------------------------------------------------------------------------------
+# --- round trips ----------------------------------------------------------------------------------
 
 
 def test_what_is_registered_is_found_again(registry, tmp_path) -> None:
     given = champion(tmp_path)
     registered = registry.register(given)
-    assert registered == registry.get("digits") == registry.get("digits@champion") == registry.get("digits/1")
+    assert (
+        registered
+        == registry.get("digits")
+        == registry.get("digits@champion")
+        == registry.get("digits/1")
+    )
     assert registry.search() == [registered]
-    assert (registered.name, registered.task, registered.version, registered.aliases) == ("digits", "digits", 1, ("champion",))
-    assert registered.metrics == {**given.metrics, "size_bytes": 100, "bytes_positions": 30, "bytes_head": 70}
+    assert (registered.name, registered.task, registered.version, registered.aliases) == (
+        "digits",
+        "digits",
+        1,
+        ("champion",),
+    )
+    assert registered.metrics == {
+        **given.metrics,
+        "size_bytes": 100,
+        "bytes_positions": 30,
+        "bytes_head": 70,
+    }
     assert registered.params == given.params
     assert registered.tags == {**given.tags, "task": "digits", "pack_digest": given.pack_digest}
     assert (registered.size_bytes, registered.pack_digest) == (100, given.pack_digest)
@@ -126,16 +172,32 @@ def test_what_is_registered_is_found_again(registry, tmp_path) -> None:
     assert os.listdir() == [], "nothing may appear in the current folder"
 
 
-def test_what_is_stored_holds_neither_code_nor_pickle_nor_the_users_paths(registry, workdir, tmp_path) -> None:
+def test_what_is_stored_holds_neither_code_nor_pickle_nor_the_users_paths(
+    registry, workdir, tmp_path
+) -> None:
     registry.register(champion(tmp_path))
-    stored = {path.relative_to(workdir / "artifacts").parts[-1]: path for path in (workdir / "artifacts").rglob("*") if path.is_file()}
-    assert stored.keys() == {"MLmodel", "conda.yaml", "python_env.yaml", "requirements.txt", "pack.safetensors", "front.json", "front.png"} | {
+    stored = {
+        path.relative_to(workdir / "artifacts").parts[-1]: path
+        for path in (workdir / "artifacts").rglob("*")
+        if path.is_file()
+    }
+    assert stored.keys() == {
+        "MLmodel",
+        "conda.yaml",
+        "python_env.yaml",
+        "requirements.txt",
+        "pack.safetensors",
+        "front.json",
+        "front.png",
+    } | {
         "input_example.json",
         "serving_input_example.json",
     }
     for name in ("MLmodel", "conda.yaml", "python_env.yaml", "requirements.txt", "front.json"):
         assert str(tmp_path) not in stored[name].read_text()
-    run = registry.client.search_runs([registry.client.get_experiment_by_name(EXPERIMENT).experiment_id])[0]
+    run = registry.client.search_runs(
+        [registry.client.get_experiment_by_name(EXPERIMENT).experiment_id]
+    )[0]
     assert run.info.status == "FINISHED"
     assert "mlflow.source.name" not in run.data.tags
     assert run.data.params == {"smoa.bits": "4", "connections.top_k": "3"}
@@ -152,7 +214,9 @@ def test_a_better_pack_is_a_second_version_and_takes_the_alias(registry, tmp_pat
 def counts(registry: Registry) -> dict[str, int]:
     experiment_id = registry.client.get_experiment_by_name(EXPERIMENT).experiment_id
     return {
-        "runs": sum(PARENT_TAG not in run.data.tags for run in registry.client.search_runs([experiment_id])),
+        "runs": sum(
+            PARENT_TAG not in run.data.tags for run in registry.client.search_runs([experiment_id])
+        ),
         "models": len(registry.client.search_logged_models([experiment_id])),
         "versions": len(registry.client.search_model_versions("")),
     }
@@ -165,14 +229,20 @@ def test_the_same_pack_is_written_once(registry, workdir, tmp_path) -> None:
     assert (workdir / "mlflow.db").read_bytes() == database
 
 
-def test_an_older_pack_registered_again_is_written_once_and_takes_the_alias_only_if_promoted(registry, tmp_path) -> None:
+def test_an_older_pack_registered_again_is_written_once_and_takes_the_alias_only_if_promoted(
+    registry, tmp_path
+) -> None:
     worse = champion(tmp_path, accuracy=0.8)
     registry.register(worse)
     registry.register(champion(tmp_path, accuracy=0.9))
     again = registry.register(worse)
     assert (again.version, again.aliases, registry.get("digits").version) == (1, (), 2)
     promoted = registry.register(replace(worse, promote=True))
-    assert (promoted.version, promoted.aliases, registry.get("digits").version) == (1, ("champion",), 1)
+    assert (promoted.version, promoted.aliases, registry.get("digits").version) == (
+        1,
+        ("champion",),
+        1,
+    )
     assert counts(registry) == {"runs": 2, "models": 2, "versions": 2}
 
 
@@ -184,7 +254,7 @@ def test_equal_packs_of_two_tasks_stay_apart(registry, tmp_path) -> None:
     assert counts(registry)["versions"] == 2
 
 
-# --- interruption ---------------------------------------------------------------------------------------------------------------------------
+# --- interruption ---------------------------------------------------------------------------------
 
 
 class Crash(Exception):
@@ -221,7 +291,10 @@ def test_a_crash_at_any_step_is_mended_by_the_next_registration(registry, tmp_pa
         except Crash:
             registry.store.client = client
         registered = registry.register(given)
-        assert [found.version for found in client.search_model_versions(f"tags.pack_digest = '{given.pack_digest}'")] == [registered.version]
+        assert [
+            found.version
+            for found in client.search_model_versions(f"tags.pack_digest = '{given.pack_digest}'")
+        ] == [registered.version]
         assert registry.get("digits") == registered
         assert registered in registry.search(task="digits", limit=1000)
         assert registered.version == calls + 2
@@ -247,13 +320,18 @@ def test_sqlite_knows_how_many_rows_it_plans_for(registry, workdir, tmp_path) ->
     for seed in range(3):
         registry.register(champion(tmp_path, seed=seed))
     with contextlib.closing(sqlite3.connect(workdir / "mlflow.db")) as connection:
-        for table, index in (("runs", "sqlite_autoindex_runs_1"), ("latest_metrics", "index_latest_metrics_run_uuid")):
+        for table, index in (
+            ("runs", "sqlite_autoindex_runs_1"),
+            ("latest_metrics", "index_latest_metrics_run_uuid"),
+        ):
             (rows,) = connection.execute(f"SELECT count(*) FROM {table}").fetchone()
-            (stat,) = connection.execute("SELECT stat FROM sqlite_stat1 WHERE tbl = ? AND idx = ?", (table, index)).fetchone()
+            (stat,) = connection.execute(
+                "SELECT stat FROM sqlite_stat1 WHERE tbl = ? AND idx = ?", (table, index)
+            ).fetchone()
             assert int(stat.split()[0]) == rows
 
 
-# --- two at once ----------------------------------------------------------------------------------------------------------------------------
+# --- two at once ----------------------------------------------------------------------------------
 
 
 class InterleavingClient:
@@ -280,19 +358,34 @@ class InterleavingClient:
 
 @pytest.mark.parametrize("same", [True, False])
 def test_two_batches_may_register_a_task_at_once(registry, workdir, tmp_path, same) -> None:
-    """Whatever step of one the other falls into: one pack is one version, two packs are two, and the alias is on the better one."""
+    """Whatever step of one the other falls into: one pack is one version, two packs are two, and
+    the alias is on the better one.
+    """
     client, other, packs = registry.client, open_registry(None, workdir), 0
     for calls in range(0, 100, 1 if same else 4):
         mine = champion(tmp_path, accuracy=0.5 + calls / 1000)
-        theirs = mine if same else champion(tmp_path, accuracy=mine.metrics["val_metric"] + (0.0005 if calls % 8 else -0.0005))
+        theirs = (
+            mine
+            if same
+            else champion(
+                tmp_path, accuracy=mine.metrics["val_metric"] + (0.0005 if calls % 8 else -0.0005)
+            )
+        )
         answers = []
-        registry.store.client = InterleavingClient(client, calls, lambda theirs=theirs, answers=answers: answers.append(other.register(theirs)))
+        registry.store.client = InterleavingClient(
+            client,
+            calls,
+            lambda theirs=theirs, answers=answers: answers.append(other.register(theirs)),
+        )
         answers.append(registry.register(mine))
         if not registry.client.was_long_enough:
             break
         registry.store.client, packs = client, packs + (1 if same else 2)
         assert {answer.pack_digest for answer in answers} == {mine.pack_digest, theirs.pack_digest}
-        assert registry.get("digits").pack_digest == max(mine, theirs, key=lambda pack: pack.metrics["val_metric"]).pack_digest
+        assert (
+            registry.get("digits").pack_digest
+            == max(mine, theirs, key=lambda pack: pack.metrics["val_metric"]).pack_digest
+        )
         found = registry.search(task="digits", limit=1000)
         assert len(found) == len({pack.pack_digest for pack in found}) == packs
     assert calls > 12, "the loop must have walked through every step"
@@ -300,7 +393,9 @@ def test_two_batches_may_register_a_task_at_once(registry, workdir, tmp_path, sa
     assert counts(registry) == {"runs": packs + 1, "models": packs + 1, "versions": packs + 1}
 
 
-def test_what_another_batch_left_is_discarded_when_it_is_old(registry, workdir, tmp_path, monkeypatch) -> None:
+def test_what_another_batch_left_is_discarded_when_it_is_old(
+    registry, workdir, tmp_path, monkeypatch
+) -> None:
     client = registry.client
     registry.store.client = CrashingClient(client, 6)
     with pytest.raises(Crash):
@@ -312,7 +407,7 @@ def test_what_another_batch_left_is_discarded_when_it_is_old(registry, workdir, 
     assert counts(registry) == {"runs": 1, "models": 1, "versions": 1}
 
 
-# --- looking up -----------------------------------------------------------------------------------------------------------------------------
+# --- looking up -----------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -321,7 +416,12 @@ def stocked(template, tmp_path_factory) -> Registry:
     tmp_path = tmp_path_factory.mktemp("stocked")
     shutil.copyfile(template, tmp_path / "mlflow.db")
     registry = open_registry(None, tmp_path)
-    for task, size_bytes, accuracy in [("cars", 9000, 0.70), ("pets", 30000, 0.93), ("flowers", 9, 0.99), ("dtd", 10000, 0.70)]:
+    for task, size_bytes, accuracy in [
+        ("cars", 9000, 0.70),
+        ("pets", 30000, 0.93),
+        ("flowers", 9, 0.99),
+        ("dtd", 10000, 0.70),
+    ]:
         registry.register(champion(tmp_path, task, max(size_bytes, 31), accuracy))
     return registry
 
@@ -331,7 +431,10 @@ def test_numbers_are_compared_as_numbers(stocked) -> None:
         return [pack.name for pack in stocked.search(**limits)]
 
     assert names() == ["flowers", "pets", "cars", "dtd"], "best first, of equals the smallest"
-    assert names(max_bytes=9999) == ["flowers", "cars"], "as text, '10000' and '30000' would come before '9999'"
+    assert names(max_bytes=9999) == [
+        "flowers",
+        "cars",
+    ], "as text, '10000' and '30000' would come before '9999'"
     assert names(max_bytes=10000) == ["flowers", "cars", "dtd"]
     assert names(min_metric=0.93) == ["flowers", "pets"]
     assert names(min_metric=0.9, max_bytes=20000) == ["flowers"]
@@ -349,8 +452,12 @@ def test_a_deleted_version_is_left_out_without_shortening_the_answer(registry, t
 
 
 def test_pages_join_without_gap_or_repetition(registry, tmp_path) -> None:
-    """Ties in accuracy and in size, a page that ends inside them, a version deleted, and a pack registered between two pages."""
-    for seed, (size_bytes, accuracy) in enumerate([(100, 0.5), (100, 0.7), (100, 0.7), (90, 0.7), (100, 0.7), (100, 1 / 3), (100, 0.0)]):
+    """Ties in accuracy and in size, a page that ends inside them, a version deleted, and a pack
+    registered between two pages.
+    """
+    for seed, (size_bytes, accuracy) in enumerate(
+        [(100, 0.5), (100, 0.7), (100, 0.7), (90, 0.7), (100, 0.7), (100, 1 / 3), (100, 0.0)]
+    ):
         registry.register(champion(tmp_path, f"task{seed}", size_bytes, accuracy, seed))
     whole = registry.search()
     assert len(whole) == 7
@@ -395,7 +502,13 @@ def test_a_look_up_that_makes_no_sense_is_refused(registry, limits, message) -> 
         ("FLOWERS", "did you mean flowers"),
         ("zebra", "taskpack ls"),
         ("flowers/7", "newest version: 1"),
-        ("flowers@best", r"no version has the alias 'best'; give NAME/VERSION \(newest version: 1, aliases: champion\)"),
+        (
+            "flowers@best",
+            (
+                r"no version has the alias 'best'; give NAME/VERSION \(newest version: 1, aliases:"
+                r" champion\)"
+            ),
+        ),
         ("flowers/0", "newest version: 1"),
         ("flowers/x", "NAME/VERSION"),
         ("", "NAME/VERSION"),
@@ -414,11 +527,17 @@ def test_a_model_of_someone_else_is_refused(registry, tmp_path) -> None:
     registry.client.create_model_version("theirs", (tmp_path / "theirs").as_uri())
     with pytest.raises(RegistryError, match="did not register"):
         registry.get("theirs/1")
-    with pytest.raises(RegistryError, match=r"no version has the alias 'champion'; give NAME/VERSION \(newest version: 1, aliases: none\)"):
+    with pytest.raises(
+        RegistryError,
+        match=(
+            r"no version has the alias 'champion'; give NAME/VERSION \(newest version: 1, aliases:"
+            r" none\)"
+        ),
+    ):
         registry.get("theirs")
 
 
-# --- damage and bad input -------------------------------------------------------------------------------------------------------------------
+# --- damage and bad input -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -431,7 +550,9 @@ def test_a_model_of_someone_else_is_refused(registry, tmp_path) -> None:
         ({"tags": {"pack_digest": "x"}}, "pack_digest"),
     ],
 )
-def test_a_champion_that_contradicts_itself_is_refused_and_leaves_nothing(registry, tmp_path, change, message) -> None:
+def test_a_champion_that_contradicts_itself_is_refused_and_leaves_nothing(
+    registry, tmp_path, change, message
+) -> None:
     with pytest.raises(RegistryError, match=message):
         registry.register(replace(champion(tmp_path), **change))
     assert counts(registry) == {"runs": 0, "models": 0, "versions": 0}
@@ -452,7 +573,9 @@ def test_a_damaged_artifact_store_is_noticed(registry, workdir, tmp_path) -> Non
 
 
 def test_a_deleted_experiment_is_explained(registry, workdir) -> None:
-    registry.client.delete_experiment(registry.client.get_experiment_by_name(EXPERIMENT).experiment_id)
+    registry.client.delete_experiment(
+        registry.client.get_experiment_by_name(EXPERIMENT).experiment_id
+    )
     with pytest.raises(RegistryError, match="mlflow experiments restore"):
         open_registry(None, workdir)
 

@@ -1,4 +1,6 @@
-"""Opening a registry: at once from many processes, after an interruption, and where there is nothing to open."""
+"""Opening a registry: at once from many processes, after an interruption, and where there is
+nothing to open.
+"""
 
 from __future__ import annotations
 
@@ -29,16 +31,30 @@ print(registry.store.tracking_uri, registry.client.get_experiment_by_name("taskp
 
 
 def test_four_processes_may_open_a_fresh_folder_at_once(tmp_path) -> None:
-    environment = {name: value for name, value in os.environ.items() if name != "MLFLOW_TRACKING_URI"}
+    environment = {
+        name: value for name, value in os.environ.items() if name != "MLFLOW_TRACKING_URI"
+    }
     command = [sys.executable, "-c", OPEN, str(tmp_path / "fresh")]
     root = Path(__file__).parents[1]
-    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=root) for _ in range(4)]
+    processes = [
+        subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment,
+            cwd=root,
+        )
+        for _ in range(4)
+    ]
     answers = [process.communicate(timeout=100) for process in processes]
     assert [process.returncode for process in processes] == [0] * 4, answers
     assert len({out for out, _ in answers}) == 1, "one store, one experiment"
     assert {err for _, err in answers} == {""}, "no noise"
     with sqlite3.connect(tmp_path / "fresh" / "mlflow.db") as database:
-        assert database.execute("SELECT COUNT(*) FROM experiments WHERE name = 'taskpack'").fetchone() == (1,)
+        assert database.execute(
+            "SELECT COUNT(*) FROM experiments WHERE name = 'taskpack'"
+        ).fetchone() == (1,)
     database.close()
     assert not list((tmp_path / "fresh").glob("*.draft*"))
 
@@ -52,13 +68,17 @@ def test_a_store_whose_making_was_interrupted_is_made_again(tmp_path) -> None:
     assert Registry(f"sqlite:///{database}", tmp_path / "artifacts").search() == []
 
 
-@pytest.mark.parametrize("uri", ["./mlruns", "file:///tmp/mlruns", "sqlite://", "sqlite:///:memory:", "/absolute/path"])
+@pytest.mark.parametrize(
+    "uri", ["./mlruns", "file:///tmp/mlruns", "sqlite://", "sqlite:///:memory:", "/absolute/path"]
+)
 def test_a_uri_that_is_no_store_is_refused(tmp_path, uri) -> None:
     with pytest.raises(RegistryError, match=r"sqlite:////absolute/path/mlflow\.db"):
         open_registry(uri, tmp_path)
 
 
-def test_the_tracking_uri_is_absolute_and_the_environment_comes_second(tmp_path, monkeypatch) -> None:
+def test_the_tracking_uri_is_absolute_and_the_environment_comes_second(
+    tmp_path, monkeypatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     assert resolve_tracking_uri(None, Path("work")) == f"sqlite:///{tmp_path}/work/mlflow.db"
@@ -69,7 +89,9 @@ def test_the_tracking_uri_is_absolute_and_the_environment_comes_second(tmp_path,
 
 def test_a_file_that_is_no_database_is_named(tmp_path) -> None:
     (tmp_path / "mlflow.db").write_bytes(b"not a database, but long enough to look at" * 100)
-    with pytest.raises(RegistryError, match=r"mlflow\.db: this file is not an intact SQLite database"):
+    with pytest.raises(
+        RegistryError, match=r"mlflow\.db: this file is not an intact SQLite database"
+    ):
         open_registry(f"sqlite:///{tmp_path}/mlflow.db", tmp_path)
 
 
@@ -84,12 +106,17 @@ def test_a_server_that_is_not_there_is_reported_soon(tmp_path) -> None:
         unused.bind(("127.0.0.1", 0))
         port = unused.getsockname()[1]
     before, begin = dict(os.environ), time.monotonic()
-    with pytest.raises(RegistryUnreachable, match=f"http://\\*\\*\\*@127.0.0.1:{port}: the MLflow server cannot be reached") as caught:
+    with pytest.raises(
+        RegistryUnreachable,
+        match=f"http://\\*\\*\\*@127.0.0.1:{port}: the MLflow server cannot be reached",
+    ) as caught:
         open_registry(f"http://user:secret@127.0.0.1:{port}", tmp_path)
     assert "secret" not in str(caught.value)
     assert caught.value.__cause__ is None
     assert time.monotonic() - begin < 15
-    assert os.environ.get("MLFLOW_HTTP_REQUEST_TIMEOUT") == before.get("MLFLOW_HTTP_REQUEST_TIMEOUT", "60")
+    assert os.environ.get("MLFLOW_HTTP_REQUEST_TIMEOUT") == before.get(
+        "MLFLOW_HTTP_REQUEST_TIMEOUT", "60"
+    )
 
 
 def test_a_server_that_never_answers_is_given_up_soon(tmp_path) -> None:
@@ -133,13 +160,28 @@ def test_a_server_that_refuses_is_explained(tmp_path, status, kind, message) -> 
     ("text", "kind", "message"),
     [
         (
-            "request to http://h/api/2.0/mlflow-artifacts/artifacts/1 failed: ResponseError('too many 500 error responses')",
+            (
+                "request to http://h/api/2.0/mlflow-artifacts/artifacts/1 failed:"
+                " ResponseError('too many 500 error responses')"
+            ),
             RegistryUnreachable,
             "its artifact store",
         ),
-        ("(sqlite3.OperationalError) database is locked", RegistryUnreachable, "another process is writing"),
-        ("failed with error code 403 != 200. Response body: 'Invalid Host header'", RegistryRefused, "--allowed-hosts"),
-        ("INVALID_PARAMETER_VALUE: no such filter\n\nTraceback", RegistryError, "MLflow refused: INVALID_PARAMETER_VALUE: no such filter$"),
+        (
+            "(sqlite3.OperationalError) database is locked",
+            RegistryUnreachable,
+            "another process is writing",
+        ),
+        (
+            "failed with error code 403 != 200. Response body: 'Invalid Host header'",
+            RegistryRefused,
+            "--allowed-hosts",
+        ),
+        (
+            "INVALID_PARAMETER_VALUE: no such filter\n\nTraceback",
+            RegistryError,
+            "MLflow refused: INVALID_PARAMETER_VALUE: no such filter$",
+        ),
         ("", RegistryError, "no reason given"),
     ],
 )
@@ -150,7 +192,11 @@ def test_what_may_pass_is_told_from_what_does_not(text, kind, message) -> None:
 
 
 def test_no_secret_is_in_a_message() -> None:
-    text = "500 Server Error for url: http://me:hidden@h/x?X-Amz-Credential=hidden/1&X-Amz-Signature=hidden&a=1 or https://h/y?sig=hidden"
+    text = (
+        "500 Server Error for url:"
+        " http://me:hidden@h/x?X-Amz-Credential=hidden/1&X-Amz-Signature=hidden&a=1 or"
+        " https://h/y?sig=hidden"
+    )
     with pytest.raises(RegistryUnreachable) as caught, registry_errors("https://me:hidden@h:5000"):
         raise sqlite3.Error(text)
     assert "hidden" not in str(caught.value)

@@ -1,4 +1,6 @@
-"""What a user of MLflow's own pages sees of a pack: signature, description, tags, data, times, and the trials as child runs."""
+"""What a user of MLflow's own pages sees of a pack: signature, description, tags, data, times, and
+the trials as child runs.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,16 @@ from pipeline.registry.store import Registry, open_registry
 
 STARTED = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 FRONT: list[dict[str, Any]] = [
-    {"id": "a", "point": {"bits": 1}, "size_bytes": 60, "state": "complete", "val_metric": 0.8, "curve": [0.5, 0.8], "seconds": 9.0, "ended": 1e9},
+    {
+        "id": "a",
+        "point": {"bits": 1},
+        "size_bytes": 60,
+        "state": "complete",
+        "val_metric": 0.8,
+        "curve": [0.5, 0.8],
+        "seconds": 9.0,
+        "ended": 1e9,
+    },
     {
         "id": "b",
         "point": {"bits": 4},
@@ -30,9 +41,33 @@ FRONT: list[dict[str, Any]] = [
         "seconds": 8.0,
         "message": "odd",
     },
-    {"id": "c", "point": {"bits": 8}, "size_bytes": 150, "state": "stopped", "val_metric": None, "curve": [0.3], "seconds": 2.0},
-    {"id": "d", "point": {"bits": 16}, "size_bytes": 160, "state": "failed", "val_metric": None, "curve": [], "message": "diverged"},
-    {"id": "e", "point": {"bits": 32}, "size_bytes": 999, "state": "rejected", "val_metric": None, "curve": [], "message": "over budget"},
+    {
+        "id": "c",
+        "point": {"bits": 8},
+        "size_bytes": 150,
+        "state": "stopped",
+        "val_metric": None,
+        "curve": [0.3],
+        "seconds": 2.0,
+    },
+    {
+        "id": "d",
+        "point": {"bits": 16},
+        "size_bytes": 160,
+        "state": "failed",
+        "val_metric": None,
+        "curve": [],
+        "message": "diverged",
+    },
+    {
+        "id": "e",
+        "point": {"bits": 32},
+        "size_bytes": 999,
+        "state": "rejected",
+        "val_metric": None,
+        "curve": [],
+        "message": "over budget",
+    },
 ]
 
 
@@ -45,12 +80,24 @@ def champion(folder: Path, name: str = "digits") -> Champion:
         pack_digest=f"digest of {name}",
         size_bytes=100,
         ledger={"head": 60, "biases": 40, "norms": 0},
-        metrics={"test_metric": 0.912, "test_metric_stderr": 0.008, "val_metric": 0.9, "trained_values": 1234},
+        metrics={
+            "test_metric": 0.912,
+            "test_metric_stderr": 0.008,
+            "val_metric": 0.9,
+            "trained_values": 1234,
+        },
         params={"head.bits": "4", "training.augment": "a|b"},
-        tags={"backbone": "vit_tiny", "backbone_fingerprint": "f" * 64, "description": "handwritten digits", "trial": "b"},
+        tags={
+            "backbone": "vit_tiny",
+            "backbone_fingerprint": "f" * 64,
+            "description": "handwritten digits",
+            "trial": "b",
+        },
         front=FRONT,
         on_front=("a", "b"),
-        data=(UsedData(split="train", source="digits/train", digest="d" * 64, samples=80, classes=10),),
+        data=(
+            UsedData(split="train", source="digits/train", digest="d" * 64, samples=80, classes=10),
+        ),
         started=STARTED,
     )
 
@@ -73,16 +120,24 @@ def children(registry: Registry) -> list[Any]:
     return sorted(found, key=lambda run: run.data.tags["trial_id"])
 
 
-def test_a_registered_pack_speaks_for_itself_in_mlflows_pages(registry: Registry, tmp_path: Path) -> None:
+def test_a_registered_pack_speaks_for_itself_in_mlflows_pages(
+    registry: Registry, tmp_path: Path
+) -> None:
     registered = registry.register(champion(tmp_path))
     client = registry.client
     version = client.get_model_version("digits", "1")
     assert version.description == version_card(champion(tmp_path), 1)
     model = client.get_registered_model("digits")
     assert model.description == "handwritten digits"
-    assert model.tags == {"size": "0.1 KiB", "test accuracy": "91.2 ± 0.8 %", "backbone": "vit_tiny"}
+    assert model.tags == {
+        "size": "0.1 KiB",
+        "test accuracy": "91.2 ± 0.8 %",
+        "backbone": "vit_tiny",
+    }
     run = client.get_run(version.run_id)
-    assert run.data.tags["mlflow.note.content"].startswith("handwritten digits\n\n**0.1 KiB** (100 bytes) · test accuracy **91.2")
+    assert run.data.tags["mlflow.note.content"].startswith(
+        "handwritten digits\n\n**0.1 KiB** (100 bytes) · test accuracy **91.2"
+    )
     experiment = client.get_experiment(registry.store.experiment_id)
     assert experiment.tags["mlflow.experimentKind"] == "custom_model_development"
     assert experiment.tags["mlflow.note.content"].startswith("One run per registered pack")
@@ -92,7 +147,14 @@ def test_a_registered_pack_speaks_for_itself_in_mlflows_pages(registry: Registry
     assert (used.dataset.name, used.dataset.digest) == ("digits train", "d" * 36)
     assert json.loads(used.dataset.profile) == {"num_rows": 80, "num_classes": 10}
     assert [tag.value for tag in used.tags] == ["train"]
-    assert registered.tags.keys() == {"backbone", "backbone_fingerprint", "description", "trial", "task", "pack_digest"}
+    assert registered.tags.keys() == {
+        "backbone",
+        "backbone_fingerprint",
+        "description",
+        "trial",
+        "task",
+        "pack_digest",
+    }
     assert [pack.name for pack in registry.search()] == ["digits"]
 
 
@@ -101,7 +163,9 @@ def test_every_trial_that_ran_is_a_child_run(registry: Registry, tmp_path: Path)
     runs = children(registry)
     assert [run.data.tags["trial_id"] for run in runs] == ["a", "b", "c", "d"]
     assert [run.info.status for run in runs] == ["FINISHED", "FINISHED", "KILLED", "FAILED"]
-    assert {run.data.tags["mlflow.parentRunId"] for run in runs} == {registry.client.get_model_version("digits", "1").run_id}
+    assert {run.data.tags["mlflow.parentRunId"] for run in runs} == {
+        registry.client.get_model_version("digits", "1").run_id
+    }
     first = runs[0]
     assert first.data.params == {"bits": "1"}
     assert first.data.metrics == {"val_metric": 0.8, "pack_bytes": 60, "seconds": 9}
@@ -119,12 +183,16 @@ def test_trials_may_be_left_out(registry: Registry, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("cut", ["a", "c"])
-def test_a_registration_that_was_cut_off_logs_no_trial_twice(cut: str, registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_registration_that_was_cut_off_logs_no_trial_twice(
+    cut: str, registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     whole = trial_runs._log_trial
 
     def cut_off(client: Any, *arguments: Any) -> None:
         if arguments[2]["id"] == cut:  # in the middle of one: created, not ended
-            monkeypatch.setattr(client, "set_terminated", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+            monkeypatch.setattr(
+                client, "set_terminated", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt)
+            )
         whole(client, *arguments)
 
     monkeypatch.setattr(trial_runs, "_log_trial", cut_off)
@@ -142,7 +210,11 @@ def test_a_registration_that_was_cut_off_logs_no_trial_twice(cut: str, registry:
 
 def test_the_models_tags_follow_the_champion(registry: Registry, tmp_path: Path) -> None:
     registry.register(champion(tmp_path))
-    better = replace(champion(tmp_path), pack_digest="other", metrics={"test_metric": 0.95, "test_metric_stderr": 0.006, "val_metric": 0.95})
+    better = replace(
+        champion(tmp_path),
+        pack_digest="other",
+        metrics={"test_metric": 0.95, "test_metric_stderr": 0.006, "val_metric": 0.95},
+    )
     registry.register(better)
     registry.register(replace(champion(tmp_path), pack_digest="worse"))
     assert registry.client.get_registered_model("digits").tags["test accuracy"] == "95.0 ± 0.6 %"
@@ -155,5 +227,8 @@ def test_the_card_is_whole_markdown(tmp_path: Path) -> None:
     assert "| training.augment | a\\|b |" in card
     assert "taskpack predict digits/3 image.jpg" in card
     assert "| bits 1 | 60 | 80.0 % |\n| **bits 4** | 100 | 90.0 % |\n" in card
-    assert "| part | &emsp;bytes | &emsp;share |\n| --- | ---: | ---: |\n| head | 60 | 60.0 % |" in card
+    assert (
+        "| part | &emsp;bytes | &emsp;share |\n| --- | ---: | ---: |\n| head | 60 | 60.0 % |"
+        in card
+    )
     assert "bits 8" not in card

@@ -24,12 +24,17 @@ from pipeline.registry.store import open_registry
 
 
 class RecordingPredictor:
-    """Answers with the type of what it was given, so that a test sees how an input was understood."""
+    """Answers with the type of what it was given, so that a test sees how an input was
+    understood.
+    """
 
     kind = kind_named("classification")
 
     def predict(self, images: list[Any]) -> list[dict[str, Any]]:
-        return [{"label": type(image).__name__, "probability": 1 / (1 + index)} for index, image in enumerate(images)]
+        return [
+            {"label": type(image).__name__, "probability": 1 / (1 + index)}
+            for index, image in enumerate(images)
+        ]
 
 
 @pytest.fixture
@@ -38,7 +43,9 @@ def loaded(monkeypatch) -> list[tuple[Path, str | None]]:
     calls: list[tuple[Path, str | None]] = []
     module = ModuleType("pipeline.serving.predictor")
 
-    def load_predictor(pack_path: Path, weights: str | None, device: str | None) -> RecordingPredictor:
+    def load_predictor(
+        pack_path: Path, weights: str | None, device: str | None
+    ) -> RecordingPredictor:
         calls.append((pack_path, weights))
         return RecordingPredictor()
 
@@ -62,13 +69,24 @@ def png(tmp_path) -> Path:
     return path
 
 
-def test_mlflow_loads_a_registered_pack_without_stored_code(loaded, template, tmp_path, png, monkeypatch) -> None:
+def test_mlflow_loads_a_registered_pack_without_stored_code(
+    loaded, template, tmp_path, png, monkeypatch
+) -> None:
     monkeypatch.setenv("TASKPACK_BACKBONE", "/weights/vit.safetensors")
     shutil.copyfile(template, tmp_path / "mlflow.db")
     registry = open_registry(f"sqlite:///{tmp_path}/mlflow.db", tmp_path)
     pack = tmp_path / "anything.bin"
     pack.write_bytes(b"p" * 50)
-    registry.register(Champion(task="digits", pack_path=pack, pack_digest="d", size_bytes=50, ledger={"head": 50}, metrics={"test_metric": 0.9}))
+    registry.register(
+        Champion(
+            task="digits",
+            pack_path=pack,
+            pack_digest="d",
+            size_bytes=50,
+            ledger={"head": 50},
+            metrics={"test_metric": 0.9},
+        )
+    )
     mlflow = import_pyfunc() and import_mlflow()
     mlflow.set_tracking_uri(registry.store.tracking_uri)
     try:
@@ -127,7 +145,9 @@ def test_every_input_form_means_the_same_image(png) -> None:
     content = png.read_bytes()
     text = base64.b64encode(content).decode()
     assert understood([str(png)]) == understood([png]) == [png]
-    assert understood([content]) == understood([bytearray(content)]) == understood([text]) == [content]
+    assert (
+        understood([content]) == understood([bytearray(content)]) == understood([text]) == [content]
+    )
     frame = pd.DataFrame({"id": [7, 8, 9], "image": [str(png), content, text]}, index=[5, 5, 5])
     assert understood(frame) == [png, content, content]
     assert understood(np.array([text, text])) == [content, content]

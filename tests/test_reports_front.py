@@ -1,4 +1,6 @@
-"""The Pareto front against its definition, and the figure: same bytes for the same trials, no global state, readable at its extremes."""
+"""The Pareto front against its definition, and the figure: same bytes for the same trials, no
+global state, readable at its extremes.
+"""
 
 from __future__ import annotations
 
@@ -33,34 +35,67 @@ STUDY = [
 ]
 
 
-def row(identity: str, size_bytes: int, val_metric: float | None, state: str = "complete", bits: int = 4) -> dict:
-    return {"id": identity, "point": {"bits": bits}, "size_bytes": size_bytes, "state": state, "val_metric": val_metric, "epochs": 2, "seconds": 1.0}
+def row(
+    identity: str, size_bytes: int, val_metric: float | None, state: str = "complete", bits: int = 4
+) -> dict:
+    return {
+        "id": identity,
+        "point": {"bits": bits},
+        "size_bytes": size_bytes,
+        "state": state,
+        "val_metric": val_metric,
+        "epochs": 2,
+        "seconds": 1.0,
+    }
 
 
 def study() -> list[dict]:
-    return [row(f"t{index}", int(size * KIB), metric, state, bits) for index, (bits, size, metric, state) in enumerate(STUDY)]
+    return [
+        row(f"t{index}", int(size * KIB), metric, state, bits)
+        for index, (bits, size, metric, state) in enumerate(STUDY)
+    ]
 
 
 def dominated(one: dict, other: dict) -> bool:
-    better_or_equal = other["size_bytes"] <= one["size_bytes"] and other["val_metric"] >= one["val_metric"]
-    return better_or_equal and (other["size_bytes"], other["val_metric"]) != (one["size_bytes"], one["val_metric"])
+    better_or_equal = (
+        other["size_bytes"] <= one["size_bytes"] and other["val_metric"] >= one["val_metric"]
+    )
+    return better_or_equal and (other["size_bytes"], other["val_metric"]) != (
+        one["size_bytes"],
+        one["val_metric"],
+    )
 
 
 trials_strategy = st.lists(
-    st.tuples(st.integers(1, 6), st.sampled_from([None, 0.1, 0.2, 0.3, 0.4]), st.sampled_from(["complete", "complete", "stopped", "rejected"])),
+    st.tuples(
+        st.integers(1, 6),
+        st.sampled_from([None, 0.1, 0.2, 0.3, 0.4]),
+        st.sampled_from(["complete", "complete", "stopped", "rejected"]),
+    ),
     max_size=12,
 )
 
 
 @settings(max_examples=80, derandomize=True, deadline=None)
 @given(trials_strategy, st.integers(0, 5))
-def test_front_is_what_nothing_dominates_in_any_order(trials: list[tuple], shuffle_seed: int) -> None:
-    rows = [row(f"t{index:02d}", size, metric, state) for index, (size, metric, state) in enumerate(trials)]
+def test_front_is_what_nothing_dominates_in_any_order(
+    trials: list[tuple], shuffle_seed: int
+) -> None:
+    rows = [
+        row(f"t{index:02d}", size, metric, state)
+        for index, (size, metric, state) in enumerate(trials)
+    ]
     complete = [one for one in rows if one["state"] == "complete" and one["val_metric"] is not None]
-    reference = {(one["size_bytes"], one["val_metric"]) for one in complete if not any(dominated(one, other) for other in complete)}
+    reference = {
+        (one["size_bytes"], one["val_metric"])
+        for one in complete
+        if not any(dominated(one, other) for other in complete)
+    }
     front = pareto_front(rows)
     assert [(one["size_bytes"], one["val_metric"]) for one in front] == sorted(reference)
-    assert all(before["val_metric"] < after["val_metric"] for before, after in itertools.pairwise(front))
+    assert all(
+        before["val_metric"] < after["val_metric"] for before, after in itertools.pairwise(front)
+    )
     random.Random(shuffle_seed).shuffle(rows)
     assert pareto_front(rows) == front
 
@@ -72,9 +107,19 @@ def test_front_ignores_nan_and_stopped() -> None:
 
 
 def test_same_trials_same_bytes_and_no_global_state(tmp_path) -> None:
-    settings_before, backend_before = dict(matplotlib.rcParams), matplotlib.get_backend(auto_select=False)
+    settings_before, backend_before = (
+        dict(matplotlib.rcParams),
+        matplotlib.get_backend(auto_select=False),
+    )
     for name in ("one.png", "two.png"):
-        draw_front(study(), tmp_path / name, metric="accuracy", title="digits: 12 trials", max_bytes=64 * KIB, champion="t3")
+        draw_front(
+            study(),
+            tmp_path / name,
+            metric="accuracy",
+            title="digits: 12 trials",
+            max_bytes=64 * KIB,
+            champion="t3",
+        )
     assert (tmp_path / "one.png").read_bytes() == (tmp_path / "two.png").read_bytes()
     assert dict(matplotlib.rcParams) == settings_before
     assert matplotlib.get_backend(auto_select=False) == backend_before
@@ -91,11 +136,36 @@ def pixels(path, colour: tuple[int, int, int]) -> int:
 def test_champion_budget_and_rejected_are_drawn(tmp_path) -> None:
     vermilion, grey = (0xD5, 0x5E, 0x00), (0x7F, 0x7F, 0x7F)
     complete = [one for one in study() if one["state"] == "complete"]
-    draw_front(complete, tmp_path / "plain.png", metric="accuracy", title="t", max_bytes=None, champion=None)
-    draw_front(complete, tmp_path / "champion.png", metric="accuracy", title="t", max_bytes=None, champion="t3")
+    draw_front(
+        complete,
+        tmp_path / "plain.png",
+        metric="accuracy",
+        title="t",
+        max_bytes=None,
+        champion=None,
+    )
+    draw_front(
+        complete,
+        tmp_path / "champion.png",
+        metric="accuracy",
+        title="t",
+        max_bytes=None,
+        champion="t3",
+    )
     rejected = [*complete, *(one for one in study() if one["state"] == "rejected")]
-    draw_front(rejected, tmp_path / "rejected.png", metric="accuracy", title="t", max_bytes=None, champion=None)
-    assert pixels(tmp_path / "plain.png", vermilion) == 0 < pixels(tmp_path / "champion.png", vermilion)
+    draw_front(
+        rejected,
+        tmp_path / "rejected.png",
+        metric="accuracy",
+        title="t",
+        max_bytes=None,
+        champion=None,
+    )
+    assert (
+        pixels(tmp_path / "plain.png", vermilion)
+        == 0
+        < pixels(tmp_path / "champion.png", vermilion)
+    )
     assert pixels(tmp_path / "plain.png", grey) < pixels(tmp_path / "rejected.png", grey)
 
 
@@ -109,14 +179,35 @@ def test_champion_budget_and_rejected_are_drawn(tmp_path) -> None:
         ([row("a", 300, 1.0), row("b", 50_000_000, 0.0)], 60_000_000, "a"),
         ([row("a", 5000, 0.4, "stopped")], 8192, None),
     ],
-    ids=["empty", "all rejected", "one trial", "two alike on the budget", "five decades", "none complete"],
+    ids=[
+        "empty",
+        "all rejected",
+        "one trial",
+        "two alike on the budget",
+        "five decades",
+        "none complete",
+    ],
 )
 def test_extremes_are_drawn(tmp_path, trials, max_bytes, champion) -> None:
-    draw_front(trials, tmp_path / "front.png", metric="accuracy", title="extreme", max_bytes=max_bytes, champion=champion)
+    draw_front(
+        trials,
+        tmp_path / "front.png",
+        metric="accuracy",
+        title="extreme",
+        max_bytes=max_bytes,
+        champion=champion,
+    )
     assert (tmp_path / "front.png").stat().st_size > 5000
 
 
 @pytest.mark.parametrize("champion", ["t99", "t10"])
 def test_a_champion_that_was_not_measured_is_an_error(tmp_path, champion) -> None:
     with pytest.raises(ValueError, match=champion):
-        draw_front(study(), tmp_path / "front.png", metric="accuracy", title="t", max_bytes=None, champion=champion)
+        draw_front(
+            study(),
+            tmp_path / "front.png",
+            metric="accuracy",
+            title="t",
+            max_bytes=None,
+            champion=champion,
+        )

@@ -1,4 +1,6 @@
-"""Killed and interrupted in every stage, one work folder from each to the next: the same command goes on to the same result."""
+"""Killed and interrupted in every stage, one work folder from each to the next: the same command
+goes on to the same result.
+"""
 
 from __future__ import annotations
 
@@ -47,19 +49,50 @@ class Journey:
 
     def snapshot(self) -> dict[Path, int]:
         """The finished results and when each was written."""
-        patterns = ("data/bars/*", "selections/*.safetensors", "studies/*/trials/*.json", "studies/*/fits/*/pack.safetensors")
-        return {path: path.stat().st_mtime_ns for pattern in patterns for path in self.files(pattern)}
+        patterns = (
+            "data/bars/*",
+            "selections/*.safetensors",
+            "studies/*/trials/*.json",
+            "studies/*/fits/*/pack.safetensors",
+        )
+        return {
+            path: path.stat().st_mtime_ns for pattern in patterns for path in self.files(pattern)
+        }
 
     def interrupt(
-        self, name: str, when: Callable[[str], bool], how: signal.Signals, *options: str, given: Callable[[], object] | None = None
+        self,
+        name: str,
+        when: Callable[[str], bool],
+        how: signal.Signals,
+        *options: str,
+        given: Callable[[], object] | None = None,
     ) -> None:
-        """Start the command, `given` being called in its process first, and send it `how` as soon as `when` of its output holds."""
+        """Start the command, `given` being called in its process first, and send it `how` as soon
+        as `when` of its output holds.
+        """
         out, err = self.workdir.with_name(f"{name}.out"), self.workdir.with_name(f"{name}.err")
-        command = [str(COMMAND), "run", str(self.task_file), "--workdir", str(self.workdir), *options]
+        command = [
+            str(COMMAND),
+            "run",
+            str(self.task_file),
+            "--workdir",
+            str(self.workdir),
+            *options,
+        ]
         with out.open("w") as stdout, err.open("w") as stderr:
-            process = subprocess.Popen(command, env=environment(), stdout=stdout, stderr=stderr, start_new_session=True, preexec_fn=given)
+            process = subprocess.Popen(
+                command,
+                env=environment(),
+                stdout=stdout,
+                stderr=stderr,
+                start_new_session=True,
+                preexec_fn=given,
+            )
             wait_until(lambda: when(out.read_text()) or process.poll() is not None, TIMEOUT_SECONDS)
-            assert process.poll() is None, f"{name}: it ended before it could be interrupted: {out.read_text()}{err.read_text()}"
+            assert process.poll() is None, (
+                f"{name}: it ended before it could be interrupted:"
+                f" {out.read_text()}{err.read_text()}"
+            )
             self.families[name] = descendants(process.pid)
             process.send_signal(how)
             process.wait(TIMEOUT_SECONDS)
@@ -84,21 +117,35 @@ def journey(finished: FinishedRun, tmp_path_factory: pytest.TempPathFactory) -> 
     seen: set[Path] = set()
 
     def workers_started(out: str) -> bool:
-        new = set(trip.files("selections/.selection-*/*")) - seen  # a killed run leaves its own behind
+        new = (
+            set(trip.files("selections/.selection-*/*")) - seen
+        )  # a killed run leaves its own behind
         seen.update(new)
         return bool(new)
 
     def trial_written(out: str) -> bool:
         return "bars: search" in out and bool(trip.files("studies/*/trials/*.json"))
 
-    workers = ("--selection-workers", "2")  # a task as small as this one would be done in the command itself
+    workers = (
+        "--selection-workers",
+        "2",
+    )  # a task as small as this one would be done in the command itself
     trip.interrupt("killed in prepare", lambda out: "bars: prepare" in out, signal.SIGKILL)
     trip.interrupt("killed in select", workers_started, signal.SIGKILL, *workers)
-    trip.interrupt("interrupted in select", workers_started, signal.SIGINT, *workers, given=ignore_sigint)
+    trip.interrupt(
+        "interrupted in select", workers_started, signal.SIGINT, *workers, given=ignore_sigint
+    )
     trip.interrupt("interrupted in search", trial_written, signal.SIGINT)
-    for name, how in (("terminated in search", signal.SIGTERM), ("killed in search", signal.SIGKILL)):
+    for name, how in (
+        ("terminated in search", signal.SIGTERM),
+        ("killed in search", signal.SIGKILL),
+    ):
         before = len(trip.files("studies/*/trials/*.json"))
-        trip.interrupt(name, lambda out, before=before: len(trip.files("studies/*/trials/*.json")) > before, how)  # type: ignore[misc]
+        trip.interrupt(
+            name,
+            lambda out, before=before: len(trip.files("studies/*/trials/*.json")) > before,
+            how,
+        )  # type: ignore[misc]
     trip.interrupt("killed in fit", lambda out: "bars: fit" in out, signal.SIGKILL)
     trip.interrupt("killed in register", lambda out: "bars: register" in out, signal.SIGKILL)
     trip.answers["last"] = taskpack_process("run", trip.task_file, "--workdir", trip.workdir)
@@ -110,14 +157,18 @@ def test_the_last_run_registers_one_version(journey: Journey) -> None:
     assert journey.answers["last"].code == 0, journey.answers["last"].err
     assert journey.answers["last"].err == ""
     packs = taskpack("ls", "--workdir", journey.workdir, "--json").json()
-    assert [(pack["name"], pack["version"], pack["aliases"]) for pack in packs] == [("bars", 1, ["champion"])]
+    assert [(pack["name"], pack["version"], pack["aliases"]) for pack in packs] == [
+        ("bars", 1, ["champion"])
+    ]
 
 
 def test_mlflow_shows_each_trial_once(journey: Journey) -> None:
     registry = open_registry(f"sqlite:///{journey.workdir}/mlflow.db", journey.workdir)
     runs = registry.client.search_runs([registry.store.experiment_id])
     (parent,) = (run.info.run_id for run in runs if PARENT_TAG not in run.data.tags)
-    trials = sorted(run.data.tags[TRIAL_TAG] for run in runs if run.data.tags.get(PARENT_TAG) == parent)
+    trials = sorted(
+        run.data.tags[TRIAL_TAG] for run in runs if run.data.tags.get(PARENT_TAG) == parent
+    )
     assert len(runs) == 1 + len(trials)
     assert trials == sorted(path.stem for path in journey.files("studies/*/trials/*.json"))
 
@@ -131,7 +182,11 @@ def test_nothing_finished_was_written_again(journey: Journey) -> None:
 
 
 def test_half_made_folders_are_cleared_away(journey: Journey) -> None:
-    assert [path.name for folder in ("data", "selections") for path in (journey.workdir / folder).glob(".*")] == []
+    assert [
+        path.name
+        for folder in ("data", "selections")
+        for path in (journey.workdir / folder).glob(".*")
+    ] == []
 
 
 def test_each_stage_was_interrupted_where_it_says(journey: Journey) -> None:
@@ -148,7 +203,10 @@ def test_each_stage_was_interrupted_where_it_says(journey: Journey) -> None:
 
 def test_the_result_is_that_of_a_run_in_peace(journey: Journey, finished: FinishedRun) -> None:
     selection = one(journey.workdir.glob("selections/*.safetensors"))
-    assert (selection.name, selection.read_bytes()) == (finished.selection.name, finished.selection.read_bytes())
+    assert (selection.name, selection.read_bytes()) == (
+        finished.selection.name,
+        finished.selection.read_bytes(),
+    )
     pack = one(journey.workdir.glob("studies/*/fits/*/pack.safetensors"))
     assert pack.read_bytes() == finished.pack.read_bytes()
     assert trial_curves(journey.workdir) == trial_curves(finished.workdir)
@@ -159,7 +217,9 @@ def trial_curves(workdir: Path) -> dict[str, object]:
     return {record["id"]: (record["point"], record["state"], record["curve"]) for record in records}
 
 
-@pytest.mark.parametrize("name", ["killed in select", "interrupted in select", "terminated in search"])
+@pytest.mark.parametrize(
+    "name", ["killed in select", "interrupted in select", "terminated in search"]
+)
 def test_nothing_of_ray_outlives_the_driver(journey: Journey, name: str) -> None:
     def alive() -> list[int]:
         return [pid for pid in journey.families[name] if os.path.exists(f"/proc/{pid}")]
@@ -171,9 +231,17 @@ def test_nothing_of_ray_outlives_the_driver(journey: Journey, name: str) -> None
 
 @pytest.mark.parametrize(
     ("name", "code", "word"),
-    [("interrupted in select", 130, "interrupted"), ("interrupted in search", 130, "interrupted"), ("terminated in search", 143, "terminated")],
+    [
+        ("interrupted in select", 130, "interrupted"),
+        ("interrupted in search", 130, "interrupted"),
+        ("terminated in search", 143, "terminated"),
+    ],
 )
-def test_a_signal_ends_the_command_with_one_line_that_says_what_to_do(journey: Journey, name: str, code: int, word: str) -> None:
+def test_a_signal_ends_the_command_with_one_line_that_says_what_to_do(
+    journey: Journey, name: str, code: int, word: str
+) -> None:
     answer = journey.answers[name]
     assert answer.code == code
-    assert answer.err.splitlines() == [f"{word}; finished work is kept in {journey.workdir}; run the same command to continue"]
+    assert answer.err.splitlines() == [
+        f"{word}; finished work is kept in {journey.workdir}; run the same command to continue"
+    ]

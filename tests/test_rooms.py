@@ -69,7 +69,10 @@ def test_the_rooms_for_any_machine_load_neither_ray_nor_mlflow() -> None:
     paths = [path for room in LIGHT for path in (PACKAGE / room).rglob("*.py")]
     relative = [path.relative_to(PROJECT_ROOT) for path in paths if path.stem != "__init__"]
     modules = [".".join(path.with_suffix("").parts) for path in relative]
-    script = f"import importlib, sys\nfor name in {modules!r}: importlib.import_module(name)\nprint(sorted({{'ray', 'mlflow'}} & sys.modules.keys()))"
+    script = (
+        f"import importlib, sys\nfor name in {modules!r}:"
+        " importlib.import_module(name)\nprint(sorted({'ray', 'mlflow'} & sys.modules.keys()))"
+    )
     command = [sys.executable, "-c", script]
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=PROJECT_ROOT)
     assert done.stdout.strip() == "[]"

@@ -1,4 +1,6 @@
-"""The simulated batch takes as long as it must, and the page on scale shows what its script wrote."""
+"""The simulated batch takes as long as it must, and the page on scale shows what its script
+wrote.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ EXACT = {"epochs": 10, "start_seconds": 5.0, "spread": 0.0}
 
 @pytest.fixture(scope="module")
 def simulation() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("scale_simulation", PROJECT_ROOT / "benchmarks" / "scale_simulation.py")
+    spec = importlib.util.spec_from_file_location(
+        "scale_simulation", PROJECT_ROOT / "benchmarks" / "scale_simulation.py"
+    )
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -40,18 +44,30 @@ def test_one_study_takes_its_stages_one_after_another(simulation: ModuleType, fr
     played = simulation.simulate(plan, free)
     select, search, fit = 5 + 3 * 10, 5 + 16 / LAG * 100, 5 + 1.25 * 100
     assert played["hours"] * 3600 == pytest.approx(select + search + fit)
-    assert (played["mean_wait_seconds"], played["driver_share"], played["registry_share"]) == (0, 0, 0)
+    assert (played["mean_wait_seconds"], played["driver_share"], played["registry_share"]) == (
+        0,
+        0,
+        0,
+    )
 
 
 def test_studies_share_the_gpus_there_are(simulation: ModuleType, free: object) -> None:
-    one = simulation.simulate(simulation.Plan(tasks=6, trials=8, gpus=4, studies=1, trial_seconds=100, **EXACT), free)
-    many = simulation.simulate(simulation.Plan(tasks=6, trials=8, gpus=4, studies=6, trial_seconds=100, **EXACT), free)
+    one = simulation.simulate(
+        simulation.Plan(tasks=6, trials=8, gpus=4, studies=1, trial_seconds=100, **EXACT), free
+    )
+    many = simulation.simulate(
+        simulation.Plan(tasks=6, trials=8, gpus=4, studies=6, trial_seconds=100, **EXACT), free
+    )
     assert one["gpu_share"] < many["gpu_share"] <= 1
-    plenty = simulation.simulate(simulation.Plan(tasks=6, trials=8, gpus=100, studies=6, trial_seconds=100, **EXACT), free)
+    plenty = simulation.simulate(
+        simulation.Plan(tasks=6, trials=8, gpus=100, studies=6, trial_seconds=100, **EXACT), free
+    )
     assert plenty["hours"] == pytest.approx(one["hours"] / 6)
 
 
-def test_a_driver_that_is_asked_too_much_sets_the_pace(simulation: ModuleType, free: object) -> None:
+def test_a_driver_that_is_asked_too_much_sets_the_pace(
+    simulation: ModuleType, free: object
+) -> None:
     plan = simulation.Plan(tasks=4, trials=8, gpus=16, studies=4, trial_seconds=100, **EXACT)
     slow = simulation.simulate(plan, replace(free, result=2.0))  # type: ignore[type-var]
     results = 4 * 8 * 10

@@ -1,4 +1,6 @@
-"""A cluster that starts its nodes when they are asked for: the driver waits for one, and not for ever; elsewhere it refuses at once."""
+"""A cluster that starts its nodes when they are asked for: the driver waits for one, and not for
+ever; elsewhere it refuses at once.
+"""
 
 from __future__ import annotations
 
@@ -21,8 +23,13 @@ PROJECT_ROOT = Path(__file__).resolve().parent.parent
 
 @pytest.fixture
 def scaling() -> Iterator[Cluster]:
-    """A head without CPUs, which says of itself that an autoscaler is at work; the test is the autoscaler."""
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "_system_config": {"enable_autoscaler_v2": True}})
+    """A head without CPUs, which says of itself that an autoscaler is at work; the test is the
+    autoscaler.
+    """
+    cluster = Cluster(
+        initialize_head=True,
+        head_node_args={"num_cpus": 0, "_system_config": {"enable_autoscaler_v2": True}},
+    )
     ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.ERROR)
     try:
         yield cluster
@@ -31,9 +38,14 @@ def scaling() -> Iterator[Cluster]:
         cluster.shutdown()
 
 
-def test_the_driver_waits_for_a_node_and_not_for_ever(scaling: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_driver_waits_for_a_node_and_not_for_ever(
+    scaling: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(joined, "_NODE_SECONDS", 1)
-    with pytest.raises(ClusterError, match=r"which no node has \(0 CPUs and 0 GPUs\), and the autoscaler brought none"):
+    with pytest.raises(
+        ClusterError,
+        match=r"which no node has \(0 CPUs and 0 GPUs\), and the autoscaler brought none",
+    ):
         wait_for_room(1, 2, 0, lambda: False)
     monkeypatch.setattr(joined, "_NODE_SECONDS", 60)
     for ranks, cpus in ((1, 2), (3, 1)):  # the second needs both nodes
@@ -50,7 +62,13 @@ def test_the_driver_waits_for_a_node_and_not_for_ever(scaling: Cluster, monkeypa
 def test_a_cluster_of_fixed_size_refuses_what_no_node_has() -> None:
     started = time.monotonic()
     wait_for_room(1, 3, 0, lambda: False)
-    with pytest.raises(ClusterError, match=r"asks for 4 CPUs and 0 GPUs, which no node has \(3 CPUs and 0 GPUs\); lower --cpus-per-trial"):
+    with pytest.raises(
+        ClusterError,
+        match=(
+            r"asks for 4 CPUs and 0 GPUs, which no node has \(3 CPUs and 0 GPUs\); lower"
+            r" --cpus-per-trial"
+        ),
+    ):
         wait_for_room(1, 4, 0, lambda: False)
     with pytest.raises(ClusterError, match="asks for 1 CPUs and 1 GPUs"):
         wait_for_room(1, 1, 1, lambda: False)

@@ -1,4 +1,6 @@
-"""The selection stage on a real Ray Train worker group: the same bytes from any number of workers, and named errors."""
+"""The selection stage on a real Ray Train worker group: the same bytes from any number of workers,
+and named errors.
+"""
 
 from __future__ import annotations
 
@@ -19,26 +21,46 @@ from pipeline.training import Inputs
 TOP_K = 3
 
 # Ray's own processes and files are closed by Ray, some of them late.
-pytestmark = [pytest.mark.filterwarnings("ignore::ResourceWarning"), pytest.mark.filterwarnings("ignore::DeprecationWarning")]
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+]
 
 
 @pytest.mark.usefixtures("local_ray")
-def test_any_number_of_workers_writes_the_same_file(tiny_task: Task, tiny_data: Path, tiny_inputs: Inputs, tmp_path: Path) -> None:
-    paths = [select(tiny_task, tiny_data, TOP_K, tmp_path / f"{workers}" / "selection", workers=workers) for workers in (1, 2, 3)]
+def test_any_number_of_workers_writes_the_same_file(
+    tiny_task: Task, tiny_data: Path, tiny_inputs: Inputs, tmp_path: Path
+) -> None:
+    paths = [
+        select(tiny_task, tiny_data, TOP_K, tmp_path / f"{workers}" / "selection", workers=workers)
+        for workers in (1, 2, 3)
+    ]
     paths.append(tmp_path / "here" / "selection")
     assert select_if_sooner(tiny_inputs, TOP_K, paths[-1], workers=1)
     assert len({path.read_bytes() for path in paths}) == 1
-    assert [sorted(entry.name for entry in path.parent.iterdir()) for path in paths] == [["selection"]] * 4, "nothing is left beside the file"
+    assert [sorted(entry.name for entry in path.parent.iterdir()) for path in paths] == [
+        ["selection"]
+    ] * 4, "nothing is left beside the file"
     expected, found = select_here(tiny_inputs, TOP_K), read_selection(paths[0])
     assert expected.keys() == found.keys()
-    assert all(torch.equal(a, b) for name in expected for a, b in zip(expected[name], found[name], strict=True))
+    assert all(
+        torch.equal(a, b)
+        for name in expected
+        for a, b in zip(expected[name], found[name], strict=True)
+    )
 
 
 @pytest.mark.usefixtures("local_ray")
-def test_workers_select_by_activation_over_the_network(tiny_task: Task, tiny_data: Path, tiny_inputs: Inputs, tmp_path: Path) -> None:
-    task = tiny_task.model_copy(update={"selection": Selection(criterion="activation", level="network")})
+def test_workers_select_by_activation_over_the_network(
+    tiny_task: Task, tiny_data: Path, tiny_inputs: Inputs, tmp_path: Path
+) -> None:
+    task = tiny_task.model_copy(
+        update={"selection": Selection(criterion="activation", level="network")}
+    )
     path = select(task, tiny_data, TOP_K, tmp_path / "selection", workers=2)
-    assert select_if_sooner(dataclasses.replace(tiny_inputs, task=task), TOP_K, tmp_path / "here", workers=1)
+    assert select_if_sooner(
+        dataclasses.replace(tiny_inputs, task=task), TOP_K, tmp_path / "here", workers=1
+    )
     assert path.read_bytes() == (tmp_path / "here").read_bytes()
 
 
@@ -57,15 +79,23 @@ def test_a_small_selection_is_made_here_and_a_large_one_is_left_to_workers(
     finally:
         torch.set_num_threads(threads)
     expected, found = select_here(tiny_inputs, TOP_K), read_selection(path)
-    assert all(torch.equal(a, b) for name in expected for a, b in zip(expected[name], found[name], strict=True))
+    assert all(
+        torch.equal(a, b)
+        for name in expected
+        for a, b in zip(expected[name], found[name], strict=True)
+    )
     assert [entry.name for entry in path.parent.iterdir()] == ["selection"]
     monkeypatch.setattr(stage, "GROUP_SECONDS", 60)
     assert select_if_sooner(tiny_inputs, TOP_K, path, workers=2)
 
 
 @pytest.mark.usefixtures("local_ray")
-def test_a_fault_that_one_worker_meets_ends_the_stage_in_words(tiny_task: Task, tiny_data: Path, tmp_path: Path) -> None:
-    """The first shard is damaged after preparation. It is one batch, so only rank 0 reads it; the other rank's shards are whole."""
+def test_a_fault_that_one_worker_meets_ends_the_stage_in_words(
+    tiny_task: Task, tiny_data: Path, tmp_path: Path
+) -> None:
+    """The first shard is damaged after preparation. It is one batch, so only rank 0 reads it; the
+    other rank's shards are whole.
+    """
     task = tiny_task.model_copy(update={"selection": Selection(batch_size=64)})
     damaged = tmp_path / "data"
     shutil.copytree(tiny_data, damaged)
@@ -80,7 +110,9 @@ def test_a_fault_that_one_worker_meets_ends_the_stage_in_words(tiny_task: Task, 
     assert list((tmp_path / "out").iterdir()) == []
 
 
-def test_a_selection_that_is_there_is_used_without_work(tiny_task: Task, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_selection_that_is_there_is_used_without_work(
+    tiny_task: Task, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from ray.train.torch import TorchTrainer
 
     monkeypatch.setattr(TorchTrainer, "fit", lambda self: pytest.fail("no worker is needed"))
@@ -92,10 +124,18 @@ def test_a_selection_that_is_there_is_used_without_work(tiny_task: Task, tiny_da
 
 def test_workers_ended_for_want_of_memory_are_said_to_be() -> None:
     """As Ray words it: advice on Ray's own settings would not help a user of taskpack."""
-    task = Task.model_validate({"name": "flowers", "data": {"format": "digits"}, "backbone": {"model": "m"}})
-    failure = "Worker was killed\nRefer to the documentation on how to address the out of memory issue: Set max_restarts"
-    assert str(died_each_time(task, failure)) == (
-        "flowers: the selection's workers were ended three times, because their node ran out of memory; "
-        "lower selection.batch_size (it is 32), or give fewer --selection-workers"
+    task = Task.model_validate(
+        {"name": "flowers", "data": {"format": "digits"}, "backbone": {"model": "m"}}
     )
-    assert str(died_each_time(task, "a\nthe node left")).endswith("died three times; last: the node left")
+    failure = (
+        "Worker was killed\nRefer to the documentation on how to address the out of memory issue:"
+        " Set max_restarts"
+    )
+    assert (
+        str(died_each_time(task, failure))
+        == "flowers: the selection's workers were ended three times, because their node ran out of"
+        " memory; lower selection.batch_size (it is 32), or give fewer --selection-workers"
+    )
+    assert str(died_each_time(task, "a\nthe node left")).endswith(
+        "died three times; last: the node left"
+    )

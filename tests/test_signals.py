@@ -1,4 +1,6 @@
-"""Ctrl-C and SIGTERM as exceptions of the main thread, whatever the process inherited and whatever Ray installs."""
+"""Ctrl-C and SIGTERM as exceptions of the main thread, whatever the process inherited and whatever
+Ray installs.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +14,13 @@ import pytest
 from pipeline.utils.signals import Terminated, exit_code, handlers_kept, interruptible
 
 
-@pytest.mark.parametrize(("number", "kind", "code"), [(signal.SIGINT, KeyboardInterrupt, 130), (signal.SIGTERM, Terminated, 143)])
-def test_a_signal_raises_once_and_the_former_handlers_come_back(number: signal.Signals, kind: type[KeyboardInterrupt], code: int) -> None:
+@pytest.mark.parametrize(
+    ("number", "kind", "code"),
+    [(signal.SIGINT, KeyboardInterrupt, 130), (signal.SIGTERM, Terminated, 143)],
+)
+def test_a_signal_raises_once_and_the_former_handlers_come_back(
+    number: signal.Signals, kind: type[KeyboardInterrupt], code: int
+) -> None:
     before = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
     with interruptible():
         with pytest.raises(KeyboardInterrupt) as raised:
@@ -44,7 +51,10 @@ def test_another_thread_may_enter() -> None:
 
 
 def test_sigint_interrupts_where_it_was_inherited_as_ignored() -> None:
-    program = "import signal, pipeline.utils.signals as s\nwith s.interruptible(): signal.raise_signal(signal.SIGINT)\nprint('went on')"
+    program = (
+        "import signal, pipeline.utils.signals as s\nwith s.interruptible():"
+        " signal.raise_signal(signal.SIGINT)\nprint('went on')"
+    )
     done = subprocess.run(
         [sys.executable, "-c", program],
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),

@@ -1,4 +1,6 @@
-"""SMoA against a loop over tokens; routing is per token, the load-balance term is Switch's, and everything used learns."""
+"""SMoA against a loop over tokens; routing is per token, the load-balance term is Switch's, and
+everything used learns.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +46,12 @@ def through(bank: SmoaBank, x: torch.Tensor) -> torch.Tensor:
 def routes(bank: SmoaBank, x_TD: torch.Tensor) -> Routes:
     """Where the bank sends tokens."""
     with torch.no_grad():
-        return route(bank.current["router"] @ x_TD.T, bank.current["embeddings"], bank.spec.temperature, bank.spec.top_k)
+        return route(
+            bank.current["router"] @ x_TD.T,
+            bank.current["embeddings"],
+            bank.spec.temperature,
+            bank.spec.top_k,
+        )
 
 
 def values(bank: SmoaBank, name: str) -> list:
@@ -62,7 +69,10 @@ def cosine(a: list[float], b: list[float]) -> float:
 def slow_route(bank: SmoaBank, token: list[float]) -> list[float]:
     """Softmax, over the experts, of one token's cosine similarities over the temperature."""
     projected = matvec(values(bank, "router"), token)
-    scores = [math.exp(cosine(projected, embedding) / bank.spec.temperature) for embedding in values(bank, "embeddings")]
+    scores = [
+        math.exp(cosine(projected, embedding) / bank.spec.temperature)
+        for embedding in values(bank, "embeddings")
+    ]
     return [score / sum(scores) for score in scores]
 
 
@@ -70,17 +80,24 @@ def slow_token(bank: SmoaBank, token: list[float]) -> list[float]:
     """One token through its best experts, each times its probability."""
     probabilities = slow_route(bank, token) if bank.spec.experts > 1 else [1.0]
     output = [0.0] * len(token)
-    for expert in sorted(range(len(probabilities)), key=probabilities.__getitem__)[-bank.spec.top_k :]:
+    for expert in sorted(range(len(probabilities)), key=probabilities.__getitem__)[
+        -bank.spec.top_k :
+    ]:
         hidden = [max(0.0, number) for number in matvec(values(bank, "down")[expert], token)]
         up = matvec(values(bank, "up")[expert], hidden)
-        output = [total + bank.spec.scale * probabilities[expert] * number for total, number in zip(output, up, strict=True)]
+        output = [
+            total + bank.spec.scale * probabilities[expert] * number
+            for total, number in zip(output, up, strict=True)
+        ]
     return output
 
 
 @pytest.mark.parametrize("experts", [1, 2, 3, 7])
 def test_each_token_goes_through_its_one_expert(experts: int) -> None:
     bank, x = make_bank(experts, scale=0.7, temperature=0.3), draw(2, 5, WIDTH)
-    expected = torch.tensor([slow_token(bank, token) for token in x.reshape(-1, WIDTH).double().tolist()]).reshape(x.shape)
+    expected = torch.tensor(
+        [slow_token(bank, token) for token in x.reshape(-1, WIDTH).double().tolist()]
+    ).reshape(x.shape)
     torch.testing.assert_close(through(bank, x), expected.float(), rtol=1e-4, atol=1e-5)
 
 
@@ -95,7 +112,13 @@ def test_each_sub_token_goes_through_its_best_experts(heads: int, top_k: int) ->
 
 def test_heads_that_do_not_divide_the_width_are_refused(tiny_backbone: Backbone) -> None:
     backbone = load_backbone(tiny_backbone, Input(size_px=32))
-    with pytest.raises(BackboneError, match=r"recipe\.smoa\.heads: given 5, which does not divide .* width of 64; choose one of 1, 2, 4, 8"):
+    with pytest.raises(
+        BackboneError,
+        match=(
+            r"recipe\.smoa\.heads: given 5, which does not divide .* width of 64; choose one of 1,"
+            r" 2, 4, 8"
+        ),
+    ):
         plan(backbone, Recipe(smoa=Smoa(heads=5)), 3)
 
 
@@ -104,14 +127,20 @@ def test_more_experts_a_token_than_there_are_is_refused() -> None:
         Smoa(experts=2, top_k=3)
     recipe = Recipe(smoa=Smoa(experts=4, top_k=3))
     assert SearchSpace(experts=(0, 3, 4)).fault(recipe) is None
-    assert SearchSpace(experts=(0, 2)).fault(recipe) == (
-        "at experts 2: given 3 experts a sub-token (top_k) of a bank of 2; expected at most as many as there are"
+    assert (
+        SearchSpace(experts=(0, 2)).fault(recipe)
+        == "at experts 2: given 3 experts a sub-token (top_k) of a bank of 2; expected at most as"
+        " many as there are"
     )
 
 
 @pytest.mark.parametrize("experts", [1, 3])
 def test_the_output_is_added_to_what_is_beside(experts: int) -> None:
-    bank, x, beside = make_bank(experts), draw(2, 5, WIDTH), draw(2, 5, WIDTH, seed=5).requires_grad_()
+    bank, x, beside = (
+        make_bank(experts),
+        draw(2, 5, WIDTH),
+        draw(2, 5, WIDTH, seed=5).requires_grad_(),
+    )
     y = bank(x, beside)
     torch.testing.assert_close(y, beside + through(bank, x), rtol=1e-5, atol=1e-6)
     y.sum().backward()
@@ -121,14 +150,18 @@ def test_the_output_is_added_to_what_is_beside(experts: int) -> None:
 def test_probabilities_are_over_a_tokens_experts() -> None:
     bank, x_TD = make_bank(), draw(9, WIDTH)
     expected = torch.tensor([slow_route(bank, token) for token in x_TD.double().tolist()])
-    torch.testing.assert_close(routes(bank, x_TD).probabilities_ET.T, expected.float(), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(
+        routes(bank, x_TD).probabilities_ET.T, expected.float(), rtol=1e-4, atol=1e-6
+    )
 
 
 def test_a_token_does_not_depend_on_the_others() -> None:
     bank, x_TD = make_bank(temperature=1.0), draw(12, WIDTH)
     together = through(bank, x_TD)
     for number, token in enumerate(x_TD):
-        torch.testing.assert_close(through(bank, token[None])[0], together[number], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(
+            through(bank, token[None])[0], together[number], rtol=1e-5, atol=1e-6
+        )
     torch.testing.assert_close(through(bank, x_TD.flip(0)).flip(0), together, rtol=1e-5, atol=1e-6)
 
 
@@ -139,7 +172,7 @@ def test_a_single_expert_has_no_router() -> None:
     assert float(bank.balance_loss()) == 0
 
 
-# --- load -----------------------------------------------------------------------------------------------------------------------------------
+# --- load -----------------------------------------------------------------------------------------
 
 
 def slow_balance(bank: SmoaBank, x_TD: torch.Tensor) -> float:
@@ -147,7 +180,10 @@ def slow_balance(bank: SmoaBank, x_TD: torch.Tensor) -> float:
     routes = [slow_route(bank, token) for token in x_TD.double().tolist()]
     experts = range(bank.spec.experts)
     chosen = [max(experts, key=route.__getitem__) for route in routes]
-    return len(experts) * sum(chosen.count(e) / len(routes) * sum(route[e] for route in routes) / len(routes) for e in experts)
+    return len(experts) * sum(
+        chosen.count(e) / len(routes) * sum(route[e] for route in routes) / len(routes)
+        for e in experts
+    )
 
 
 def test_the_balance_term_is_switchs_averaged_over_blocks() -> None:
@@ -188,7 +224,7 @@ def test_load_is_counted_in_training_only() -> None:
     assert len(bank.balance_terms) == 2
 
 
-# --- learning -------------------------------------------------------------------------------------------------------------------------------
+# --- learning -------------------------------------------------------------------------------------
 
 
 def test_router_embeddings_and_every_used_expert_get_a_gradient() -> None:
@@ -220,10 +256,18 @@ def test_the_balance_term_alone_teaches_the_router() -> None:
 
 @pytest.mark.parametrize("share", [0.0, 0.4])
 @pytest.mark.parametrize(("experts", "top_k"), [(1, 1), (4, 1), (4, 3)])
-def test_the_derivative_is_that_of_the_function_in_double_precision(experts: int, top_k: int, share: float) -> None:
+def test_the_derivative_is_that_of_the_function_in_double_precision(
+    experts: int, top_k: int, share: float
+) -> None:
     bank = make_bank(experts)
-    tensors = [None if name not in bank.current else bank.current[name].detach().double().requires_grad_() for name in BANK]
-    x_TD, beside_TD = draw(6, WIDTH).double().requires_grad_(), draw(6, WIDTH, seed=3).double().requires_grad_()
+    tensors = [
+        None if name not in bank.current else bank.current[name].detach().double().requires_grad_()
+        for name in BANK
+    ]
+    x_TD, beside_TD = (
+        draw(6, WIDTH).double().requires_grad_(),
+        draw(6, WIDTH, seed=3).double().requires_grad_(),
+    )
     # a tiny temperature makes one gate all: kept mild, so that every path has a gradient
     dropout = SeededDropout(share, 0).train()
 
@@ -259,12 +303,18 @@ def test_under_autocast_the_output_is_low_and_the_gates_are_not() -> None:
         low = through(bank, x_TD.bfloat16())
     low.float().sum().backward()
     assert low.dtype == torch.bfloat16
-    assert all(value.grad is not None and value.grad.dtype == torch.float32 for value in bank.current.values())
-    assert route(draw(4, 6).bfloat16().float(), bank.current["embeddings"][:, :4], 0.1).gates_ET.dtype == torch.float32
+    assert all(
+        value.grad is not None and value.grad.dtype == torch.float32
+        for value in bank.current.values()
+    )
+    assert (
+        route(draw(4, 6).bfloat16().float(), bank.current["embeddings"][:, :4], 0.1).gates_ET.dtype
+        == torch.float32
+    )
     torch.testing.assert_close(low.float(), plain, rtol=0.05, atol=0.1)
 
 
-# --- in a block -----------------------------------------------------------------------------------------------------------------------------
+# --- in a block -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("experts", [1, 3])
@@ -279,7 +329,12 @@ def test_channels_may_come_first_or_last(experts: int) -> None:
 def test_a_bank_after_the_mlp_reads_its_output() -> None:
     bank, x = make_bank(3, placement="after_mlp"), draw(2, 5, WIDTH)  # type: ignore[arg-type]
     mlp = nn.Linear(WIDTH, WIDTH)
-    torch.testing.assert_close(ParallelToMlp(mlp, bank, channels_first=False)(x), mlp(x) + through(bank, mlp(x)), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        ParallelToMlp(mlp, bank, channels_first=False)(x),
+        mlp(x) + through(bank, mlp(x)),
+        rtol=1e-5,
+        atol=1e-5,
+    )
 
 
 def test_a_shared_bank_is_registered_by_no_block() -> None:

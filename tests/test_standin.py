@@ -1,4 +1,6 @@
-"""What only the stand-in for a GPU can show: every copy and every wait between device and host, and memory to the byte."""
+"""What only the stand-in for a GPU can show: every copy and every wait between device and host, and
+memory to the byte.
+"""
 
 from __future__ import annotations
 
@@ -29,28 +31,66 @@ TRANSFERS = ("copy to device", "copy to host", "synchronisation")
 
 def trained(inputs: Inputs, device: str, epochs: int, **changes: Any) -> Counter[str]:
     """What a training of so many epochs does."""
-    recipe = Recipe.model_validate({**RECIPE, "training": {**RECIPE["training"], "epochs": epochs, **changes}})  # type: ignore[dict-item]
-    model = attach(inputs.backbone, recipe, len(inputs.index.classes), selected=select_here(inputs, 2)).to(device)
+    recipe = Recipe.model_validate(
+        {**RECIPE, "training": {**RECIPE["training"], "epochs": epochs, **changes}}
+    )  # type: ignore[dict-item]
+    model = attach(
+        inputs.backbone, recipe, len(inputs.index.classes), selected=select_here(inputs, 2)
+    ).to(device)
     with standin_device.counted() as counts:
-        for _ in train_epochs(model, inputs.reader("train"), inputs.splits["train"], recipe.training, inputs.kind, seed=0, flip=False, device=device):
+        for _ in train_epochs(
+            model,
+            inputs.reader("train"),
+            inputs.splits["train"],
+            recipe.training,
+            inputs.kind,
+            seed=0,
+            flip=False,
+            device=device,
+        ):
             pass
     return counts
 
 
-@pytest.mark.parametrize("changes", [{}, {"augment": "light"}, {"mixup": 0.8, "cutmix": 1.0, "ema": 0.99}], ids=["plain", "augmented", "mixed"])
-def test_a_step_waits_once_and_copies_its_images_and_labels(changes: dict[str, Any], standin: str, tiny_inputs: Inputs) -> None:
-    _, short, long = (trained(tiny_inputs, standin, epochs, **changes) for epochs in (1, 1, 2))  # the first copies what all share
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"augment": "light"}, {"mixup": 0.8, "cutmix": 1.0, "ema": 0.99}],
+    ids=["plain", "augmented", "mixed"],
+)
+def test_a_step_waits_once_and_copies_its_images_and_labels(
+    changes: dict[str, Any], standin: str, tiny_inputs: Inputs
+) -> None:
+    _, short, long = (
+        trained(tiny_inputs, standin, epochs, **changes) for epochs in (1, 1, 2)
+    )  # the first copies what all share
     steps = -(-len(tiny_inputs.splits["train"]) // 32)
     per_step = {name: (long[name] - short[name]) / steps for name in TRANSFERS}
     assert per_step == {"copy to device": 2, "copy to host": 0, "synchronisation": 1}
 
 
-def test_an_evaluation_copies_each_batch_once_there_and_its_answers_back(standin: str, tiny_inputs: Inputs) -> None:
+def test_an_evaluation_copies_each_batch_once_there_and_its_answers_back(
+    standin: str, tiny_inputs: Inputs
+) -> None:
     recipe = Recipe.model_validate(RECIPE)
-    model = attach(tiny_inputs.backbone, recipe, len(tiny_inputs.index.classes), selected=select_here(tiny_inputs, 2)).to(standin)
+    model = attach(
+        tiny_inputs.backbone,
+        recipe,
+        len(tiny_inputs.index.classes),
+        selected=select_here(tiny_inputs, 2),
+    ).to(standin)
     with standin_device.counted() as counts:
-        evaluate(model, tiny_inputs.reader("test"), tiny_inputs.splits["test"], tiny_inputs.kind, device=standin)
-    assert {name: counts[name] for name in TRANSFERS} == {"copy to device": 1, "copy to host": 1, "synchronisation": 0}
+        evaluate(
+            model,
+            tiny_inputs.reader("test"),
+            tiny_inputs.splits["test"],
+            tiny_inputs.kind,
+            device=standin,
+        )
+    assert {name: counts[name] for name in TRANSFERS} == {
+        "copy to device": 1,
+        "copy to host": 1,
+        "synchronisation": 0,
+    }
 
 
 def test_a_trial_gives_all_its_memory_back(standin: str, tiny_inputs: Inputs) -> None:
@@ -61,9 +101,21 @@ def test_a_trial_gives_all_its_memory_back(standin: str, tiny_inputs: Inputs) ->
     assert standin_device.allocated_bytes() == before
 
 
-def test_memory_that_does_not_suffice_is_named_with_what_was_free(standin: str, tiny_inputs: Inputs) -> None:
-    selected, message = select_here(tiny_inputs, 2), "batches of 32 images of 32 px in vit_tiny.* GiB are free on stand-in; lower training.batch_size"
-    with standin_device.memory_left(1 << 20), pytest.raises(OutOfMemory, match=message), named_out_of_memory(tiny_inputs.task, 32, standin):
+def test_memory_that_does_not_suffice_is_named_with_what_was_free(
+    standin: str, tiny_inputs: Inputs
+) -> None:
+    selected, message = (
+        select_here(tiny_inputs, 2),
+        (
+            "batches of 32 images of 32 px in vit_tiny.* GiB are free on stand-in; lower"
+            " training.batch_size"
+        ),
+    )
+    with (
+        standin_device.memory_left(1 << 20),
+        pytest.raises(OutOfMemory, match=message),
+        named_out_of_memory(tiny_inputs.task, 32, standin),
+    ):
         for _ in run_trial(tiny_inputs, Recipe.model_validate(RECIPE), selected, device=standin):
             pass
 
@@ -73,7 +125,9 @@ def test_mixed_devices_are_refused_as_cuda_refuses_them(standin: str) -> None:
         torch.ones(2, device=standin) + torch.ones(2)
     layer = torch.nn.Linear(2, 2)
     weight = layer.weight
-    assert layer.to(standin).weight is weight, "the parameter is the same object, its data is on the device"
+    assert layer.to(standin).weight is weight, (
+        "the parameter is the same object, its data is on the device"
+    )
     assert weight.device.type == standin
     with torch.autocast(standin, torch.bfloat16):
         x = torch.ones(2, 2, device=standin)

@@ -1,4 +1,6 @@
-"""Tasks side by side: never more than fit, results in order, the main thread serves, an interruption reaches every thread."""
+"""Tasks side by side: never more than fit, results in order, the main thread serves, an
+interruption reaches every thread.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,9 @@ SECONDS = 10
 
 
 class Meeting:
-    """Work that ends only once `size` others are at it, so that it can be seen how many run at a time."""
+    """Work that ends only once `size` others are at it, so that it can be seen how many run at a
+    time.
+    """
 
     def __init__(self, size: int) -> None:
         self.barrier = threading.Barrier(size)
@@ -115,7 +119,9 @@ def test_what_work_raises_is_raised_and_ends_the_others() -> None:
     assert ended == ["patient"]
 
 
-def test_an_interruption_reaches_threads_that_wait_for_the_main_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interruption_reaches_threads_that_wait_for_the_main_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr("pipeline.cluster.task_threads.LOOK_SECONDS", 0.01)
     together = Together(lambda: 1)
     ended = threading.Event()

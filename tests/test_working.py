@@ -1,4 +1,6 @@
-"""What training computes with and evaluation does not: low-precision copies, and values merged into the layers."""
+"""What training computes with and evaluation does not: low-precision copies, and values merged into
+the layers.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,12 @@ from pipeline.adaptation.working import WorkingCopies
 from pipeline.backbones import LoadedBackbone, fingerprint, load_backbone
 from pipeline.specs import Backbone, Biases, Connections, Input, Norms, Recipe, Smoa
 
-RECIPE = Recipe(connections=Connections(top_k=2, bits=4), biases=Biases(bits=32), norms=Norms(bits=8), smoa=Smoa(experts=2, width=4, bits=1))
+RECIPE = Recipe(
+    connections=Connections(top_k=2, bits=4),
+    biases=Biases(bits=32),
+    norms=Norms(bits=8),
+    smoa=Smoa(experts=2, width=4, bits=1),
+)
 every_family = pytest.mark.parametrize("family", ["vit", "swin", "convnext", "convnext_linear"])
 
 
@@ -31,7 +38,9 @@ def pixels(size_px: int) -> torch.Tensor:
 
 
 @every_family
-def test_merged_it_computes_the_same(family: str, families: dict[str, Backbone], random_selection: Callable[..., SelectedIndex]) -> None:
+def test_merged_it_computes_the_same(
+    family: str, families: dict[str, Backbone], random_selection: Callable[..., SelectedIndex]
+) -> None:
     backbone = load_backbone(families[family], Input(size_px=32))
     model = build(backbone, random_selection)
     with torch.no_grad():
@@ -40,7 +49,9 @@ def test_merged_it_computes_the_same(family: str, families: dict[str, Backbone],
             merged = model(pixels(32))
             for parameter in model.values.parameters():
                 parameter.data.zero_()
-            assert torch.equal(model(pixels(32)), merged), "values are read once, when they are merged"
+            assert torch.equal(model(pixels(32)), merged), (
+                "values are read once, when they are merged"
+            )
         assert not torch.allclose(model(pixels(32)), merged)
     torch.testing.assert_close(merged, expected, rtol=1e-5, atol=1e-6)
 
@@ -68,7 +79,9 @@ def test_training_in_bfloat16_keeps_the_stream_low_and_the_backbone_untouched(
     assert fingerprint(backbone.model.state_dict()) == before
     model.eval()
     shared = {parameter.data_ptr() for parameter in backbone.model.parameters()}
-    assert {parameter.data_ptr() for parameter in model.backbone.parameters()} == shared, "evaluation uses the backbone's own numbers"
+    assert {parameter.data_ptr() for parameter in model.backbone.parameters()} == shared, (
+        "evaluation uses the backbone's own numbers"
+    )
 
 
 def test_batch_norm_and_what_changes_are_added_to_stay_as_they_are() -> None:
@@ -76,7 +89,9 @@ def test_batch_norm_and_what_changes_are_added_to_stay_as_they_are() -> None:
     before = [parameter.data_ptr() for parameter in model.parameters()]
     copies = WorkingCopies(model, torch.bfloat16, kept=[model[2].bias])
     copies.use(True)
-    assert [parameter.dtype for parameter in model.parameters()] == [torch.bfloat16] * 2 + [torch.float32] * 2 + [torch.bfloat16, torch.float32]
+    assert [parameter.dtype for parameter in model.parameters()] == [torch.bfloat16] * 2 + [
+        torch.float32
+    ] * 2 + [torch.bfloat16, torch.float32]
     copies.use(False)
     assert [parameter.data_ptr() for parameter in model.parameters()] == before
 
@@ -88,13 +103,16 @@ def test_a_model_that_moves_after_training_is_wholly_where_it_moved(
     model.compute_in(torch.bfloat16)
     model.train()
     model.eval()
-    model.to(torch.float64)  # stands in for another device: here, too, the parameters keep their objects and change their data
+    # As on another device, the parameters keep their objects and change their data.
+    model.to(torch.float64)
     model.eval()
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float64}
     model.train()
     assert torch.bfloat16 in {parameter.dtype for parameter in model.backbone.parameters()}
     model.to(torch.float32)
-    assert torch.bfloat16 in {parameter.dtype for parameter in model.backbone.parameters()}, "the mode survives the move"
+    assert torch.bfloat16 in {parameter.dtype for parameter in model.backbone.parameters()}, (
+        "the mode survives the move"
+    )
     model.eval()
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
 

@@ -9,4 +9,14 @@ from pipeline.adaptation.recipe_plan import PlannedTensor, plan
 from pipeline.adaptation.selected.ranking import RankedPlaces, SelectedIndex, rank_places
 from pipeline.adaptation.selected.recomputed import is_recomputable, recompute
 
-__all__ = ["AdaptedModel", "PlannedTensor", "RankedPlaces", "SelectedIndex", "attach", "is_recomputable", "plan", "rank_places", "recompute"]
+__all__ = [
+    "AdaptedModel",
+    "PlannedTensor",
+    "RankedPlaces",
+    "SelectedIndex",
+    "attach",
+    "is_recomputable",
+    "plan",
+    "rank_places",
+    "recompute",
+]

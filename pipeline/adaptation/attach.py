@@ -11,7 +11,15 @@ from torch import nn
 
 from pipeline.adaptation.drop_path import attach_drop_path
 from pipeline.adaptation.dropout import SeededDropout
-from pipeline.adaptation.part import Assembly, AuxiliaryTerm, Receiver, Site, Stage, WeightChange, parts_of
+from pipeline.adaptation.part import (
+    Assembly,
+    AuxiliaryTerm,
+    Receiver,
+    Site,
+    Stage,
+    WeightChange,
+    parts_of,
+)
 from pipeline.adaptation.parts.connections import TunedLayer
 from pipeline.adaptation.recipe_plan import plan_head, plan_parts
 from pipeline.adaptation.selected.ranking import SelectedIndex
@@ -34,9 +42,11 @@ class LinearHead(nn.Module):
 
 
 class AdaptedModel(nn.Module):
-    """Frozen backbone, trained parts, head. Takes uint8 images [B, 3, S, S] (or floats in [0, 1]), gives logits [B, C].
+    """Frozen backbone, trained parts, head. Takes uint8 images [B, 3, S, S] (or floats in [0, 1]),
+    gives logits [B, C].
 
-    `values` are the trained values; before each forward pass they are quantised once and handed to the modules that use them.
+    `values` are the trained values; before each forward pass they are quantised once and handed to
+    the modules that use them.
     """
 
     mean: torch.Tensor
@@ -82,7 +92,9 @@ class AdaptedModel(nn.Module):
 
     @torch.no_grad()
     def merge(self) -> None:
-        """From now on infer at the backbone's own speed: values are quantised and written into the layers once, for all forward passes to come."""
+        """From now on infer at the backbone's own speed: values are quantised and written into the
+        layers once, for all forward passes to come.
+        """
         self.eval()
         self._hand_out()
         self._is_merged = True
@@ -101,15 +113,21 @@ class AdaptedModel(nn.Module):
                 module.merge(False)
 
     def compute_in(self, dtype: torch.dtype) -> None:
-        """From the next `train()` on, train with the frozen tensors in `dtype`, under autocast where that is bfloat16. Evaluation stays as it is."""
+        """From the next `train()` on, train with the frozen tensors in `dtype`, under autocast
+        where that is bfloat16. Evaluation stays as it is.
+        """
         self.eval()
         self._training_dtype, self._copies = dtype, None
 
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> AdaptedModel:
-        """Move or cast the model's own tensors; whatever was derived from them is made anew in their new place.
+    def _apply(
+        self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True
+    ) -> AdaptedModel:
+        """Move or cast the model's own tensors; whatever was derived from them is made anew in
+        their new place.
 
-        On a GPU, `to` swaps the data of parameters and keeps the objects. Copies made before would put the data of the
-        old device back at the next change of mode, and merged weights would stay behind.
+        On a GPU, `to` swaps the data of parameters and keeps the objects. Copies made before would
+        put the data of the old device back at the next change of mode, and merged weights would
+        stay behind.
         """
         mode = self.training
         self.eval()
@@ -125,7 +143,9 @@ class AdaptedModel(nn.Module):
         return (images - self.mean) / self.std
 
     def train(self, mode: bool = True) -> AdaptedModel:
-        """Only the banks and the adapters' dropout know a training mode; the frozen network always runs as in evaluation."""
+        """Only the banks and the adapters' dropout know a training mode; the frozen network always
+        runs as in evaluation.
+        """
         super().train(False)
         self.banks.train(mode)
         self.dropouts.train(mode)
@@ -138,7 +158,9 @@ class AdaptedModel(nn.Module):
 
     def auxiliary_loss(self) -> torch.Tensor:
         """What parts add to the loss of the last forward pass: banks their load-balance terms."""
-        return sum((term.loss() for term in self._terms()), start=torch.zeros((), device=self.mean.device))
+        return sum(
+            (term.loss() for term in self._terms()), start=torch.zeros((), device=self.mean.device)
+        )
 
     def reseed(self, generator: torch.Generator) -> None:
         """Draw a seed for each module that draws random numbers in training."""
@@ -147,16 +169,22 @@ class AdaptedModel(nn.Module):
                 dropout.reseed(int(torch.randint(1 << 62, (), generator=generator)))
 
     def positions(self) -> dict[str, torch.Tensor]:
-        """The connections of each layer: places [N] in its weight as one [O, I] matrix, ascending."""
+        """The connections of each layer: places [N] in its weight as one [O, I] matrix,
+        ascending.
+        """
         tuned = {
-            tensor.name: module for tensor, (module, _) in self._receivers.items() if tensor.part == "connections" and isinstance(module, TunedLayer)
+            tensor.name: module
+            for tensor, (module, _) in self._receivers.items()
+            if tensor.part == "connections" and isinstance(module, TunedLayer)
         }
         return {name: layer.index_N for name, layer in tuned.items() if layer.index_N is not None}
 
     @property
     def class_count(self) -> int:
         """Number of logits."""
-        return next(tensor.shape[0] for tensor in self.values.tensors if tensor.name == "head.weight")
+        return next(
+            tensor.shape[0] for tensor in self.values.tensors if tensor.name == "head.weight"
+        )
 
     def trained_values(self) -> int:
         """Number of values the recipe trains."""
@@ -166,7 +194,9 @@ class AdaptedModel(nn.Module):
         """What to say of experts that no token was ever sent to in training; empty where all were
         used. `total` sums a count over processes."""
         remarks = [term.remark(total) for term in self._terms()]
-        return "; ".join(f"bank {number}: {remark}" for number, remark in enumerate(remarks) if remark)
+        return "; ".join(
+            f"bank {number}: {remark}" for number, remark in enumerate(remarks) if remark
+        )
 
     def _terms(self) -> list[AuxiliaryTerm]:
         return [term for term in self.banks if isinstance(term, AuxiliaryTerm)]
@@ -183,7 +213,8 @@ def attach(
     """Attach a recipe to a backbone whose tensors stay shared and untouched.
 
     Args:
-        selected: needed where the recipe trains connections; those that its `top_k` keeps are taken.
+        selected: needed where the recipe trains connections; those that its `top_k` keeps are
+            taken.
         seed: of every initial value.
 
     Raises:
@@ -206,7 +237,9 @@ def attach(
     receivers |= {tensor: (linear, tensor.name.removeprefix("head.")) for tensor in head}
     order = [*(part.name for part in planned), "drop_path"]
     dropouts = [assembly.dropouts[name] for name in order if name in assembly.dropouts]
-    return AdaptedModel(assembly.model, receivers, dropouts, values, backbone.mean, backbone.std).train(False)
+    return AdaptedModel(
+        assembly.model, receivers, dropouts, values, backbone.mean, backbone.std
+    ).train(False)
 
 
 def _attach_parts(assembly: Assembly) -> None:
@@ -216,6 +249,8 @@ def _attach_parts(assembly: Assembly) -> None:
     for part, spec in [each for each in parts if each[0].stage < Stage.BRANCHES]:
         part.attach(spec, assembly)
     if rate:
-        assembly.dropouts["drop_path"] = attach_drop_path(assembly.model, assembly.site.slots, rate, assembly.seed)
+        assembly.dropouts["drop_path"] = attach_drop_path(
+            assembly.model, assembly.site.slots, rate, assembly.seed
+        )
     for part, spec in [each for each in parts if each[0].stage >= Stage.BRANCHES]:
         part.attach(spec, assembly)

@@ -1,10 +1,12 @@
-"""Blocks with an MLP, and where their branches begin and end, found by what each block computes in one forward pass.
+"""Blocks with an MLP, and where their branches begin and end, found by what each block computes in
+one forward pass.
 
     y = s + e        s: the residual stream, e: what the branch adds to it, y: what is read next
 
-A branch ends at the child of its block whose output is e: its MLP or attention itself, or the LayerScale, norm or drop path behind it. It is found
-by the numbers: s + e, with an s seen before, is bit for bit what a later child reads or the block returns. So it does not matter whether norms come
-first or last, or whether a child serves several branches.
+A branch ends at the child of its block whose output is e: its MLP or attention itself, or the
+LayerScale, norm or drop path behind it. It is found by the numbers: s + e, with an s seen before,
+is bit for bit what a later child reads or the block returns. So it does not matter whether norms
+come first or last, or whether a child serves several branches.
 """
 
 from __future__ import annotations
@@ -23,14 +25,18 @@ from pipeline.adaptation.watched import first_tensor, learnt_once, watch
 from pipeline.backbones import LoadedBackbone
 
 ROUNDING = 1e-5
-"""How far a sum over a tensor may be from another for the same numbers, as a share of their sizes."""
+"""How far a sum over a tensor may be from another for the same numbers, as a share of their
+sizes.
+"""
 
 
 @dataclass(frozen=True)
 class Branch:
-    """`end` is the child whose output is added to the stream, the first time it is called after `start`; both have the same shape.
+    """`end` is the child whose output is added to the stream, the first time it is called after
+    `start`; both have the same shape.
 
-    stream: the child whose input is the residual stream, "" for the block itself, None where no child reads it.
+    stream: the child whose input is the residual stream, "" for the block itself, None where no
+    child reads it.
     """
 
     start: str
@@ -41,7 +47,9 @@ class Branch:
 
 @dataclass(frozen=True)
 class MlpSlot:
-    """A block with an MLP next to a norm. Children are named relative to the block; a branch is None where the block has none whose end is known."""
+    """A block with an MLP next to a norm. Children are named relative to the block; a branch is
+    None where the block has none whose end is known.
+    """
 
     block: str
     norm: str
@@ -53,7 +61,9 @@ class MlpSlot:
 
 @learnt_once
 def mlp_slots(backbone: LoadedBackbone) -> list[MlpSlot]:
-    """Every block with an `mlp` and a norm next to it: before it (ViT, Swin, ConvNeXt) or, in post-norm blocks (SwinV2), after it."""
+    """Every block with an `mlp` and a norm next to it: before it (ViT, Swin, ConvNeXt) or, in
+    post-norm blocks (SwinV2), after it.
+    """
     watches: dict[str, BlockWatch] = {}
 
     def place_hooks(model: nn.Module) -> None:
@@ -67,29 +77,51 @@ def mlp_slots(backbone: LoadedBackbone) -> list[MlpSlot]:
 
 
 def _first_layer(module: nn.Module | None) -> nn.Linear | nn.Conv2d | None:
-    return next((layer for layer in (module.modules() if module is not None else ()) if isinstance(layer, nn.Linear | nn.Conv2d)), None)
+    return next(
+        (
+            layer
+            for layer in (module.modules() if module is not None else ())
+            if isinstance(layer, nn.Linear | nn.Conv2d)
+        ),
+        None,
+    )
 
 
 def _slot(backbone: LoadedBackbone, name: str, watched: BlockWatch) -> MlpSlot | None:
     block = backbone.model.get_submodule(name)
-    first, mlp, norm = _first_layer(block.get_submodule("mlp")), watched.call_of("mlp"), watched.norm_beside("mlp")
-    if first is None or mlp is None or norm is None or mlp.read.numbers.shape != mlp.given.numbers.shape:
+    first, mlp, norm = (
+        _first_layer(block.get_submodule("mlp")),
+        watched.call_of("mlp"),
+        watched.norm_beside("mlp"),
+    )
+    if (
+        first is None
+        or mlp is None
+        or norm is None
+        or mlp.read.numbers.shape != mlp.given.numbers.shape
+    ):
         return None
     channels_first = isinstance(first, nn.Conv2d)
 
     def reads_channels_first(child: str | None) -> bool:
         within = ".".join(part for part in (name, child) if part) + "."
-        dims = [dim for layer, dim in channel_dims(backbone).items() if f"{layer}.".startswith(within)]
+        dims = [
+            dim for layer, dim in channel_dims(backbone).items() if f"{layer}.".startswith(within)
+        ]
         return dims[0] != -1 if child is not None and dims else channels_first
 
     width = int(mlp.read.numbers.shape[1 if channels_first else -1])
-    branches = {start: watched.branch(start, width, reads_channels_first) for start in ("mlp", "attn")}
+    branches = {
+        start: watched.branch(start, width, reads_channels_first) for start in ("mlp", "attn")
+    }
     return MlpSlot(name, norm, width, channels_first, branches["mlp"], branches["attn"])
 
 
 @dataclass(frozen=True)
 class Seen:
-    """A tensor that passed, the sum of its numbers and that of their sizes, by which most sums that do not hold are told without adding up."""
+    """A tensor that passed, the sum of its numbers and that of their sizes, by which most sums that
+    do not hold are told without adding up.
+    """
 
     numbers: torch.Tensor
     total: float
@@ -126,7 +158,9 @@ class BlockWatch:
         block.register_forward_hook(self._finish)
 
     def _recorder(self, name: str) -> Any:
-        def record(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
+        def record(
+            module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Any
+        ) -> None:
             read, given = first_tensor((*inputs, *named.values())), first_tensor(output)
             if not self._is_over and read is not None and given is not None:
                 self.calls.append(Call(name, Seen.of(read), Seen.of(given)))
@@ -135,7 +169,11 @@ class BlockWatch:
 
     def _begin(self, module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
         if not self._is_over:
-            self.arguments = [Seen.of(value) for value in (*inputs, *named.values()) if isinstance(value, torch.Tensor)]
+            self.arguments = [
+                Seen.of(value)
+                for value in (*inputs, *named.values())
+                if isinstance(value, torch.Tensor)
+            ]
 
     def _finish(self, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         result = first_tensor(output)
@@ -149,18 +187,32 @@ class BlockWatch:
         return calls[0] if len(calls) == 1 else None
 
     def norm_beside(self, child: str) -> str | None:
-        """The norm whose output a child reads or, failing that, the one that reads the child's output."""
+        """The norm whose output a child reads or, failing that, the one that reads the child's
+        output.
+        """
         middle = self.call_of(child)
         norms = [call for call in self.calls if call.child in self._norms]
-        before = [call.child for call in norms if middle is not None and _is_same(call.given.numbers, middle.read.numbers)]
-        after = [call.child for call in norms if middle is not None and _is_same(call.read.numbers, middle.given.numbers)]
+        before = [
+            call.child
+            for call in norms
+            if middle is not None and _is_same(call.given.numbers, middle.read.numbers)
+        ]
+        after = [
+            call.child
+            for call in norms
+            if middle is not None and _is_same(call.read.numbers, middle.given.numbers)
+        ]
         return next(iter([*before[::-1], *after]), None)
 
-    def branch(self, start: str, width: int, reads_channels_first: Callable[[str | None], bool]) -> Branch | None:
-        """The branch that starts with a child, which is called once; None where its end cannot be told.
+    def branch(
+        self, start: str, width: int, reads_channels_first: Callable[[str | None], bool]
+    ) -> Branch | None:
+        """The branch that starts with a child, which is called once; None where its end cannot be
+        told.
 
         Args:
-            reads_channels_first: whether a child ("" for the block) puts channels at dimension 1, asked where shapes cannot tell.
+            reads_channels_first: whether a child ("" for the block) puts channels at dimension 1,
+                asked where shapes cannot tell.
         """
         if self.call_of(start) is None or self.result is None:
             return None
@@ -176,17 +228,30 @@ class BlockWatch:
         end, reader = next(possible, (None, None))
         if end is None:
             return None
-        return Branch(start, end.child, reader, _has_channels_first(end.given.numbers, width, partial(reads_channels_first, reader)))
+        return Branch(
+            start,
+            end.child,
+            reader,
+            _has_channels_first(end.given.numbers, width, partial(reads_channels_first, reader)),
+        )
 
     def _streams(self, first: int) -> Sequence[tuple[str | None, Seen]]:
-        """What may be the stream of a branch that starts with call `first`, the latest seen first, and the child that reads it.
+        """What may be the stream of a branch that starts with call `first`, the latest seen first,
+        and the child that reads it.
 
         A child may also scale the stream on its way (MetaFormer): then what it gives is in the sum.
         """
         before = self.calls[: first + 1]
         read = [(call.child, call.read) for call in reversed(before)]
-        scaled = [(call.child, call.given) for call in reversed(before[:-1]) if call.given.numbers.shape == call.read.numbers.shape]
-        arguments = [("" if number == 0 else None, argument) for number, argument in enumerate(self.arguments)]
+        scaled = [
+            (call.child, call.given)
+            for call in reversed(before[:-1])
+            if call.given.numbers.shape == call.read.numbers.shape
+        ]
+        arguments = [
+            ("" if number == 0 else None, argument)
+            for number, argument in enumerate(self.arguments)
+        ]
         return [*read, *arguments, *scaled]
 
 
@@ -195,8 +260,12 @@ def _is_same(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 
 def _is_sum(stream: Seen, added: Seen, total: Seen) -> bool:
-    """Whether `total` is the sum, with its channels where they are or moved; a stream of zeros is none."""
-    may_be = stream.size > 0 and abs(stream.total + added.total - total.total) <= ROUNDING * (stream.size + added.size)
+    """Whether `total` is the sum, with its channels where they are or moved; a stream of zeros is
+    none.
+    """
+    may_be = stream.size > 0 and abs(stream.total + added.total - total.total) <= ROUNDING * (
+        stream.size + added.size
+    )
     if not may_be or not stream.numbers.numel() == added.numbers.numel() == total.numbers.numel():
         return False
     found = stream.numbers.reshape(added.numbers.shape) + added.numbers
@@ -205,7 +274,9 @@ def _is_sum(stream: Seen, added: Seen, total: Seen) -> bool:
 
 
 def _has_channels_first(added: torch.Tensor, width: int, otherwise: Callable[[], bool]) -> bool:
-    """Whether what a branch adds has its channels at dimension 1; `otherwise` is asked where the shape cannot tell."""
+    """Whether what a branch adds has its channels at dimension 1; `otherwise` is asked where the
+    shape cannot tell.
+    """
     if added.ndim > 2 and added.shape[1] == added.shape[-1]:
         return otherwise()
     return added.ndim > 2 and added.shape[1] == width

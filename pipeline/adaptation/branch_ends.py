@@ -1,4 +1,6 @@
-"""Changing what a block's branch adds to the residual stream, by forward hooks, so that the block's own code stays as it is."""
+"""Changing what a block's branch adds to the residual stream, by forward hooks, so that the block's
+own code stays as it is.
+"""
 
 from __future__ import annotations
 
@@ -12,13 +14,17 @@ from pipeline.adaptation.blocks import Branch
 
 
 class BranchEnd:
-    """Calls `change` on a branch's output in every forward pass, and takes what it returns in its place.
+    """Calls `change` on a branch's output in every forward pass, and takes what it returns in its
+    place.
 
-    The child where a branch ends may serve several branches (CaiT's drop path): its first call after the branch has started is the one.
-    Changes of one branch are made in the order in which they were registered.
+    The child where a branch ends may serve several branches (CaiT's drop path): its first call
+    after the branch has started is the one. Changes of one branch are made in the order in which
+    they were registered.
     """
 
-    def __init__(self, block: nn.Module, branch: Branch, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    def __init__(
+        self, block: nn.Module, branch: Branch, change: Callable[[torch.Tensor], torch.Tensor]
+    ) -> None:
         self._change, self._has_started = change, False
         block.get_submodule(branch.start).register_forward_hook(self._start)
         block.get_submodule(branch.end).register_forward_hook(self._end)
@@ -26,7 +32,9 @@ class BranchEnd:
     def _start(self, module: nn.Module, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
         self._has_started = True
 
-    def _end(self, module: nn.Module, inputs: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
+    def _end(
+        self, module: nn.Module, inputs: tuple[Any, ...], output: torch.Tensor
+    ) -> torch.Tensor:
         if not self._has_started:
             return output
         self._has_started = False

@@ -1,7 +1,7 @@
 """Which dimension of a layer's output holds its channels, found in one forward pass.
 
-Mostly only one dimension is as long as the layer has channels. Where several are, one channel's weight is changed, and the outputs that change show
-where that channel lies.
+Mostly only one dimension is as long as the layer has channels. Where several are, one channel's
+weight is changed, and the outputs that change show where that channel lies.
 """
 
 from __future__ import annotations
@@ -19,11 +19,15 @@ from pipeline.backbones import LoadedBackbone
 
 @learnt_once
 def channel_dims(backbone: LoadedBackbone) -> Mapping[str, int]:
-    """For every layer and norm that is called: the dimension of its channels, counted from the last, which is -1."""
+    """For every layer and norm that is called: the dimension of its channels, counted from the
+    last, which is -1.
+    """
     dims: dict[str, int] = {}
     unclear: dict[str, torch.Tensor] = {}
 
-    def record(name: str, module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+    def record(
+        name: str, module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor
+    ) -> None:
         found = _as_long_as(output, len(module.weight))  # type: ignore[arg-type]
         if len(found) == 1:
             dims.setdefault(name, found[0])
@@ -35,7 +39,14 @@ def channel_dims(backbone: LoadedBackbone) -> Mapping[str, int]:
             module.register_forward_hook(partial(record, name))
 
     watch(backbone, place_hooks)
-    return {**dims, **{name: _changed_dim(backbone.model.get_submodule(name), x) for name, x in unclear.items() if name not in dims}}
+    return {
+        **dims,
+        **{
+            name: _changed_dim(backbone.model.get_submodule(name), x)
+            for name, x in unclear.items()
+            if name not in dims
+        },
+    }
 
 
 def _as_long_as(output: torch.Tensor, channels: int) -> list[int]:
@@ -44,14 +55,22 @@ def _as_long_as(output: torch.Tensor, channels: int) -> list[int]:
 
 @torch.no_grad()
 def _changed_dim(module: nn.Module, x: torch.Tensor) -> int:
-    """The dimension at whose index the output changes with the weight of one channel; tried until a channel is not silent."""
+    """The dimension at whose index the output changes with the weight of one channel; tried until a
+    channel is not silent.
+    """
     weight, output = module.weight, module(x)
     assert isinstance(weight, torch.Tensor)
     for channel in range(len(weight)):
         changed = weight.clone()
         changed[channel] += 1
-        indices = (torch.func.functional_call(module, {"weight": changed}, (x,)) != output).nonzero()
-        found = [dim for dim in _as_long_as(output, len(weight)) if len(indices) and bool((indices[:, dim] == channel).all())]
+        indices = (
+            torch.func.functional_call(module, {"weight": changed}, (x,)) != output
+        ).nonzero()
+        found = [
+            dim
+            for dim in _as_long_as(output, len(weight))
+            if len(indices) and bool((indices[:, dim] == channel).all())
+        ]
         if len(found) == 1:
             return found[0]
     return -1

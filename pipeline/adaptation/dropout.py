@@ -1,7 +1,8 @@
-"""Dropout that draws from a generator of its own, so that training depends on its seed alone, whatever else this process has drawn.
+"""Dropout that draws from a generator of its own, so that training depends on its seed alone,
+whatever else this process has drawn.
 
-The training loop gives a new seed for every step. So a run that goes on needs no state of any generator, and may go on
-on another kind of device, whose generator's state would not fit.
+The training loop gives a new seed for every step. So a run that goes on needs no state of any
+generator, and may go on on another kind of device, whose generator's state would not fit.
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ from torch import nn
 
 
 class SeededDropout(nn.Module):
-    """Zeroes a share of a tensor's entries in training and scales the others up; one instance serves all adapters of a model."""
+    """Zeroes a share of a tensor's entries in training and scales the others up; one instance
+    serves all adapters of a model.
+    """
 
     def __init__(self, share: float, seed: int) -> None:
         super().__init__()

@@ -1,7 +1,9 @@
-"""Which fused `qkv` layers hold q, k and v as three thirds of their rows, one after the other, and not head by head.
+"""Which fused `qkv` layers hold q, k and v as three thirds of their rows, one after the other, and
+not head by head.
 
-In one forward pass the layer's output is replaced by the numbers of its rows, and followed through the views and copies that lead to the first
-computation: there, a tensor of q, k or v alone holds the rows of one third.
+In one forward pass the layer's output is replaced by the numbers of its rows, and followed through
+the views and copies that lead to the first computation: there, a tensor of q, k or v alone holds
+the rows of one third.
 """
 
 from __future__ import annotations
@@ -25,10 +27,20 @@ _COPIES = (torch.ops.aten.clone.default, torch.ops.aten._to_copy.default)
 
 @learnt_once
 def in_thirds(backbone: LoadedBackbone) -> Mapping[str, bool]:
-    """For every `qkv` layer by name: whether q, k and v are its thirds. Attention that adds a bias of its own to each (BEiT) has them so."""
-    layers = {name: layer for name, layer in tunable_layers(backbone.model).items() if name.rpartition(".")[2] == "qkv"}
+    """For every `qkv` layer by name: whether q, k and v are its thirds. Attention that adds a bias
+    of its own to each (BEiT) has them so.
+    """
+    layers = {
+        name: layer
+        for name, layer in tunable_layers(backbone.model).items()
+        if name.rpartition(".")[2] == "qkv"
+    }
     owners = {name: backbone.model.get_submodule(name.rpartition(".")[0]) for name in layers}
-    known = {name: True for name, owner in owners.items() if isinstance(getattr(owner, "q_bias", None), nn.Parameter)}
+    known = {
+        name: True
+        for name, owner in owners.items()
+        if isinstance(getattr(owner, "q_bias", None), nn.Parameter)
+    }
     unknown = layers.keys() - known.keys()
     if not unknown:
         return known
@@ -43,27 +55,43 @@ def _number_rows(model: nn.Module, names: set[str], followed: _Followed) -> None
 
 
 class _Followed(TorchDispatchMode):
-    """Follows row numbers to the first computation with them. `is_in_thirds` says, by layer, whether each tensor there was of one third."""
+    """Follows row numbers to the first computation with them. `is_in_thirds` says, by layer,
+    whether each tensor there was of one third.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.is_in_thirds: dict[str, bool] = {}
-        # By storage: its layer and the rows of a third. A weak reference keeps its address from being given to another.
+        # By storage: its layer and the rows of a third. A weak reference keeps its address from
+        # being given to another.
         self._followed: dict[int, tuple[StorageWeakRef, str, int]] = {}
 
-    def begin(self, name: str, module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+    def begin(
+        self, name: str, module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor
+    ) -> torch.Tensor:
         """Hook of a layer: its output is the numbers of its rows from here on."""
         dim = 1 if isinstance(module, nn.Conv2d) else -1
         rows = output.shape[dim]
-        numbers = torch.arange(rows, dtype=output.dtype, device=output.device).expand(output.movedim(dim, -1).shape).movedim(-1, dim).contiguous()
+        numbers = (
+            torch.arange(rows, dtype=output.dtype, device=output.device)
+            .expand(output.movedim(dim, -1).shape)
+            .movedim(-1, dim)
+            .contiguous()
+        )
         self._follow(numbers, name, rows // 3)
         return numbers
 
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         read = list(self._read(args, kwargs))
-        is_computation = function not in _COPIES and (function._schema.is_mutable or not function.is_view)
+        is_computation = function not in _COPIES and (
+            function._schema.is_mutable or not function.is_view
+        )
         for tensor, name, third in read if is_computation else ():
-            self.is_in_thirds[name] = self.is_in_thirds.get(name, True) and len((tensor.detach() // third).unique()) == 1
+            self.is_in_thirds[name] = (
+                self.is_in_thirds.get(name, True) and len((tensor.detach() // third).unique()) == 1
+            )
         result = function(*args, **(kwargs or {}))
         for tensor, name, third in read:
             if function in _COPIES:
@@ -73,11 +101,21 @@ class _Followed(TorchDispatchMode):
         return result
 
     def _read(self, *arguments: Any) -> Iterator[tuple[torch.Tensor, str, int]]:
-        """The tensors among a function's arguments in which rows are followed, with the layer and the rows of a third."""
+        """The tensors among a function's arguments in which rows are followed, with the layer and
+        the rows of a third.
+        """
         for value in tree_leaves(arguments):
-            found = self._followed.get(value.untyped_storage()._cdata) if isinstance(value, torch.Tensor) else None
+            found = (
+                self._followed.get(value.untyped_storage()._cdata)
+                if isinstance(value, torch.Tensor)
+                else None
+            )
             if found is not None:
                 yield value, found[1], found[2]
 
     def _follow(self, tensor: torch.Tensor, name: str, third: int) -> None:
-        self._followed[tensor.untyped_storage()._cdata] = StorageWeakRef(tensor.untyped_storage()), name, third
+        self._followed[tensor.untyped_storage()._cdata] = (
+            StorageWeakRef(tensor.untyped_storage()),
+            name,
+            third,
+        )

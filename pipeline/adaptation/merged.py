@@ -1,4 +1,5 @@
-"""The backbone's own tensors with everything trained written into them, for a network that knows nothing of this package.
+"""The backbone's own tensors with everything trained written into them, for a network that knows
+nothing of this package.
 
     connections, biases, norms, full    W + change
     LoRA (arXiv 2106.09685)             W + scale * up @ down
@@ -24,8 +25,8 @@ def merged_state(model: AdaptedModel, original: nn.Module) -> dict[str, torch.Te
     """The tensors of `original`, the network as timm made it, by timm's names, as `model` computes
     with them; the head is not among them.
 
-    For recipes whose parts have no `no_weight`. Raises ExportError where SSF shifts a layer that has
-    no bias.
+    For recipes whose parts have no `no_weight`. Raises ExportError where SSF shifts a layer that
+    has no bias.
     """
     state = original.state_dict()
     with model.merged():
@@ -44,5 +45,10 @@ def changed_modules(model: AdaptedModel, original: nn.Module) -> dict[str, dict[
         return {"": model.backbone.plain_tensors()}
     adapted = dict(model.backbone.named_modules())
     found = {name: adapted[name] for name, _ in original.named_modules() if name in adapted}
-    tensors = {name: module.plain_tensors() if isinstance(module, WeightChange) else changed_parameters(module) for name, module in found.items()}
+    tensors = {
+        name: module.plain_tensors()
+        if isinstance(module, WeightChange)
+        else changed_parameters(module)
+        for name, module in found.items()
+    }
     return {name: changed for name, changed in tensors.items() if changed}

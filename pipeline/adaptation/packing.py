@@ -1,4 +1,6 @@
-"""From an adapted model to a pack and back: the only place where trained tensors meet the file's parts."""
+"""From an adapted model to a pack and back: the only place where trained tensors meet the file's
+parts.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +14,30 @@ from pydantic import ValidationError
 
 from pipeline.adaptation.attach import AdaptedModel, attach
 from pipeline.adaptation.recipe_plan import PlannedTensor, plan
-from pipeline.adaptation.selected.ranking import RankedPlaces, SelectedIndex, kept_at, kept_places, rank_places
+from pipeline.adaptation.selected.ranking import (
+    RankedPlaces,
+    SelectedIndex,
+    kept_at,
+    kept_places,
+    rank_places,
+)
 from pipeline.adaptation.selected.recomputed import is_recomputable, recompute
 from pipeline.adaptation.sites import weight_shapes
 from pipeline.backbones import LoadedBackbone
 from pipeline.errors import PackBackboneMismatch, PackDamaged
-from pipeline.packs import Pack, PackBackbone, PackInput, PackMetadata, Part, PartBits, PartName, TensorSpec, largest_size_bytes, ledger, zero_part
+from pipeline.packs import (
+    Pack,
+    PackBackbone,
+    PackInput,
+    PackMetadata,
+    Part,
+    PartBits,
+    PartName,
+    TensorSpec,
+    largest_size_bytes,
+    ledger,
+    zero_part,
+)
 from pipeline.specs import Recipe, Selection, Task, Training
 
 _Section = TypeVar("_Section", Recipe, Selection)
@@ -25,22 +45,33 @@ PROBE_IMAGES = 2
 _COUNT_BYTES = 8
 """What a layer's number of connections may take in a pack's description, compressed or not."""
 _LENGTH_BYTES = 4
-"""By how much the compressed description may grow when it states another number of bytes for the positions."""
+"""By how much the compressed description may grow when it states another number of bytes for the
+positions.
+"""
 PROBE_TOLERANCE = 0.02
-"""Largest difference of a probe logit that other hardware may cause, as a share of the largest logit, or of 1 where all are smaller."""
+"""Largest difference of a probe logit that other hardware may cause, as a share of the largest
+logit, or of 1 where all are smaller.
+"""
 
 
-def describe(task: Task, recipe: Recipe, backbone: LoadedBackbone, classes: Sequence[str]) -> PackMetadata:
+def describe(
+    task: Task, recipe: Recipe, backbone: LoadedBackbone, classes: Sequence[str]
+) -> PackMetadata:
     """What a pack says of itself. Everything in it is known before training."""
     return PackMetadata(
         task=task.name,
         classes=list(classes),
         kind=task.kind,
         metric=task.metric,
-        input=PackInput(size_px=backbone.size_px, mean=backbone.mean, std=backbone.std, interpolation="bicubic"),
+        input=PackInput(
+            size_px=backbone.size_px, mean=backbone.mean, std=backbone.std, interpolation="bicubic"
+        ),
         recipe=recipe.model_dump(mode="json", exclude_none=True),
         backbone=PackBackbone(
-            model=task.backbone.model, arguments=dict(task.backbone.arguments), fingerprint=backbone.fingerprint, trail=backbone.trail
+            model=task.backbone.model,
+            arguments=dict(task.backbone.arguments),
+            fingerprint=backbone.fingerprint,
+            trail=backbone.trail,
         ),
         selection=task.selection.model_dump() if recipe.connections else {},
         seed=task.seed,
@@ -50,12 +81,24 @@ def describe(task: Task, recipe: Recipe, backbone: LoadedBackbone, classes: Sequ
 class SizePlanner:
     """The sizes of the packs that recipes will give, before anything is trained.
 
-    With the task's selection a size is exact: positions are coded as they will be. So it is where a reader computes them anew. Otherwise the cheapest
-    positions are assumed (all connections equal, so the first are chosen), and the size is a lower bound.
+    With the task's selection a size is exact: positions are coded as they will be. So it is where a
+    reader computes them anew. Otherwise the cheapest positions are assumed (all connections equal,
+    so the first are chosen), and the size is a lower bound.
     """
 
-    def __init__(self, task: Task, backbone: LoadedBackbone, classes: Sequence[str], selected: SelectedIndex | None = None) -> None:
-        self._task, self._backbone, self._classes, self._selected = task, backbone, classes, selected
+    def __init__(
+        self,
+        task: Task,
+        backbone: LoadedBackbone,
+        classes: Sequence[str],
+        selected: SelectedIndex | None = None,
+    ) -> None:
+        self._task, self._backbone, self._classes, self._selected = (
+            task,
+            backbone,
+            classes,
+            selected,
+        )
         self._connections: dict[str, tuple[SelectedIndex, Part]] = {}
         self._same_places: dict[int, Part] = {}
 
@@ -65,7 +108,11 @@ class SizePlanner:
 
     def is_exact(self, recipe: Recipe) -> bool:
         """Whether the recipe's size is known, not only bounded."""
-        return recipe.connections is None or self._selected is not None or is_recomputable(self._task.selection)
+        return (
+            recipe.connections is None
+            or self._selected is not None
+            or is_recomputable(self._task.selection)
+        )
 
     def largest_bytes(self, recipe: Recipe) -> int:
         """The most that a pack of the recipe can take, whatever connections are selected."""
@@ -78,17 +125,29 @@ class SizePlanner:
             spread = rank_places(self._equal_importance(), "layer", recipe.connections.top_k)
             planner = SizePlanner(self._task, self._backbone, self._classes, spread)
             slack = _COUNT_BYTES * len(spread)
-        shapes, cheapest = planner._planned_connections(recipe)[1].layer_shapes, planner.ledger(recipe)["positions"]
-        largest = largest_size_bytes(shapes, equal_rows=level == "neuron", fixed_layers=level != "network")
+        shapes, cheapest = (
+            planner._planned_connections(recipe)[1].layer_shapes,
+            planner.ledger(recipe)["positions"],
+        )
+        largest = largest_size_bytes(
+            shapes, equal_rows=level == "neuron", fixed_layers=level != "network"
+        )
         return planner.size_bytes(recipe) - cheapest + largest + slack + _LENGTH_BYTES
 
     def ledger(self, recipe: Recipe) -> dict[str, int]:
         """Bytes by part of the pack."""
-        selected, connections = self._planned_connections(recipe) if recipe.connections else (None, None)
+        selected, connections = (
+            self._planned_connections(recipe) if recipe.connections else (None, None)
+        )
         groups = _groups(plan(self._backbone, recipe, len(self._classes), selected))
-        parts = [connections if connections and group[0].part == "connections" else _zeros(group) for group in groups]
+        parts = [
+            connections if connections and group[0].part == "connections" else _zeros(group)
+            for group in groups
+        ]
         probe = np.zeros((PROBE_IMAGES, len(self._classes)), np.float32)
-        return ledger(Pack(describe(self._task, recipe, self._backbone, self._classes), tuple(parts), probe))
+        return ledger(
+            Pack(describe(self._task, recipe, self._backbone, self._classes), tuple(parts), probe)
+        )
 
     def _planned_connections(self, recipe: Recipe) -> tuple[SelectedIndex, Part]:
         """The selection and the part, kept: coding positions takes longer than everything else."""
@@ -98,10 +157,17 @@ class SizePlanner:
             top_k, is_stored = recipe.connections.top_k, not is_recomputable(self._task.selection)
             selected = self._selected or self._assumed(top_k)
             alone = Recipe(connections=recipe.connections, quantiser=recipe.quantiser)
-            group, places = _groups(plan(self._backbone, alone, 1, selected))[0], kept_places(selected, top_k)
-            positions = tuple(_as_places(places[tensor.name]) for tensor in group) if is_stored else ()
+            group, places = (
+                _groups(plan(self._backbone, alone, 1, selected))[0],
+                kept_places(selected, top_k),
+            )
+            positions = (
+                tuple(_as_places(places[tensor.name]) for tensor in group) if is_stored else ()
+            )
             part = _zeros(group, positions, recomputed=not is_stored)
-            vars(part)["encoded_positions"] = self._same_places.setdefault(top_k, part).encoded_positions  # whatever the values' bits
+            vars(part)["encoded_positions"] = self._same_places.setdefault(
+                top_k, part
+            ).encoded_positions  # whatever the values' bits
             self._connections[key] = selected, part
         return self._connections[key]
 
@@ -112,13 +178,17 @@ class SizePlanner:
         return rank_places(self._equal_importance(), spec.level, top_k)
 
     def _equal_importance(self) -> dict[str, torch.Tensor]:
-        return {name: torch.zeros(shape) for name, shape in weight_shapes(self._backbone.model).items()}
+        return {
+            name: torch.zeros(shape) for name, shape in weight_shapes(self._backbone.model).items()
+        }
 
 
 def to_pack(model: AdaptedModel, metadata: PackMetadata) -> Pack:
     """Encode every trained tensor, and the logits of the probe images to check a reload by."""
     codes, positions = model.values.encode(), model.positions()
-    recomputed = bool(metadata.selection) and is_recomputable(Selection.model_validate(metadata.selection))
+    recomputed = bool(metadata.selection) and is_recomputable(
+        Selection.model_validate(metadata.selection)
+    )
     parts = [_part(group, codes, positions, recomputed) for group in _groups(model.values.tensors)]
     return Pack(metadata, tuple(parts), probe_logits(model, metadata.input.size_px))
 
@@ -128,7 +198,8 @@ def from_pack(pack: Pack, backbone: LoadedBackbone) -> AdaptedModel:
 
     Raises:
         PackBackboneMismatch: the backbone's tensors are not those the pack was trained on.
-        PackDamaged: the pack's parts are not those its recipe plans, or its probe logits are not reproduced.
+        PackDamaged: the pack's parts are not those its recipe plans, or its probe logits are not
+            reproduced.
     """
     meta = pack.metadata
     _check_backbone(meta, backbone)
@@ -136,15 +207,31 @@ def from_pack(pack: Pack, backbone: LoadedBackbone) -> AdaptedModel:
     stored = {(part.name, spec.name): (part, spec) for part in pack.parts for spec in part.tensors}
     spec = _valid(Selection, meta.selection, "selection")
     selected = _selected(pack, recipe, spec, backbone)
-    planned = plan(backbone, recipe, len(meta.classes), selected if spec.level == "network" else None)
-    layers = {(part.name, spec.name): layer for part in pack.parts for spec, layer in zip(part.tensors, part.layers, strict=False)}
+    planned = plan(
+        backbone, recipe, len(meta.classes), selected if spec.level == "network" else None
+    )
+    layers = {
+        (part.name, spec.name): layer
+        for part in pack.parts
+        for spec, layer in zip(part.tensors, part.layers, strict=False)
+    }
     frozen = _biases_left_frozen(planned, stored.keys(), backbone)
     _compare(
         [tensor for tensor in planned if tensor not in frozen],
-        {key: (spec, part.bits, layers.get(key), part.codebook, part.by_row) for key, (part, spec) in stored.items()},
+        {
+            key: (spec, part.bits, layers.get(key), part.codebook, part.by_row)
+            for key, (part, spec) in stored.items()
+        },
     )
-    model = attach(backbone, recipe.model_copy(update={"training": Training()}), len(meta.classes), selected=selected)
-    values = {(part.name, name): array for part in pack.parts for name, array in part.values().items()}
+    model = attach(
+        backbone,
+        recipe.model_copy(update={"training": Training()}),
+        len(meta.classes),
+        selected=selected,
+    )
+    values = {
+        (part.name, name): array for part in pack.parts for name, array in part.values().items()
+    }
     trained = [tensor for tensor in planned if tensor not in frozen]
     changes = {tensor: torch.from_numpy(values[tensor.part, tensor.name]) for tensor in trained}
     model.values.load_stored(changes | {tensor: torch.zeros(tensor.shape) for tensor in frozen})
@@ -152,8 +239,12 @@ def from_pack(pack: Pack, backbone: LoadedBackbone) -> AdaptedModel:
     return model
 
 
-def _biases_left_frozen(planned: Sequence[PlannedTensor], stored: Collection[tuple[str, str]], backbone: LoadedBackbone) -> set[PlannedTensor]:
-    """The biases beside layers, for a pack that has none: earlier versions trained layers' alone."""
+def _biases_left_frozen(
+    planned: Sequence[PlannedTensor], stored: Collection[tuple[str, str]], backbone: LoadedBackbone
+) -> set[PlannedTensor]:
+    """The biases beside layers, for a pack that has none: earlier versions trained layers'
+    alone.
+    """
     layers = weight_shapes(backbone.model).keys()
     beside = {each for each in planned if each.part == "biases" and each.name not in layers}
     return set() if any((each.part, each.name) in stored for each in beside) else beside
@@ -163,15 +254,22 @@ def _check_backbone(meta: PackMetadata, backbone: LoadedBackbone) -> None:
     wanted = meta.backbone
     if wanted["fingerprint"] != backbone.fingerprint:
         raise PackBackboneMismatch(
-            f"this pack of task {meta.task!r} needs the backbone {wanted['model']} with fingerprint {wanted['fingerprint'][:16]}..., "
-            f"given one with {backbone.fingerprint[:16]}...; {_first_difference(wanted['trail'], backbone)}; give the checkpoint it was trained on"
+            f"this pack of task {meta.task!r} needs the backbone {wanted['model']} with fingerprint"
+            f" {wanted['fingerprint'][:16]}..., given one with {backbone.fingerprint[:16]}...;"
+            f" {_first_difference(wanted['trail'], backbone)}; give the checkpoint it was"
+            " trained on"
         )
     if meta.input.size_px != backbone.size_px:
-        raise PackBackboneMismatch(f"the pack of task {meta.task!r} takes {meta.input.size_px} px images, given a backbone set to {backbone.size_px}")
+        raise PackBackboneMismatch(
+            f"the pack of task {meta.task!r} takes {meta.input.size_px} px images, given a backbone"
+            f" set to {backbone.size_px}"
+        )
 
 
 def _first_difference(trail: str, backbone: LoadedBackbone) -> str:
-    """The first tensor after which the two hashes differ. One time in 256 two hashes show the same digits, and the next tensor is named."""
+    """The first tensor after which the two hashes differ. One time in 256 two hashes show the same
+    digits, and the next tensor is named.
+    """
     if len(trail) != len(backbone.trail):
         return f"it has {len(trail) // 2} tensors, the one given {len(backbone.trail) // 2}"
     for number, name in enumerate(sorted(backbone.state)):
@@ -180,25 +278,41 @@ def _first_difference(trail: str, backbone: LoadedBackbone) -> str:
     return "the last tensor differs"
 
 
-def _selected(pack: Pack, recipe: Recipe, spec: Selection, backbone: LoadedBackbone) -> dict[str, RankedPlaces] | None:
+def _selected(
+    pack: Pack, recipe: Recipe, spec: Selection, backbone: LoadedBackbone
+) -> dict[str, RankedPlaces] | None:
     """The pack's connections: read from it, or computed anew where it says so."""
     if recipe.connections is None:
         return None
     top_k = recipe.connections.top_k
     if any(part.recomputed for part in pack.parts):
         if not is_recomputable(spec):
-            raise PackDamaged(f"the pack leaves out its positions, which criterion {spec.criterion} cannot compute anew")
+            raise PackDamaged(
+                f"the pack leaves out its positions, which criterion {spec.criterion} cannot"
+                " compute anew"
+            )
         return recompute(backbone, spec, top_k)
-    stored = {spec.name: places for part in pack.parts for spec, places in zip(part.tensors, part.positions, strict=False)}
+    stored = {
+        spec.name: places
+        for part in pack.parts
+        for spec, places in zip(part.tensors, part.positions, strict=False)
+    }
     expected = sum(kept_at(shape, top_k) for shape in weight_shapes(backbone.model).values())
     if spec.level == "network" and expected != sum(len(places) for places in stored.values()):
-        raise PackDamaged(f"the pack's connections are not the {expected} that its recipe's top_k of {top_k} keeps")
-    return {name: RankedPlaces.unranked(torch.from_numpy(places)) for name, places in stored.items()}
+        raise PackDamaged(
+            f"the pack's connections are not the {expected} that its recipe's top_k of {top_k}"
+            " keeps"
+        )
+    return {
+        name: RankedPlaces.unranked(torch.from_numpy(places)) for name, places in stored.items()
+    }
 
 
 def probe_images(size_px: int) -> np.ndarray:
     """Fixed pseudo-random images, uint8 [P, 3, S, S]."""
-    return np.random.default_rng(0).integers(0, 256, (PROBE_IMAGES, 3, size_px, size_px), dtype=np.uint8)
+    return np.random.default_rng(0).integers(
+        0, 256, (PROBE_IMAGES, 3, size_px, size_px), dtype=np.uint8
+    )
 
 
 @torch.inference_mode()
@@ -209,17 +323,41 @@ def probe_logits(model: AdaptedModel, size_px: int) -> np.ndarray:
 
 def _groups(tensors: Sequence[PlannedTensor]) -> list[list[PlannedTensor]]:
     """Neighbours of one part, stored alike, share a part of the file."""
-    return [list(group) for _, group in itertools.groupby(tensors, key=lambda tensor: (tensor.part, tensor.rounding, tensor.by_row))]
+    return [
+        list(group)
+        for _, group in itertools.groupby(
+            tensors, key=lambda tensor: (tensor.part, tensor.rounding, tensor.by_row)
+        )
+    ]
 
 
-def _specs(group: list[PlannedTensor]) -> tuple[PartName, PartBits, tuple[TensorSpec, ...], tuple[tuple[int, int], ...]]:
+def _specs(
+    group: list[PlannedTensor],
+) -> tuple[PartName, PartBits, tuple[TensorSpec, ...], tuple[tuple[int, int], ...]]:
     specs = tuple(TensorSpec(tensor.name, tensor.shape) for tensor in group)
-    return group[0].part, group[0].bits, specs, tuple(tensor.layer for tensor in group if tensor.layer is not None)
+    return (
+        group[0].part,
+        group[0].bits,
+        specs,
+        tuple(tensor.layer for tensor in group if tensor.layer is not None),
+    )
 
 
-def _zeros(group: list[PlannedTensor], positions: tuple[np.ndarray, ...] = (), recomputed: bool = False) -> Part:
+def _zeros(
+    group: list[PlannedTensor], positions: tuple[np.ndarray, ...] = (), recomputed: bool = False
+) -> Part:
     name, bits, specs, layers = _specs(group)
-    return zero_part(name, bits, specs, positions, layers, recomputed, group[0].codebook, group[0].by_row, group[0].has_mean)
+    return zero_part(
+        name,
+        bits,
+        specs,
+        positions,
+        layers,
+        recomputed,
+        group[0].codebook,
+        group[0].by_row,
+        group[0].has_mean,
+    )
 
 
 def _as_places(places_N: torch.Tensor) -> np.ndarray:
@@ -241,7 +379,11 @@ def _part(
         tensors=specs,
         codes=np.concatenate([encoded[tensor][0] for tensor in group]),
         scales=np.concatenate(scales) if scales else None,
-        positions=tuple(_as_places(positions[spec.name]) for spec in specs) if layers and not recomputed else (),
+        positions=(
+            tuple(_as_places(positions[spec.name]) for spec in specs)
+            if layers and not recomputed
+            else ()
+        ),
         layers=layers,
         recomputed=bool(layers) and recomputed,
         codebook=group[0].codebook,
@@ -255,26 +397,47 @@ def _valid(section: type[_Section], content: Mapping[str, Any], name: str) -> _S
         return section.model_validate(content)
     except ValidationError as error:
         fault = error.errors(include_url=False)[0]
-        raise PackDamaged(f"the pack's {name} is not valid: {'.'.join(str(key) for key in fault['loc'])}: {fault['msg']}") from None
+        raise PackDamaged(
+            f"the pack's {name} is not valid: {'.'.join(str(key) for key in fault['loc'])}:"
+            f" {fault['msg']}"
+        ) from None
 
 
-def _compare(planned: Sequence[PlannedTensor], stored: Mapping[tuple[str, str], tuple[object, ...]]) -> None:
+def _compare(
+    planned: Sequence[PlannedTensor], stored: Mapping[tuple[str, str], tuple[object, ...]]
+) -> None:
     wanted: dict[tuple[str, str], tuple[object, ...]] = {
-        (tensor.part, tensor.name): (TensorSpec(tensor.name, tensor.shape), int(tensor.bits), tensor.layer, tensor.codebook, tensor.by_row)
+        (tensor.part, tensor.name): (
+            TensorSpec(tensor.name, tensor.shape),
+            int(tensor.bits),
+            tensor.layer,
+            tensor.codebook,
+            tensor.by_row,
+        )
         for tensor in planned
     }
     if wanted == stored:
         return
     missing, surplus = sorted(wanted.keys() - stored.keys()), sorted(stored.keys() - wanted.keys())
     changed = [key for key in sorted(wanted.keys() & stored.keys()) if wanted[key] != stored[key]]
-    kind, (part, name) = next((kind, keys[0]) for kind, keys in (("missing", missing), ("surplus", surplus), ("ill-shaped", changed)) if keys)
-    raise PackDamaged(f"the pack's parts are not those of its recipe: {kind} {part} {name!r}; it was written by other code or changed afterwards")
+    kind, (part, name) = next(
+        (kind, keys[0])
+        for kind, keys in (("missing", missing), ("surplus", surplus), ("ill-shaped", changed))
+        if keys
+    )
+    raise PackDamaged(
+        f"the pack's parts are not those of its recipe: {kind} {part} {name!r}; it was written by"
+        " other code or changed afterwards"
+    )
 
 
 def _check_probe(model: AdaptedModel, pack: Pack) -> None:
     now = probe_logits(model, pack.metadata.input.size_px)
     worst = float(np.abs(now - pack.probe_logits).max())
-    if not worst <= PROBE_TOLERANCE * max(1.0, float(np.abs(pack.probe_logits).max())):  # not a number is refused, too
+    if not worst <= PROBE_TOLERANCE * max(
+        1.0, float(np.abs(pack.probe_logits).max())
+    ):  # not a number is refused, too
         raise PackDamaged(
-            f"the reloaded model's probe logits differ by {worst:.3g} from those stored; this build computes something else than the writer"
+            f"the reloaded model's probe logits differ by {worst:.3g} from those stored; this build"
+            " computes something else than the writer"
         )

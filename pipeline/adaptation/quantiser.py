@@ -1,12 +1,14 @@
-"""The b-bit quantiser: parameters train as latent floats and are used exactly as they will be stored.
+"""The b-bit quantiser: parameters train as latent floats and are used exactly as they will be
+stored.
 
-Per matrix, z = (w - mean) / (sd + 1e-5) is replaced by the nearest level of a fixed codebook for N(0, 1), and w_hat = Q(z) * sd + mean. Gradients
-pass Q unchanged (straight-through) and also flow through mean and sd, which are used as a pack keeps them: in half precision. 16 bits round to half
+Per matrix, z = (w - mean) / (sd + 1e-5) is replaced by the nearest level of a fixed codebook for
+N(0, 1), and w_hat = Q(z) * sd + mean. Gradients pass Q unchanged (straight-through) and also flow
+through mean and sd, which are used as a pack keeps them: in half precision. 16 bits round to half
 precision, 32 bits are plain floats. Without a mean, z = w / (rms + 1e-5) and w_hat = Q(z) * rms.
 Source: Binary Adapter (arXiv 2307.16867), section 3; see `pipeline.packs.codebook` for the levels.
 
-All tensors of one width are quantised at once, as one flat vector of N values in G runs, one run a matrix or, by choice, one a row; sums are taken in
-float64.
+All tensors of one width are quantised at once, as one flat vector of N values in G runs, one run a
+matrix or, by choice, one a row; sums are taken in float64.
 """
 
 from __future__ import annotations
@@ -25,8 +27,12 @@ SMALLEST_VARIANCE = 1e-20  # keeps the gradient of sd finite where all values ar
 
 
 @functools.cache
-def _codebook(bits: int, codebook: Codebook, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.from_numpy(levels(bits, codebook)).to(device), torch.from_numpy(thresholds(bits, codebook)).to(device)
+def _codebook(
+    bits: int, codebook: Codebook, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.from_numpy(levels(bits, codebook)).to(device), torch.from_numpy(
+        thresholds(bits, codebook)
+    ).to(device)
 
 
 def run_sums(values_N: torch.Tensor, lengths_G: torch.Tensor) -> torch.Tensor:
@@ -34,8 +40,12 @@ def run_sums(values_N: torch.Tensor, lengths_G: torch.Tensor) -> torch.Tensor:
     return torch.segment_reduce(values_N.double(), "sum", lengths=lengths_G, unsafe=True)
 
 
-def statistics(values_N: torch.Tensor, lengths_G: torch.Tensor, has_mean: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and unbiased standard deviation of each run, float32 [G]; 0 and the root of the mean square where there is no mean."""
+def statistics(
+    values_N: torch.Tensor, lengths_G: torch.Tensor, has_mean: bool = True
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and unbiased standard deviation of each run, float32 [G]; 0 and the root of the mean
+    square where there is no mean.
+    """
     mean_G = (run_sums(values_N, lengths_G) / lengths_G).to(values_N.dtype) * has_mean
     centred_N = values_N - mean_G.repeat_interleave(lengths_G, output_size=len(values_N))
     variance_G = run_sums(centred_N.square(), lengths_G) / _degrees_of_freedom(lengths_G, has_mean)
@@ -51,10 +61,15 @@ def _as_stored(statistic_G: torch.Tensor) -> torch.Tensor:
     return statistic_G.half().to(statistic_G.dtype)
 
 
-def _standardise(values_N: torch.Tensor, lengths_G: torch.Tensor, has_mean: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _standardise(
+    values_N: torch.Tensor, lengths_G: torch.Tensor, has_mean: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """z [N], mean [G] and sd [G]."""
     mean_G, sd_G = statistics(values_N, lengths_G, has_mean)
-    mean_N, scale_N = (each.repeat_interleave(lengths_G, output_size=len(values_N)) for each in (mean_G, sd_G + EPSILON))
+    mean_N, scale_N = (
+        each.repeat_interleave(lengths_G, output_size=len(values_N))
+        for each in (mean_G, sd_G + EPSILON)
+    )
     return (values_N - mean_N) / scale_N, mean_G, sd_G
 
 
@@ -71,18 +86,28 @@ class _RoundToHalf(torch.autograd.Function):
 
 
 class _Quantise(torch.autograd.Function):
-    """w_hat = Q(z) sd + mean, with dQ/dz = 1 and everything else differentiated; written out, since it runs in every step."""
+    """w_hat = Q(z) sd + mean, with dQ/dz = 1 and everything else differentiated; written out, since
+    it runs in every step.
+    """
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, latent_N: torch.Tensor, lengths_G: torch.Tensor, bits: int, codebook: Codebook, has_mean: bool
+        ctx: Any,
+        latent_N: torch.Tensor,
+        lengths_G: torch.Tensor,
+        bits: int,
+        codebook: Codebook,
+        has_mean: bool,
     ) -> torch.Tensor:
         level_values, edges = _codebook(bits, codebook, latent_N.device)
         z_N, mean_G, sd_G = _standardise(latent_N, lengths_G, has_mean)
         rounded_N = level_values.to(latent_N.dtype)[torch.bucketize(z_N, edges, right=True)]
         ctx.save_for_backward(z_N, rounded_N, sd_G, lengths_G)
         ctx.has_mean = has_mean
-        mean_N, sd_N = (each.repeat_interleave(lengths_G, output_size=len(latent_N)) for each in (_as_stored(mean_G), _as_stored(sd_G)))
+        mean_N, sd_N = (
+            each.repeat_interleave(lengths_G, output_size=len(latent_N))
+            for each in (_as_stored(mean_G), _as_stored(sd_G))
+        )
         return rounded_N * sd_N + mean_N
 
     @staticmethod
@@ -92,13 +117,26 @@ class _Quantise(torch.autograd.Function):
         shrink_N = shrink_G.repeat_interleave(lengths_G, output_size=len(z_N))
         mean_term_G = (1 - shrink_G) * run_sums(gradient_N, lengths_G) / lengths_G * ctx.has_mean
         # d sd / d w = (w - mean) / (f sd) = z / (f shrink), with f degrees of freedom
-        sd_term_G = run_sums(gradient_N * (rounded_N - shrink_N * z_N), lengths_G) / (_degrees_of_freedom(lengths_G, ctx.has_mean) * shrink_G)
-        mean_term_N, sd_term_N = (each.to(z_N.dtype).repeat_interleave(lengths_G, output_size=len(z_N)) for each in (mean_term_G, sd_term_G))
+        sd_term_G = run_sums(gradient_N * (rounded_N - shrink_N * z_N), lengths_G) / (
+            _degrees_of_freedom(lengths_G, ctx.has_mean) * shrink_G
+        )
+        mean_term_N, sd_term_N = (
+            each.to(z_N.dtype).repeat_interleave(lengths_G, output_size=len(z_N))
+            for each in (mean_term_G, sd_term_G)
+        )
         return gradient_N * shrink_N + mean_term_N + sd_term_N * z_N, None, None, None, None
 
 
-def quantise(latent_N: torch.Tensor, lengths_G: torch.Tensor, bits: Bits, codebook: Codebook = "median", has_mean: bool = True) -> torch.Tensor:
-    """The stored values of `latent_N`, with straight-through gradients; `lengths_G` are the values of each run, in order."""
+def quantise(
+    latent_N: torch.Tensor,
+    lengths_G: torch.Tensor,
+    bits: Bits,
+    codebook: Codebook = "median",
+    has_mean: bool = True,
+) -> torch.Tensor:
+    """The stored values of `latent_N`, with straight-through gradients; `lengths_G` are the values
+    of each run, in order.
+    """
     if bits == 32:
         return latent_N
     if bits == 16:
@@ -108,12 +146,20 @@ def quantise(latent_N: torch.Tensor, lengths_G: torch.Tensor, bits: Bits, codebo
 
 @torch.no_grad()
 def encode(
-    latent_N: torch.Tensor, lengths_G: torch.Tensor, bits: Bits, codebook: Codebook = "median", has_mean: bool = True
+    latent_N: torch.Tensor,
+    lengths_G: torch.Tensor,
+    bits: Bits,
+    codebook: Codebook = "median",
+    has_mean: bool = True,
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    """What a pack stores: codes [N] (uint8, float16 or float32) and, below 16 bits, scales float32 [G, 2] of (mean, sd), as rounded."""
+    """What a pack stores: codes [N] (uint8, float16 or float32) and, below 16 bits, scales float32
+    [G, 2] of (mean, sd), as rounded.
+    """
     latent_N, lengths_G = latent_N.detach().cpu(), lengths_G.cpu()
     if bits >= 16:
         return latent_N.numpy().astype(np.float16 if bits == 16 else np.float32), None
     z_N, mean_G, sd_G = _standardise(latent_N, lengths_G, has_mean)
-    codes_N = torch.bucketize(z_N, _codebook(bits, codebook, z_N.device)[1], right=True).to(torch.uint8)
+    codes_N = torch.bucketize(z_N, _codebook(bits, codebook, z_N.device)[1], right=True).to(
+        torch.uint8
+    )
     return codes_N.numpy(), torch.stack([_as_stored(mean_G), _as_stored(sd_G)], dim=1).numpy()

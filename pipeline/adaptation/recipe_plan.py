@@ -1,4 +1,5 @@
-"""What a recipe attaches to a backbone, known before anything is built: modules, shapes, bits, bytes.
+"""What a recipe attaches to a backbone, known before anything is built: modules, shapes, bits,
+bytes.
 
 Layers and blocks are found by module type (see `sites`), so that ViT, Swin and ConvNeXt share the
 code. A part that matches nothing is an error.
@@ -45,9 +46,14 @@ def plan_parts(site: Site) -> dict[Part, list[PlannedTensor]]:
     planned = {part: part.plan(spec, site) for part, spec in parts_of(site.recipe)}
     for part, tensors in planned.items():
         if not tensors:
-            raise BackboneError(f"recipe.{part.name}: nothing in {type(site.model).__name__} matches it; {part.needs}; leave this part out")
+            raise BackboneError(
+                f"recipe.{part.name}: nothing in {type(site.model).__name__} matches it;"
+                f" {part.needs}; leave this part out"
+            )
     quantiser = site.recipe.quantiser or Quantiser()
-    return {part: [_stored_as(each, quantiser) for each in tensors] for part, tensors in planned.items()}
+    return {
+        part: [_stored_as(each, quantiser) for each in tensors] for part, tensors in planned.items()
+    }
 
 
 def plan_head(width: int, class_count: int, recipe: Recipe) -> list[PlannedTensor]:

@@ -19,14 +19,23 @@ _NORMS = (
 def tunable_layers(model: nn.Module) -> dict[str, TunableLayer]:
     """Every Linear and Conv2d of a backbone, by name, in order of definition.
 
-    Subclasses are left alone: they standardise their weight, or pad by the input's size, which a plain layer on another weight would not do. So are
-    convolutions that pad by a rule ("same") or with anything but zeros.
+    Subclasses are left alone: they standardise their weight, or pad by the input's size, which a
+    plain layer on another weight would not do. So are convolutions that pad by a rule ("same") or
+    with anything but zeros.
     """
-    return {name: module for name, module in model.named_modules() if type(module) is nn.Linear or _is_plain_convolution(module)}  # type: ignore[misc]
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if type(module) is nn.Linear or _is_plain_convolution(module)
+    }  # type: ignore[misc]
 
 
 def _is_plain_convolution(module: nn.Module) -> bool:
-    return type(module) is nn.Conv2d and not isinstance(module.padding, str) and module.padding_mode == "zeros"
+    return (
+        type(module) is nn.Conv2d
+        and not isinstance(module.padding, str)
+        and module.padding_mode == "zeros"
+    )
 
 
 def norms_of(model: nn.Module) -> dict[str, nn.Module]:
@@ -41,9 +50,21 @@ def is_norm(module: nn.Module) -> bool:
 
 def weight_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
     """Neurons and inputs of a neuron, (O, I), of every tunable layer."""
-    return {name: (layer.weight.shape[0], layer.weight[0].numel()) for name, layer in tunable_layers(model).items()}
+    return {
+        name: (layer.weight.shape[0], layer.weight[0].numel())
+        for name, layer in tunable_layers(model).items()
+    }
 
 
 def weight_reader(model: nn.Module) -> str | None:
-    """The first module that uses a layer's weight without calling the layer (the attention of BEiT and SwinV2), None where there is none."""
-    return next((name for name, module in model.named_modules() if isinstance(getattr(module, "q_bias", None), nn.Parameter)), None)
+    """The first module that uses a layer's weight without calling the layer (the attention of BEiT
+    and SwinV2), None where there is none.
+    """
+    return next(
+        (
+            name
+            for name, module in model.named_modules()
+            if isinstance(getattr(module, "q_bias", None), nn.Parameter)
+        ),
+        None,
+    )

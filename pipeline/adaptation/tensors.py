@@ -25,10 +25,11 @@ _DEVIATIONS = {"near_zero": 1e-3, "unit": 1.0, "head": 0.02, "ssf": 0.02}
 
 @dataclass(frozen=True)
 class PlannedTensor:
-    """One trained tensor. `layer` is (neurons, inputs of a neuron) of the layer whose connections these are, None for other parts.
+    """One trained tensor. `layer` is (neurons, inputs of a neuron) of the layer whose connections
+    these are, None for other parts.
 
-    codebook, by_row, has_mean: what its codes stand for below 16 bits, whether every row of a matrix has scales of its own, and whether a mean is one
-    of the scales beside the sd.
+    codebook, by_row, has_mean: what its codes stand for below 16 bits, whether every row of a
+    matrix has scales of its own, and whether a mean is one of the scales beside the sd.
     """
 
     part: PartName
@@ -53,7 +54,9 @@ class PlannedTensor:
 
     @property
     def runs(self) -> int:
-        """Number of runs of values with a mean and an sd of their own: trailing 2-D matrices, or their rows; a vector is one."""
+        """Number of runs of values with a mean and an sd of their own: trailing 2-D matrices, or
+        their rows; a vector is one.
+        """
         return math.prod(self.shape[:-1] if self.by_row else self.shape[:-2])
 
 
@@ -65,7 +68,9 @@ def initial_values(tensor: PlannedTensor, generator: torch.Generator) -> torch.T
         return initial.uniform_(-bound, bound, generator=generator)
     if start in ("change", "up") and tensor.bits >= 16:
         return initial.zero_()
-    if start == "up":  # as Binary Adapter's code; torch's bounds are values, not standard deviations
+    if (
+        start == "up"
+    ):  # as Binary Adapter's code; torch's bounds are values, not standard deviations
         return nn.init.trunc_normal_(initial, std=1e-3, a=-2e-3, b=2e-3, generator=generator)
     if start == "change":
         return initial.normal_(0, 1e-4, generator=generator)

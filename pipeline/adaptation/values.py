@@ -1,6 +1,8 @@
-"""All trained values of a model: one flat parameter for each way of rounding, handed to the modules as named tensors before every forward pass.
+"""All trained values of a model: one flat parameter for each way of rounding, handed to the modules
+as named tensors before every forward pass.
 
-An optimiser sees a few parameters instead of a hundred, and quantising costs a few operations a step, whatever the number of layers.
+An optimiser sees a few parameters instead of a hundred, and quantising costs a few operations a
+step, whatever the number of layers.
 """
 
 from __future__ import annotations
@@ -31,18 +33,29 @@ class FlatValues(nn.Module):
 
     def forward(self) -> list[torch.Tensor]:
         """Each tensor's values as they are, or will be, stored."""
-        values_N = self.latent_N if self.is_stored else quantise(self.latent_N, self.lengths_G, self.bits, self.codebook, self.has_mean)
+        values_N = (
+            self.latent_N
+            if self.is_stored
+            else quantise(self.latent_N, self.lengths_G, self.bits, self.codebook, self.has_mean)
+        )
         pieces = values_N.split([tensor.values for tensor in self.tensors])
-        return [piece.view(tensor.shape) for piece, tensor in zip(pieces, self.tensors, strict=True)]
+        return [
+            piece.view(tensor.shape) for piece, tensor in zip(pieces, self.tensors, strict=True)
+        ]
 
     def encode(self) -> dict[PlannedTensor, tuple[np.ndarray, np.ndarray | None]]:
         """For each tensor its flat codes and, below 16 bits, its scales [runs, 2]."""
-        codes_N, scales_G2 = encode(self.latent_N, self.lengths_G, self.bits, self.codebook, self.has_mean)
+        codes_N, scales_G2 = encode(
+            self.latent_N, self.lengths_G, self.bits, self.codebook, self.has_mean
+        )
         codes = np.split(codes_N, np.cumsum([tensor.values for tensor in self.tensors])[:-1])
         if scales_G2 is None:
             return {tensor: (code, None) for tensor, code in zip(self.tensors, codes, strict=True)}
         scales = np.split(scales_G2, np.cumsum([tensor.runs for tensor in self.tensors])[:-1])
-        return {tensor: (code, scale) for tensor, code, scale in zip(self.tensors, codes, scales, strict=True)}
+        return {
+            tensor: (code, scale)
+            for tensor, code, scale in zip(self.tensors, codes, scales, strict=True)
+        }
 
     @torch.no_grad()
     def load_stored(self, values: Mapping[PlannedTensor, torch.Tensor]) -> None:
@@ -58,16 +71,26 @@ class TrainedValues(nn.Module):
         super().__init__()
         self.tensors = tuple(initial)
         roundings = sorted({tensor.rounding for tensor in initial})
-        groups = [[tensor for tensor in initial if tensor.rounding == rounding] for rounding in roundings]
-        self.flat = nn.ModuleList([FlatValues(group, [initial[tensor] for tensor in group]) for group in groups])
+        groups = [
+            [tensor for tensor in initial if tensor.rounding == rounding] for rounding in roundings
+        ]
+        self.flat = nn.ModuleList(
+            [FlatValues(group, [initial[tensor] for tensor in group]) for group in groups]
+        )
 
     def forward(self) -> dict[PlannedTensor, torch.Tensor]:
         """The values of every tensor, quantised."""
-        return {tensor: values for group in self._groups() for tensor, values in zip(group.tensors, group(), strict=True)}
+        return {
+            tensor: values
+            for group in self._groups()
+            for tensor, values in zip(group.tensors, group(), strict=True)
+        }
 
     def encode(self) -> dict[PlannedTensor, tuple[np.ndarray, np.ndarray | None]]:
         """What a pack stores of every tensor."""
-        return {tensor: codes for group in self._groups() for tensor, codes in group.encode().items()}
+        return {
+            tensor: codes for group in self._groups() for tensor, codes in group.encode().items()
+        }
 
     def load_stored(self, values: Mapping[PlannedTensor, torch.Tensor]) -> None:
         """Take every tensor's values from a pack."""

@@ -1,7 +1,8 @@
 """One forward pass of a backbone, watched: what its code does that no type or name tells.
 
-An image of seeded noise passes through a copy of the network that shares its tensors, so the backbone itself is left alone, and hooks say what is
-called with what. What is learnt this way holds for every image: the networks are fixed programs.
+An image of seeded noise passes through a copy of the network that shares its tensors, so the
+backbone itself is left alone, and hooks say what is called with what. What is learnt this way holds
+for every image: the networks are fixed programs.
 """
 
 from __future__ import annotations
@@ -40,7 +41,9 @@ def watch(backbone: LoadedBackbone, place_hooks: Callable[[nn.Module], None]) ->
     """One forward pass of a copy of the network, on which `place_hooks` has put its hooks."""
     model = backbone.fresh_model()
     place_hooks(model)
-    noise = torch.randn(1, 3, backbone.size_px, backbone.size_px, generator=torch.Generator().manual_seed(0))
+    noise = torch.randn(
+        1, 3, backbone.size_px, backbone.size_px, generator=torch.Generator().manual_seed(0)
+    )
     model(noise.to(next(model.parameters()).device))
 
 

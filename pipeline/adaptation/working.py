@@ -1,7 +1,9 @@
-"""The frozen network as training computes with it: copies of its tensors in low precision, made once, in use only while the model trains.
+"""The frozen network as training computes with it: copies of its tensors in low precision, made
+once, in use only while the model trains.
 
-Under autocast, a frozen weight would be cast in every step, and one float32 position embedding or norm keeps the whole residual stream in float32.
-Frozen tensors need no float32 master copy, so they are cast once and the stream stays in low precision. Evaluation uses the backbone's own numbers.
+Under autocast, a frozen weight would be cast in every step, and one float32 position embedding or
+norm keeps the whole residual stream in float32. Frozen tensors need no float32 master copy, so they
+are cast once and the stream stays in low precision. Evaluation uses the backbone's own numbers.
 Tensors that trained changes are added to stay as they are: the sum is rounded, not its terms.
 """
 
@@ -17,10 +19,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 def slow_fused_attention(model: nn.Module, dtype: torch.dtype) -> list[nn.Module]:
     """Modules whose fused attention had better be written out while `model` trains in `dtype`.
 
-    On a CPU, the backward pass of torch's fused kernel takes several times as long in bfloat16 as that of its parts.
+    On a CPU, the backward pass of torch's fused kernel takes several times as long in bfloat16 as
+    that of its parts.
     """
     is_slow = dtype is torch.bfloat16 and next(model.parameters()).device.type == "cpu"
-    return [module for module in model.modules() if is_slow and getattr(module, "fused_attn", False)]
+    return [
+        module for module in model.modules() if is_slow and getattr(module, "fused_attn", False)
+    ]
 
 
 def fuse_attention(modules: Iterable[nn.Module], is_fused: bool) -> None:
@@ -30,18 +35,29 @@ def fuse_attention(modules: Iterable[nn.Module], is_fused: bool) -> None:
 
 
 class WorkingCopies:
-    """What differs while a frozen network trains in `dtype`: its parameters are copies in that type, and attention may be written out.
+    """What differs while a frozen network trains in `dtype`: its parameters are copies in that
+    type, and attention may be written out.
 
     Args:
-        model: its parameters are its own; their storage may be shared with other models and is never written to.
+        model: its parameters are its own; their storage may be shared with other models and is
+            never written to.
         kept: parameters to leave alone.
     """
 
     def __init__(self, model: nn.Module, dtype: torch.dtype, kept: Iterable[nn.Parameter]) -> None:
         left_alone = {id(parameter) for parameter in kept}
         # Running statistics stay float32, and batch norm wants its parameters alike.
-        left_alone |= {id(parameter) for module in model.modules() if isinstance(module, _BatchNorm) for parameter in module.parameters()}
-        cast = [parameter for parameter in model.parameters() if id(parameter) not in left_alone and parameter.dtype != dtype]
+        left_alone |= {
+            id(parameter)
+            for module in model.modules()
+            if isinstance(module, _BatchNorm)
+            for parameter in module.parameters()
+        }
+        cast = [
+            parameter
+            for parameter in model.parameters()
+            if id(parameter) not in left_alone and parameter.dtype != dtype
+        ]
         self._copies = [(parameter, parameter.data, parameter.data.to(dtype)) for parameter in cast]
         self._fused = slow_fused_attention(model, dtype)
 

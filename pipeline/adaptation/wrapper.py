@@ -8,7 +8,9 @@ from torch import nn
 
 
 class Wrapper(nn.Module):
-    """Stands where `base` stood. Blocks that read an attribute of a layer (its kernel size, its number of inputs) find that of `base`."""
+    """Stands where `base` stood. Blocks that read an attribute of a layer (its kernel size, its
+    number of inputs) find that of `base`.
+    """
 
     def __init__(self, base: nn.Module) -> None:
         super().__init__()

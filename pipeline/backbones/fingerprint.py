@@ -1,4 +1,6 @@
-"""The identity of a backbone: one SHA-256 over its tensors, so that a pack is never applied to weights it was not trained on."""
+"""The identity of a backbone: one SHA-256 over its tensors, so that a pack is never applied to
+weights it was not trained on.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +16,11 @@ def fingerprint(state: Mapping[str, torch.Tensor]) -> str:
 
 
 def fingerprint_and_trail(state: Mapping[str, torch.Tensor]) -> tuple[str, str]:
-    """The fingerprint, and the first byte (two hex digits) of the hash as it stood after each tensor.
+    """The fingerprint, and the first byte (two hex digits) of the hash as it stood after each
+    tensor.
 
-    Two backbones' trails agree up to the first tensor that differs, and from there on by chance only.
+    Two backbones' trails agree up to the first tensor that differs, and from there on by chance
+    only.
     """
     digest, trail = hashlib.sha256(), ""
     for name in sorted(state):

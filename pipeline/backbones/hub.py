@@ -1,6 +1,8 @@
-"""Weights on the Hugging Face hub or behind a URL: from the local cache, else from a network that is known to answer.
+"""Weights on the Hugging Face hub or behind a URL: from the local cache, else from a network that
+is known to answer.
 
-The clients' own retries take most of a minute and a page of warnings where there is no network, so whether it answers is tried first.
+The clients' own retries take most of a minute and a page of warnings where there is no network, so
+whether it answers is tried first.
 """
 
 from __future__ import annotations
@@ -36,16 +38,25 @@ def check_pretrained(model: str) -> None:
         return  # timm says so itself
     if config.hf_hub_id:
         repository, _, revision = config.hf_hub_id.partition("@")
-        files = [config.hf_hub_filename] if config.hf_hub_filename else [SAFE_WEIGHTS, _OTHER_WEIGHTS]
-        is_here = any(isinstance(try_to_load_from_cache(repository, file, revision=revision or None), str) for file in files)
+        files = (
+            [config.hf_hub_filename] if config.hf_hub_filename else [SAFE_WEIGHTS, _OTHER_WEIGHTS]
+        )
+        is_here = any(
+            isinstance(try_to_load_from_cache(repository, file, revision=revision or None), str)
+            for file in files
+        )
     else:
         is_here = check_cached_file(config.url, check_hash=False)
     if not is_here:
-        _check_answers(constants.ENDPOINT if config.hf_hub_id else config.url, f"backbone.weights: the pretrained weights of {model}")
+        _check_answers(
+            constants.ENDPOINT if config.hf_hub_id else config.url,
+            f"backbone.weights: the pretrained weights of {model}",
+        )
 
 
 def hub_file(repository: str, file: str) -> Path:
-    """A file of a hub repository `OWNER/NAME` or `OWNER/NAME@REVISION`, from the cache or else downloaded.
+    """A file of a hub repository `OWNER/NAME` or `OWNER/NAME@REVISION`, from the cache or else
+    downloaded.
 
     Raises:
         BackboneError: the hub cannot be reached, or has no such file.
@@ -58,23 +69,32 @@ def hub_file(repository: str, file: str) -> Path:
     try:
         return Path(hf_hub_download(name, file, revision=revision or None))
     except EntryNotFoundError:
-        raise BackboneError(f"backbone.model: hf-hub:{repository} has no {file}; only timm models in safetensors format can be loaded") from None
+        raise BackboneError(
+            f"backbone.model: hf-hub:{repository} has no {file}; only timm models in safetensors"
+            " format can be loaded"
+        ) from None
     except Exception as error:
         reason = str(error).strip().splitlines()[0][:200]
-        raise BackboneError(f"backbone.model: {file} of hf-hub:{repository} could not be fetched ({type(error).__name__}: {reason})") from None
+        raise BackboneError(
+            f"backbone.model: {file} of hf-hub:{repository} could not be fetched"
+            f" ({type(error).__name__}: {reason})"
+        ) from None
 
 
 def _check_answers(url: str, what: str) -> None:
     reason = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else _no_answer(url)
     if reason is not None:
         raise BackboneError(
-            f"{what} are not on this machine, and {urlsplit(url).hostname} cannot be reached ({reason}); connect to the network, or download a "
-            "safetensors checkpoint and give its path: as `weights`, or to `import` and `predict` as --backbone FILE"
+            f"{what} are not on this machine, and {urlsplit(url).hostname} cannot be reached"
+            f" ({reason}); connect to the network, or download a safetensors checkpoint and give"
+            " its path: as `weights`, or to `import` and `predict` as --backbone FILE"
         )
 
 
 def _no_answer(url: str) -> str | None:
-    """Why the host of `url` does not answer, or None. In a thread, since no timeout applies to the resolution of names."""
+    """Why the host of `url` does not answer, or None. In a thread, since no timeout applies to the
+    resolution of names.
+    """
     reasons: list[str | None] = []
     asking = threading.Thread(target=lambda: reasons.append(_ask(url)), daemon=True)
     asking.start()
@@ -84,12 +104,19 @@ def _no_answer(url: str) -> str | None:
 
 def _ask(url: str) -> str | None:
     try:
-        urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=ANSWER_SECONDS).close()
+        urllib.request.urlopen(
+            urllib.request.Request(url, method="HEAD"), timeout=ANSWER_SECONDS
+        ).close()
     except urllib.error.HTTPError as error:
         error.close()  # an answer, whatever it says
     except urllib.error.URLError as error:
-        # A certificate that Python does not know is an answer too; the client that downloads may know it.
-        return None if isinstance(error.reason, ssl.SSLError) else str(getattr(error.reason, "strerror", None) or error.reason)
+        # A certificate that Python does not know is an answer too; the client that downloads may
+        # know it.
+        return (
+            None
+            if isinstance(error.reason, ssl.SSLError)
+            else str(getattr(error.reason, "strerror", None) or error.reason)
+        )
     except OSError as error:
         return error.strerror or str(error)
     return None

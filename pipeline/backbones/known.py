@@ -1,6 +1,7 @@
 """Where this machine's backbones are: a note, per user, of which checkpoint has which fingerprint.
 
-A pack names its backbone by fingerprint, never by a path. Every run notes the checkpoints it used, so that a pack can be loaded later by name alone.
+A pack names its backbone by fingerprint, never by a path. Every run notes the checkpoints it used,
+so that a pack can be loaded later by name alone.
 """
 
 from __future__ import annotations
@@ -17,14 +18,20 @@ def remember(fingerprint: str, weights: str) -> None:
     weights = weights if weights in ("pretrained", "random") else str(Path(weights).resolve())
     known = read_json(_note()) or {}
     if known.get(fingerprint) != weights:
-        with contextlib.suppress(StorageError):  # a note for later: without it, --backbone names the checkpoint
+        with contextlib.suppress(
+            StorageError
+        ):  # a note for later: without it, --backbone names the checkpoint
             write_json(_note(), {**known, fingerprint: weights})
 
 
 def recall(fingerprint: str) -> str | None:
     """The weights noted for a fingerprint, if they are still there."""
     weights = (read_json(_note()) or {}).get(fingerprint)
-    return weights if weights in ("pretrained", "random") or (weights and Path(weights).is_file()) else None
+    return (
+        weights
+        if weights in ("pretrained", "random") or (weights and Path(weights).is_file())
+        else None
+    )
 
 
 def _note() -> Path:

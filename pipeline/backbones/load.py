@@ -1,11 +1,12 @@
 """Loading an unmodified timm model as a frozen feature extractor.
 
-The model is built as `model` and `arguments` say, its weights are read and fingerprinted, and only then is it set to the task's input size, so
-that one checkpoint keeps one fingerprint at every `input.size_px`. The fingerprint is of the tensors as timm loads them into that model, after
-its filter: the same checkpoint at another `arguments.img_size` or `patch_size` is another backbone, because its resampled tensors differ.
-A float32 checkpoint is not copied: the model's tensors are pages of the file, which all
-processes of a machine that load it share. The mapping is private, so what a process might write into its tensors reaches neither the file nor
-another process.
+The model is built as `model` and `arguments` say, its weights are read and fingerprinted, and only
+then is it set to the task's input size, so that one checkpoint keeps one fingerprint at every
+`input.size_px`. The fingerprint is of the tensors as timm loads them into that model, after its
+filter: the same checkpoint at another `arguments.img_size` or `patch_size` is another backbone,
+because its resampled tensors differ. A float32 checkpoint is not copied: the model's tensors are
+pages of the file, which all processes of a machine that load it share. The mapping is private, so
+what a process might write into its tensors reaches neither the file nor another process.
 """
 
 from __future__ import annotations
@@ -37,7 +38,9 @@ from pipeline.errors import BackboneError, StorageError
 from pipeline.specs import Backbone, Input
 
 RANDOM_WEIGHTS_SEED = 0
-_one_at_a_time = threading.Lock()  # building sets the global generator's seed and, for a file, replaces timm's loader
+_one_at_a_time = (
+    threading.Lock()
+)  # building sets the global generator's seed and, for a file, replaces timm's loader
 _NOT_ARCHITECTURE = {
     "checkpoint_path",
     "pretrained_cfg",
@@ -51,7 +54,8 @@ _NOT_ARCHITECTURE = {
 
 @dataclass(frozen=True)
 class LoadedBackbone:
-    """A frozen network that maps images [B, 3, S, S] to features [B, `width`]; `state` are its tensors at its native resolution.
+    """A frozen network that maps images [B, 3, S, S] to features [B, `width`]; `state` are its
+    tensors at its native resolution.
 
     `spec` has the model's name in timm's registry, whatever it was loaded from.
     `trail` has two hex digits for each of them, in order of name (see `fingerprint_and_trail`).
@@ -68,24 +72,33 @@ class LoadedBackbone:
     std: tuple[float, float, float]
 
     def fresh_model(self) -> nn.Module:
-        """A copy whose modules can be replaced, moved and converted freely; it shares its numbers, so nothing may be written in place."""
-        # Parameters of its own on the same storage: `to` and `double` set a parameter's data, and would take a shared parameter along.
-        shared: dict[int, torch.Tensor] = {id(tensor): nn.Parameter(tensor.detach(), requires_grad=False) for tensor in self.model.parameters()}
+        """A copy whose modules can be replaced, moved and converted freely; it shares its numbers,
+        so nothing may be written in place.
+        """
+        # Parameters of its own on the same storage: `to` and `double` set a parameter's data, and
+        # would take a shared parameter along.
+        shared: dict[int, torch.Tensor] = {
+            id(tensor): nn.Parameter(tensor.detach(), requires_grad=False)
+            for tensor in self.model.parameters()
+        }
         shared |= {id(tensor): tensor for tensor in self.model.buffers()}
         return copy.deepcopy(self.model, memo=shared)
 
 
 def load_backbone(spec: Backbone, task_input: Input) -> LoadedBackbone:
-    """Load `spec` for square inputs of `task_input.size_px`, by default the model's own size; one copy is kept for each configuration and process.
+    """Load `spec` for square inputs of `task_input.size_px`, by default the model's own size; one
+    copy is kept for each configuration and process.
 
     Raises:
-        BackboneError: unknown model or arguments, missing or misfitting checkpoint, or a size the model cannot take.
+        BackboneError: unknown model or arguments, missing or misfitting checkpoint, or a size the
+            model cannot take.
     """
     return _load_cached(spec.model_dump_json(), task_input.model_dump_json())
 
 
 def share(backbone: LoadedBackbone, path: Path) -> None:
-    """Write a backbone's tensors to `path`, as float32 and from wherever they came, for other processes to load as its checkpoint.
+    """Write a backbone's tensors to `path`, as float32 and from wherever they came, for other
+    processes to load as its checkpoint.
 
     Raises:
         StorageError: the disk is full or the folder cannot be written.
@@ -98,13 +111,20 @@ def share(backbone: LoadedBackbone, path: Path) -> None:
     except (OSError, SafetensorError) as error:
         with contextlib.suppress(OSError):
             scratch.unlink()
-        raise StorageError(f"{path}: the backbone cannot be written for workers to share ({error}); free space, or choose another folder") from None
+        raise StorageError(
+            f"{path}: the backbone cannot be written for workers to share ({error}); free space, or"
+            " choose another folder"
+        ) from None
 
 
 class _Uninitialised(TorchFunctionMode):
-    """Leaves tensors as they were allocated where a model would draw random numbers, which takes seconds: all are read from a checkpoint."""
+    """Leaves tensors as they were allocated where a model would draw random numbers, which takes
+    seconds: all are read from a checkpoint.
+    """
 
-    def __torch_function__(self, function: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self, function: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         if getattr(function, "__name__", "").endswith(("uniform_", "normal_", "erfinv_")):
             return args[0] if args else kwargs["tensor"]
         return function(*args, **(kwargs or {}))
@@ -112,7 +132,10 @@ class _Uninitialised(TorchFunctionMode):
 
 @functools.lru_cache(maxsize=4)
 def _load_cached(spec_json: str, input_json: str) -> LoadedBackbone:
-    spec, task_input = resolve_source(Backbone.model_validate_json(spec_json)), Input.model_validate_json(input_json)
+    spec, task_input = (
+        resolve_source(Backbone.model_validate_json(spec_json)),
+        Input.model_validate_json(input_json),
+    )
     model = _build(spec)
     state = model.state_dict()
     digest, trail = fingerprint_and_trail(state)
@@ -139,7 +162,10 @@ def _own_size(spec: Backbone, config: Mapping[str, Any]) -> int:
     size = spec.arguments.get("img_size", list(config["input_size"][1:]))
     height, width = size if isinstance(size, list) else (size, size)
     if height != width:
-        raise BackboneError(f"backbone.arguments: {spec.model} is built for {height} x {width} px; images are squares: give input.size_px")
+        raise BackboneError(
+            f"backbone.arguments: {spec.model} is built for {height} x {width} px; images are"
+            " squares: give input.size_px"
+        )
     return int(height)
 
 
@@ -162,26 +188,48 @@ def _create(spec: Backbone) -> nn.Module:
     refused = sorted(spec.arguments.keys() & _NOT_ARCHITECTURE)
     if refused:
         raise BackboneError(
-            f"backbone.arguments: {', '.join(refused)} cannot be set here: weights are backbone.weights, images have 3 channels; leave it out"
+            f"backbone.arguments: {', '.join(refused)} cannot be set here: weights are"
+            " backbone.weights, images have 3 channels; leave it out"
         )
     if not timm.is_model(spec.model):
-        near = difflib.get_close_matches(spec.model.split(".")[0], timm.list_models(), n=3, cutoff=0.5)
+        near = difflib.get_close_matches(
+            spec.model.split(".")[0], timm.list_models(), n=3, cutoff=0.5
+        )
         hint = f"did you mean {', '.join(near)}?" if near else "timm.list_models() lists them"
-        raise BackboneError(f"backbone.model: given {spec.model!r}, which timm {timm.__version__} does not know; {hint}")
+        raise BackboneError(
+            f"backbone.model: given {spec.model!r}, which timm {timm.__version__} does not know;"
+            f" {hint}"
+        )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(RANDOM_WEIGHTS_SEED)
         try:
-            return timm.create_model(spec.model, pretrained=spec.weights != "random", num_classes=0, **spec.arguments)
+            return timm.create_model(
+                spec.model, pretrained=spec.weights != "random", num_classes=0, **spec.arguments
+            )
         except Exception as error:
             if "pretrained tag" in str(error):
-                raise BackboneError(f"backbone.model: given {spec.model!r}: {error}; timm.list_pretrained() lists the tags") from None
+                raise BackboneError(
+                    f"backbone.model: given {spec.model!r}: {error}; timm.list_pretrained() lists"
+                    " the tags"
+                ) from None
             if "No pretrained weights" in str(error):
-                raise BackboneError(f"backbone.weights: timm has none for {spec.model}; give the path of a safetensors checkpoint") from None
-            if spec.weights != "pretrained" or isinstance(error, TypeError | AssertionError | ValueError) or "state_dict" in str(error):
-                raise BackboneError(f"backbone.arguments: {json.dumps(spec.arguments)} do not fit {spec.model}: {error}") from None
+                raise BackboneError(
+                    f"backbone.weights: timm has none for {spec.model}; give the path of a"
+                    " safetensors checkpoint"
+                ) from None
+            if (
+                spec.weights != "pretrained"
+                or isinstance(error, TypeError | AssertionError | ValueError)
+                or "state_dict" in str(error)
+            ):
+                raise BackboneError(
+                    f"backbone.arguments: {json.dumps(spec.arguments)} do not fit {spec.model}:"
+                    f" {error}"
+                ) from None
             raise BackboneError(
-                f"backbone.weights: 'pretrained' weights of {spec.model} could not be fetched ({type(error).__name__}: {str(error)[:200]}); "
-                "check the connection, or download a safetensors checkpoint and give its path as `weights`"
+                f"backbone.weights: 'pretrained' weights of {spec.model} could not be fetched"
+                f" ({type(error).__name__}: {str(error)[:200]}); check the connection, or download"
+                " a safetensors checkpoint and give its path as `weights`"
             ) from None
 
 
@@ -191,8 +239,9 @@ def _refuse_tied(model: nn.Module, name: str) -> None:
     for path, tensor in model.state_dict(keep_vars=True).items():
         if (other := first.setdefault(id(tensor), path)) != path:
             raise BackboneError(
-                f"backbone.model: given {name}, which uses one tensor under several names ({other}, {path}); "
-                "expected a name per tensor, because tasks change tensors by name; choose another model"
+                f"backbone.model: given {name}, which uses one tensor under several names ({other},"
+                f" {path}); expected a name per tensor, because tasks change tensors by name;"
+                " choose another model"
             )
 
 
@@ -201,11 +250,16 @@ def _set_input_size(model: nn.Module, name: str, size_px: int) -> None:
     try:
         if set_input_size is not None:
             set_input_size(img_size=(size_px, size_px))
-        with torch.no_grad():  # some networks keep tensors from pass to pass, which training could not use if made in inference mode
+        # Some networks keep tensors between passes; training cannot use those of inference mode.
+        with torch.no_grad():
             features = model(torch.zeros(1, 3, size_px, size_px))
     except (AssertionError, ValueError, RuntimeError) as error:
-        raise BackboneError(f"input.size_px: given {size_px}, which {name} cannot take ({error}); choose a multiple of its patch size") from None
+        raise BackboneError(
+            f"input.size_px: given {size_px}, which {name} cannot take ({error}); choose a multiple"
+            " of its patch size"
+        ) from None
     if features.ndim != 2:
         raise BackboneError(
-            f"backbone.arguments: {name} gives features of shape {list(features.shape)}; expected one pooled vector; leave global_pool at its default"
+            f"backbone.arguments: {name} gives features of shape {list(features.shape)}; expected"
+            " one pooled vector; leave global_pool at its default"
         )

@@ -1,8 +1,10 @@
 """Reading a local checkpoint the way timm reads its own.
 
-Every architecture of timm brings a filter that rewrites a checkpoint for the model at hand: it resamples position embeddings, window tables
-and patch kernels of another size, and renames the tensors of the original layouts (SAM, DINO, Swin, CLIP, ...). timm keeps the filter to
-itself, so it is caught on its way to timm's loader, while the model is built. Only safetensors files are read: they hold numbers, no code.
+Every architecture of timm brings a filter that rewrites a checkpoint for the model at hand: it
+resamples position embeddings, window tables and patch kernels of another size, and renames the
+tensors of the original layouts (SAM, DINO, Swin, CLIP, ...). timm keeps the filter to itself, so it
+is caught on its way to timm's loader, while the model is built. Only safetensors files are read:
+they hold numbers, no code.
 """
 
 from __future__ import annotations
@@ -26,23 +28,29 @@ State = dict[str, torch.Tensor]
 Filter = Callable[..., Mapping[str, torch.Tensor]]
 
 _COUNTER = "num_batches_tracked"
-"""BatchNorm's count of training batches, which inference never reads and many checkpoints leave out."""
+"""BatchNorm's count of training batches, which inference never reads and many checkpoints leave
+out.
+"""
 
 _KINDS = {
-    b"version https://git-lfs": "a Git LFS pointer, not the file itself; run `git lfs pull` where it lies",
+    b"version https://git-lfs": (
+        "a Git LFS pointer, not the file itself; run `git lfs pull` where it lies"
+    ),
     b"PK\x03\x04": "a PyTorch or NumPy archive, which may run code when it is read",
     b"\x80": "a Python pickle, which may run code when it is read",
     b"<": "a web page; download the file itself",
 }
 _CONVERT = (
-    '; convert it once, where you trust it: python -c "import torch; from safetensors.torch import save_file; '
-    "save_file(torch.load('{name}', weights_only=True), '{stem}.safetensors')\""
+    '; convert it once, where you trust it: python -c "import torch; from safetensors.torch import'
+    " save_file; save_file(torch.load('{name}', weights_only=True), '{stem}.safetensors')\""
 )
 
 
 @contextlib.contextmanager
 def weights_held_back() -> Iterator[list[Filter]]:
-    """Within this context, timm builds a pretrained model without its weights; yields a list that receives the model's checkpoint filter."""
+    """Within this context, timm builds a pretrained model without its weights; yields a list that
+    receives the model's checkpoint filter.
+    """
     filters: list[Filter] = []
     caller, load_pretrained = threading.get_ident(), _builder.load_pretrained
 
@@ -60,10 +68,12 @@ def weights_held_back() -> Iterator[list[Filter]]:
 
 
 def read_checkpoint(model: nn.Module, path: Path, checkpoint_filter: Filter | None) -> None:
-    """Set every tensor of `model` from the file, through timm's filter where names or shapes differ from the model's.
+    """Set every tensor of `model` from the file, through timm's filter where names or shapes differ
+    from the model's.
 
     Raises:
-        BackboneError: no such file, another format, or tensors that are missing, unknown or misshapen after the filter.
+        BackboneError: no such file, another format, or tensors that are missing, unknown or
+            misshapen after the filter.
     """
     expected = model.state_dict()
     given = _without_classifier(clean_state_dict(_read_tensors(path)), model)
@@ -72,15 +82,24 @@ def read_checkpoint(model: nn.Module, path: Path, checkpoint_filter: Filter | No
         given = _without_classifier(_filtered(given, model, checkpoint_filter, path), model)
         faults = _misfits(expected, given)
     if faults:
-        raise BackboneError(f"backbone.weights: {path} does not fit {type(model).__name__} as configured: {'; '.join(faults)}")
+        raise BackboneError(
+            f"backbone.weights: {path} does not fit {type(model).__name__} as configured:"
+            f" {'; '.join(faults)}"
+        )
     counters = {name: tensor for name, tensor in expected.items() if name.endswith(_COUNTER)}
-    state = {**counters, **{name: tensor.to(expected[name].dtype) for name, tensor in given.items()}}
+    state = {
+        **counters,
+        **{name: tensor.to(expected[name].dtype) for name, tensor in given.items()},
+    }
     model.load_state_dict(state, assign=True)
 
 
 def _read_tensors(path: Path) -> State:
     if not path.is_file():
-        raise BackboneError(f"backbone.weights: given {str(path)!r}, no such file; give a safetensors checkpoint, 'pretrained' or 'random'")
+        raise BackboneError(
+            f"backbone.weights: given {str(path)!r}, no such file; give a safetensors checkpoint,"
+            " 'pretrained' or 'random'"
+        )
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:
@@ -92,7 +111,9 @@ def _what_it_is(path: Path, error: Exception) -> str:
         start = file.read(64).lstrip()
         for magic, kind in _KINDS.items():
             if start.startswith(magic):
-                way_out = _CONVERT.format(name=path.name, stem=path.stem) if "run code" in kind else ""
+                way_out = (
+                    _CONVERT.format(name=path.name, stem=path.stem) if "run code" in kind else ""
+                )
                 return f"is {kind}{way_out}"
     return f"is not a readable safetensors file ({error}); download it again"
 
@@ -102,32 +123,54 @@ def _filtered(given: State, model: nn.Module, checkpoint_filter: Filter, path: P
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of timm's own code
             return dict(checkpoint_filter(dict(given), model))
-    except (AttributeError, KeyError, IndexError, TypeError, ValueError, AssertionError, RuntimeError) as error:
+    except (
+        AttributeError,
+        KeyError,
+        IndexError,
+        TypeError,
+        ValueError,
+        AssertionError,
+        RuntimeError,
+    ) as error:
         what = str(error).splitlines()[0] if str(error) else type(error).__name__
         faults = "; ".join(_misfits(model.state_dict(), given))
         raise BackboneError(
-            f"backbone.weights: {path} does not fit {type(model).__name__} as configured: {faults}; timm cannot convert it ({what})"
+            f"backbone.weights: {path} does not fit {type(model).__name__} as configured: {faults};"
+            f" timm cannot convert it ({what})"
         ) from None
 
 
 def _without_classifier(state: Mapping[str, torch.Tensor], model: nn.Module) -> State:
-    """The state without the classifier, and without what surrounds it (LeViT's BatchNorm, say) where the model has nothing there."""
+    """The state without the classifier, and without what surrounds it (LeViT's BatchNorm, say)
+    where the model has nothing there.
+    """
     config: Any = model.pretrained_cfg
     classifier = config.get("classifier") or ()
     expected, prefixes = model.state_dict(), []
     for name in (classifier,) if isinstance(classifier, str) else classifier:
         parent = f"{name.rpartition('.')[0]}."
-        prefixes.append(f"{name}." if parent == "." or any(path.startswith(parent) for path in expected) else parent)
+        prefixes.append(
+            f"{name}."
+            if parent == "." or any(path.startswith(parent) for path in expected)
+            else parent
+        )
     return {name: tensor for name, tensor in state.items() if not name.startswith(tuple(prefixes))}
 
 
 def _misfits(expected: State, given: State) -> list[str]:
     missing = sorted(name for name in expected.keys() - given.keys() if not name.endswith(_COUNTER))
     surplus = sorted(given.keys() - expected.keys())
-    reshaped = [name for name in sorted(expected.keys() & given.keys()) if expected[name].shape != given[name].shape]
+    reshaped = [
+        name
+        for name in sorted(expected.keys() & given.keys())
+        if expected[name].shape != given[name].shape
+    ]
     faults = [
         f"{len(names)} {kind} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
         for kind, names in (("missing", missing), ("unknown", surplus))
         if names
     ]
-    return faults + [f"{name} is {tuple(given[name].shape)}, expected {tuple(expected[name].shape)}" for name in reshaped[:3]]
+    return faults + [
+        f"{name} is {tuple(given[name].shape)}, expected {tuple(expected[name].shape)}"
+        for name in reshaped[:3]
+    ]

@@ -1,6 +1,8 @@
-"""Progress of a running command: on a terminal, a line per task that changes in place; otherwise, such as in a log file, plain lines.
+"""Progress of a running command: on a terminal, a line per task that changes in place; otherwise,
+such as in a log file, plain lines.
 
-Plain lines are written as soon as something has ended, whole, and without control codes: one per stage, trial and fit.
+Plain lines are written as soon as something has ended, whole, and without control codes: one per
+stage, trial and fit.
 """
 
 from __future__ import annotations
@@ -18,25 +20,46 @@ _PLAN_LINE_SECONDS = 15
 
 
 class BatchProgress(logging.Handler):
-    """A context manager whose `update` is a batch's `on_progress`. Without a terminal, it prints the log as well."""
+    """A context manager whose `update` is a batch's `on_progress`. Without a terminal, it prints
+    the log as well.
+    """
 
     def __init__(self, console: Console, tasks: list[str]) -> None:
         super().__init__()
-        self._console, self._started, self._stages = console, time.monotonic(), dict.fromkeys(tasks, "")
+        self._console, self._started, self._stages = (
+            console,
+            time.monotonic(),
+            dict.fromkeys(tasks, ""),
+        )
         self._live: Progress | None = None
         if console.file.isatty():  # `is_terminal` believes FORCE_COLOR, which CI systems set
-            columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TextColumn("{task.fields[stage]:8}"), BarColumn(24))
-            self._live = Progress(*columns, TimeElapsedColumn(), TextColumn("{task.fields[remark]}", markup=False), console=console)
+            columns = (
+                SpinnerColumn(),
+                TextColumn("{task.description}", markup=False),
+                TextColumn("{task.fields[stage]:8}"),
+                BarColumn(24),
+            )
+            self._live = Progress(
+                *columns,
+                TimeElapsedColumn(),
+                TextColumn("{task.fields[remark]}", markup=False),
+                console=console,
+            )
             width = max(map(len, tasks), default=0)
             self._lines: dict[str, TaskID] = {
-                name: self._live.add_task(name.ljust(width), start=False, total=1.0, stage="waiting", remark="") for name in tasks
+                name: self._live.add_task(
+                    name.ljust(width), start=False, total=1.0, stage="waiting", remark=""
+                )
+                for name in tasks
             }
 
     def update(self, task: str, stage: Stage, share: float, remark: str) -> None:
         """Show the progress of a task."""
         if self._live is not None:
             self._show(task, stage, share, remark)
-        elif self._stages[task] != stage or (stage in ("prepare", "register") and remark):  # their remarks are for the user
+        elif self._stages[task] != stage or (
+            stage in ("prepare", "register") and remark
+        ):  # their remarks are for the user
             self._print(f"{task}: {stage}{' - ' + remark if remark else ''}")
         self._stages[task] = stage
 
@@ -53,9 +76,15 @@ class BatchProgress(logging.Handler):
         line = self._lines[task]
         if not self._stages[task]:
             self._live.start_task(line)
-        if stage == "prepare" and remark:  # it is longer than the line, and the next stage would overwrite it
-            self._live.console.print(f"{task}: {remark}", markup=False, highlight=False, emoji=False, soft_wrap=True)
-        self._live.update(line, completed=share, stage=stage, remark=remark.splitlines()[0][:60] if remark else "")
+        if (
+            stage == "prepare" and remark
+        ):  # it is longer than the line, and the next stage would overwrite it
+            self._live.console.print(
+                f"{task}: {remark}", markup=False, highlight=False, emoji=False, soft_wrap=True
+            )
+        self._live.update(
+            line, completed=share, stage=stage, remark=remark.splitlines()[0][:60] if remark else ""
+        )
         if stage in ("done", "failed"):
             self._live.stop_task(line)
 
@@ -67,19 +96,35 @@ class BatchProgress(logging.Handler):
             LOG.setLevel(logging.INFO)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         if self._live is not None:
             self._live.stop()
         LOG.removeHandler(self)
 
 
 class PlanProgress:
-    """A context manager whose `step` a plan reports to. Without a terminal, it prints counts every 15 seconds."""
+    """A context manager whose `step` a plan reports to. Without a terminal, it prints counts every
+    15 seconds.
+    """
 
     def __init__(self, console: Console) -> None:
         self._console, self._step, self._began, self._shown = console, "", 0.0, 0.0
-        columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(24), TextColumn("{task.fields[left]}", markup=False))
-        self._live = Progress(*columns, TimeElapsedColumn(), console=console, transient=True) if console.file.isatty() else None
+        columns = (
+            SpinnerColumn(),
+            TextColumn("{task.description}", markup=False),
+            BarColumn(24),
+            TextColumn("{task.fields[left]}", markup=False),
+        )
+        self._live = (
+            Progress(*columns, TimeElapsedColumn(), console=console, transient=True)
+            if console.file.isatty()
+            else None
+        )
         self._line: TaskID | None = None
 
     def step(self, name: str, done: int, total: int) -> None:
@@ -95,7 +140,9 @@ class PlanProgress:
         elif total and (done < 2 or now - self._shown >= _PLAN_LINE_SECONDS):
             self._shown = now
             counted = f"{done} of {total} batches, {left}" if done else f"{total} batches"
-            self._console.print(f"{name}: {counted}", markup=False, highlight=False, emoji=False, soft_wrap=True)
+            self._console.print(
+                f"{name}: {counted}", markup=False, highlight=False, emoji=False, soft_wrap=True
+            )
 
     def _show(self, name: str, done: int, total: int, left: str, is_new: bool) -> None:
         assert self._live is not None
@@ -111,6 +158,11 @@ class PlanProgress:
             self._live.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         if self._live is not None:
             self._live.stop()

@@ -32,17 +32,32 @@ def summary(state: BatchState, *, is_running: bool, age_seconds: float | None = 
     """How many tasks are in which state, and the time remaining.
 
     Args:
-        age_seconds: age of the state, if it was written on this machine; tells whether its driver is alive.
+        age_seconds: age of the state, if it was written on this machine; tells whether its driver
+            is alive.
     """
     stages = state.stages
     at_work = sum(count for stage, count in stages.items() if stage not in (WAITING, *ENDED))
-    counts = {"done": stages.get("done", 0), "failed": stages.get("failed", 0), "at work": at_work, "waiting": stages.get(WAITING, 0)}
+    counts = {
+        "done": stages.get("done", 0),
+        "failed": stages.get("failed", 0),
+        "at work": at_work,
+        "waiting": stages.get(WAITING, 0),
+    }
     said = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
-    text = f"{state.batch}: {len(state.tasks)} {'task' if len(state.tasks) == 1 else 'tasks'}, {said}"
+    text = (
+        f"{state.batch}: {len(state.tasks)} {'task' if len(state.tasks) == 1 else 'tasks'}, {said}"
+    )
     if not is_running:
-        return f"{text}; the run is over" if at_work + counts["waiting"] == 0 else f"{text}; the run ended early; run the same command to continue"
+        return (
+            f"{text}; the run is over"
+            if at_work + counts["waiting"] == 0
+            else f"{text}; the run ended early; run the same command to continue"
+        )
     if age_seconds is not None and age_seconds > SILENCE_SECONDS:
-        return f"{text}; last update {duration(age_seconds)} ago: the run was killed, or its machine stopped; run the same command to continue"
+        return (
+            f"{text}; last update {duration(age_seconds)} ago: the run was killed, or its machine"
+            " stopped; run the same command to continue"
+        )
     return f"{text}; about {left} left" if (left := duration(state.seconds_left)) else text
 
 

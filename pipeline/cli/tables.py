@@ -32,10 +32,20 @@ def percent_with_error(metrics: dict[str, float]) -> str:
 
 def table(*columns: str, title: str | None = None, numbers_from: int = 1) -> Table:
     """An empty table whose columns from `numbers_from` on are right-aligned."""
-    built = Table(title=title, title_justify="left", title_style="bold", header_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    built = Table(
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        header_style="bold",
+        box=None,
+        pad_edge=False,
+        padding=(0, 2, 0, 0),
+    )
     for index, column in enumerate(columns):
         is_number = index >= numbers_from
-        built.add_column(column, justify="right" if is_number else "left", overflow="fold", no_wrap=is_number)
+        built.add_column(
+            column, justify="right" if is_number else "left", overflow="fold", no_wrap=is_number
+        )
     return built
 
 
@@ -43,7 +53,11 @@ def about_table(task: Task) -> Table:
     """Source of a task's data and published accuracies on it; without a header row."""
     built = table("", "", title=task.description or task.name, numbers_from=9)
     built.show_header = False
-    for label, text in (("source", task.about.source), ("licence", task.about.licence), ("paper", task.about.paper)):
+    for label, text in (
+        ("source", task.about.source),
+        ("licence", task.about.licence),
+        ("paper", task.about.paper),
+    ):
         if text:
             built.add_row(label, text)
     for method, percent in task.about.published_percent.items():
@@ -53,7 +67,18 @@ def about_table(task: Task) -> Table:
 
 def champions_table(outcomes: Sequence[TaskOutcome]) -> Table:
     """One row per registered task: metric, size, and cost of the search."""
-    built = table("task", "metric", "test %", "val %", "pack", "trained", "trials", "search s", title="Champions", numbers_from=2)
+    built = table(
+        "task",
+        "metric",
+        "test %",
+        "val %",
+        "pack",
+        "trained",
+        "trials",
+        "search s",
+        title="Champions",
+        numbers_from=2,
+    )
     for outcome in outcomes:
         if outcome.registered is None:
             continue
@@ -76,15 +101,32 @@ def attempts_table(attempts: Sequence[Attempt]) -> Table:
     """One row per attempt of a batch on a cluster; times in this machine's time zone."""
     built = table("batch", "state", "attempt", "tasks", "started", "minutes", numbers_from=2)
     for attempt in attempts:
-        started = datetime.fromtimestamp(attempt.started).strftime("%Y-%m-%d %H:%M") if attempt.started else "-"
-        minutes = f"{(attempt.ended - attempt.started) / 60:.1f}" if attempt.started and attempt.ended else "-"
-        built.add_row(attempt.batch, attempt.state.lower(), str(attempt.attempt), str(attempt.tasks), started, minutes)
+        started = (
+            datetime.fromtimestamp(attempt.started).strftime("%Y-%m-%d %H:%M")
+            if attempt.started
+            else "-"
+        )
+        minutes = (
+            f"{(attempt.ended - attempt.started) / 60:.1f}"
+            if attempt.started and attempt.ended
+            else "-"
+        )
+        built.add_row(
+            attempt.batch,
+            attempt.state.lower(),
+            str(attempt.attempt),
+            str(attempt.tasks),
+            started,
+            minutes,
+        )
     return built
 
 
 def packs_table(packs: Sequence[RegisteredPack]) -> Table:
     """One row per registered pack."""
-    built = table("pack", "alias", "metric", "test %", "bytes", "trained", "registered", numbers_from=3)
+    built = table(
+        "pack", "alias", "metric", "test %", "bytes", "trained", "registered", numbers_from=3
+    )
     for pack in packs:
         built.add_row(
             f"{pack.name}/{pack.version}",
@@ -116,25 +158,51 @@ def plan_table(tensors: Sequence[PlannedTensor], *, by_module: bool) -> Table:
     if by_module:
         built = table("part", "module", "shape", "bits", "values", numbers_from=2)
         for tensor in tensors:
-            built.add_row(tensor.part, tensor.name, " x ".join(map(str, tensor.shape)), str(tensor.bits), f"{tensor.values:,}")
+            built.add_row(
+                tensor.part,
+                tensor.name,
+                " x ".join(map(str, tensor.shape)),
+                str(tensor.bits),
+                f"{tensor.values:,}",
+            )
         return built
     built = table("part", "bits", "modules", "values", title="What the recipe trains")
     for part, bits in dict.fromkeys((tensor.part, tensor.bits) for tensor in tensors):
         group = [tensor for tensor in tensors if (tensor.part, tensor.bits) == (part, bits)]
-        built.add_row(part, str(bits), str(len(group)), f"{sum(tensor.values for tensor in group):,}")
-    built.add_row("all", "", str(len(tensors)), f"{sum(tensor.values for tensor in tensors):,}", style="bold")
+        built.add_row(
+            part, str(bits), str(len(group)), f"{sum(tensor.values for tensor in group):,}"
+        )
+    built.add_row(
+        "all", "", str(len(tensors)), f"{sum(tensor.values for tensor in tensors):,}", style="bold"
+    )
     return built
 
 
 def space_table(rows: Sequence[dict[str, Any]], max_bytes: int) -> Table:
     """The configurations of a search space with their exact sizes, or bounds of them."""
     names = list(rows[0]["point"]) if rows else []
-    sizes = {"size_bytes": "bytes"} if not rows or "size_bytes" in rows[0] else {"at_least_bytes": "at least", "at_most_bytes": "at most"}
-    built = table(*names, *sizes.values(), "budget", title=f"Search space, budget {max_bytes:,} bytes", numbers_from=0)
+    sizes = (
+        {"size_bytes": "bytes"}
+        if not rows or "size_bytes" in rows[0]
+        else {"at_least_bytes": "at least", "at_most_bytes": "at most"}
+    )
+    built = table(
+        *names,
+        *sizes.values(),
+        "budget",
+        title=f"Search space, budget {max_bytes:,} bytes",
+        numbers_from=0,
+    )
     for row in rows:
         bounds = [row[size] for size in sizes]
-        verdict = "over" if bounds[0] > max_bytes else "fits" if bounds[-1] <= max_bytes else "may fit"
-        cells = [*(str(row["point"][name]) for name in names), *(f"{size:,}" for size in bounds), verdict]
+        verdict = (
+            "over" if bounds[0] > max_bytes else "fits" if bounds[-1] <= max_bytes else "may fit"
+        )
+        cells = [
+            *(str(row["point"][name]) for name in names),
+            *(f"{size:,}" for size in bounds),
+            verdict,
+        ]
         built.add_row(*cells, style="dim" if verdict == "over" else "")
     return built
 
@@ -142,22 +210,38 @@ def space_table(rows: Sequence[dict[str, Any]], max_bytes: int) -> Table:
 def trials_table(rows: Sequence[dict[str, Any]], champion: str | None) -> Table:
     """One row per trial, sorted by size."""
     names = list(dict.fromkeys(name for row in rows for name in row["point"]))
-    built = table(*names, "bytes", "val %", "epochs", "seconds", "state", title="Trials", numbers_from=0)
+    built = table(
+        *names, "bytes", "val %", "epochs", "seconds", "state", title="Trials", numbers_from=0
+    )
     for row in sorted(rows, key=lambda row: (row["size_bytes"], row["id"])):
-        metric = row["val_metric"] if row["val_metric"] is not None else (row["curve"][-1] if row["curve"] else None)
+        metric = (
+            row["val_metric"]
+            if row["val_metric"] is not None
+            else (row["curve"][-1] if row["curve"] else None)
+        )
         values = [str(row["point"].get(name, "")) for name in names]
         shown = "" if metric is None else f"{100 * metric:.1f}"
         state = "champion" if row["id"] == champion else row["state"]
         seconds = f"{row['seconds']:.0f}" if row["epochs"] else ""
         built.add_row(
-            *values, f"{row['size_bytes']:,}", shown, str(row["epochs"] or ""), seconds, state, style="bold" if row["id"] == champion else ""
+            *values,
+            f"{row['size_bytes']:,}",
+            shown,
+            str(row["epochs"] or ""),
+            seconds,
+            state,
+            style="bold" if row["id"] == champion else "",
         )
     return built
 
 
 def predictions_table(rows: Sequence[dict[str, Any]]) -> Table:
-    """One row per image; of a multi-label pack the labels that it predicts, each with its probability."""
-    built = table("image", *(["labels"] if "labels" in rows[0] else ["label", "probability"]), numbers_from=2)
+    """One row per image; of a multi-label pack the labels that it predicts, each with its
+    probability.
+    """
+    built = table(
+        "image", *(["labels"] if "labels" in rows[0] else ["label", "probability"]), numbers_from=2
+    )
     for row in rows:
         if "labels" in row:
             shown = [f"{label} {row['probabilities'][label]:.3f}" for label in row["labels"]]

@@ -20,7 +20,11 @@ class Node:
 
     def places(self, cpus: float, gpus: float) -> int:
         """How many workers with this many CPUs and GPUs it can hold."""
-        rooms = [int(has / asked + 1e-6) for has, asked in ((self.cpus, cpus), (self.gpus, gpus)) if asked]
+        rooms = [
+            int(has / asked + 1e-6)
+            for has, asked in ((self.cpus, cpus), (self.gpus, gpus))
+            if asked
+        ]
         return min(rooms, default=0)
 
 
@@ -43,14 +47,20 @@ def places(cpus: float, gpus: float) -> int:
 
 
 def check_holds_group(workers: int, cpus: float, gpus: float) -> None:
-    """Raise ClusterError if the cluster cannot hold `workers` at once, unless it autoscales: Ray would wait for an hour."""
+    """Raise ClusterError if the cluster cannot hold `workers` at once, unless it autoscales: Ray
+    would wait for an hour.
+    """
     held = places(cpus, gpus)
     if workers > held and not _scales_itself():
-        raise ClusterError(f"--selection-workers: given {workers}, the cluster has room for {held}, each with a CPU{' and a GPU' if gpus else ''}")
+        raise ClusterError(
+            f"--selection-workers: given {workers}, the cluster has room for {held}, each with a"
+            f" CPU{' and a GPU' if gpus else ''}"
+        )
 
 
 def wait_for_room(ranks: int, cpus: float, gpus: float, is_stopping: Callable[[], bool]) -> None:
-    """Wait until the cluster has nodes for `ranks` workers of `cpus` and `gpus` at once; an autoscaling cluster starts them.
+    """Wait until the cluster has nodes for `ranks` workers of `cpus` and `gpus` at once; an
+    autoscaling cluster starts them.
 
     The request for nodes ends with this process.
 
@@ -71,7 +81,8 @@ def wait_for_room(ranks: int, cpus: float, gpus: float, is_stopping: Callable[[]
     if ranks == 1:
         raise ClusterError(f"{asked}, which no node has ({had}){waited}; lower {options}")
     raise ClusterError(
-        f"{asked} for each of {ranks} ranks, and the nodes ({had}) have room for {places(cpus, gpus)}{waited}; lower --ranks-per-trial, {options}"
+        f"{asked} for each of {ranks} ranks, and the nodes ({had}) have room for"
+        f" {places(cpus, gpus)}{waited}; lower --ranks-per-trial, {options}"
     )
 
 
@@ -84,7 +95,9 @@ def _nodes_came(ranks: int, cpus: float, gpus: float, is_stopping: Callable[[], 
 
 
 def _scales_itself() -> bool:
-    """Whether the cluster was started with Ray's autoscaler (its second version), as KubeRay and `ray up` start it."""
+    """Whether the cluster was started with Ray's autoscaler (its second version), as KubeRay and
+    `ray up` start it.
+    """
     from ray.autoscaler.v2.utils import is_autoscaler_v2
 
     return is_autoscaler_v2(fetch_from_server=True)

@@ -1,9 +1,10 @@
-"""A trial or a fit as one or several processes: their resources, and how the further ones are started, joined and ended.
+"""A trial or a fit as one or several processes: their resources, and how the further ones are
+started, joined and ended.
 
 The resources of a group are one Ray placement group, allocated at once or not at all. The process
 that Ray started is the first rank; it starts the others in the placement group, and they train
-together (see `Ranks`). If any of them dies, the first raises `RanksLost`, and the whole group starts
-again.
+together (see `Ranks`). If any of them dies, the first raises `RanksLost`, and the whole group
+starts again.
 """
 
 from __future__ import annotations
@@ -22,19 +23,25 @@ _LOOK_SECONDS = 0.2
 _START_SECONDS = 300
 """Seconds for the other ranks to start; their resources are allocated already."""
 _SILENCE_SECONDS = 600
-"""Seconds of silence after which a rank counts as lost. A dead process is noticed at once; this is for a machine that vanished."""
+"""Seconds of silence after which a rank counts as lost. A dead process is noticed at once; this is
+for a machine that vanished.
+"""
 _END_SECONDS = 15
 
 Outcome = TypeVar("Outcome")
 
 WORKER_RETRIES = 5
-"""How often a trial or a fit is retried when its worker dies: a long one on preemptible machines may be preempted more than once."""
+"""How often a trial or a fit is retried when its worker dies: a long one on preemptible machines
+may be preempted more than once.
+"""
 WORKER_DIED = f"its worker died more than {WORKER_RETRIES} times"
 
 
 @dataclass(frozen=True)
 class TrialResources:
-    """The resources of each trial: its number of processes, and CPUs and GPUs of each. `gpus` may be a fraction for a single process."""
+    """The resources of each trial: its number of processes, and CPUs and GPUs of each. `gpus` may
+    be a fraction for a single process.
+    """
 
     cpus: float = 1
     gpus: float = 0
@@ -46,7 +53,8 @@ class TrialResources:
         return max(1, int(self.cpus))
 
     def device(self) -> str:
-        """The device of a process. (Ray shows every GPU of a node to a process that requested none.)
+        """The device of a process. (Ray shows every GPU of a node to a process that requested
+        none.)
 
         Raises:
             ClusterError: It was given a GPU that torch cannot use.
@@ -56,10 +64,14 @@ class TrialResources:
         return reserved_gpu() if self.gpus else "cpu"
 
 
-def in_group(work: Callable[..., Outcome], arguments: Sequence[Any], resources: TrialResources) -> Outcome | TaskpackError:
-    """Run `work(*arguments, resources, ranks)` on every rank of a trial and return the result of this one, the first.
+def in_group(
+    work: Callable[..., Outcome], arguments: Sequence[Any], resources: TrialResources
+) -> Outcome | TaskpackError:
+    """Run `work(*arguments, resources, ranks)` on every rank of a trial and return the result of
+    this one, the first.
 
-    An exception is returned as a named error, because a retry would not help while all workers are alive.
+    An exception is returned as a named error, because a retry would not help while all workers are
+    alive.
 
     Raises:
         RanksLost: Another rank died.
@@ -74,8 +86,11 @@ def in_group(work: Callable[..., Outcome], arguments: Sequence[Any], resources: 
 
 
 @contextlib.contextmanager
-def group(follow: Callable[..., Any], arguments: Sequence[Any], resources: TrialResources) -> Iterator[Ranks]:
-    """A context with the ranks of a trial, of which this process is the first; the others run `follow(*arguments, resources, ranks)`.
+def group(
+    follow: Callable[..., Any], arguments: Sequence[Any], resources: TrialResources
+) -> Iterator[Ranks]:
+    """A context with the ranks of a trial, of which this process is the first; the others run
+    `follow(*arguments, resources, ranks)`.
 
     Raises:
         TaskpackError: Another rank failed with this error.
@@ -108,21 +123,39 @@ def _set_threads(resources: TrialResources) -> None:
     torch.set_num_threads(resources.threads)
 
 
-def _start_others(follow: Callable[..., Any], arguments: Sequence[Any], resources: TrialResources, meeting: tuple[str, int]) -> list[Any]:
+def _start_others(
+    follow: Callable[..., Any],
+    arguments: Sequence[Any],
+    resources: TrialResources,
+    meeting: tuple[str, int],
+) -> list[Any]:
     import ray
     from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
     places = ray.util.get_current_placement_group()
     remote = ray.remote(num_cpus=resources.cpus, num_gpus=resources.gpus, max_retries=0)(_other)
-    strategies = [PlacementGroupSchedulingStrategy(places, placement_group_bundle_index=rank) for rank in range(1, resources.ranks)]
+    strategies = [
+        PlacementGroupSchedulingStrategy(places, placement_group_bundle_index=rank)
+        for rank in range(1, resources.ranks)
+    ]
     return [
-        remote.options(scheduling_strategy=strategy).remote(follow, arguments, resources, rank, meeting)
+        remote.options(scheduling_strategy=strategy).remote(
+            follow, arguments, resources, rank, meeting
+        )
         for rank, strategy in enumerate(strategies, start=1)
     ]
 
 
-def _other(follow: Callable[..., Any], arguments: Sequence[Any], resources: TrialResources, rank: int, meeting: tuple[str, int]) -> Any:
-    """Run a rank that is not the first. Its own error is returned rather than raised, so that Ray does not wrap it."""
+def _other(
+    follow: Callable[..., Any],
+    arguments: Sequence[Any],
+    resources: TrialResources,
+    rank: int,
+    meeting: tuple[str, int],
+) -> Any:
+    """Run a rank that is not the first. Its own error is returned rather than raised, so that Ray
+    does not wrap it.
+    """
     import torch.distributed as dist
 
     _set_threads(resources)
@@ -144,7 +177,9 @@ def _started(rank: int) -> str:
 
 
 def _await_start(store: Any, others: Sequence[Any], world: int) -> None:
-    """Wait until all others have started. Raises RanksLost if one ends before, or if they take too long."""
+    """Wait until all others have started. Raises RanksLost if one ends before, or if they take too
+    long.
+    """
     import ray
 
     deadline = time.monotonic() + _START_SECONDS
@@ -162,7 +197,9 @@ def _join(store: Any, ranks: Ranks) -> Ranks:
 
     timeout = datetime.timedelta(seconds=_SILENCE_SECONDS)
     with answered():
-        dist.init_process_group("gloo", store=store, rank=ranks.rank, world_size=ranks.world, timeout=timeout)
+        dist.init_process_group(
+            "gloo", store=store, rank=ranks.rank, world_size=ranks.world, timeout=timeout
+        )
     return ranks
 
 
@@ -175,7 +212,9 @@ def _leave() -> None:
 
 
 def _cause_of_loss(others: Sequence[Any]) -> Exception | None:
-    """Why ranks no longer answer: the named error of one of them, or RanksLost. None if all of them are running."""
+    """Why ranks no longer answer: the named error of one of them, or RanksLost. None if all of them
+    are running.
+    """
     import ray
 
     ended, _ = ray.wait(list(others), num_returns=len(others), timeout=_END_SECONDS)
@@ -184,7 +223,9 @@ def _cause_of_loss(others: Sequence[Any]) -> Exception | None:
         try:
             outcome = ray.get(each)
         except ray.exceptions.RayError as error:
-            lost = RanksLost(f"a rank is lost: {(str(error).strip().splitlines() or [''])[-1][:200]}")
+            lost = RanksLost(
+                f"a rank is lost: {(str(error).strip().splitlines() or [''])[-1][:200]}"
+            )
         else:
             if outcome is not None:
                 return outcome

@@ -43,17 +43,20 @@ Result = TypeVar("Result")
 
 @contextlib.contextmanager
 def ray_session(address: str | None = None) -> Iterator[None]:
-    """A context with a running Ray: a private one on this machine (`address` None), or the cluster at `address` (`auto`: that of this machine).
+    """A context with a running Ray: a private one on this machine (`address` None), or the cluster
+    at `address` (`auto`: that of this machine).
 
     A Ray that is already initialised in this process is used as it is and left running.
 
     Raises:
-        ClusterError: No cluster answers at `address`, or its head has died. The latter interrupts the main thread, which must be this one.
+        ClusterError: No cluster answers at `address`, or its head has died. The latter interrupts
+            the main thread, which must be this one.
     """
     for key, value in _SETTINGS.items():
         os.environ.setdefault(key, value)
     if address is None and "ray" not in sys.modules:
-        # A private cluster listens on every interface; a token of its own keeps strangers out. Ray reads it at import.
+        # A private cluster listens on every interface; a token of its own keeps strangers out. Ray
+        # reads it at import.
         os.environ.setdefault("RAY_AUTH_MODE", "token")
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     import ray
@@ -97,33 +100,41 @@ def _watched_head() -> Iterator[None]:
         if not lost.is_set():
             raise
         raise ClusterError(
-            f"the head of the Ray cluster at {address} has not answered for {_HEAD_SECONDS} seconds; when the cluster is up again, "
-            f"run the same command: finished work is kept"
+            f"the head of the Ray cluster at {address} has not answered for {_HEAD_SECONDS}"
+            " seconds; when the cluster is up again, run the same command: finished work is kept"
         ) from None
     finally:
         ended.set()
 
 
 def _keep_output_clean() -> None:
-    """Keep Ray's node-failure messages and their logs off standard output, where they would mix with results.
+    """Keep Ray's node-failure messages and their logs off standard output, where they would mix
+    with results.
 
-    Tune logs a page for each worker that dies, which is retried, and for each failed trial, which the study reports.
+    Tune logs a page for each worker that dies, which is retried, and for each failed trial, which
+    the study reports.
     """
     import ray
 
-    ray._private.worker.print_to_stdstream = lambda data, ignore_prefix: logging.getLogger("ray").info("%s", data["lines"])
+    ray._private.worker.print_to_stdstream = lambda data, ignore_prefix: logging.getLogger(
+        "ray"
+    ).info("%s", data["lines"])
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
 
 
 def _keep_signals() -> None:
-    """Keep our handler of SIGTERM: Ray's would end this process immediately, even while Ray is starting."""
+    """Keep our handler of SIGTERM: Ray's would end this process immediately, even while Ray is
+    starting.
+    """
     import ray
 
     ray._private.utils.set_sigterm_handler = lambda handler: None
 
 
 def _import_libraries() -> None:
-    """Import Ray's Train and Tune in one thread: they import each other, so two threads would see incomplete modules."""
+    """Import Ray's Train and Tune in one thread: they import each other, so two threads would see
+    incomplete modules.
+    """
     for name in ("ray.train.torch", "ray.tune"):
         importlib.import_module(name)
 
@@ -144,24 +155,39 @@ def _connect(address: str | None) -> None:
 
 
 def _session_folder() -> str:
-    """The folder for the sessions of a private Ray. Raises ClusterError if the path of a socket in it would be too long."""
+    """The folder for the sessions of a private Ray. Raises ClusterError if the path of a socket in
+    it would be too long.
+    """
     folder = os.path.join(tempfile.gettempdir(), "ray")
-    socket_path = os.path.join(folder, f"session_2026-01-01_00-00-00_000000_{os.getpid()}", "sockets", "plasma_store")
+    socket_path = os.path.join(
+        folder, f"session_2026-01-01_00-00-00_000000_{os.getpid()}", "sockets", "plasma_store"
+    )
     surplus = len(os.fsencode(socket_path)) - _SOCKET_PATH_BYTES
     if surplus > 0:
-        raise ClusterError(f"the temporary folder {tempfile.gettempdir()} is {surplus} bytes too long for the sockets of Ray; set a shorter TMPDIR")
+        raise ClusterError(
+            f"the temporary folder {tempfile.gettempdir()} is {surplus} bytes too long for the"
+            " sockets of Ray; set a shorter TMPDIR"
+        )
     return folder
 
 
 def _check_answers(address: str) -> None:
-    """Raise ClusterError if nothing listens: Ray itself would try for minutes, with a warning every few seconds."""
+    """Raise ClusterError if nothing listens: Ray itself would try for minutes, with a warning every
+    few seconds.
+    """
     if address == "auto":
         return
     if address.startswith("ray://"):
-        raise ClusterError(f"--address: given {address!r}; the Ray Client is not supported. Run this command on the cluster with --address auto")
+        raise ClusterError(
+            f"--address: given {address!r}; the Ray Client is not supported. Run this command on"
+            " the cluster with --address auto"
+        )
     host, _, port = address.rpartition(":")
     if not host or "/" in host or not port.isdigit():
-        raise ClusterError(f"--address: given {address!r}; expected auto, or HOST:PORT of the cluster's head such as 10.0.0.1:6379")
+        raise ClusterError(
+            f"--address: given {address!r}; expected auto, or HOST:PORT of the cluster's head such"
+            " as 10.0.0.1:6379"
+        )
     if (refusal := _refusal(address)) is not None:
         raise _no_cluster(address, refusal)
 
@@ -177,12 +203,15 @@ def _refusal(address: str) -> str | None:
 
 
 def _no_cluster(address: str, detail: str) -> ClusterError:
-    return ClusterError(f"--address: no Ray cluster answers at {address!r} ({detail}); start one with `ray start --head`, or leave --address out")
+    return ClusterError(
+        f"--address: no Ray cluster answers at {address!r} ({detail}); start one with `ray start"
+        " --head`, or leave --address out"
+    )
 
 
 def interruptible(action: Callable[[], Result], is_stopping: Callable[[], bool]) -> Result:
-    """Run `action` in a daemon thread; raise Interrupted once `is_stopping()` is true and abandon the thread, because Ray Train's wait cannot be
-    cancelled."""
+    """Run `action` in a daemon thread; raise Interrupted once `is_stopping()` is true and abandon
+    the thread, because Ray Train's wait cannot be cancelled."""
     outcome: Future[Result] = Future()
 
     def run() -> None:
@@ -199,13 +228,20 @@ def interruptible(action: Callable[[], Result], is_stopping: Callable[[], bool])
 
 
 def session_logs() -> Path:
-    """The log folder of Ray on this node, whose files the cluster's dashboard serves. Ray must be running."""
+    """The log folder of Ray on this node, whose files the cluster's dashboard serves. Ray must be
+    running.
+    """
     import ray
 
-    return Path(ray.init(ignore_reinit_error=True, logging_level=logging.ERROR).address_info["session_dir"], "logs")
+    return Path(
+        ray.init(ignore_reinit_error=True, logging_level=logging.ERROR).address_info["session_dir"],
+        "logs",
+    )
 
 
 def is_connected() -> bool:
     """Whether Ray is initialised in this process."""
-    is_initialized = getattr(sys.modules.get("ray"), "is_initialized", None)  # another thread may be importing it
+    is_initialized = getattr(
+        sys.modules.get("ray"), "is_initialized", None
+    )  # another thread may be importing it
     return is_initialized is not None and bool(is_initialized())

@@ -1,8 +1,9 @@
-"""Concurrent tasks, each in a thread of this process, with results in order; the main thread handles Ctrl-C.
+"""Concurrent tasks, each in a thread of this process, with results in order; the main thread
+handles Ctrl-C.
 
-A task's thread computes little and waits for the cluster nearly all the time, so one process drives as
-many tasks as a cluster can hold. A thread passes work that must happen in the main thread, such as
-starting Ray, which sets signal handlers, to it.
+A task's thread computes little and waits for the cluster nearly all the time, so one process drives
+as many tasks as a cluster can hold. A thread passes work that must happen in the main thread, such
+as starting Ray, which sets signal handlers, to it.
 """
 
 from __future__ import annotations
@@ -20,18 +21,24 @@ from typing import TypeVar
 LOOK_SECONDS = 1
 """Seconds between two checks of how many tasks may run: clusters grow and shrink."""
 STOP_SECONDS = 5
-"""Seconds that an interruption waits for threads to cancel their work on the cluster. A private Ray shuts down with this process anyway."""
+"""Seconds that an interruption waits for threads to cancel their work on the cluster. A private Ray
+shuts down with this process anyway.
+"""
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
 class Interrupted(BaseException):
-    """Ends the thread of an interrupted run. Not an Exception, because it is no error of the task."""
+    """Ends the thread of an interrupted run. Not an Exception, because it is no error of the
+    task.
+    """
 
 
 class Together:
-    """Run items in threads, at most `at_once()` concurrently. `running` is their number, without those that stand aside."""
+    """Run items in threads, at most `at_once()` concurrently. `running` is their number, without
+    those that stand aside.
+    """
 
     def __init__(self, at_once: Callable[[], int]) -> None:
         self.running = 0
@@ -51,7 +58,9 @@ class Together:
 
     @contextlib.contextmanager
     def aside(self) -> Iterator[None]:
-        """A context in which another item may run in place of this one, which waits for something other than the cluster."""
+        """A context in which another item may run in place of this one, which waits for something
+        other than the cluster.
+        """
         self._for_main.put(functools.partial(self._count, -1))
         try:
             yield
@@ -66,7 +75,9 @@ class Together:
         self.running += change
 
     def run(self, work: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
-        """Run `work` on every item, started in order, and return the results in the same order. An exception of `work` ends the run."""
+        """Run `work` on every item, started in order, and return the results in the same order. An
+        exception of `work` ends the run.
+        """
         results: dict[int, Result] = {}
         waiting, threads = deque(enumerate(items)), []
 

@@ -14,8 +14,12 @@ from pipeline.cluster.task_threads import Interrupted
 _LOOK_SECONDS = 0.5
 
 
-def first_ended(running: Sequence[Any], is_stopping: Callable[[], bool], timeout_seconds: float = math.inf) -> Any:
-    """The first of these Ray tasks to end, or None if none does in time. Raises Interrupted if `is_stopping()` becomes true first."""
+def first_ended(
+    running: Sequence[Any], is_stopping: Callable[[], bool], timeout_seconds: float = math.inf
+) -> Any:
+    """The first of these Ray tasks to end, or None if none does in time. Raises Interrupted if
+    `is_stopping()` becomes true first.
+    """
     import ray
 
     deadline = time.monotonic() + timeout_seconds
@@ -68,7 +72,9 @@ class _Running:
         self._tasks[self._remote.options(**first_of(places)).remote(*arguments)] = index, places
 
     def next_ended(self, is_stopping: Callable[[], bool]) -> tuple[int, Any]:
-        """The index and the result's reference of the next task that ends; its resources are released."""
+        """The index and the result's reference of the next task that ends; its resources are
+        released.
+        """
         ended = first_ended(list(self._tasks), is_stopping)
         index, places = self._tasks.pop(ended)
         release(places)
@@ -133,7 +139,9 @@ def ended_tasks(
 
 
 def reserve(ranks: int, cpus: float, gpus: float) -> Any:
-    """A placement group for this many workers, on as few nodes as possible; it is allocated at once or not at all."""
+    """A placement group for this many workers, on as few nodes as possible; it is allocated at once
+    or not at all.
+    """
     import ray
 
     return ray.util.placement_group(bundles(ranks, cpus, gpus), strategy="PACK")
@@ -148,7 +156,15 @@ def first_of(places: Any | None) -> dict[str, Any]:
     """Options of a task that takes the first bundle of a placement group, if there is one."""
     from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-    return {} if places is None else {"scheduling_strategy": PlacementGroupSchedulingStrategy(places, placement_group_bundle_index=0)}
+    return (
+        {}
+        if places is None
+        else {
+            "scheduling_strategy": PlacementGroupSchedulingStrategy(
+                places, placement_group_bundle_index=0
+            )
+        }
+    )
 
 
 def release(places: Any | None) -> None:

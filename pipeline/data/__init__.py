@@ -4,7 +4,12 @@ Imports: errors, kinds, specs, utils.
 """
 
 from pipeline.data.augment import augment, numbered_generator, two_views
-from pipeline.data.batch_plan import deal_shards, evaluation_batches, shard_batches, training_batches
+from pipeline.data.batch_plan import (
+    deal_shards,
+    evaluation_batches,
+    shard_batches,
+    training_batches,
+)
 from pipeline.data.decode import decode_image
 from pipeline.data.index import DataIndex, ShardEntry, read_index, write_index
 from pipeline.data.prepare import check, prepare, remarks_on, untrained_classes

@@ -1,7 +1,8 @@
 """Decoding an image to a square of RGB bytes, for training and for prediction alike.
 
-The resize is plain bicubic to a square, antialiased, aspect not kept. Only the formats of `formats.py` are opened, of an
-animation its first frame. Pillow's limit on the number of pixels, its guard against decompression bombs, stays on.
+The resize is plain bicubic to a square, antialiased, aspect not kept. Only the formats of
+`formats.py` are opened, of an animation its first frame. Pillow's limit on the number of pixels,
+its guard against decompression bombs, stays on.
 """
 
 from __future__ import annotations
@@ -29,11 +30,15 @@ _TURNS = {
 """The transposition that makes an image upright, by its EXIF orientation."""
 
 
-def decode_image(source: bytes | str | os.PathLike[str] | Image.Image, size_px: int, name: str = "") -> np.ndarray:
-    """Decode `source` (encoded bytes, a file's path or a Pillow image) to uint8 [3, size_px, size_px].
+def decode_image(
+    source: bytes | str | os.PathLike[str] | Image.Image, size_px: int, name: str = ""
+) -> np.ndarray:
+    """Decode `source` (encoded bytes, a file's path or a Pillow image) to uint8 [3, size_px,
+    size_px].
 
-    Grey, palette, CMYK and 16-bit grey images become RGB; EXIF orientation is applied if it can be read; transparency is
-    dropped. Raises DataError, whose message names the image `name` (default: its path).
+    Grey, palette, CMYK and 16-bit grey images become RGB; EXIF orientation is applied if it can be
+    read; transparency is dropped. Raises DataError, whose message names the image `name` (default:
+    its path).
     """
     name = name or (str(source) if isinstance(source, (str, os.PathLike)) else "image")
     content = _content(source, name) if isinstance(source, (str, os.PathLike)) else source
@@ -48,9 +53,14 @@ def decode_image(source: bytes | str | os.PathLike[str] | Image.Image, size_px: 
         assert isinstance(content, bytes)
         raise DataError(f"{name}: cannot be decoded: {explain(content)}") from None
     except Image.DecompressionBombError:
-        raise DataError(f"{name}: refused, more than {2 * (Image.MAX_IMAGE_PIXELS or 0):,} pixels; scale it down") from None
+        raise DataError(
+            f"{name}: refused, more than {2 * (Image.MAX_IMAGE_PIXELS or 0):,} pixels; scale it"
+            " down"
+        ) from None
     except Exception as error:  # Pillow's decoders raise whatever a damaged file leads them to
-        raise DataError(f"{name}: cannot be decoded ({error}); expected a whole {EXPECTED} image") from None
+        raise DataError(
+            f"{name}: cannot be decoded ({error}); expected a whole {EXPECTED} image"
+        ) from None
     return np.ascontiguousarray(np.asarray(square).transpose(2, 0, 1))
 
 
@@ -62,13 +72,19 @@ def _content(path: str | os.PathLike[str], name: str) -> bytes:
     except IsADirectoryError:
         raise DataError(f"{name}: is a folder; expected an image") from None
     except OSError as error:
-        raise DataError(f"{name}: cannot be read ({error.strerror}); check the path and the permissions") from None
+        raise DataError(
+            f"{name}: cannot be read ({error.strerror}); check the path and the permissions"
+        ) from None
     except ValueError:  # NUL, or half a surrogate pair
-        raise DataError(f"{name!r}: holds what no path can; expected the path of an image") from None
+        raise DataError(
+            f"{name!r}: holds what no path can; expected the path of an image"
+        ) from None
 
 
 def _open(content: bytes) -> Image.Image:
-    """Load an image. A PNG that cannot be read is tried again without its metadata, because Pillow rejects a PNG with a text of over a megabyte."""
+    """Load an image. A PNG that cannot be read is tried again without its metadata, because Pillow
+    rejects a PNG with a text of over a megabyte.
+    """
     try:
         return _loaded(content)
     except Exception:
@@ -104,14 +120,20 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    """Convert to mode RGB. 16-bit grey keeps its full range: 0..65535 becomes 0..255, where Pillow would clip at 255."""
+    """Convert to mode RGB. 16-bit grey keeps its full range: 0..65535 becomes 0..255, where Pillow
+    would clip at 255.
+    """
     if image.mode.startswith("I"):
         grey = np.asarray(image).astype(np.float64)
         if grey.min() < 0 or grey.max() > 65535:
-            raise DataError("an image of values beyond 16 bits has no known range; convert it to 8 or 16 bits")
+            raise DataError(
+                "an image of values beyond 16 bits has no known range; convert it to 8 or 16 bits"
+            )
         return Image.fromarray(np.rint(grey / 257).astype(np.uint8)).convert("RGB")
     if image.mode == "F":
-        raise DataError("an image of floating point values has no known range; convert it to 8 or 16 bits")
+        raise DataError(
+            "an image of floating point values has no known range; convert it to 8 or 16 bits"
+        )
     if image.mode == "P":  # by way of RGBA: a palette with transparency makes Pillow warn otherwise
         image = image.convert("RGBA")
     return image.convert("RGB")

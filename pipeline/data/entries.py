@@ -20,18 +20,22 @@ from pipeline.utils.redaction import without_secrets
 
 
 class Entry(NamedTuple):
-    """One image of a table: `where` names the file and its line or key, `place` is the path or URL of the image."""
+    """One image of a table: `where` names the file and its line or key, `place` is the path or URL
+    of the image.
+    """
 
     where: str
     place: str
     label: Label
 
 
-def listed_samples(listed: Mapping[SplitName, Sequence[Entry]], repeats: bool = False) -> dict[SplitName, list[SourceSample]]:
+def listed_samples(
+    listed: Mapping[SplitName, Sequence[Entry]], repeats: bool = False
+) -> dict[SplitName, list[SourceSample]]:
     """The samples of each split.
 
-    Raises DataError if an image is missing, or is listed twice, unless in one split, with one label, and
-    `repeats` allows it.
+    Raises DataError if an image is missing, or is listed twice, unless in one split, with one
+    label, and `repeats` allows it.
     """
     faults, hosts = Faults(), _Hosts()
     first_use: dict[str, tuple[SplitName, Entry]] = {}
@@ -43,24 +47,33 @@ def listed_samples(listed: Mapping[SplitName, Sequence[Entry]], repeats: bool = 
                 with faults.gathered():
                     samples[split].append(_sample(entry, hosts))
             elif not (repeats and use == split and first.label == entry.label):
-                raise DataError(f"{entry.where}: {shortened_path(entry.place)}: given before, at {first.where}; give each image once")
+                raise DataError(
+                    f"{entry.where}: {shortened_path(entry.place)}: given before, at {first.where};"
+                    " give each image once"
+                )
     faults.check()
     return samples
 
 
 def located(path: str, root: str) -> str:
-    """The place of a listed image: `path` itself if it is a URL, absolute or begins with `~/`, otherwise below `root`."""
+    """The place of a listed image: `path` itself if it is a URL, absolute or begins with `~/`,
+    otherwise below `root`.
+    """
     if not path:
         return root
     if "://" in path:
         return path
     if "://" in root:
         return f"{root.rstrip('/')}/{os.path.normpath(path)}"
-    return os.path.normpath(os.path.join(root, os.path.expanduser(path) if path.startswith("~/") else path))
+    return os.path.normpath(
+        os.path.join(root, os.path.expanduser(path) if path.startswith("~/") else path)
+    )
 
 
 class _Hosts:
-    """Fetch images. A host that did not answer is not tried again: a long table would wait for it thousands of times."""
+    """Fetch images. A host that did not answer is not tried again: a long table would wait for it
+    thousands of times.
+    """
 
     def __init__(self) -> None:
         self._silent: set[str] = set()
@@ -70,25 +83,32 @@ class _Hosts:
         host = url.split("/")[2]
         if host in self._silent:
             raise DataError(
-                f"{shortened_path(without_secrets(url))}: not asked for, because {shortened_path(without_secrets(host))} did not answer before"
+                f"{shortened_path(without_secrets(url))}: not asked for, because"
+                f" {shortened_path(without_secrets(host))} did not answer before"
             )
         try:
             return fetch(url)
         except DataError as error:
-            answered = isinstance(error.__context__, FileNotFoundError | PermissionError) or hasattr(error.__context__, "status")
+            answered = isinstance(
+                error.__context__, FileNotFoundError | PermissionError
+            ) or hasattr(error.__context__, "status")
             self._silent |= set() if answered else {host}
             raise
 
 
 def _url_sample(entry: Entry, hosts: _Hosts) -> SourceSample:
-    """An image behind a URL, which is fetched once, when the dataset is prepared: its stamp is that of the URL."""
+    """An image behind a URL, which is fetched once, when the dataset is prepared: its stamp is that
+    of the URL.
+    """
     where, url, label = entry
     try:
         is_url(url)
     except DataError as error:
         raise DataError(f"{where}: {error}") from None
     name = f"{where}: {shortened_path(without_secrets(url))}"
-    return SourceSample(name, sha256_hex(url.encode("utf-8", "backslashreplace")), label, partial(hosts.fetch, url))
+    return SourceSample(
+        name, sha256_hex(url.encode("utf-8", "backslashreplace")), label, partial(hosts.fetch, url)
+    )
 
 
 def _sample(entry: Entry, hosts: _Hosts) -> SourceSample:
@@ -98,10 +118,21 @@ def _sample(entry: Entry, hosts: _Hosts) -> SourceSample:
     try:
         status = os.stat(place)
     except OSError as error:
-        advice = "write / instead of \\ in paths" if "\\" in place else "add the image, or remove it from the list"
-        raise DataError(f"{where}: {shortened_path(place)}: cannot be read ({error.strerror}); {advice}") from None
+        advice = (
+            "write / instead of \\ in paths"
+            if "\\" in place
+            else "add the image, or remove it from the list"
+        )
+        raise DataError(
+            f"{where}: {shortened_path(place)}: cannot be read ({error.strerror}); {advice}"
+        ) from None
     except ValueError:  # NUL, or half a surrogate pair out of JSON
-        raise DataError(f"{where}: {shortened_path(place)} holds what no path can; expected the path of an image") from None
+        raise DataError(
+            f"{where}: {shortened_path(place)} holds what no path can; expected the path of an"
+            " image"
+        ) from None
     if not stat.S_ISREG(status.st_mode):
-        raise DataError(f"{where}: {shortened_path(place)}: not an ordinary file; expected an image")
+        raise DataError(
+            f"{where}: {shortened_path(place)}: not an ordinary file; expected an image"
+        )
     return SourceSample(place, stamp_of(status), label, partial(read_file, Path(place)))

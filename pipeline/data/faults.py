@@ -36,11 +36,16 @@ class Faults:
         if len(self.messages) == 1:
             raise DataError(self.messages[0])
         if self.messages:
-            lines = [f"{len(self.messages):,} images cannot be used; fix or remove them:", *self.messages[:_SHOWN]]
+            lines = [
+                f"{len(self.messages):,} images cannot be used; fix or remove them:",
+                *self.messages[:_SHOWN],
+            ]
             hidden = len(self.messages) - _SHOWN
             raise DataError("\n  ".join([*lines, f"and {hidden:,} more"] if hidden > 0 else lines))
 
 
 def printable(text: str) -> str:
     """Escape what cannot be printed: line ends, bytes that are not UTF-8."""
-    return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in text)
+    return "".join(
+        character if character.isprintable() else ascii(character)[1:-1] for character in text
+    )

@@ -17,22 +17,35 @@ _LITTER = ("thumbs.db", "desktop.ini", "icon\r", "@eadir", "__macosx", "$recycle
 def labelled_images(folder: Path, faults: Faults) -> list[tuple[Path, str]]:
     """The images below `folder` in a fixed order, each with the name of its class's folder.
 
-    Links to folders are followed. Other files are added to `faults`. Raises DataError if a folder is missing, empty or cannot be read.
+    Links to folders are followed. Other files are added to `faults`. Raises DataError if a folder
+    is missing, empty or cannot be read.
     """
     if not folder.is_dir():
         found = "is a file" if folder.exists() else "no such folder"
-        raise DataError(f"{folder}: {found}; expected a folder that holds a folder of images for each class")
+        raise DataError(
+            f"{folder}: {found}; expected a folder that holds a folder of images for each class"
+        )
     shown = [path for path in _entries(folder) if _is_shown(path.name)]
     class_folders = [path for path in shown if path.is_dir()]
     for path in shown:
         if not path.is_dir() and (_has_image_extension(path) or _is_broken_link(path)):
-            faults.add(_why_not_a_file(path) or f"{path}: lies beside the class folders; move it into one of them, or elsewhere")
+            faults.add(
+                _why_not_a_file(path)
+                or f"{path}: lies beside the class folders; move it into one of them, or elsewhere"
+            )
     if not class_folders:
         raise DataError(f"{folder}: holds no folders; expected a folder of images for each class")
     for path in class_folders:
         if not _is_utf8(path.name):
-            raise DataError(f"{printable(str(path))}: the name of this class is not UTF-8 text; rename the folder")
-    return [(path, class_folder.name) for class_folder in class_folders for path in _images_below(class_folder, faults)]
+            raise DataError(
+                f"{printable(str(path))}: the name of this class is not UTF-8 text; rename the"
+                " folder"
+            )
+    return [
+        (path, class_folder.name)
+        for class_folder in class_folders
+        for path in _images_below(class_folder, faults)
+    ]
 
 
 def _images_below(class_folder: Path, faults: Faults) -> list[Path]:
@@ -43,7 +56,10 @@ def _images_below(class_folder: Path, faults: Faults) -> list[Path]:
         if fault := _why_not_a_file(path):
             faults.add(fault)
         elif not _has_image_extension(path):
-            faults.add(f"{path}: not an image by its name; expected {EXPECTED}; convert it, or move it elsewhere")
+            faults.add(
+                f"{path}: not an image by its name; expected {EXPECTED}; convert it, or move it"
+                " elsewhere"
+            )
     return files
 
 
@@ -76,7 +92,9 @@ def _entries(folder: Path) -> list[Path]:
 
 
 def _refuse(error: OSError) -> None:
-    raise DataError(f"{error.filename}: cannot be read ({error.strerror}); check the permissions") from None
+    raise DataError(
+        f"{error.filename}: cannot be read ({error.strerror}); check the permissions"
+    ) from None
 
 
 def _is_shown(name: str) -> bool:
@@ -97,5 +115,7 @@ def _is_broken_link(path: Path) -> bool:
 
 def _why_not_a_file(path: Path) -> str | None:
     if _is_broken_link(path):
-        return f"{path}: a broken link to {os.readlink(path)}; restore what it leads to, or remove it"
+        return (
+            f"{path}: a broken link to {os.readlink(path)}; restore what it leads to, or remove it"
+        )
     return None if path.is_file() else f"{path}: not an ordinary file; expected an image"

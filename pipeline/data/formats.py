@@ -1,4 +1,6 @@
-"""The supported image formats, and the type of a file by its first bytes, regardless of its name."""
+"""The supported image formats, and the type of a file by its first bytes, regardless of its
+name.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ EXTENSIONS = {
 Pillow knows dozens more, some of which (EPS) start other programs.
 """
 
-IMAGE_EXTENSIONS = tuple(extension for extensions in EXTENSIONS.values() for extension in extensions)
+IMAGE_EXTENSIONS = tuple(
+    extension for extensions in EXTENSIONS.values() for extension in extensions
+)
 FORMATS = tuple(name for name in EXTENSIONS if name != "HEIF")
 EXPECTED = f"{', '.join(FORMATS[:-1])} or {FORMATS[-1]}"
 
@@ -47,10 +51,18 @@ _SIGNATURES: tuple[tuple[str, bytes, str], ...] = (
     ("a PDF document", rb"%PDF", _CONVERT),
     ("a PostScript document", rb"%!PS", _CONVERT),
     ("an SVG drawing", rb"\s*(<[?!][^>]*>\s*)*<svg", _CONVERT),
-    ("an HTML page", rb"(?i:\s*(<[?!][^>]*>\s*)*<(html|head|body)|\s*<!doctype html)", "download the image again"),
+    (
+        "an HTML page",
+        rb"(?i:\s*(<[?!][^>]*>\s*)*<(html|head|body)|\s*<!doctype html)",
+        "download the image again",
+    ),
     ("an XML text", rb"\s*<\?xml", "download the image again"),
     ("a JSON text", rb"\s*(\{\s*[\"}]|\[\s*[\"\[{\]])", "download the image again"),
-    ("a video", rb"....ftyp|RIFF....AVI |\x1a\x45\xdf\xa3|\x00\x00\x01\xba", "extract its frames as images"),
+    (
+        "a video",
+        rb"....ftyp|RIFF....AVI |\x1a\x45\xdf\xa3|\x00\x00\x01\xba",
+        "extract its frames as images",
+    ),
     ("a ZIP archive", rb"PK\x03\x04", "unpack it"),
     ("a compressed file", rb"\x1f\x8b|BZh|\xfd7zXZ|\x28\xb5\x2f\xfd|7z\xbc\xaf", "unpack it"),
     ("a tar archive", rb".{257}ustar", "unpack it"),
@@ -59,7 +71,9 @@ _SIGNATURES: tuple[tuple[str, bytes, str], ...] = (
     ("a DICOM image", rb".{128}DICM", _CONVERT),
     ("nothing but zero bytes", rb"\x00{64}", "copy it again"),
 )
-_PATTERNS = tuple((what, re.compile(pattern, re.DOTALL), advice) for what, pattern, advice in _SIGNATURES)
+_PATTERNS = tuple(
+    (what, re.compile(pattern, re.DOTALL), advice) for what, pattern, advice in _SIGNATURES
+)
 _HEAD_BYTES = 512
 
 
@@ -75,7 +89,10 @@ def explain(content: bytes) -> str:
     if name == "HEIF" and name not in readable_formats():
         return f"a HEIC image; {_CONVERT}, or install the package pillow-heif"
     if name in EXTENSIONS:
-        return f"a damaged {name} image, or of a kind that Pillow does not read; copy it again, or {_CONVERT}"
+        return (
+            f"a damaged {name} image, or of a kind that Pillow does not read; copy it again, or"
+            f" {_CONVERT}"
+        )
     return f"{name}; {advice}"
 
 
@@ -89,7 +106,9 @@ def _recognise(content: bytes) -> tuple[str, str]:
 
 def _known(content: bytes) -> tuple[str, str] | None:
     head = content[:_HEAD_BYTES]
-    return next(((name, advice) for name, pattern, advice in _PATTERNS if pattern.match(head)), None)
+    return next(
+        ((name, advice) for name, pattern, advice in _PATTERNS if pattern.match(head)), None
+    )
 
 
 def kind_of(content: bytes) -> str | None:
@@ -100,7 +119,9 @@ def kind_of(content: bytes) -> str | None:
 
 @cache
 def readable_formats() -> tuple[str, ...]:
-    """Pillow's names of the formats to open, including HEIC if the package pillow-heif is installed."""
+    """Pillow's names of the formats to open, including HEIC if the package pillow-heif is
+    installed.
+    """
     try:
         import_module("pillow_heif").register_heif_opener()
     except ImportError:

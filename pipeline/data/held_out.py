@@ -1,9 +1,9 @@
 """A test set held out of train, for data without one.
 
 The images of each class are ordered by a hash of their paths below the folder that all of train
-shares, and the first ones become the test set. So it is the same on every machine and for every seed
-of a task, and an image rarely changes sides when others are added: what a model was trained on must
-not become what a later one is tested on.
+shares, and the first ones become the test set. So it is the same on every machine and for every
+seed of a task, and an image rarely changes sides when others are added: what a model was trained on
+must not become what a later one is tested on.
 """
 
 from __future__ import annotations
@@ -24,15 +24,22 @@ def hold_out_test(source: Source, fraction: float) -> Source:
     Raises DataError if a class has a single image.
     """
     train = source.splits["train"]
-    shared = len(os.path.commonprefix([sample.name for sample in train]).rpartition("/")[0])  # names may be URLs  # noqa: RUF071
+    names = [sample.name for sample in train]  # paths or URLs
+    shared = len(os.path.commonprefix(names).rpartition("/")[0])  # noqa: RUF071
     by_hash = sorted(train, key=lambda sample: sha256_hex(os.fsencode(sample.name[shared:])))
     labels = label_array([sample.label for sample in by_hash])
     if labels.dtype == object:
-        is_test_N = held_out_by_labels(labels, fraction, np.arange(len(labels)), len(source.classes))
+        is_test_N = held_out_by_labels(
+            labels, fraction, np.arange(len(labels)), len(source.classes)
+        )
     else:
-        is_test_N = _first_of_each_class(labels, held_out_quotas(labels, fraction, source.classes, "test"))
+        is_test_N = _first_of_each_class(
+            labels, held_out_quotas(labels, fraction, source.classes, "test")
+        )
     splits: dict[SplitName, list[SourceSample]] = {
-        "train": [sample for sample, is_test in zip(by_hash, is_test_N, strict=True) if not is_test],
+        "train": [
+            sample for sample, is_test in zip(by_hash, is_test_N, strict=True) if not is_test
+        ],
         "test": [sample for sample, is_test in zip(by_hash, is_test_N, strict=True) if is_test],
     }
     return Source(source.classes, {**source.splits, **splits})

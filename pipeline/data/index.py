@@ -24,8 +24,9 @@ _ClassNumber = Annotated[int, Field(ge=0)]
 
 
 class ShardEntry(BaseModel):
-    """One shard: `path` is relative to the index's folder, or absolute, or a URL; `labels` are in the order of its
-    samples: a class number for each, or a tuple of them where samples may have several.
+    """One shard: `path` is relative to the index's folder, or absolute, or a URL; `labels` are in
+    the order of its samples: a class number for each, or a tuple of them where samples may have
+    several.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -39,7 +40,9 @@ class ShardEntry(BaseModel):
     @model_validator(mode="after")
     def _one_label_a_sample(self) -> Self:
         if len(self.labels) != self.samples:
-            raise ValueError(f"{self.path} has {self.samples} samples but {len(self.labels)} labels")
+            raise ValueError(
+                f"{self.path} has {self.samples} samples but {len(self.labels)} labels"
+            )
         return self
 
     @property
@@ -51,8 +54,8 @@ class ShardEntry(BaseModel):
 class DataIndex(BaseModel):
     """A prepared dataset.
 
-    `source_digest` identifies what it was made from, `remarks` are warnings for the user; neither is
-    part of `digest`.
+    `source_digest` identifies what it was made from, `remarks` are warnings for the user; neither
+    is part of `digest`.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -67,7 +70,10 @@ class DataIndex(BaseModel):
     def _labels_are_classes(self) -> Self:
         for shard in self.shards:
             if shard.largest_class >= len(self.classes):
-                raise ValueError(f"{shard.path} has label {shard.largest_class}, but there are {len(self.classes)} classes")
+                raise ValueError(
+                    f"{shard.path} has label {shard.largest_class}, but there are"
+                    f" {len(self.classes)} classes"
+                )
         return self
 
     @property
@@ -77,23 +83,36 @@ class DataIndex(BaseModel):
 
     @property
     def digest(self) -> str:
-        """SHA-256 (64 hex digits) of the content: classes, and each split's shards by their own SHA-256, independent of their paths."""
+        """SHA-256 (64 hex digits) of the content: classes, and each split's shards by their own
+        SHA-256, independent of their paths.
+        """
         lines = [f"class {name!r}" for name in self.classes]
-        lines += [f"{split} {shard.sha256}" for split in sorted(self.splits) for shard in self.splits[split]]
+        lines += [
+            f"{split} {shard.sha256}"
+            for split in sorted(self.splits)
+            for shard in self.splits[split]
+        ]
         return sha256_hex("\n".join(lines).encode())
 
 
 def read_index(folder: Path) -> DataIndex:
-    """Read the index of a prepared dataset. Raises DataError if it is missing, damaged or of a newer version."""
+    """Read the index of a prepared dataset. Raises DataError if it is missing, damaged or of a
+    newer version.
+    """
     path = folder / INDEX_NAME
     try:
         return DataIndex.model_validate_json(path.read_bytes())
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); prepare the dataset first") from None
+        raise DataError(
+            f"{path}: cannot be read ({error.strerror}); prepare the dataset first"
+        ) from None
     except ValidationError as error:
         fault = error.errors()[0]
         where = ".".join(str(part) for part in fault["loc"]) or "content"
-        raise DataError(f"{path}: not a version {FORMAT_VERSION} index ({where}: {fault['msg']}); delete it and prepare the dataset again") from None
+        raise DataError(
+            f"{path}: not a version {FORMAT_VERSION} index ({where}: {fault['msg']}); delete it and"
+            " prepare the dataset again"
+        ) from None
 
 
 def write_index(folder: Path, index: DataIndex) -> None:

@@ -1,8 +1,9 @@
-"""Inspection of every image while a dataset is prepared: whether it can be read, and whether it occurs twice.
+"""Inspection of every image while a dataset is prepared: whether it can be read, and whether it
+occurs twice.
 
-Identical files in two splits make a test result too good; identical files with two labels cannot both
-be right. Both are detected by a hash of the encoded image, so a copy that was compressed again is not
-noticed. Neither stops a preparation.
+Identical files in two splits make a test result too good; identical files with two labels cannot
+both be right. Both are detected by a hash of the encoded image, so a copy that was compressed again
+is not noticed. Neither stops a preparation.
 """
 
 from __future__ import annotations
@@ -27,10 +28,14 @@ class Inspection:
     def __init__(self) -> None:
         self.faults = Faults()
         self._first: dict[SplitName, dict[bytes, _Named]] = defaultdict(dict)  # by hash
-        self._shared: dict[tuple[SplitName, SplitName], list[tuple[_Named, _Named]]] = defaultdict(list)
+        self._shared: dict[tuple[SplitName, SplitName], list[tuple[_Named, _Named]]] = defaultdict(
+            list
+        )
         self._two_labels: dict[SplitName, dict[bytes, tuple[_Named, _Named]]] = defaultdict(dict)
 
-    def look(self, split: SplitName, name: str, label: Label, load: Callable[[], bytes]) -> bytes | None:
+    def look(
+        self, split: SplitName, name: str, label: Label, load: Callable[[], bytes]
+    ) -> bytes | None:
         """Return the encoded image from `load`, or None if it cannot be read, which is a fault.
 
         Faults name it `name`.
@@ -38,7 +43,9 @@ class Inspection:
         with self.faults.gathered():
             image = load()
             decode_image(image, _CHECK_SIZE_PX, name)
-            self._note_repetition(split, hashlib.blake2b(image, digest_size=16).digest(), (label, name))
+            self._note_repetition(
+                split, hashlib.blake2b(image, digest_size=16).digest(), (label, name)
+            )
             return image
         return None
 
@@ -57,15 +64,23 @@ class Inspection:
                     self._shared[other, split].append((images[content], image))
 
     def remarks(self, classes: list[str]) -> list[str]:
-        """One sentence per pair of splits that share images, and per split with images that have two labels."""
+        """One sentence per pair of splits that share images, and per split with images that have
+        two labels.
+        """
         lines = []
         for (split, other), pairs in self._shared.items():
             (_, name), (_, copy) = pairs[0]
             verb = "image is" if len(pairs) == 1 else "images are"
-            lines.append(f"{len(pairs):,} {verb} in both {split} and {other}; the first is {name}, the same as {copy}")
+            lines.append(
+                f"{len(pairs):,} {verb} in both {split} and {other}; the first is {name}, the same"
+                f" as {copy}"
+            )
         for split, conflicts in self._two_labels.items():
             (label, name), (other_label, copy) = next(iter(conflicts.values()))
             verb = "image of {} has" if len(conflicts) == 1 else "images of {} have"
-            first = f"{name} is {shown_label(label, classes)}, the same file {copy} is {shown_label(other_label, classes)}"
+            first = (
+                f"{name} is {shown_label(label, classes)}, the same file {copy} is"
+                f" {shown_label(other_label, classes)}"
+            )
             lines.append(f"{len(conflicts):,} {verb.format(split)} two labels; the first: {first}")
         return [printable(line) for line in lines]

@@ -33,7 +33,9 @@ def read_json(text: str, where: str, expected: str) -> Any:
     try:
         return json.loads(text, object_pairs_hook=JsonObject)
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{where}: not valid JSON ({shortened(str(error), 100)}); expected {expected}") from None
+        raise DataError(
+            f"{where}: not valid JSON ({shortened(str(error), 100)}); expected {expected}"
+        ) from None
 
 
 def class_number(label: Any, numbers: Mapping[str, int] | None, where: str) -> int:
@@ -47,12 +49,16 @@ def class_number(label: Any, numbers: Mapping[str, int] | None, where: str) -> i
         return label
     if isinstance(label, str) and numbers is not None and label in numbers:
         return numbers[label]
-    expected = "a whole number from 0" + (", or one of the names in `classes`" if numbers is not None else "")
+    expected = "a whole number from 0" + (
+        ", or one of the names in `classes`" if numbers is not None else ""
+    )
     expected += f", {_ADVICE}" if isinstance(label, str) and _SEVERAL.fullmatch(label) else ""
     raise DataError(f"{where}: the label is {quoted(label)}; expected {expected}")
 
 
-def sample_label(written: Any, kind: TaskKind, numbers: Mapping[str, int] | None, where: str) -> Label:
+def sample_label(
+    written: Any, kind: TaskKind, numbers: Mapping[str, int] | None, where: str
+) -> Label:
     """The label that a text or a JSON value means. Raises DataError naming `where`."""
     classes = [class_number(each, numbers, where) for each in separate_labels(written, kind, where)]
     return kind_label(classes, kind, where)
@@ -74,7 +80,9 @@ def separate_labels(written: Any, kind: TaskKind, where: str) -> list[Any]:
     is_list = isinstance(written, list) and not isinstance(written, JsonObject)
     if not kind.several_labels:
         if is_list:
-            raise DataError(f"{where}: the label is {quoted(written)}; expected one class, {_ADVICE}")
+            raise DataError(
+                f"{where}: the label is {quoted(written)}; expected one class, {_ADVICE}"
+            )
         return [written]
     if isinstance(written, str) and written.startswith("["):
         written = read_json(written, where, "a list of labels")
@@ -111,7 +119,10 @@ class MemberLabels:
         number = class_number(label, self._numbers, where)
         classes = number + 1 if self._numbers is None else len(self._numbers)
         if number >= classes:
-            raise DataError(f"{where}: label {number} is outside the {classes} classes; expected 0 to {classes - 1}")
+            raise DataError(
+                f"{where}: label {number} is outside the {classes} classes; expected 0 to"
+                f" {classes - 1}"
+            )
         self._first = self._first or (label, where)
         check_one_kind(label, where, *self._first)
         return number
@@ -123,13 +134,23 @@ def check_one_kind(label: Any, where: str, first: Any, first_where: str) -> None
     Numbers that count from 1 would be mistaken for other classes.
     """
     if is_name(label) != is_name(first):
-        raise DataError(f"{where}: the label is {quoted(label)}, but {quoted(first)} at {first_where}; expected either numbers or names")
+        raise DataError(
+            f"{where}: the label is {quoted(label)}, but {quoted(first)} at {first_where}; expected"
+            " either numbers or names"
+        )
 
 
 def _field(text: str, field: str, where: str) -> Any:
     content = read_json(text, where, f"an object with the field {field!r}")
-    found = [value for name, value in content if name == field] if isinstance(content, JsonObject) else []
+    found = (
+        [value for name, value in content if name == field]
+        if isinstance(content, JsonObject)
+        else []
+    )
     if len(found) != 1:
         fields = listing([name for name, _ in content]) if isinstance(content, JsonObject) else ""
-        raise DataError(f"{where}: the field {quoted(field)} occurs {len(found)} times ({fields or 'no fields'}); name the label's in `label_field`")
+        raise DataError(
+            f"{where}: the field {quoted(field)} occurs {len(found)} times"
+            f" ({fields or 'no fields'}); name the label's in `label_field`"
+        )
     return found[0]

@@ -13,7 +13,14 @@ from typing import Any, NamedTuple
 
 from pipeline.data.entries import Entry, listed_samples, located
 from pipeline.data.index import SplitName
-from pipeline.data.labels import SINGLE, JsonObject, check_one_kind, read_json, sample_label, separate_labels
+from pipeline.data.labels import (
+    SINGLE,
+    JsonObject,
+    check_one_kind,
+    read_json,
+    sample_label,
+    separate_labels,
+)
 from pipeline.data.names import class_names, numbered
 from pipeline.data.quoting import quoted
 from pipeline.data.sources import Source
@@ -42,32 +49,61 @@ def lists_source(data: ListsData, kind: TaskKind = SINGLE) -> Source:
         for entry in entries:
             largest = max(classes_in(entry.label), default=-1)
             if largest >= len(names):
-                raise DataError(f"{entry.where}: label {largest} is outside the {len(names)} classes; expected 0 to {len(names) - 1}")
+                raise DataError(
+                    f"{entry.where}: label {largest} is outside the {len(names)} classes; expected"
+                    f" 0 to {len(names) - 1}"
+                )
     return Source(names, listed_samples(listed, data.repeats))
 
 
 def json_source(data: JsonData, kind: TaskKind = SINGLE) -> Source:
-    """JSON objects of path to label. Labels that are names, or numbers below the number of classes, are those classes.
+    """JSON objects of path to label. Labels that are names, or numbers below the number of classes,
+    are those classes.
 
-    Other numbers are numbered in their order, as in VPT, and there must be as many as classes. Raises DataError that names file and key.
+    Other numbers are numbered in their order, as in VPT, and there must be as many as classes.
+    Raises DataError that names file and key.
     """
     names = _names(data)
     pairs = {split: _json_pairs(file) for split, file in _split_files(data)}
     declared = None if isinstance(data.classes, int) else numbered(names)
     listed = {
-        split: [Entry(pair.where, _image(pair.path, data), sample_label(pair.label, kind, declared, pair.where)) for pair in each]
+        split: [
+            Entry(
+                pair.where,
+                _image(pair.path, data),
+                sample_label(pair.label, kind, declared, pair.where),
+            )
+            for pair in each
+        ]
         for split, each in pairs.items()
     }
-    written = [(label, pair.where) for each in pairs.values() for pair in each for label in separate_labels(pair.label, kind, pair.where)]
+    written = [
+        (label, pair.where)
+        for each in pairs.values()
+        for pair in each
+        for label in separate_labels(pair.label, kind, pair.where)
+    ]
     for label, where in written:
         check_one_kind(label, where, *written[0])
-    labels = sorted({label for entries in listed.values() for entry in entries for label in classes_in(entry.label)})
+    labels = sorted(
+        {
+            label
+            for entries in listed.values()
+            for entry in entries
+            for label in classes_in(entry.label)
+        }
+    )
     if labels and labels[-1] >= len(names):
         _check_count(listed, labels, len(names))
         names = [str(label) for label in labels] if isinstance(data.classes, int) else names
         number = {label: index for index, label in enumerate(labels)}
         listed = {
-            split: [entry._replace(label=kind.label([number[label] for label in classes_in(entry.label)])) for entry in entries]
+            split: [
+                entry._replace(
+                    label=kind.label([number[label] for label in classes_in(entry.label)])
+                )
+                for entry in entries
+            ]
             for split, entries in listed.items()
         }
     return Source(names, listed_samples(listed))
@@ -76,15 +112,25 @@ def json_source(data: JsonData, kind: TaskKind = SINGLE) -> Source:
 def _check_count(listed: dict[SplitName, list[Entry]], labels: list[int], classes: int) -> None:
     if len(labels) == classes:
         return
-    largest = next(entry for entries in listed.values() for entry in entries if labels[-1] in classes_in(entry.label))
+    largest = next(
+        entry
+        for entries in listed.values()
+        for entry in entries
+        if labels[-1] in classes_in(entry.label)
+    )
     raise DataError(
-        f"{largest.where}: label {labels[-1]} is outside the {classes} classes; expected 0 to {classes - 1}, "
-        f"or {classes} different labels in all splits together (there are {len(labels)})"
+        f"{largest.where}: label {labels[-1]} is outside the {classes} classes; expected 0 to"
+        f" {classes - 1}, or {classes} different labels in all splits together (there are"
+        f" {len(labels)})"
     )
 
 
 def _names(data: ListsData | JsonData) -> list[str]:
-    return [str(number) for number in range(data.classes)] if isinstance(data.classes, int) else class_names(data.classes)
+    return (
+        [str(number) for number in range(data.classes)]
+        if isinstance(data.classes, int)
+        else class_names(data.classes)
+    )
 
 
 def _split_files(data: ListsData | JsonData) -> Iterator[tuple[SplitName, str]]:
@@ -117,5 +163,8 @@ def _json_pairs(file: str) -> list[_Pair]:
     content = read_json(read_text(file, _EXPECTED), file, "an object of image paths and labels")
     if not isinstance(content, JsonObject) or not content:
         found = "an empty object" if isinstance(content, JsonObject) else type(content).__name__
-        raise DataError(f'{file}: holds {found}; expected an object of image paths and labels, {{"path.jpg": 0, ...}}')
+        raise DataError(
+            f'{file}: holds {found}; expected an object of image paths and labels, {{"path.jpg": 0,'
+            " ...}"
+        )
     return [_Pair(f"{file}: {quoted(path)}", path, label) for path, label in content]

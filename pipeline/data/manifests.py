@@ -1,8 +1,8 @@
 """CSV manifests: tables with a column of images and a column of labels.
 
-Columns are separated by commas, semicolons, tabs or vertical bars: the one that gives the header both
-columns. Every record is read strictly: an unclosed quote would otherwise silently swallow the rows
-after it.
+Columns are separated by commas, semicolons, tabs or vertical bars: the one that gives the header
+both columns. Every record is read strictly: an unclosed quote would otherwise silently swallow the
+rows after it.
 """
 
 from __future__ import annotations
@@ -39,17 +39,36 @@ class _Record(NamedTuple):
 
 
 def csv_source(data: CsvData, kind: TaskKind = SINGLE) -> Source:
-    """Manifests with a column of paths and one of labels; classes are the labels that occur in train, sorted.
+    """Manifests with a column of paths and one of labels; classes are the labels that occur in
+    train, sorted.
 
     Where samples may have several labels, `label_separator` stands between them.
 
     Raises DataError that names file and line.
     """
-    manifests: dict[SplitName, str | None] = {"train": data.train, "val": data.val, "test": data.test}
-    rows = {split: _rows(manifest, data, kind) for split, manifest in manifests.items() if manifest is not None}
-    number = number_names({split: [label for row in found for label in row.labels] for split, found in rows.items()}, "labels")
+    manifests: dict[SplitName, str | None] = {
+        "train": data.train,
+        "val": data.val,
+        "test": data.test,
+    }
+    rows = {
+        split: _rows(manifest, data, kind)
+        for split, manifest in manifests.items()
+        if manifest is not None
+    }
+    number = number_names(
+        {split: [label for row in found for label in row.labels] for split, found in rows.items()},
+        "labels",
+    )
     listed = {
-        split: [Entry(row.where, row.path, kind_label([number[label] for label in row.labels], kind, row.where)) for row in found]
+        split: [
+            Entry(
+                row.where,
+                row.path,
+                kind_label([number[label] for label in row.labels], kind, row.where),
+            )
+            for row in found
+        ]
         for split, found in rows.items()
     }
     return Source(list(number), listed_samples(listed))
@@ -61,12 +80,16 @@ def _rows(manifest: str, data: CsvData, kind: TaskKind) -> list[_Row]:
     records = _records(text, _separator(text, manifest, columns), manifest)
     header = next(records).fields
     if not _has(header, columns):
-        raise DataError(f"{manifest}: a column's name goes on after the first line; is a quote left open?")
+        raise DataError(
+            f"{manifest}: a column's name goes on after the first line; is a quote left open?"
+        )
     root = data.root if data.root is not None else os.path.dirname(manifest)
     separator = data.label_separator if kind.several_labels else None
     rows = [_row(record, header, columns, root, separator) for record in records]
     if not rows:
-        raise DataError(f"{manifest}: lists no images; expected lines with the columns {' and '.join(columns)}")
+        raise DataError(
+            f"{manifest}: lists no images; expected lines with the columns {' and '.join(columns)}"
+        )
     return rows
 
 
@@ -74,15 +97,27 @@ def _separator(text: str, manifest: str, columns: tuple[str, str]) -> str:
     """The delimiter that gives the first line both columns. Raises DataError if there is none."""
     first = next((line for line in lines_of(text) if line.strip()), "")[:_HEADER_MAX]
     if not first:
-        raise DataError(f"{manifest}: the file is empty; expected the columns {' and '.join(columns)}")
-    headers = {separator: _fields(next(csv.reader([first], delimiter=separator, skipinitialspace=True), [])) for separator in _SEPARATORS}
+        raise DataError(
+            f"{manifest}: the file is empty; expected the columns {' and '.join(columns)}"
+        )
+    headers = {
+        separator: _fields(
+            next(csv.reader([first], delimiter=separator, skipinitialspace=True), [])
+        )
+        for separator in _SEPARATORS
+    }
     for separator, header in headers.items():
         if _has(header, columns):
             return separator
     header = max(headers.values(), key=len)
     missing = [column for column in columns if column not in header]
-    fault = f"no column {' or '.join(missing)}" if missing else f"a column {' or '.join(columns)} twice"
-    raise DataError(f"{manifest}: {fault} in its first line ({listing(header)}); name the columns in `path_column` and `label_column`")
+    fault = (
+        f"no column {' or '.join(missing)}" if missing else f"a column {' or '.join(columns)} twice"
+    )
+    raise DataError(
+        f"{manifest}: {fault} in its first line ({listing(header)}); name the columns in"
+        " `path_column` and `label_column`"
+    )
 
 
 def _has(header: list[str], columns: tuple[str, str]) -> bool:
@@ -95,7 +130,9 @@ def _fields(record: list[str]) -> list[str]:
 
 def _records(text: str, separator: str, manifest: str) -> Iterator[_Record]:
     """The records that are not blank, each with the number of its first line. Raises DataError."""
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, skipinitialspace=True, strict=True)
+    reader = csv.reader(
+        io.StringIO(text, newline=""), delimiter=separator, skipinitialspace=True, strict=True
+    )
     where = f"{manifest}: line 1"
     try:
         for record in reader:
@@ -103,20 +140,40 @@ def _records(text: str, separator: str, manifest: str) -> Iterator[_Record]:
                 yield _Record(where, fields)
             where = f"{manifest}: line {reader.line_num + 1}"
     except csv.Error as error:
-        fault = "a quote is opened and never closed" if "unexpected end" in str(error) else shortened(str(error), 100)
-        raise DataError(f'{where}: {fault}; expected fields without quotes, or between two "') from None
+        fault = (
+            "a quote is opened and never closed"
+            if "unexpected end" in str(error)
+            else shortened(str(error), 100)
+        )
+        raise DataError(
+            f'{where}: {fault}; expected fields without quotes, or between two "'
+        ) from None
 
 
-def _row(record: _Record, header: list[str], columns: tuple[str, str], root: str, label_separator: str | None) -> _Row:
+def _row(
+    record: _Record,
+    header: list[str],
+    columns: tuple[str, str],
+    root: str,
+    label_separator: str | None,
+) -> _Row:
     where, fields = record
     if any(fields[len(header) :]):
-        raise DataError(f"{where}: {len(fields)} fields, but the first line has {len(header)}; put fields that hold the separator in quotes")
-    path, label = (fields[index] if (index := header.index(column)) < len(fields) else "" for column in columns)
+        raise DataError(
+            f"{where}: {len(fields)} fields, but the first line has {len(header)}; put fields that"
+            " hold the separator in quotes"
+        )
+    path, label = (
+        fields[index] if (index := header.index(column)) < len(fields) else "" for column in columns
+    )
     if not path or not (label or label_separator):
-        raise DataError(f"{where}: {columns[0]} {quoted(path)}, {columns[1]} {quoted(label)}; expected both")
+        raise DataError(
+            f"{where}: {columns[0]} {quoted(path)}, {columns[1]} {quoted(label)}; expected both"
+        )
     if len(lines_of(path + label)) > 1:
         raise DataError(
-            f"{where}: {columns[0]} {quoted(path)}, {columns[1]} {quoted(label)}: a field goes on in the next line; is a quote left open?"
+            f"{where}: {columns[0]} {quoted(path)}, {columns[1]} {quoted(label)}: a field goes on"
+            " in the next line; is a quote left open?"
         )
     return _Row(where, located(path, root), _separated(label, label_separator, where))
 
@@ -125,5 +182,8 @@ def _separated(field: str, separator: str | None, where: str) -> list[str]:
     """The labels in a field; none where it is empty, which only a multi-label table allows."""
     labels = [label.strip() for label in field.split(separator)] if separator and field else [field]
     if not all(labels) and field:
-        raise DataError(f"{where}: the labels {quoted(field)} hold an empty one; write one {separator} between two labels")
+        raise DataError(
+            f"{where}: the labels {quoted(field)} hold an empty one; write one {separator} between"
+            " two labels"
+        )
     return labels if field else []

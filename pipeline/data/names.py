@@ -19,12 +19,18 @@ _NUMBER = re.compile(r"(-?[0-9]{1,18})(\.0*)?")
 def class_names(classes: tuple[str, ...] | str) -> list[str]:
     """The given names, or those in a file (or URL) with one name per line. Raises DataError."""
     where = classes if isinstance(classes, str) else "classes"
-    lines = lines_of(read_text(classes, "one class name a line")) if isinstance(classes, str) else classes
+    lines = (
+        lines_of(read_text(classes, "one class name a line"))
+        if isinstance(classes, str)
+        else classes
+    )
     names = [line.strip() for line in lines if line.strip()]
     check_names(names, where)
     name, times = Counter(names).most_common(1)[0] if names else ("", 0)
     if times > 1:
-        raise DataError(f"{where}: the class {quoted(name)} is named {times} times; expected different names")
+        raise DataError(
+            f"{where}: the class {quoted(name)} is named {times} times; expected different names"
+        )
     return names
 
 
@@ -46,21 +52,39 @@ def check_names(names: Iterable[str], where: str) -> None:
     first: dict[str, str] = {}
     for name in sorted(names):
         if len(name) > _NAME_MAX or not _is_text(name):
-            raise DataError(f"{where}: the class name {quoted(name)} cannot be used; expected at most {_NAME_MAX} characters of one line of text")
+            raise DataError(
+                f"{where}: the class name {quoted(name)} cannot be used; expected at most"
+                f" {_NAME_MAX} characters of one line of text"
+            )
         other = first.setdefault(_folded(name), name)
         if other != name:
-            alike = f"{other!a} and {name!a}" if _looks(other) == _looks(name) else f"{other!r} and {name!r}"
-            raise DataError(f"{where}: the class names {shortened(alike, 160)} are one name written in two ways; write it in one way, or rename one")
+            alike = (
+                f"{other!a} and {name!a}"
+                if _looks(other) == _looks(name)
+                else f"{other!r} and {name!r}"
+            )
+            raise DataError(
+                f"{where}: the class names {shortened(alike, 160)} are one name written in two"
+                " ways; write it in one way, or rename one"
+            )
 
 
 def _is_text(name: str) -> bool:
     """Whether a name can be stored and shown: it has no lone surrogate and no control character."""
-    return not any(unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") for character in name)
+    return not any(
+        unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") for character in name
+    )
 
 
 def _looks(name: str) -> str:
-    """A name without invisible differences: Unicode form, white space, characters such as U+200B."""
-    visible = "".join(character for character in unicodedata.normalize("NFKC", name) if unicodedata.category(character) != "Cf")
+    """A name without invisible differences: Unicode form, white space, characters such as
+    U+200B.
+    """
+    visible = "".join(
+        character
+        for character in unicodedata.normalize("NFKC", name)
+        if unicodedata.category(character) != "Cf"
+    )
     return " ".join(visible.split())
 
 

@@ -1,8 +1,8 @@
 """Prepare: convert user data to shards with an index, and check it against the task.
 
-Existing shards are scanned and indexed in place; everything else is written as shards, into a sibling
-folder that is renamed when it is complete, so that a folder with an index is complete. An intact
-folder that was prepared from the same source is reused.
+Existing shards are scanned and indexed in place; everything else is written as shards, into a
+sibling folder that is renamed when it is complete, so that a folder with an index is complete. An
+intact folder that was prepared from the same source is reused.
 """
 
 from __future__ import annotations
@@ -19,7 +19,14 @@ import numpy as np
 
 from pipeline.data.drawn import drawn_source
 from pipeline.data.held_out import hold_out_test
-from pipeline.data.index import INDEX_NAME, DataIndex, ShardEntry, SplitName, read_index, write_index
+from pipeline.data.index import (
+    INDEX_NAME,
+    DataIndex,
+    ShardEntry,
+    SplitName,
+    read_index,
+    write_index,
+)
 from pipeline.data.inspection import Inspection
 from pipeline.data.listed import json_source, lists_source
 from pipeline.data.manifests import csv_source
@@ -32,14 +39,24 @@ from pipeline.data.splits import split_samples
 from pipeline.data.urls import expand, fetch, is_url, resolve, sha256_hex, stamp
 from pipeline.errors import DataError, StorageError
 from pipeline.kinds import Label, TaskKind, classes_in, kind_named
-from pipeline.specs import CsvData, DigitsData, DrawnData, FolderData, JsonData, ListsData, ShardsData, Task
+from pipeline.specs import (
+    CsvData,
+    DigitsData,
+    DrawnData,
+    FolderData,
+    JsonData,
+    ListsData,
+    ShardsData,
+    Task,
+)
 
 _VERSION = 1  # part of every source digest: raise it when the same source would give other shards
 _MAX_INFERRED_CLASSES = 65536
 
 
 def prepare(task: Task, folder: Path) -> DataIndex:
-    """Prepare the dataset of `task` in `folder`, unless it is there already, and check that it suits the task.
+    """Prepare the dataset of `task` in `folder`, unless it is there already, and check that it
+    suits the task.
 
     Raises:
         DataError: The data is missing, damaged or unsuitable.
@@ -47,15 +64,32 @@ def prepare(task: Task, folder: Path) -> DataIndex:
     """
     folder = Path(os.path.abspath(folder))
     data, kind = task.data, kind_named(task.kind)
-    if isinstance(data, ListsData | JsonData) and not is_url(data.root) and not Path(data.root).is_dir():
+    if (
+        isinstance(data, ListsData | JsonData)
+        and not is_url(data.root)
+        and not Path(data.root).is_dir()
+    ):
         origin = f"; it comes from {task.about.source}" if task.about.source else ""
-        raise DataError(f"{data.root}: no such folder; expected the dataset of {task.name}, with its list of images for each split{origin}")
+        raise DataError(
+            f"{data.root}: no such folder; expected the dataset of {task.name}, with its list of"
+            f" images for each split{origin}"
+        )
     try:
-        index = _index_in_place(data, kind, folder) if isinstance(data, ShardsData) else _write(_source(data, kind), _described(data, kind), folder)
+        index = (
+            _index_in_place(data, kind, folder)
+            if isinstance(data, ShardsData)
+            else _write(_source(data, kind), _described(data, kind), folder)
+        )
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        advice = "free some space, or choose another folder" if full else "check the path and the permissions"
-        raise StorageError(f"{error.filename or folder}: cannot be used ({error.strerror or error}); {advice}") from None
+        advice = (
+            "free some space, or choose another folder"
+            if full
+            else "check the path and the permissions"
+        )
+        raise StorageError(
+            f"{error.filename or folder}: cannot be used ({error.strerror or error}); {advice}"
+        ) from None
     check(index, task)
     return index
 
@@ -85,7 +119,9 @@ def _source(data: _WrittenData, kind: TaskKind) -> Source:
 
 
 def _current(folder: Path, source_digest: str) -> DataIndex | None:
-    """The index in `folder` if it was made from this source and its local shards are the ones it lists."""
+    """The index in `folder` if it was made from this source and its local shards are the ones it
+    lists.
+    """
     if not (folder / INDEX_NAME).exists():
         return None
     index = read_index(folder)
@@ -96,10 +132,14 @@ def _current(folder: Path, source_digest: str) -> DataIndex | None:
 
 
 def _intact(path: Path, shard: ShardEntry) -> bool:
-    return path.is_file() and path.stat().st_size == shard.size_bytes and sha256_hex(path.read_bytes()) == shard.sha256
+    return (
+        path.is_file()
+        and path.stat().st_size == shard.size_bytes
+        and sha256_hex(path.read_bytes()) == shard.sha256
+    )
 
 
-# --- shards where they lie ------------------------------------------------------------------------------------------------------------------
+# --- shards where they lie ------------------------------------------------------------------------
 
 
 def _index_in_place(data: ShardsData, kind: TaskKind, folder: Path) -> DataIndex:
@@ -109,11 +149,18 @@ def _index_in_place(data: ShardsData, kind: TaskKind, folder: Path) -> DataIndex
     splits["test"] = expand(data.test)
     names = class_names(data.classes) if data.classes is not None else None
     stamps = [f"{split} {url} {stamp(url)}" for split, urls in splits.items() for url in urls]
-    source_digest = sha256_hex("\n".join([f"shards {_VERSION} {kind.name} {names!r} {data.label_field!r}", *stamps]).encode())
+    source_digest = sha256_hex(
+        "\n".join(
+            [f"shards {_VERSION} {kind.name} {names!r} {data.label_field!r}", *stamps]
+        ).encode()
+    )
     if (index := _current(folder, source_digest)) is not None:
         return index
     inspection = Inspection()
-    entries = {split: [_scan(url, names, split, inspection, data.label_field, kind) for url in urls] for split, urls in splits.items()}
+    entries = {
+        split: [_scan(url, names, split, inspection, data.label_field, kind) for url in urls]
+        for split, urls in splits.items()
+    }
     inspection.check()
     _check_shards_differ(entries)
     classes = names if names is not None else _inferred_classes(entries)
@@ -125,27 +172,43 @@ def _index_in_place(data: ShardsData, kind: TaskKind, folder: Path) -> DataIndex
 
 
 def _inferred_classes(entries: dict[SplitName, list[ShardEntry]]) -> list[str]:
-    largest, path = max((shard.largest_class, shard.path) for shards in entries.values() for shard in shards)
+    largest, path = max(
+        (shard.largest_class, shard.path) for shards in entries.values() for shard in shards
+    )
     if largest >= _MAX_INFERRED_CLASSES:
-        raise DataError(f"{path}: label {largest} is too large to count classes by; number the classes from 0")
+        raise DataError(
+            f"{path}: label {largest} is too large to count classes by; number the classes from 0"
+        )
     return [str(label) for label in range(largest + 1)]
 
 
 def _order_remarks(shards: list[ShardEntry]) -> list[str]:
     """A warning if shards hold far fewer classes than if their samples were mixed, else None."""
-    held_by_shard = [[number for label in shard.labels for number in classes_in(label)] for shard in shards]
-    shares = np.bincount(np.concatenate(held_by_shard).astype(np.int64)) / sum(shard.samples for shard in shards)
+    held_by_shard = [
+        [number for label in shard.labels for number in classes_in(label)] for shard in shards
+    ]
+    shares = np.bincount(np.concatenate(held_by_shard).astype(np.int64)) / sum(
+        shard.samples for shard in shards
+    )
     mixed = np.mean([np.sum(1 - (1 - shares) ** shard.samples) for shard in shards])
     held = np.mean([len(set(numbers)) for numbers in held_by_shard])
     if held - 1 >= (mixed - 1) / 2:
         return []
     return [
-        f"the training samples are sorted by class: a shard holds {held:.1f} classes on average, {mixed:.1f} if they were mixed; "
-        "write the shards in random order, because contrastive batches are drawn from one shard at a time"
+        f"the training samples are sorted by class: a shard holds {held:.1f} classes on average,"
+        f" {mixed:.1f} if they were mixed; write the shards in random order, because contrastive"
+        " batches are drawn from one shard at a time"
     ]
 
 
-def _scan(url: str, names: list[str] | None, split: SplitName, inspection: Inspection, label_field: str | None, kind: TaskKind) -> ShardEntry:
+def _scan(
+    url: str,
+    names: list[str] | None,
+    split: SplitName,
+    inspection: Inspection,
+    label_field: str | None,
+    kind: TaskKind,
+) -> ShardEntry:
     """Read every sample of a shard once, so that faults do not show only during training."""
     content = fetch(url)
     labels: list[Label] = []
@@ -155,7 +218,9 @@ def _scan(url: str, names: list[str] | None, split: SplitName, inspection: Inspe
     sha256 = sha256_hex(content)
     if is_url(url):
         shard_store().keep(content, sha256)  # training need not fetch it again
-    return ShardEntry(path=url, samples=len(labels), size_bytes=len(content), sha256=sha256, labels=labels)
+    return ShardEntry(
+        path=url, samples=len(labels), size_bytes=len(content), sha256=sha256, labels=labels
+    )
 
 
 def _check_shards_differ(entries: dict[SplitName, list[ShardEntry]]) -> None:
@@ -164,11 +229,14 @@ def _check_shards_differ(entries: dict[SplitName, list[ShardEntry]]) -> None:
         for shard in shards:
             use = f"{split} {shard.path}"
             if shard.sha256 in first_use:
-                raise DataError(f"{use}: has the same content as {first_use[shard.sha256]}; the splits must not share samples")
+                raise DataError(
+                    f"{use}: has the same content as {first_use[shard.sha256]}; the splits must not"
+                    " share samples"
+                )
             first_use[shard.sha256] = use
 
 
-# --- everything else: written as shards -----------------------------------------------------------------------------------------------------
+# --- everything else: written as shards -----------------------------------------------------------
 
 
 def _write(source: Source, description: str, folder: Path) -> DataIndex:
@@ -180,10 +248,15 @@ def _write(source: Source, description: str, folder: Path) -> DataIndex:
     building.mkdir(parents=True)
     try:
         inspection = Inspection()
-        splits = {split: write_shards(building, split, _shuffled(split, samples, inspection)) for split, samples in source.splits.items()}
+        splits = {
+            split: write_shards(building, split, _shuffled(split, samples, inspection))
+            for split, samples in source.splits.items()
+        }
         inspection.check()
         remarks = tuple(inspection.remarks(source.classes))
-        index = DataIndex(classes=source.classes, splits=splits, source_digest=source_digest, remarks=remarks)
+        index = DataIndex(
+            classes=source.classes, splits=splits, source_digest=source_digest, remarks=remarks
+        )
         write_index(building, index)
         _publish(building, folder, lambda: _current(folder, source_digest) is not None)
     finally:
@@ -195,7 +268,9 @@ def _sibling(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}.{uuid4().hex[:8]}")
 
 
-def _shuffled(split: SplitName, samples: list[SourceSample], inspection: Inspection) -> Iterator[Sample]:
+def _shuffled(
+    split: SplitName, samples: list[SourceSample], inspection: Inspection
+) -> Iterator[Sample]:
     """Shuffle the samples deterministically, so that a shard does not hold a single class.
 
     After a fault, the rest is only inspected.
@@ -217,11 +292,16 @@ def _check_replaceable(folder: Path) -> None:
     own = {INDEX_NAME} | ({shard.path for shard in index.shards} if index is not None else set())
     foreign = sorted(path.name for path in folder.iterdir() if path.name not in own)
     if foreign:
-        raise StorageError(f"{folder}: holds {foreign[0]}, which is no part of a prepared dataset; choose another folder, or empty this one")
+        raise StorageError(
+            f"{folder}: holds {foreign[0]}, which is no part of a prepared dataset; choose another"
+            " folder, or empty this one"
+        )
 
 
 def _publish(building: Path, folder: Path, is_current: Callable[[], bool]) -> None:
-    """Rename `building` to `folder`, replacing a dataset there unless another process has just written the same one."""
+    """Rename `building` to `folder`, replacing a dataset there unless another process has just
+    written the same one.
+    """
     try:
         os.rename(building, folder)
     except OSError as error:
@@ -235,33 +315,55 @@ def _publish(building: Path, folder: Path, is_current: Callable[[], bool]) -> No
         shutil.rmtree(former)
 
 
-# --- does it suit the task ------------------------------------------------------------------------------------------------------------------
+# --- does it suit the task ------------------------------------------------------------------------
 
 
 def check(index: DataIndex, task: Task) -> None:
-    """Raise DataError unless the dataset has the classes, and enough samples in each split, for a study of `task`."""
+    """Raise DataError unless the dataset has the classes, and enough samples in each split, for a
+    study of `task`.
+    """
     if len(set(index.classes)) < max(2, len(index.classes)):
-        raise DataError(f"{task.name}: classes are {listing(index.classes)}; expected at least two, with different names")
+        raise DataError(
+            f"{task.name}: classes are {listing(index.classes)}; expected at least two, with"
+            " different names"
+        )
     if not index.splits.get("train") or not index.splits.get("test"):
         raise DataError(f"{task.name}: train or test is empty; each needs samples")
     trained = _classes_of(index.splits["train"])
     if len(trained) < 2:
-        raise DataError(f"{task.name}: all training samples are of one class; expected at least two classes")
+        raise DataError(
+            f"{task.name}: all training samples are of one class; expected at least two classes"
+        )
     for split, shards in index.splits.items():
         missing = sorted(_classes_of(shards) - trained)
-        if missing and not isinstance(task.data, ListsData | JsonData):  # there, a benchmark's own lists say who is in train
+        if missing and not isinstance(
+            task.data, ListsData | JsonData
+        ):  # there, a benchmark's own lists say who is in train
             names = listing([index.classes[label] for label in missing])
-            raise DataError(f"{task.name}: {split} has classes without a training sample: {names}; every class needs training samples")
+            raise DataError(
+                f"{task.name}: {split} has classes without a training sample: {names}; every class"
+                " needs training samples"
+            )
     train_samples = len(split_samples(index, task.val_fraction, task.seed)["train"])
-    for key, batch_size in (("recipe.training.batch_size", task.recipe.training.batch_size), ("selection.batch_size", task.selection.batch_size)):
+    for key, batch_size in (
+        ("recipe.training.batch_size", task.recipe.training.batch_size),
+        ("selection.batch_size", task.selection.batch_size),
+    ):
         if train_samples < batch_size:
-            raise DataError(f"{task.name}: {train_samples} training samples are fewer than {key} = {batch_size}; lower it, or add samples")
+            raise DataError(
+                f"{task.name}: {train_samples} training samples are fewer than {key} ="
+                f" {batch_size}; lower it, or add samples"
+            )
 
 
 def remarks_on(index: DataIndex) -> list[str]:
     """Warnings about a usable dataset: images that occur twice, ..."""
     untrained = untrained_classes(index)
-    missing = [f"no training sample of {len(untrained)} of the classes: {listing(untrained)}"] if untrained else []
+    missing = (
+        [f"no training sample of {len(untrained)} of the classes: {listing(untrained)}"]
+        if untrained
+        else []
+    )
     return [*missing, *index.remarks]
 
 
@@ -270,6 +372,8 @@ def _classes_of(shards: Sequence[ShardEntry]) -> set[int]:
 
 
 def untrained_classes(index: DataIndex) -> list[str]:
-    """The classes without a training sample, which a model cannot learn but its accuracy counts like any other."""
+    """The classes without a training sample, which a model cannot learn but its accuracy counts
+    like any other.
+    """
     trained = _classes_of(index.splits["train"])
     return [name for number, name in enumerate(index.classes) if number not in trained]

@@ -1,4 +1,6 @@
-"""Quoting user data in error messages: shortened and on one line, because a cell, key or name may have any length."""
+"""Quoting user data in error messages: shortened and on one line, because a cell, key or name may
+have any length.
+"""
 
 from __future__ import annotations
 

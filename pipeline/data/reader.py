@@ -3,8 +3,8 @@
 Random access to single members of a tar would decode each image once per epoch. Instead, a whole
 shard is decoded once and cached; the least recently used is evicted first. The cache belongs to the
 process: successive trials in a process, and tasks that share shards, find them decoded. Its key is
-the content's SHA-256, never the file's name. Shards behind URLs are fetched a few ahead of their use,
-and cached on disk (remote.py).
+the content's SHA-256, never the file's name. Shards behind URLs are fetched a few ahead of their
+use, and cached on disk (remote.py).
 """
 
 from __future__ import annotations
@@ -44,7 +44,9 @@ class ShardCache:
         self._lock = threading.Lock()
 
     def get(self, key: Key, load: Callable[[], torch.Tensor], limit_bytes: int) -> torch.Tensor:
-        """The shard under `key`, from `load` if it is not cached. Afterwards at most `limit_bytes` are cached, or this one shard alone."""
+        """The shard under `key`, from `load` if it is not cached. Afterwards at most `limit_bytes`
+        are cached, or this one shard alone.
+        """
         with self._lock:
             if key not in self._images:
                 self._images[key] = load()
@@ -93,23 +95,36 @@ class Reader:
         self._targets = targets
 
     def window(self, numbers: Iterable[int] | None = None) -> int | None:
-        """How many of the shards with these numbers (default: all) to mix at a time, so that they stay in the cache; None if all fit."""
+        """How many of the shards with these numbers (default: all) to mix at a time, so that they
+        stay in the cache; None if all fit.
+        """
         shards = self.shards if numbers is None else [self.shards[number] for number in numbers]
         sizes_bytes = [3 * self.size_px**2 * shard.samples for shard in shards]
-        return None if sum(sizes_bytes) <= self.cache_bytes else max(1, self.cache_bytes // max(sizes_bytes))
+        return (
+            None
+            if sum(sizes_bytes) <= self.cache_bytes
+            else max(1, self.cache_bytes // max(sizes_bytes))
+        )
 
-    def read(self, samples: np.ndarray, content: Callable[[ShardEntry], bytes] | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Images uint8 [B, 3, S, S] and targets [B, ...] of `samples`, int [B, 2] rows of (shard, position), in their order.
+    def read(
+        self, samples: np.ndarray, content: Callable[[ShardEntry], bytes] | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Images uint8 [B, 3, S, S] and targets [B, ...] of `samples`, int [B, 2] rows of (shard,
+        position), in their order.
 
         content: source of a shard's bytes; default: its path or URL.
 
         Raises DataError if a shard is missing, or is not the one that was indexed.
         """
-        images = np.empty((len(samples), 3, self.size_px, self.size_px), np.uint8)  # numpy copies rows of bytes many times faster than torch
+        images = np.empty(
+            (len(samples), 3, self.size_px, self.size_px), np.uint8
+        )  # numpy copies rows of bytes many times faster than torch
         for number in np.unique(samples[:, 0]):
             rows = np.flatnonzero(samples[:, 0] == number)
             positions = samples[rows, 1]
-            images[rows] = self._shard(self.shards[number], content or self._content).numpy()[positions]
+            images[rows] = self._shard(self.shards[number], content or self._content).numpy()[
+                positions
+            ]
         labels = [self.shards[number].labels[position] for number, position in samples.tolist()]
         return torch.from_numpy(images), self._targets(labels)
 
@@ -118,25 +133,35 @@ class Reader:
 
         Raises DataError like `read`, when it reaches the shard.
         """
-        if not plan or all(not is_url(shard.path) or CACHE.holds(self._key(shard)) for shard in self.shards):
+        if not plan or all(
+            not is_url(shard.path) or CACHE.holds(self._key(shard)) for shard in self.shards
+        ):
             yield from map(self.read, plan)
             return
         numbers, first_use = np.unique(np.concatenate(plan)[:, 0], return_index=True)
         coming = [self.shards[number] for number in numbers[np.argsort(first_use)]]
-        remote = [shard for shard in coming if is_url(shard.path) and not CACHE.holds(self._key(shard))]
+        remote = [
+            shard for shard in coming if is_url(shard.path) and not CACHE.holds(self._key(shard))
+        ]
         with _Ahead(remote, self._content) as ahead:
             for samples in plan:
                 yield self.read(samples, ahead)
 
     def _shard(self, shard: ShardEntry, content: Callable[[ShardEntry], bytes]) -> torch.Tensor:
-        return CACHE.get(self._key(shard), lambda: self._decode(shard, content(shard)), self.cache_bytes)
+        return CACHE.get(
+            self._key(shard), lambda: self._decode(shard, content(shard)), self.cache_bytes
+        )
 
     def _key(self, shard: ShardEntry) -> Key:
         return shard.sha256, self.size_px
 
     def _content(self, shard: ShardEntry) -> bytes:
         url = resolve(self.index_folder, shard.path)
-        return shard_store().read(url, shard.sha256) if is_url(url) else fetch_checked(url, shard.sha256)
+        return (
+            shard_store().read(url, shard.sha256)
+            if is_url(url)
+            else fetch_checked(url, shard.sha256)
+        )
 
     def _decode(self, shard: ShardEntry, content: bytes) -> torch.Tensor:
         url = resolve(self.index_folder, shard.path)
@@ -147,7 +172,9 @@ class Reader:
 
 
 class _Ahead:
-    """Fetches shards in threads, SHARDS_AHEAD at a time in the order of their first use; call it with a shard for its bytes."""
+    """Fetches shards in threads, SHARDS_AHEAD at a time in the order of their first use; call it
+    with a shard for its bytes.
+    """
 
     def __init__(self, shards: Sequence[ShardEntry], fetch: Callable[[ShardEntry], bytes]) -> None:
         self._waiting, self._fetch = deque(shards), fetch

@@ -1,8 +1,8 @@
 """A disk cache of shards behind URLs: each is fetched once for all processes, tasks and epochs.
 
-A file's name is its content's SHA-256, unlike in WebDataset's own cache, which uses the last part of
-the URL: two tasks may both have a `train-000000.tar`. The size of the folder is bounded; the least
-recently read file is evicted first.
+A file's name is its content's SHA-256, unlike in WebDataset's own cache, which uses the last part
+of the URL: two tasks may both have a `train-000000.tar`. The size of the folder is bounded; the
+least recently read file is evicted first.
 """
 
 from __future__ import annotations
@@ -25,14 +25,17 @@ DEFAULT_LIMIT_GB = 50.0
 
 
 class ShardStore:
-    """Shards by SHA-256 in `folder`, at most `limit_bytes` in total. Safe to share between processes."""
+    """Shards by SHA-256 in `folder`, at most `limit_bytes` in total. Safe to share between
+    processes.
+    """
 
     def __init__(self, folder: Path, limit_bytes: float) -> None:
         self.folder = folder
         self.limit_bytes = limit_bytes
 
     def read(self, url: str, sha256: str) -> bytes:
-        """The content of the shard at `url`; the first process fetches it, the others wait. Raises DataError if it cannot be read, or differs.
+        """The content of the shard at `url`; the first process fetches it, the others wait. Raises
+        DataError if it cannot be read, or differs.
 
         If the folder is full or cannot be written, the shard is fetched every time.
         """
@@ -64,8 +67,13 @@ class ShardStore:
         self._bound(newest=path)
 
     def _bound(self, newest: Path) -> None:
-        """Remove the least recently read files until the rest fits; the newest is kept at any size."""
-        shards = sorted((each for each in self.folder.iterdir() if not each.suffix and each.name[0] != "."), key=lambda each: each.stat().st_mtime_ns)
+        """Remove the least recently read files until the rest fits; the newest is kept at any
+        size.
+        """
+        shards = sorted(
+            (each for each in self.folder.iterdir() if not each.suffix and each.name[0] != "."),
+            key=lambda each: each.stat().st_mtime_ns,
+        )
         size_bytes = sum(each.stat().st_size for each in shards)
         for each in shards:
             if size_bytes <= self.limit_bytes:
@@ -87,24 +95,35 @@ def _kept(path: Path, sha256: str) -> bytes | None:
 
 
 def _mark_read(path: Path) -> None:
-    """Note the time of reading as that of the last change, in nanoseconds: the system's own are some milliseconds apart."""
+    """Note the time of reading as that of the last change, in nanoseconds: the system's own are
+    some milliseconds apart.
+    """
     now_ns = time.time_ns()
     os.utime(path, ns=(now_ns, now_ns))
 
 
 def fetch_checked(url: str, sha256: str) -> bytes:
-    """The content at a path or URL. Raises DataError if it cannot be read, or is not what was indexed."""
+    """The content at a path or URL. Raises DataError if it cannot be read, or is not what was
+    indexed.
+    """
     content = fetch(url)
     if sha256_hex(content) != sha256:
-        raise DataError(f"{url}: damaged, or changed since it was indexed (its SHA-256 differs); prepare the dataset again")
+        raise DataError(
+            f"{url}: damaged, or changed since it was indexed (its SHA-256 differs); prepare the"
+            " dataset again"
+        )
     return content
 
 
 def shard_store() -> ShardStore:
-    """The store of this machine: `$TASKPACK_SHARDS`, or a folder of the user's cache; `$TASKPACK_SHARDS_GB` bounds it. Raises DataError."""
+    """The store of this machine: `$TASKPACK_SHARDS`, or a folder of the user's cache;
+    `$TASKPACK_SHARDS_GB` bounds it. Raises DataError.
+    """
     folder = os.environ.get(FOLDER_VARIABLE) or user_cache() / "shards"
     limit = os.environ.get(LIMIT_VARIABLE, str(DEFAULT_LIMIT_GB))
     try:
         return ShardStore(Path(folder), float(limit) * 1e9)
     except ValueError:
-        raise DataError(f"{LIMIT_VARIABLE}: given {limit!r}; expected how many GB of shards to keep, such as 50") from None
+        raise DataError(
+            f"{LIMIT_VARIABLE}: given {limit!r}; expected how many GB of shards to keep, such as 50"
+        ) from None

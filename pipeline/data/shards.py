@@ -1,11 +1,11 @@
-"""Shards: WebDataset tars of `key.jpg` (or another extension of `formats.py`) and `key.cls`, written byte for byte the same,
-read without losing a sample or running code.
+"""Shards: WebDataset tars of `key.jpg` (or another extension of `formats.py`) and `key.cls`,
+written byte for byte the same, read without losing a sample or running code.
 
-Python's tar reader stops silently at a damaged header, and at a file that was cut between two members;
-both would lose samples. So a shard is read as a whole, and is valid only if its members are followed
-by the end mark of two zero blocks and by nothing else. Labels are numbers, names or a field of JSON,
-one or several (labels.py); members that only a pickle loader could read are rejected by name, and
-WebDataset's decoders, which would load them, are never called.
+Python's tar reader stops silently at a damaged header, and at a file that was cut between two
+members; both would lose samples. So a shard is read as a whole, and is valid only if its members
+are followed by the end mark of two zero blocks and by nothing else. Labels are numbers, names or a
+field of JSON, one or several (labels.py); members that only a pickle loader could read are rejected
+by name, and WebDataset's decoders, which would load them, are never called.
 """
 
 from __future__ import annotations
@@ -41,11 +41,13 @@ _BLOCK_BYTES = tarfile.BLOCKSIZE
 Sample = tuple[str, bytes, Label]  # key, encoded image, label
 
 
-# --- reading --------------------------------------------------------------------------------------------------------------------------------
+# --- reading --------------------------------------------------------------------------------------
 
 
 def read_shard(url: str, kind: TaskKind = SINGLE) -> Iterator[Sample]:
-    """The samples of the shard at a path or URL, in order: key, encoded image, label. Raises DataError naming the shard and the member at fault."""
+    """The samples of the shard at a path or URL, in order: key, encoded image, label. Raises
+    DataError naming the shard and the member at fault.
+    """
     return samples_in(fetch(url), url, kind=kind)
 
 
@@ -58,22 +60,34 @@ def samples_in(
 ) -> Iterator[Sample]:
     """The samples of a shard whose bytes are `content`; `url` is used in errors.
 
-    names: of the classes, where they are declared. label_field: the field of `key.json` that holds the label; by default
-    the label is `key.cls`, or without one the field `label`. Raises DataError.
+    names: of the classes, where they are declared. label_field: the field of `key.json` that holds
+    the label; by default the label is `key.cls`, or without one the field `label`. Raises
+    DataError.
     """
     labels = MemberLabels(names, kind)
     for key, members, image_extension in _samples(content, url):
         sample = f"{url}: {shortened(key)}"
-        label_extension = LABEL_EXTENSION if LABEL_EXTENSION in members and label_field is None else "json"
+        label_extension = (
+            LABEL_EXTENSION if LABEL_EXTENSION in members and label_field is None else "json"
+        )
         _check_alone(members, image_extension, label_extension, sample)
         if label_extension not in members:
-            raise DataError(f"{sample}: no member .json; expected one with the field {label_field!r}, or leave out `label_field`")
+            raise DataError(
+                f"{sample}: no member .json; expected one with the field {label_field!r}, or leave"
+                " out `label_field`"
+            )
         field = (label_field or "label") if label_extension == "json" else None
-        yield key, members[image_extension], labels.read(members[label_extension], field, f"{sample}.{label_extension}")
+        yield (
+            key,
+            members[image_extension],
+            labels.read(members[label_extension], field, f"{sample}.{label_extension}"),
+        )
 
 
 def images_in(content: bytes, url: str) -> Iterator[tuple[str, bytes]]:
-    """Key and encoded image of each sample, in the same order; their labels are not looked at. Raises DataError."""
+    """Key and encoded image of each sample, in the same order; their labels are not looked at.
+    Raises DataError.
+    """
     for key, members, image_extension in _samples(content, url):
         yield key, members[image_extension]
 
@@ -87,27 +101,42 @@ def _samples(content: bytes, url: str) -> Iterator[tuple[str, dict[str, bytes], 
         if image_extension is None:
             continue
         if key in keys:
-            raise DataError(f"{url}: {shortened(key)}: this key occurs twice; give each sample its own key, and keep its members next to each other")
+            raise DataError(
+                f"{url}: {shortened(key)}: this key occurs twice; give each sample its own key, and"
+                " keep its members next to each other"
+            )
         keys.add(key)
         yield key, members, image_extension
     if not keys:
-        raise DataError(f"{url}: the shard holds no samples; expected members such as 000000.jpg and 000000.{LABEL_EXTENSION}")
+        raise DataError(
+            f"{url}: the shard holds no samples; expected members such as 000000.jpg and"
+            f" 000000.{LABEL_EXTENSION}"
+        )
 
 
 def _groups(content: bytes, url: str) -> Iterator[dict[str, bytes]]:
-    """The members of each key, by extension in lower case, and WebDataset's own entries such as `__key__`."""
-    members = ({"fname": name, "data": content[start:end], "__url__": url} for name, start, end in _members(content, url))
+    """The members of each key, by extension in lower case, and WebDataset's own entries such as
+    `__key__`.
+    """
+    members = (
+        {"fname": name, "data": content[start:end], "__url__": url}
+        for name, start, end in _members(content, url)
+    )
     try:
         yield from group_by_keys(members)
     except ValueError as error:  # two extensions that differ in case alone
         name = shortened(str(error.args[0]).partition(": duplicate")[0])
-        raise DataError(f"{url}: {name}: a duplicate name but for upper and lower case; give each sample its own key") from None
+        raise DataError(
+            f"{url}: {name}: a duplicate name but for upper and lower case; give each sample its"
+            " own key"
+        ) from None
 
 
 def _members(content: bytes, url: str) -> list[tuple[str, int, int]]:
     """Each file's name, and where in `content` it begins and ends.
 
-    Raises DataError unless that is one whole, plain tar of ordinary files that may all be read safely.
+    Raises DataError unless that is one whole, plain tar of ordinary files that may all be read
+    safely.
     """
     if not content:
         raise DataError(f"{url}: the shard is empty (0 bytes); copy or prepare it again")
@@ -121,68 +150,120 @@ def _members(content: bytes, url: str) -> list[tuple[str, int, int]]:
             end = int(archive.offset)
     except (tarfile.TarError, ValueError) as error:
         kind = kind_of(content)
-        fault = kind if kind not in (None, "a tar archive") else f"truncated, damaged or not a tar ({shortened(str(error), 100)})"
-        raise DataError(f"{url}: {fault}; expected a tar, uncompressed or compressed with gzip; copy or prepare it again") from None
+        fault = (
+            kind
+            if kind not in (None, "a tar archive")
+            else f"truncated, damaged or not a tar ({shortened(str(error), 100)})"
+        )
+        raise DataError(
+            f"{url}: {fault}; expected a tar, uncompressed or compressed with gzip; copy or prepare"
+            " it again"
+        ) from None
     after = content[end:]
     if len(after) < 2 * _BLOCK_BYTES or after.strip(b"\0"):
-        reason = "a damaged header or a second tar" if after.strip(b"\0") else "no end mark: the file was cut short"
-        raise DataError(f"{url}: damaged at byte {end} after {len(members)} members ({reason}); copy or prepare it again")
+        reason = (
+            "a damaged header or a second tar"
+            if after.strip(b"\0")
+            else "no end mark: the file was cut short"
+        )
+        raise DataError(
+            f"{url}: damaged at byte {end} after {len(members)} members ({reason}); copy or prepare"
+            " it again"
+        )
     return [(name, *place) for name, place in members.items()]
 
 
 def _check_member(member: tarfile.TarInfo, names: Container[str], url: str) -> None:
     where = f"{url}: {shortened(member.name)}"
-    if not member.isreg() or member.issparse():  # a sparse member of a few bytes may claim terabytes
-        raise DataError(f"{where}: not an ordinary file (a link, device or sparse file); write the shard with the files themselves")
+    if (
+        not member.isreg() or member.issparse()
+    ):  # a sparse member of a few bytes may claim terabytes
+        raise DataError(
+            f"{where}: not an ordinary file (a link, device or sparse file); write the shard with"
+            " the files themselves"
+        )
     if re.match(r"__[^/]*__($|/)", member.name):
-        raise DataError(f"{where}: refused, WebDataset skips names that begin with __...__ without a word; rename it")
+        raise DataError(
+            f"{where}: refused, WebDataset skips names that begin with __...__ without a word;"
+            " rename it"
+        )
     if member.name.lower().rpartition(".")[2] in REFUSED_EXTENSIONS:
-        raise DataError(f"{where}: refused, members of this kind can run code when they are loaded; expected images and .{LABEL_EXTENSION}")
+        raise DataError(
+            f"{where}: refused, members of this kind can run code when they are loaded; expected"
+            f" images and .{LABEL_EXTENSION}"
+        )
     if member.name.rpartition(".")[2].startswith("__"):
-        raise DataError(f"{where}: refused, WebDataset gives extensions that begin with two underscores another meaning; rename it")
+        raise DataError(
+            f"{where}: refused, WebDataset gives extensions that begin with two underscores another"
+            " meaning; rename it"
+        )
     base, extension = os.path.basename(member.name), member.name.lower().rpartition(".")[2]
-    if base.startswith(".") and not base.startswith("._") and extension in (*IMAGE_EXTENSIONS, LABEL_EXTENSION):
-        raise DataError(f"{where}: refused, WebDataset skips names that begin with a dot without a word; rename it")
+    if (
+        base.startswith(".")
+        and not base.startswith("._")
+        and extension in (*IMAGE_EXTENSIONS, LABEL_EXTENSION)
+    ):
+        raise DataError(
+            f"{where}: refused, WebDataset skips names that begin with a dot without a word;"
+            " rename it"
+        )
     if member.name in names:
         raise DataError(f"{where}: this member occurs twice; give each sample its own key")
 
 
 def _image_extension(members: dict[str, bytes], sample: str) -> str | None:
-    """The member that is the sample's image; None if the group has neither an image nor a label (a README). Raises DataError."""
+    """The member that is the sample's image; None if the group has neither an image nor a label (a
+    README). Raises DataError.
+    """
     extensions = [name for name in members if not name.startswith("__")]
     images = [name for name in extensions if name in IMAGE_EXTENSIONS]
     if len(images) == 1 and (LABEL_EXTENSION in members or "json" in members):
         return images[0]
-    if not any(name.rpartition(".")[2] in (*IMAGE_EXTENSIONS, LABEL_EXTENSION) for name in extensions):
+    if not any(
+        name.rpartition(".")[2] in (*IMAGE_EXTENSIONS, LABEL_EXTENSION) for name in extensions
+    ):
         return None
     if len(images) > 1:
-        raise DataError(f"{sample}: more than one image ({listing(extensions)}); keep one for each key")
+        raise DataError(
+            f"{sample}: more than one image ({listing(extensions)}); keep one for each key"
+        )
     if images:
         raise DataError(
-            f"{sample}.{images[0]}: an image without a label; expected a member with the same key and the extension cls or json next to it"
+            f"{sample}.{images[0]}: an image without a label; expected a member with the same key"
+            " and the extension cls or json next to it"
         )
     # The key ends at the name's first dot, so `a.v2.jpg` is not the image of `a`.
-    raise DataError(f"{sample}: no image, only {listing(extensions)}; expected an extension such as jpg right after the key, which may have no dot")
+    raise DataError(
+        f"{sample}: no image, only {listing(extensions)}; expected an extension such as jpg right"
+        " after the key, which may have no dot"
+    )
 
 
 def _check_alone(members: dict[str, bytes], image_extension: str, label: str, sample: str) -> None:
-    """Raise DataError if a second image of the group also has a label: `a.v2.jpg` and `a.v2.cls` next to `a.jpg` and `a.cls`."""
+    """Raise DataError if a second image of the group also has a label: `a.v2.jpg` and `a.v2.cls`
+    next to `a.jpg` and `a.cls`.
+    """
     for name in members:
         stem, _, extension = name.rpartition(".")
         if stem and extension in IMAGE_EXTENSIONS and f"{stem}.{label}" in members:
             raise DataError(
-                f"{sample}.{shortened(name)}: a second labelled image beside {sample.rpartition(': ')[2]}.{image_extension}; "
-                "a key ends at the first dot of a name; rename it, without a dot in its key"
+                f"{sample}.{shortened(name)}: a second labelled image beside"
+                f" {sample.rpartition(': ')[2]}.{image_extension}; a key ends at the first dot of a"
+                " name; rename it, without a dot in its key"
             )
 
 
-# --- writing --------------------------------------------------------------------------------------------------------------------------------
+# --- writing --------------------------------------------------------------------------------------
 
 
-def write_shards(folder: Path, split: str, samples: Iterable[Sample], samples_per_shard: int = SAMPLES_PER_SHARD) -> list[ShardEntry]:
-    """Write `samples` to `folder` as `split-000000.tar` and so on, each of at most `samples_per_shard` samples and about SHARD_SIZE_BYTES.
+def write_shards(
+    folder: Path, split: str, samples: Iterable[Sample], samples_per_shard: int = SAMPLES_PER_SHARD
+) -> list[ShardEntry]:
+    """Write `samples` to `folder` as `split-000000.tar` and so on, each of at most
+    `samples_per_shard` samples and about SHARD_SIZE_BYTES.
 
-    The same samples give the same bytes. The paths of the entries are relative to `folder`. Raises OSError where the disk does.
+    The same samples give the same bytes. The paths of the entries are relative to `folder`. Raises
+    OSError where the disk does.
     """
     entries: list[ShardEntry] = []
     for batch in _batches(samples, samples_per_shard):
@@ -190,7 +271,15 @@ def write_shards(folder: Path, split: str, samples: Iterable[Sample], samples_pe
         path = f"{split}-{len(entries):06d}.tar"
         (folder / path).write_bytes(content)
         labels = [label for _, _, label in batch]
-        entries.append(ShardEntry(path=path, samples=len(batch), size_bytes=len(content), sha256=sha256_hex(content), labels=labels))
+        entries.append(
+            ShardEntry(
+                path=path,
+                samples=len(batch),
+                size_bytes=len(content),
+                sha256=sha256_hex(content),
+                labels=labels,
+            )
+        )
     return entries
 
 
@@ -209,14 +298,24 @@ def _batches(samples: Iterable[Sample], samples_per_shard: int) -> Iterator[list
 
 def _tar(samples: list[Sample]) -> bytes:
     stream = io.BytesIO()
-    with TarWriter(stream, user="", group="", mode=0o444, mtime=0, encoder=False, compress=False) as writer:
+    with TarWriter(
+        stream, user="", group="", mode=0o444, mtime=0, encoder=False, compress=False
+    ) as writer:
         for key, image, label in samples:
-            writer.write({"__key__": key, _extension_of(image, key): image, LABEL_EXTENSION: json.dumps(label).encode()})
+            writer.write(
+                {
+                    "__key__": key,
+                    _extension_of(image, key): image,
+                    LABEL_EXTENSION: json.dumps(label).encode(),
+                }
+            )
     return stream.getvalue()
 
 
 def _extension_of(image: bytes, name: str) -> str:
-    """The extension that matches an encoded image's first bytes, regardless of its file name. Raises DataError."""
+    """The extension that matches an encoded image's first bytes, regardless of its file name.
+    Raises DataError.
+    """
     extension = extension_of(image)
     if extension is None:
         raise DataError(f"{name}: cannot be decoded: {explain(image)}")

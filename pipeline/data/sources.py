@@ -1,7 +1,9 @@
-"""What datasets are made from: sources of labelled images, of which image folders and scikit-learn's digits are here.
+"""What datasets are made from: sources of labelled images, of which image folders and
+scikit-learn's digits are here.
 
-A source knows its classes and lists its samples; images are read one at a time, when they are written to shards. Each sample has a stamp that changes
-when the sample does (see `stamp_of`), so a source can be compared with an existing dataset without reading the images.
+A source knows its classes and lists its samples; images are read one at a time, when they are
+written to shards. Each sample has a stamp that changes when the sample does (see `stamp_of`), so a
+source can be compared with an existing dataset without reading the images.
 """
 
 from __future__ import annotations
@@ -30,7 +32,9 @@ from pipeline.specs import DigitsData, FolderData
 
 @dataclass(frozen=True)
 class SourceSample:
-    """One labelled image that is not read yet: `load` returns its encoded bytes, `name` is its name in error messages."""
+    """One labelled image that is not read yet: `load` returns its encoded bytes, `name` is its name
+    in error messages.
+    """
 
     name: str
     stamp: str
@@ -48,7 +52,10 @@ class Source:
     def labelled_as(self, kind: TaskKind) -> Source:
         """The same with labels of a kind, where each sample has one class."""
         splits = {
-            split: [replace(sample, label=kind.label(classes_in(sample.label))) for sample in samples] for split, samples in self.splits.items()
+            split: [
+                replace(sample, label=kind.label(classes_in(sample.label))) for sample in samples
+            ]
+            for split, samples in self.splits.items()
         }
         return Source(self.classes, splits)
 
@@ -70,7 +77,9 @@ def _file_sample(path: Path, label: int) -> SourceSample:
 
 
 def stamp_of(status: os.stat_result) -> str:
-    """A stamp that changes when a file does: `cp -p` and `rsync` keep size and modification time."""
+    """A stamp that changes when a file does: `cp -p` and `rsync` keep size and modification
+    time.
+    """
     return f"{status.st_size}:{status.st_mtime_ns}:{status.st_ctime_ns}:{status.st_ino}"
 
 
@@ -83,21 +92,36 @@ def read_file(path: Path) -> bytes:
 
 
 def number_names(names: Mapping[SplitName, Sequence[str]], what: str) -> dict[str, int]:
-    """Number the names of classes that occur in train, in sorted order. Raises DataError if another split has one that train lacks."""
+    """Number the names of classes that occur in train, in sorted order. Raises DataError if another
+    split has one that train lacks.
+    """
     number = numbered(sorted(set(names["train"])))
     check_names(sorted({name for each in names.values() for name in each}), what)
     for split, each in names.items():
         unknown = sorted(set(each) - number.keys())
         if unknown:
-            raise DataError(f"{split} has {what} that train lacks: {listing(unknown)}; every class needs training samples")
+            raise DataError(
+                f"{split} has {what} that train lacks: {listing(unknown)}; every class needs"
+                " training samples"
+            )
     return number
 
 
 def _number_classes(labelled: dict[SplitName, list[tuple[Path, str]]], what: str) -> Source:
-    """Samples with their classes as numbers. Raises DataError like `number_names`, or if an image is listed twice."""
+    """Samples with their classes as numbers. Raises DataError like `number_names`, or if an image
+    is listed twice.
+    """
     _check_used_once(labelled)
-    number = number_names({split: [name for _, name in samples] for split, samples in labelled.items()}, what)
-    return Source(list(number), {split: [_file_sample(path, number[name]) for path, name in samples] for split, samples in labelled.items()})
+    number = number_names(
+        {split: [name for _, name in samples] for split, samples in labelled.items()}, what
+    )
+    return Source(
+        list(number),
+        {
+            split: [_file_sample(path, number[name]) for path, name in samples]
+            for split, samples in labelled.items()
+        },
+    )
 
 
 def _check_used_once(labelled: dict[SplitName, list[tuple[Path, str]]]) -> None:
@@ -105,37 +129,53 @@ def _check_used_once(labelled: dict[SplitName, list[tuple[Path, str]]]) -> None:
     for split, samples in labelled.items():
         for path, _ in samples:
             if path in first_use:
-                raise DataError(f"{path}: given in {split}, and before that in {first_use[path]}; give each image once")
+                raise DataError(
+                    f"{path}: given in {split}, and before that in {first_use[path]}; give each"
+                    " image once"
+                )
             first_use[path] = split
 
 
-# --- image folders --------------------------------------------------------------------------------------------------------------------------
+# --- image folders --------------------------------------------------------------------------------
 
 
 def folder_source(data: FolderData) -> Source:
-    """One folder per class in the folder of each split; classes are the names of train's folders, sorted. Raises DataError."""
+    """One folder per class in the folder of each split; classes are the names of train's folders,
+    sorted. Raises DataError.
+    """
     faults = Faults()
     folders: dict[SplitName, str | None] = {"train": data.train, "val": data.val, "test": data.test}
-    labelled = {split: labelled_images(Path(folder), faults) for split, folder in folders.items() if folder is not None}
+    labelled = {
+        split: labelled_images(Path(folder), faults)
+        for split, folder in folders.items()
+        if folder is not None
+    }
     faults.check()
     return _number_classes(labelled, "class folders")
 
 
-# --- scikit-learn's digits ------------------------------------------------------------------------------------------------------------------
+# --- scikit-learn's digits ------------------------------------------------------------------------
 
 
 def digits_source(data: DigitsData) -> Source:
-    """Train and test drawn from scikit-learn's 1,797 digits, stratified, by a seed. Raises DataError if there are too few."""
+    """Train and test drawn from scikit-learn's 1,797 digits, stratified, by a seed. Raises
+    DataError if there are too few.
+    """
     from sklearn.datasets import load_digits  # slow to import, and only wanted here
 
     digits, labels = load_digits(return_X_y=True)
     if data.train_samples + data.test_samples > len(labels):
         asked = f"{data.train_samples} + {data.test_samples}"
-        raise DataError(f"digits: {asked} samples asked for, there are {len(labels)}; lower train_samples or test_samples")
+        raise DataError(
+            f"digits: {asked} samples asked for, there are {len(labels)}; lower train_samples or"
+            " test_samples"
+        )
     rng = np.random.default_rng(data.seed)
     test = choose_by_class(labels, class_quotas(np.bincount(labels), data.test_samples), rng)
     others = np.flatnonzero(~test)
-    chosen = choose_by_class(labels[others], class_quotas(np.bincount(labels[others]), data.train_samples), rng)
+    chosen = choose_by_class(
+        labels[others], class_quotas(np.bincount(labels[others]), data.train_samples), rng
+    )
     images = np.rint(digits.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
 
     def sample(row: int) -> SourceSample:
@@ -143,7 +183,10 @@ def digits_source(data: DigitsData) -> Source:
 
     return Source(
         [str(digit) for digit in range(10)],
-        {"train": [sample(row) for row in others[chosen].tolist()], "test": [sample(row) for row in np.flatnonzero(test).tolist()]},
+        {
+            "train": [sample(row) for row in others[chosen].tolist()],
+            "test": [sample(row) for row in np.flatnonzero(test).tolist()],
+        },
     )
 
 

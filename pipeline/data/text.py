@@ -18,15 +18,22 @@ def read_text(path: str, expected: str) -> str:
     Raises DataError that names the line.
     """
     content = fetch(path)
-    encoding = "utf-16" if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
+    encoding = (
+        "utf-16" if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
+    )
     try:
         text = content.decode(encoding)
     except UnicodeDecodeError as error:
         where = _line(content[: error.start].decode("latin-1"))
-        raise DataError(f"{path}: {where}: byte 0x{content[error.start]:02x} is not UTF-8 text; expected {expected}; save it as UTF-8") from None
+        raise DataError(
+            f"{path}: {where}: byte 0x{content[error.start]:02x} is not UTF-8 text; expected"
+            f" {expected}; save it as UTF-8"
+        ) from None
     before, nul, _ = text.partition("\0")
     if nul:
-        raise DataError(f"{path}: {_line(before)}: holds a NUL character; expected {expected}; save it as UTF-8")
+        raise DataError(
+            f"{path}: {_line(before)}: holds a NUL character; expected {expected}; save it as UTF-8"
+        )
     return text
 
 

@@ -14,7 +14,9 @@ _GZIP = b"\x1f\x8b"
 
 
 def unpacked(content: bytes, url: str) -> bytes:
-    """Unpack `content` if it is compressed with gzip, else return it; `url` is used in error messages. Raises DataError."""
+    """Unpack `content` if it is compressed with gzip, else return it; `url` is used in error
+    messages. Raises DataError.
+    """
     if not content.startswith(_GZIP):
         return content
     try:
@@ -23,5 +25,7 @@ def unpacked(content: bytes, url: str) -> bytes:
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{url}: truncated or damaged gzip ({error}); copy it again") from None
     if len(tar) > UNPACKED_BYTES_MAX:
-        raise DataError(f"{url}: unpacks to more than {UNPACKED_BYTES_MAX // 1024**3} GiB; write smaller shards")
+        raise DataError(
+            f"{url}: unpacks to more than {UNPACKED_BYTES_MAX // 1024**3} GiB; write smaller shards"
+        )
     return tar

@@ -1,8 +1,10 @@
 """Opening shards: local paths and fsspec URLs, and nothing that could start a program.
 
-WebDataset's own opener sends `pipe:` URLs to a shell, runs `curl` for http and expands variables and braces in names. Shards are opened here
-instead: a plain path with `open`, a URL of a known object store or web protocol with fsspec. Every other scheme, and every chained URL (`a::b`),
-is rejected by name. A store that fails is tried three times; each try ends if a web server is silent for half a minute.
+WebDataset's own opener sends `pipe:` URLs to a shell, runs `curl` for http and expands variables
+and braces in names. Shards are opened here instead: a plain path with `open`, a URL of a known
+object store or web protocol with fsspec. Every other scheme, and every chained URL (`a::b`), is
+rejected by name. A store that fails is tried three times; each try ends if a web server is silent
+for half a minute.
 """
 
 from __future__ import annotations
@@ -26,10 +28,36 @@ from pipeline.data.quoting import shortened, shortened_path
 from pipeline.errors import DataError
 from pipeline.utils.redaction import without_secrets
 
-PROTOCOLS = ("abfs", "abfss", "az", "file", "gcs", "gs", "hf", "http", "https", "memory", "s3", "s3a")
-_STAMP_KEYS = ("mtime", "created", "ETag", "etag", "LastModified", "last_modified", "Last-Modified", "md5Hash", "Content-MD5", "blob_id")
+PROTOCOLS = (
+    "abfs",
+    "abfss",
+    "az",
+    "file",
+    "gcs",
+    "gs",
+    "hf",
+    "http",
+    "https",
+    "memory",
+    "s3",
+    "s3a",
+)
+_STAMP_KEYS = (
+    "mtime",
+    "created",
+    "ETag",
+    "etag",
+    "LastModified",
+    "last_modified",
+    "Last-Modified",
+    "md5Hash",
+    "Content-MD5",
+    "blob_id",
+)
 SILENT_SECONDS = 30
-"""Seconds that a web server may be silent. A download as a whole has no limit. The clients of other stores have their own limits."""
+"""Seconds that a web server may be silent. A download as a whole has no limit. The clients of other
+stores have their own limits.
+"""
 PAUSES_SECONDS = (1, 5)
 """Seconds before a failed read is retried."""
 _NUMBER_RANGE = re.compile(r"(-?[0-9]{1,9})\.\.(-?[0-9]{1,9})")
@@ -42,20 +70,25 @@ class Unreachable(DataError):
 
 
 def is_url(path: str) -> bool:
-    """Whether `path` has a URL scheme. Raises DataError for one that is not in PROTOCOLS, such as `pipe:`."""
+    """Whether `path` has a URL scheme. Raises DataError for one that is not in PROTOCOLS, such as
+    `pipe:`.
+    """
     scheme = _SCHEME.match(path)
     if scheme is None or os.path.isabs(path):
         return False
     if scheme[1].lower() not in PROTOCOLS or not path.startswith(f"{scheme[1]}://") or "::" in path:
         known = ", ".join(PROTOCOLS)
         raise DataError(
-            f"{shortened_path(path)}: refused; expected a file's path or a URL of one of these protocols, not chained and not a command: {known}"
+            f"{shortened_path(path)}: refused; expected a file's path or a URL of one of these"
+            f" protocols, not chained and not a command: {known}"
         )
     return True
 
 
 def resolve(folder: Path, path: str) -> str:
-    """A shard's path as written in an index, made openable: URLs and absolute paths stay, others are relative to the index's `folder`."""
+    """A shard's path as written in an index, made openable: URLs and absolute paths stay, others
+    are relative to the index's `folder`.
+    """
     return path if is_url(path) else str(folder / path)
 
 
@@ -74,7 +107,9 @@ def _call(url: str, method: str) -> Any:
     filesystem, path = _filesystem(url)
     try:
         return getattr(filesystem, method)(path)
-    except FileNotFoundError as error:  # what fsspec says, too, where a web server is silent or fails
+    except (
+        FileNotFoundError
+    ) as error:  # what fsspec says, too, where a web server is silent or fails
         raise (error.__cause__ if _is_web(url) and error.__cause__ else error) from None
 
 
@@ -112,17 +147,27 @@ def _named_errors(url: str) -> Iterator[None]:
     except DataError:
         raise
     except FileNotFoundError:
-        raise DataError(f"{name}: no such file; check the path in the task's data section") from None
+        raise DataError(
+            f"{name}: no such file; check the path in the task's data section"
+        ) from None
     except ImportError as error:
-        raise DataError(f"{name}: this protocol needs a package that is not installed ({error})") from None
-    except Exception as error:  # each store's client has errors of its own, many of which are not OSErrors
+        raise DataError(
+            f"{name}: this protocol needs a package that is not installed ({error})"
+        ) from None
+    except (
+        Exception
+    ) as error:  # each store's client has errors of its own, many of which are not OSErrors
         reason = (
             f"no answer within {SILENT_SECONDS} s"
             if isinstance(error, TimeoutError)
-            else getattr(error, "strerror", None) or shortened(str(error), 100) or type(error).__name__
+            else getattr(error, "strerror", None)
+            or shortened(str(error), 100)
+            or type(error).__name__
         )
         kind = Unreachable if isinstance(error, OSError) else DataError
-        raise kind(f"{name}: cannot be read ({reason}); check the path, the permissions and the connection") from None
+        raise kind(
+            f"{name}: cannot be read ({reason}); check the path, the permissions and the connection"
+        ) from None
 
 
 def sha256_hex(content: bytes) -> str:
@@ -148,16 +193,23 @@ def expand(patterns: tuple[str, ...] | str) -> list[str]:
 
 
 def _without_braces(pattern: str) -> list[str]:
-    """The paths that a brace pattern such as `train-{000..012}.tar` stands for; a file that exists is taken by its name. Raises DataError."""
+    """The paths that a brace pattern such as `train-{000..012}.tar` stands for; a file that exists
+    is taken by its name. Raises DataError.
+    """
     if "{" not in pattern or os.path.exists(pattern):
         return [pattern]
     spans = [abs(int(last) - int(first)) + 1 for first, last in _NUMBER_RANGE.findall(pattern)]
     if math.prod(spans) > _BRACES_MAX:
-        raise DataError(f"{pattern}: stands for more than {_BRACES_MAX:,} shards; expected a smaller range")
+        raise DataError(
+            f"{pattern}: stands for more than {_BRACES_MAX:,} shards; expected a smaller range"
+        )
     try:
         return list(braceexpand(pattern, escape=False))
     except ValueError:
-        raise DataError(f"{pattern}: a brace without its partner; expected a pattern such as train-{{000..012}}.tar, or the path of a file") from None
+        raise DataError(
+            f"{pattern}: a brace without its partner; expected a pattern such as"
+            " train-{000..012}.tar, or the path of a file"
+        ) from None
 
 
 def _expand_local(pattern: str) -> list[str]:
@@ -165,7 +217,10 @@ def _expand_local(pattern: str) -> list[str]:
     # A file that exists is taken by its name even where the name holds glob characters.
     found = [path] if os.path.exists(path) else sorted(glob.glob(path))
     if not found:
-        raise DataError(f"{pattern}: no such shard; expected a tar file, or a glob (*, ?, [..]) that matches some")
+        raise DataError(
+            f"{pattern}: no such shard; expected a tar file, or a glob (*, ?, [..]) that matches"
+            " some"
+        )
     return found
 
 
@@ -174,14 +229,22 @@ def _expand_url(pattern: str) -> list[str]:
         return [pattern]
     with _named_errors(pattern):
         filesystem, path = _filesystem(pattern)
-        found = sorted(str(filesystem.unstrip_protocol(match)) for match in _patiently(lambda: filesystem.glob(path)))
+        found = sorted(
+            str(filesystem.unstrip_protocol(match))
+            for match in _patiently(lambda: filesystem.glob(path))
+        )
     if not found:
-        raise DataError(f"{pattern}: no such shard; expected a tar file, or a glob (*, ?, [..]) that matches some")
+        raise DataError(
+            f"{pattern}: no such shard; expected a tar file, or a glob (*, ?, [..]) that matches"
+            " some"
+        )
     return found
 
 
 def stamp(url: str) -> str:
-    """A stamp that changes when a shard does: size and modification time, the store's tag, or else the content's SHA-256. Raises DataError."""
+    """A stamp that changes when a shard does: size and modification time, the store's tag, or else
+    the content's SHA-256. Raises DataError.
+    """
     with _named_errors(url):
         if not is_url(url):
             status = os.stat(url)

@@ -1,9 +1,9 @@
 """A batch: every task through prepare, select, search, fit and register, on one Ray.
 
-All tasks are prepared first, several concurrently, so that an error in the data of the last one shows
-before the search of the first one. Then as many run as fill the cluster. The failure of one task
-never stops the others. Every stage writes its result to disk before the next begins, so the same
-command after an interruption repeats nothing that was finished.
+All tasks are prepared first, several concurrently, so that an error in the data of the last one
+shows before the search of the first one. Then as many run as fill the cluster. The failure of one
+task never stops the others. Every stage writes its result to disk before the next begins, so the
+same command after an interruption repeats nothing that was finished.
 """
 
 from __future__ import annotations
@@ -22,10 +22,27 @@ from pipeline.cluster.task_threads import Together
 from pipeline.driver.monitor.batch_watch import BatchWatch, batch_name
 from pipeline.driver.monitor.state import state_file_name
 from pipeline.driver.registrar import PATIENCE_SECONDS, Registrar
-from pipeline.driver.stages import LOG, OnProgress, Placement, Stage, Stages, named_errors, no_progress, work_folder
+from pipeline.driver.stages import (
+    LOG,
+    OnProgress,
+    Placement,
+    Stage,
+    Stages,
+    named_errors,
+    no_progress,
+    work_folder,
+)
 from pipeline.driver.workspace import StudyFolder
 from pipeline.errors import TaskpackError
-from pipeline.registry.pack_record import DATA_TAG, KIND_TAG, METRIC_TAG, VALIDATION_TAG, Champion, RegisteredPack, UsedData
+from pipeline.registry.pack_record import (
+    DATA_TAG,
+    KIND_TAG,
+    METRIC_TAG,
+    VALIDATION_TAG,
+    Champion,
+    RegisteredPack,
+    UsedData,
+)
 from pipeline.registry.store import open_registry
 from pipeline.reports.front_figure import draw_front
 from pipeline.search.champion import choose_champion
@@ -46,7 +63,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class TaskOutcome:
-    """The outcome of one task: a registered pack, or an error and the stage in which it occurred."""
+    """The outcome of one task: a registered pack, or an error and the stage in which it
+    occurred.
+    """
 
     task: str
     registered: RegisteredPack | None = None
@@ -57,8 +76,12 @@ class TaskOutcome:
     error: TaskpackError | None = None
 
     def warnings(self) -> list[str]:
-        """Warnings about the champion's training and about failed trials, which were not candidates."""
-        odd = [trial.message for trial in self.trials if trial.id == self.champion_id and trial.message]
+        """Warnings about the champion's training and about failed trials, which were not
+        candidates.
+        """
+        odd = [
+            trial.message for trial in self.trials if trial.id == self.champion_id and trial.message
+        ]
         return odd + failure_warnings(self.trials)
 
 
@@ -79,10 +102,13 @@ def run_batch(
     Args:
         workdir: folder for all results; on a cluster, every node must see it.
         address: address of a Ray cluster; None starts a private one when a stage needs it.
-        registry_uri: MLflow tracking server; default: MLFLOW_TRACKING_URI, else a SQLite file in `workdir`.
-        registry_patience_seconds: how long to wait for an unreachable tracking server at the end of the run.
+        registry_uri: MLflow tracking server; default: MLFLOW_TRACKING_URI, else a SQLite file in
+            `workdir`.
+        registry_patience_seconds: how long to wait for an unreachable tracking server at the end of
+            the run.
         log_trials: whether each trial becomes a child run of its pack's run.
-        promote: give the alias `champion` to every pack of this run, even if an earlier one is better.
+        promote: give the alias `champion` to every pack of this run, even if an earlier one is
+            better.
         on_progress: called from one thread at a time.
 
     Returns:
@@ -101,7 +127,9 @@ def run_batch(
             start_ray()
             copies = [session_logs() / state_file_name(batch)]
         names = [task.name for task in tasks]
-        with BatchWatch(workspace.root, batch, names, copies=copies, on_progress=on_progress) as watch:
+        with BatchWatch(
+            workspace.root, batch, names, copies=copies, on_progress=on_progress
+        ) as watch:
             driver = _Driver(
                 workspace=workspace,
                 registry=registry,
@@ -136,19 +164,30 @@ class _Driver(Stages):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.registrar = Registrar(self.registry, self.together, self.registry_patience_seconds, with_trials=self.log_trials)
+        self.registrar = Registrar(
+            self.registry,
+            self.together,
+            self.registry_patience_seconds,
+            with_trials=self.log_trials,
+        )
 
     def run(self, tasks: Sequence[Task]) -> list[TaskOutcome]:
-        """Run all tasks; the error of a task is part of its outcome. All are prepared before any is run, so errors in data show early."""
+        """Run all tasks; the error of a task is part of its outcome. All are prepared before any is
+        run, so errors in data show early.
+        """
         self.check_gpus()
-        outcomes = Together(lambda: PREPARED_AT_ONCE).run(lambda task: self._outcome(task, self.prepare), tasks)
+        outcomes = Together(lambda: PREPARED_AT_ONCE).run(
+            lambda task: self._outcome(task, self.prepare), tasks
+        )
         failed = {outcome.task: outcome for outcome in outcomes if outcome is not None}
         prepared = [task for task in tasks if task.name not in failed]
         ran = {outcome.task: outcome for outcome in self.together.run(self._run_prepared, prepared)}
         return [(failed | ran)[task.name] for task in tasks]
 
     def check(self, inputs: Inputs) -> None:
-        """Check that something fits the budget and that each part of the recipe runs on the backbone."""
+        """Check that something fits the budget and that each part of the recipe runs on the
+        backbone.
+        """
         task = inputs.task
         check_budget(task, SizePlanner(task, inputs.backbone, inputs.index.classes).size_bytes)
         rehearse(inputs, task.search.fullest(task.recipe))
@@ -191,20 +230,47 @@ class _Driver(Stages):
             )
         fitted = self._fit(inputs, data_folder, champion, selection, folder)
         self.enter(task, "register")
-        finished = replace(_describe(inputs, champion, trials, fitted, folder, self.started[task.name]), promote=self.promote)
-        registered = self.registrar.register(finished, lambda reason: self.on_progress(task.name, "register", 0.0, reason))
+        finished = replace(
+            _describe(inputs, champion, trials, fitted, folder, self.started[task.name]),
+            promote=self.promote,
+        )
+        registered = self.registrar.register(
+            finished, lambda reason: self.on_progress(task.name, "register", 0.0, reason)
+        )
         self.watch.registered(task.name, champion.id, registered)
         LOG.info("%s: registered as %s; %s", task.name, registered.reference, registered.remark)
-        return TaskOutcome(task=task.name, registered=registered, trials=tuple(trials), champion_id=champion.id, front_figure=folder.figure)
+        return TaskOutcome(
+            task=task.name,
+            registered=registered,
+            trials=tuple(trials),
+            champion_id=champion.id,
+            front_figure=folder.figure,
+        )
 
-    def _search(self, inputs: Inputs, data_folder: Path, selection: Path | None, folder: StudyFolder) -> list[TrialRecord]:
+    def _search(
+        self, inputs: Inputs, data_folder: Path, selection: Path | None, folder: StudyFolder
+    ) -> list[TrialRecord]:
         task = inputs.task
         self.enter(task, "search")
-        planner = SizePlanner(task, inputs.backbone, inputs.index.classes, read_selection(selection) if selection is not None else None)
+        planner = SizePlanner(
+            task,
+            inputs.backbone,
+            inputs.index.classes,
+            read_selection(selection) if selection is not None else None,
+        )
 
         def report(study: Study) -> None:
-            self.watch.study(study, samples=len(inputs.splits["train"]), fit_samples=len(inputs.splits["trainval"]))
-            self.on_progress(task.name, "search", min(1.0, study.epochs_done() / study.trials_planned()), study.remark())
+            self.watch.study(
+                study,
+                samples=len(inputs.splits["train"]),
+                fit_samples=len(inputs.splits["trainval"]),
+            )
+            self.on_progress(
+                task.name,
+                "search",
+                min(1.0, study.epochs_done() / study.trials_planned()),
+                study.remark(),
+            )
 
         return run_study(
             task,
@@ -217,14 +283,27 @@ class _Driver(Stages):
             is_stopping=self.together.is_stopping,
         )
 
-    def _fit(self, inputs: Inputs, data_folder: Path, champion: TrialRecord, selection: Path | None, folder: StudyFolder) -> FitResult:
+    def _fit(
+        self,
+        inputs: Inputs,
+        data_folder: Path,
+        champion: TrialRecord,
+        selection: Path | None,
+        folder: StudyFolder,
+    ) -> FitResult:
         task = inputs.task
         self.enter(task, "fit")
         done = read_fit(folder.fit(champion.id))
         if done is not None:
             return done
         recipe = task.search.recipe(task.recipe, champion.point)
-        arguments = (task.model_dump_json(), recipe.model_dump_json(), str(data_folder), selection, folder.fit(champion.id))
+        arguments = (
+            task.model_dump_json(),
+            recipe.model_dump_json(),
+            str(data_folder),
+            selection,
+            folder.fit(champion.id),
+        )
         ((_, result),) = self.fits([arguments], self.ranks(inputs))
         if isinstance(result, TaskpackError):
             raise result
@@ -234,9 +313,16 @@ class _Driver(Stages):
 
 
 def _describe(
-    inputs: Inputs, champion: TrialRecord, trials: Sequence[TrialRecord], fitted: FitResult, folder: StudyFolder, started: float
+    inputs: Inputs,
+    champion: TrialRecord,
+    trials: Sequence[TrialRecord],
+    fitted: FitResult,
+    folder: StudyFolder,
+    started: float,
 ) -> Champion:
-    """Describe a finished pack for the registry. The task started with its first trial, which may belong to an earlier run."""
+    """Describe a finished pack for the registry. The task started with its first trial, which may
+    belong to an earlier run.
+    """
     task = inputs.task
     started = min([started, *(trial.ended - trial.seconds for trial in trials if trial.ended)])
     assert champion.val_metric is not None
@@ -254,7 +340,9 @@ def _describe(
             "search_seconds": sum(trial.seconds for trial in trials),
             "fit_seconds": fitted.train_seconds,
         },
-        params=flatten(task.search.recipe(task.recipe, champion.point).model_dump(exclude_none=True)),
+        params=flatten(
+            task.search.recipe(task.recipe, champion.point).model_dump(exclude_none=True)
+        ),
         tags={
             KIND_TAG: task.kind,
             METRIC_TAG: task.metric,
@@ -278,16 +366,27 @@ def _describe(
 def _used_data(inputs: Inputs) -> tuple[UsedData, ...]:
     """The datasets train, validation and test, with their sources."""
     data, classes = inputs.task.data, len(inputs.index.classes)
-    sources = {split: getattr(data, split, None) or getattr(data, "train", None) or data.format for split in ("train", "val", "test")}
+    sources = {
+        split: getattr(data, split, None) or getattr(data, "train", None) or data.format
+        for split in ("train", "val", "test")
+    }
     digest = inputs.index.digest
     return tuple(
-        UsedData(split=split, source=str(source), digest=digest, samples=len(inputs.splits[split]), classes=classes)
+        UsedData(
+            split=split,
+            source=str(source),
+            digest=digest,
+            samples=len(inputs.splits[split]),
+            classes=classes,
+        )
         for split, source in sources.items()
     )
 
 
 def _validation(inputs: Inputs) -> str:
-    """Hash of the validation samples and the metric: validation metrics are comparable only if it is equal."""
+    """Hash of the validation samples and the metric: validation metrics are comparable only if it
+    is equal.
+    """
     held_out = hashlib.sha256(f"{inputs.index.digest} {inputs.task.metric}".encode())
     held_out.update(inputs.splits["val"].samples.tobytes())
     return held_out.hexdigest()[:16]
@@ -297,5 +396,9 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, str]:
     """Flatten nested mappings to `part.key` and text, for the parameters of a run."""
     flat: dict[str, str] = {}
     for key, value in tree.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": str(value)}
+        flat |= (
+            flatten(value, f"{prefix}{key}.")
+            if isinstance(value, dict)
+            else {f"{prefix}{key}": str(value)}
+        )
     return flat

@@ -4,9 +4,11 @@ Every method tries the same share of its search space, by default all of it. A f
 trials would search a method of 4 points exhaustively and one of 20 by chance, and so favour the
 smaller space.
 
-All trials of a task, of all methods, are in the cluster's queue at once; none is stopped early, since methods differ in how fast they learn.
-The trial with the best validation metric is a method's; its recipe is fitted for each seed, and each pack reads the test set once, as reloaded from
-its file. What is finished is kept in the work folder, so the same command goes on after an interruption.
+All trials of a task, of all methods, are in the cluster's queue at once; none is stopped early,
+since methods differ in how fast they learn. The trial with the best validation metric is a
+method's; its recipe is fitted for each seed, and each pack reads the test set once, as reloaded
+from its file. What is finished is kept in the work folder, so the same command goes on after an
+interruption.
 """
 
 from __future__ import annotations
@@ -23,7 +25,16 @@ from pydantic import ValidationError
 
 from pipeline.adaptation.packing import SizePlanner
 from pipeline.cluster.rank_group import TrialResources, in_group
-from pipeline.driver.stages import LOG, OnProgress, Placement, Stages, named_errors, no_progress, one_at_a_time, work_folder
+from pipeline.driver.stages import (
+    LOG,
+    OnProgress,
+    Placement,
+    Stages,
+    named_errors,
+    no_progress,
+    one_at_a_time,
+    work_folder,
+)
 from pipeline.driver.workspace import StudyFolder
 from pipeline.errors import SpecError, TaskpackError, TrainingError, UnexpectedError
 from pipeline.kinds import Score
@@ -64,7 +75,9 @@ class _Entry:
         complete = [record for record in self.records.values() if record.val_metric is not None]
         if not complete:
             raise TrainingError(f"no trial came to an end; {'; '.join(self.warnings())}")
-        return max(complete, key=lambda record: (record.val_metric or 0.0, -record.size_bytes, record.id))
+        return max(
+            complete, key=lambda record: (record.val_metric or 0.0, -record.size_bytes, record.id)
+        )
 
 
 def compare_methods(
@@ -82,13 +95,15 @@ def compare_methods(
 
     Args:
         workdir: keeps every trial and pack; on a cluster it must be a folder that every node sees.
-        seeds: fits of every method; they differ in initial values, batches and augmentation, and share selection and splits.
+        seeds: fits of every method; they differ in initial values, batches and augmentation, and
+            share selection and splits.
         fraction: share of each method's search space to try, above 0 and at most 1; at least one
             point per method. The same points in every run; a larger share includes a smaller one.
 
     Raises:
         SpecError: `fraction` is out of range, or a method's settings do not fit a task's.
-        DataError, BackboneError: a task cannot be used. A method that fails, or that a backbone has no place for, is a row with an error.
+        DataError, BackboneError: a task cannot be used. A method that fails, or that a backbone has
+            no place for, is a row with an error.
     """
     if not 0 < fraction <= 1:
         raise SpecError(
@@ -113,7 +128,9 @@ def compare_methods(
         )
         driver.check_gpus()
         prepared = [driver.open(task) for task in tasks]
-        compared = driver.together.run(lambda inputs: driver.compare(inputs, methods, seeds, fraction), prepared)
+        compared = driver.together.run(
+            lambda inputs: driver.compare(inputs, methods, seeds, fraction), prepared
+        )
         return list(itertools.chain.from_iterable(compared))
 
 
@@ -136,9 +153,14 @@ class _Driver(Stages):
             self.prepare(task)
             return self.with_shared_backbone(open_inputs(task, self.workspace.data(task.name)))
 
-    def compare(self, inputs: Inputs, methods: Mapping[str, Method], seeds: int, fraction: float) -> list[Comparison]:
+    def compare(
+        self, inputs: Inputs, methods: Mapping[str, Method], seeds: int, fraction: float
+    ) -> list[Comparison]:
         """All methods on one task."""
-        entries = [_Entry(name, inputs.with_task(method.on(inputs.task))) for name, method in methods.items()]
+        entries = [
+            _Entry(name, inputs.with_task(method.on(inputs.task)))
+            for name, method in methods.items()
+        ]
         with named_errors(self.workspace.log(inputs.task.name)):
             for entry in entries:
                 _guarded(entry, self._plan_trials, fraction)
@@ -154,7 +176,9 @@ class _Driver(Stages):
         with self.here:
             rehearse(entry.inputs, task.search.fullest(task.recipe))
         entry.folder = self.workspace.study(entry.inputs, top_k)
-        entry.selection = self.select(entry.inputs, entry.inputs.data_folder, top_k) if top_k else None
+        entry.selection = (
+            self.select(entry.inputs, entry.inputs.data_folder, top_k) if top_k else None
+        )
         selected = read_selection(entry.selection) if entry.selection is not None else None
         planner = SizePlanner(task, entry.inputs.backbone, entry.inputs.index.classes, selected)
         for point in sampled_points(task.search, fraction, task.seed):
@@ -165,17 +189,33 @@ class _Driver(Stages):
 
     def _tune(self, inputs: Inputs, entries: Sequence[_Entry]) -> None:
         task = inputs.task
-        jobs = [(entry, key) for entry in entries for key in entry.recipes if key not in entry.records]
+        jobs = [
+            (entry, key) for entry in entries for key in entry.recipes if key not in entry.records
+        ]
         self.enter(task, "search")
         arguments = [self._trial_arguments(entry, key) for entry, key in jobs]
         planned = sum(len(entry.recipes) for entry in entries)
-        for done, (index, outcome) in enumerate(self.on_ray(_trial_worker, arguments, self.ranks(inputs)), start=1):
+        for done, (index, outcome) in enumerate(
+            self.on_ray(_trial_worker, arguments, self.ranks(inputs)), start=1
+        ):
             entry, key = jobs[index]
             assert entry.folder is not None
             record = entry.records[key] = _record(key, entry, outcome)
             entry.folder.compared.write(record)
-            LOG.info("%s: trial %d of %d: %s, %s", task.name, planned - len(jobs) + done, planned, entry.method, record.line())
-            self.on_progress(task.name, "search", done / len(jobs), f"{done} of {len(jobs)} trials, last {entry.method}")
+            LOG.info(
+                "%s: trial %d of %d: %s, %s",
+                task.name,
+                planned - len(jobs) + done,
+                planned,
+                entry.method,
+                record.line(),
+            )
+            self.on_progress(
+                task.name,
+                "search",
+                done / len(jobs),
+                f"{done} of {len(jobs)} trials, last {entry.method}",
+            )
 
     def _test(self, inputs: Inputs, entries: Sequence[_Entry], seeds: int) -> None:
         task = inputs.task
@@ -184,15 +224,34 @@ class _Driver(Stages):
             _guarded(entry, _Entry.best)
         entries = [entry for entry in entries if not entry.error]
         jobs = [(entry, seed) for entry in entries for seed in range(seeds)]
-        missing = [(entry, seed) for entry, seed in jobs if read_fit(_fit_folder(entry, seed)) is None]
+        missing = [
+            (entry, seed) for entry, seed in jobs if read_fit(_fit_folder(entry, seed)) is None
+        ]
         arguments = [self._fit_arguments(entry, seed) for entry, seed in missing]
         for done, (index, outcome) in enumerate(self.fits(arguments, self.ranks(inputs)), start=1):
             entry, seed = missing[index]
             if isinstance(outcome, TaskpackError):
-                entry.error = explained(outcome, self.workspace.log(task.name), f"fit of {entry.method}, seed {seed}")
-            ended = f"failed - {entry.error}" if isinstance(outcome, TaskpackError) else outcome.line()
-            LOG.info("%s: fit %d of %d: %s, seed %d, %s", task.name, len(jobs) - len(missing) + done, len(jobs), entry.method, seed, ended)
-            self.on_progress(task.name, "fit", done / len(missing), f"{done} of {len(missing)} fits, last {entry.method}")
+                entry.error = explained(
+                    outcome, self.workspace.log(task.name), f"fit of {entry.method}, seed {seed}"
+                )
+            ended = (
+                f"failed - {entry.error}" if isinstance(outcome, TaskpackError) else outcome.line()
+            )
+            LOG.info(
+                "%s: fit %d of %d: %s, seed %d, %s",
+                task.name,
+                len(jobs) - len(missing) + done,
+                len(jobs),
+                entry.method,
+                seed,
+                ended,
+            )
+            self.on_progress(
+                task.name,
+                "fit",
+                done / len(missing),
+                f"{done} of {len(missing)} fits, last {entry.method}",
+            )
         for entry, seed in jobs:
             fitted = read_fit(_fit_folder(entry, seed))
             entry.fits += [fitted] if fitted is not None else []
@@ -210,7 +269,13 @@ class _Driver(Stages):
     def _fit_arguments(self, entry: _Entry, seed: int) -> tuple[Any, ...]:
         task = entry.task.model_copy(update={"seed": entry.task.seed + seed})
         recipe = entry.recipes[entry.best().id][1]
-        return (task.model_dump_json(), recipe.model_dump_json(), str(entry.inputs.data_folder), entry.selection, _fit_folder(entry, seed))
+        return (
+            task.model_dump_json(),
+            recipe.model_dump_json(),
+            str(entry.inputs.data_folder),
+            entry.selection,
+            _fit_folder(entry, seed),
+        )
 
 
 def _guarded(entry: _Entry, action: Callable[..., Any], *arguments: Any) -> None:
@@ -222,9 +287,16 @@ def _guarded(entry: _Entry, action: Callable[..., Any], *arguments: Any) -> None
 
 
 def _trial_worker(
-    task_json: str, recipe_json: str, data_folder: str, selection: Path | None, kept: Path, resources: TrialResources
+    task_json: str,
+    recipe_json: str,
+    data_folder: str,
+    selection: Path | None,
+    kept: Path,
+    resources: TrialResources,
 ) -> tuple[Any, ...] | TaskpackError:
-    """Validation score after each epoch, a remark, and seconds; a named error is returned, so that Ray does not try again."""
+    """Validation score after each epoch, a remark, and seconds; a named error is returned, so that
+    Ray does not try again.
+    """
     started = time.monotonic()
     epochs = in_group(_trial, (task_json, recipe_json, data_folder, selection, kept), resources)
     if isinstance(epochs, TaskpackError):
@@ -233,7 +305,13 @@ def _trial_worker(
 
 
 def _trial(
-    task_json: str, recipe_json: str, data_folder: str, selection: Path | None, kept: Path, resources: TrialResources, ranks: Ranks
+    task_json: str,
+    recipe_json: str,
+    data_folder: str,
+    selection: Path | None,
+    kept: Path,
+    resources: TrialResources,
+    ranks: Ranks,
 ) -> list[tuple[Score, str]]:
     with opened(task_json, recipe_json, data_folder, selection, resources.device()) as given:
         return list(run_trial(*given, device=resources.device(), ranks=ranks, kept=kept))
@@ -243,11 +321,19 @@ def _record(key: str, entry: _Entry, outcome: Any) -> TrialRecord:
     assert entry.folder is not None
     point, _, size_bytes = entry.recipes[key]
     if isinstance(outcome, TrainingError | UnexpectedError):
-        return TrialRecord(id=key, point=point, size_bytes=size_bytes, **entry.folder.compared.failure(key, outcome))
+        return TrialRecord(
+            id=key,
+            point=point,
+            size_bytes=size_bytes,
+            **entry.folder.compared.failure(key, outcome),
+        )
     if isinstance(outcome, TaskpackError):
         raise outcome
     scores, remark, seconds = outcome
-    curve, errors = tuple(score.value for score in scores), tuple(score.standard_error for score in scores)
+    curve, errors = (
+        tuple(score.value for score in scores),
+        tuple(score.standard_error for score in scores),
+    )
     return TrialRecord(
         id=key,
         point=point,
@@ -268,7 +354,9 @@ def _fit_folder(entry: _Entry, seed: int) -> Path:
 
 def _row(entry: _Entry) -> Comparison:
     if entry.error:
-        return Comparison(task=entry.task.name, method=entry.method, metric=entry.task.metric, error=entry.error)
+        return Comparison(
+            task=entry.task.name, method=entry.method, metric=entry.task.metric, error=entry.error
+        )
     best = entry.best()
     return Comparison(
         task=entry.task.name,

@@ -21,7 +21,12 @@ from pipeline.utils.files import exclusive
 
 
 def evaluate_pack(
-    reference: str, *, workdir: Path, task_file: Path | None, weights: Path | None, device: str | None = None
+    reference: str,
+    *,
+    workdir: Path,
+    task_file: Path | None,
+    weights: Path | None,
+    device: str | None = None,
 ) -> tuple[Score, float | None]:
     """Score a pack on the test set of its task.
 
@@ -47,27 +52,41 @@ def evaluate_pack(
     if task_file is not None:
         task = load_task(task_file)
         if task.name != pack.metadata.task:
-            raise DataError(f"{task_file}: is task {task.name!r}, but the pack belongs to {pack.metadata.task!r}; give the file of that task")
+            raise DataError(
+                f"{task_file}: is task {task.name!r}, but the pack belongs to"
+                f" {pack.metadata.task!r}; give the file of that task"
+            )
         with exclusive(workspace.root):
             prepare(task, folder)
     if not (folder / "index.json").exists():
-        raise DataError(f"{folder}: the data of task {pack.metadata.task!r} was not prepared here; give its task file with --task")
+        raise DataError(
+            f"{folder}: the data of task {pack.metadata.task!r} was not prepared here; give its"
+            " task file with --task"
+        )
     index = read_index(folder)
     if index.classes != pack.metadata.classes:
-        raise DataError(f"{folder}: its classes are not the pack's, or in another order; give the task file the pack was made from with --task")
+        raise DataError(
+            f"{folder}: its classes are not the pack's, or in another order; give the task file the"
+            " pack was made from with --task"
+        )
     _check_same_data(registered, index.digest, folder)
     test = split_samples(index, 0.5, 0)["test"]
-    model = from_pack(pack, load_backbone_of(pack.metadata, str(weights) if weights is not None else None))
+    model = from_pack(
+        pack, load_backbone_of(pack.metadata, str(weights) if weights is not None else None)
+    )
     kind = kind_of(pack.metadata)
     targets = functools.partial(kind.targets, class_count=len(index.classes))
     reader = Reader(folder, test, pack.metadata.input.size_px, targets=targets)
     outcomes = evaluate(model.to(device), reader, test, kind, device=device)
-    return score(metric_named(pack.metadata.metric, kind.name), outcomes), registered.metrics["test_metric"] if registered is not None else None
+    return score(metric_named(pack.metadata.metric, kind.name), outcomes), (
+        registered.metrics["test_metric"] if registered is not None else None
+    )
 
 
 def _check_same_data(registered: RegisteredPack | None, digest: str, folder: Path) -> None:
     wanted = registered.tags.get("data_digest") if registered is not None else None
     if wanted is not None and wanted != digest:
         raise DataError(
-            f"{folder}: this data (digest {digest[:16]}...) is not what the pack was tested on ({wanted[:16]}...); prepare that data again"
+            f"{folder}: this data (digest {digest[:16]}...) is not what the pack was tested on"
+            f" ({wanted[:16]}...); prepare that data again"
         )

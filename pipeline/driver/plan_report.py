@@ -24,9 +24,11 @@ OnStep = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class TaskPlan:
-    """Tensors and bytes by part of the base recipe, and one row per distinct point of the search space.
+    """Tensors and bytes by part of the base recipe, and one row per distinct point of the search
+    space.
 
-    A row has `point` and `size_bytes`, or `at_least_bytes` and `at_most_bytes` if no connections are selected. `remarks` are for the user.
+    A row has `point` and `size_bytes`, or `at_least_bytes` and `at_most_bytes` if no connections
+    are selected. `remarks` are for the user.
     """
 
     tensors: tuple[PlannedTensor, ...]
@@ -36,13 +38,21 @@ class TaskPlan:
     remarks: list[str]
 
 
-def plan_task(task: Task, workdir: Path, *, select: bool = True, on_step: OnStep = lambda step, done, total: None) -> TaskPlan:
-    """Prepare the task's data (its classes are part of a pack), select its connections (their positions are), and plan.
+def plan_task(
+    task: Task,
+    workdir: Path,
+    *,
+    select: bool = True,
+    on_step: OnStep = lambda step, done, total: None,
+) -> TaskPlan:
+    """Prepare the task's data (its classes are part of a pack), select its connections (their
+    positions are), and plan.
 
     The selection is kept for a run of the task. Raises the errors of preparing and attaching.
 
     Args:
-        select: whether to select connections if no selection is kept yet; without one, sizes are bounds.
+        select: whether to select connections if no selection is kept yet; without one, sizes are
+            bounds.
         on_step: called with the progress of slow steps.
     """
     workspace = Workspace(workdir)
@@ -58,7 +68,12 @@ def plan_task(task: Task, workdir: Path, *, select: bool = True, on_step: OnStep
         top_k = task.search.max_top_k(task.recipe)
         kept = workspace.selection(inputs, top_k)
         if select and top_k and not kept.exists():
-            write_selection(select_here(inputs, top_k, lambda done, total: on_step("selecting connections", done, total)), kept)
+            write_selection(
+                select_here(
+                    inputs, top_k, lambda done, total: on_step("selecting connections", done, total)
+                ),
+                kept,
+            )
     on_step("computing sizes", 0, 0)
     return _planned(inputs, kept if top_k and kept.exists() else None)
 
@@ -68,11 +83,24 @@ def _planned(inputs: Inputs, selection: Path | None) -> TaskPlan:
     selected = read_selection(selection) if selection is not None else None
     planner = SizePlanner(task, inputs.backbone, classes, selected)
     proposals = distinct_proposals(task, planner.size_bytes)
-    is_exact = all(planner.is_exact(recipe) for recipe in [task.recipe, *(proposal.recipe for proposal in proposals)])
+    is_exact = all(
+        planner.is_exact(recipe)
+        for recipe in [task.recipe, *(proposal.recipe for proposal in proposals)]
+    )
     space = [
         {"point": each.point, "size_bytes": each.size_bytes}
         if is_exact
-        else {"point": each.point, "at_least_bytes": each.size_bytes, "at_most_bytes": planner.largest_bytes(each.recipe)}
+        else {
+            "point": each.point,
+            "at_least_bytes": each.size_bytes,
+            "at_most_bytes": planner.largest_bytes(each.recipe),
+        }
         for each in proposals
     ]
-    return TaskPlan(plan(inputs.backbone, task.recipe, len(classes), selected), planner.ledger(task.recipe), space, is_exact, inputs.remarks())
+    return TaskPlan(
+        plan(inputs.backbone, task.recipe, len(classes), selected),
+        planner.ledger(task.recipe),
+        space,
+        is_exact,
+        inputs.remarks(),
+    )

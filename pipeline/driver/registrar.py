@@ -1,8 +1,10 @@
 """Registering the packs of a batch: one at a time, with patience for a server that does not answer.
 
-The tasks that still run go on meanwhile: whoever waits here holds no place of the cluster and of the tasks that run at once. As long as any runs, the
-server is asked again and again, after 1, 2, 4, ... seconds, at most a minute apart. Once all tasks wait for the server, it is given up when it has
-not answered for `patience_seconds`. A pack that was not registered is kept where it is, and registered by the next run.
+The tasks that still run go on meanwhile: whoever waits here holds no place of the cluster and of
+the tasks that run at once. As long as any runs, the server is asked again and again, after 1, 2, 4,
+... seconds, at most a minute apart. Once all tasks wait for the server, it is given up when it has
+not answered for `patience_seconds`. A pack that was not registered is kept where it is, and
+registered by the next run.
 """
 
 from __future__ import annotations
@@ -28,8 +30,20 @@ _LOOK_SECONDS = 0.5
 class Registrar:
     """The only caller of `registry.register`, from any thread."""
 
-    def __init__(self, registry: Registry, together: Together, patience_seconds: float = PATIENCE_SECONDS, *, with_trials: bool = True) -> None:
-        self._registry, self._together, self._patience_seconds, self._with_trials = registry, together, patience_seconds, with_trials
+    def __init__(
+        self,
+        registry: Registry,
+        together: Together,
+        patience_seconds: float = PATIENCE_SECONDS,
+        *,
+        with_trials: bool = True,
+    ) -> None:
+        self._registry, self._together, self._patience_seconds, self._with_trials = (
+            registry,
+            together,
+            patience_seconds,
+            with_trials,
+        )
         self._lock = threading.Lock()
         self._silent_since: float | None = None
         self._is_given_up = False
@@ -51,7 +65,9 @@ class Registrar:
                 if time.monotonic() >= self._next_try:
                     none_runs = self._together.all_wait()
                     try:
-                        registered = self._registry.register(champion, with_trials=self._with_trials)
+                        registered = self._registry.register(
+                            champion, with_trials=self._with_trials
+                        )
                     except RegistryUnreachable as error:
                         self._note_silence(none_runs)
                         on_waiting(f"waiting: {error}")
@@ -72,6 +88,7 @@ class Registrar:
     def _given_up(self, champion: Champion) -> RegistryUnreachable:
         silent_seconds = time.monotonic() - (self._silent_since or 0)
         return RegistryUnreachable(
-            f"the registry has not answered for {silent_seconds:.0f} s. The pack is finished and kept ({champion.pack_path}): "
-            "the same command registers it once the registry answers again"
+            f"the registry has not answered for {silent_seconds:.0f} s. The pack is finished and"
+            f" kept ({champion.pack_path}): the same command registers it once the registry answers"
+            " again"
         )

@@ -1,4 +1,6 @@
-"""The stages that a batch and a comparison share: data, backbone for workers, selection, fits in workers, named errors."""
+"""The stages that a batch and a comparison share: data, backbone for workers, selection, fits in
+workers, named errors.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,9 @@ from pipeline.utils.devices import check_gpus_usable
 from pipeline.utils.files import await_file, exclusive, explained
 
 LOG = logging.getLogger("taskpack")
-"""One line per trial and fit that has ended. The command line prints them if there is no terminal."""
+"""One line per trial and fit that has ended. The command line prints them if there is no
+terminal.
+"""
 _AGAIN = "The same command tries again from the last finished stage"
 
 Stage = Literal["prepare", "select", "search", "fit", "register", "done", "failed"]
@@ -57,8 +61,11 @@ def one_at_a_time(on_progress: OnProgress) -> OnProgress:
 
 
 @contextlib.contextmanager
-def work_folder(workdir: Path, address: str | None) -> Iterator[tuple[Workspace, Callable[[], None]]]:
-    """Lock the work folder of a run, and provide a function that starts its Ray: that at `address`, or a private one, until the context exits.
+def work_folder(
+    workdir: Path, address: str | None
+) -> Iterator[tuple[Workspace, Callable[[], None]]]:
+    """Lock the work folder of a run, and provide a function that starts its Ray: that at `address`,
+    or a private one, until the context exits.
 
     Raises:
         StorageError: The work folder cannot be used.
@@ -74,11 +81,14 @@ class Placement:
     """The resources that a run requests from its cluster.
 
     Args:
-        per_trial: CPUs and GPUs per rank of a trial and of a fit; None takes one CPU, and one GPU if the cluster has any.
-        ranks_per_trial: processes that train each trial and fit together, but at most the number of shards of the training set.
-        selection_workers: ranks of the selection's worker group; None takes an equal share of the cluster's GPUs, or of its CPUs if it has none, or
-            no group if this process is faster.
-        tasks_at_once: tasks to run concurrently; None takes one more than the number whose trials fill the cluster.
+        per_trial: CPUs and GPUs per rank of a trial and of a fit; None takes one CPU, and one GPU
+            if the cluster has any.
+        ranks_per_trial: processes that train each trial and fit together, but at most the number of
+            shards of the training set.
+        selection_workers: ranks of the selection's worker group; None takes an equal share of the
+            cluster's GPUs, or of its CPUs if it has none, or no group if this process is faster.
+        tasks_at_once: tasks to run concurrently; None takes one more than the number whose trials
+            fill the cluster.
     """
 
     per_trial: tuple[float | None, float | None] = (None, None)
@@ -90,23 +100,25 @@ class Placement:
         gpus = self.per_trial[1] or 0
         if gpus > 1:
             raise SpecError(
-                f"--gpus-per-trial: given {gpus:g}; a process uses one GPU: give 1, or a share of one such as 0.5. "
-                "For more of them a trial, give --ranks-per-trial"
+                f"--gpus-per-trial: given {gpus:g}; a process uses one GPU: give 1, or a share of"
+                " one such as 0.5. For more of them a trial, give --ranks-per-trial"
             )
         if self.ranks_per_trial > 1 and 0 < gpus < 1:
             raise SpecError(
-                f"--gpus-per-trial: given {gpus:g} with --ranks-per-trial {self.ranks_per_trial}; ranks would share a GPU and gain nothing: "
-                "give 1 or 0, or one rank a trial"
+                f"--gpus-per-trial: given {gpus:g} with --ranks-per-trial {self.ranks_per_trial};"
+                " ranks would share a GPU and gain nothing: give 1 or 0, or one rank a trial"
             )
 
 
 @dataclass(kw_only=True)
 class Stages:
-    """The stages before any recipe is tried, in one work folder on one Ray. Several tasks may run concurrently, each in its thread.
+    """The stages before any recipe is tried, in one work folder on one Ray. Several tasks may run
+    concurrently, each in its thread.
 
     Args:
         start_ray: starts Ray unless it runs.
-        here: lock of computations in this process: one thread at a time, because seeds and thread counts are global.
+        here: lock of computations in this process: one thread at a time, because seeds and thread
+            counts are global.
     """
 
     workspace: Workspace
@@ -122,7 +134,9 @@ class Stages:
         self.together = Together(self.tasks_at_once)
 
     def check_gpus(self) -> None:
-        """Raise ClusterError if a private Ray would count GPUs that torch cannot use. On a cluster, each worker checks."""
+        """Raise ClusterError if a private Ray would count GPUs that torch cannot use. On a cluster,
+        each worker checks.
+        """
         if self.ray_is_private:
             check_gpus_usable(self.placement.per_trial[1])
 
@@ -131,13 +145,18 @@ class Stages:
         self.together.on_main_thread(self.start_ray)
 
     def tasks_at_once(self) -> int:
-        """How many tasks may run now: one more than fill the cluster, whose trials run while others select and fit.
+        """How many tasks may run now: one more than fill the cluster, whose trials run while others
+        select and fit.
 
         One until Ray is up, because perhaps nothing is left to run.
         """
         if self.placement.tasks_at_once is not None:
             return self.placement.tasks_at_once
-        return 1 + math.ceil(places(*self._per_trial()) / self.placement.ranks_per_trial / LAG) if is_connected() else 1
+        return (
+            1 + math.ceil(places(*self._per_trial()) / self.placement.ranks_per_trial / LAG)
+            if is_connected()
+            else 1
+        )
 
     def _per_trial(self) -> tuple[float, float]:
         cpus, gpus = self.placement.per_trial
@@ -159,14 +178,20 @@ class Stages:
             self.check(inputs)
         remarks = [*remarks_on(index), *inputs.remarks()]
         ranks, asked = self.ranks(inputs), self.placement.ranks_per_trial
-        remarks += [f"{ranks} of {asked} ranks train: a shard is read by one, and there are {ranks}"] if ranks < asked else []
+        remarks += (
+            [f"{ranks} of {asked} ranks train: a shard is read by one, and there are {ranks}"]
+            if ranks < asked
+            else []
+        )
         self.on_progress(task.name, "prepare", 1.0, "; ".join(remarks))
 
     def check(self, inputs: Inputs) -> None:
         """Check what a run of this kind needs of the task's recipe. Raises TaskpackError."""
 
     def ranks(self, inputs: Inputs) -> int:
-        """How many processes train a trial or fit of a task together, each with at least one shard."""
+        """How many processes train a trial or fit of a task together, each with at least one
+        shard.
+        """
         return min(self.placement.ranks_per_trial, len(inputs.splits["train"].shards))
 
     def with_shared_backbone(self, inputs: Inputs) -> Inputs:
@@ -184,15 +209,21 @@ class Stages:
         if not path.exists():
             self.workers_are_up(self.ranks(inputs))
             use_gpu = self._per_trial()[1] > 0 and has_gpus()
-            workers = self.placement.selection_workers or max(1, places(1, use_gpu) // max(1, self.together.running))
-            may_be_here = self.ray_is_private and self.placement.selection_workers is None and not use_gpu
+            workers = self.placement.selection_workers or max(
+                1, places(1, use_gpu) // max(1, self.together.running)
+            )
+            may_be_here = (
+                self.ray_is_private and self.placement.selection_workers is None and not use_gpu
+            )
             if may_be_here or is_recomputable(inputs.task.selection):
                 with self.here:
                     if select_if_sooner(inputs, top_k, path, workers=workers):
                         return path
             check_holds_group(workers, 1, use_gpu)
             interruptible(
-                lambda: select(inputs.task, data_folder, top_k, path, workers=workers, use_gpu=use_gpu),
+                lambda: select(
+                    inputs.task, data_folder, top_k, path, workers=workers, use_gpu=use_gpu
+                ),
                 self.together.is_stopping,
             )
             await_file(path)
@@ -206,19 +237,28 @@ class Stages:
         return resources
 
     def workers_are_up(self, ranks: int) -> None:
-        """Start Ray and wait for nodes that can hold a trial, if the user said what it needs: an autoscaling cluster may have none at first."""
+        """Start Ray and wait for nodes that can hold a trial, if the user said what it needs: an
+        autoscaling cluster may have none at first.
+        """
         self.ray_is_up()
         cpus, gpus = self.placement.per_trial
         wait_for_room(ranks, 1 if cpus is None else cpus, gpus or 0, self.together.is_stopping)
 
     def fits(self, arguments: Sequence[tuple[Any, ...]], ranks: int) -> Iterator[tuple[int, Any]]:
-        """Run `fit_worker` on every set of arguments; yield (index, outcome) as they end. A fit that makes progress is retried without limit."""
+        """Run `fit_worker` on every set of arguments; yield (index, outcome) as they end. A fit
+        that makes progress is retried without limit.
+        """
         return self.on_ray(fit_worker, arguments, ranks, kept=lambda *given: steps_kept(given[4]))
 
     def on_ray(
-        self, worker: Callable[..., Any], arguments: Sequence[tuple[Any, ...]], ranks: int, kept: Callable[..., object] = lambda *given: None
+        self,
+        worker: Callable[..., Any],
+        arguments: Sequence[tuple[Any, ...]],
+        ranks: int,
+        kept: Callable[..., object] = lambda *given: None,
     ) -> Iterator[tuple[int, Any]]:
-        """Run `worker` on every set of arguments, each with the resources of a trial of `ranks`; yield (index, outcome) as they end.
+        """Run `worker` on every set of arguments, each with the resources of a trial of `ranks`;
+        yield (index, outcome) as they end.
 
         Args:
             kept: as for `ended_tasks`.
@@ -226,11 +266,19 @@ class Stages:
         if arguments:
             resources = self.resources(ranks)
             given = [(*each, resources) for each in arguments]
-            limits: dict[str, Any] = {"ranks": ranks, "retries": WORKER_RETRIES, "kept": kept, "is_stopping": self.together.is_stopping}
+            limits: dict[str, Any] = {
+                "ranks": ranks,
+                "retries": WORKER_RETRIES,
+                "kept": kept,
+                "is_stopping": self.together.is_stopping,
+            }
             try:
                 yield from ended_tasks(worker, given, resources.cpus, resources.gpus, **limits)
             except WorkersDied:
-                raise ClusterError(f"a fit or trial did not end: {WORKER_DIED}; see whether its memory suffices. {_AGAIN}") from None
+                raise ClusterError(
+                    f"a fit or trial did not end: {WORKER_DIED}; see whether its memory suffices."
+                    f" {_AGAIN}"
+                ) from None
 
 
 @contextlib.contextmanager
@@ -241,19 +289,34 @@ def named_errors(log: Path) -> Iterator[None]:
     except Exception as error:
         fault = named(error)
         if isinstance(fault, UnexpectedError):
-            raise ClusterError(f"unexpected {explained(fault, log, 'the task')}. {_AGAIN}") from error
+            raise ClusterError(
+                f"unexpected {explained(fault, log, 'the task')}. {_AGAIN}"
+            ) from error
         if fault is error:
             raise
         raise fault from error
 
 
-def fit_worker(task_json: str, recipe_json: str, data_folder: str, selection: Path | None, folder: Path, resources: TrialResources) -> Any:
+def fit_worker(
+    task_json: str,
+    recipe_json: str,
+    data_folder: str,
+    selection: Path | None,
+    folder: Path,
+    resources: TrialResources,
+) -> Any:
     """Run `fit` in a worker; return its result or the named error."""
     return in_group(_fit, (task_json, recipe_json, data_folder, selection, folder), resources)
 
 
 def _fit(
-    task_json: str, recipe_json: str, data_folder: str, selection: Path | None, folder: Path, resources: TrialResources, ranks: Ranks
+    task_json: str,
+    recipe_json: str,
+    data_folder: str,
+    selection: Path | None,
+    folder: Path,
+    resources: TrialResources,
+    ranks: Ranks,
 ) -> FitResult:
     with opened(task_json, recipe_json, data_folder, selection, resources.device()) as given:
         return fit(*given, folder, device=resources.device(), ranks=ranks)

@@ -34,16 +34,22 @@ class Workspace:
     root: Path
 
     def clear_leftovers(self) -> None:
-        """Remove incomplete folders of a run that was killed. Only for the holder of the work folder's lock."""
-        for leftover in (path for folder in ("data", "backbones", "selections") for path in self.root.glob(f"{folder}/.*")):
+        """Remove incomplete folders of a run that was killed. Only for the holder of the work
+        folder's lock.
+        """
+        for leftover in (
+            path
+            for folder in ("data", "backbones", "selections")
+            for path in self.root.glob(f"{folder}/.*")
+        ):
             if leftover.is_dir():
                 shutil.rmtree(leftover, ignore_errors=True)
             else:
                 leftover.unlink(missing_ok=True)
 
     def writer(self) -> str:
-        """A random name that this folder keeps, so that a run finds what an earlier one, killed while registering, left in the registry. Only for
-        the holder of the lock."""
+        """A random name that this folder keeps, so that a run finds what an earlier one, killed
+        while registering, left in the registry. Only for the holder of the lock."""
         path = self.root / "writer.json"
         name = read_json(path)
         if not isinstance(name, str):
@@ -64,10 +70,17 @@ class Workspace:
         return self.root / "selections" / f"{selection_key(inputs, top_k)}.safetensors"
 
     def study(self, inputs: Inputs, top_k: int) -> StudyFolder:
-        """The study of a task; trials with equal inputs, selection and pack format share it, independent of search space and budget."""
-        seed = json.dumps([FORMAT_VERSION, selection_key(inputs, top_k), inputs.task.metric, inputs.task.seed])
+        """The study of a task; trials with equal inputs, selection and pack format share it,
+        independent of search space and budget.
+        """
+        seed = json.dumps(
+            [FORMAT_VERSION, selection_key(inputs, top_k), inputs.task.metric, inputs.task.seed]
+        )
         name = inputs.task.name
-        return StudyFolder(self.root / "studies" / f"{name}-{hashlib.sha256(seed.encode()).hexdigest()[:12]}", self.log(name))
+        return StudyFolder(
+            self.root / "studies" / f"{name}-{hashlib.sha256(seed.encode()).hexdigest()[:12]}",
+            self.log(name),
+        )
 
     def log(self, task: str) -> Path:
         """The file for tracebacks of a task's unexpected errors."""
@@ -88,7 +101,9 @@ class StudyFolder:
 
     @property
     def compared(self) -> TrialJournal:
-        """The finished trials of a comparison, which all run to their end: a study's own may have been stopped."""
+        """The finished trials of a comparison, which all run to their end: a study's own may have
+        been stopped.
+        """
         return TrialJournal(self.root / "compared", self.log)
 
     @property

@@ -1,7 +1,9 @@
-"""A pack as a plain timm checkpoint: the backbone with everything trained written into its weights, and the head as timm's classifier.
+"""A pack as a plain timm checkpoint: the backbone with everything trained written into its weights,
+and the head as timm's classifier.
 
-The folder is what timm calls a local directory: `model.safetensors` with timm's tensor names, and `config.json` with architecture, arguments,
-preprocessing and class names. `timm.create_model("local-dir:FOLDER", pretrained=True)` loads it without this package.
+The folder is what timm calls a local directory: `model.safetensors` with timm's tensor names, and
+`config.json` with architecture, arguments, preprocessing and class names.
+`timm.create_model("local-dir:FOLDER", pretrained=True)` loads it without this package.
 """
 
 from __future__ import annotations
@@ -25,27 +27,34 @@ from pipeline.packs import Pack, PackMetadata
 from pipeline.utils.files import whole
 
 TOLERANCE = 1e-3
-"""Largest difference of a logit between a pack and what it was exported to, as a share of the largest logit, or of 1 where all are smaller."""
+"""Largest difference of a logit between a pack and what it was exported to, as a share of the
+largest logit, or of 1 where all are smaller.
+"""
 
 
 def export_checkpoint(pack: Pack, backbone: LoadedBackbone, folder: Path) -> float:
     """Write the folder, whole or not at all; the largest difference of a probe logit.
 
     Raises:
-        ExportError: the pack has a part that no weight can hold, or timm's model computes something else.
+        ExportError: the pack has a part that no weight can hold, or timm's model computes something
+            else.
         StorageError: the folder exists or cannot be written.
     """
-    refused = [part for part in PARTS.values() if part.no_weight and part.name in pack.metadata.recipe]
+    refused = [
+        part for part in PARTS.values() if part.no_weight and part.name in pack.metadata.recipe
+    ]
     if refused:
         raise ExportError(
-            f"a timm checkpoint cannot hold the part {refused[0].name} of this pack, because {refused[0].no_weight}; "
-            "export to onnx, which holds the whole model"
+            f"a timm checkpoint cannot hold the part {refused[0].name} of this pack, because"
+            f" {refused[0].no_weight}; export to onnx, which holds the whole model"
         )
     model = from_pack(pack, backbone)
     plain = plain_network(pack.metadata, backbone)
     state = {**merged_state(model, backbone.model), **head_state(model, plain)}
     _load(plain, state)
-    difference = check_logits(model, pack.metadata.input.size_px, lambda images: plain(model.normalise(images)))
+    difference = check_logits(
+        model, pack.metadata.input.size_px, lambda images: plain(model.normalise(images))
+    )
     config = _config(pack.metadata, plain, model_arguments(pack.metadata, backbone))
     with whole(folder) as scratch:
         scratch.mkdir()
@@ -55,12 +64,19 @@ def export_checkpoint(pack: Pack, backbone: LoadedBackbone, folder: Path) -> flo
 
 
 def plain_network(metadata: PackMetadata, backbone: LoadedBackbone) -> nn.Module:
-    """Timm's own model for a pack: at its input size, with a classifier for its classes. Raises ExportError where timm cannot make one."""
+    """Timm's own model for a pack: at its input size, with a classifier for its classes. Raises
+    ExportError where timm cannot make one.
+    """
     try:
-        return timm.create_model(metadata.backbone["model"], num_classes=len(metadata.classes), **model_arguments(metadata, backbone)).eval()
+        return timm.create_model(
+            metadata.backbone["model"],
+            num_classes=len(metadata.classes),
+            **model_arguments(metadata, backbone),
+        ).eval()
     except (TypeError, ValueError, AssertionError, RuntimeError) as error:
         raise ExportError(
-            f"timm makes no {metadata.backbone['model']} of {metadata.input.size_px} px with a classifier ({error}); export to onnx instead"
+            f"timm makes no {metadata.backbone['model']} of {metadata.input.size_px} px with a"
+            f" classifier ({error}); export to onnx instead"
         ) from None
 
 
@@ -71,26 +87,39 @@ def model_arguments(metadata: PackMetadata, backbone: LoadedBackbone) -> dict[st
 
 
 def head_state(model: AdaptedModel, plain: nn.Module) -> dict[str, torch.Tensor]:
-    """The head's tensors under the names that timm's classifier has; a head without bias has one of zeros. Raises ExportError."""
+    """The head's tensors under the names that timm's classifier has; a head without bias has one of
+    zeros. Raises ExportError.
+    """
     config: Any = plain.pretrained_cfg
     name, expected = config.get("classifier"), plain.state_dict()
     if not isinstance(name, str) or f"{name}.bias" not in expected:
-        raise ExportError(f"{type(plain).__name__} has no single linear classifier (timm names {name}); export to onnx instead")
+        raise ExportError(
+            f"{type(plain).__name__} has no single linear classifier (timm names {name}); export to"
+            " onnx instead"
+        )
     with model.merged():
         weight, bias = model.head.current["weight"].detach(), model.head.current.get("bias")
     weight = weight.view(expected[f"{name}.weight"].shape).contiguous()
-    return {f"{name}.weight": weight, f"{name}.bias": torch.zeros(len(weight)) if bias is None else bias.detach().contiguous()}
+    return {
+        f"{name}.weight": weight,
+        f"{name}.bias": torch.zeros(len(weight)) if bias is None else bias.detach().contiguous(),
+    }
 
 
 def check_logits(model: AdaptedModel, size_px: int, exported: Any) -> float:
-    """The largest difference of a logit between a model and what it was exported to, on probe images. Raises ExportError beyond TOLERANCE."""
+    """The largest difference of a logit between a model and what it was exported to, on probe
+    images. Raises ExportError beyond TOLERANCE.
+    """
     images = torch.from_numpy(probe_images(size_px))
     with torch.inference_mode():
         expected = model.eval()(images)
         difference = float((torch.as_tensor(exported(images)) - expected).abs().max())
     allowed = TOLERANCE * max(1.0, float(expected.abs().max()))
     if not difference <= allowed:  # not a number is refused, too
-        raise ExportError(f"the exported model's logits differ from the pack's by {difference:.3g}; at most {allowed:.3g} may come from rounding")
+        raise ExportError(
+            f"the exported model's logits differ from the pack's by {difference:.3g}; at most"
+            f" {allowed:.3g} may come from rounding"
+        )
     return difference
 
 
@@ -98,7 +127,10 @@ def _load(plain: nn.Module, state: dict[str, torch.Tensor]) -> None:
     try:
         plain.load_state_dict(state)
     except RuntimeError as error:
-        raise ExportError(f"timm's {type(plain).__name__} has other tensors than this pack's network ({str(error)[:300]}); export to onnx") from None
+        raise ExportError(
+            f"timm's {type(plain).__name__} has other tensors than this pack's network"
+            f" ({str(error)[:300]}); export to onnx"
+        ) from None
 
 
 def _config(metadata: PackMetadata, plain: nn.Module, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -118,5 +150,10 @@ def _config(metadata: PackMetadata, plain: nn.Module, arguments: dict[str, Any])
         "num_features": plain.num_features,
         "label_names": metadata.classes,
         "model_args": arguments,
-        "pretrained_cfg": {"num_classes": classes, **preprocessing, "first_conv": config.get("first_conv"), "classifier": config["classifier"]},
+        "pretrained_cfg": {
+            "num_classes": classes,
+            **preprocessing,
+            "first_conv": config.get("first_conv"),
+            "classifier": config["classifier"],
+        },
     }

@@ -1,10 +1,12 @@
-"""A pack's whole model as one ONNX file, whatever its recipe: uint8 images in, logits out, any number of images at a time.
+"""A pack's whole model as one ONNX file, whatever its recipe: uint8 images in, logits out, any
+number of images at a time.
 
-    images   uint8 [batch, 3, S, S]    RGB, resized to a square of S pixels (bicubic, antialiased); scaling and normalisation are in the file
+    images   uint8 [batch, 3, S, S]    RGB, resized to a square of S pixels (bicubic, antialiased);
+    scaling and normalisation are in the file
     logits   float32 [batch, C]        classes by number; their names are in the file's metadata
 
-Trained values are written into the layers first, so nothing of training is left in the graph. The file is compared with the model by onnxruntime
-before it gets its name.
+Trained values are written into the layers first, so nothing of training is left in the graph. The
+file is compared with the model by onnxruntime before it gets its name.
 """
 
 from __future__ import annotations
@@ -33,25 +35,37 @@ EXAMPLES = 2  # a batch of 1 would be taken for a constant
 
 
 def export_onnx(pack: Pack, backbone: LoadedBackbone, path: Path) -> float:
-    """Write the file, whole or not at all; the largest difference of a probe logit under onnxruntime.
+    """Write the file, whole or not at all; the largest difference of a probe logit under
+    onnxruntime.
 
     Raises:
-        ExportError: a package of the extra `export` is missing, the model cannot be expressed, or onnxruntime computes something else.
+        ExportError: a package of the extra `export` is missing, the model cannot be expressed, or
+            onnxruntime computes something else.
         StorageError: the file exists or cannot be written.
     """
     try:
         import onnxruntime
         import onnxscript  # noqa: F401 - torch's exporter needs it
     except ImportError as error:
-        raise ExportError(f"exporting to onnx needs the package {error.name}; pip install 'taskpack[export]'") from None
+        raise ExportError(
+            f"exporting to onnx needs the package {error.name}; pip install 'taskpack[export]'"
+        ) from None
     model, size_px = from_pack(pack, backbone), pack.metadata.input.size_px
     model.merge()
-    facts = {"task": pack.metadata.task, "classes": json.dumps(pack.metadata.classes), "backbone": pack.metadata.backbone["model"]}
+    facts = {
+        "task": pack.metadata.task,
+        "classes": json.dumps(pack.metadata.classes),
+        "backbone": pack.metadata.backbone["model"],
+    }
     with whole(path) as scratch:
         _write(model, size_px, facts, scratch)
         session = onnxruntime.InferenceSession(str(scratch), providers=["CPUExecutionProvider"])
         # One image at a time and all at once: both must work.
-        one_by_one = check_logits(model, size_px, lambda images: torch.cat([_run(session, image) for image in images.split(1)]))
+        one_by_one = check_logits(
+            model,
+            size_px,
+            lambda images: torch.cat([_run(session, image) for image in images.split(1)]),
+        )
         return max(one_by_one, check_logits(model, size_px, lambda images: _run(session, images)))
 
 
@@ -59,7 +73,9 @@ def _run(session: Any, images: torch.Tensor) -> torch.Tensor:
     try:
         return torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
     except Exception as error:  # onnxruntime's own errors have no common class
-        raise ExportError(f"onnxruntime cannot run the exported model on {len(images)} images: {error}") from None
+        raise ExportError(
+            f"onnxruntime cannot run the exported model on {len(images)} images: {error}"
+        ) from None
 
 
 def _write(model: AdaptedModel, size_px: int, facts: dict[str, str], path: Path) -> None:
@@ -76,14 +92,18 @@ def _write(model: AdaptedModel, size_px: int, facts: dict[str, str], path: Path)
                 verbose=False,
             )
         except torch.onnx.errors.OnnxExporterError as error:
-            raise ExportError(f"torch cannot express this model in ONNX: {_reason(error)}") from None
+            raise ExportError(
+                f"torch cannot express this model in ONNX: {_reason(error)}"
+            ) from None
         assert program is not None
         program.model.metadata_props.update(facts)
         program.save(path, external_data=False)
 
 
 def _reason(error: BaseException) -> str:
-    """What the first error of a chain says, as one line without colours; those after it tell how to debug torch."""
+    """What the first error of a chain says, as one line without colours; those after it tell how to
+    debug torch.
+    """
     while error.__cause__ is not None:
         error = error.__cause__
     return " ".join(re.sub(r"\x1b\[[0-9;]*m", "", str(error)).split())[:300]

@@ -1,11 +1,14 @@
-"""A pack as an adapter of HuggingFace PEFT: connections as SHiRA (arXiv 2406.13175), low-rank changes as LoRA (arXiv 2106.09685).
+"""A pack as an adapter of HuggingFace PEFT: connections as SHiRA (arXiv 2406.13175), low-rank
+changes as LoRA (arXiv 2106.09685).
 
-    adapter_config.json          method, ranks, the layers it changes (`target_modules`) and those stored whole (`modules_to_save`)
-    adapter_model.safetensors    base_model.model.LAYER.{shira_weight, shira_indices} or {lora_A.weight, lora_B.weight}
+    adapter_config.json          method, ranks, the layers it changes (`target_modules`) and those
+    stored whole (`modules_to_save`) adapter_model.safetensors
+    base_model.model.LAYER.{shira_weight, shira_indices} or {lora_A.weight, lora_B.weight}
 
-SHiRA's layout holds r * (O + I) entries of a Linear layer [O, I], the same r everywhere: entries that no connection chose fill it up with a change
-of zero. A convolution, a layer too small for that number, a norm and the classifier are stored whole. PEFT's model is timm's own with a
-classifier: `PeftModel.from_pretrained(timm.create_model(NAME, pretrained=True, num_classes=C), FOLDER)`.
+SHiRA's layout holds r * (O + I) entries of a Linear layer [O, I], the same r everywhere: entries
+that no connection chose fill it up with a change of zero. A convolution, a layer too small for that
+number, a norm and the classifier are stored whole. PEFT's model is timm's own with a classifier:
+`PeftModel.from_pretrained(timm.create_model(NAME, pretrained=True, num_classes=C), FOLDER)`.
 Shapes: O outputs, I inputs, S ranks of all of a layer's low-rank changes together, N values.
 """
 
@@ -46,10 +49,22 @@ def export_peft(pack: Pack, backbone: LoadedBackbone, folder: Path) -> None:
     model, plain = from_pack(pack, backbone), plain_network(pack.metadata, backbone)
     head = head_state(model, plain)
     with torch.no_grad(), model.merged():
-        tensors, settings = _as_shira(model, backbone.model) if method == "connections" else _as_lora(model)
-        targets = {name.rpartition(".shira_")[0] or name.rpartition(".lora_")[0] for name in tensors}
-        stored = {name: changed for name, changed in changed_modules(model, backbone.model).items() if name not in targets}
-    whole_tensors = {f"{name}.{key}": tensor for name, changed in stored.items() for key, tensor in changed.items()} | head
+        tensors, settings = (
+            _as_shira(model, backbone.model) if method == "connections" else _as_lora(model)
+        )
+        targets = {
+            name.rpartition(".shira_")[0] or name.rpartition(".lora_")[0] for name in tensors
+        }
+        stored = {
+            name: changed
+            for name, changed in changed_modules(model, backbone.model).items()
+            if name not in targets
+        }
+    whole_tensors = {
+        f"{name}.{key}": tensor
+        for name, changed in stored.items()
+        for key, tensor in changed.items()
+    } | head
     config = {
         **settings,
         "base_model_name_or_path": pack.metadata.backbone["model"],
@@ -60,48 +75,99 @@ def export_peft(pack: Pack, backbone: LoadedBackbone, folder: Path) -> None:
     }
     with whole(folder) as scratch:
         scratch.mkdir()
-        content = {f"base_model.model.{name}": tensor.detach().contiguous() for name, tensor in {**tensors, **whole_tensors}.items()}
+        content = {
+            f"base_model.model.{name}": tensor.detach().contiguous()
+            for name, tensor in {**tensors, **whole_tensors}.items()
+        }
         save_file(content, scratch / "adapter_model.safetensors", metadata={"format": "pt"})
-        (scratch / "adapter_config.json").write_text(json.dumps(config, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        (scratch / "adapter_config.json").write_text(
+            json.dumps(config, indent=1, sort_keys=True) + "\n", encoding="utf-8"
+        )
 
 
 def _method(recipe: dict[str, Any], model: nn.Module) -> str:
     parts = [part for part in PARTS if recipe.get(part) is not None]
-    methods, others = [part for part in parts if part in METHODS], [part for part in parts if part not in (*METHODS, "norms")]
+    methods, others = (
+        [part for part in parts if part in METHODS],
+        [part for part in parts if part not in (*METHODS, "norms")],
+    )
     hint = "export to timm or onnx instead"
     if others:
-        raise ExportError(f"PEFT's SHiRA and LoRA layouts have no place for the part {others[0]} of this pack; {hint}")
+        raise ExportError(
+            f"PEFT's SHiRA and LoRA layouts have no place for the part {others[0]} of this pack;"
+            f" {hint}"
+        )
     if len(methods) != 1:
         given = "both connections and lora" if methods else "neither connections nor lora"
-        raise ExportError(f"a PEFT adapter is of one method, SHiRA or LoRA; this pack has {given}; {hint}")
+        raise ExportError(
+            f"a PEFT adapter is of one method, SHiRA or LoRA; this pack has {given}; {hint}"
+        )
     reader = weight_reader(model)
     if reader is not None:
-        raise ExportError(f"{type(model).__name__}'s {reader!r} uses a layer's weight without calling the layer, where PEFT changes nothing; {hint}")
+        raise ExportError(
+            f"{type(model).__name__}'s {reader!r} uses a layer's weight without calling the layer,"
+            f" where PEFT changes nothing; {hint}"
+        )
     return methods[0]
 
 
-# --- SHiRA ----------------------------------------------------------------------------------------------------------------------------------
+# --- SHiRA ----------------------------------------------------------------------------------------
 
 
 def _as_shira(model: AdaptedModel, original: nn.Module) -> tuple[Tensors, dict[str, Any]]:
-    values = {tensor.name: value for tensor, value in model.values().items() if tensor.part == "connections"}
-    layers = {name: (places_N, original.get_submodule(name)) for name, places_N in model.positions().items()}
-    linear = {name: (places_N, layer) for name, (places_N, layer) in layers.items() if isinstance(layer, nn.Linear)}
-    rank = max((-(-len(places_N) // sum(layer.weight.shape)) for places_N, layer in linear.values()), default=0)
-    fitting = {name: pair for name, pair in linear.items() if rank * sum(pair[1].weight.shape) <= pair[1].weight.numel()}
+    values = {
+        tensor.name: value
+        for tensor, value in model.values().items()
+        if tensor.part == "connections"
+    }
+    layers = {
+        name: (places_N, original.get_submodule(name))
+        for name, places_N in model.positions().items()
+    }
+    linear = {
+        name: (places_N, layer)
+        for name, (places_N, layer) in layers.items()
+        if isinstance(layer, nn.Linear)
+    }
+    rank = max(
+        (-(-len(places_N) // sum(layer.weight.shape)) for places_N, layer in linear.values()),
+        default=0,
+    )
+    fitting = {
+        name: pair
+        for name, pair in linear.items()
+        if rank * sum(pair[1].weight.shape) <= pair[1].weight.numel()
+    }
     if not fitting:
-        raise ExportError("PEFT's SHiRA layout holds Linear layers, and none here is large enough for it; export to timm or onnx instead")
+        raise ExportError(
+            "PEFT's SHiRA layout holds Linear layers, and none here is large enough for it; export"
+            " to timm or onnx instead"
+        )
     tensors: Tensors = {}
     for name, (places_N, layer) in fitting.items():
-        places_N, values_N = _filled_up(places_N, values[name], rank * sum(layer.weight.shape), layer.weight.numel())
+        places_N, values_N = _filled_up(
+            places_N, values[name], rank * sum(layer.weight.shape), layer.weight.numel()
+        )
         columns = layer.weight[0].numel()
         tensors[f"{name}.shira_weight"] = values_N
-        tensors[f"{name}.shira_indices"] = torch.stack([places_N // columns, places_N % columns]).int()
-    return tensors, {"peft_type": "SHIRA", "r": rank, "mask_type": "random", "random_seed": 0, "fan_in_fan_out": False}
+        tensors[f"{name}.shira_indices"] = torch.stack(
+            [places_N // columns, places_N % columns]
+        ).int()
+    return tensors, {
+        "peft_type": "SHIRA",
+        "r": rank,
+        "mask_type": "random",
+        "random_seed": 0,
+        "fan_in_fan_out": False,
+    }
 
 
-def _filled_up(places_N: torch.Tensor, values_N: torch.Tensor, count: int, entries: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """`count` places, ascending, and values: those given, then the first entries that are not among them, with zeros."""
+def _filled_up(
+    places_N: torch.Tensor, values_N: torch.Tensor, count: int, entries: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`count` places, ascending, and values: those given, then the first entries that are not among
+    them, with zeros.
+    """
     is_free = torch.ones(entries, dtype=torch.bool)
     is_free[places_N] = False
     free = is_free.nonzero().flatten()[: count - len(places_N)]
@@ -109,11 +175,13 @@ def _filled_up(places_N: torch.Tensor, values_N: torch.Tensor, count: int, entri
     return places, torch.cat([values_N, values_N.new_zeros(len(free))])[order]
 
 
-# --- LoRA -----------------------------------------------------------------------------------------------------------------------------------
+# --- LoRA -----------------------------------------------------------------------------------------
 
 
 def _as_lora(model: AdaptedModel) -> tuple[Tensors, dict[str, Any]]:
-    """Changes of q, k and v are one change of their fused layer. The scale is in `lora_B`, so `alpha` is the rank."""
+    """Changes of q, k and v are one change of their fused layer. The scale is in `lora_B`, so
+    `alpha` is the rank.
+    """
     tensors: Tensors = {}
     ranks: dict[str, int] = {}
     for name, layer in model.backbone.named_modules():
@@ -126,4 +194,11 @@ def _as_lora(model: AdaptedModel) -> tuple[Tensors, dict[str, Any]]:
     rank = max(ranks.values())
     others = {name: value for name, value in ranks.items() if value != rank}
     patterns = {"rank_pattern": others, "alpha_pattern": others}
-    return tensors, {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "lora_dropout": 0.0, "bias": "none", **patterns}
+    return tensors, {
+        "peft_type": "LORA",
+        "r": rank,
+        "lora_alpha": rank,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        **patterns,
+    }

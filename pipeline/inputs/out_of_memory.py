@@ -17,8 +17,12 @@ _GIB = 1 << 30
 
 
 @contextlib.contextmanager
-def named_out_of_memory(task: Task, batch_size: int, device: str, setting: str = "training.batch_size") -> Iterator[None]:
-    """Raise OutOfMemory in place of what torch, numpy and Python raise where memory ends. `setting` is where the batch size comes from."""
+def named_out_of_memory(
+    task: Task, batch_size: int, device: str, setting: str = "training.batch_size"
+) -> Iterator[None]:
+    """Raise OutOfMemory in place of what torch, numpy and Python raise where memory ends. `setting`
+    is where the batch size comes from.
+    """
     try:
         yield
     except (MemoryError, RuntimeError) as error:
@@ -33,7 +37,9 @@ def named_out_of_memory(task: Task, batch_size: int, device: str, setting: str =
 
 def _is_out_of_memory(error: Exception) -> bool:
     """Whether an allocation failed. On a CPU torch has no type of its own for it."""
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(
+        error
+    )
 
 
 def _free(device: str) -> str:
@@ -43,6 +49,9 @@ def _free(device: str) -> str:
         return f"{free / _GIB:.1f} of {total / _GIB:.1f} GiB are free on {device_name(device)}"
     try:
         sizes = dict(re.findall(r"(\w+): +(\d+) kB", Path("/proc/meminfo").read_text()))
-        return f"{int(sizes['MemAvailable']) * 1024 / _GIB:.1f} of {int(sizes['MemTotal']) * 1024 / _GIB:.1f} GiB are free on the CPU"
+        return (
+            f"{int(sizes['MemAvailable']) * 1024 / _GIB:.1f} of"
+            f" {int(sizes['MemTotal']) * 1024 / _GIB:.1f} GiB are free on the CPU"
+        )
     except (OSError, KeyError):
         return "on the CPU"

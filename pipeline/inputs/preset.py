@@ -1,8 +1,9 @@
 """A task's recipe as its backbone has room for it.
 
-The parts that a preset brought are meant for any backbone and budget: those that find no place on this backbone are left
-out. Where the search space is the default one, so are the largest parts as long as no point is sure to be within the
-budget, and the axes of what was left out. A part that the user named stays, so that it is refused by name.
+The parts that a preset brought are meant for any backbone and budget: those that find no place on
+this backbone are left out. Where the search space is the default one, so are the largest parts as
+long as no point is sure to be within the budget, and the axes of what was left out. A part that the
+user named stays, so that it is refused by name.
 """
 
 from __future__ import annotations
@@ -16,18 +17,29 @@ from pipeline.errors import BackboneError
 from pipeline.specs import Recipe, SearchSpace, Task, default_space
 
 
-def on_backbone(task: Task, backbone: LoadedBackbone, classes: Sequence[str]) -> tuple[Task, dict[str, str]]:
-    """The task with the parts of its preset that fit it, and why each of the others was left out."""
+def on_backbone(
+    task: Task, backbone: LoadedBackbone, classes: Sequence[str]
+) -> tuple[Task, dict[str, str]]:
+    """The task with the parts of its preset that fit it, and why each of the others was left
+    out.
+    """
     brought = task.recipe.preset or ()
     if not brought:
         return task, {}
-    absent = dict.fromkeys((part for part in brought if not _has_place(backbone, _alone(task.recipe, part))), "the backbone has no place for it")
+    absent = dict.fromkeys(
+        (part for part in brought if not _has_place(backbone, _alone(task.recipe, part))),
+        "the backbone has no place for it",
+    )
     resolved = _without(task, absent)
     parts = [part for part in brought if part not in absent and _is_default_space(task)]
     while parts and _smallest_bytes(resolved, backbone, classes) > task.budget.max_bytes:
-        largest = max(parts, key=lambda part: _smallest_bytes(_only(resolved, part), backbone, classes))
+        largest = max(
+            parts, key=lambda part: _smallest_bytes(_only(resolved, part), backbone, classes)
+        )
         parts.remove(largest)
-        absent[largest] = f"the default recipe with it may take more than {task.budget.max_bytes:,} bytes"
+        absent[largest] = (
+            f"the default recipe with it may take more than {task.budget.max_bytes:,} bytes"
+        )
         resolved = _without(task, absent)
     return resolved, absent
 
@@ -35,7 +47,9 @@ def on_backbone(task: Task, backbone: LoadedBackbone, classes: Sequence[str]) ->
 def _without(task: Task, absent: Iterable[str]) -> Task:
     recipe = task.recipe.model_copy(update={"preset": None, **dict.fromkeys(absent)})
     axes = default_space(recipe).axes() if _is_default_space(task) else task.search.axes()
-    return task.model_copy(update={"recipe": recipe, "search": SearchSpace(**axes, trials=task.search.trials)})
+    return task.model_copy(
+        update={"recipe": recipe, "search": SearchSpace(**axes, trials=task.search.trials)}
+    )
 
 
 def _is_default_space(task: Task) -> bool:
@@ -52,9 +66,13 @@ def _only(task: Task, part: str) -> Task:
 
 
 def _smallest_bytes(task: Task, backbone: LoadedBackbone, classes: Sequence[str]) -> int:
-    """What the smallest point of the search space takes, whatever its connections turn out to be."""
+    """What the smallest point of the search space takes, whatever its connections turn out to
+    be.
+    """
     point = {axis: min(values) for axis, values in task.search.axes().items()}
-    return SizePlanner(task, backbone, classes).largest_bytes(task.search.recipe(task.recipe, point))
+    return SizePlanner(task, backbone, classes).largest_bytes(
+        task.search.recipe(task.recipe, point)
+    )
 
 
 def _has_place(backbone: LoadedBackbone, recipe: Recipe) -> bool:

@@ -22,8 +22,8 @@ CACHE_BYTES = 2 << 30
 class Inputs:
     """One task, opened. `splits` has train, val, trainval and test.
 
-    `task` has its backbone and recipe resolved: see `resolve_source`, `with_learning_rate` and `on_backbone`;
-    `absent` are the parts that the last one left out.
+    `task` has its backbone and recipe resolved: see `resolve_source`, `with_learning_rate` and
+    `on_backbone`; `absent` are the parts that the last one left out.
     """
 
     task: Task
@@ -46,12 +46,16 @@ class Inputs:
     def reader(self, split: str) -> Reader:
         """A reader of one split's samples."""
         targets = functools.partial(self.kind.targets, class_count=len(self.index.classes))
-        return Reader(self.data_folder, self.splits[split], self.backbone.size_px, CACHE_BYTES, targets)
+        return Reader(
+            self.data_folder, self.splits[split], self.backbone.size_px, CACHE_BYTES, targets
+        )
 
     def with_task(self, task: Task) -> Inputs:
         """The same data and backbone for another way to adapt it."""
         recipe = with_learning_rate(task.recipe, self.backbone)
-        task, absent = on_backbone(task.model_copy(update={"recipe": recipe}), self.backbone, self.index.classes)
+        task, absent = on_backbone(
+            task.model_copy(update={"recipe": recipe}), self.backbone, self.index.classes
+        )
         return replace(self, task=task, absent=absent)
 
     def remarks(self) -> list[str]:
@@ -59,22 +63,36 @@ class Inputs:
         parts_by_reason: dict[str, list[str]] = {}
         for part, reason in self.absent.items():
             parts_by_reason.setdefault(reason, []).append(part)
-        left_out = [f"the recipe leaves out {', '.join(parts)}: {reason}" for reason, parts in parts_by_reason.items()]
+        left_out = [
+            f"the recipe leaves out {', '.join(parts)}: {reason}"
+            for reason, parts in parts_by_reason.items()
+        ]
         return [*left_out, *self._classes_without_validation()]
 
     def _classes_without_validation(self) -> list[str]:
-        """A sentence where the metric leaves out classes, because validation has none of their samples."""
-        found = {number for label in self.splits["val"].labels.tolist() for number in classes_in(label)}
+        """A sentence where the metric leaves out classes, because validation has none of their
+        samples.
+        """
+        found = {
+            number for label in self.splits["val"].labels.tolist() for number in classes_in(label)
+        }
         names = [name for number, name in enumerate(self.index.classes) if number not in found]
         if not names or not self.metric.is_mean_over_classes:
             return []
-        return [f"validation has no sample of {len(names)} of the classes, which {self.metric.name} leaves out: {listing(names)}"]
+        return [
+            f"validation has no sample of {len(names)} of the classes, which {self.metric.name}"
+            f" leaves out: {listing(names)}"
+        ]
 
 
 def open_inputs(task: Task, data_folder: Path) -> Inputs:
-    """Open a prepared task. Backbone and decoded images are kept by the process, so a second call is cheap."""
+    """Open a prepared task. Backbone and decoded images are kept by the process, so a second call
+    is cheap.
+    """
     index = read_index(data_folder)
     splits = split_samples(index, task.val_fraction, task.seed)
     backbone = load_backbone(task.backbone, task.input)
-    inputs = Inputs(task.model_copy(update={"backbone": backbone.spec}), index, backbone, splits, data_folder)
+    inputs = Inputs(
+        task.model_copy(update={"backbone": backbone.spec}), index, backbone, splits, data_folder
+    )
     return inputs.with_task(inputs.task)

@@ -23,7 +23,9 @@ class Classification:
 
     def label(self, classes: Sequence[int]) -> Label:
         if len(classes) != 1:
-            raise ValueError(f"{len(classes)} labels; expected one, or `kind: multilabel` in the task file")
+            raise ValueError(
+                f"{len(classes)} labels; expected one, or `kind: multilabel` in the task file"
+            )
         return classes[0]
 
     def targets(self, labels: Sequence[Label], class_count: int) -> torch.Tensor:
@@ -32,13 +34,17 @@ class Classification:
     def soft_targets(self, targets: torch.Tensor, class_count: int) -> torch.Tensor:
         return F.one_hot(targets, class_count).float()
 
-    def loss(self, outputs: torch.Tensor, targets: torch.Tensor, label_smoothing: float = 0.0) -> torch.Tensor:
+    def loss(
+        self, outputs: torch.Tensor, targets: torch.Tensor, label_smoothing: float = 0.0
+    ) -> torch.Tensor:
         return F.cross_entropy(outputs, targets, label_smoothing=label_smoothing)
 
     def positives(self, targets: torch.Tensor) -> torch.Tensor:
         return targets[:, None] == targets[None, :]
 
-    def kept(self, outputs: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def kept(
+        self, outputs: torch.Tensor, targets: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         return outputs, targets
 
     def predictions(self, outputs: torch.Tensor, classes: Sequence[str]) -> list[dict[str, Any]]:

@@ -26,7 +26,10 @@ class MultiLabel:
     name = "multilabel"
     default_metric = "mAP"
     several_labels = True
-    columns: tuple[tuple[str, Any], ...] = (("labels", list[str]), ("probabilities", dict[str, float]))
+    columns: tuple[tuple[str, Any], ...] = (
+        ("labels", list[str]),
+        ("probabilities", dict[str, float]),
+    )
 
     def label(self, classes: Sequence[int]) -> Label:
         label = tuple(sorted(set(classes)))
@@ -43,7 +46,9 @@ class MultiLabel:
     def soft_targets(self, targets: torch.Tensor, class_count: int) -> torch.Tensor:
         return targets
 
-    def loss(self, outputs: torch.Tensor, targets: torch.Tensor, label_smoothing: float = 0.0) -> torch.Tensor:
+    def loss(
+        self, outputs: torch.Tensor, targets: torch.Tensor, label_smoothing: float = 0.0
+    ) -> torch.Tensor:
         smoothed = targets * (1 - label_smoothing) + label_smoothing / 2
         return F.binary_cross_entropy_with_logits(outputs, smoothed)
 
@@ -52,7 +57,9 @@ class MultiLabel:
         has_none = targets.sum(dim=1) == 0
         return (targets @ targets.T > 0) | (has_none[:, None] & has_none[None, :])
 
-    def kept(self, outputs: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def kept(
+        self, outputs: torch.Tensor, targets: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         return outputs, targets.to(torch.uint8)
 
     def predictions(self, outputs: torch.Tensor, classes: Sequence[str]) -> list[dict[str, Any]]:

@@ -67,7 +67,9 @@ class TaskKind(Protocol):
         """The same as float32, such that mixtures of two targets are targets, too: for mixup."""
         ...
 
-    def loss(self, outputs: torch.Tensor, targets: torch.Tensor, label_smoothing: float = 0.0) -> torch.Tensor:
+    def loss(
+        self, outputs: torch.Tensor, targets: torch.Tensor, label_smoothing: float = 0.0
+    ) -> torch.Tensor:
         """The mean training loss of outputs [B, C] in float32; targets may be soft."""
         ...
 
@@ -75,7 +77,9 @@ class TaskKind(Protocol):
         """Which pairs of samples a contrastive loss draws together, bool [B, B]."""
         ...
 
-    def kept(self, outputs: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def kept(
+        self, outputs: torch.Tensor, targets: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """What `Outcomes` keeps of a batch: a row per sample, no larger than metrics need."""
         ...
 

@@ -14,7 +14,9 @@ _Kind = TypeVar("_Kind", bound=TaskKind)
 
 
 def register_kind(kind: type[_Kind]) -> type[_Kind]:
-    """Class decorator: register a task kind under its `name`. Raises ValueError for a taken name."""
+    """Class decorator: register a task kind under its `name`. Raises ValueError for a taken
+    name.
+    """
     if kind.name in _KINDS:
         raise ValueError(f"the task kind {kind.name!r} is registered twice; rename one")
     _KINDS[kind.name] = kind()

@@ -8,8 +8,21 @@ from pipeline.packs.codebook import Codebook, dequantise, levels, thresholds
 from pipeline.packs.container import content_digest
 from pipeline.packs.file import LEDGER_KEYS, Pack, ledger, pack_to_bytes, read_pack, write_pack
 from pipeline.packs.metadata import FORMAT_VERSION, PackBackbone, PackInput, PackMetadata
-from pipeline.packs.parts import PART_BITS, PART_NAMES, Part, PartBits, PartName, TensorSpec, zero_part
-from pipeline.packs.positions import LayerShape, decode_positions, encode_positions, largest_size_bytes
+from pipeline.packs.parts import (
+    PART_BITS,
+    PART_NAMES,
+    Part,
+    PartBits,
+    PartName,
+    TensorSpec,
+    zero_part,
+)
+from pipeline.packs.positions import (
+    LayerShape,
+    decode_positions,
+    encode_positions,
+    largest_size_bytes,
+)
 
 __all__ = [
     "FORMAT_VERSION",

@@ -1,7 +1,8 @@
 """Bit packing: codes of any width from 1 to 32 bits, laid end to end, least significant bit first.
 
-Code i of width w occupies the bits i*w ... i*w + w - 1 of the stream, where bit j is bit j % 8 of byte j // 8. Codes may straddle bytes; the last
-byte is filled up with zero bits, and a reader refuses anything else, so there is one byte string for each sequence of codes.
+Code i of width w occupies the bits i*w ... i*w + w - 1 of the stream, where bit j is bit j % 8 of
+byte j // 8. Codes may straddle bytes; the last byte is filled up with zero bits, and a reader
+refuses anything else, so there is one byte string for each sequence of codes.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ def packed_size_bytes(count: int, width_bits: int) -> int:
 
 
 def pack_codes(codes: NDArray[Any], width_bits: int) -> bytes:
-    """Lay unsigned integer codes (any shape, row-major) end to end. Raises PackError for a bad width or a code that does not fit."""
+    """Lay unsigned integer codes (any shape, row-major) end to end. Raises PackError for a bad
+    width or a code that does not fit.
+    """
     _check_width(width_bits)
     flat = np.ravel(codes)
     if flat.size and (int(flat.min()) < 0 or int(flat.max()) >> width_bits):
@@ -34,14 +37,21 @@ def pack_codes(codes: NDArray[Any], width_bits: int) -> bytes:
 
 
 def unpack_codes(data: bytes, count: int, width_bits: int) -> NDArray[np.uint32]:
-    """The `count` codes [count] of `width_bits` each. Raises PackDamaged unless `data` is exactly as long as that and padded with zeros."""
+    """The `count` codes [count] of `width_bits` each. Raises PackDamaged unless `data` is exactly
+    as long as that and padded with zeros.
+    """
     _check_width(width_bits)
     if count < 0 or len(data) != packed_size_bytes(count, width_bits):
-        raise PackDamaged(f"{count} codes of {width_bits} bits take {packed_size_bytes(count, width_bits)} bytes; found {len(data)}")
+        raise PackDamaged(
+            f"{count} codes of {width_bits} bits take {packed_size_bytes(count, width_bits)} bytes;"
+            f" found {len(data)}"
+        )
     used_bits = count * width_bits % 8
     if used_bits and data[-1] >> used_bits:
         raise PackDamaged(f"the padding after {count} codes of {width_bits} bits is not zero")
-    bits_NW = np.unpackbits(np.frombuffer(data, np.uint8), count=count * width_bits, bitorder="little").reshape(count, width_bits)
+    bits_NW = np.unpackbits(
+        np.frombuffer(data, np.uint8), count=count * width_bits, bitorder="little"
+    ).reshape(count, width_bits)
     container_bytes = _container_bytes(width_bits)
     bytes_NB = np.zeros((count, container_bytes), np.uint8)
     packed_NB = np.packbits(bits_NW, axis=1, bitorder="little")

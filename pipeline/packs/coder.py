@@ -1,11 +1,14 @@
 """The entropy coder: integers in, bytes out, under models made of integers only.
 
-Encoder and Decoder offer the same two calls, so that a format is written once: the encoder is given the symbols and returns them, the decoder
-ignores what it is given and returns what it read. The coder is constriction's range coder (24-bit probabilities).
+Encoder and Decoder offer the same two calls, so that a format is written once: the encoder is given
+the symbols and returns them, the decoder ignores what it is given and returns what it read. The
+coder is constriction's range coder (24-bit probabilities).
 
-constriction takes a distribution over A symbols as floats p and gives symbol a the frequency 1 + floor(...) of 2^24, by one sum, one quotient, and
-one product a symbol. Here p are whole numbers that add up to exactly 2^24 - A: below 2^24, float32 adds and multiplies them exactly, the quotient is
-exactly 1, and the frequencies are exactly 1 + p. No rounding happens anywhere, so every machine decodes the same symbols.
+constriction takes a distribution over A symbols as floats p and gives symbol a the frequency 1 +
+floor(...) of 2^24, by one sum, one quotient, and one product a symbol. Here p are whole numbers
+that add up to exactly 2^24 - A: below 2^24, float32 adds and multiplies them exactly, the quotient
+is exactly 1, and the frequencies are exactly 1 + p. No rounding happens anywhere, so every machine
+decodes the same symbols.
 
 Legend: R symbols coded in one call, A size of the alphabet, T tables.
 """
@@ -39,8 +42,12 @@ class Coder(Protocol):
     def uniform(self, sizes_R: Integers, symbols_R: Integers | None) -> Integers:
         """Symbols [R] below `sizes_R`, each at equal odds; a size of 1 takes no space."""
 
-    def categorical(self, weights_TA: Integers, table_R: Integers, symbols_R: Integers | None) -> Integers:
-        """Symbols [R], symbol r at odds `weights_TA[table_R[r]]`; a weight of 0 is possible, but costs 24 bits."""
+    def categorical(
+        self, weights_TA: Integers, table_R: Integers, symbols_R: Integers | None
+    ) -> Integers:
+        """Symbols [R], symbol r at odds `weights_TA[table_R[r]]`; a weight of 0 is possible, but
+        costs 24 bits.
+        """
 
 
 class Encoder:
@@ -54,19 +61,27 @@ class Encoder:
         assert symbols_R is not None
         some_R = sizes_R > 1
         if some_R.any():
-            self._coder.encode(symbols_R[some_R].astype(np.int32), _uniform(), sizes_R[some_R].astype(np.int32))
+            self._coder.encode(
+                symbols_R[some_R].astype(np.int32), _uniform(), sizes_R[some_R].astype(np.int32)
+            )
         return symbols_R
 
-    def categorical(self, weights_TA: Integers, table_R: Integers, symbols_R: Integers | None) -> Integers:
+    def categorical(
+        self, weights_TA: Integers, table_R: Integers, symbols_R: Integers | None
+    ) -> Integers:
         """See Coder."""
         assert symbols_R is not None
         tables_TA = _tables(weights_TA)
         for rows in _chunks(table_R, tables_TA.shape[1]):
-            self._coder.encode(symbols_R[rows].astype(np.int32), _categorical(), tables_TA[table_R[rows]])
+            self._coder.encode(
+                symbols_R[rows].astype(np.int32), _categorical(), tables_TA[table_R[rows]]
+            )
         return symbols_R
 
     def to_bytes(self) -> bytes:
-        """All that was coded, words most significant byte first. Zeros at the end are left out; a decoder takes what is missing for zeros."""
+        """All that was coded, words most significant byte first. Zeros at the end are left out; a
+        decoder takes what is missing for zeros.
+        """
         words = self._coder.get_compressed()
         written, (lower, span) = self._coder.pos()
         if len(words) == written + 1 and lower + (1 << 32) <= 1 << 64:  # no carry is pending
@@ -89,7 +104,9 @@ class Decoder:
     def __init__(self, data: bytes) -> None:
         self._data, self._bits = data, 0.0
         whole_words = data + bytes(-len(data) % _WORD_BYTES)
-        self._coder = _constriction().queue.RangeDecoder(np.frombuffer(whole_words, ">u4").astype(np.uint32))
+        self._coder = _constriction().queue.RangeDecoder(
+            np.frombuffer(whole_words, ">u4").astype(np.uint32)
+        )
 
     def uniform(self, sizes_R: Integers, symbols_R: Integers | None) -> Integers:
         """See Coder."""
@@ -100,16 +117,23 @@ class Decoder:
             self._bits += float(np.log2(sizes_R[some_R]).sum())
         return decoded_R
 
-    def categorical(self, weights_TA: Integers, table_R: Integers, symbols_R: Integers | None) -> Integers:
+    def categorical(
+        self, weights_TA: Integers, table_R: Integers, symbols_R: Integers | None
+    ) -> Integers:
         """See Coder."""
         tables_TA = _tables(weights_TA)
-        chunks = [self._decode(_categorical(), tables_TA[table_R[rows]]) for rows in _chunks(table_R, tables_TA.shape[1])]
+        chunks = [
+            self._decode(_categorical(), tables_TA[table_R[rows]])
+            for rows in _chunks(table_R, tables_TA.shape[1])
+        ]
         decoded_R = np.concatenate(chunks).astype(np.int64) if chunks else np.zeros(0, np.int64)
         self._bits += float((PRECISION_BITS - np.log2(1 + tables_TA[table_R, decoded_R])).sum())
         return decoded_R
 
     def check_end(self) -> None:
-        """Raise PackDamaged where there are more bytes than the symbols take: zeros at the end, or more than a few beyond their information."""
+        """Raise PackDamaged where there are more bytes than the symbols take: zeros at the end, or
+        more than a few beyond their information.
+        """
         if self._data.endswith(b"\0") or len(self._data) > self._bits / 8 + _CODER_BYTES:
             raise PackDamaged("coded symbols: bytes are left after the last")
 
@@ -121,7 +145,9 @@ class Decoder:
 
 
 def _constriction() -> Any:
-    """constriction's streams; imported where something is coded, so that training runs on machines without it."""
+    """constriction's streams; imported where something is coded, so that training runs on machines
+    without it.
+    """
     import constriction
 
     return constriction.stream
@@ -138,7 +164,9 @@ def _categorical() -> Any:
 
 
 def share(weights_TA: Integers, total: int) -> Integers:
-    """Split `total` in proportion to each row of weights: whole numbers whose sum is `total` exactly. Every row needs a positive weight."""
+    """Split `total` in proportion to each row of weights: whole numbers whose sum is `total`
+    exactly. Every row needs a positive weight.
+    """
     cumulated_TA = weights_TA.cumsum(axis=1)
     assert int(cumulated_TA[:, -1].max()) >> MAX_WEIGHT_BITS == 0
     shares_TA = cumulated_TA * total

@@ -1,7 +1,8 @@
 """What a pack says of itself and of its parts, as one short compressed text.
 
-Canonical JSON, deflated with a dictionary of the words that most packs share: some 1.5 KB become some 400 bytes. Every shape and length that a reader
-needs stands in it, so the parts can be read without building a model. The dictionary (dictionary.py) belongs to the format version.
+Canonical JSON, deflated with a dictionary of the words that most packs share: some 1.5 KB become
+some 400 bytes. Every shape and length that a reader needs stands in it, so the parts can be read
+without building a model. The dictionary (dictionary.py) belongs to the format version.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ _Length = Annotated[int, Field(ge=0, lt=2**31)]
 
 
 class PartLayout(BaseModel):
-    """A part without its numbers. `positions` are the bytes that its positions take, "recomputed" where a reader computes them."""
+    """A part without its numbers. `positions` are the bytes that its positions take, "recomputed"
+    where a reader computes them.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -50,29 +53,48 @@ class Description(BaseModel):
     probe: _Length
 
     def to_bytes(self) -> bytes:
-        """The compressed text. Raises PackError for a number that JSON cannot hold, or a text longer than a reader accepts."""
-        content = {**self.model_dump(mode="json", exclude_defaults=True), "metadata": json.loads(self.metadata.to_json())}
-        text = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+        """The compressed text. Raises PackError for a number that JSON cannot hold, or a text
+        longer than a reader accepts.
+        """
+        content = {
+            **self.model_dump(mode="json", exclude_defaults=True),
+            "metadata": json.loads(self.metadata.to_json()),
+        }
+        text = json.dumps(
+            content, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
+        ).encode()
         if len(text) > MAX_TEXT_BYTES:
-            raise PackError(f"the metadata takes {len(text)} bytes; at most {MAX_TEXT_BYTES} fit; shorten the class names")
-        deflater = zlib.compressobj(9, zlib.DEFLATED, -zlib.MAX_WBITS, 9, zdict=dictionary(FORMAT_VERSION))
+            raise PackError(
+                f"the metadata takes {len(text)} bytes; at most {MAX_TEXT_BYTES} fit; shorten the"
+                " class names"
+            )
+        deflater = zlib.compressobj(
+            9, zlib.DEFLATED, -zlib.MAX_WBITS, 9, zdict=dictionary(FORMAT_VERSION)
+        )
         return deflater.compress(text) + deflater.flush()
 
     @classmethod
     def from_bytes(cls, data: bytes, version: int = FORMAT_VERSION) -> Description:
-        """Read `to_bytes`; in version 2 all scales were of 32 bits, in 2 and 3 all had a mean. Raises PackDamaged, naming the first key at fault."""
+        """Read `to_bytes`; in version 2 all scales were of 32 bits, in 2 and 3 all had a mean.
+        Raises PackDamaged, naming the first key at fault.
+        """
         inflater = zlib.decompressobj(-zlib.MAX_WBITS, zdict=dictionary(version))
         try:
             # bounded: a few bytes can inflate to a thousand times as many
             text = inflater.decompress(data, MAX_TEXT_BYTES)
             if not inflater.eof or inflater.unused_data:
-                raise PackDamaged(f"description: expected one compressed text of at most {MAX_TEXT_BYTES} bytes")
+                raise PackDamaged(
+                    f"description: expected one compressed text of at most {MAX_TEXT_BYTES} bytes"
+                )
             description = cls.model_validate_json(text)
         except zlib.error as error:
             raise PackDamaged(f"description: {error}") from None
         except ValidationError as error:
             fault = error.errors(include_url=False)[0]
-            raise PackDamaged(f"description: {'.'.join(str(key) for key in fault['loc']) or 'JSON'}: {fault['msg']}") from None
+            raise PackDamaged(
+                f"description: {'.'.join(str(key) for key in fault['loc']) or 'JSON'}:"
+                f" {fault['msg']}"
+            ) from None
         except (ValueError, RecursionError) as error:
             raise PackDamaged(f"description: {error}") from None
         if version == 2:

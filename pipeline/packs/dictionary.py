@@ -49,11 +49,21 @@ _WORDS_SINCE_5 = (
 
 def _words_of_2() -> bytes:
     """Of versions 2 to 4."""
-    blocks = "".join(f'["blocks.{block}.attn.qkv",[576]],["blocks.{block}.attn.proj",[192]],' for block in range(12))
-    layers = "".join(f'["blocks.{block}.mlp.fc1",[768]],["blocks.{block}.mlp.fc2",[192]],' for block in range(12))
-    norms = "".join(f'["blocks.{block}.norm2.weight",[768]],["blocks.{block}.norm2.bias",[768]],' for block in range(12))
+    blocks = "".join(
+        f'["blocks.{block}.attn.qkv",[576]],["blocks.{block}.attn.proj",[192]],'
+        for block in range(12)
+    )
+    layers = "".join(
+        f'["blocks.{block}.mlp.fc1",[768]],["blocks.{block}.mlp.fc2",[192]],' for block in range(12)
+    )
+    norms = "".join(
+        f'["blocks.{block}.norm2.weight",[768]],["blocks.{block}.norm2.bias",[768]],'
+        for block in range(12)
+    )
     stages = "layers.0.blocks.0.attn.qkvstages.0.blocks.0.conv_dw.downsample.reduction.stem.0vit_base_patch16_224.augreg_in21kswin_tinyconvnext_tiny"
-    arguments = '"depth":12,"embed_dim":768,"img_size":224,"num_heads":12,"patch_size":16},"fingerprint":"'
+    arguments = (
+        '"depth":12,"embed_dim":768,"img_size":224,"num_heads":12,"patch_size":16},"fingerprint":"'
+    )
     head = '{"bits":8,"name":"head","tensors":[["head.weight",[10,768]]]},{"bits":16,"name":"head","tensors":[["head.bias",[10]]]}],"probe":2}'
     bank = '"name":"adapters","tensors":[["smoa.768.down",[4,8,768]],["smoa.768.up",[4,768,8]],["smoa.768.router",[8,768]],'
     return (
@@ -64,6 +74,6 @@ def _words_of_2() -> bytes:
         '"std":[0.229,0.224,0.225]},"mean":[0.5,0.5,0.5],"metric":"accuracy","recipe":{"biases":{"bits":8},"connections":{"bits":8,"top_k":1},'
         '"head":{"bits":8},"norms":{"bits":8},"smoa":{"balance_weight":0.01,"bits":4,"experts":4,"router_width":8,"scale":1.0,"temperature":0.1,'
         '"width":8},"training":{"augment":false,"batch_size":32,"epochs":12,"label_smoothing":0.0,"learning_rate":0.008,"precision":"bf16",'
-        f'"warmup_epochs":1.0,"weight_decay":0.0}}}},"seed":0,"selection":{{"batch_size":32,"criterion":"gradient",'
+        '"warmup_epochs":1.0,"weight_decay":0.0}},"seed":0,"selection":{"batch_size":32,"criterion":"gradient",'
         f'"level":"neuron","loss":"contrastive","precision":"fp32","temperature":0.07}},"task":"{head}'
     ).encode()

@@ -3,11 +3,13 @@
 The content of the container (container.py):
 
     4 bytes   D, little-endian: length of the description
-    D bytes   the description (description.py): metadata, and every part's tensors, shapes, bits and lengths
-    for each part, in the description's order
+    D bytes   the description (description.py): metadata, and every part's tensors, shapes, bits and
+    lengths for each part, in the description's order
               positions (positions.py), for connections
-              codes: bits a code, end to end, the last byte filled with zeros (bits.py); or the values in float16 or float32, little-endian
-              scales: float16 or float32 (mean, sd) of each matrix, or its sd alone, for codes of up to 8 bits
+              codes: bits a code, end to end, the last byte filled with zeros (bits.py); or the
+                  values in float16 or float32, little-endian
+              scales: float16 or float32 (mean, sd) of each matrix, or its sd alone, for codes of up
+                  to 8 bits
     the rest  float16 [P, C]: logits of the probe images, by which a reloaded model is verified
 
 Legend: P probe images, C classes.
@@ -39,12 +41,25 @@ from pipeline.packs.positions import LayerShape, decode_positions
 
 _LENGTH_BYTES = 4
 _SCALES = {16: "<f2", 32: "<f4"}
-LEDGER_KEYS = ("positions", "values", "adapters", "biases", "norms", "prompts", "full", "head", "probe", "metadata")
+LEDGER_KEYS = (
+    "positions",
+    "values",
+    "adapters",
+    "biases",
+    "norms",
+    "prompts",
+    "full",
+    "head",
+    "probe",
+    "metadata",
+)
 
 
 @dataclass(frozen=True, eq=False)
 class Pack:
-    """One task's model. `probe_logits` [P, C] are rounded to float16, as the file keeps them. Raises PackDamaged for contradictions."""
+    """One task's model. `probe_logits` [P, C] are rounded to float16, as the file keeps them.
+    Raises PackDamaged for contradictions.
+    """
 
     metadata: PackMetadata
     parts: tuple[Part, ...]
@@ -57,7 +72,10 @@ class Pack:
             raise PackDamaged(f"stored twice: {', '.join(repeated)}")
         expected = (len(self.probe_logits), len(self.metadata.classes))
         if self.probe_logits.shape != expected:
-            raise PackDamaged(f"probe logits: expected [P, {expected[1]}] for {expected[1]} classes, given {list(self.probe_logits.shape)}")
+            raise PackDamaged(
+                f"probe logits: expected [P, {expected[1]}] for {expected[1]} classes, given"
+                f" {list(self.probe_logits.shape)}"
+            )
         with np.errstate(over="ignore"):
             rounded = self.probe_logits.astype(np.float16)
         if not np.isfinite(rounded).all():
@@ -66,7 +84,7 @@ class Pack:
         object.__setattr__(self, "parts", tuple(self.parts))
 
 
-# --- writing --------------------------------------------------------------------------------------------------------------------------------
+# --- writing --------------------------------------------------------------------------------------
 
 
 def pack_to_bytes(pack: Pack) -> bytes:
@@ -76,7 +94,9 @@ def pack_to_bytes(pack: Pack) -> bytes:
 
 
 def write_pack(path: Path | str, pack: Pack) -> int:
-    """Write the file whole or not at all, replacing what is there; its size in bytes. Raises StorageError."""
+    """Write the file whole or not at all, replacing what is there; its size in bytes. Raises
+    StorageError.
+    """
     path, data = Path(path), pack_to_bytes(pack)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
@@ -86,7 +106,10 @@ def write_pack(path: Path | str, pack: Pack) -> int:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        raise StorageError(f"{path}: cannot write a pack of {len(data)} bytes ({error.strerror}); free space or choose another folder") from None
+        raise StorageError(
+            f"{path}: cannot write a pack of {len(data)} bytes ({error.strerror}); free space or"
+            " choose another folder"
+        ) from None
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
@@ -94,7 +117,9 @@ def write_pack(path: Path | str, pack: Pack) -> int:
 
 
 def ledger(pack: Pack) -> dict[str, int]:
-    """Bytes by LEDGER_KEYS; their sum is the file's size. `values` are the connections', `metadata` is all that no part accounts for."""
+    """Bytes by LEDGER_KEYS; their sum is the file's size. `values` are the connections', `metadata`
+    is all that no part accounts for.
+    """
     sections, description = _sections(pack)
     spent = Counter(dict.fromkeys(LEDGER_KEYS, 0))
     for key, data in sections:
@@ -104,16 +129,30 @@ def ledger(pack: Pack) -> dict[str, int]:
 
 
 def _sections(pack: Pack) -> tuple[list[tuple[str, bytes]], Description]:
-    """The bytes of the content in order, each with its key in the ledger, and the description that tells how to read them."""
+    """The bytes of the content in order, each with its key in the ledger, and the description that
+    tells how to read them.
+    """
     sections, layouts = [], []
     for part in pack.parts:
         key = "values" if part.name == "connections" else part.name
-        codes = part.codes.astype(part.codes.dtype.newbyteorder("<")).tobytes() if part.scales is None else pack_codes(part.codes, part.bits)
-        scales = b"" if part.scales is None else part.scales[:, 0 if part.has_mean else 1 :].astype(_SCALES[part.scale_bits]).tobytes()
+        codes = (
+            part.codes.astype(part.codes.dtype.newbyteorder("<")).tobytes()
+            if part.scales is None
+            else pack_codes(part.codes, part.bits)
+        )
+        scales = (
+            b""
+            if part.scales is None
+            else part.scales[:, 0 if part.has_mean else 1 :]
+            .astype(_SCALES[part.scale_bits])
+            .tobytes()
+        )
         sections += [("positions", part.encoded_positions), (key, codes), (key, scales)]
         layouts.append(_layout(part))
     sections.append(("probe", pack.probe_logits.astype("<f2").tobytes()))
-    return sections, Description(metadata=pack.metadata, parts=layouts, probe=len(pack.probe_logits))
+    return sections, Description(
+        metadata=pack.metadata, parts=layouts, probe=len(pack.probe_logits)
+    )
 
 
 def _layout(part: Part) -> PartLayout:
@@ -132,16 +171,19 @@ def _layout(part: Part) -> PartLayout:
 
 def _joined(description: Description, sections: Sequence[tuple[str, bytes]]) -> bytes:
     text = description.to_bytes()
-    return b"".join([len(text).to_bytes(_LENGTH_BYTES, "little"), text, *(data for _, data in sections)])
+    return b"".join(
+        [len(text).to_bytes(_LENGTH_BYTES, "little"), text, *(data for _, data in sections)]
+    )
 
 
-# --- reading --------------------------------------------------------------------------------------------------------------------------------
+# --- reading --------------------------------------------------------------------------------------
 
 
 def read_pack(source: Path | str | bytes) -> Pack:
     """Read a file, or its bytes, and check everything before use; nothing in it is executed.
 
-    Raises PackForeign, PackTruncated, PackVersionError or PackDamaged for what is wrong with the content, PackError where there is no such file.
+    Raises PackForeign, PackTruncated, PackVersionError or PackDamaged for what is wrong with the
+    content, PackError where there is no such file.
     """
     if isinstance(source, bytes):
         return _parse(source)
@@ -158,7 +200,9 @@ def read_pack(source: Path | str | bytes) -> Pack:
 def _parse(data: bytes) -> Pack:
     version, body = container_from_bytes(data)
     content = _Content(body)
-    description = Description.from_bytes(content.take(int.from_bytes(content.take(_LENGTH_BYTES), "little")), version)
+    description = Description.from_bytes(
+        content.take(int.from_bytes(content.take(_LENGTH_BYTES), "little")), version
+    )
     parts = tuple(_read_part(layout, content) for layout in description.parts)
     shape = (description.probe, len(description.metadata.classes))
     probe_logits = content.array("<f2", math.prod(shape)).reshape(shape).astype(np.float32)
@@ -168,7 +212,9 @@ def _parse(data: bytes) -> Pack:
 
 
 class _Content:
-    """Bytes taken from the front; nothing is made before it is known that the bytes for it are there."""
+    """Bytes taken from the front; nothing is made before it is known that the bytes for it are
+    there.
+    """
 
     def __init__(self, data: bytes) -> None:
         self._data, self._at = data, 0
@@ -179,7 +225,9 @@ class _Content:
 
     def take(self, size_bytes: int) -> bytes:
         if size_bytes > self.left_bytes:
-            raise PackDamaged(f"the description claims {size_bytes} bytes where {self.left_bytes} are left")
+            raise PackDamaged(
+                f"the description claims {size_bytes} bytes where {self.left_bytes} are left"
+            )
         self._at += size_bytes
         return self._data[self._at - size_bytes : self._at]
 
@@ -190,22 +238,34 @@ class _Content:
 
 def _read_part(layout: PartLayout, content: _Content) -> Part:
     specs = tuple(TensorSpec(name, tuple(shape)) for name, shape in layout.tensors)
-    count, groups = sum(spec.count for spec in specs), sum(spec.groups(layout.by_row) for spec in specs)
+    count, groups = (
+        sum(spec.count for spec in specs),
+        sum(spec.groups(layout.by_row) for spec in specs),
+    )
     recomputed = layout.positions == "recomputed"
     positions_data = b"" if layout.positions == "recomputed" else content.take(layout.positions)
     scales = None
     if layout.bits <= MAX_CODE_BITS:
-        codes: NDArray[Any] = unpack_codes(content.take(packed_size_bytes(count, layout.bits)), count, layout.bits).astype(np.uint8)
+        codes: NDArray[Any] = unpack_codes(
+            content.take(packed_size_bytes(count, layout.bits)), count, layout.bits
+        ).astype(np.uint8)
         scales = np.zeros((groups, 2), np.float32)
         stored = scales[:, 0 if layout.has_mean else 1 :]
         stored[:] = content.array(_SCALES[layout.scale_bits], stored.size).reshape(stored.shape)
     else:
         codes = content.array("<f2" if layout.bits == 16 else "<f4", count)
     positions: tuple[NDArray[np.int64], ...] = ()
-    if layout.layers and not recomputed:  # after the values: a layer cannot claim more connections than it has values
+    if (
+        layout.layers and not recomputed
+    ):  # after the values: a layer cannot claim more connections than it has values
         if len(layout.layers) != len(specs):
-            raise PackDamaged(f"part {layout.name!r}: {len(specs)} tensors in {len(layout.layers)} layers")
-        shapes = [LayerShape(rows, columns, spec.count) for spec, (rows, columns) in zip(specs, layout.layers, strict=True)]
+            raise PackDamaged(
+                f"part {layout.name!r}: {len(specs)} tensors in {len(layout.layers)} layers"
+            )
+        shapes = [
+            LayerShape(rows, columns, spec.count)
+            for spec, (rows, columns) in zip(specs, layout.layers, strict=True)
+        ]
         positions = tuple(decode_positions(positions_data, shapes))
     elif positions_data:
         raise PackDamaged(f"part {layout.name!r} has positions but no layers")

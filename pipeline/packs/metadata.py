@@ -1,4 +1,5 @@
-"""What a pack says about itself: enough to rebuild the model from the backbone, and to say how it was made.
+"""What a pack says about itself: enough to rebuild the model from the backbone, and to say how it
+was made.
 
 No paths and no times, and one canonical JSON text: the same run writes the same bytes anywhere.
 """
@@ -20,7 +21,9 @@ Positive = Annotated[float, Field(gt=0)]
 
 
 class PackInput(BaseModel):
-    """Preprocessing: resize to a square of `size_px`, scale to [0, 1], subtract `mean`, divide by `std` (R, G, B)."""
+    """Preprocessing: resize to a square of `size_px`, scale to [0, 1], subtract `mean`, divide by
+    `std` (R, G, B).
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -32,10 +35,11 @@ class PackInput(BaseModel):
 
 @with_config(ConfigDict(extra="forbid"))
 class PackBackbone(TypedDict):
-    """Which backbone the pack belongs to: timm model name, its arguments, SHA-256 over its tensors (64 hex digits).
+    """Which backbone the pack belongs to: timm model name, its arguments, SHA-256 over its tensors
+    (64 hex digits).
 
-    `trail`: two hex digits a tensor, in order of name, of the hash as it stood after that tensor. Where a backbone is another one, the first digits
-    that differ name the tensor at fault.
+    `trail`: two hex digits a tensor, in order of name, of the hash as it stood after that tensor.
+    Where a backbone is another one, the first digits that differ name the tensor at fault.
     """
 
     model: str
@@ -45,10 +49,11 @@ class PackBackbone(TypedDict):
 
 
 class PackMetadata(BaseModel):
-    """The pack's own description. `recipe` and `selection` are the resolved configuration as plain JSON values.
+    """The pack's own description. `recipe` and `selection` are the resolved configuration as plain
+    JSON values.
 
-    `kind` is the task's kind, `metric` what its study maximised, `modality` what it takes; packs before version 5, which
-    knew one of each, say the metric alone.
+    `kind` is the task's kind, `metric` what its study maximised, `modality` what it takes; packs
+    before version 5, which knew one of each, say the metric alone.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
@@ -65,8 +70,18 @@ class PackMetadata(BaseModel):
     seed: int = Field(ge=0)
 
     def to_json(self) -> str:
-        """Compact canonical JSON: sorted keys, no spaces. Raises PackError for a number that JSON cannot hold."""
+        """Compact canonical JSON: sorted keys, no spaces. Raises PackError for a number that JSON
+        cannot hold.
+        """
         try:
-            return json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+            return json.dumps(
+                self.model_dump(mode="json"),
+                sort_keys=True,
+                separators=(",", ":"),
+                ensure_ascii=False,
+                allow_nan=False,
+            )
         except ValueError as error:
-            raise PackError(f"metadata of {self.task}: {error}; a pack stores finite numbers only") from None
+            raise PackError(
+                f"metadata of {self.task}: {error}; a pack stores finite numbers only"
+            ) from None

@@ -1,7 +1,8 @@
 """Reaching MLflow: quiet settings, and a SQLite store made exactly once.
 
-MLflow is imported late (it costs seconds) and only after its environment is set, because telemetry starts on import. A fresh SQLite store takes
-seconds of migrations; two processes that both start them leave a database that no process can open. So the store is migrated under a file lock in a
+MLflow is imported late (it costs seconds) and only after its environment is set, because telemetry
+starts on import. A fresh SQLite store takes seconds of migrations; two processes that both start
+them leave a database that no process can open. So the store is migrated under a file lock in a
 draft file and moved into place when complete: no process ever sees an unfinished database.
 """
 
@@ -21,7 +22,8 @@ from pipeline.errors import RegistryError, StorageError
 
 _SETTINGS = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
-    # MLflow logs the whole traceback of what it then raises; `registry/failures.py` says it in one line.
+    # MLflow logs the whole traceback of what it then raises; `registry/failures.py` says it in one
+    # line.
     "MLFLOW_LOGGING_LEVEL": "CRITICAL",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
@@ -32,8 +34,13 @@ _SETTINGS = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "4",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "60",
 }
-# MLflow's own defaults retry for minutes; a server that does not answer the first call is more likely down than busy.
-_FIRST_CALL = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "4"}
+# MLflow's own defaults retry for minutes; a server that does not answer the first call is more
+# likely down than busy.
+_FIRST_CALL = {
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "4",
+}
 _LOCK_SECONDS = 120
 _ANALYSED_ROWS = 1000
 # Where MLflow's tables keep absolute URIs of artifacts.
@@ -47,7 +54,9 @@ _ARTIFACT_COLUMNS = (
 
 
 def import_mlflow() -> ModuleType:
-    """MLflow, without telemetry and progress bars. What the user's environment sets already is kept."""
+    """MLflow, without telemetry and progress bars. What the user's environment sets already is
+    kept.
+    """
     for name, value in _SETTINGS.items():
         os.environ.setdefault(name, value)
     import mlflow
@@ -65,12 +74,19 @@ def import_pyfunc() -> ModuleType:
 
 
 def resolve_tracking_uri(uri: str | None, workdir: Path) -> str:
-    """The absolute tracking URI: `uri`, else MLFLOW_TRACKING_URI, else `mlflow.db` under `workdir`. Raises RegistryError for a file store."""
-    uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{workdir.resolve() / 'mlflow.db'}"
+    """The absolute tracking URI: `uri`, else MLFLOW_TRACKING_URI, else `mlflow.db` under `workdir`.
+    Raises RegistryError for a file store.
+    """
+    uri = (
+        uri
+        or os.environ.get("MLFLOW_TRACKING_URI")
+        or f"sqlite:///{workdir.resolve() / 'mlflow.db'}"
+    )
     scheme, separator, _ = uri.partition("://")
     if not separator or scheme == "file":
         raise RegistryError(
-            f"{uri}: not a tracking URI that MLflow still writes to; give sqlite:////absolute/path/mlflow.db or the http(s):// address of a server"
+            f"{uri}: not a tracking URI that MLflow still writes to; give"
+            " sqlite:////absolute/path/mlflow.db or the http(s):// address of a server"
         )
     path = sqlite_path(uri)
     # Ray workers run in other folders: a relative database would be another one there.
@@ -78,21 +94,28 @@ def resolve_tracking_uri(uri: str | None, workdir: Path) -> str:
 
 
 def sqlite_path(uri: str) -> Path | None:
-    """The database file of a SQLite URI, absolute; None for any other URI. Raises RegistryError where it names no file."""
+    """The database file of a SQLite URI, absolute; None for any other URI. Raises RegistryError
+    where it names no file.
+    """
     if not uri.startswith("sqlite:"):
         return None
     match = re.fullmatch(r"sqlite:///([^?]+)", uri)
     if match is None or match[1] == ":memory:":
-        raise RegistryError(f"{uri}: names no database file; give sqlite:////absolute/path/mlflow.db")
+        raise RegistryError(
+            f"{uri}: names no database file; give sqlite:////absolute/path/mlflow.db"
+        )
     return Path(match[1]).resolve()
 
 
 def initialise_sqlite(database: Path, artifact_root: Path) -> None:
-    """Make an empty MLflow store at `database` unless one is there. Safe to call from many processes at once. Raises StorageError."""
+    """Make an empty MLflow store at `database` unless one is there. Safe to call from many
+    processes at once. Raises StorageError.
+    """
     import_mlflow()
     from filelock import FileLock, Timeout
 
-    # MLflow's tables use a loader that SQLAlchemy calls deprecated: a matter between the two, not one for our users.
+    # MLflow's tables use a loader that SQLAlchemy calls deprecated: a matter between the two, not
+    # one for our users.
     with warnings.catch_warnings(action="ignore"):
         from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
         from sqlalchemy.orm import configure_mappers
@@ -110,27 +133,41 @@ def initialise_sqlite(database: Path, artifact_root: Path) -> None:
             SqlAlchemyStore(f"sqlite:///{draft}", artifact_root.as_uri()).engine.dispose()
             os.replace(draft, database)
     except Timeout:
-        raise RegistryError(f"{lock.lock_file}: another process has held this lock for {_LOCK_SECONDS} s; see whether it hangs") from None
+        raise RegistryError(
+            f"{lock.lock_file}: another process has held this lock for {_LOCK_SECONDS} s; see"
+            " whether it hangs"
+        ) from None
     except OSError as error:
-        raise StorageError(f"{database}: the registry's database cannot be written ({error.strerror}); choose another folder") from None
+        raise StorageError(
+            f"{database}: the registry's database cannot be written ({error.strerror}); choose"
+            " another folder"
+        ) from None
 
 
 def rebase_artifacts(database: Path, old: str, new: str) -> None:
     """Make the SQLite store say of every artifact below the URI `old` that it lies below `new`."""
-    with contextlib.closing(sqlite3.connect(database, timeout=_LOCK_SECONDS)) as connection, connection:
+    with (
+        contextlib.closing(sqlite3.connect(database, timeout=_LOCK_SECONDS)) as connection,
+        connection,
+    ):
         for table, column in _ARTIFACT_COLUMNS:
             connection.execute(
-                f"UPDATE {table} SET {column} = ? || substr({column}, ?) WHERE {column} = ? OR substr({column}, 1, ?) = ?",
+                f"UPDATE {table} SET {column} = ? || substr({column}, ?) WHERE {column} = ? OR"
+                f" substr({column}, 1, ?) = ?",
                 (new, len(old) + 1, old, len(old) + 1, f"{old}/"),
             )
 
 
 def refresh_statistics(database: Path) -> None:
-    """Let SQLite plan its queries by what the tables hold: milliseconds, as only a part of each index is read.
+    """Let SQLite plan its queries by what the tables hold: milliseconds, as only a part of each
+    index is read.
 
     Without statistics, a look-up among 10,000 packs took it 20 s instead of 0.3 s.
     """
-    with contextlib.closing(sqlite3.connect(database, timeout=_LOCK_SECONDS)) as connection, connection:
+    with (
+        contextlib.closing(sqlite3.connect(database, timeout=_LOCK_SECONDS)) as connection,
+        connection,
+    ):
         connection.execute(f"PRAGMA analysis_limit={_ANALYSED_ROWS}")
         connection.execute("ANALYZE")
 

@@ -33,7 +33,8 @@ def write_model(champion: Champion, folder: Path, model_id: str) -> Path:
             mlflow_model=Model(model_id=model_id),
             signature=_signature(champion.tags.get(KIND_TAG, "classification")),
             input_example=_input_example(),
-            # Given, because MLflow otherwise imports the model in a subprocess to find out what it needs.
+            # Given, because MLflow otherwise imports the model in a subprocess to find out what it
+            # needs.
             pip_requirements=["taskpack"],
         )
     return target
@@ -43,14 +44,19 @@ def write_front(champion: Champion, folder: Path) -> Path:
     """A folder with the study's trials as JSON and, where there is one, the figure of its front."""
     target = folder / "front"
     target.mkdir()
-    (target / "front.json").write_text(json.dumps(champion.front, sort_keys=True, allow_nan=False, indent=1) + "\n", encoding="utf-8")
+    (target / "front.json").write_text(
+        json.dumps(champion.front, sort_keys=True, allow_nan=False, indent=1) + "\n",
+        encoding="utf-8",
+    )
     if champion.front_figure is not None:
         shutil.copyfile(champion.front_figure, target / f"front{champion.front_figure.suffix}")
     return target
 
 
 def _signature(kind: str) -> Any:
-    """A column of images in, the columns of a kind out. An image is a path, the bytes of an image file, or those bytes as base64."""
+    """A column of images in, the columns of a kind out. An image is a path, the bytes of an image
+    file, or those bytes as base64.
+    """
     from mlflow.models import ModelSignature
     from mlflow.types import ColSpec, DataType, Schema
     from mlflow.types.schema import AnyType, Array, Map
@@ -61,7 +67,9 @@ def _signature(kind: str) -> Any:
         list[str]: Array(DataType.string),
         dict[str, float]: Map(DataType.double),
     }
-    columns: list[Any] = [ColSpec(types[type_of], name) for name, type_of in kind_named(kind).columns]
+    columns: list[Any] = [
+        ColSpec(types[type_of], name) for name, type_of in kind_named(kind).columns
+    ]
     return ModelSignature(inputs=Schema([ColSpec(AnyType(), "image")]), outputs=Schema(columns))
 
 

@@ -1,7 +1,8 @@
 """What goes into the registry and what comes out of it.
 
-A `Champion` is a finished pack with everything measured on it; a `RegisteredPack` is what a look-up returns. Both are plain data: nothing here
-knows MLflow, so reports and the command line can use them without importing it.
+A `Champion` is a finished pack with everything measured on it; a `RegisteredPack` is what a look-up
+returns. Both are plain data: nothing here knows MLflow, so reports and the command line can use
+them without importing it.
 """
 
 from __future__ import annotations
@@ -32,7 +33,9 @@ OWN_TAGS = (TASK_TAG, DIGEST_TAG, MODEL_ID_TAG, *OWN_RUN_TAGS)
 
 @dataclass(frozen=True, kw_only=True)
 class UsedData:
-    """One split that a pack was trained, chosen or tested on. `source` is where the user keeps it, `digest` that of the prepared data."""
+    """One split that a pack was trained, chosen or tested on. `source` is where the user keeps it,
+    `digest` that of the prepared data.
+    """
 
     split: str
     source: str
@@ -45,14 +48,15 @@ class UsedData:
 class Champion:
     """A pack to register.
 
-    `ledger` holds bytes by part and sums to `size_bytes`; `metrics` such as test_metric (0 to 1, of the metric that the tag
-    `metric` names), test_metric_stderr, val_metric, trained_values, search_seconds, fit_seconds; `params` the recipe,
-    flattened; `tags` kind, metric, backbone, backbone_fingerprint, data_digest, validation, description, trial, device;
-    `front` one row per trial, of which those in `on_front` are beaten by no other in both size and metric; `started` is when
-    work on the task began, None for now.
+    `ledger` holds bytes by part and sums to `size_bytes`; `metrics` such as test_metric (0 to 1, of
+    the metric that the tag `metric` names), test_metric_stderr, val_metric, trained_values,
+    search_seconds, fit_seconds; `params` the recipe, flattened; `tags` kind, metric, backbone,
+    backbone_fingerprint, data_digest, validation, description, trial, device; `front` one row per
+    trial, of which those in `on_front` are beaten by no other in both size and metric; `started` is
+    when work on the task began, None for now.
 
-    `within_points` is the budget's: by it, the pack competes with those registered before for the alias `champion`. With `promote` it takes the
-    alias in any case.
+    `within_points` is the budget's: by it, the pack competes with those registered before for the
+    alias `champion`. With `promote` it takes the alias in any case.
     """
 
     task: str
@@ -74,39 +78,66 @@ class Champion:
     def check(self) -> None:
         """Refuse a record that contradicts its file or itself. Raises RegistryError."""
         if not self.pack_path.is_file():
-            raise RegistryError(f"{self.pack_path}: no such pack file; register the path that packing returned")
+            raise RegistryError(
+                f"{self.pack_path}: no such pack file; register the path that packing returned"
+            )
         found_bytes = self.pack_path.stat().st_size
         if found_bytes != self.size_bytes:
-            raise RegistryError(f"{self.pack_path}: given size_bytes {self.size_bytes}, the file has {found_bytes}; pack the task again")
+            raise RegistryError(
+                f"{self.pack_path}: given size_bytes {self.size_bytes}, the file has {found_bytes};"
+                " pack the task again"
+            )
         if sum(self.ledger.values()) != self.size_bytes:
-            raise RegistryError(f"{self.task}: the byte ledger sums to {sum(self.ledger.values())}, the pack has {self.size_bytes} bytes")
-        not_finite = sorted(name for name, value in self.metrics.items() if not math.isfinite(value))
+            raise RegistryError(
+                f"{self.task}: the byte ledger sums to {sum(self.ledger.values())}, the pack has"
+                f" {self.size_bytes} bytes"
+            )
+        not_finite = sorted(
+            name for name, value in self.metrics.items() if not math.isfinite(value)
+        )
         if not_finite:
-            raise RegistryError(f"{self.task}: metrics not finite: {', '.join(not_finite)}; leave out what was not measured")
+            raise RegistryError(
+                f"{self.task}: metrics not finite: {', '.join(not_finite)}; leave out what was not"
+                " measured"
+            )
         reserved = sorted(set(OWN_TAGS) & self.tags.keys())
         if reserved:
-            raise RegistryError(f"{self.task}: tags {', '.join(reserved)} are written by the registry itself; rename yours")
+            raise RegistryError(
+                f"{self.task}: tags {', '.join(reserved)} are written by the registry itself;"
+                " rename yours"
+            )
 
     def all_metrics(self) -> dict[str, float]:
         """`metrics` with the bytes beside them: `size_bytes` and `bytes_<part>`."""
-        return {**self.metrics, "size_bytes": self.size_bytes, **{f"bytes_{part}": size for part, size in self.ledger.items()}}
+        return {
+            **self.metrics,
+            "size_bytes": self.size_bytes,
+            **{f"bytes_{part}": size for part, size in self.ledger.items()},
+        }
 
     def all_tags(self) -> dict[str, str]:
         """`tags` with the two by which the registry finds this pack again."""
         return {**self.tags, TASK_TAG: self.task, DIGEST_TAG: self.pack_digest}
 
 
-_NAMED_BEFORE = {"test_accuracy": "test_metric", "test_accuracy_stderr": "test_metric_stderr", "val_accuracy": "val_metric"}
+_NAMED_BEFORE = {
+    "test_accuracy": "test_metric",
+    "test_accuracy_stderr": "test_metric_stderr",
+    "val_accuracy": "val_metric",
+}
 
 
 def named_by_role(metrics: Mapping[str, float]) -> dict[str, float]:
-    """Metrics of a run under their names of today: earlier releases had accuracies only, and called them so."""
+    """Metrics of a run under their names of today: earlier releases had accuracies only, and called
+    them so.
+    """
     return {_NAMED_BEFORE.get(name, name): value for name, value in metrics.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
 class RegisteredPack:
-    """One version of a task's pack, as the registry holds it. `name` is the task's; `model_id` names the MLflow LoggedModel with the files.
+    """One version of a task's pack, as the registry holds it. `name` is the task's; `model_id`
+    names the MLflow LoggedModel with the files.
 
     `remark` says, where the pack has just been registered, what became of the alias `champion`.
     """
@@ -136,7 +167,9 @@ class RegisteredPack:
 
     @property
     def metric(self) -> str:
-        """The name of the metric that its numbers are of; packs registered before there were others have accuracy."""
+        """The name of the metric that its numbers are of; packs registered before there were others
+        have accuracy.
+        """
         return self.tags.get(METRIC_TAG, "accuracy")
 
     @property
@@ -146,5 +179,12 @@ class RegisteredPack:
 
     def shown(self) -> dict[str, str]:
         """The few facts that a list of models should show, as tags."""
-        tested = f"{100 * self.metrics['test_metric']:.1f} ± {100 * self.metrics.get('test_metric_stderr', 0):.1f} %"
-        return {"size": f"{self.size_bytes / 1024:.1f} KiB", f"test {self.metric}": tested, "backbone": self.tags.get("backbone", "")}
+        tested = (
+            f"{100 * self.metrics['test_metric']:.1f} ±"
+            f" {100 * self.metrics.get('test_metric_stderr', 0):.1f} %"
+        )
+        return {
+            "size": f"{self.size_bytes / 1024:.1f} KiB",
+            f"test {self.metric}": tested,
+            "backbone": self.tags.get("backbone", ""),
+        }

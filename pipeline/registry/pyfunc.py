@@ -1,10 +1,11 @@
 """A registered pack as an MLflow pyfunc model.
 
 The MLmodel file of a registered pack names this module as its loader and the pack as its data, so
-`mlflow.pyfunc.load_model("models:/NAME@champion")`, `mlflow models serve` and batch scoring run the installed taskpack: loading a model executes
-nothing that was stored with it. The backbone, far larger than any pack, is not stored with it either: TASKPACK_BACKBONE names its checkpoint where
-the weights that the pack records cannot be found. TASKPACK_DEVICE names where to compute, such as `cpu` or `cuda:1`; without
-it, that is the GPU, where there is one.
+`mlflow.pyfunc.load_model("models:/NAME@champion")`, `mlflow models serve` and batch scoring run the
+installed taskpack: loading a model executes nothing that was stored with it. The backbone, far
+larger than any pack, is not stored with it either: TASKPACK_BACKBONE names its checkpoint where the
+weights that the pack records cannot be found. TASKPACK_DEVICE names where to compute, such as `cpu`
+or `cuda:1`; without it, that is the GPU, where there is one.
 """
 
 from __future__ import annotations
@@ -20,14 +21,23 @@ import pandas as pd
 
 from pipeline.errors import DataError, PackForeign
 
-_EXPECTED = "expected image files' paths, bytes or base64 text as a list or a DataFrame's column 'image', or a uint8 array [N, H, W, 3]"
+_EXPECTED = (
+    "expected image files' paths, bytes or base64 text as a list or a DataFrame's column 'image',"
+    " or a uint8 array [N, H, W, 3]"
+)
 
 
 def _load_pyfunc(path: str) -> PackModel:
     """MLflow's entry point: `path` is the pack, or the folder that holds it."""
     from pipeline.serving.predictor import load_predictor
 
-    return PackModel(load_predictor(_find_pack(Path(path)), os.environ.get("TASKPACK_BACKBONE"), os.environ.get("TASKPACK_DEVICE")))
+    return PackModel(
+        load_predictor(
+            _find_pack(Path(path)),
+            os.environ.get("TASKPACK_BACKBONE"),
+            os.environ.get("TASKPACK_DEVICE"),
+        )
+    )
 
 
 def _find_pack(path: Path) -> Path:
@@ -35,7 +45,10 @@ def _find_pack(path: Path) -> Path:
         return path
     packs = sorted(path.rglob("*.safetensors"))
     if len(packs) != 1:
-        raise PackForeign(f"{path}: expected one pack (.safetensors) in this folder, found {len(packs)}; register the task again")
+        raise PackForeign(
+            f"{path}: expected one pack (.safetensors) in this folder, found {len(packs)}; register"
+            " the task again"
+        )
     return packs[0]
 
 
@@ -48,27 +61,40 @@ class PackModel:
     def predict(self, model_input: Any, params: dict[str, Any] | None = None) -> pd.DataFrame:
         """One row per image. Raises DataError for what is not an image input.
 
-        The columns are the keys of `Predictor.predict`: `label` and `probability` (0 to 1) for classification, `labels` and
-        `probabilities` for multi-label.
+        The columns are the keys of `Predictor.predict`: `label` and `probability` (0 to 1) for
+        classification, `labels` and `probabilities` for multi-label.
 
         A text is a path where such a file exists, otherwise base64.
         """
         if params:
-            raise DataError(f"params: given {', '.join(sorted(params))}; a pack takes none, leave them out")
+            raise DataError(
+                f"params: given {', '.join(sorted(params))}; a pack takes none, leave them out"
+            )
         rows = self._predictor.predict(_images(model_input))
-        return pd.DataFrame({name: [row[name] for row in rows] for name, _ in self._predictor.kind.columns})
+        return pd.DataFrame(
+            {name: [row[name] for row in rows] for name, _ in self._predictor.kind.columns}
+        )
 
 
 def _images(model_input: Any) -> list[Any]:
     if isinstance(model_input, pd.DataFrame):
         if "image" not in model_input.columns:
-            raise DataError(f"no column 'image', given columns: {', '.join(map(str, model_input.columns))}; {_EXPECTED}")
-        model_input = [each for cell in model_input["image"] for each in (cell if isinstance(cell, list) else [cell])]
+            raise DataError(
+                f"no column 'image', given columns: {', '.join(map(str, model_input.columns))};"
+                f" {_EXPECTED}"
+            )
+        model_input = [
+            each
+            for cell in model_input["image"]
+            for each in (cell if isinstance(cell, list) else [cell])
+        ]
     if isinstance(model_input, np.ndarray):
         if model_input.ndim == 4 and model_input.dtype == np.uint8 and model_input.shape[-1] == 3:
             return list(model_input)
         if model_input.ndim != 1:
-            raise DataError(f"given an array of {model_input.dtype} {list(model_input.shape)}; {_EXPECTED}")
+            raise DataError(
+                f"given an array of {model_input.dtype} {list(model_input.shape)}; {_EXPECTED}"
+            )
         model_input = model_input.tolist()
     if not isinstance(model_input, list):
         raise DataError(f"given {type(model_input).__name__}; {_EXPECTED}")
@@ -86,4 +112,6 @@ def _image(value: Any, index: int) -> Any:
         return base64.b64decode(value, validate=True)
     except (binascii.Error, ValueError):
         text = value if len(value) <= 80 else value[:77] + "..."
-        raise DataError(f"image {index}: {text!r} is neither a file here nor base64; {_EXPECTED}") from None
+        raise DataError(
+            f"image {index}: {text!r} is neither a file here nor base64; {_EXPECTED}"
+        ) from None

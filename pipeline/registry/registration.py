@@ -1,11 +1,14 @@
 """Writing a pack into the store, so that an interruption at any point leaves nothing twice.
 
-The pack's run lasts from the task's start to its registration, names the data, and has the study's trials as its child runs. Beside it stands a
-LoggedModel with the same numbers, whose files are the pack and an MLmodel that names our loader, hence neither pickle nor stored code.
+The pack's run lasts from the task's start to its registration, names the data, and has the study's
+trials as its child runs. Beside it stands a LoggedModel with the same numbers, whose files are the
+pack and an MLmodel that names our loader, hence neither pickle nor stored code.
 
-Creating the version, with the pack's digest as its tag, is the one step that commits. What an interrupted registration left before it is discarded by
-the next one of the same writer, which every run and LoggedModel names in a tag; what was missing after it is made good. Two writers may register the
-same pack at once: MLflow has no lock, so both create a version, and the later one is withdrawn before it is published.
+Creating the version, with the pack's digest as its tag, is the one step that commits. What an
+interrupted registration left before it is discarded by the next one of the same writer, which every
+run and LoggedModel names in a tag; what was missing after it is made good. Two writers may register
+the same pack at once: MLflow has no lock, so both create a version, and the later one is withdrawn
+before it is published.
 """
 
 from __future__ import annotations
@@ -19,7 +22,14 @@ from typing import Any
 from pipeline.registry.card import run_note, version_card
 from pipeline.registry.failures import absent_as_none, denied_as_none, existing_as_none
 from pipeline.registry.model_files import write_front, write_model
-from pipeline.registry.pack_record import BEGUN_TAG, DIGEST_TAG, MODEL_ID_TAG, TASK_TAG, WRITER_TAG, Champion
+from pipeline.registry.pack_record import (
+    BEGUN_TAG,
+    DIGEST_TAG,
+    MODEL_ID_TAG,
+    TASK_TAG,
+    WRITER_TAG,
+    Champion,
+)
 from pipeline.registry.tracking import EXPERIMENT, TrackingStore
 from pipeline.registry.trial_runs import delete_children, log_trials
 
@@ -31,7 +41,9 @@ _ABANDONED_SECONDS = 3600
 
 
 class Registration:
-    """Writes packs into one store. `writer` is the same for two of these only if they never write at the same time."""
+    """Writes packs into one store. `writer` is the same for two of these only if they never write
+    at the same time.
+    """
 
     def __init__(self, store: TrackingStore, writer: str) -> None:
         self._store, self._writer = store, writer
@@ -41,7 +53,9 @@ class Registration:
         return self._store.client
 
     def write(self, champion: Champion, with_trials: bool) -> Any:
-        """The version of this pack, written if it is not there, and published: described, and found by look-ups."""
+        """The version of this pack, written if it is not there, and published: described, and found
+        by look-ups.
+        """
         version = self._find_version(champion)
         if version is None:
             version = self._settle(champion, self._create_version(champion, with_trials))
@@ -51,11 +65,15 @@ class Registration:
 
     def _find_version(self, champion: Champion) -> Any:
         mine = f"name = '{champion.task}' AND tags.{DIGEST_TAG} = '{champion.pack_digest}'"
-        found = self._client.search_model_versions(mine, max_results=1, order_by=["version_number ASC"])
+        found = self._client.search_model_versions(
+            mine, max_results=1, order_by=["version_number ASC"]
+        )
         return found[0] if found else None
 
     def _settle(self, champion: Champion, created: Any) -> Any:
-        """The version that counts: of the same pack registered twice at once, the earlier one; the other is withdrawn."""
+        """The version that counts: of the same pack registered twice at once, the earlier one; the
+        other is withdrawn.
+        """
         earliest = self._find_version(champion)
         if earliest.version == created.version:
             return created
@@ -69,27 +87,40 @@ class Registration:
         if with_trials:
             log_trials(self._client, self._store.experiment_id, model.source_run_id, champion)
         self._ensure_registered_model(champion)
-        # The location rather than `models:/m-...`: MLflow's SQL store resolves the latter through the process-wide tracking URI, not the client's.
+        # The location rather than `models:/m-...`: MLflow's SQL store resolves the latter through
+        # the process-wide tracking URI, not the client's.
         return self._client.create_model_version(
             champion.task,
             source=model.artifact_location,
             run_id=model.source_run_id,
-            tags={DIGEST_TAG: champion.pack_digest, MODEL_ID_TAG: model.model_id, "size_bytes": str(champion.size_bytes)},
+            tags={
+                DIGEST_TAG: champion.pack_digest,
+                MODEL_ID_TAG: model.model_id,
+                "size_bytes": str(champion.size_bytes),
+            },
             model_id=model.model_id,
         )
 
     def _discard_unfinished(self, champion: Champion) -> None:
-        """Delete what earlier tries of this writer left, and what is too old to be another one's at work; as far as the server permits it."""
+        """Delete what earlier tries of this writer left, and what is too old to be another one's at
+        work; as far as the server permits it.
+        """
         experiments = [self._store.experiment_id]
-        mine = f"tags.{TASK_TAG} = '{champion.task}' AND tags.{DIGEST_TAG} = '{champion.pack_digest}'"
+        mine = (
+            f"tags.{TASK_TAG} = '{champion.task}' AND tags.{DIGEST_TAG} = '{champion.pack_digest}'"
+        )
         abandoned_ms = (datetime.now(UTC).timestamp() - _ABANDONED_SECONDS) * 1000
         for model in self._client.search_logged_models(experiments, filter_string=mine):
-            if model.tags.get(WRITER_TAG) == self._writer or model.creation_timestamp < abandoned_ms:
+            if (
+                model.tags.get(WRITER_TAG) == self._writer
+                or model.creation_timestamp < abandoned_ms
+            ):
                 denied_as_none(self._client.delete_logged_model, model.model_id)
         for run in self._client.search_runs(experiments, filter_string=mine):
             begun_ms = int(run.data.tags.get(BEGUN_TAG, run.info.start_time))
             if run.data.tags.get(WRITER_TAG) == self._writer or begun_ms < abandoned_ms:
-                # Its children first: should this be interrupted, the next try still finds them by their parent.
+                # Its children first: should this be interrupted, the next try still finds them by
+                # their parent.
                 denied_as_none(delete_children, self._client, experiments[0], run.info.run_id)
                 denied_as_none(self._client.delete_run, run.info.run_id)
 
@@ -101,12 +132,21 @@ class Registration:
         started_ms = now_ms if champion.started is None else _as_ms(champion.started)
         tags = {**champion.all_tags(), WRITER_TAG: self._writer}
         run_tags = {**tags, BEGUN_TAG: str(now_ms), "mlflow.note.content": run_note(champion)}
-        run_id = self._client.create_run(experiment_id, start_time=started_ms, run_name=champion.task, tags=run_tags).info.run_id
+        run_id = self._client.create_run(
+            experiment_id, start_time=started_ms, run_name=champion.task, tags=run_tags
+        ).info.run_id
         model = self._client.create_logged_model(
-            experiment_id, name=champion.task, source_run_id=run_id, tags=tags, params=champion.params, model_type=EXPERIMENT
+            experiment_id,
+            name=champion.task,
+            source_run_id=run_id,
+            tags=tags,
+            params=champion.params,
+            model_type=EXPERIMENT,
         )
         with tempfile.TemporaryDirectory(prefix="taskpack-") as folder:
-            self._client.log_model_artifacts(model.model_id, str(write_model(champion, Path(folder), model.model_id)))
+            self._client.log_model_artifacts(
+                model.model_id, str(write_model(champion, Path(folder), model.model_id))
+            )
             self._client.log_artifacts(run_id, str(write_front(champion, Path(folder))), "front")
         self._log_numbers(champion, run_id, model.model_id)
         self._log_data(champion, run_id)
@@ -118,8 +158,15 @@ class Registration:
         from mlflow.entities import Metric, Param
 
         now_ms = _as_ms(datetime.now(UTC))
-        metrics = [Metric(key, float(value), now_ms, 0, model_id=model_id) for key, value in sorted(champion.all_metrics().items())]
-        self._client.log_batch(run_id, metrics=metrics, params=[Param(key, value) for key, value in sorted(champion.params.items())])
+        metrics = [
+            Metric(key, float(value), now_ms, 0, model_id=model_id)
+            for key, value in sorted(champion.all_metrics().items())
+        ]
+        self._client.log_batch(
+            run_id,
+            metrics=metrics,
+            params=[Param(key, value) for key, value in sorted(champion.params.items())],
+        )
 
     def _log_data(self, champion: Champion, run_id: str) -> None:
         """The splits as the run's datasets."""
@@ -143,15 +190,26 @@ class Registration:
 
     def _ensure_registered_model(self, champion: Champion) -> None:
         if absent_as_none(self._client.get_registered_model, champion.task) is None:
-            existing_as_none(self._client.create_registered_model, champion.task, description=champion.tags.get("description"))
+            existing_as_none(
+                self._client.create_registered_model,
+                champion.task,
+                description=champion.tags.get("description"),
+            )
 
     def _publish(self, version: Any, champion: Champion) -> None:
-        """Do what is not done yet: describe the version, tell the LoggedModel of it, end the run, by which `search` finds it from now on."""
+        """Do what is not done yet: describe the version, tell the LoggedModel of it, end the run,
+        by which `search` finds it from now on.
+        """
         model_id, number = version.tags[MODEL_ID_TAG], str(version.version)
         if not version.description:
-            self._client.update_model_version(version.name, number, version_card(champion, int(number)))
+            self._client.update_model_version(
+                version.name, number, version_card(champion, int(number))
+            )
         if _VERSIONS_TAG not in self._client.get_logged_model(model_id).tags:
-            self._client.set_logged_model_tags(model_id, {_VERSIONS_TAG: json.dumps([{"name": version.name, "version": int(number)}])})
+            self._client.set_logged_model_tags(
+                model_id,
+                {_VERSIONS_TAG: json.dumps([{"name": version.name, "version": int(number)}])},
+            )
         if self._client.get_run(version.run_id).info.status != "FINISHED":
             self._client.set_terminated(version.run_id)
 

@@ -1,7 +1,9 @@
-"""MLflow's look-ups over its REST API, without MLflow: importing that takes longer than the server's answer.
+"""MLflow's look-ups over its REST API, without MLflow: importing that takes longer than the
+server's answer.
 
-The methods are those of `MlflowClient`, as far as looking packs up needs them, and give objects with the same attributes. Where the user's settings
-ask for more than a name and password or a token, `plain_rest` gives None and MLflow's own client does the work.
+The methods are those of `MlflowClient`, as far as looking packs up needs them, and give objects
+with the same attributes. Where the user's settings ask for more than a name and password or a
+token, `plain_rest` gives None and MLflow's own client does the work.
 """
 
 from __future__ import annotations
@@ -18,10 +20,17 @@ _BEYOND = ("AUTH", "AWS_SIGV4", "INSECURE_TLS", "SERVER_CERT_PATH", "CLIENT_CERT
 
 
 def plain_rest(tracking_uri: str) -> Rest | None:
-    """A client of the server at `tracking_uri`; None where it is no server, or where logging in takes more than MLFLOW_TRACKING_USERNAME and
-    MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN."""
-    needs_more = any(os.environ.get(f"MLFLOW_TRACKING_{name}") for name in _BEYOND) or os.environ.get("MLFLOW_WORKSPACE")
-    if not tracking_uri.startswith(("http://", "https://")) or needs_more or Path("~/.mlflow/credentials").expanduser().exists():
+    """A client of the server at `tracking_uri`; None where it is no server, or where logging in
+    takes more than MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or
+    MLFLOW_TRACKING_TOKEN."""
+    needs_more = any(
+        os.environ.get(f"MLFLOW_TRACKING_{name}") for name in _BEYOND
+    ) or os.environ.get("MLFLOW_WORKSPACE")
+    if (
+        not tracking_uri.startswith(("http://", "https://"))
+        or needs_more
+        or Path("~/.mlflow/credentials").expanduser().exists()
+    ):
         return None
     return Rest(tracking_uri)
 
@@ -33,7 +42,9 @@ class Page(list[Any]):
 
 
 class Rest:
-    """The server's look-ups. What it raises reads like MLflow's own errors; `error_code` says what the server called it."""
+    """The server's look-ups. What it raises reads like MLflow's own errors; `error_code` says what
+    the server called it.
+    """
 
     def __init__(self, tracking_uri: str) -> None:
         import requests
@@ -43,9 +54,16 @@ class Rest:
         self._uri = tracking_uri.rstrip("/")
         self._session = requests.Session()
         retries = int(os.environ.get("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1"))
-        adapter = HTTPAdapter(max_retries=Retry(retries, backoff_factor=1, status_forcelist=_RETRIED, allowed_methods=None))
+        adapter = HTTPAdapter(
+            max_retries=Retry(
+                retries, backoff_factor=1, status_forcelist=_RETRIED, allowed_methods=None
+            )
+        )
         self._session.mount(self._uri, adapter)
-        user, password = os.environ.get("MLFLOW_TRACKING_USERNAME"), os.environ.get("MLFLOW_TRACKING_PASSWORD")
+        user, password = (
+            os.environ.get("MLFLOW_TRACKING_USERNAME"),
+            os.environ.get("MLFLOW_TRACKING_PASSWORD"),
+        )
         if user and password:
             self._session.auth = (user, password)
         elif token := os.environ.get("MLFLOW_TRACKING_TOKEN"):
@@ -54,16 +72,35 @@ class Rest:
     def get_experiment_by_name(self, name: str) -> Any:
         """The experiment, or None."""
         try:
-            return SimpleNamespace(**self._ask("GET", "experiments/get-by-name", {"experiment_name": name})["experiment"])
+            return SimpleNamespace(
+                **self._ask("GET", "experiments/get-by-name", {"experiment_name": name})[
+                    "experiment"
+                ]
+            )
         except Exception as error:
             if getattr(error, "error_code", None) != "RESOURCE_DOES_NOT_EXIST":
                 raise
             return None
 
-    def search_runs(self, experiment_ids: list[str], filter_string: str, *, max_results: int, order_by: list[str], page_token: str | None) -> Page:
+    def search_runs(
+        self,
+        experiment_ids: list[str],
+        filter_string: str,
+        *,
+        max_results: int,
+        order_by: list[str],
+        page_token: str | None,
+    ) -> Page:
         """As MLflow's."""
-        content = {"experiment_ids": experiment_ids, "filter": filter_string, "max_results": max_results, "order_by": order_by}
-        answer = self._ask("POST", "runs/search", content | ({"page_token": page_token} if page_token else {}))
+        content = {
+            "experiment_ids": experiment_ids,
+            "filter": filter_string,
+            "max_results": max_results,
+            "order_by": order_by,
+        }
+        answer = self._ask(
+            "POST", "runs/search", content | ({"page_token": page_token} if page_token else {})
+        )
         page = Page(_run(run) for run in answer.get("runs", ()))
         page.token = answer.get("next_page_token")
         return page
@@ -72,30 +109,49 @@ class Rest:
         """As MLflow's."""
         return _run(self._ask("GET", "runs/get", {"run_id": run_id})["run"])
 
-    def search_model_versions(self, filter_string: str, max_results: int, order_by: list[str] | None = None) -> list[Any]:
+    def search_model_versions(
+        self, filter_string: str, max_results: int, order_by: list[str] | None = None
+    ) -> list[Any]:
         """As MLflow's; aliases are not told."""
-        answer = self._ask("GET", "model-versions/search", {"filter": filter_string, "max_results": max_results, "order_by": order_by or []})
+        answer = self._ask(
+            "GET",
+            "model-versions/search",
+            {"filter": filter_string, "max_results": max_results, "order_by": order_by or []},
+        )
         return [_version(version) for version in answer.get("model_versions", ())]
 
     def get_model_version(self, name: str, version: str) -> Any:
         """As MLflow's."""
-        return _version(self._ask("GET", "model-versions/get", {"name": name, "version": version})["model_version"])
+        return _version(
+            self._ask("GET", "model-versions/get", {"name": name, "version": version})[
+                "model_version"
+            ]
+        )
 
     def search_registered_models(self, filter_string: str, max_results: int) -> list[Any]:
         """As MLflow's."""
-        answer = self._ask("GET", "registered-models/search", {"filter": filter_string, "max_results": max_results})
+        answer = self._ask(
+            "GET", "registered-models/search", {"filter": filter_string, "max_results": max_results}
+        )
         return [_registered_model(model) for model in answer.get("registered_models", ())]
 
     def get_registered_model(self, name: str) -> Any:
         """As MLflow's."""
-        return _registered_model(self._ask("GET", "registered-models/get", {"name": name})["registered_model"])
+        return _registered_model(
+            self._ask("GET", "registered-models/get", {"name": name})["registered_model"]
+        )
 
     def _ask(self, method: str, path: str, content: dict[str, Any]) -> dict[str, Any]:
         from requests import HTTPError, JSONDecodeError
 
-        seconds = (_CONNECT_SECONDS, float(os.environ.get("MLFLOW_HTTP_REQUEST_TIMEOUT", _ANSWER_SECONDS)))
+        seconds = (
+            _CONNECT_SECONDS,
+            float(os.environ.get("MLFLOW_HTTP_REQUEST_TIMEOUT", _ANSWER_SECONDS)),
+        )
         given: dict[str, Any] = {"json": content} if method == "POST" else {"params": content}
-        response = self._session.request(method, f"{self._uri}/api/2.0/mlflow/{path}", timeout=seconds, **given)
+        response = self._session.request(
+            method, f"{self._uri}/api/2.0/mlflow/{path}", timeout=seconds, **given
+        )
         try:
             answer = response.json()
         except JSONDecodeError:
@@ -106,8 +162,13 @@ class Rest:
             error = HTTPError(f"{answer['error_code']}: {answer.get('message', '')}")
             error.error_code = answer["error_code"]  # type: ignore[attr-defined]
             raise error
-        status = 404 if response.ok else response.status_code  # a page, but not an answer: some other server
-        raise HTTPError(f"API request to endpoint {path} failed with error code {status} != 200. Response body: '{response.text}'")
+        status = (
+            404 if response.ok else response.status_code
+        )  # a page, but not an answer: some other server
+        raise HTTPError(
+            f"API request to endpoint {path} failed with error code {status} != 200. Response body:"
+            f" '{response.text}'"
+        )
 
 
 def _pairs(rows: list[dict[str, Any]] | None) -> dict[str, Any]:
@@ -138,4 +199,7 @@ def _version(content: dict[str, Any]) -> Any:
 
 
 def _registered_model(content: dict[str, Any]) -> Any:
-    return SimpleNamespace(name=content["name"], aliases={row["alias"]: row["version"] for row in content.get("aliases", ())})
+    return SimpleNamespace(
+        name=content["name"],
+        aliases={row["alias"]: row["version"] for row in content.get("aliases", ())},
+    )

@@ -1,7 +1,8 @@
 """The registry: packs as versions of an MLflow registered model, found again by numbers.
 
-One registered model per task, one version per pack, the alias `champion` on the best of them. registration.py says how a pack is written, lookups.py
-how it is found, alias.py which version has the alias.
+One registered model per task, one version per pack, the alias `champion` on the best of them.
+registration.py says how a pack is written, lookups.py how it is found, alias.py which version has
+the alias.
 """
 
 from __future__ import annotations
@@ -26,10 +27,12 @@ from pipeline.registry.tracking import EXPERIMENT, TrackingStore
 
 
 def open_registry(uri: str | None, workdir: Path, *, writer: str | None = None) -> Registry:
-    """The registry at `uri`, else at MLFLOW_TRACKING_URI, else in a SQLite file under `workdir`, made on first use with artifacts beside it.
+    """The registry at `uri`, else at MLFLOW_TRACKING_URI, else in a SQLite file under `workdir`,
+    made on first use with artifacts beside it.
 
     Args:
-        writer: names who registers, over restarts, so that what a killed process left is discarded by the next; see `Registration`.
+        writer: names who registers, over restarts, so that what a killed process left is discarded
+            by the next; see `Registration`.
 
     Raises:
         RegistryError: the server cannot be reached (within about 10 s).
@@ -46,9 +49,13 @@ def open_registry(uri: str | None, workdir: Path, *, writer: str | None = None) 
 
 
 class Registry:
-    """Registered packs in one MLflow store. Arguments as for `TrackingStore` and `open_registry`."""
+    """Registered packs in one MLflow store. Arguments as for `TrackingStore` and
+    `open_registry`.
+    """
 
-    def __init__(self, tracking_uri: str, artifact_root: Path | None, *, writer: str | None = None) -> None:
+    def __init__(
+        self, tracking_uri: str, artifact_root: Path | None, *, writer: str | None = None
+    ) -> None:
         self.store = TrackingStore(tracking_uri, artifact_root)
         self._lookups = LookUps(self.store)
         self._registration = Registration(self.store, writer or secrets.token_hex(8))
@@ -60,16 +67,20 @@ class Registry:
         return self.store.client
 
     def check_writable(self) -> None:
-        """Write a tag to a server, so that a user who may only read is refused before hours of training. Raises RegistryRefused."""
+        """Write a tag to a server, so that a user who may only read is refused before hours of
+        training. Raises RegistryRefused.
+        """
         if sqlite_path(self.store.tracking_uri) is not None:
             return
         with registry_errors(self.store.tracking_uri):
             self.client.set_experiment_tag(self.store.experiment_id, "written_by", EXPERIMENT)
 
     def register(self, champion: Champion, *, with_trials: bool = True) -> RegisteredPack:
-        """Make `champion` the newest version of its task, and point the alias `champion` at it if it is the one to choose, or to be promoted.
+        """Make `champion` the newest version of its task, and point the alias `champion` at it if
+        it is the one to choose, or to be promoted.
 
-        A pack already registered for the task (same digest) is not written again; it competes for the alias all the same. Raises RegistryError.
+        A pack already registered for the task (same digest) is not written again; it competes for
+        the alias all the same. Raises RegistryError.
 
         Args:
             with_trials: whether each trial of the study becomes a child run.
@@ -99,28 +110,42 @@ class Registry:
         return self._lookups.get(reference)
 
     def download(self, registered: RegisteredPack, folder: Path) -> Path:
-        """Copy the pack file into `folder` as NAME-VERSION.safetensors. Raises RegistryError where the copy is not whole."""
+        """Copy the pack file into `folder` as NAME-VERSION.safetensors. Raises RegistryError where
+        the copy is not whole.
+        """
         target = folder / f"{registered.name}-{registered.version}.safetensors"
         with tempfile.TemporaryDirectory(prefix="taskpack-") as temporary:
-            copy = self.store.fetch(self._model(registered).artifact_location, f"data/{PACK_FILE}", temporary)
+            copy = self.store.fetch(
+                self._model(registered).artifact_location, f"data/{PACK_FILE}", temporary
+            )
             if copy.stat().st_size != registered.size_bytes:
                 raise RegistryError(
-                    f"{registered.name}/{registered.version}: the stored pack has {copy.stat().st_size} bytes, registered were "
-                    f"{registered.size_bytes}; the artifact store is damaged, delete this version and register the pack again"
+                    f"{registered.name}/{registered.version}: the stored pack has"
+                    f" {copy.stat().st_size} bytes, registered were {registered.size_bytes}; the"
+                    " artifact store is damaged, delete this version and register the pack again"
                 )
             try:
                 folder.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(copy, target)
             except OSError as error:
-                raise StorageError(f"{target}: the pack cannot be written ({error.strerror}); choose another folder") from None
+                raise StorageError(
+                    f"{target}: the pack cannot be written ({error.strerror}); choose another"
+                    " folder"
+                ) from None
         return target
 
     def front(self, registered: RegisteredPack) -> list[dict[str, Any]]:
-        """The study's rows, one per trial, as they were when the pack was registered. Raises RegistryError."""
+        """The study's rows, one per trial, as they were when the pack was registered. Raises
+        RegistryError.
+        """
         with registry_errors(self.store.tracking_uri):
             location = self.client.get_run(self._model(registered).source_run_id).info.artifact_uri
         with tempfile.TemporaryDirectory(prefix="taskpack-") as temporary:
-            rows: list[dict[str, Any]] = json.loads(self.store.fetch(location, "front/front.json", temporary).read_text(encoding="utf-8"))
+            rows: list[dict[str, Any]] = json.loads(
+                self.store.fetch(location, "front/front.json", temporary).read_text(
+                    encoding="utf-8"
+                )
+            )
         return rows
 
     def _model(self, registered: RegisteredPack) -> Any:

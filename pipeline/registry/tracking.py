@@ -1,7 +1,9 @@
-"""The tracking store that a registry writes to and reads from: its clients, the experiment, and where its artifacts lie.
+"""The tracking store that a registry writes to and reads from: its clients, the experiment, and
+where its artifacts lie.
 
-MLflow's tables hold absolute URIs. Those of a SQLite store are read as if the work folder had never been moved: files are taken from beside the
-database, and the next registration writes the new place into the tables.
+MLflow's tables hold absolute URIs. Those of a SQLite store are read as if the work folder had never
+been moved: files are taken from beside the database, and the next registration writes the new place
+into the tables.
 """
 
 from __future__ import annotations
@@ -11,7 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import RegistryError
-from pipeline.registry.connection import import_mlflow, rebase_artifacts, refresh_statistics, short_patience, sqlite_path
+from pipeline.registry.connection import (
+    import_mlflow,
+    rebase_artifacts,
+    refresh_statistics,
+    short_patience,
+    sqlite_path,
+)
 from pipeline.registry.failures import existing_as_none, registry_errors
 from pipeline.registry.rest import plain_rest
 
@@ -20,7 +28,8 @@ _EXPERIMENT_TAGS = {
     # MLflow's pages otherwise take an experiment for one of generative models.
     "mlflow.experimentKind": "custom_model_development",
     "mlflow.note.content": (
-        "One run per registered pack of taskpack; its child runs are the trials of the pack's study. The packs are under Model registry."
+        "One run per registered pack of taskpack; its child runs are the trials of the pack's"
+        " study. The packs are under Model registry."
     ),
 }
 
@@ -30,7 +39,8 @@ class TrackingStore:
 
     Args:
         tracking_uri: absolute; of a server or a SQLite file.
-        artifact_root: where files go for a store without a server; a server decides for itself (None).
+        artifact_root: where files go for a store without a server; a server decides for itself
+            (None).
 
     Raises:
         RegistryError: it cannot be reached, or the experiment is deleted.
@@ -48,7 +58,9 @@ class TrackingStore:
     @functools.cached_property
     def client(self) -> Any:
         """MLflow's own client, for all that writes."""
-        return import_mlflow().MlflowClient(tracking_uri=self.tracking_uri, registry_uri=self.tracking_uri)
+        return import_mlflow().MlflowClient(
+            tracking_uri=self.tracking_uri, registry_uri=self.tracking_uri
+        )
 
     @property
     def reader(self) -> Any:
@@ -60,23 +72,33 @@ class TrackingStore:
         if experiment is None:
             # Two processes may both get here; the second one finds what the first has made.
             location = self._artifacts_here or None
-            existing_as_none(self.client.create_experiment, EXPERIMENT, artifact_location=location, tags=_EXPERIMENT_TAGS)
+            existing_as_none(
+                self.client.create_experiment,
+                EXPERIMENT,
+                artifact_location=location,
+                tags=_EXPERIMENT_TAGS,
+            )
             experiment = self.reader.get_experiment_by_name(EXPERIMENT)
         if experiment.lifecycle_stage != "active":
             raise RegistryError(
-                f"the MLflow experiment {EXPERIMENT!r} is deleted; restore it: mlflow experiments restore -x {experiment.experiment_id}"
+                f"the MLflow experiment {EXPERIMENT!r} is deleted; restore it: mlflow experiments"
+                f" restore -x {experiment.experiment_id}"
             )
         return experiment
 
     def refresh_statistics(self) -> None:
-        """After something was registered: a SQLite file has nobody else to do it, a server's database does it by itself."""
+        """After something was registered: a SQLite file has nobody else to do it, a server's
+        database does it by itself.
+        """
         if (database := sqlite_path(self.tracking_uri)) is not None:
             refresh_statistics(database)
 
     # --- artifacts --------------------------------------------------------------------------------
 
     def rebase_moved(self) -> None:
-        """Write the new place of a moved or copied work folder into its database: new artifacts must not go to the former place."""
+        """Write the new place of a moved or copied work folder into its database: new artifacts
+        must not go to the former place.
+        """
         if (database := sqlite_path(self.tracking_uri)) is None:
             return
         self._artifacts_recorded = self.client.get_experiment(self.experiment_id).artifact_location
@@ -85,16 +107,26 @@ class TrackingStore:
             self._artifacts_recorded = self._artifacts_here
 
     def _was_moved(self) -> bool:
-        """Whether the SQLite store was made when its folder lay elsewhere. Artifacts kept apart from the database on purpose stay there."""
+        """Whether the SQLite store was made when its folder lay elsewhere. Artifacts kept apart
+        from the database on purpose stay there.
+        """
         recorded = self._artifacts_recorded
-        return self._artifacts_here not in ("", recorded) and recorded.startswith("file:") and recorded.endswith("/artifacts")
+        return (
+            self._artifacts_here not in ("", recorded)
+            and recorded.startswith("file:")
+            and recorded.endswith("/artifacts")
+        )
 
     def fetch(self, location: str, path: str, folder: str) -> Path:
         """Download the file `path` below an artifact location into `folder`."""
         # By location: `models:/` and `runs:/` would look in the process-wide store.
         uri = f"{self._location_now(location).rstrip('/')}/{path}"
         with registry_errors(self.tracking_uri):
-            return Path(import_mlflow().artifacts.download_artifacts(uri, dst_path=folder, tracking_uri=self.tracking_uri))
+            return Path(
+                import_mlflow().artifacts.download_artifacts(
+                    uri, dst_path=folder, tracking_uri=self.tracking_uri
+                )
+            )
 
     def _location_now(self, location: str) -> str:
         """Where an artifact lies that was recorded before the folder was moved or copied."""

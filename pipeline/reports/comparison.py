@@ -1,6 +1,8 @@
-"""A comparison as people look at it: CSV, Markdown, and the metric against bytes with error bars and the front.
+"""A comparison as people look at it: CSV, Markdown, and the metric against bytes with error bars
+and the front.
 
-The figure is drawn as that of a study is (front.py): a canvas of its own, marks that differ in shape as well as in colour.
+The figure is drawn as that of a study is (front.py): a canvas of its own, marks that differ in
+shape as well as in colour.
 """
 
 from __future__ import annotations
@@ -23,18 +25,40 @@ from pipeline.reports.suite import suite_averages
 from pipeline.search.pareto import pareto_front
 from pipeline.specs import Suite
 
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito's, without the yellow
+_COLOURS = (
+    "#0072B2",
+    "#D55E00",
+    "#009E73",
+    "#CC79A7",
+    "#E69F00",
+    "#56B4E9",
+    "#000000",
+)  # Okabe and Ito's, without the yellow
 _MARKS = ("o", "s", "^", "D", "v", "P", "X")
 
 
-def write_comparison(rows: Sequence[Comparison], folder: Path, *, suite: Suite | None = None, notes: str = "") -> list[Path]:
-    """Write `comparison.csv`, `comparison.md` and a PNG a task into `folder`; the paths written. `notes` go above the tables."""
+def write_comparison(
+    rows: Sequence[Comparison], folder: Path, *, suite: Suite | None = None, notes: str = ""
+) -> list[Path]:
+    """Write `comparison.csv`, `comparison.md` and a PNG a task into `folder`; the paths written.
+    `notes` go above the tables.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    figures = {task: folder / f"{task}.png" for task in _tasks(rows) if any(row.test_metrics for row in _of(rows, task))}
+    figures = {
+        task: folder / f"{task}.png"
+        for task in _tasks(rows)
+        if any(row.test_metrics for row in _of(rows, task))
+    }
     for task, path in figures.items():
-        draw_comparison(_of(rows, task), path, title=f"{task}: test {_metric(_of(rows, task))} against the pack's size")
+        draw_comparison(
+            _of(rows, task),
+            path,
+            title=f"{task}: test {_metric(_of(rows, task))} against the pack's size",
+        )
     (folder / "comparison.csv").write_text(comparison_csv(rows))
-    (folder / "comparison.md").write_text(comparison_markdown(rows, suite=suite, notes=notes, figures=figures))
+    (folder / "comparison.md").write_text(
+        comparison_markdown(rows, suite=suite, notes=notes, figures=figures)
+    )
     return [folder / "comparison.csv", folder / "comparison.md", *figures.values()]
 
 
@@ -51,7 +75,7 @@ def _metric(rows: Sequence[Comparison]) -> str:
     return rows[0].metric
 
 
-# --- tables ---------------------------------------------------------------------------------------------------------------------------------
+# --- tables ---------------------------------------------------------------------------------------
 
 
 def comparison_csv(rows: Sequence[Comparison]) -> str:
@@ -86,17 +110,37 @@ def _cells(row: Comparison) -> dict[str, object]:
     }
 
 
-def comparison_markdown(rows: Sequence[Comparison], *, suite: Suite | None = None, notes: str = "", figures: dict[str, Path] | None = None) -> str:
-    """A table a task, by size; for a suite, the averages of every method that has a score for each task."""
+def comparison_markdown(
+    rows: Sequence[Comparison],
+    *,
+    suite: Suite | None = None,
+    notes: str = "",
+    figures: dict[str, Path] | None = None,
+) -> str:
+    """A table a task, by size; for a suite, the averages of every method that has a score for each
+    task.
+    """
     lines = ["# Methods side by side", ""] + ([notes, ""] if notes else [])
     lines += [
-        "Metrics in percent: mean over the seeds ± standard error of that mean (seeds and test set), then the seeds' standard deviation. Each",
-        "pack reads the test set once. Bytes are the file's. Bold: the front, the methods that no other is both no larger than and better than.",
+        (
+            "Metrics in percent: mean over the seeds ± standard error of that mean (seeds and test"
+            " set), then the seeds' standard deviation. Each"
+        ),
+        (
+            "pack reads the test set once. Bytes are the file's. Bold: the front, the methods that"
+            " no other is both no larger than and better than."
+        ),
     ]
     for task in _tasks(rows):
         lines += ["", f"## {task}: {_metric(_of(rows, task))}", "", *_task_table(_of(rows, task))]
         if figures and task in figures:
-            lines += ["", f"![{task}: test {_metric(_of(rows, task))} against pack size]({figures[task].name})"]
+            lines += [
+                "",
+                (
+                    f"![{task}: test {_metric(_of(rows, task))} against pack"
+                    f" size]({figures[task].name})"
+                ),
+            ]
     if suite is not None:
         lines += ["", f"## Averages over {suite.name}", "", *_suite_table(rows, suite)]
     return "\n".join(lines) + "\n"
@@ -113,9 +157,14 @@ def _task_table(rows: Sequence[Comparison]) -> list[str]:
     lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
     for row in sorted(rows, key=by_size):
         if row.error:
-            lines.append(f"| {row.method} | {' '.join(row.error.split())} " + "|" * (len(COLUMNS) - 1))
+            lines.append(
+                f"| {row.method} | {' '.join(row.error.split())} " + "|" * (len(COLUMNS) - 1)
+            )
             continue
-        tuned = ", ".join(f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}" for key, value in row.point.items())
+        tuned = ", ".join(
+            f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}"
+            for key, value in row.point.items()
+        )
         name, *numbers = shown_cells(row)
         seconds = [f"{row.tune_seconds:.0f}", f"{row.fit_seconds:.0f}"]
         shown_name = f"**{name}**" if name in front else name
@@ -139,32 +188,59 @@ def shown_cells(row: Comparison) -> list[str]:
 def suite_scores(rows: Sequence[Comparison], suite: Suite) -> dict[str, dict[str, float]]:
     """By method, the suite's averages in percent; methods that lack a task's score are left out."""
     methods = list(dict.fromkeys(row.method for row in rows))
-    scores = {method: {row.task: 100 * row.test_metric for row in rows if row.method == method and row.test_metrics} for method in methods}
-    return {method: suite_averages(suite, found) for method, found in scores.items() if found.keys() == set(suite.tasks)}
+    scores = {
+        method: {
+            row.task: 100 * row.test_metric
+            for row in rows
+            if row.method == method and row.test_metrics
+        }
+        for method in methods
+    }
+    return {
+        method: suite_averages(suite, found)
+        for method, found in scores.items()
+        if found.keys() == set(suite.tasks)
+    }
 
 
 def _suite_table(rows: Sequence[Comparison], suite: Suite) -> list[str]:
     averages = suite_scores(rows, suite)
     names = list(next(iter(averages.values()), {}))
-    mean_bytes = {method: sum(row.size_bytes for row in rows if row.method == method) / len(suite.tasks) for method in averages}
+    mean_bytes = {
+        method: sum(row.size_bytes for row in rows if row.method == method) / len(suite.tasks)
+        for method in averages
+    }
     lines = ["| method | mean bytes | " + " | ".join(names) + " |", "|" + "---|" * (len(names) + 2)]
     for method, found in averages.items():
-        lines.append(f"| {method} | {mean_bytes[method]:,.0f} | " + " | ".join(f"{found[name]:.2f}" for name in names) + " |")
+        lines.append(
+            f"| {method} | {mean_bytes[method]:,.0f} | "
+            + " | ".join(f"{found[name]:.2f}" for name in names)
+            + " |"
+        )
     return lines
 
 
 def _front(rows: Sequence[Comparison]) -> list[dict[str, object]]:
     points = [
-        {"id": row.method, "state": "complete", "size_bytes": row.size_bytes, "val_metric": row.test_metric} for row in rows if row.test_metrics
+        {
+            "id": row.method,
+            "state": "complete",
+            "size_bytes": row.size_bytes,
+            "val_metric": row.test_metric,
+        }
+        for row in rows
+        if row.test_metrics
     ]
     return pareto_front(points)
 
 
-# --- figure ---------------------------------------------------------------------------------------------------------------------------------
+# --- figure ---------------------------------------------------------------------------------------
 
 
 def draw_comparison(rows: Sequence[Comparison], path: Path, *, title: str) -> None:
-    """Write a PNG: pack size (log) against the test metric, error bars of one standard error, and the front. Same rows, same bytes."""
+    """Write a PNG: pack size (log) against the test metric, error bars of one standard error, and
+    the front. Same rows, same bytes.
+    """
     shown = [row for row in rows if row.test_metrics]
     figure = Figure(figsize=(8.6, 5.4), dpi=160, layout="constrained")
     canvas = FigureCanvasAgg(figure)
@@ -173,9 +249,19 @@ def draw_comparison(rows: Sequence[Comparison], path: Path, *, title: str) -> No
     front = _front(shown)
     sizes = [float(str(row["size_bytes"])) for row in front] + [axes.get_xlim()[1]]
     percents = [100 * float(str(row["val_metric"])) for row in front]
-    axes.step(sizes, [*percents, percents[-1]], where="post", color="#7F7F7F", linewidth=1.4, label="front", zorder=1)
+    axes.step(
+        sizes,
+        [*percents, percents[-1]],
+        where="post",
+        color="#7F7F7F",
+        linewidth=1.4,
+        label="front",
+        zorder=1,
+    )
     styles = itertools.cycle([(mark, colour) for mark in _MARKS for colour in _COLOURS])
-    for row, (mark, colour) in zip(sorted(shown, key=lambda row: row.size_bytes), styles, strict=False):
+    for row, (mark, colour) in zip(
+        sorted(shown, key=lambda row: row.size_bytes), styles, strict=False
+    ):
         axes.errorbar(
             row.size_bytes,
             100 * row.test_metric,

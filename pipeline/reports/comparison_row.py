@@ -9,9 +9,9 @@ from typing import Any
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """One method on one task. `point` are the tuned values; `test_metrics` are values of
-    `metric`, one per seed, on `test_samples` each, and `test_errors` their standard errors; `error` says why there are none,
-    `warning` which trials failed."""
+    """One method on one task. `point` are the tuned values; `test_metrics` are values of `metric`,
+    one per seed, on `test_samples` each, and `test_errors` their standard errors; `error` says why
+    there are none, `warning` which trials failed."""
 
     task: str
     method: str

@@ -1,5 +1,5 @@
-"""The validation outputs of a trial, kept for questions that come later: paired tests between trials,
-other metrics, thresholds, ensembles.
+"""The validation outputs of a trial, kept for questions that come later: paired tests between
+trials, other metrics, thresholds, ensembles.
 
     outputs  float16 [N, ...], numbers beyond its range clipped; whole numbers as they are
     targets  whole numbers in the smallest type that holds them, [N, ...]
@@ -33,7 +33,9 @@ def write_outcomes(path: Path, outcomes: Outcomes) -> None:
         save_file(arrays, scratch, {"digest": _digest(arrays)})
         os.replace(scratch, path)
     except (OSError, SafetensorError) as error:
-        raise StorageError(f"{path}: cannot be written ({error}); free space, or choose another folder") from None
+        raise StorageError(
+            f"{path}: cannot be written ({error}); free space, or choose another folder"
+        ) from None
     finally:
         with contextlib.suppress(OSError):
             scratch.unlink()

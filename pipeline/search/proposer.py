@@ -1,10 +1,10 @@
 """The configuration that a study tries next.
 
-A study is a fixed sequence of slots. What slot i tries depends only on the results of slots up to
-i - LAG, told in order, never on which trial finished first. So the same seed gives the same study on
+A study is a fixed sequence of slots. What slot i tries depends only on the results of slots up to i
+- LAG, told in order, never on which trial finished first. So the same seed gives the same study on
 any number of workers, and an interrupted study is replayed from its records. A space no larger than
-the number of trials is enumerated; a larger one is sampled by Optuna's TPE with the byte budget as a
-constraint.
+the number of trials is enumerated; a larger one is sampled by Optuna's TPE with the byte budget as
+a constraint.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ LAG = 4
 """Maximum number of concurrent trials of one study."""
 ATTEMPTS_PER_TRIAL = 200
 GUIDED_ATTEMPTS = 5
-"""Proposals of the sampler per slot before a point is drawn at random: in a small space it repeats what was tried."""
+"""Proposals of the sampler per slot before a point is drawn at random: in a small space it repeats
+what was tried.
+"""
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,11 @@ class Proposer(Protocol):
 
 def make_proposer(task: Task, size_of: SizeOf) -> Proposer:
     """Enumerate a small space, sample a large one."""
-    return Enumerated(task, size_of) if task.search.size() <= task.search.trials else Sampled(task, size_of)
+    return (
+        Enumerated(task, size_of)
+        if task.search.size() <= task.search.trials
+        else Sampled(task, size_of)
+    )
 
 
 def _proposal(space: SearchSpace, base: Recipe, point: dict[str, Any], size_of: SizeOf) -> Proposal:
@@ -62,7 +68,13 @@ def _proposal(space: SearchSpace, base: Recipe, point: dict[str, Any], size_of: 
 
 
 def _rejection(proposal: Proposal) -> TrialRecord:
-    return TrialRecord(id=proposal.id, point=proposal.point, size_bytes=proposal.size_bytes, state="rejected", message="over budget, not run")
+    return TrialRecord(
+        id=proposal.id,
+        point=proposal.point,
+        size_bytes=proposal.size_bytes,
+        state="rejected",
+        message="over budget, not run",
+    )
 
 
 def distinct_proposals(task: Task, size_of: SizeOf) -> list[Proposal]:
@@ -79,8 +91,14 @@ class Enumerated:
 
     def __init__(self, task: Task, size_of: SizeOf) -> None:
         ordered = distinct_proposals(task, size_of)
-        self._waiting = [proposal for proposal in ordered if proposal.size_bytes <= task.budget.max_bytes]
-        self.rejected = [_rejection(proposal) for proposal in ordered if proposal.size_bytes > task.budget.max_bytes]
+        self._waiting = [
+            proposal for proposal in ordered if proposal.size_bytes <= task.budget.max_bytes
+        ]
+        self.rejected = [
+            _rejection(proposal)
+            for proposal in ordered
+            if proposal.size_bytes > task.budget.max_bytes
+        ]
 
     def propose(self) -> Proposal | None:
         return self._waiting.pop(0) if self._waiting else None
@@ -90,8 +108,8 @@ class Enumerated:
 
 
 class Sampled:
-    """Optuna's multi-objective TPE over the axes: it maximises the metric and minimises bytes; points over budget are reported as infeasible without
-    being run."""
+    """Optuna's multi-objective TPE over the axes: it maximises the metric and minimises bytes;
+    points over budget are reported as infeasible without being run."""
 
     def __init__(self, task: Task, size_of: SizeOf) -> None:
         import optuna
@@ -99,7 +117,9 @@ class Sampled:
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            sampler = optuna.samplers.TPESampler(seed=task.seed, n_startup_trials=max(4, task.search.trials // 3))
+            sampler = optuna.samplers.TPESampler(
+                seed=task.seed, n_startup_trials=max(4, task.search.trials // 3)
+            )
             self._study = optuna.create_study(directions=["maximize", "minimize"], sampler=sampler)
         self._task, self._size_of = task, size_of
         self._random = random.Random(task.seed)
@@ -113,7 +133,9 @@ class Sampled:
         axes = self._task.search.axes()
         for attempt in range(ATTEMPTS_PER_TRIAL):
             if attempt >= GUIDED_ATTEMPTS:
-                self._study.enqueue_trial({name: self._random.choice(values) for name, values in axes.items()})
+                self._study.enqueue_trial(
+                    {name: self._random.choice(values) for name, values in axes.items()}
+                )
             trial = self._study.ask()
             point = {name: trial.suggest_categorical(name, values) for name, values in axes.items()}
             proposal = _proposal(self._task.search, self._task.recipe, point, self._size_of)

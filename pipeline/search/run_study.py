@@ -30,7 +30,9 @@ from pipeline.training.ranks import RanksLost
 
 
 def check_budget(task: Task, size_of: Callable[[Recipe], int]) -> None:
-    """Raise BudgetError if nothing in the search space fits, before anything is requested from a cluster."""
+    """Raise BudgetError if nothing in the search space fits, before anything is requested from a
+    cluster.
+    """
     proposer = make_proposer(task, size_of)
     if proposer.propose() is None:
         raise _nothing_fits(task, proposer.rejected)
@@ -47,12 +49,14 @@ def run_study(
     on_progress: OnRecord = lambda study: None,
     is_stopping: Callable[[], bool] = lambda: False,
 ) -> list[TrialRecord]:
-    """Run every trial that has no record yet. Several studies may run concurrently, each in its own thread.
+    """Run every trial that has no record yet. Several studies may run concurrently, each in its own
+    thread.
 
     Args:
         size_of: size of a recipe's pack, in bytes.
         resources: called for the resources of a trial once one has to run; it must start Ray.
-        is_stopping: whether the run was interrupted; running trials are then cancelled and not recorded.
+        is_stopping: whether the run was interrupted; running trials are then cancelled and not
+            recorded.
 
     Raises:
         BudgetError: No configuration fits `max_bytes`.
@@ -64,8 +68,12 @@ def run_study(
     if not study.slots:
         raise _nothing_fits(task, study.all_records())
     if first is not None:
-        _run_with_tune(study, first, data_folder, selection_path, resources(), on_progress, is_stopping)
-        gc.collect()  # Tune leaves rings of objects; among the libraries' million, Python itself would look for them once in fifty studies
+        _run_with_tune(
+            study, first, data_folder, selection_path, resources(), on_progress, is_stopping
+        )
+        # Tune leaves cycles of objects; among the libraries' million, Python itself would look for
+        # them once in fifty studies.
+        gc.collect()
     records = study.all_records()
     if not any(record.state == "complete" for record in records):
         failed = [record for record in records if record.state == "failed"]
@@ -77,8 +85,9 @@ def run_study(
 def _nothing_fits(task: Task, rejected: Sequence[TrialRecord]) -> BudgetError:
     smallest = min(record.size_bytes for record in rejected)
     return BudgetError(
-        f"{task.name}: nothing in the search space fits the budget of {task.budget.max_bytes} bytes; the smallest pack would take {smallest}. "
-        "Raise budget.max_bytes, or add smaller values of bits, top_k or experts"
+        f"{task.name}: nothing in the search space fits the budget of {task.budget.max_bytes}"
+        f" bytes; the smallest pack would take {smallest}. Raise budget.max_bytes, or add smaller"
+        " values of bits, top_k or experts"
     )
 
 
@@ -92,8 +101,13 @@ def _run_with_tune(
     is_stopping: Callable[[], bool],
 ) -> None:
     """Run the remaining trials."""
-    os.environ.update(TUNE_DISABLE_SIGINT_HANDLER="1", TUNE_DISABLE_AUTO_CALLBACK_LOGGERS="1", RAY_AIR_NEW_OUTPUT="0")
-    # Tune asks for one waiting trial at a time: short ones would follow each other in one worker, and no other would ever start.
+    os.environ.update(
+        TUNE_DISABLE_SIGINT_HANDLER="1",
+        TUNE_DISABLE_AUTO_CALLBACK_LOGGERS="1",
+        RAY_AIR_NEW_OUTPUT="0",
+    )
+    # Tune asks for one waiting trial at a time: short ones would follow each other in one worker,
+    # and no other would ever start.
     os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(LAG)
     from ray import tune
 
@@ -110,7 +124,12 @@ def _run_with_tune(
     try:
         tune.Tuner(
             _registered_trainable(resources),
-            tune_config=tune.TuneConfig(search_alg=searcher, scheduler=StoppingScheduler(study), num_samples=-1, reuse_actors=True),
+            tune_config=tune.TuneConfig(
+                search_alg=searcher,
+                scheduler=StoppingScheduler(study),
+                num_samples=-1,
+                reuse_actors=True,
+            ),
             run_config=tune.RunConfig(
                 name=study.task.name,
                 storage_path=str(scratch),
@@ -131,32 +150,52 @@ _REGISTERING = threading.Lock()
 
 
 def _registered_trainable(resources: TrialResources) -> str:
-    """The name under which `_trainable` is registered in Tune. All studies share it, so what differs between them is in a trial's config."""
+    """The name under which `_trainable` is registered in Tune. All studies share it, so what
+    differs between them is in a trial's config.
+    """
     from ray import tune
 
     name = f"trial of {resources.ranks} x {resources.cpus:g} CPUs and {resources.gpus:g} GPUs"
     places = bundles(resources.ranks, resources.cpus, resources.gpus)
-    request = tune.PlacementGroupFactory(places, strategy="PACK")  # the trial itself takes the first
+    request = tune.PlacementGroupFactory(
+        places, strategy="PACK"
+    )  # the trial itself takes the first
     with _REGISTERING:  # Tune's register is not safe to share between threads
         tune.register_trainable(name, tune.with_resources(_trainable, request))
     return name
 
 
 def _trainable(config: dict[str, Any]) -> None:
-    """Run one trial in a worker. Its errors are reported, not raised, because Tune would retry; only a lost rank is raised, to be retried."""
+    """Run one trial in a worker. Its errors are reported, not raised, because Tune would retry;
+    only a lost rank is raised, to be retried.
+    """
     from ray import tune
 
     resources: TrialResources = config["resources"]
     try:
         with group(_follow, (config,), resources) as ranks:
             for epoch, (score, remark) in enumerate(_epochs(config, resources, ranks), start=1):
-                tune.report({"epoch": epoch, "metric": score.value, "standard_error": score.standard_error, "remark": remark})
+                tune.report(
+                    {
+                        "epoch": epoch,
+                        "metric": score.value,
+                        "standard_error": score.standard_error,
+                        "remark": remark,
+                    }
+                )
     except RanksLost:
         raise
     except Exception as error:
         fault = named(error)
         # Tune refuses a report without the searcher's metric, and would end the whole study.
-        tune.report({"metric": 0.0, "error": type(fault).__name__, "message": str(fault), "details": getattr(fault, "details", "")})
+        tune.report(
+            {
+                "metric": 0.0,
+                "error": type(fault).__name__,
+                "message": str(fault),
+                "details": getattr(fault, "details", ""),
+            }
+        )
 
 
 def _follow(config: dict[str, Any], resources: TrialResources, ranks: Ranks) -> None:
@@ -165,7 +204,11 @@ def _follow(config: dict[str, Any], resources: TrialResources, ranks: Ranks) -> 
         pass
 
 
-def _epochs(config: dict[str, Any], resources: TrialResources, ranks: Ranks) -> Iterator[tuple[Score, str]]:
+def _epochs(
+    config: dict[str, Any], resources: TrialResources, ranks: Ranks
+) -> Iterator[tuple[Score, str]]:
     device = resources.device()
-    with opened(config["task"], config["recipe"], config["data_folder"], config["selection"], device) as given:
+    with opened(
+        config["task"], config["recipe"], config["data_folder"], config["selection"], device
+    ) as given:
         yield from run_trial(*given, device=device, ranks=ranks, kept=Path(config["kept"]))

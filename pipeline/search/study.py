@@ -20,7 +20,9 @@ from pipeline.specs import Task
 
 
 class Study:
-    """The slots of a study, their results, and what may start next. `ended` are the slots that this run ended, in order of time."""
+    """The slots of a study, their results, and what may start next. `ended` are the slots that this
+    run ended, in order of time.
+    """
 
     def __init__(self, task: Task, proposer: Proposer, journal: TrialJournal) -> None:
         self.task = task
@@ -36,7 +38,9 @@ class Study:
         self.is_exhausted = False
 
     def next_slot(self) -> int | None:
-        """The next slot to run; None if it must wait for earlier ones or nothing is left (`is_exhausted`)."""
+        """The next slot to run; None if it must wait for earlier ones or nothing is left
+        (`is_exhausted`).
+        """
         while not self.is_exhausted:
             slot = len(self.slots)
             if any(earlier not in self.records for earlier in range(slot - LAG + 1)):
@@ -52,11 +56,15 @@ class Study:
             if not self._holds(slot, proposal):
                 return slot
             # The same recipe may be another point of another space on another base recipe.
-            self.records[slot] = replace(self._remembered[proposal.id], point=proposal.point, size_bytes=proposal.size_bytes)
+            self.records[slot] = replace(
+                self._remembered[proposal.id], point=proposal.point, size_bytes=proposal.size_bytes
+            )
         return None
 
     def _holds(self, slot: int, proposal: Proposal) -> bool:
-        """Whether a record is what this study would find: its trial may have been stopped against one that is not in this space."""
+        """Whether a record is what this study would find: its trial may have been stopped against
+        one that is not in this space.
+        """
         record = self._remembered.get(proposal.id)
         if record is None or record.state != "stopped":
             return record is not None
@@ -65,10 +73,14 @@ class Study:
     def _is_dominated(self, slot: int, curve: Sequence[float], errors: Sequence[float]) -> bool:
         proposal = self.slots[slot]
         earlier = [self.records[other] for other in range(slot - LAG + 1)]
-        return is_dominated(curve, errors[-1], proposal.recipe.training.epochs, proposal.size_bytes, earlier)
+        return is_dominated(
+            curve, errors[-1], proposal.recipe.training.epochs, proposal.size_bytes, earlier
+        )
 
     def report(self, slot: int, epoch: int, metric: float, standard_error: float) -> bool:
-        """Record a trial's metric after an epoch (counted from 1); return whether the trial should continue."""
+        """Record a trial's metric after an epoch (counted from 1); return whether the trial should
+        continue.
+        """
         curve = self._curves[slot] = [*self._curves.get(slot, [])[: epoch - 1], metric]
         errors = self._errors[slot] = [*self._errors.get(slot, [])[: epoch - 1], standard_error]
         if self._is_dominated(slot, curve, errors):
@@ -76,8 +88,12 @@ class Study:
             return False
         return True
 
-    def finish(self, slot: int, seconds: float, failure: TaskpackError | None, *, remark: str = "") -> None:
-        """Record a trial's outcome. A transient failure is not written to disk, so that a later run tries again."""
+    def finish(
+        self, slot: int, seconds: float, failure: TaskpackError | None, *, remark: str = ""
+    ) -> None:
+        """Record a trial's outcome. A transient failure is not written to disk, so that a later run
+        tries again.
+        """
         curve, proposal = tuple(self._curves.get(slot, ())), self.slots[slot]
         outcome: dict[str, Any]
         if failure is not None:
@@ -106,7 +122,11 @@ class Study:
 
     def epochs_done(self) -> float:
         """Finished epochs in units of trials: a finished trial counts as one."""
-        running = {slot: len(curve) / self.slots[slot].recipe.training.epochs for slot, curve in self._curves.items() if slot not in self.records}
+        running = {
+            slot: len(curve) / self.slots[slot].recipe.training.epochs
+            for slot, curve in self._curves.items()
+            if slot not in self.records
+        }
         return len(self.records) + sum(running.values())
 
     def trials_planned(self) -> int:
@@ -117,10 +137,18 @@ class Study:
 
     def remark(self) -> str:
         """A short text about the best complete trial so far."""
-        scored = [(record.val_metric, record.size_bytes) for record in self.records.values() if record.val_metric is not None]
+        scored = [
+            (record.val_metric, record.size_bytes)
+            for record in self.records.values()
+            if record.val_metric is not None
+        ]
         best = max(scored, key=lambda pair: (pair[0], -pair[1]), default=None)
         counted = f"{len(self.records)} trials"
-        return counted if best is None else f"{counted}, best {self.task.metric} {best[0]:.1%} at {best[1] / 1024:.1f} KiB"
+        return (
+            counted
+            if best is None
+            else f"{counted}, best {self.task.metric} {best[0]:.1%} at {best[1] / 1024:.1f} KiB"
+        )
 
     def all_records(self) -> list[TrialRecord]:
         """Every trial, in order of slots, then those rejected without being run."""

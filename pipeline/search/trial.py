@@ -27,14 +27,19 @@ def recipe_key(recipe: Recipe) -> str:
 def opened(
     task_json: str, recipe_json: str, data_folder: str, selection: Path | str | None, device: str
 ) -> Iterator[tuple[Inputs, Recipe, SelectedIndex | None]]:
-    """Open what a worker is sent for a trial or a fit: the task with its data and backbone, the recipe, the connections.
+    """Open what a worker is sent for a trial or a fit: the task with its data and backbone, the
+    recipe, the connections.
 
     Raises:
         OutOfMemory: Opening or using it on `device` takes more memory than there is.
     """
     task, recipe = Task.model_validate_json(task_json), Recipe.model_validate_json(recipe_json)
     with named_out_of_memory(task, recipe.training.batch_size, device):
-        yield open_inputs(task, Path(data_folder)), recipe, read_selection(Path(selection)) if selection is not None else None
+        yield (
+            open_inputs(task, Path(data_folder)),
+            recipe,
+            read_selection(Path(selection)) if selection is not None else None,
+        )
 
 
 def run_trial(
@@ -46,7 +51,8 @@ def run_trial(
     ranks: Ranks = ALONE,
     kept: Path | None = None,
 ) -> Iterator[tuple[Score, str]]:
-    """Train on train; yield the validation score after every epoch, and finally a warning about the training, if any.
+    """Train on train; yield the validation score after every epoch, and finally a warning about the
+    training, if any.
 
     Args:
         ranks: the processes that train together; all get the same scores.
@@ -58,9 +64,23 @@ def run_trial(
         StorageError: The outputs cannot be written.
     """
     task, recipe = inputs.task, with_learning_rate(recipe, inputs.backbone)
-    model = attach(inputs.backbone, recipe, len(inputs.index.classes), selected=selected, seed=task.seed).to(device)
-    options: dict[str, Any] = {"seed": task.seed, "flip": task.input.flip, "device": device, "ranks": ranks}
-    epochs = train_epochs(model, inputs.reader("train"), inputs.splits["train"], recipe.training, inputs.kind, **options)
+    model = attach(
+        inputs.backbone, recipe, len(inputs.index.classes), selected=selected, seed=task.seed
+    ).to(device)
+    options: dict[str, Any] = {
+        "seed": task.seed,
+        "flip": task.input.flip,
+        "device": device,
+        "ranks": ranks,
+    }
+    epochs = train_epochs(
+        model,
+        inputs.reader("train"),
+        inputs.splits["train"],
+        recipe.training,
+        inputs.kind,
+        **options,
+    )
     reader, split = inputs.reader("val"), inputs.splits["val"]
     for epoch, _ in enumerate(epochs, start=1):
         is_last = epoch == recipe.training.epochs

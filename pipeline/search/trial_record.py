@@ -19,11 +19,11 @@ TrialState = Literal["complete", "stopped", "rejected", "failed"]
 class TrialRecord:
     """One trial.
 
-    `id` is the key of its recipe; `curve` the validation metric after each epoch, and `errors` their
-    standard errors; `val_metric` the last value of a complete trial's curve. A rejected trial is over
-    budget and never ran. `message` is the reason of a failure or rejection, or a warning about a
-    complete trial. `error` is the name of the error of a failure; `ended` the time of the end, in
-    seconds since 1970, 0 if unknown.
+    `id` is the key of its recipe; `curve` the validation metric after each epoch, and `errors`
+    their standard errors; `val_metric` the last value of a complete trial's curve. A rejected trial
+    is over budget and never ran. `message` is the reason of a failure or rejection, or a warning
+    about a complete trial. `error` is the name of the error of a failure; `ended` the time of the
+    end, in seconds since 1970, 0 if unknown.
     """
 
     id: str
@@ -40,23 +40,36 @@ class TrialRecord:
 
     @property
     def is_final(self) -> bool:
-        """Whether a retry would end the same way: true of failures of a recipe on its device, false of failures of a worker or of code."""
+        """Whether a retry would end the same way: true of failures of a recipe on its device, false
+        of failures of a worker or of code.
+        """
         return self.error in ("", TrainingError.__name__, OutOfMemory.__name__)
 
     def row(self) -> dict[str, Any]:
         """Convert to plain data, for tables, figures and the registry."""
-        return {**asdict(self), "curve": list(self.curve), "errors": list(self.errors), "epochs": len(self.curve)}
+        return {
+            **asdict(self),
+            "curve": list(self.curve),
+            "errors": list(self.errors),
+            "epochs": len(self.curve),
+        }
 
     def line(self) -> str:
         """One line for a log: `complete, validation 0.8125, 3046 bytes, 12.3 s`."""
         metric = self.curve[-1] if self.curve else self.val_metric
         validation = [] if metric is None else [f"validation {metric:.4f}"]
         reason = f" - {self.message.splitlines()[0][:300]}" if self.message else ""
-        return ", ".join([self.state, *validation, f"{self.size_bytes} bytes", f"{self.seconds:.1f} s"]) + reason
+        return (
+            ", ".join(
+                [self.state, *validation, f"{self.size_bytes} bytes", f"{self.seconds:.1f} s"]
+            )
+            + reason
+        )
 
 
 class TrialJournal:
-    """A folder with one JSON file per trial, each written atomically, and next to it the trial's validation outputs.
+    """A folder with one JSON file per trial, each written atomically, and next to it the trial's
+    validation outputs.
 
     Tracebacks of failures go to `log`.
     """
@@ -65,7 +78,9 @@ class TrialJournal:
         self.folder, self._log = folder, log or folder / "log.txt"
 
     def read(self) -> dict[str, TrialRecord]:
-        """The finished trials, by id. A file that is not a record is ignored, so that the trial runs again."""
+        """The finished trials, by id. A file that is not a record is ignored, so that the trial
+        runs again.
+        """
         records = (_read_record(path) for path in sorted(self.folder.glob("*.json")))
         return {record.id: record for record in records if record is not None}
 
@@ -78,7 +93,9 @@ class TrialJournal:
         return read_outcomes(self.outcomes_path(trial))
 
     def write(self, record: TrialRecord) -> None:
-        """Write the record of a finished trial, unless a retry may end differently. Raises StorageError."""
+        """Write the record of a finished trial, unless a retry may end differently. Raises
+        StorageError.
+        """
         if record.is_final:
             write_json(self._path(record.id), asdict(record))
 
@@ -94,15 +111,24 @@ class TrialJournal:
 
 
 def failure_warnings(records: Sequence[TrialRecord]) -> list[str]:
-    """One warning per kind of failure among a study's trials: their number and the first message."""
+    """One warning per kind of failure among a study's trials: their number and the first
+    message.
+    """
     failed: dict[str, list[TrialRecord]] = {}
     for record in records:
         if record.state == "failed":
             failed.setdefault(record.error, []).append(record)
     warnings = []
     for alike in failed.values():
-        first = f"{len(alike)} of {len(records)} trials failed{', the first' if len(alike) > 1 else ''}: {alike[0].message}"
-        warnings.append(first if alike[0].is_final else f"{first}; run the same command to try {'them' if len(alike) > 1 else 'it'} again")
+        first = (
+            f"{len(alike)} of {len(records)} trials"
+            f" failed{', the first' if len(alike) > 1 else ''}: {alike[0].message}"
+        )
+        warnings.append(
+            first
+            if alike[0].is_final
+            else f"{first}; run the same command to try {'them' if len(alike) > 1 else 'it'} again"
+        )
     return warnings
 
 

@@ -16,14 +16,22 @@ from pipeline.search.study import OnRecord, Study
 
 
 class StudySearcher(Searcher):
-    """Give Tune the study's slots and record their outcomes. `fatal` is an error that every other trial would meet.
+    """Give Tune the study's slots and record their outcomes. `fatal` is an error that every other
+    trial would meet.
 
     Args:
         context: added to every trial's config, because Tune shares the trainable between studies.
         is_stopping: whether trials end because the run was interrupted.
     """
 
-    def __init__(self, study: Study, first: int, on_progress: OnRecord, context: Mapping[str, Any], is_stopping: Callable[[], bool]) -> None:
+    def __init__(
+        self,
+        study: Study,
+        first: int,
+        on_progress: OnRecord,
+        context: Mapping[str, Any],
+        is_stopping: Callable[[], bool],
+    ) -> None:
         super().__init__(metric="metric", mode="max")
         self.fatal: TaskpackError | None = None
         self._study, self._on_progress = study, on_progress
@@ -41,12 +49,19 @@ class StudySearcher(Searcher):
         self._slots[trial_id] = slot
         self._on_progress(self._study)
         proposal = self._study.slots[slot]
-        return {**self._context, "slot": slot, "recipe": proposal.recipe.model_dump_json(), "kept": str(self._study.kept(slot))}
+        return {
+            **self._context,
+            "slot": slot,
+            "recipe": proposal.recipe.model_dump_json(),
+            "kept": str(self._study.kept(slot)),
+        }
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         self._on_progress(self._study)
 
-    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+    def on_trial_complete(
+        self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
+    ) -> None:
         if self._is_stopping():
             return
         try:
@@ -90,7 +105,9 @@ class StoppingScheduler(FIFOScheduler):
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         if "error" in result or "epoch" not in result:
             return TrialScheduler.CONTINUE
-        goes_on = self._study.report(trial.config["slot"], result["epoch"], result["metric"], result["standard_error"])
+        goes_on = self._study.report(
+            trial.config["slot"], result["epoch"], result["metric"], result["standard_error"]
+        )
         return TrialScheduler.CONTINUE if goes_on else TrialScheduler.STOP
 
     def __getstate__(self) -> dict[str, Any]:

@@ -5,6 +5,21 @@ Imports: adaptation, backbones, data, errors, inputs, kinds, specs, utils.
 """
 
 from pipeline.selection.contrastive import supervised_contrastive_loss
-from pipeline.selection.stage import read_selection, select, select_here, select_if_sooner, selection_key, write_selection
+from pipeline.selection.stage import (
+    read_selection,
+    select,
+    select_here,
+    select_if_sooner,
+    selection_key,
+    write_selection,
+)
 
-__all__ = ["read_selection", "select", "select_here", "select_if_sooner", "selection_key", "supervised_contrastive_loss", "write_selection"]
+__all__ = [
+    "read_selection",
+    "select",
+    "select_here",
+    "select_if_sooner",
+    "selection_key",
+    "supervised_contrastive_loss",
+    "write_selection",
+]

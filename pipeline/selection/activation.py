@@ -2,8 +2,9 @@
 
     importance[o, i] = |W[o, i]| * mean_images mean_t |x[t, i]|
 
-t runs over the tokens or output pixels of an image. Images are read as they are, without augmentation. A convolution's input i is a channel at a
-place of the kernel, as its output pixels see it: padding counts as zero. Nothing is kept for a backward pass, so memory is that of inference.
+t runs over the tokens or output pixels of an image. Images are read as they are, without
+augmentation. A convolution's input i is a channel at a place of the kernel, as its output pixels
+see it: padding counts as zero. Nothing is kept for a backward pass, so memory is that of inference.
 """
 
 from __future__ import annotations
@@ -25,19 +26,35 @@ from pipeline.utils.devices import computing_dtype, exact_float32
 
 @exact_float32()
 @torch.inference_mode()
-def activation_sums(backbone: LoadedBackbone, batches: Iterable[NumberedBatch], spec: Selection, *, device: str = "cpu") -> dict[str, torch.Tensor]:
+def activation_sums(
+    backbone: LoadedBackbone,
+    batches: Iterable[NumberedBatch],
+    spec: Selection,
+    *,
+    device: str = "cpu",
+) -> dict[str, torch.Tensor]:
     """Sum the mean size of every layer's inputs over the images of numbered batches.
 
     Returns:
-        For each Linear and Conv2d, float64 [G, I] on `device`: one row for each group of a convolution.
+        For each Linear and Conv2d, float64 [G, I] on `device`: one row for each group of a
+        convolution.
 
     Raises:
-        BackboneError: a block uses a layer's weight without calling the layer, so its input is not seen.
+        BackboneError: a block uses a layer's weight without calling the layer, so its input is not
+            seen.
     """
     model = backbone.fresh_model().to(device)
     means, dtype = _watch(model), computing_dtype(spec.precision, device)
-    sums = {name: torch.zeros(_groups(layer), layer.weight[0].numel(), dtype=torch.float64, device=device) for name, layer in _layers(model)}
-    mean, std = (torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (backbone.mean, backbone.std))
+    sums = {
+        name: torch.zeros(
+            _groups(layer), layer.weight[0].numel(), dtype=torch.float64, device=device
+        )
+        for name, layer in _layers(model)
+    }
+    mean, std = (
+        torch.tensor(values, device=device).view(1, 3, 1, 1)
+        for values in (backbone.mean, backbone.std)
+    )
     for _, images, _ in batches:
         means.clear()
         with torch.autocast(mean.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
@@ -63,7 +80,9 @@ def _groups(layer: TunableLayer) -> int:
 
 
 def _watch(model: nn.Module) -> dict[str, torch.Tensor]:
-    """A mapping that each forward pass of `model` fills with every layer's mean input sizes, [G, I]."""
+    """A mapping that each forward pass of `model` fills with every layer's mean input sizes, [G,
+    I].
+    """
     means: dict[str, torch.Tensor] = {}
 
     def watch(name: str) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
@@ -82,10 +101,23 @@ def _mean_sizes(layer: nn.Module, sizes: torch.Tensor) -> torch.Tensor:
     if not isinstance(layer, nn.Conv2d):
         return sizes.reshape(-1, sizes.shape[-1]).mean(dim=0, keepdim=True)
     with torch.autocast(sizes.device.type, enabled=False):
-        # A convolution's weight gradient, where its output's gradient is one: the sum over output pixels. One output channel a group will do.
+        # A convolution's weight gradient, where its output's gradient is one: the sum over output
+        # pixels. One output channel a group will do.
         weight = sizes.new_zeros(layer.groups, *layer.weight.shape[1:])
-        ones = torch.ones_like(functional.conv2d(sizes, weight, None, layer.stride, layer.padding, layer.dilation, layer.groups))
-        total = nn.grad.conv2d_weight(sizes, list(weight.shape), ones, layer.stride, layer.padding, layer.dilation, layer.groups)
+        ones = torch.ones_like(
+            functional.conv2d(
+                sizes, weight, None, layer.stride, layer.padding, layer.dilation, layer.groups
+            )
+        )
+        total = nn.grad.conv2d_weight(
+            sizes,
+            list(weight.shape),
+            ones,
+            layer.stride,
+            layer.padding,
+            layer.dilation,
+            layer.groups,
+        )
     return total.flatten(1) / ones[:, 0].numel()
 
 
@@ -93,6 +125,7 @@ def _check_all_called(model: nn.Module, means: Mapping[str, torch.Tensor]) -> No
     silent = [name for name, _ in _layers(model) if name not in means]
     if silent:
         raise BackboneError(
-            f"selection: criterion activation cannot see the inputs of {', '.join(silent)}: {type(model).__name__} uses such a layer's weight "
-            "without calling the layer; choose criterion gradient or magnitude"
+            f"selection: criterion activation cannot see the inputs of {', '.join(silent)}:"
+            f" {type(model).__name__} uses such a layer's weight without calling the layer; choose"
+            " criterion gradient or magnitude"
         )

@@ -1,4 +1,5 @@
-"""Supervised contrastive loss over two views of each image (Khosla et al., arXiv 2004.11362, equation 2).
+"""Supervised contrastive loss over two views of each image (Khosla et al., arXiv 2004.11362,
+equation 2).
 
 For an anchor i with positives P(i) (same label, or what the task's kind takes for it; not itself):
     L_i = -1/|P(i)| * sum_{p in P(i)} log( exp(z_i z_p / t) / sum_{a != i} exp(z_i z_a / t) )
@@ -25,11 +26,15 @@ def supervised_contrastive_loss(
     temperature: float,
     positives: Positives = _same_class,
 ) -> torch.Tensor:
-    """Mean loss over all anchors. N counts views: with two views of each image every anchor has a positive."""
+    """Mean loss over all anchors. N counts views: with two views of each image every anchor has a
+    positive.
+    """
     z_ND = F.normalize(features_ND, dim=1)
     itself_NN = torch.eye(len(z_ND), dtype=torch.bool, device=z_ND.device)
     similarity_NN = (z_ND @ z_ND.T / temperature).masked_fill(itself_NN, -torch.inf)
     log_probability_NN = similarity_NN - similarity_NN.logsumexp(dim=1, keepdim=True)
     positive_NN = positives(targets_N) & ~itself_NN
-    per_anchor_N = log_probability_NN.masked_fill(~positive_NN, 0).sum(dim=1) / positive_NN.sum(dim=1)
+    per_anchor_N = log_probability_NN.masked_fill(~positive_NN, 0).sum(dim=1) / positive_NN.sum(
+        dim=1
+    )
     return -per_anchor_N.mean()

@@ -1,15 +1,18 @@
-"""The importance of every weight: the signed gradient of a loss on two augmented views, summed over the training set.
+"""The importance of every weight: the signed gradient of a loss on two augmented views, summed over
+the training set.
 
     sum[o, i] = sum_batches dL/dW[o, i]
 
-Each layer's gradient is added to its sum and let go as soon as the backward pass has made it, so one layer's gradient is alive at a time, never the
-network's. Sums are kept in float64, on the device that computes them, so that the order in which workers' shares are added does not decide between
-two nearly equal connections. (In float32 it did not for the embedded backbone and 800 images, but nothing would promise it.) Augmentation is seeded
-by the batch, not by the worker that reads it.
+Each layer's gradient is added to its sum and let go as soon as the backward pass has made it, so
+one layer's gradient is alive at a time, never the network's. Sums are kept in float64, on the
+device that computes them, so that the order in which workers' shares are added does not decide
+between two nearly equal connections. (In float32 it did not for the embedded backbone and 800
+images, but nothing would promise it.) Augmentation is seeded by the batch, not by the worker that
+reads it.
 
-Where the tensors that a batch's backward pass reads would take too much memory, the network is passed
-piece by piece (as in GradCache, arXiv 2101.06983): all features first, without a graph; then the
-loss's gradient with respect to them; then each piece again, with its share of that gradient. In
+Where the tensors that a batch's backward pass reads would take too much memory, the network is
+passed piece by piece (as in GradCache, arXiv 2101.06983): all features first, without a graph; then
+the loss's gradient with respect to them; then each piece again, with its share of that gradient. In
 evaluation mode samples do not depend on each other, so the sum is the same but for rounding.
 """
 
@@ -32,7 +35,9 @@ from pipeline.utils.devices import computing_dtype, exact_float32
 SAVED_BYTES = {"cpu": 2 << 30}
 """What a backward pass may keep of one forward pass, by device; elsewhere four times as much."""
 
-NumberedBatch = tuple[int, torch.Tensor, torch.Tensor]  # its number, images uint8 [B, 3, S, S], targets [B, ...]
+NumberedBatch = tuple[
+    int, torch.Tensor, torch.Tensor
+]  # its number, images uint8 [B, 3, S, S], targets [B, ...]
 
 
 @exact_float32()
@@ -56,7 +61,10 @@ def gradient_sums(
     fuse_attention(slow_fused_attention(model, dtype), False)
     sums = _collect_gradients(model)
     piece = max(1, SAVED_BYTES.get(device, 4 * SAVED_BYTES["cpu"]) // max(1, saved_bytes(backbone)))
-    mean, std = (torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (backbone.mean, backbone.std))
+    mean, std = (
+        torch.tensor(values, device=device).view(1, 3, 1, 1)
+        for values in (backbone.mean, backbone.std)
+    )
 
     def features_of(views: torch.Tensor) -> torch.Tensor:
         with torch.autocast(views.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
@@ -112,11 +120,18 @@ def saved_bytes(backbone: LoadedBackbone) -> int:
 
 
 def _collect_gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Make every backward pass through `model` add its weights' gradients to the sums returned, and keep none."""
+    """Make every backward pass through `model` add its weights' gradients to the sums returned, and
+    keep none.
+    """
     sums = {}
     for name, layer in tunable_layers(model).items():
         layer.weight = torch.nn.Parameter(layer.weight.detach())  # same storage, own gradient
-        sums[name] = torch.zeros(layer.weight.shape[0], layer.weight[0].numel(), dtype=torch.float64, device=layer.weight.device)
+        sums[name] = torch.zeros(
+            layer.weight.shape[0],
+            layer.weight[0].numel(),
+            dtype=torch.float64,
+            device=layer.weight.device,
+        )
         layer.weight.register_post_accumulate_grad_hook(_fold_into(sums[name]))
     return sums
 

@@ -1,7 +1,8 @@
 """The losses whose gradients rank connections (the ablation of GPS, arXiv 2312.10136).
 
 contrastive      of the two views' features, without a head (see contrastive.py)
-cross_entropy    of a linear classifier on the features of both views; its weights are drawn once and not trained, its bias is zero;
+cross_entropy    of a linear classifier on the features of both views; its weights are drawn once
+and not trained, its bias is zero;
                  the loss is that of the task's kind (multi-label: binary cross-entropy)
 """
 
@@ -24,6 +25,13 @@ Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 def make_loss(spec: Selection, kind: TaskKind, width: int, class_count: int, seed: int) -> Loss:
     """The loss that `spec` names, for features of `width` numbers."""
     if spec.loss == "contrastive":
-        return functools.partial(supervised_contrastive_loss, temperature=spec.temperature, positives=kind.positives)
-    head_CD = initial_values(PlannedTensor("head", "head.weight", (class_count, width), 32, start="head"), torch.Generator().manual_seed(seed))
-    return lambda features_ND, targets_N: kind.loss(features_ND @ head_CD.to(features_ND.device).T, targets_N)
+        return functools.partial(
+            supervised_contrastive_loss, temperature=spec.temperature, positives=kind.positives
+        )
+    head_CD = initial_values(
+        PlannedTensor("head", "head.weight", (class_count, width), 32, start="head"),
+        torch.Generator().manual_seed(seed),
+    )
+    return lambda features_ND, targets_N: kind.loss(
+        features_ND @ head_CD.to(features_ND.device).T, targets_N
+    )

@@ -1,7 +1,9 @@
-"""The shared selection stage: once per task, on a Ray Train worker group, kept under its content's hash.
+"""The shared selection stage: once per task, on a Ray Train worker group, kept under its content's
+hash.
 
-Workers sum the gradients of the batches dealt to them by index; the sums are added on rank 0, layer by layer, which ranks the connections and writes
-the file. The result does not depend on the number of workers. A worker group takes longer to start than a small task takes to select, so the driver
+Workers sum the gradients of the batches dealt to them by index; the sums are added on rank 0, layer
+by layer, which ranks the connections and writes the file. The result does not depend on the number
+of workers. A worker group takes longer to start than a small task takes to select, so the driver
 may do it alone where that is over sooner.
 """
 
@@ -52,7 +54,12 @@ def selection_key(inputs: Inputs, top_k: int) -> str:
         "backbone": inputs.backbone.fingerprint,
         "data": inputs.index.digest,
         "kind": task.kind,
-        "input": [inputs.backbone.size_px, inputs.backbone.mean, inputs.backbone.std, task.input.flip],
+        "input": [
+            inputs.backbone.size_px,
+            inputs.backbone.mean,
+            inputs.backbone.std,
+            task.input.flip,
+        ],
         "split": [task.val_fraction, task.seed],
         "selection": task.selection.model_dump(),
         "top_k": top_k,
@@ -67,7 +74,9 @@ def read_selection(path: Path) -> dict[str, RankedPlaces]:
     return {name: RankedPlaces(tensors[name + _PLACES], tensors[name + _RANKS]) for name in names}
 
 
-def select(task: Task, data_folder: Path, top_k: int, path: Path, *, workers: int, use_gpu: bool = False) -> Path:
+def select(
+    task: Task, data_folder: Path, top_k: int, path: Path, *, workers: int, use_gpu: bool = False
+) -> Path:
     """Write the selection to `path` unless it is there. Needs a running Ray.
 
     Raises:
@@ -83,11 +92,23 @@ def select(task: Task, data_folder: Path, top_k: int, path: Path, *, workers: in
     scratch = Path(tempfile.mkdtemp(prefix=".selection-", dir=path.parent))
     trainer = TorchTrainer(
         _worker,
-        train_loop_config={"task": task.model_dump_json(), "data_folder": str(data_folder), "top_k": top_k, "path": str(path), "use_gpu": use_gpu},
-        torch_config=TorchConfig(backend="gloo"),  # adds on the CPU, also where gradients come from GPUs: once a layer, not once a batch
-        # With a node less, the group starts again with fewer workers; it is not started again to grow.
+        train_loop_config={
+            "task": task.model_dump_json(),
+            "data_folder": str(data_folder),
+            "top_k": top_k,
+            "path": str(path),
+            "use_gpu": use_gpu,
+        },
+        torch_config=TorchConfig(
+            backend="gloo"
+        ),  # adds on the CPU, also where gradients come from GPUs: once a layer, not once a batch
+        # With a node less, the group starts again with fewer workers; it is not started again to
+        # grow.
         scaling_config=ray.train.ScalingConfig(
-            num_workers=(1, workers), use_gpu=use_gpu, resources_per_worker={"CPU": 1}, elastic_resize_monitor_interval_s=NEVER_SECONDS
+            num_workers=(1, workers),
+            use_gpu=use_gpu,
+            resources_per_worker={"CPU": 1},
+            elastic_resize_monitor_interval_s=NEVER_SECONDS,
         ),
         run_config=ray.train.RunConfig(
             name="selection",
@@ -118,14 +139,22 @@ def died_each_time(task: Task, failure: str) -> ClusterError:
     return ClusterError(f"{task.name}: the selection's workers died three times; last: {last}")
 
 
-def select_here(inputs: Inputs, top_k: int, on_batch: OnBatch = lambda done, batches: None) -> dict[str, RankedPlaces]:
+def select_here(
+    inputs: Inputs, top_k: int, on_batch: OnBatch = lambda done, batches: None
+) -> dict[str, RankedPlaces]:
     """The same selection in this process, without Ray.
 
     Args:
         on_batch: told before each batch and at the end how many are done, and of how many.
     """
     with _one_thread():
-        return _ranked(inputs, _sums(inputs, _numbered_batches(inputs), pace=lambda batches: _counted(batches, on_batch)), top_k)
+        return _ranked(
+            inputs,
+            _sums(
+                inputs, _numbered_batches(inputs), pace=lambda batches: _counted(batches, on_batch)
+            ),
+            top_k,
+        )
 
 
 def _counted(batches: Sequence[PlannedBatch], on_batch: OnBatch) -> Iterator[PlannedBatch]:
@@ -136,14 +165,19 @@ def _counted(batches: Sequence[PlannedBatch], on_batch: OnBatch) -> Iterator[Pla
 
 
 def select_if_sooner(inputs: Inputs, top_k: int, path: Path, *, workers: int) -> bool:
-    """Write the selection to `path` from this process, unless `workers` on this machine would be done before; whether it was written.
+    """Write the selection to `path` from this process, unless `workers` on this machine would be
+    done before; whether it was written.
 
     The first batch is timed. The file is the same either way.
     """
     batches = _numbered_batches(inputs)
     try:
         with _one_thread():
-            selected = _ranked(inputs, _sums(inputs, batches, pace=lambda batches: _while_sooner(batches, workers)), top_k)
+            selected = _ranked(
+                inputs,
+                _sums(inputs, batches, pace=lambda batches: _while_sooner(batches, workers)),
+                top_k,
+            )
     except _WorkersAreSooner:
         return False
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -158,7 +192,11 @@ class _WorkersAreSooner(Exception):
 def _while_sooner(batches: Sequence[PlannedBatch], workers: int) -> Iterator[PlannedBatch]:
     started = time.monotonic()
     for done, batch in enumerate(batches):
-        if done == 1 and (time.monotonic() - started) * (len(batches) - 1) * (1 - 1 / workers) > GROUP_SECONDS:
+        if (
+            done == 1
+            and (time.monotonic() - started) * (len(batches) - 1) * (1 - 1 / workers)
+            > GROUP_SECONDS
+        ):
             raise _WorkersAreSooner
         yield batch
 
@@ -175,7 +213,13 @@ def _one_thread() -> Iterator[None]:
 
 
 def _numbered_batches(inputs: Inputs) -> list[PlannedBatch]:
-    return list(enumerate(shard_batches(inputs.splits["train"], inputs.task.selection.batch_size, seed=inputs.task.seed)))
+    return list(
+        enumerate(
+            shard_batches(
+                inputs.splits["train"], inputs.task.selection.batch_size, seed=inputs.task.seed
+            )
+        )
+    )
 
 
 def _sums(
@@ -184,16 +228,22 @@ def _sums(
     device: str = "cpu",
     pace: Callable[[Sequence[PlannedBatch]], Iterable[PlannedBatch]] = iter,
 ) -> dict[str, torch.Tensor]:
-    """What the criterion adds up over batches, float64, by layer; nothing where it needs no data. `pace` is asked before each is read."""
+    """What the criterion adds up over batches, float64, by layer; nothing where it needs no data.
+    `pace` is asked before each is read.
+    """
     task, spec = inputs.task, inputs.task.selection
     if is_recomputable(spec):
         return {}
     in_order = inputs.reader("train").batches([samples for _, samples in batches])
-    read = ((number, *tensors) for (number, _), tensors in zip(pace(batches), in_order, strict=True))
+    read = (
+        (number, *tensors) for (number, _), tensors in zip(pace(batches), in_order, strict=True)
+    )
     if spec.criterion == "activation":
         return activation_sums(inputs.backbone, read, spec, device=device)
     loss = make_loss(spec, inputs.kind, inputs.backbone.width, len(inputs.index.classes), task.seed)
-    return gradient_sums(inputs.backbone, read, spec, loss, seed=task.seed, flip=task.input.flip, device=device)
+    return gradient_sums(
+        inputs.backbone, read, spec, loss, seed=task.seed, flip=task.input.flip, device=device
+    )
 
 
 def _ranked(inputs: Inputs, totals: dict[str, torch.Tensor], top_k: int) -> dict[str, RankedPlaces]:
@@ -202,12 +252,16 @@ def _ranked(inputs: Inputs, totals: dict[str, torch.Tensor], top_k: int) -> dict
         return recompute(inputs.backbone, spec, top_k)
     if spec.criterion == "activation":
         layers = tunable_layers(inputs.backbone.model)
-        totals = {name: activation_importance(layers[name], total_GI) for name, total_GI in totals.items()}
+        totals = {
+            name: activation_importance(layers[name], total_GI) for name, total_GI in totals.items()
+        }
     return rank_places(totals, spec.level, top_k)
 
 
 def _worker(config: dict[str, Any]) -> TaskpackError | None:
-    """One rank. What fails on any rank is told to all, so that none waits for sums that never come, and returned, so that it is not tried again."""
+    """One rank. What fails on any rank is told to all, so that none waits for sums that never come,
+    and returned, so that it is not tried again.
+    """
     torch.set_num_threads(1)
     rank, world = dist.get_rank(), dist.get_world_size()
     sums: dict[str, torch.Tensor] = {}
@@ -246,5 +300,7 @@ def write_selection(selected: SelectedIndex, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
     places = {name + _PLACES: ranked.place_M for name, ranked in selected.items()}
-    save_file({**places, **{name + _RANKS: ranked.rank_M for name, ranked in selected.items()}}, scratch)
+    save_file(
+        {**places, **{name + _RANKS: ranked.rank_M for name, ranked in selected.items()}}, scratch
+    )
     os.replace(scratch, path)

@@ -28,7 +28,9 @@ ImageSource = Path | str | bytes | Image.Image | np.ndarray
 
 
 class Predictor:
-    """A pack on its backbone, ready to predict images on `device`; None takes the GPU, where there is one."""
+    """A pack on its backbone, ready to predict images on `device`; None takes the GPU, where there
+    is one.
+    """
 
     def __init__(self, pack: Pack, backbone: LoadedBackbone, device: str | None = None) -> None:
         self.metadata: PackMetadata = pack.metadata
@@ -39,9 +41,14 @@ class Predictor:
         self.model.merge()
 
     def logits(self, images: Sequence[ImageSource]) -> torch.Tensor:
-        """Logits [N, C] of images given as paths, encoded bytes, PIL images or uint8 arrays [H, W, 3]. Raises DataError."""
+        """Logits [N, C] of images given as paths, encoded bytes, PIL images or uint8 arrays [H, W,
+        3]. Raises DataError.
+        """
         numbered = list(enumerate(images))
-        logits = [self._logits(numbered[start : start + PREDICT_BATCH]) for start in range(0, len(numbered), PREDICT_BATCH)]
+        logits = [
+            self._logits(numbered[start : start + PREDICT_BATCH])
+            for start in range(0, len(numbered), PREDICT_BATCH)
+        ]
         return torch.cat(logits) if logits else torch.zeros(0, len(self.metadata.classes))
 
     @exact_float32()
@@ -55,8 +62,9 @@ class Predictor:
         """What the pack says of each image, by its kind. Raises DataError for what is not an image.
 
         Returns:
-            classification: the most probable class, `label` and `probability` (0 to 1). multilabel: `labels`, the classes
-            whose probability is above 0.5, and `probabilities` of all classes by name.
+            classification: the most probable class, `label` and `probability` (0 to 1). multilabel:
+                `labels`, the classes whose probability is above 0.5, and `probabilities` of all
+                classes by name.
         """
         return self.kind.predictions(self.logits(images), self.metadata.classes)
 
@@ -67,7 +75,8 @@ def kind_of(metadata: PackMetadata) -> TaskKind:
         return kind_named(metadata.kind)
     except ValueError:
         raise PackError(
-            f"the pack of task {metadata.task!r} is of kind {metadata.kind!r}, which this taskpack does not know; upgrade taskpack"
+            f"the pack of task {metadata.task!r} is of kind {metadata.kind!r}, which this taskpack"
+            " does not know; upgrade taskpack"
         ) from None
 
 
@@ -77,16 +86,22 @@ def _decode(image: ImageSource, number: int, size_px: int) -> np.ndarray:
         try:
             picture = Image.fromarray(image)
         except (TypeError, ValueError):
-            raise DataError(f"image {number}: given an array of {image.dtype} {list(image.shape)}; expected uint8 [H, W, 3]") from None
+            raise DataError(
+                f"image {number}: given an array of {image.dtype} {list(image.shape)}; expected"
+                " uint8 [H, W, 3]"
+            ) from None
         return decode_image(picture, size_px, f"image {number}")
     return decode_image(image, size_px, "" if isinstance(image, (Path, str)) else f"image {number}")
 
 
-def load_predictor(pack_path: Path, weights: str | None = None, device: str | None = None) -> Predictor:
+def load_predictor(
+    pack_path: Path, weights: str | None = None, device: str | None = None
+) -> Predictor:
     """Open a pack on its backbone.
 
     Args:
-        weights: the backbone's checkpoint; default: the one this machine used for that fingerprint, or the embedded one.
+        weights: the backbone's checkpoint; default: the one this machine used for that fingerprint,
+            or the embedded one.
         device: where to compute, such as `cpu` or `cuda:1`; default: the GPU, where there is one.
 
     Raises:
@@ -104,11 +119,17 @@ def load_backbone_of(metadata: PackMetadata, weights: str | None = None) -> Load
     weights = weights or recall(fingerprint) or _embedded(metadata)
     if weights is None:
         raise BackboneError(
-            f"the pack of task {metadata.task!r} needs the backbone {metadata.backbone['model']} with fingerprint {fingerprint[:16]}..., "
-            "which is not known on this machine; give its checkpoint (--backbone FILE, or TASKPACK_BACKBONE=FILE)"
+            f"the pack of task {metadata.task!r} needs the backbone {metadata.backbone['model']}"
+            f" with fingerprint {fingerprint[:16]}..., which is not known on this machine; give its"
+            " checkpoint (--backbone FILE, or TASKPACK_BACKBONE=FILE)"
         )
-    spec = Backbone(model=metadata.backbone["model"], arguments=metadata.backbone["arguments"], weights=weights)  # type: ignore[arg-type]
-    return load_backbone(spec, Input(size_px=metadata.input.size_px, mean=metadata.input.mean, std=metadata.input.std))
+    spec = Backbone(
+        model=metadata.backbone["model"], arguments=metadata.backbone["arguments"], weights=weights
+    )  # type: ignore[arg-type]
+    return load_backbone(
+        spec,
+        Input(size_px=metadata.input.size_px, mean=metadata.input.mean, std=metadata.input.std),
+    )
 
 
 def _embedded(metadata: PackMetadata) -> str | None:
@@ -116,5 +137,8 @@ def _embedded(metadata: PackMetadata) -> str | None:
     if not path.is_file():
         return None
     spec = load_spec(Backbone, path)
-    same = (spec.model, spec.arguments) == (metadata.backbone["model"], metadata.backbone["arguments"])
+    same = (spec.model, spec.arguments) == (
+        metadata.backbone["model"],
+        metadata.backbone["arguments"],
+    )
     return str(path.parent / spec.weights) if same else None

@@ -21,10 +21,43 @@ from pipeline.specs.data import (
     ShardsData,
 )
 from pipeline.specs.method import Method
-from pipeline.specs.parts import Adapter, Biases, ClassToken, Connections, Fact, Full, Head, Lora, Norms, Prompts, Quantiser, Smoa, Ssf
-from pipeline.specs.recipe import ADAPTERS, DEFAULT_PARTS, DEFAULT_RECIPE, PARTS, Recipe, WrittenRecipe, slot_conflict
+from pipeline.specs.parts import (
+    Adapter,
+    Biases,
+    ClassToken,
+    Connections,
+    Fact,
+    Full,
+    Head,
+    Lora,
+    Norms,
+    Prompts,
+    Quantiser,
+    Smoa,
+    Ssf,
+)
+from pipeline.specs.recipe import (
+    ADAPTERS,
+    DEFAULT_PARTS,
+    DEFAULT_RECIPE,
+    PARTS,
+    Recipe,
+    WrittenRecipe,
+    slot_conflict,
+)
 from pipeline.specs.search_space import Positive, SearchSpace, default_space
-from pipeline.specs.section import BITS, Bits, Bytes, Channels, Deviation, Deviations, Spec, UnitPixels, first_fault, parse_bytes
+from pipeline.specs.section import (
+    BITS,
+    Bits,
+    Bytes,
+    Channels,
+    Deviation,
+    Deviations,
+    Spec,
+    UnitPixels,
+    first_fault,
+    parse_bytes,
+)
 from pipeline.specs.selection import Criterion, Level, Selection
 from pipeline.specs.suite import Suite
 from pipeline.specs.task import About, Budget, Percent, Task

@@ -14,9 +14,11 @@ from pipeline.specs.task import Task
 
 
 class Method(Spec):
-    """One way to adapt a backbone: a recipe, the values it is tuned over, and how its connections are selected.
+    """One way to adapt a backbone: a recipe, the values it is tuned over, and how its connections
+    are selected.
 
-    Training settings that the recipe does not name are the task's, and so is a selection that is left out.
+    Training settings that the recipe does not name are the task's, and so is a selection that is
+    left out.
     """
 
     description: str = ""
@@ -29,7 +31,10 @@ class Method(Spec):
         if fault := self.search.fault(self.recipe):
             raise ValueError(fault)
         if self.selection is not None and not self.search.max_top_k(self.recipe):
-            raise ValueError("selection would change nothing: the method trains no connections; leave it out, or add `connections` to `recipe`")
+            raise ValueError(
+                "selection would change nothing: the method trains no connections; leave it out, or"
+                " add `connections` to `recipe`"
+            )
         return self
 
     def on(self, task: Task) -> Task:
@@ -39,6 +44,10 @@ class Method(Spec):
             ValidationError: The method's training settings conflict with the task's.
         """
         own = self.recipe.training
-        training = task.recipe.training.changed(**{key: getattr(own, key) for key in own.model_fields_set})
+        training = task.recipe.training.changed(
+            **{key: getattr(own, key) for key in own.model_fields_set}
+        )
         recipe = self.recipe.changed(training=training)
-        return task.changed(recipe=recipe, search=self.search, selection=self.selection or task.selection)
+        return task.changed(
+            recipe=recipe, search=self.search, selection=self.selection or task.selection
+        )

@@ -14,7 +14,9 @@ from pipeline.specs.section import Bits, Spec
 
 
 class Connections(Spec):
-    """GPS: train the `top_k` input connections of each neuron that matter most (arXiv 2312.10136)."""
+    """GPS: train the `top_k` input connections of each neuron that matter most (arXiv
+    2312.10136).
+    """
 
     top_k: int = Field(1, ge=1, le=64)
     bits: Bits = 8
@@ -27,7 +29,9 @@ class Biases(Spec):
 
 
 class Norms(Spec):
-    """Train norms: each block's second one, before the MLP, or all of the backbone's; scale and shift, or the shift alone (BitFit)."""
+    """Train norms: each block's second one, before the MLP, or all of the backbone's; scale and
+    shift, or the shift alone (BitFit).
+    """
 
     which: Literal["mlp", "all"] = "mlp"
     parameters: Literal["all", "bias"] = "all"
@@ -35,10 +39,12 @@ class Norms(Spec):
 
 
 class Smoa(Spec):
-    """One router and one set of bottleneck experts shared by all blocks (Adapter-X, arXiv 2406.03051).
+    """One router and one set of bottleneck experts shared by all blocks (Adapter-X, arXiv
+    2406.03051).
 
-    parallel: beside the MLP, on its normalised input (AdaptFormer-X). after_mlp: on the MLP's output (Adapter-X). A token is split into `heads`
-    sub-tokens, each sent to its own `top_k` experts. `prompt_generator` appends one token a block, made of the bank's mean output (ViT).
+    parallel: beside the MLP, on its normalised input (AdaptFormer-X). after_mlp: on the MLP's
+    output (Adapter-X). A token is split into `heads` sub-tokens, each sent to its own `top_k`
+    experts. `prompt_generator` appends one token a block, made of the bank's mean output (ViT).
     """
 
     experts: int = Field(4, ge=1, le=64)
@@ -57,15 +63,19 @@ class Smoa(Spec):
     @model_validator(mode="after")
     def _has_enough_experts(self) -> Smoa:
         if self.top_k > self.experts:
-            raise ValueError(f"given {self.top_k} experts a sub-token (top_k) of a bank of {self.experts}; expected at most as many as there are")
+            raise ValueError(
+                f"given {self.top_k} experts a sub-token (top_k) of a bank of {self.experts};"
+                " expected at most as many as there are"
+            )
         return self
 
 
 class Adapter(Spec):
     """A bottleneck `scale * up(dropout(relu(down(x))))`, without biases, in every block.
 
-    parallel: beside the MLP, on the un-normalised residual stream (AdaptFormer, arXiv 2205.13535). after_mlp, after_attention, after_both: on the
-    output of the sublayer, before it is added to the stream (Pfeiffer, arXiv 2005.00247; Houlsby, arXiv 1902.00751).
+    parallel: beside the MLP, on the un-normalised residual stream (AdaptFormer, arXiv 2205.13535).
+    after_mlp, after_attention, after_both: on the output of the sublayer, before it is added to the
+    stream (Pfeiffer, arXiv 2005.00247; Houlsby, arXiv 1902.00751).
     """
 
     width: int = Field(8, ge=1, le=1024)
@@ -76,9 +86,11 @@ class Adapter(Spec):
 
 
 class Lora(Spec):
-    """A low-rank change `scale * up(dropout(down(x)))` of chosen projections (LoRA, arXiv 2106.09685).
+    """A low-rank change `scale * up(dropout(down(x)))` of chosen projections (LoRA, arXiv
+    2106.09685).
 
-    A target is the last name of a Linear or 1x1 convolution (qkv, proj, fc1, fc2); q, k and v are the thirds of a fused qkv.
+    A target is the last name of a Linear or 1x1 convolution (qkv, proj, fc1, fc2); q, k and v are
+    the thirds of a fused qkv.
     """
 
     rank: int = Field(8, ge=1, le=1024)
@@ -118,7 +130,9 @@ class Ssf(Spec):
 
 
 class Prompts(Spec):
-    """Extra tokens, appended before the first block or, where `deep`, replaced before every block (VPT, arXiv 2203.12119); ViT only."""
+    """Extra tokens, appended before the first block or, where `deep`, replaced before every block
+    (VPT, arXiv 2203.12119); ViT only.
+    """
 
     count: int = Field(8, ge=1, le=1024)
     deep: bool = False
@@ -140,8 +154,8 @@ class Full(Spec):
 class Quantiser(Spec):
     """How values below 16 bits are rounded (Binary Adapter, arXiv 2307.16867).
 
-    codebook: levels that minimise the L1 error, each the median of its bin, or the squared error (lloyd_max). scales: a mean and a standard deviation
-    for each matrix, or for each of its rows.
+    codebook: levels that minimise the L1 error, each the median of its bin, or the squared error
+    (lloyd_max). scales: a mean and a standard deviation for each matrix, or for each of its rows.
     """
 
     codebook: Literal["median", "lloyd_max"] = "median"
@@ -149,7 +163,8 @@ class Quantiser(Spec):
 
 
 class Head(Spec):
-    """A linear classifier on the pooled feature; weights at `bits`, bias at 16, or at 32 beside weights of 32.
+    """A linear classifier on the pooled feature; weights at `bits`, bias at 16, or at 32 beside
+    weights of 32.
 
     `bits: 1, bias: false` is Binary Adapter's Bi-Head.
     """

@@ -11,7 +11,21 @@ from pydantic import (
     model_validator,
 )
 
-from pipeline.specs.parts import Adapter, Biases, ClassToken, Connections, Fact, Full, Head, Lora, Norms, Prompts, Quantiser, Smoa, Ssf
+from pipeline.specs.parts import (
+    Adapter,
+    Biases,
+    ClassToken,
+    Connections,
+    Fact,
+    Full,
+    Head,
+    Lora,
+    Norms,
+    Prompts,
+    Quantiser,
+    Smoa,
+    Ssf,
+)
 from pipeline.specs.section import Spec
 from pipeline.specs.training import Training
 
@@ -19,12 +33,16 @@ from pipeline.specs.training import Training
 class Recipe(Spec):
     """How a task is adapted and trained. A part left out is off; the head is always there.
 
-    `preset: default` starts from the default recipe's parts, which the other keys replace or, with null, switch off; `preset: linear` trains the
-    head alone.
+    `preset: default` starts from the default recipe's parts, which the other keys replace or, with
+    null, switch off; `preset: linear` trains the head alone.
     """
 
     preset: tuple[str, ...] | None = Field(
-        None, description="`default` or `linear`. Stored as the parts that it added; these are dropped on a backbone that cannot take them"
+        None,
+        description=(
+            "`default` or `linear`. Stored as the parts that it added; these are dropped on a"
+            " backbone that cannot take them"
+        ),
     )
     connections: Connections | None = None
     biases: Biases | None = None
@@ -37,7 +55,9 @@ class Recipe(Spec):
     prompts: Prompts | None = None
     class_token: ClassToken | None = None
     full: Full | None = None
-    quantiser: Quantiser | None = Field(None, description="default: that of the paper, `median` and `matrix`")
+    quantiser: Quantiser | None = Field(
+        None, description="default: that of the paper, `median` and `matrix`"
+    )
     head: Head = Head()
     training: Training = Training()
 
@@ -54,7 +74,10 @@ class Recipe(Spec):
         if content["preset"] != "linear":
             raise ValueError(f"preset: given {content['preset']!r}; expected default or linear")
         if named:
-            raise ValueError(f"preset: linear trains the head alone, given {' and '.join(named)} too; leave out one or the other")
+            raise ValueError(
+                f"preset: linear trains the head alone, given {' and '.join(named)} too; leave out"
+                " one or the other"
+            )
         return {**content, "preset": None}
 
     @model_validator(mode="after")
@@ -63,8 +86,13 @@ class Recipe(Spec):
         if conflict is not None:
             raise ValueError(conflict)
         trained = [getattr(self, name) for name in (*PARTS, "head")]
-        if self.quantiser is not None and all(part.bits >= 16 for part in trained if part is not None):
-            raise ValueError("quantiser would change nothing: no part has fewer than 16 bits; leave it out, or lower some bits")
+        if self.quantiser is not None and all(
+            part.bits >= 16 for part in trained if part is not None
+        ):
+            raise ValueError(
+                "quantiser would change nothing: no part has fewer than 16 bits; leave it out, or"
+                " lower some bits"
+            )
         return self
 
 
@@ -73,12 +101,17 @@ def slot_conflict(recipe: Recipe) -> str | None:
     smoa, adapter = recipe.smoa, recipe.adapter
     others = [name for name in PARTS if name != "full" and getattr(recipe, name) is not None]
     if recipe.full is not None and others:
-        return f"full trains everything that {' and '.join(others)} would change; leave out one or the other"
+        return (
+            f"full trains everything that {' and '.join(others)} would change; leave out one or the"
+            " other"
+        )
     if smoa is not None and adapter is not None and smoa.placement in _PLACES[adapter.placement]:
         where = "in parallel to the MLP" if smoa.placement == "parallel" else "after the MLP"
         return f"smoa and adapter are both {where}; leave one out, or place one elsewhere"
     if recipe.ssf is not None and (recipe.biases is not None or recipe.norms is not None):
-        return "ssf scales and shifts what biases and norms would change; leave out one or the other"
+        return (
+            "ssf scales and shifts what biases and norms would change; leave out one or the other"
+        )
     if recipe.lora is not None and recipe.fact is not None:
         return "lora and fact both change the weights of whole layers; leave out one or the other"
     if recipe.prompts is not None and smoa is not None and smoa.prompt_generator:
@@ -86,13 +119,25 @@ def slot_conflict(recipe: Recipe) -> str | None:
     return None
 
 
-_PLACES = {"parallel": ("parallel",), "after_mlp": ("after_mlp",), "after_attention": (), "after_both": ("after_mlp",)}
-PARTS = tuple(name for name in Recipe.model_fields if name not in ("preset", "head", "training", "quantiser"))
+_PLACES = {
+    "parallel": ("parallel",),
+    "after_mlp": ("after_mlp",),
+    "after_attention": (),
+    "after_both": ("after_mlp",),
+}
+PARTS = tuple(
+    name for name in Recipe.model_fields if name not in ("preset", "head", "training", "quantiser")
+)
 """The optional parts of a recipe."""
 ADAPTERS = ("smoa", "adapter", "lora", "fact")
 """The parts that the axes adapter_bits, width and scale apply to."""
 
-DEFAULT_PARTS: dict[str, Spec] = {"connections": Connections(), "biases": Biases(), "smoa": Smoa(), "norms": Norms()}
+DEFAULT_PARTS: dict[str, Spec] = {
+    "connections": Connections(),
+    "biases": Biases(),
+    "smoa": Smoa(),
+    "norms": Norms(),
+}
 DEFAULT_RECIPE = Recipe.model_validate({"preset": "default"})
 
 
@@ -100,7 +145,8 @@ def _names_what_trains(recipe: Any) -> Any:
     """Check that a recipe says what trains, so that nothing is trained or left out by accident."""
     if isinstance(recipe, Mapping) and not recipe.keys() & {"preset", *PARTS}:
         raise ValueError(
-            "no part to train is named; add `preset: default` for the default parts or `preset: linear` for the head alone, or name parts"
+            "no part to train is named; add `preset: default` for the default parts or `preset:"
+            " linear` for the head alone, or name parts"
         )
     return recipe
 
@@ -109,11 +155,14 @@ WrittenRecipe = Annotated[Recipe, BeforeValidator(_names_what_trains)]
 
 
 def cools_down(recipe: Recipe) -> Recipe:
-    """Check that the warm-up ends before training does. Checked in tasks only, so that packs with other recipes can be read."""
+    """Check that the warm-up ends before training does. Checked in tasks only, so that packs with
+    other recipes can be read.
+    """
     training = recipe.training
     if training.warmup_epochs >= training.epochs:
         raise ValueError(
-            f"training.warmup_epochs is {training.warmup_epochs:g} and training.epochs is {training.epochs}; the learning rate would only rise: "
-            "expected fewer epochs of warm-up than epochs"
+            f"training.warmup_epochs is {training.warmup_epochs:g} and training.epochs is"
+            f" {training.epochs}; the learning rate would only rise: expected fewer epochs of"
+            " warm-up than epochs"
         )
     return recipe

@@ -22,7 +22,9 @@ _BYTE_UNITS = {"": 1, "B": 1, "KB": 1000, "MB": 1000**2, "KIB": 1024, "MIB": 102
 
 
 def parse_bytes(text: str | int) -> int:
-    """Parse a size such as `65536`, `64KiB` or `1.5 MB` to bytes. Raises ValueError with the known units."""
+    """Parse a size such as `65536`, `64KiB` or `1.5 MB` to bytes. Raises ValueError with the known
+    units.
+    """
     if isinstance(text, int) and not isinstance(text, bool):
         return text
     match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", str(text))
@@ -45,7 +47,9 @@ class Spec(BaseModel):
         Raises:
             ValidationError: The section is invalid with them.
         """
-        return type(self).model_validate({name: getattr(self, name) for name in self.model_fields_set} | fields)
+        return type(self).model_validate(
+            {name: getattr(self, name) for name in self.model_fields_set} | fields
+        )
 
 
 def first_fault(error: ValidationError) -> str:
@@ -56,7 +60,10 @@ def first_fault(error: ValidationError) -> str:
 def _of_unit_pixels(value: float) -> float:
     """Check that a mean or deviation can be one of pixels in [0, 1]. Raises ValueError."""
     if not 0 <= value <= 1:
-        raise ValueError("expected a value for pixels in [0, 1], such as 0.485; divide values of the 0-255 scale by 255")
+        raise ValueError(
+            "expected a value for pixels in [0, 1], such as 0.485; divide values of the 0-255 scale"
+            " by 255"
+        )
     return value
 
 

@@ -21,7 +21,9 @@ class Suite(Spec):
 
     @field_validator("groups")
     @classmethod
-    def _names_each_task_once(cls, groups: dict[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
+    def _names_each_task_once(
+        cls, groups: dict[str, tuple[str, ...]]
+    ) -> dict[str, tuple[str, ...]]:
         names = [name for group in groups.values() for name in group]
         repeated = sorted({name for name in names if names.count(name) > 1})
         if repeated:

@@ -24,8 +24,16 @@ from pipeline.specs.selection import Selection
 class Budget(Spec):
     """The largest size of a pack, and the metric to give up for a smaller one."""
 
-    max_bytes: Bytes = Field(64 * 1024, description="size of the whole file, such as `65536`, `32KiB` or `1.5MB`")
-    within_points: float = Field(0.5, ge=0, description="the champion is the smallest pack this close to the best metric, in percentage points")
+    max_bytes: Bytes = Field(
+        64 * 1024, description="size of the whole file, such as `65536`, `32KiB` or `1.5MB`"
+    )
+    within_points: float = Field(
+        0.5,
+        ge=0,
+        description=(
+            "the champion is the smallest pack this close to the best metric, in percentage points"
+        ),
+    )
 
 
 Percent = Annotated[float, Field(ge=0, le=100)]
@@ -37,7 +45,9 @@ class About(Spec):
     source: str = Field("", description="where to get the data")
     licence: str = Field("", description="licence of the data")
     paper: str = Field("", description="paper that introduced the data")
-    published_percent: dict[str, Percent] = Field(default_factory=dict, description="test accuracies by method, each with its paper")
+    published_percent: dict[str, Percent] = Field(
+        default_factory=dict, description="test accuracies by method, each with its paper"
+    )
 
 
 def _default_metric(validated: Mapping[str, Any]) -> str:
@@ -50,17 +60,34 @@ def _default_metric(validated: Mapping[str, Any]) -> str:
 class Task(Spec):
     """One labelled dataset and its metric, and how to adapt the backbone to it."""
 
-    name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$", description="lower-case letters, digits, `.`, `_`, `-`; also the registry's name")
+    name: str = Field(
+        pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$",
+        description="lower-case letters, digits, `.`, `_`, `-`; also the registry's name",
+    )
     description: str = Field("", description="one line for people")
     about: About = About()
-    kind: str = Field("classification", description="classification: one class per image; multilabel: any number of them")
+    kind: str = Field(
+        "classification",
+        description="classification: one class per image; multilabel: any number of them",
+    )
     data: Data
     input: Input = Input()
-    val_fraction: float = Field(0.2, gt=0, lt=1, description="fraction of train held out for validation if the data has no `val`")
-    metric: str = Field(default_factory=_default_metric, validate_default=True, description="what the study maximises; default: the kind's own")
+    val_fraction: float = Field(
+        0.2,
+        gt=0,
+        lt=1,
+        description="fraction of train held out for validation if the data has no `val`",
+    )
+    metric: str = Field(
+        default_factory=_default_metric,
+        validate_default=True,
+        description="what the study maximises; default: the kind's own",
+    )
     backbone: Backbone
     recipe: Annotated[WrittenRecipe, AfterValidator(cools_down)] = DEFAULT_RECIPE
-    search: SearchSpace = Field(default_factory=lambda validated: default_space(validated.get("recipe", DEFAULT_RECIPE)))
+    search: SearchSpace = Field(
+        default_factory=lambda validated: default_space(validated.get("recipe", DEFAULT_RECIPE))
+    )
     selection: Selection = Selection()
     budget: Budget = Budget()
     seed: int = Field(0, ge=0)
@@ -69,13 +96,17 @@ class Task(Spec):
     @classmethod
     def _is_not_reserved(cls, name: str) -> str:
         if name == "latest" or re.fullmatch(r"v[0-9]+", name):
-            raise ValueError(f"the name {name!r} is reserved by the MLflow registry; choose another")
+            raise ValueError(
+                f"the name {name!r} is reserved by the MLflow registry; choose another"
+            )
         return name
 
     @field_validator("kind")
     @classmethod
     def _is_known_kind(cls, kind: str) -> str:
-        from pipeline.kinds import kind_named  # brings torch, which reading a catalogue need not wait for
+        from pipeline.kinds import (
+            kind_named,
+        )  # brings torch, which reading a catalogue need not wait for
 
         return kind_named(kind).name
 
@@ -86,7 +117,10 @@ class Task(Spec):
 
         is_set = isinstance(data, CsvData) and "label_separator" in data.model_fields_set
         if is_set and "kind" in info.data and not kind_named(info.data["kind"]).several_labels:
-            raise ValueError(f"label_separator would change nothing: of kind {info.data['kind']}, an image has one label; write `kind: multilabel`")
+            raise ValueError(
+                f"label_separator would change nothing: of kind {info.data['kind']}, an image has"
+                " one label; write `kind: multilabel`"
+            )
         return data
 
     @field_validator("metric")
@@ -108,7 +142,9 @@ class Task(Spec):
     @field_validator("search")
     @classmethod
     def _changes_something(cls, search: SearchSpace, info: ValidationInfo) -> SearchSpace:
-        fault = search.fault(info.data["recipe"]) if "recipe" in info.data else None  # an invalid recipe is reported as such
+        fault = (
+            search.fault(info.data["recipe"]) if "recipe" in info.data else None
+        )  # an invalid recipe is reported as such
         if fault is not None:
             raise ValueError(fault)
         return search

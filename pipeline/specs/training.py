@@ -26,7 +26,11 @@ class Training(Spec):
 
     epochs: int = Field(12, ge=1, description="passes over the training set")
     batch_size: int = Field(32, ge=1, description="images per step, over all ranks")
-    learning_rate: float | None = Field(None, gt=0, description="peak of the learning rate; default: derived from the backbone's width")
+    learning_rate: float | None = Field(
+        None,
+        gt=0,
+        description="peak of the learning rate; default: derived from the backbone's width",
+    )
     warmup_epochs: float = Field(
         default_factory=lambda validated: min(1.0, validated.get("epochs", 1) / 2),
         ge=0,
@@ -34,9 +38,23 @@ class Training(Spec):
     )
     weight_decay: float = Field(0.0, ge=0, description="of AdamW")
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="of the cross-entropy")
-    drop_path: float = Field(0.0, ge=0, lt=1, description="stochastic depth: rate of the last block")
+    drop_path: float = Field(
+        0.0, ge=0, lt=1, description="stochastic depth: rate of the last block"
+    )
     mixup: float = Field(0.0, ge=0, description="alpha of the Beta distribution; 0: off")
     cutmix: float = Field(0.0, ge=0, description="alpha of the Beta distribution; 0: off")
-    ema: float = Field(0.0, ge=0, lt=1, description="decay of a moving average of the trained values, which the pack gets; 0: the last values")
-    augment: Annotated[Augmentation, BeforeValidator(_named_augmentation)] = Field("none", description="augmentation of the training images")
-    precision: Literal["fp32", "bf16"] = Field("bf16", description="of the passes; `bf16` becomes float32 on devices without units for it")
+    ema: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description=(
+            "decay of a moving average of the trained values, which the pack gets; 0: the last"
+            " values"
+        ),
+    )
+    augment: Annotated[Augmentation, BeforeValidator(_named_augmentation)] = Field(
+        "none", description="augmentation of the training images"
+    )
+    precision: Literal["fp32", "bf16"] = Field(
+        "bf16", description="of the passes; `bf16` becomes float32 on devices without units for it"
+    )

@@ -37,7 +37,9 @@ def check_metric(metric: Metric, kind: TaskKind) -> None:
     best = _outcomes(kind, noise=0.0)
     assert metric.value(best) > value, f"{metric.name} is not larger for better outputs"
     counts_N = np.random.default_rng(1).integers(0, 3, len(outcomes))
-    repeated = Outcomes(outcomes.outputs.repeat(counts_N, axis=0), outcomes.targets.repeat(counts_N, axis=0))
+    repeated = Outcomes(
+        outcomes.outputs.repeat(counts_N, axis=0), outcomes.targets.repeat(counts_N, axis=0)
+    )
     weighted = metric.values(outcomes, counts_N[None].astype(np.float64))
     assert weighted.shape == (1,), f"{metric.name}: expected a value per set of weights"
     np.testing.assert_allclose(weighted[0], metric.value(repeated), rtol=1e-9)
@@ -100,7 +102,10 @@ def _check_losses(kind: TaskKind, labels: list[Label], outputs: torch.Tensor) ->
 
 def _check_kept(kind: TaskKind, labels: list[Label], outputs: torch.Tensor) -> None:
     whole = kind.kept(outputs, kind.targets(labels, _CLASSES))
-    halves = [kind.kept(outputs[part], kind.targets(labels[part], _CLASSES)) for part in (slice(None, 10), slice(10, None))]
+    halves = [
+        kind.kept(outputs[part], kind.targets(labels[part], _CLASSES))
+        for part in (slice(None, 10), slice(10, None))
+    ]
     for kept, parts in zip(whole, zip(*halves, strict=True), strict=True):
         assert len(kept) == len(labels), "expected a row per sample"
         assert torch.equal(kept, torch.cat(parts)), "what is kept depends on the batch"

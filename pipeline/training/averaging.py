@@ -1,4 +1,5 @@
-"""An exponential moving average of the trained parameters, used in their place from the end of each epoch to the start of the next.
+"""An exponential moving average of the trained parameters, used in their place from the end of each
+epoch to the start of the next.
 
     average <- d * average + (1 - d) * parameter,    d = min(decay, (1 + t) / (10 + t)) at step t
 
@@ -15,7 +16,9 @@ _AVERAGE = "average"
 
 
 class MovingAverage:
-    """The moving average of everything that `optimiser` trains. A decay of 0 averages nothing: the average is the parameter."""
+    """The moving average of everything that `optimiser` trains. A decay of 0 averages nothing: the
+    average is the parameter.
+    """
 
     def __init__(self, optimiser: torch.optim.Optimizer, decay: float) -> None:
         self._optimiser, self._decay = optimiser, decay
@@ -34,7 +37,9 @@ class MovingAverage:
 
     @torch.no_grad()
     def swap(self) -> None:
-        """Exchange parameters and averages: once before they are used, once before training goes on."""
+        """Exchange parameters and averages: once before they are used, once before training goes
+        on.
+        """
         for parameter in self._parameters():
             state = self._optimiser.state[parameter]
             if _AVERAGE in state:
@@ -43,4 +48,6 @@ class MovingAverage:
                 parameter.copy_(average)
 
     def _parameters(self) -> list[torch.nn.Parameter]:
-        return [parameter for group in self._optimiser.param_groups for parameter in group["params"]]
+        return [
+            parameter for group in self._optimiser.param_groups for parameter in group["params"]
+        ]

@@ -1,7 +1,8 @@
-"""The final fit: the champion's recipe trained on train and validation, packed, reloaded from the file, and tested once.
+"""The final fit: the champion's recipe trained on train and validation, packed, reloaded from the
+file, and tested once.
 
-The result file is written last. Training that died goes on from its checkpoint. A pack without a result was interrupted between training and testing:
-it is tested, not trained again.
+The result file is written last. Training that died goes on from its checkpoint. A pack without a
+result was interrupted between training and testing: it is tested, not trained again.
 """
 
 from __future__ import annotations
@@ -36,9 +37,11 @@ TRAINING_FILE = "training.json"
 
 @dataclass(frozen=True, kw_only=True)
 class FitResult:
-    """A finished pack and what was measured on it: `test_metric` is the value of the task's `metric`, in [0, 1], for the reloaded pack.
+    """A finished pack and what was measured on it: `test_metric` is the value of the task's
+    `metric`, in [0, 1], for the reloaded pack.
 
-    `device` is what trained it, and how many of them where there were several: another device or number may round otherwise.
+    `device` is what trained it, and how many of them where there were several: another device or
+    number may round otherwise.
     """
 
     pack_digest: str
@@ -54,7 +57,10 @@ class FitResult:
 
     def line(self) -> str:
         """In a few words, for a log: `test accuracy 0.8125, 3046 bytes, 12.3 s`."""
-        return f"test {self.metric} {self.test_metric:.4f}, {self.size_bytes} bytes, {self.train_seconds:.1f} s"
+        return (
+            f"test {self.metric} {self.test_metric:.4f}, {self.size_bytes} bytes,"
+            f" {self.train_seconds:.1f} s"
+        )
 
 
 def read_fit(folder: Path) -> FitResult | None:
@@ -67,11 +73,23 @@ def read_fit(folder: Path) -> FitResult | None:
 
 
 def steps_kept(folder: Path) -> float:
-    """How far the fit in `folder` has come: the steps that a next try need not do again; infinitely many where only testing is left."""
-    return math.inf if (folder / PACK_FILE).exists() else Checkpoint(folder / CHECKPOINT_FILE).step()
+    """How far the fit in `folder` has come: the steps that a next try need not do again; infinitely
+    many where only testing is left.
+    """
+    return (
+        math.inf if (folder / PACK_FILE).exists() else Checkpoint(folder / CHECKPOINT_FILE).step()
+    )
 
 
-def fit(inputs: Inputs, recipe: Recipe, selected: SelectedIndex | None, folder: Path, *, device: str = "cpu", ranks: Ranks = ALONE) -> FitResult:
+def fit(
+    inputs: Inputs,
+    recipe: Recipe,
+    selected: SelectedIndex | None,
+    folder: Path,
+    *,
+    device: str = "cpu",
+    ranks: Ranks = ALONE,
+) -> FitResult:
     """Train, pack and test in `folder`, unless that is done.
 
     Args:
@@ -99,18 +117,49 @@ def _read(path: Path, ranks: Ranks) -> bytes:
     return ranks.from_first(path.read_bytes() if ranks.is_first and path.exists() else b"")
 
 
-def _train_and_pack(inputs: Inputs, recipe: Recipe, selected: SelectedIndex | None, folder: Path, device: str, ranks: Ranks) -> None:
-    task, recipe, checkpoint = inputs.task, with_learning_rate(recipe, inputs.backbone), Checkpoint(folder / CHECKPOINT_FILE)
-    model = attach(inputs.backbone, recipe, len(inputs.index.classes), selected=selected, seed=task.seed).to(device)
+def _train_and_pack(
+    inputs: Inputs,
+    recipe: Recipe,
+    selected: SelectedIndex | None,
+    folder: Path,
+    device: str,
+    ranks: Ranks,
+) -> None:
+    task, recipe, checkpoint = (
+        inputs.task,
+        with_learning_rate(recipe, inputs.backbone),
+        Checkpoint(folder / CHECKPOINT_FILE),
+    )
+    model = attach(
+        inputs.backbone, recipe, len(inputs.index.classes), selected=selected, seed=task.seed
+    ).to(device)
     before = fingerprint(model.backbone.state_dict())
-    options: dict[str, Any] = {"seed": task.seed, "flip": task.input.flip, "device": device, "checkpoint": checkpoint, "ranks": ranks}
-    for _ in train_epochs(model, inputs.reader("trainval"), inputs.splits["trainval"], recipe.training, inputs.kind, **options):
+    options: dict[str, Any] = {
+        "seed": task.seed,
+        "flip": task.input.flip,
+        "device": device,
+        "checkpoint": checkpoint,
+        "ranks": ranks,
+    }
+    for _ in train_epochs(
+        model,
+        inputs.reader("trainval"),
+        inputs.splits["trainval"],
+        recipe.training,
+        inputs.kind,
+        **options,
+    ):
         pass
-    assert fingerprint(model.backbone.state_dict()) == before, "training changed the frozen backbone"
+    assert fingerprint(model.backbone.state_dict()) == before, (
+        "training changed the frozen backbone"
+    )
     if not ranks.is_first:
         return
     write_json(folder / TRAINING_FILE, {"seconds": round(checkpoint.seconds(), 2)})
-    write_pack(folder / PACK_FILE, to_pack(model.to("cpu"), describe(task, recipe, inputs.backbone, inputs.index.classes)))
+    write_pack(
+        folder / PACK_FILE,
+        to_pack(model.to("cpu"), describe(task, recipe, inputs.backbone, inputs.index.classes)),
+    )
     checkpoint.clear()
 
 
@@ -119,7 +168,9 @@ def _test(inputs: Inputs, folder: Path, device: str, ranks: Ranks) -> FitResult:
     pack = read_pack(content)
     model = from_pack(pack, inputs.backbone).to(device)
     split = inputs.splits["test"]
-    outcomes = evaluate(model, inputs.reader("test"), split, inputs.kind, device=device, ranks=ranks)
+    outcomes = evaluate(
+        model, inputs.reader("test"), split, inputs.kind, device=device, ranks=ranks
+    )
     tested = score(inputs.metric, outcomes)
     return FitResult(
         pack_digest=hashlib.sha256(content).hexdigest(),

@@ -1,7 +1,8 @@
-"""The one training loop: AdamW on the trained values, linear warm-up, cosine decay, the task kind's loss plus
-the banks' balance term.
+"""The one training loop: AdamW on the trained values, linear warm-up, cosine decay, the task kind's
+loss plus the banks' balance term.
 
-What the papers add to it (augmentation, mixup and CutMix, label smoothing, a moving average of the trained values) is off by default.
+What the papers add to it (augmentation, mixup and CutMix, label smoothing, a moving average of the
+trained values) is off by default.
 """
 
 from __future__ import annotations
@@ -44,12 +45,14 @@ def train_epochs(
     checkpoint: Checkpoint | None = None,
     ranks: Ranks = ALONE,
 ) -> Iterator[float]:
-    """Train epoch by epoch; yields each epoch's mean loss, so that the caller decides whether to go on.
+    """Train epoch by epoch; yields each epoch's mean loss, so that the caller decides whether to go
+    on.
 
     With `spec.ema`, the model holds the averaged values wherever the caller sees it.
 
     Args:
-        checkpoint: where the run is kept, and goes on from; epochs that it has behind it are not yielded again.
+        checkpoint: where the run is kept, and goes on from; epochs that it has behind it are not
+            yielded again.
         ranks: who trains the model with this process, each with the samples of its own shards.
 
     Raises:
@@ -60,7 +63,9 @@ def train_epochs(
     peak, dtype = spec.learning_rate, computing_dtype(spec.precision, device)
     assert peak is not None, "the recipe's learning rate is settled by with_learning_rate"
     model.compute_in(dtype)
-    optimiser = torch.optim.AdamW(model.values.parameters(), lr=peak, weight_decay=spec.weight_decay, fused=True)
+    optimiser = torch.optim.AdamW(
+        model.values.parameters(), lr=peak, weight_decay=spec.weight_decay, fused=True
+    )
     average = MovingAverage(optimiser, spec.ema)
     steps_per_epoch = len(training_batches(split, spec.batch_size, seed=seed, epoch=0))
     steps, warmup_steps = spec.epochs * steps_per_epoch, round(spec.warmup_epochs * steps_per_epoch)
@@ -70,17 +75,23 @@ def train_epochs(
     for epoch in range(first_epoch, spec.epochs):
         model.train()  # again in every epoch: the caller may have evaluated the model
         progress.losses = progress.losses if first_index else []
-        plan = training_batches(split, spec.batch_size, seed, epoch, ranks.rank, ranks.world, reader.window(shards))
+        plan = training_batches(
+            split, spec.batch_size, seed, epoch, ranks.rank, ranks.world, reader.window(shards)
+        )
         for images, targets in reader.batches(plan[first_index:]):
             for group in optimiser.param_groups:
                 group["lr"] = peak * learning_rate_factor(progress.step, steps, warmup_steps)
             generator = numbered_generator(ranks.seed(seed), progress.step)
             model.reseed(generator)
-            images = augment(images, generator, flip, spec.augment) if spec.augment != "none" else images
+            images = (
+                augment(images, generator, flip, spec.augment) if spec.augment != "none" else images
+            )
             if (spec.mixup or spec.cutmix) and len(images):
                 soft_targets = kind.soft_targets(targets, model.class_count)
                 images, targets = mix(images, soft_targets, spec, generator)
-            loss = _step(model, optimiser, images.to(device), targets.to(device), spec, kind, dtype, ranks)
+            loss = _step(
+                model, optimiser, images.to(device), targets.to(device), spec, kind, dtype, ranks
+            )
             if not math.isfinite(loss):
                 at = f"at step {progress.step} of {steps} with learning rate {peak:g}"
                 raise TrainingError(f"the loss became {loss} {at}; lower training.learning_rate")

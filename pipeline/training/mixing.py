@@ -1,7 +1,9 @@
-"""Mixup and CutMix: each image is mixed with its mirror in the batch's order, and so are their labels.
+"""Mixup and CutMix: each image is mixed with its mirror in the batch's order, and so are their
+labels.
 
     mixup    (arXiv 1710.09412)  x = l x + (1 - l) x',  l ~ Beta(a, a)
-    cutmix   (arXiv 1905.04899)  a box of x' covers 1 - l of x; l is corrected for boxes cut by the border
+    cutmix   (arXiv 1905.04899)  a box of x' covers 1 - l of x; l is corrected for boxes cut by the
+    border
 
 One l is drawn per batch, and where both are on, one of them with equal probability, as timm's Mixup
 does by default.
@@ -15,7 +17,9 @@ import torch
 from pipeline.specs import Training
 
 
-def mix(images: torch.Tensor, targets: torch.Tensor, spec: Training, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+def mix(
+    images: torch.Tensor, targets: torch.Tensor, spec: Training, generator: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Mixed images, float32 [B, 3, S, S] in [0, 1], and their soft targets, float32 [B, ...]."""
     draws = np.random.default_rng(int(torch.randint(2**62, (), generator=generator)))
     pixels = images.float() / 255 if images.dtype == torch.uint8 else images
@@ -33,8 +37,12 @@ def mix(images: torch.Tensor, targets: torch.Tensor, spec: Training, generator: 
     return pixels, targets.flip(0).lerp(targets, share)
 
 
-def _box(share: float, height: int, width: int, draws: np.random.Generator) -> tuple[int, int, int, int]:
-    """Top, bottom, left and right of a box of 1 - `share` of the image about a random centre, cut off at the border."""
+def _box(
+    share: float, height: int, width: int, draws: np.random.Generator
+) -> tuple[int, int, int, int]:
+    """Top, bottom, left and right of a box of 1 - `share` of the image about a random centre, cut
+    off at the border.
+    """
     side = np.sqrt(1 - share)
     cut_height, cut_width = int(height * side), int(width * side)
     y, x = int(draws.integers(height)), int(draws.integers(width))

@@ -1,7 +1,8 @@
 """The processes that train one model together, and what they tell each other.
 
-Every rank holds the whole model and reads its own shards. Trained values are a few kilobytes, so a step takes one sum over all ranks: of gradients,
-loss and samples in one tensor, after which each takes the same step. They meet over gloo, on the CPU, in the process group that torch has as its
+Every rank holds the whole model and reads its own shards. Trained values are a few kilobytes, so a
+step takes one sum over all ranks: of gradients, loss and samples in one tensor, after which each
+takes the same step. They meet over gloo, on the CPU, in the process group that torch has as its
 default; a process alone needs none.
 """
 
@@ -28,16 +29,22 @@ class RanksLost(Exception):
 
 @contextlib.contextmanager
 def answered() -> Iterator[None]:
-    """Raise RanksLost where a rank does not take part in what all do together: gloo has no other name for it than RuntimeError."""
+    """Raise RanksLost where a rank does not take part in what all do together: gloo has no other
+    name for it than RuntimeError.
+    """
     try:
         yield
     except RuntimeError as error:
-        raise RanksLost(f"a rank does not answer: {(str(error).strip().splitlines() or [''])[-1][:200]}") from error
+        raise RanksLost(
+            f"a rank does not answer: {(str(error).strip().splitlines() or [''])[-1][:200]}"
+        ) from error
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """Process `rank` of `world`, counted from 0. Each method is called by all ranks, in the same order, and may raise RanksLost."""
+    """Process `rank` of `world`, counted from 0. Each method is called by all ranks, in the same
+    order, and may raise RanksLost.
+    """
 
     rank: int = 0
     world: int = 1
@@ -49,24 +56,40 @@ class Ranks:
 
     def seed(self, seed: int) -> int:
         """A seed of this rank's own; the first has `seed` itself."""
-        return seed if self.is_first else int(np.random.SeedSequence([seed, self.rank]).generate_state(1, np.uint64)[0] >> 1)
+        return (
+            seed
+            if self.is_first
+            else int(np.random.SeedSequence([seed, self.rank]).generate_state(1, np.uint64)[0] >> 1)
+        )
 
     @torch.no_grad()
-    def mean_gradients(self, parameters: Sequence[torch.Tensor], loss: torch.Tensor, samples: int) -> torch.Tensor:
-        """Replace each parameter's gradient, this rank's mean over its `samples`, by the mean over the samples of all ranks.
+    def mean_gradients(
+        self, parameters: Sequence[torch.Tensor], loss: torch.Tensor, samples: int
+    ) -> torch.Tensor:
+        """Replace each parameter's gradient, this rank's mean over its `samples`, by the mean over
+        the samples of all ranks.
 
         Returns:
             The same mean of `loss` [].
         """
         if self.world == 1:
             return loss
-        gradients = [torch.zeros_like(each) if each.grad is None else each.grad for each in parameters]
-        means_N = torch.cat([*(gradient.reshape(-1).float() for gradient in gradients), loss.detach().float().reshape(1)])
+        gradients = [
+            torch.zeros_like(each) if each.grad is None else each.grad for each in parameters
+        ]
+        means_N = torch.cat(
+            [
+                *(gradient.reshape(-1).float() for gradient in gradients),
+                loss.detach().float().reshape(1),
+            ]
+        )
         sums_N = torch.cat([means_N.cpu() * samples, torch.tensor([samples], dtype=torch.float32)])
         with answered():
             dist.all_reduce(sums_N)
         means_N = (sums_N[:-1] / sums_N[-1]).to(means_N.device)
-        for parameter, mean in zip(parameters, means_N[:-1].split([each.numel() for each in parameters]), strict=True):
+        for parameter, mean in zip(
+            parameters, means_N[:-1].split([each.numel() for each in parameters]), strict=True
+        ):
             parameter.grad = mean.view_as(parameter)
         return means_N[-1]
 
@@ -94,13 +117,19 @@ class Ranks:
         return [each for rank_rows in everyones for each in rank_rows]
 
     def from_first(self, content: bytes) -> bytes:
-        """The first rank's `content`, whatever that of the others is: so that all go by one reading of a file."""
+        """The first rank's `content`, whatever that of the others is: so that all go by one reading
+        of a file.
+        """
         if self.world == 1:
             return content
         length = int(self.gathered(torch.tensor(len(content)))[0])
         if not length:
             return b""
-        received = torch.frombuffer(bytearray(content), dtype=torch.uint8) if self.is_first else torch.empty(length, dtype=torch.uint8)
+        received = (
+            torch.frombuffer(bytearray(content), dtype=torch.uint8)
+            if self.is_first
+            else torch.empty(length, dtype=torch.uint8)
+        )
         with answered():
             dist.broadcast(received, src=0)
         return received.numpy().tobytes()
@@ -109,11 +138,13 @@ class Ranks:
         """Raise ClusterError where a rank's values differ from the others'."""
         if self.world == 1:
             return
-        digests = self.gathered(torch.frombuffer(bytearray.fromhex(fingerprint(values)), dtype=torch.uint8))
+        digests = self.gathered(
+            torch.frombuffer(bytearray.fromhex(fingerprint(values)), dtype=torch.uint8)
+        )
         if (digests != digests[0]).any():
             raise ClusterError(
-                f"the {self.world} ranks of a trial or fit trained different values: their machines compute differently; use nodes of one kind, "
-                "or one rank a trial"
+                f"the {self.world} ranks of a trial or fit trained different values: their machines"
+                " compute differently; use nodes of one kind, or one rank a trial"
             )
 
 

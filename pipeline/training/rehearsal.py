@@ -1,7 +1,8 @@
-"""One training step and a pack of a recipe, on two random images: what cannot run on a backbone shows before a study starts.
+"""One training step and a pack of a recipe, on two random images: what cannot run on a backbone
+shows before a study starts.
 
-A part may find its modules and still not run on them, or give a pack that computes something else. In a worker that
-would show trial by trial.
+A part may find its modules and still not run on them, or give a pack that computes something else.
+In a worker that would show trial by trial.
 """
 
 from __future__ import annotations
@@ -30,7 +31,16 @@ def rehearse(inputs: Inputs, recipe: Recipe) -> None:
         BackboneError: it cannot be trained or packed; the message names the part.
     """
     task, precision = inputs.task, recipe.training.precision
-    key = repr((inputs.backbone.fingerprint, task.backbone.model, task.backbone.arguments, inputs.backbone.size_px, precision, task.kind))
+    key = repr(
+        (
+            inputs.backbone.fingerprint,
+            task.backbone.model,
+            task.backbone.arguments,
+            inputs.backbone.size_px,
+            precision,
+            task.kind,
+        )
+    )
     key += recipe.model_dump_json(exclude={"training"})
     if key in _rehearsed:
         return
@@ -39,11 +49,15 @@ def rehearse(inputs: Inputs, recipe: Recipe) -> None:
     _rehearsed.add(key)
 
 
-def _naming_the_part(backbone: LoadedBackbone, task: Task, recipe: Recipe, error: Exception) -> BackboneError:
+def _naming_the_part(
+    backbone: LoadedBackbone, task: Task, recipe: Recipe, error: Exception
+) -> BackboneError:
     """The error of the first part that fails by itself, or that of all of them together."""
     present = [part for part in PARTS if getattr(recipe, part) is not None]
     for part in present:
-        alone = Recipe.model_validate({part: getattr(recipe, part), "head": recipe.head, "training": recipe.training})
+        alone = Recipe.model_validate(
+            {part: getattr(recipe, part), "head": recipe.head, "training": recipe.training}
+        )
         if (own := _failure(backbone, task, alone)) is not None:
             return _cannot_run(f"recipe.{part}", task, own)
     return _cannot_run(f"recipe: {' with '.join(present) or 'head'}", task, error)
@@ -54,7 +68,8 @@ def _cannot_run(what: str, task: Task, error: Exception) -> BackboneError:
         return error
     first_line = (str(error).strip().splitlines() or [""])[0][:200]
     return BackboneError(
-        f"{what}: cannot run on {task.backbone.model} ({type(error).__name__}: {first_line}); leave it out, or choose another backbone"
+        f"{what}: cannot run on {task.backbone.model} ({type(error).__name__}: {first_line}); leave"
+        " it out, or choose another backbone"
     )
 
 
@@ -76,11 +91,15 @@ def _train_and_pack(backbone: LoadedBackbone, task: Task, recipe: Recipe) -> Non
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
         logits = model(images)
     kind = kind_named(task.kind)
-    targets = kind.targets([kind.label([number % len(CLASSES)]) for number in range(len(images))], len(CLASSES))
+    targets = kind.targets(
+        [kind.label([number % len(CLASSES)]) for number in range(len(images))], len(CLASSES)
+    )
     loss = kind.loss(logits.float(), targets)
     (loss + model.auxiliary_loss()).backward()
     if recipe.full is None:
-        selected_anyhow = task.model_copy(update={"selection": Selection()})  # the places are in the pack, whatever criterion will choose them
+        selected_anyhow = task.model_copy(
+            update={"selection": Selection()}
+        )  # the places are in the pack, whatever criterion will choose them
         from_pack(to_pack(model, describe(selected_anyhow, recipe, backbone, CLASSES)), backbone)
 
 
@@ -91,5 +110,7 @@ def _first_places(backbone: LoadedBackbone, recipe: Recipe) -> SelectedIndex | N
     selected: dict[str, RankedPlaces] = {}
     for name, (neurons, inputs) in weight_shapes(backbone.model).items():
         columns = torch.arange(min(recipe.connections.top_k, inputs))
-        selected[name] = RankedPlaces.unranked((torch.arange(neurons)[:, None] * inputs + columns).reshape(-1))
+        selected[name] = RankedPlaces.unranked(
+            (torch.arange(neurons)[:, None] * inputs + columns).reshape(-1)
+        )
     return selected

@@ -1,9 +1,10 @@
 """A fit's state on disk, so that one that died goes on where it was, in the middle of an epoch too.
 
-The frozen backbone is no part of it: trained values and the optimiser's moments are a few times the size of the pack. Batches
-are planned from the index and random numbers are drawn anew for every step, so a step's number says what is read and drawn
-next. On the CPU, a run that goes on gives the same bytes as one that was not interrupted; it may go on on another device. Of
-several ranks, the first writes and reads for all; a state is good for as many ranks as left it.
+The frozen backbone is no part of it: trained values and the optimiser's moments are a few times the
+size of the pack. Batches are planned from the index and random numbers are drawn anew for every
+step, so a step's number says what is read and drawn next. On the CPU, a run that goes on gives the
+same bytes as one that was not interrupted; it may go on on another device. Of several ranks, the
+first writes and reads for all; a state is good for as many ranks as left it.
 """
 
 from __future__ import annotations
@@ -38,9 +39,13 @@ class Progress:
 
 
 class Checkpoint:
-    """The state of one run in the file `path`: due every `every_seconds`, but so seldom that writing takes at most `cost_share` of the time."""
+    """The state of one run in the file `path`: due every `every_seconds`, but so seldom that
+    writing takes at most `cost_share` of the time.
+    """
 
-    def __init__(self, path: Path, every_seconds: float = EVERY_SECONDS, cost_share: float = COST_SHARE) -> None:
+    def __init__(
+        self, path: Path, every_seconds: float = EVERY_SECONDS, cost_share: float = COST_SHARE
+    ) -> None:
         self.path = path
         self.every_seconds = every_seconds
         self._cost_share, self._cost_seconds = cost_share, 0.0
@@ -53,16 +58,22 @@ class Checkpoint:
 
     def is_due(self) -> bool:
         """Whether the state should be written again."""
-        return time.monotonic() - self._written >= max(self.every_seconds, self._cost_seconds / self._cost_share)
+        return time.monotonic() - self._written >= max(
+            self.every_seconds, self._cost_seconds / self._cost_share
+        )
 
     def restore(self, optimiser: torch.optim.Optimizer, ranks: Ranks = ALONE) -> Progress:
-        """Put the state saved last into `optimiser` and what it trains. A missing or damaged file is a fresh start."""
+        """Put the state saved last into `optimiser` and what it trains. A missing or damaged file
+        is a fresh start.
+        """
         try:
             content = ranks.from_first(self._content() if ranks.is_first else b"")
             tensors, metadata = load(content), _metadata(content)
             if metadata["digest"] != fingerprint(tensors):
                 raise ValueError("damaged")
-            progress = Progress(int(metadata["step"]), tensors["losses"].tolist(), float(metadata["seconds"]))
+            progress = Progress(
+                int(metadata["step"]), tensors["losses"].tolist(), float(metadata["seconds"])
+            )
             if int(metadata["ranks"]) != ranks.world:
                 raise ValueError("the state is of another number of ranks")
             _put(tensors, optimiser)
@@ -77,19 +88,28 @@ class Checkpoint:
         except OSError:
             return b""
 
-    def save(self, progress: Progress, optimiser: torch.optim.Optimizer, ranks: Ranks = ALONE) -> None:
+    def save(
+        self, progress: Progress, optimiser: torch.optim.Optimizer, ranks: Ranks = ALONE
+    ) -> None:
         """Write the state, whole or not at all. Raises StorageError where the disk is full."""
         started = time.monotonic()
         if not ranks.is_first:
             return
         scratch = self.path.with_name(f".{self.path.name}.{os.getpid()}")
         tensors = _state(progress, optimiser)
-        metadata = {"step": str(progress.step), "seconds": str(self.seconds()), "ranks": str(ranks.world), "digest": fingerprint(tensors)}
+        metadata = {
+            "step": str(progress.step),
+            "seconds": str(self.seconds()),
+            "ranks": str(ranks.world),
+            "digest": fingerprint(tensors),
+        }
         try:
             save_file(tensors, scratch, metadata)
             os.replace(scratch, self.path)
         except (OSError, SafetensorError) as error:
-            raise StorageError(f"{self.path}: cannot be written ({error}); free space, or choose another folder") from None
+            raise StorageError(
+                f"{self.path}: cannot be written ({error}); free space, or choose another folder"
+            ) from None
         finally:
             with contextlib.suppress(OSError):
                 scratch.unlink()
@@ -99,7 +119,9 @@ class Checkpoint:
     def step(self) -> int:
         """The step of the state saved last; 0 where there is none."""
         try:
-            with safe_open(self.path, "pt") as file:  # the header alone: a driver asks, of states as large as a full model's
+            with safe_open(
+                self.path, "pt"
+            ) as file:  # the header alone: a driver asks, of states as large as a full model's
                 return int(file.metadata()["step"])
         except (OSError, SafetensorError, KeyError, ValueError, TypeError):
             return 0
@@ -117,7 +139,10 @@ def _state(progress: Progress, optimiser: torch.optim.Optimizer) -> dict[str, to
     tensors = {"losses": torch.tensor(progress.losses, dtype=torch.float64)}
     for number, parameter in enumerate(_trained(optimiser)):
         tensors[f"value.{number}"] = parameter.detach().clone()
-        tensors |= {f"optimiser.{number}.{name}": torch.as_tensor(value).clone() for name, value in optimiser.state[parameter].items()}
+        tensors |= {
+            f"optimiser.{number}.{name}": torch.as_tensor(value).clone()
+            for name, value in optimiser.state[parameter].items()
+        }
     return tensors
 
 
@@ -128,13 +153,21 @@ def _metadata(content: bytes) -> dict[str, str]:
 
 @torch.no_grad()
 def _put(tensors: Mapping[str, torch.Tensor], optimiser: torch.optim.Optimizer) -> None:
-    """`_state` back into its places, or nothing of it where any is missing or of another shape. Raises KeyError or ValueError."""
+    """`_state` back into its places, or nothing of it where any is missing or of another shape.
+    Raises KeyError or ValueError.
+    """
     parameters = _trained(optimiser)
     values = [tensors[f"value.{number}"] for number in range(len(parameters))]
-    if any(value.shape != parameter.shape for value, parameter in zip(values, parameters, strict=True)):
+    if any(
+        value.shape != parameter.shape for value, parameter in zip(values, parameters, strict=True)
+    ):
         raise ValueError("the state is of another model")
     moments = {
-        number: {name.split(".", 2)[2]: value for name, value in tensors.items() if name.startswith(f"optimiser.{number}.")}
+        number: {
+            name.split(".", 2)[2]: value
+            for name, value in tensors.items()
+            if name.startswith(f"optimiser.{number}.")
+        }
         for number in range(len(parameters))
     }
     optimiser.load_state_dict({**optimiser.state_dict(), "state": moments})

@@ -1,7 +1,8 @@
-"""What a process computes on: its CPU, or an accelerator that torch knows by a name such as `cuda` or `cuda:1`.
+"""What a process computes on: its CPU, or an accelerator that torch knows by a name such as `cuda`
+or `cuda:1`.
 
-Whatever the package needs to know of a device is asked here, of torch's module for its kind, so that no other file tells
-devices apart by their names.
+Whatever the package needs to know of a device is asked here, of torch's module for its kind, so
+that no other file tells devices apart by their names.
 """
 
 from __future__ import annotations
@@ -38,23 +39,35 @@ def choose_device(name: str | None = None) -> str:
         number, count = 0, 0
     if number >= count:
         here = ["cpu", *(f"cuda:{number}" for number in range(torch.cuda.device_count()))]
-        reason = "" if torch.cuda.is_available() or not name.startswith("cuda") else f" ({_cuda_versions()})"
-        raise SpecError(f"device: given {name!r}; expected one that torch can use here: {', '.join(here)}{reason}")
+        reason = (
+            ""
+            if torch.cuda.is_available() or not name.startswith("cuda")
+            else f" ({_cuda_versions()})"
+        )
+        raise SpecError(
+            f"device: given {name!r}; expected one that torch can use here:"
+            f" {', '.join(here)}{reason}"
+        )
     return name
 
 
 def reserved_gpu() -> str:
-    """The GPU that this process was given. Raises ClusterError where torch cannot use it: training would go to the CPU unseen."""
+    """The GPU that this process was given. Raises ClusterError where torch cannot use it: training
+    would go to the CPU unseen.
+    """
     if not torch.cuda.is_available():
         raise ClusterError(
-            f"this process was given a GPU, and torch cannot use it: {_cuda_versions()}; install a newer driver, or a torch built for this one, "
-            "on every node with GPUs, or train on CPUs with --gpus-per-trial 0"
+            f"this process was given a GPU, and torch cannot use it: {_cuda_versions()}; install a"
+            " newer driver, or a torch built for this one, on every node with GPUs, or train on"
+            " CPUs with --gpus-per-trial 0"
         )
     return "cuda"
 
 
 def check_gpus_usable(gpus_per_trial: float | None) -> None:
-    """Raise ClusterError where this machine has GPUs that a run would be given, and torch cannot use them. `None` takes those that are there."""
+    """Raise ClusterError where this machine has GPUs that a run would be given, and torch cannot
+    use them. `None` takes those that are there.
+    """
     is_hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
     if gpus_per_trial != 0 and not is_hidden and any(_NVIDIA.glob("gpus/*")):
         reserved_gpu()
@@ -64,7 +77,11 @@ def _cuda_versions() -> str:
     """What is said of CUDA by those who must agree."""
     with contextlib.suppress(OSError):
         found = re.search(r"Kernel Module\D*(\d[\d.]*)", (_NVIDIA / "version").read_text())
-        driver = f"NVIDIA's driver is {found.group(1)}" if found else "NVIDIA's driver does not tell its version"
+        driver = (
+            f"NVIDIA's driver is {found.group(1)}"
+            if found
+            else "NVIDIA's driver does not tell its version"
+        )
         return f"{driver}, {_torch_version()}"
     return f"no driver of NVIDIA's is loaded, {_torch_version()}"
 
@@ -93,7 +110,9 @@ def memory_bytes(device: str | torch.device) -> tuple[int, int]:
 
 
 def has_bf16_units(device: str | torch.device) -> bool:
-    """Whether a device computes in bfloat16 rather than emulates it: one that emulates takes up to ten times as long as in float32."""
+    """Whether a device computes in bfloat16 rather than emulates it: one that emulates takes up to
+    ten times as long as in float32.
+    """
     if is_accelerator(device):
         return bool(_module(device).is_bf16_supported(including_emulation=False))
     capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
@@ -101,7 +120,9 @@ def has_bf16_units(device: str | torch.device) -> bool:
 
 
 def computing_dtype(precision: Literal["fp32", "bf16"], device: str | torch.device) -> torch.dtype:
-    """The type to compute in. bfloat16 is for speed, so float32 stands in for it where it is emulated: on a V100 or T4, and on many CPUs."""
+    """The type to compute in. bfloat16 is for speed, so float32 stands in for it where it is
+    emulated: on a V100 or T4, and on many CPUs.
+    """
     return torch.bfloat16 if precision == "bf16" and has_bf16_units(device) else torch.float32
 
 
@@ -109,8 +130,9 @@ def computing_dtype(precision: Literal["fp32", "bf16"], device: str | torch.devi
 def exact_float32() -> Iterator[None]:
     """Compute float32 convolutions in float32, in a fixed order.
 
-    By default, cuDNN rounds their inputs to the 10 bits of TF32 and may add with atomics. Then a GPU would not count the
-    same errors as a CPU, nor select the same connections. Products of matrices are in float32 by torch's own default.
+    By default, cuDNN rounds their inputs to the 10 bits of TF32 and may add with atomics. Then a
+    GPU would not count the same errors as a CPU, nor select the same connections. Products of
+    matrices are in float32 by torch's own default.
     """
     cudnn: Any = torch.backends.cudnn
     before = cudnn.conv.fp32_precision, cudnn.deterministic

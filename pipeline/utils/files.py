@@ -31,17 +31,24 @@ def write_json(path: Path, content: Any, *, indent: int | None = 1) -> None:
     Raises:
         StorageError: the disk is full or the folder cannot be written.
     """
-    scratch = path.with_name(f".{path.name}.{secrets.token_hex(4)}")  # not the process: two machines may write into one folder
+    scratch = path.with_name(
+        f".{path.name}.{secrets.token_hex(4)}"
+    )  # not the process: two machines may write into one folder
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        scratch.write_text(json.dumps(content, indent=indent, sort_keys=True) + "\n", encoding="utf-8")
+        scratch.write_text(
+            json.dumps(content, indent=indent, sort_keys=True) + "\n", encoding="utf-8"
+        )
         os.replace(scratch, path)
     except OSError as error:
-        raise StorageError(f"{path}: cannot be written ({error.strerror}); free space, or choose another folder") from None
+        raise StorageError(
+            f"{path}: cannot be written ({error.strerror}); free space, or choose another folder"
+        ) from None
 
 
 def explained(fault: TaskpackError, log: Path, of: str) -> str:
-    """The message of an error. Where it has a traceback, that is added to `log`, as one `of` a trial or task, and the message says so.
+    """The message of an error. Where it has a traceback, that is added to `log`, as one `of` a
+    trial or task, and the message says so.
 
     A long log begins anew. One that cannot be written is no reason to fail.
     """
@@ -51,13 +58,16 @@ def explained(fault: TaskpackError, log: Path, of: str) -> str:
         log.parent.mkdir(parents=True, exist_ok=True)
         is_long = log.exists() and log.stat().st_size > LOG_BYTES
         with log.open("w" if is_long else "a", encoding="utf-8") as file:
-            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {of}: {fault}\n{fault.details.rstrip()}\n\n")
+            file.write(
+                f"{time.strftime('%Y-%m-%d %H:%M:%S')} {of}: {fault}\n{fault.details.rstrip()}\n\n"
+            )
     return f"{fault}; details in {log}"
 
 
 @contextlib.contextmanager
 def whole(path: Path) -> Iterator[Path]:
-    """A place beside `path` for a new file or folder, which is moved to `path` if all goes well and removed if not.
+    """A place beside `path` for a new file or folder, which is moved to `path` if all goes well and
+    removed if not.
 
     Raises:
         StorageError: `path` exists, the disk is full or the folder cannot be written.
@@ -70,7 +80,9 @@ def whole(path: Path) -> Iterator[Path]:
         yield scratch
         os.rename(scratch, path)
     except OSError as error:
-        raise StorageError(f"{path}: cannot be written ({error.strerror}); free space, or choose another folder") from None
+        raise StorageError(
+            f"{path}: cannot be written ({error.strerror}); free space, or choose another folder"
+        ) from None
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
         with contextlib.suppress(OSError):
@@ -78,7 +90,8 @@ def whole(path: Path) -> Iterator[Path]:
 
 
 def await_file(path: Path) -> None:
-    """Wait until a file that another machine has written is seen here: a network file system may take a minute.
+    """Wait until a file that another machine has written is seen here: a network file system may
+    take a minute.
 
     Raises:
         StorageError: it is not seen.
@@ -86,7 +99,10 @@ def await_file(path: Path) -> None:
     deadline = time.monotonic() + SEEN_SECONDS
     while not path.exists():
         if time.monotonic() > deadline:
-            raise StorageError(f"{path}: a worker has written this file, and it is not seen here; --workdir must be a folder that every node shares")
+            raise StorageError(
+                f"{path}: a worker has written this file, and it is not seen here; --workdir must"
+                " be a folder that every node shares"
+            )
         time.sleep(0.5)
 
 
@@ -100,13 +116,20 @@ def read_json(path: Path) -> Any:
 
 @contextlib.contextmanager
 def exclusive(folder: Path) -> Iterator[None]:
-    """Hold a folder alone: the lock ends with the process, however that ends. Raises StorageError where another process holds it."""
+    """Hold a folder alone: the lock ends with the process, however that ends. Raises StorageError
+    where another process holds it.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder / ".lock", timeout=0).acquire()
     except Timeout:
-        raise StorageError(f"{folder}: another taskpack run is using this folder; wait for it, or give another --workdir") from None
+        raise StorageError(
+            f"{folder}: another taskpack run is using this folder; wait for it, or give another"
+            " --workdir"
+        ) from None
     except OSError as error:
-        raise StorageError(f"{folder}: cannot be written ({error.strerror}); choose another --workdir") from None
+        raise StorageError(
+            f"{folder}: cannot be written ({error.strerror}); choose another --workdir"
+        ) from None
     with lock:
         yield

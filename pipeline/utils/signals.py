@@ -1,8 +1,9 @@
 """Ctrl-C and SIGTERM: both end a command by an exception in its main thread.
 
-SIGTERM is what `kill`, job schedulers and Kubernetes send. Shells start background jobs, and some CI runners start
-everything, with SIGINT ignored, so Python itself would not install its handler; it is installed here in any case. Ray
-replaces the handlers of SIGTERM when it starts, in C++ too; `handlers_kept` puts back those that were there before.
+SIGTERM is what `kill`, job schedulers and Kubernetes send. Shells start background jobs, and some
+CI runners start everything, with SIGINT ignored, so Python itself would not install its handler; it
+is installed here in any case. Ray replaces the handlers of SIGTERM when it starts, in C++ too;
+`handlers_kept` puts back those that were there before.
 """
 
 from __future__ import annotations
@@ -22,16 +23,20 @@ class Terminated(KeyboardInterrupt):
 
 
 def exit_code(interruption: KeyboardInterrupt) -> int:
-    """What a shell reports for a process that the signal has ended: 130 for SIGINT, 143 for SIGTERM."""
+    """What a shell reports for a process that the signal has ended: 130 for SIGINT, 143 for
+    SIGTERM.
+    """
     return 128 + (signal.SIGTERM if isinstance(interruption, Terminated) else signal.SIGINT)
 
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
-    """Within the context, the first SIGINT raises KeyboardInterrupt and the first SIGTERM raises Terminated.
+    """Within the context, the first SIGINT raises KeyboardInterrupt and the first SIGTERM raises
+    Terminated.
 
-    What comes next is the orderly end, which takes seconds: a second Ctrl-C ends the process at once, and SIGTERM, which
-    some schedulers send repeatedly, is ignored. Changes nothing outside the main thread.
+    What comes next is the orderly end, which takes seconds: a second Ctrl-C ends the process at
+    once, and SIGTERM, which some schedulers send repeatedly, is ignored. Changes nothing outside
+    the main thread.
     """
     with handlers_kept():
         if threading.current_thread() is threading.main_thread():

@@ -1,7 +1,9 @@
-"""For the worker processes of a test's cluster: each notes what it begins, and waits there while a test says so.
+"""For the worker processes of a test's cluster: each notes what it begins, and waits there while a
+test says so.
 
-Python imports this file by its name wherever its folder is on PYTHONPATH. The folder TASKPACK_TEST_NOTES gets a line "process what" in `begun` for
-each trial, fit and selection that begins, and is looked at for a file `hold-<kind>`: while it is there, what has begun does not go on.
+Python imports this file by its name wherever its folder is on PYTHONPATH. The folder
+TASKPACK_TEST_NOTES gets a line "process what" in `begun` for each trial, fit and selection that
+begins, and is looked at for a file `hold-<kind>`: while it is there, what has begun does not go on.
 """
 
 import importlib.abc

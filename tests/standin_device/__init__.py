@@ -1,8 +1,10 @@
-"""A stand-in for a GPU: a device of torch, named `mtia`, whose tensors lie in CPU memory and whose operators are the CPU's.
+"""A stand-in for a GPU: a device of torch, named `mtia`, whose tensors lie in CPU memory and whose
+operators are the CPU's.
 
-It shows on any machine what otherwise shows only on a GPU: a tensor that stayed behind (operators refuse mixed devices, as
-CUDA's do), a cast list that differs (CUDA's autocast lists apply), parameters whose data is swapped by `Module.to`, and
-every copy and synchronisation between device and host, which are counted. It proves nothing about speed or CUDA's kernels.
+It shows on any machine what otherwise shows only on a GPU: a tensor that stayed behind (operators
+refuse mixed devices, as CUDA's do), a cast list that differs (CUDA's autocast lists apply),
+parameters whose data is swapped by `Module.to`, and every copy and synchronisation between device
+and host, which are counted. It proves nothing about speed or CUDA's kernels.
 
 `standin.cpp` is compiled once per version of it and of torch, in half a minute of one core.
 """
@@ -26,11 +28,20 @@ SOURCE = Path(__file__).parent / "standin.cpp"
 
 def find_compiler() -> str | None:
     """The C++ compiler of this machine."""
-    return next((path for name in (os.environ.get("CXX"), "c++", "g++", "clang++") if name and (path := shutil.which(name))), None)
+    return next(
+        (
+            path
+            for name in (os.environ.get("CXX"), "c++", "g++", "clang++")
+            if name and (path := shutil.which(name))
+        ),
+        None,
+    )
 
 
 def compiled(folder: Path) -> Path:
-    """The library, compiled in `folder` unless it is there. Raises RuntimeError with the compiler's own words where that fails."""
+    """The library, compiled in `folder` unless it is there. Raises RuntimeError with the compiler's
+    own words where that fails.
+    """
     key = hashlib.sha256(SOURCE.read_bytes() + torch.__version__.encode()).hexdigest()[:16]
     library = folder / f"standin-{key}.so"
     if library.exists():
@@ -42,7 +53,20 @@ def compiled(folder: Path) -> Path:
     libraries = [f"-L{path}" for path in cpp_extension.library_paths()]
     includes = [f"-isystem{path}" for path in cpp_extension.include_paths()]
     abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
-    options = ["-std=c++20", "-O0", "-shared", "-fPIC", abi, *includes, str(SOURCE), "-o", str(scratch), *libraries, "-lc10", "-ltorch_cpu"]
+    options = [
+        "-std=c++20",
+        "-O0",
+        "-shared",
+        "-fPIC",
+        abi,
+        *includes,
+        str(SOURCE),
+        "-o",
+        str(scratch),
+        *libraries,
+        "-lc10",
+        "-ltorch_cpu",
+    ]
     run = subprocess.run([compiler, *options], capture_output=True, text=True, check=False)
     if run.returncode:
         raise RuntimeError(f"{SOURCE.name} does not compile: {run.stderr[-3000:]}")
@@ -51,7 +75,9 @@ def compiled(folder: Path) -> Path:
 
 
 def register(library: Path) -> str:
-    """Make the device known to torch in this process, which must not have had a backward pass yet; its name."""
+    """Make the device known to torch in this process, which must not have had a backward pass yet;
+    its name.
+    """
     if not hasattr(torch.mtia, "_is_standin"):
         torch.ops.load_library(library)
         torch.ops.standin.become_accelerator()
@@ -83,14 +109,21 @@ def limit_bytes() -> int:
 
 @contextlib.contextmanager
 def counted() -> Iterator[Counter[str]]:
-    """How often each operator, `copy to device`, `copy to host` and `synchronisation` happens in the context; filled when it ends."""
+    """How often each operator, `copy to device`, `copy to host` and `synchronisation` happens in
+    the context; filled when it ends.
+    """
     counts: Counter[str] = Counter()
     torch.ops.standin.start_counting()
     try:
         yield counts
     finally:
         torch.ops.standin.stop_counting()
-        counts.update({name: int(number) for name, number in (line.split("\t") for line in torch.ops.standin.counts())})
+        counts.update(
+            {
+                name: int(number)
+                for name, number in (line.split("\t") for line in torch.ops.standin.counts())
+            }
+        )
 
 
 @contextlib.contextmanager

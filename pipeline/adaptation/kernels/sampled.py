@@ -1,14 +1,19 @@
 """The sampled product: of x^T g only the entries that are wanted.
 
-    s[n] = sum_t x[t, c[n]] * g[t, o[n]]        n: an entry (c[n], o[n]) of the [C, O] product, at place c[n] * O + o[n]
+    s[n] = sum_t x[t, c[n]] * g[t, o[n]]        n: an entry (c[n], o[n]) of the [C, O] product, at
+    place c[n] * O + o[n]
 
-It is the gradient of a layer's connections: x are the inputs that any neuron chose, g the gradient of the layer's output. One function, three ways:
+It is the gradient of a layer's connections: x are the inputs that any neuron chose, g the gradient
+of the layer's output. One function, three ways:
 
-- On a CPU, the product over the chosen columns is made whole and read at the places. A neuron's dot product alone is no cheaper: gathering a column
-  for every neuron moves more memory than the product computes. A compiled kernel that does both at once was measured to save 1 % of a step.
-- On a GPU, with few columns, a fused kernel reads x and g once and writes N sums (triton_sampled.py).
-- On a GPU, with many columns, each row of x is many cache lines and gathering from it costs more than the tensor cores' product, which is dropped
-  at once. So it is done, too, where Triton cannot be had: it needs a C compiler and Python's headers when it is first used.
+- On a CPU, the product over the chosen columns is made whole and read at the places. A neuron's dot
+  product alone is no cheaper: gathering a column for every neuron moves more memory than the
+  product computes. A compiled kernel that does both at once was measured to save 1 % of a step.
+- On a GPU, with few columns, a fused kernel reads x and g once and writes N sums
+  (triton_sampled.py).
+- On a GPU, with many columns, each row of x is many cache lines and gathering from it costs more
+  than the tensor cores' product, which is dropped at once. So it is done, too, where Triton cannot
+  be had: it needs a C compiler and Python's headers when it is first used.
 
 Shapes: T tokens, C columns of x, O outputs, N entries.
 """
@@ -26,21 +31,29 @@ FUSED_COLUMNS = 128
 """Columns up to which the fused kernel gathers from one or two cache lines a token."""
 
 
-def sampled_product(x_TC: torch.Tensor, gradient_TO: torch.Tensor, place_N: torch.Tensor) -> torch.Tensor:
-    """The entries [N] of x^T g at `place_N`, in the type of `x_TC`, or float32 from the fused kernel."""
+def sampled_product(
+    x_TC: torch.Tensor, gradient_TO: torch.Tensor, place_N: torch.Tensor
+) -> torch.Tensor:
+    """The entries [N] of x^T g at `place_N`, in the type of `x_TC`, or float32 from the fused
+    kernel.
+    """
     is_fused = x_TC.device.type != "cpu" and x_TC.shape[1] <= FUSED_COLUMNS
     product = (fused_kernel(x_TC.device) if is_fused else None) or plain_sampled_product
     return product(x_TC, gradient_TO, place_N)
 
 
-def plain_sampled_product(x_TC: torch.Tensor, gradient_TO: torch.Tensor, place_N: torch.Tensor) -> torch.Tensor:
+def plain_sampled_product(
+    x_TC: torch.Tensor, gradient_TO: torch.Tensor, place_N: torch.Tensor
+) -> torch.Tensor:
     """The same from the whole product."""
     return (x_TC.T @ gradient_TO).take(place_N)
 
 
 @functools.cache
 def fused_kernel(device: torch.device) -> SampledProduct | None:
-    """The fused kernel, once it has computed something on `device`; None, with a warning in the log, where it cannot."""
+    """The fused kernel, once it has computed something on `device`; None, with a warning in the
+    log, where it cannot.
+    """
     try:
         from pipeline.adaptation.kernels.triton_sampled import fused_sampled_product
 
@@ -48,10 +61,13 @@ def fused_kernel(device: torch.device) -> SampledProduct | None:
         fused_sampled_product(ones, ones, torch.zeros(1, dtype=torch.int64, device=device))
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:  # an import, a compiler, a driver: Triton has no type of its own for what it lacks
+    except (
+        Exception
+    ) as error:  # an import, a compiler, a driver: Triton has no type of its own for what it lacks
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         logging.getLogger(__name__).warning(
-            "connections train without the fused Triton kernel, which cannot be used here (%s); it needs Triton, a C compiler and Python's headers",
+            "connections train without the fused Triton kernel, which cannot be used here (%s); it"
+            " needs Triton, a C compiler and Python's headers",
             reason,
         )
         return None

@@ -1,7 +1,9 @@
-"""The sampled product (sampled.py) as one Triton kernel: x and g are read once, no product is stored.
+"""The sampled product (sampled.py) as one Triton kernel: x and g are read once, no product is
+stored.
 
-A program sums BLOCK_N entries over one share of the tokens; shares are added afterwards, in a fixed order, so that the same inputs give the same
-bits. Entries come in the order of neurons, so neighbours read neighbouring outputs of g; their columns of x lie in one or two cache lines.
+A program sums BLOCK_N entries over one share of the tokens; shares are added afterwards, in a fixed
+order, so that the same inputs give the same bits. Entries come in the order of neurons, so
+neighbours read neighbouring outputs of g; their columns of x lie in one or two cache lines.
 Imported only where it runs: on a GPU, or in Triton's interpreter (TRITON_INTERPRET=1).
 """
 
@@ -42,15 +44,29 @@ def _sums_of_share(  # type: ignore[no-untyped-def]
     for start in range(first, end, BLOCK_T):
         token_T = start + tl.arange(0, BLOCK_T)
         wanted = (token_T < end)[:, None] & is_entry_N[None, :]
-        x = tl.load(x_TC + token_T[:, None].to(tl.int64) * x_stride + column_N[None, :], mask=wanted, other=0.0)
-        gradient = tl.load(gradient_TO + token_T[:, None].to(tl.int64) * gradient_stride + output_N[None, :], mask=wanted, other=0.0)
+        x = tl.load(
+            x_TC + token_T[:, None].to(tl.int64) * x_stride + column_N[None, :],
+            mask=wanted,
+            other=0.0,
+        )
+        gradient = tl.load(
+            gradient_TO + token_T[:, None].to(tl.int64) * gradient_stride + output_N[None, :],
+            mask=wanted,
+            other=0.0,
+        )
         sum_N += tl.sum(x.to(tl.float32) * gradient.to(tl.float32), axis=0)
     tl.store(sums_SN + tl.program_id(1) * entries + entry_N, sum_N, mask=is_entry_N)
 
 
-def fused_sampled_product(x_TC: torch.Tensor, gradient_TO: torch.Tensor, place_N: torch.Tensor) -> torch.Tensor:
-    """Entries [N], float32, of x^T g at `place_N`; tokens of `x_TC` and `gradient_TO` may have any stride, their numbers lie side by side."""
-    x_TC, gradient_TO = (each if each.stride(1) == 1 else each.contiguous() for each in (x_TC, gradient_TO))
+def fused_sampled_product(
+    x_TC: torch.Tensor, gradient_TO: torch.Tensor, place_N: torch.Tensor
+) -> torch.Tensor:
+    """Entries [N], float32, of x^T g at `place_N`; tokens of `x_TC` and `gradient_TO` may have any
+    stride, their numbers lie side by side.
+    """
+    x_TC, gradient_TO = (
+        each if each.stride(1) == 1 else each.contiguous() for each in (x_TC, gradient_TO)
+    )
     tokens, entries = len(x_TC), len(place_N)
     blocks = triton.cdiv(entries, BLOCK_N)
     shares = max(1, min(PROGRAMS // blocks, triton.cdiv(tokens, BLOCK_T)))
@@ -58,7 +74,8 @@ def fused_sampled_product(x_TC: torch.Tensor, gradient_TO: torch.Tensor, place_N
     shares = triton.cdiv(tokens, share)
     sums_SN = torch.empty(shares, entries, dtype=torch.float32, device=x_TC.device)
     _sums_of_share[blocks, shares](
-        x_TC, gradient_TO, place_N, sums_SN, tokens, entries, gradient_TO.shape[1], x_TC.stride(0), gradient_TO.stride(0), share,
+        x_TC, gradient_TO, place_N, sums_SN, tokens, entries, gradient_TO.shape[1],
+        x_TC.stride(0), gradient_TO.stride(0), share,
         BLOCK_N=BLOCK_N, BLOCK_T=BLOCK_T,
     )  # fmt: skip
     return sums_SN.sum(dim=0)

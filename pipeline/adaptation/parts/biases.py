@@ -55,11 +55,17 @@ def biases_beside_layers(model: nn.Module) -> dict[str, nn.Parameter]:
     A recurrent layer's are left out: it reads all its parameters as one buffer.
     """
     layers, norms = tunable_layers(model), norms_of(model)
-    owners = {name for name, module in model.named_modules() if name not in layers and name not in norms and not isinstance(module, nn.RNNBase)}
+    owners = {
+        name
+        for name, module in model.named_modules()
+        if name not in layers and name not in norms and not isinstance(module, nn.RNNBase)
+    }
     return {
         name: parameter
         for name, parameter in model.named_parameters()
-        if name.rpartition(".")[0] in owners and any(word in name for word in _TRAINS) and not any(word in name for word in _FROZEN)
+        if name.rpartition(".")[0] in owners
+        and any(word in name for word in _TRAINS)
+        and not any(word in name for word in _FROZEN)
     }
 
 

@@ -2,13 +2,15 @@
 
     a(x) = scale * up(dropout(relu(down(x))))        no biases; down is [H, D], up [D, H]
 
-    parallel           x + mlp(norm2(x)) + a(x)      AdaptFormer (arXiv 2205.13535): x is the residual stream, not normalised
+    parallel           x + mlp(norm2(x)) + a(x)      AdaptFormer (arXiv 2205.13535): x is the
+    residual stream, not normalised
     after_mlp          x + h + a(h)                  h = mlp(norm2(x)); Pfeiffer (arXiv 2005.00247)
     after_attention    x + h + a(h)                  h = attn(norm1(x))
     after_both         the last two together         Houlsby (arXiv 1902.00751)
 
-Forward hooks add the output where a branch ends, after LayerScale or ConvNeXt's gamma, so the block's own code and names stay as they are.
-Their low-bit form is Binary Adapter (arXiv 2307.16867). Shapes: D width of the backbone, H width of the bottleneck.
+Forward hooks add the output where a branch ends, after LayerScale or ConvNeXt's gamma, so the
+block's own code and names stay as they are. Their low-bit form is Binary Adapter (arXiv
+2307.16867). Shapes: D width of the backbone, H width of the bottleneck.
 """
 
 from __future__ import annotations
@@ -31,7 +33,9 @@ from pipeline.specs import Adapter
 class Bottleneck(nn.Module):
     """One adapter. `current` holds this forward pass's `down` [H, D] and `up` [D, H]."""
 
-    def __init__(self, spec: Adapter, dropout: SeededDropout, block: nn.Module, branch: Branch) -> None:
+    def __init__(
+        self, spec: Adapter, dropout: SeededDropout, block: nn.Module, branch: Branch
+    ) -> None:
         super().__init__()
         self.scale, self.channels_first = spec.scale, branch.channels_first
         self.reads_stream = spec.placement == "parallel"
@@ -44,15 +48,21 @@ class Bottleneck(nn.Module):
         BranchEnd(block, branch, self._add_to_branch)
 
     def forward(self, x: torch.Tensor, beside: torch.Tensor) -> torch.Tensor:
-        """The adapter's output for inputs [..., D] (or [B, D, H, W] where channels come first), added to `beside` of the same shape."""
+        """The adapter's output for inputs [..., D] (or [B, D, H, W] where channels come first),
+        added to `beside` of the same shape.
+        """
         if self.channels_first:
             return self._add(x.movedim(1, -1), beside.movedim(1, -1)).movedim(-1, 1)
         return self._add(x, beside)
 
     def _add(self, x: torch.Tensor, beside: torch.Tensor) -> torch.Tensor:
-        hidden_TH = self.dropout[0](F.relu(F.linear(x.reshape(-1, x.shape[-1]), self.current["down"])))
+        hidden_TH = self.dropout[0](
+            F.relu(F.linear(x.reshape(-1, x.shape[-1]), self.current["down"]))
+        )
         up_HD = (self.scale * self.current["up"]).T
-        return torch.addmm(beside.reshape(-1, beside.shape[-1]), hidden_TH, up_HD).view(beside.shape)
+        return torch.addmm(beside.reshape(-1, beside.shape[-1]), hidden_TH, up_HD).view(
+            beside.shape
+        )
 
     def _keep_stream(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
         """Pre-hook of the module that reads the residual stream."""
@@ -65,9 +75,23 @@ class Bottleneck(nn.Module):
 
 def _branches(slot: MlpSlot, spec: Adapter) -> dict[str, Branch]:
     """Those of a block's branches that get an adapter."""
-    wanted = {"parallel": ("mlp",), "after_mlp": ("mlp",), "after_attention": ("attention",), "after_both": ("mlp", "attention")}
-    found = {name: branch for name in wanted[spec.placement] for branch in [getattr(slot, name)] if branch is not None}
-    return {name: branch for name, branch in found.items() if spec.placement != "parallel" or branch.stream is not None}
+    wanted = {
+        "parallel": ("mlp",),
+        "after_mlp": ("mlp",),
+        "after_attention": ("attention",),
+        "after_both": ("mlp", "attention"),
+    }
+    found = {
+        name: branch
+        for name in wanted[spec.placement]
+        for branch in [getattr(slot, name)]
+        if branch is not None
+    }
+    return {
+        name: branch
+        for name, branch in found.items()
+        if spec.placement != "parallel" or branch.stream is not None
+    }
 
 
 @register
@@ -79,7 +103,9 @@ class AdapterPart(Part):
 
     def plan(self, spec: Adapter, site: Site) -> list[PlannedTensor]:
         """Two matrices per adapter. Raises BackboneError where no block has the branch."""
-        branches = {(slot.block, name): slot.width for slot in site.slots for name in _branches(slot, spec)}
+        branches = {
+            (slot.block, name): slot.width for slot in site.slots for name in _branches(slot, spec)
+        }
         _check_branches({branch for _, branch in branches}, spec, site)
         planned = []
         for (block, branch), width in branches.items():
@@ -113,5 +139,6 @@ def _check_branches(found: set[str], spec: Adapter, site: Site) -> None:
     ]
     hint = f"choose {' or '.join(others)}" if others else "leave this part out"
     raise BackboneError(
-        f"recipe.adapter.placement: given {spec.placement!r}; {type(site.model).__name__} has no {missing[0]} branch whose ends are known; {hint}"
+        f"recipe.adapter.placement: given {spec.placement!r}; {type(site.model).__name__} has no"
+        f" {missing[0]} branch whose ends are known; {hint}"
     )

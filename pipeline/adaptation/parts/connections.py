@@ -1,14 +1,18 @@
-"""Connections: a layer's frozen weight with a few selected entries that train (GPS, arXiv 2312.10136), and its bias.
+"""Connections: a layer's frozen weight with a few selected entries that train (GPS, arXiv
+2312.10136), and its bias.
 
     y = (W + V) x + b        V is zero but for v[n] at row o[n] and column i[n]
     dv[n] = sum_t g[t, o[n]] * x[t, i[n]]
 
-The forward pass is the plain dense layer on a weight with the changed entries written in. The backward pass hands gradients to the short vector of
-values only. A layer's neurons choose among few columns (some 30 of 192 in a pretrained ViT at K = 1): only those columns of the input are kept, and
-the gradient is a few entries of their product with the output's gradient (sampled.py). Where most columns are chosen, the dense product is made and
-dropped at once. Linear and Conv2d share the code: a convolution's weight is seen as [out, in * kh * kw].
-Shapes: O outputs (neurons), I inputs of a neuron, K kept connections of a neuron, N kept connections of a layer, U distinct columns chosen in a
-layer, T tokens or pixels. A place is a number o * I + i: an entry of the weight seen as one row-major [O, I] matrix.
+The forward pass is the plain dense layer on a weight with the changed entries written in. The
+backward pass hands gradients to the short vector of values only. A layer's neurons choose among few
+columns (some 30 of 192 in a pretrained ViT at K = 1): only those columns of the input are kept, and
+the gradient is a few entries of their product with the output's gradient (sampled.py). Where most
+columns are chosen, the dense product is made and dropped at once. Linear and Conv2d share the code:
+a convolution's weight is seen as [out, in * kh * kw]. Shapes: O outputs (neurons), I inputs of a
+neuron, K kept connections of a neuron, N kept connections of a layer, U distinct columns chosen in
+a layer, T tokens or pixels. A place is a number o * I + i: an entry of the weight seen as one
+row-major [O, I] matrix.
 """
 
 from __future__ import annotations
@@ -30,45 +34,76 @@ from pipeline.adaptation.wrapper import Wrapper
 from pipeline.specs import Connections
 
 FEW_COLUMNS = 0.5
-"""Share of a layer's columns up to which gathering them first is faster than the dense product, measured on CPU."""
+"""Share of a layer's columns up to which gathering them first is faster than the dense product,
+measured on CPU.
+"""
 
 
-def apply_layer(layer: TunableLayer, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+def apply_layer(
+    layer: TunableLayer, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
     """The plain dense layer on another weight and bias."""
     if isinstance(layer, nn.Linear):
         return F.linear(x, weight, bias)
     return F.conv2d(x, weight, bias, layer.stride, layer.padding, layer.dilation, layer.groups)
 
 
-def dense_weight_gradient(layer: TunableLayer, x: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+def dense_weight_gradient(
+    layer: TunableLayer, x: torch.Tensor, gradient: torch.Tensor
+) -> torch.Tensor:
     """Gradient of the layer's weight as [O, I], from its input and its output's gradient."""
     if isinstance(layer, nn.Linear):
         return gradient.reshape(-1, gradient.shape[-1]).T @ x.reshape(-1, x.shape[-1])
-    weight_gradient = nn_grad.conv2d_weight(x, list(layer.weight.shape), gradient, layer.stride, layer.padding, layer.dilation, layer.groups)
+    weight_gradient = nn_grad.conv2d_weight(
+        x,
+        list(layer.weight.shape),
+        gradient,
+        layer.stride,
+        layer.padding,
+        layer.dilation,
+        layer.groups,
+    )
     return weight_gradient.reshape(layer.weight.shape[0], -1)
 
 
-def _input_gradient(layer: TunableLayer, x_shape: torch.Size, weight: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+def _input_gradient(
+    layer: TunableLayer, x_shape: torch.Size, weight: torch.Tensor, gradient: torch.Tensor
+) -> torch.Tensor:
     if isinstance(layer, nn.Linear):
         return gradient @ weight
-    return nn_grad.conv2d_input(list(x_shape), weight, gradient, layer.stride, layer.padding, layer.dilation, layer.groups)
+    return nn_grad.conv2d_input(
+        list(x_shape), weight, gradient, layer.stride, layer.padding, layer.dilation, layer.groups
+    )
 
 
 def _as_tokens(layer: TunableLayer, x: torch.Tensor) -> torch.Tensor | None:
-    """The layer's input as [T, I], one row an output position, where that is a view or a permutation of it: Linear, and Conv2d on patches."""
+    """The layer's input as [T, I], one row an output position, where that is a view or a
+    permutation of it: Linear, and Conv2d on patches.
+    """
     if isinstance(layer, nn.Linear):
         return x.reshape(-1, x.shape[-1])
     kernel, images, channels = layer.kernel_size, x.shape[0], x.shape[1]
-    on_patches = kernel == layer.stride and layer.groups == 1 and layer.padding == (0, 0) and layer.dilation == (1, 1)
+    on_patches = (
+        kernel == layer.stride
+        and layer.groups == 1
+        and layer.padding == (0, 0)
+        and layer.dilation == (1, 1)
+    )
     if not on_patches or x.shape[2] % kernel[0] or x.shape[3] % kernel[1]:
         return None
-    patches = x.reshape(images, channels, x.shape[2] // kernel[0], kernel[0], x.shape[3] // kernel[1], kernel[1])
+    patches = x.reshape(
+        images, channels, x.shape[2] // kernel[0], kernel[0], x.shape[3] // kernel[1], kernel[1]
+    )
     return patches.permute(0, 2, 4, 1, 3, 5).reshape(-1, channels * kernel[0] * kernel[1])
 
 
 def _outputs_as_tokens(layer: TunableLayer, y: torch.Tensor) -> torch.Tensor:
     """[T, O] in the order of `_as_tokens`."""
-    return y.reshape(-1, y.shape[-1]) if isinstance(layer, nn.Linear) else y.movedim(1, -1).reshape(-1, y.shape[1])
+    return (
+        y.reshape(-1, y.shape[-1])
+        if isinstance(layer, nn.Linear)
+        else y.movedim(1, -1).reshape(-1, y.shape[1])
+    )
 
 
 def _chosen_and_one(tokens_TI: torch.Tensor, columns_U: torch.Tensor) -> torch.Tensor:
@@ -83,33 +118,68 @@ class _ConnectedProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, x: torch.Tensor, values_N: torch.Tensor, bias: torch.Tensor | None, weight: torch.Tensor, tuned: TunedLayer
+        ctx: Any,
+        x: torch.Tensor,
+        values_N: torch.Tensor,
+        bias: torch.Tensor | None,
+        weight: torch.Tensor,
+        tuned: TunedLayer,
     ) -> torch.Tensor:
-        ctx.tuned, ctx.x_shape, ctx.values_dtype, ctx.bias_dtype = tuned, x.shape, values_N.dtype, None if bias is None else bias.dtype
-        # The weight is written in place at the next step only, after this backward pass; saved as an attribute, it needs no version check.
+        ctx.tuned, ctx.x_shape, ctx.values_dtype, ctx.bias_dtype = (
+            tuned,
+            x.shape,
+            values_N.dtype,
+            None if bias is None else bias.dtype,
+        )
+        # The weight is written in place at the next step only, after this backward pass; saved as
+        # an attribute, it needs no version check.
         ctx.weight = weight
         tokens_TI = _as_tokens(tuned.base, x) if tuned.has_few_columns else None
         ctx.keeps_columns = tokens_TI is not None
-        ctx.save_for_backward(x if tokens_TI is None else _chosen_and_one(tokens_TI, tuned.columns_U))
+        ctx.save_for_backward(
+            x if tokens_TI is None else _chosen_and_one(tokens_TI, tuned.columns_U)
+        )
         return apply_layer(tuned.base, x, weight, None if bias is None else bias.to(weight.dtype))
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor | None, None, None]:  # type: ignore[override]
+    def backward(
+        ctx: Any, gradient: torch.Tensor
+    ) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor | None, None, None]:  # type: ignore[override]
         tuned, (kept,) = ctx.tuned, ctx.saved_tensors
-        x_gradient = _input_gradient(tuned.base, ctx.x_shape, ctx.weight, gradient) if ctx.needs_input_grad[0] else None
+        x_gradient = (
+            _input_gradient(tuned.base, ctx.x_shape, ctx.weight, gradient)
+            if ctx.needs_input_grad[0]
+            else None
+        )
         gradient_TO = _outputs_as_tokens(tuned.base, gradient)
         if ctx.keeps_columns:
-            sums = sampled_product(kept, gradient_TO, tuned.sampled_place if ctx.needs_input_grad[2] else tuned.sampled_place[: len(tuned.index_N)])
+            sums = sampled_product(
+                kept,
+                gradient_TO,
+                tuned.sampled_place
+                if ctx.needs_input_grad[2]
+                else tuned.sampled_place[: len(tuned.index_N)],
+            )
             values_gradient, bias_gradient = sums[: len(tuned.index_N)], sums[len(tuned.index_N) :]
         else:
-            values_gradient, bias_gradient = dense_weight_gradient(tuned.base, kept, gradient).take(tuned.index_N), gradient_TO.sum(dim=0)
-        return x_gradient, values_gradient.to(ctx.values_dtype), bias_gradient.to(ctx.bias_dtype) if ctx.needs_input_grad[2] else None, None, None
+            values_gradient, bias_gradient = (
+                dense_weight_gradient(tuned.base, kept, gradient).take(tuned.index_N),
+                gradient_TO.sum(dim=0),
+            )
+        return (
+            x_gradient,
+            values_gradient.to(ctx.values_dtype),
+            bias_gradient.to(ctx.bias_dtype) if ctx.needs_input_grad[2] else None,
+            None,
+            None,
+        )
 
 
 class TunedLayer(Wrapper, WeightChange):
     """A frozen Linear or Conv2d with trained connections, a trained bias, or both.
 
-    `current` holds what this forward pass uses: `connections` [N] is added to the weight's entries at the places `index_N`, `bias` [O] to the bias.
+    `current` holds what this forward pass uses: `connections` [N] is added to the weight's entries
+    at the places `index_N`, `bias` [O] to the bias.
 
     Args:
         base: the backbone's layer; never written to.
@@ -134,32 +204,66 @@ class TunedLayer(Wrapper, WeightChange):
             columns_U, column_of_N = (index_N % columns).unique(return_inverse=True)
             self.has_few_columns = len(columns_U) <= FEW_COLUMNS * columns
             self.register_buffer("frozen_N", base.weight.detach().take(index_N), persistent=False)
-            # One more column of ones makes the bias gradient part of the same product: its sums are the last row.
+            # One more column of ones makes the bias gradient part of the same product: its sums are
+            # the last row.
             outputs, chosen = base.weight.shape[0], len(columns_U)
-            places = [column_of_N * outputs + index_N // columns, torch.arange(chosen * outputs, (chosen + 1) * outputs)]
-            self.register_buffer("columns_U", torch.cat([columns_U, columns_U[-1:]]), persistent=False)
+            places = [
+                column_of_N * outputs + index_N // columns,
+                torch.arange(chosen * outputs, (chosen + 1) * outputs),
+            ]
+            self.register_buffer(
+                "columns_U", torch.cat([columns_U, columns_U[-1:]]), persistent=False
+            )
             self.register_buffer("sampled_place", torch.cat(places), persistent=False)
 
     @property
     def weight(self) -> torch.Tensor:
-        """The effective weight with its gradient, for blocks that use a layer's weight themselves (SwinV2, BEiT)."""
+        """The effective weight with its gradient, for blocks that use a layer's weight themselves
+        (SwinV2, BEiT).
+        """
         if self.index_N is None:
             return self.base.weight
-        return self.base.weight.flatten().scatter_add(0, self.index_N, self.current["connections"]).view(self.base.weight.shape)
+        return (
+            self.base.weight.flatten()
+            .scatter_add(0, self.index_N, self.current["connections"])
+            .view(self.base.weight.shape)
+        )
 
     def weight_with(self, values_N: torch.Tensor) -> torch.Tensor:
-        """The effective weight, shaped as the base layer's: every entry but the selected ones is the backbone's, bit for bit."""
+        """The effective weight, shaped as the base layer's: every entry but the selected ones is
+        the backbone's, bit for bit.
+        """
         assert self.index_N is not None
-        return self.base.weight.detach().flatten().scatter(0, self.index_N, self.frozen_N + values_N.detach()).view(self.base.weight.shape)
+        return (
+            self.base.weight.detach()
+            .flatten()
+            .scatter(0, self.index_N, self.frozen_N + values_N.detach())
+            .view(self.base.weight.shape)
+        )
 
     def own_parameters(self) -> list[nn.Parameter]:
         """The base layer's parameters that trained changes are added to."""
-        return [parameter for name, parameter in self.base.named_parameters() if name == "bias" or self.index_N is not None]
+        return [
+            parameter
+            for name, parameter in self.base.named_parameters()
+            if name == "bias" or self.index_N is not None
+        ]
 
     def merge(self, is_merged: bool) -> None:
-        """Take the current values into weight and bias, until told otherwise: then a forward pass is the plain layer's."""
+        """Take the current values into weight and bias, until told otherwise: then a forward pass
+        is the plain layer's.
+        """
         self._written = None  # the next training step writes its own again
-        self._merged = (self.base.weight if self.index_N is None else self.weight_with(self.current["connections"]), self.bias) if is_merged else None
+        self._merged = (
+            (
+                self.base.weight
+                if self.index_N is None
+                else self.weight_with(self.current["connections"]),
+                self.bias,
+            )
+            if is_merged
+            else None
+        )
 
     @property
     def bias(self) -> torch.Tensor | None:
@@ -168,9 +272,15 @@ class TunedLayer(Wrapper, WeightChange):
         return bias + self.current["bias"] if bias is not None and "bias" in self.current else bias
 
     def _write(self, values_N: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """The effective weight in `dtype`, written into a copy that is made once and kept while training."""
+        """The effective weight in `dtype`, written into a copy that is made once and kept while
+        training.
+        """
         assert self.index_N is not None
-        if self._written is None or self._written.dtype != dtype or self._written.device != self.base.weight.device:
+        if (
+            self._written is None
+            or self._written.dtype != dtype
+            or self._written.device != self.base.weight.device
+        ):
             self._written = self.base.weight.detach().flatten().to(dtype, copy=True)
         self._written.scatter_(0, self.index_N, (self.frozen_N + values_N.detach()).to(dtype))
         return self._written.view(self.base.weight.shape)
@@ -183,8 +293,14 @@ class TunedLayer(Wrapper, WeightChange):
         values_N = self.current["connections"]
         if not torch.is_grad_enabled():
             return apply_layer(self.base, x, self.weight_with(values_N), self.bias)
-        dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
-        return _ConnectedProduct.apply(x.to(dtype), values_N, self.bias, self._write(values_N, dtype), self)
+        dtype = (
+            torch.get_autocast_dtype(x.device.type)
+            if torch.is_autocast_enabled(x.device.type)
+            else x.dtype
+        )
+        return _ConnectedProduct.apply(
+            x.to(dtype), values_N, self.bias, self._write(values_N, dtype), self
+        )
 
     def plain_tensors(self) -> dict[str, torch.Tensor]:
         """The effective weight and bias."""
@@ -207,13 +323,19 @@ class ConnectionsPart(Part):
     needs = "it needs Linear or Conv2d layers"
 
     def plan(self, spec: Connections, site: Site) -> list[PlannedTensor]:
-        """A vector per layer: as many values as the selection keeps or, without one, K per neuron."""
+        """A vector per layer: as many values as the selection keeps or, without one, K per
+        neuron.
+        """
         shapes = weight_shapes(site.model)
         counts = {name: kept_at(shape, spec.top_k) for name, shape in shapes.items()}
         if site.selected is not None:
             kept = kept_places(site.selected, spec.top_k)
             counts = {name: len(place_N) for name, place_N in kept.items()}
-        return [PlannedTensor("connections", name, (counts[name],), spec.bits, shape) for name, shape in shapes.items() if name in counts]
+        return [
+            PlannedTensor("connections", name, (counts[name],), spec.bits, shape)
+            for name, shape in shapes.items()
+            if name in counts
+        ]
 
     def attach(self, spec: Connections, assembly: Assembly) -> None:
         """Replace every layer, and with it its bias."""

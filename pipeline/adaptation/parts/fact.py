@@ -1,6 +1,7 @@
 """FacT-TT: the changes of all layers as one tensor train (arXiv 2212.03145).
 
-    y = W x + scale * (I_a ⊗ out) dropout(core (I_b ⊗ in) x)        core is [a R, b R], in [R, D], out [D, R]
+    y = W x + scale * (I_a ⊗ out) dropout(core (I_b ⊗ in) x)        core is [a R, b R], in [R, D],
+    out [D, R]
 
 `in` and `out` are shared by all layers of one width D; each layer has a small core of its own. A
 layer of b D inputs and a D outputs is cut into pieces of D: the projection of q, k and v has a = 3,
@@ -38,7 +39,13 @@ class FactorisedLayer(Wrapper, WeightChange):
 
     base: nn.Linear | TunedLayer
 
-    def __init__(self, base: nn.Linear | TunedLayer, factors: SharedFactors, spec: Fact, dropout: SeededDropout) -> None:
+    def __init__(
+        self,
+        base: nn.Linear | TunedLayer,
+        factors: SharedFactors,
+        spec: Fact,
+        dropout: SeededDropout,
+    ) -> None:
         super().__init__(base)
         self.scale, self.rank = spec.scale, spec.rank
         self.shared = (factors, dropout)  # in a tuple: neither is a child of this layer
@@ -76,12 +83,17 @@ class FactorisedLayer(Wrapper, WeightChange):
 
 def _sites(model: nn.Module, spec: Fact) -> dict[str, nn.Linear]:
     """The layers that change, in the model's order. Raises BackboneError."""
-    linear = {name: layer for name, layer in tunable_layers(model).items() if isinstance(layer, nn.Linear)}
+    linear = {
+        name: layer for name, layer in tunable_layers(model).items() if isinstance(layer, nn.Linear)
+    }
     leaves = {name: name.rpartition(".")[2] for name in linear}
     unknown = [target for target in spec.targets if target not in leaves.values()]
     if unknown:
         known = ", ".join(sorted(set(leaves.values()))) or "no Linear layers"
-        raise BackboneError(f"recipe.fact.targets: given {unknown[0]!r}, which matches no Linear layer of {type(model).__name__}; it has {known}")
+        raise BackboneError(
+            f"recipe.fact.targets: given {unknown[0]!r}, which matches no Linear layer of"
+            f" {type(model).__name__}; it has {known}"
+        )
     chosen = {name: layer for name, layer in linear.items() if leaves[name] in spec.targets}
     for name, layer in chosen.items():
         if max(layer.weight.shape) % width_of(layer):
@@ -116,7 +128,9 @@ class FactPart(Part):
         for name, layer in sites.items():
             outputs, inputs = (rank * size // width_of(layer) for size in layer.weight.shape)
             core = (outputs, inputs)
-            planned.append(PlannedTensor("adapters", f"fact.{name}.core", core, spec.bits, start="linear"))
+            planned.append(
+                PlannedTensor("adapters", f"fact.{name}.core", core, spec.bits, start="linear")
+            )
         return planned
 
     def attach(self, spec: Fact, assembly: Assembly) -> None:

@@ -1,4 +1,6 @@
-"""Full fine-tuning: every parameter of the backbone trains, as a change added to the frozen one. A baseline, at the size of the backbone."""
+"""Full fine-tuning: every parameter of the backbone trains, as a change added to the frozen one. A
+baseline, at the size of the backbone.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,9 @@ from pipeline.specs import Full
 
 
 class TunedNetwork(nn.Module, WeightChange):
-    """A frozen network on other weights. `current` holds the change of each of its parameters, flattened to a matrix where it has more dimensions."""
+    """A frozen network on other weights. `current` holds the change of each of its parameters,
+    flattened to a matrix where it has more dimensions.
+    """
 
     def __init__(self, base: nn.Module) -> None:
         super().__init__()
@@ -30,16 +34,23 @@ class TunedNetwork(nn.Module, WeightChange):
 
     def plain_tensors(self) -> dict[str, torch.Tensor]:
         """Its parameters with the current changes added."""
-        return {name: frozen + self.current[name].view(frozen.shape) for name, frozen in self.base.named_parameters()}
+        return {
+            name: frozen + self.current[name].view(frozen.shape)
+            for name, frozen in self.base.named_parameters()
+        }
 
     def _forget(self) -> None:
-        """Setting the mode drops what a network keeps of its parameters from pass to pass (LeViT's attention biases)."""
+        """Setting the mode drops what a network keeps of its parameters from pass to pass (LeViT's
+        attention biases).
+        """
         self.base.train(False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self._merged is None:
             self._forget()
-        return torch.func.functional_call(self.base, self.plain_tensors() if self._merged is None else self._merged, (x,))
+        return torch.func.functional_call(
+            self.base, self.plain_tensors() if self._merged is None else self._merged, (x,)
+        )
 
 
 @register
@@ -53,8 +64,14 @@ class FullPart(Part):
 
         A kernel is one matrix [out, in * kh * kw], with one mean and one sd below 16 bits.
         """
-        shapes = {name: (tensor.flatten(1) if tensor.ndim > 2 else tensor).shape for name, tensor in site.model.named_parameters()}
-        return [PlannedTensor("full", f"full.{name}", tuple(shape), spec.bits) for name, shape in shapes.items()]
+        shapes = {
+            name: (tensor.flatten(1) if tensor.ndim > 2 else tensor).shape
+            for name, tensor in site.model.named_parameters()
+        }
+        return [
+            PlannedTensor("full", f"full.{name}", tuple(shape), spec.bits)
+            for name, shape in shapes.items()
+        ]
 
     def attach(self, spec: Full, assembly: Assembly) -> None:
         """Wrap the whole network."""

@@ -1,9 +1,12 @@
-"""LoRA: low-rank changes of chosen projections (arXiv 2106.09685; low-bit form: Binary Adapter, arXiv 2307.16867).
+"""LoRA: low-rank changes of chosen projections (arXiv 2106.09685; low-bit form: Binary Adapter,
+arXiv 2307.16867).
 
-    y[rows] = (W x)[rows] + scale * up(dropout(down(x)))        down is [R, I], up [rows, R]; no activation, no biases
+    y[rows] = (W x)[rows] + scale * up(dropout(down(x)))        down is [R, I], up [rows, R]; no
+    activation, no biases
 
-timm fuses the projections of q, k and v into one Linear `qkv` of 3 D rows: q, k and v name its thirds, where they are laid out so (fused.py). All
-low-rank changes of one layer are two matrix products: their `down`s are stacked, and each `up` is filled up with zeros to the layer's rows.
+timm fuses the projections of q, k and v into one Linear `qkv` of 3 D rows: q, k and v name its
+thirds, where they are laid out so (fused.py). All low-rank changes of one layer are two matrix
+products: their `down`s are stacked, and each `up` is filled up with zeros to the layer's rows.
 Shapes: I inputs, O outputs, R rank, S ranks of all the layer's changes together.
 """
 
@@ -31,31 +34,49 @@ Rows = tuple[int, int]
 
 
 class LowRankLayer(Wrapper, WeightChange):
-    """A layer with low-rank changes. `current` holds `<target>.down` [R, I] and `<target>.up` [rows, R] of this forward pass."""
+    """A layer with low-rank changes. `current` holds `<target>.down` [R, I] and `<target>.up`
+    [rows, R] of this forward pass.
+    """
 
     base: TunableLayer | TunedLayer
 
-    def __init__(self, base: TunableLayer | TunedLayer, outputs: int, rows: Mapping[str, Rows], spec: Lora, dropout: SeededDropout) -> None:
+    def __init__(
+        self,
+        base: TunableLayer | TunedLayer,
+        outputs: int,
+        rows: Mapping[str, Rows],
+        spec: Lora,
+        dropout: SeededDropout,
+    ) -> None:
         super().__init__(base)
         self.outputs, self.rows, self.scale = outputs, dict(rows), spec.scale
         self._merged: tuple[torch.Tensor, torch.Tensor | None] | None = None
-        self.dropout = [dropout]  # in a list: its mode is set in one place, not by the frozen network around this layer
+        self.dropout = [
+            dropout
+        ]  # in a list: its mode is set in one place, not by the frozen network around this layer
         self.current: dict[str, torch.Tensor] = {}
 
     def matrices(self) -> tuple[torch.Tensor, torch.Tensor]:
         """`down` [S, I] and `up` [O, S] of all changes together."""
         down_SI = torch.cat([self.current[f"{target}.down"] for target in self.rows])
-        ups = [F.pad(self.current[f"{target}.up"], (0, 0, first, self.outputs - end)) for target, (first, end) in self.rows.items()]
+        ups = [
+            F.pad(self.current[f"{target}.up"], (0, 0, first, self.outputs - end))
+            for target, (first, end) in self.rows.items()
+        ]
         return down_SI, self.scale * torch.cat(ups, dim=1)
 
     @property
     def weight(self) -> torch.Tensor:
-        """The effective weight, for blocks that use a layer's weight themselves (SwinV2, BEiT); without dropout."""
+        """The effective weight, for blocks that use a layer's weight themselves (SwinV2, BEiT);
+        without dropout.
+        """
         down_SI, up_OS = self.matrices()
         return self.base.weight + (up_OS @ down_SI).view(self.base.weight.shape)
 
     def merge(self, is_merged: bool) -> None:
-        """Take the current changes into the weight, until told otherwise: then a forward pass is the plain layer's."""
+        """Take the current changes into the weight, until told otherwise: then a forward pass is
+        the plain layer's.
+        """
         self._merged = (self.weight, self.base.bias) if is_merged else None
 
     def plain_tensors(self) -> dict[str, torch.Tensor]:
@@ -81,13 +102,20 @@ def _possible_targets(backbone: LoadedBackbone) -> dict[str, list[tuple[str, Tun
     """For each name a target can have: the layers it matches, and which of their rows."""
     found: dict[str, list[tuple[str, TunableLayer, Rows]]] = {}
     for name, layer in tunable_layers(backbone.model).items():
-        if isinstance(layer, nn.Conv2d) and (layer.kernel_size != (1, 1) or layer.stride != (1, 1) or layer.groups != 1 or layer.padding != (0, 0)):
+        if isinstance(layer, nn.Conv2d) and (
+            layer.kernel_size != (1, 1)
+            or layer.stride != (1, 1)
+            or layer.groups != 1
+            or layer.padding != (0, 0)
+        ):
             continue
         leaf, outputs = name.rpartition(".")[2], layer.weight.shape[0]
         found.setdefault(leaf, []).append((name, layer, (0, outputs)))
         if in_thirds(backbone).get(name):
             for index, third in enumerate("qkv"):
-                found.setdefault(third, []).append((name, layer, (index * outputs // 3, (index + 1) * outputs // 3)))
+                found.setdefault(third, []).append(
+                    (name, layer, (index * outputs // 3, (index + 1) * outputs // 3))
+                )
     return found
 
 
@@ -98,13 +126,17 @@ def _sites(backbone: LoadedBackbone, spec: Lora) -> dict[str, tuple[TunableLayer
     thirds = [target for target in spec.targets if target in ("q", "k", "v")]
     if mixed and thirds:
         raise BackboneError(
-            f"recipe.lora.targets: given {thirds[0]!r}; the rows of {mixed[0]!r} in {type(model).__name__} are not laid out as q, k and v in thirds; "
-            "name the whole layer, qkv"
+            f"recipe.lora.targets: given {thirds[0]!r}; the rows of {mixed[0]!r} in"
+            f" {type(model).__name__} are not laid out as q, k and v in thirds; name the whole"
+            " layer, qkv"
         )
     unknown = [target for target in spec.targets if target not in possible]
     if unknown:
         known = ", ".join(sorted(possible)) or "no Linear and no 1x1 convolution"
-        raise BackboneError(f"recipe.lora.targets: given {unknown[0]!r}, which matches no layer of {type(model).__name__}; it has {known}")
+        raise BackboneError(
+            f"recipe.lora.targets: given {unknown[0]!r}, which matches no layer of"
+            f" {type(model).__name__}; it has {known}"
+        )
     chosen: dict[str, tuple[TunableLayer, dict[str, Rows]]] = {}
     for target in spec.targets:
         for name, layer, rows in possible[target]:

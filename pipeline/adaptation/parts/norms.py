@@ -16,7 +16,9 @@ from pipeline.specs import Norms
 
 
 class TunedNorm(Wrapper, WeightChange):
-    """Any norm with a weight and a bias; `current` holds what this forward pass adds to each of its `trained` parameters."""
+    """Any norm with a weight and a bias; `current` holds what this forward pass adds to each of its
+    `trained` parameters.
+    """
 
     def __init__(self, base: nn.Module, trained: Collection[str]) -> None:
         super().__init__(base)
@@ -29,18 +31,26 @@ class TunedNorm(Wrapper, WeightChange):
 
     def plain_tensors(self) -> dict[str, torch.Tensor]:
         """Its trained parameters with the current changes added."""
-        return {name: tensor + self.current[name] for name, tensor in self.base.named_parameters() if name in self.trained}
+        return {
+            name: tensor + self.current[name]
+            for name, tensor in self.base.named_parameters()
+            if name in self.trained
+        }
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         tensors = {**dict(self.base.named_parameters()), **self.plain_tensors()}
-        if not isinstance(self.base, _BatchNorm):  # whose running statistics stay float32, and its parameters must be of their type
+        if not isinstance(
+            self.base, _BatchNorm
+        ):  # whose running statistics stay float32, and its parameters must be of their type
             tensors = {name: tensor.to(x.dtype) for name, tensor in tensors.items()}
         return torch.func.functional_call(self.base, tensors, (x,))
 
 
 def _parameters(norm: nn.Module, spec: Norms) -> dict[str, nn.Parameter]:
     """Those of a norm's parameters that train."""
-    return {name: tensor for name, tensor in norm.named_parameters() if spec.parameters in ("all", name)}
+    return {
+        name: tensor for name, tensor in norm.named_parameters() if spec.parameters in ("all", name)
+    }
 
 
 def _norms(site: Site, spec: Norms) -> list[str]:

@@ -1,12 +1,15 @@
-"""Tokens that train: visual prompts, the class token, and prompts made by Adapter-X's generator. For timm's VisionTransformer.
+"""Tokens that train: visual prompts, the class token, and prompts made by Adapter-X's generator.
+For timm's VisionTransformer.
 
     VPT, shallow (arXiv 2203.12119)     P tokens are appended to the first block's input
-    VPT, deep                           every block gets P tokens of its own in place of the last block's
-    class token                         its change is added to the token, before the norm that some networks have there (CLIP)
-    generator (arXiv 2406.03051)        scale * mean_tokens(bank's output) + shift: one token a block, appended for the next; they accumulate
+    VPT, deep                           every block gets P tokens of its own in place of the last
+    block's class token                         its change is added to the token, before the norm
+    that some networks have there (CLIP) generator (arXiv 2406.03051)        scale *
+    mean_tokens(bank's output) + shift: one token a block, appended for the next; they accumulate
 
-Blocks see a set of tokens (positions are added before the first one), so where they are appended does not matter. What was appended is cut off behind
-the last block: a pooled feature is over the tokens that the backbone pools. Shapes: B images, T tokens, P prompts, D width.
+Blocks see a set of tokens (positions are added before the first one), so where they are appended
+does not matter. What was appended is cut off behind the last block: a pooled feature is over the
+tokens that the backbone pools. Shapes: B images, T tokens, P prompts, D width.
 """
 
 from __future__ import annotations
@@ -26,10 +29,13 @@ from pipeline.specs import ClassToken, Prompts, Recipe, Smoa
 
 
 def token_blocks(model: nn.Module, part: str) -> list[nn.Module]:
-    """The blocks that pass tokens [B, T, D] on. Raises BackboneError for a network that is no VisionTransformer."""
+    """The blocks that pass tokens [B, T, D] on. Raises BackboneError for a network that is no
+    VisionTransformer.
+    """
     if not isinstance(model, VisionTransformer):
         raise BackboneError(
-            f"recipe.{part}: given {type(model).__name__}; expected a VisionTransformer, whose blocks take a set of tokens; leave this part out"
+            f"recipe.{part}: given {type(model).__name__}; expected a VisionTransformer, whose"
+            " blocks take a set of tokens; leave this part out"
         )
     return list(model.blocks)
 
@@ -39,7 +45,9 @@ def _append(x_BTD: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
 
 
 class AppendedPrompts(nn.Module):
-    """VPT's tokens. `current` holds, by the block's number, the tokens [P, D] of this forward pass."""
+    """VPT's tokens. `current` holds, by the block's number, the tokens [P, D] of this forward
+    pass.
+    """
 
     def __init__(self, count: int) -> None:
         super().__init__()
@@ -51,7 +59,9 @@ class AppendedPrompts(nn.Module):
         kept_BTD = inputs[0] if number == 0 else inputs[0][:, : -self.count]
         return (_append(kept_BTD, self.current[str(number)]), *inputs[1:])
 
-    def leave(self, module: nn.Module, inputs: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
+    def leave(
+        self, module: nn.Module, inputs: tuple[Any, ...], output: torch.Tensor
+    ) -> torch.Tensor:
         """Hook of the last block."""
         return output[:, : -self.count]
 
@@ -71,7 +81,9 @@ class ChangedClassToken(nn.Module):
 
 
 class GeneratedPrompt(nn.Module):
-    """Adapter-X's generator behind one block. `current` holds the changes `scale` [D] (of a scale of 1) and `shift` [D] of this forward pass."""
+    """Adapter-X's generator behind one block. `current` holds the changes `scale` [D] (of a scale
+    of 1) and `shift` [D] of this forward pass.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -82,11 +94,16 @@ class GeneratedPrompt(nn.Module):
         """Take what the bank gave in this block."""
         self._mean_BD = bank_output_BTD.float().mean(dim=1)
 
-    def leave(self, module: nn.Module, inputs: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
+    def leave(
+        self, module: nn.Module, inputs: tuple[Any, ...], output: torch.Tensor
+    ) -> torch.Tensor:
         """Hook of the block."""
         mean_BD, self._mean_BD = self._mean_BD, None
         assert mean_BD is not None, "the block ran without its bank"
-        return _append(output, torch.addcmul(self.current["shift"], mean_BD, 1 + self.current["scale"])[:, None])
+        return _append(
+            output,
+            torch.addcmul(self.current["shift"], mean_BD, 1 + self.current["scale"])[:, None],
+        )
 
 
 @register
@@ -100,7 +117,10 @@ class PromptsPart(Part):
         """The tokens of the first block, or of all. Raises BackboneError as `token_blocks`."""
         blocks = token_blocks(site.model, self.name)
         shape = (spec.count, _width(site.model))
-        return [PlannedTensor("prompts", f"prompts.{number}", shape, spec.bits, start="fan_in") for number in range(len(blocks) if spec.deep else 1)]
+        return [
+            PlannedTensor("prompts", f"prompts.{number}", shape, spec.bits, start="fan_in")
+            for number in range(len(blocks) if spec.deep else 1)
+        ]
 
     def attach(self, spec: Prompts, assembly: Assembly) -> None:
         """Hook the prompts into the blocks."""
@@ -121,7 +141,10 @@ class ClassTokenPart(Part):
         """One token. Raises BackboneError as `token_blocks`, and where there is no class token."""
         token_blocks(site.model, self.name)
         if site.model.cls_token is None:
-            raise BackboneError(f"recipe.class_token: this {type(site.model).__name__} has no class token; leave this part out")
+            raise BackboneError(
+                f"recipe.class_token: this {type(site.model).__name__} has no class token; leave"
+                " this part out"
+            )
         return [PlannedTensor("prompts", "class_token.change", (1, _width(site.model)), spec.bits)]
 
     def attach(self, spec: ClassToken, assembly: Assembly) -> None:
@@ -162,7 +185,9 @@ class GeneratorPart(Part):
             generator = assembly.modules[f"generator.{name}"] = GeneratedPrompt()
             assembly.model.get_submodule(name).register_forward_hook(generator.leave)
         last = token_blocks(assembly.model, self.name)[-1]
-        last.register_forward_hook(lambda module, inputs, output: output[:, : output.shape[1] - len(names)])
+        last.register_forward_hook(
+            lambda module, inputs, output: output[:, : output.shape[1] - len(names)]
+        )
 
 
 def _generating(model: nn.Module) -> list[str]:

@@ -1,13 +1,16 @@
-"""SMoA, the sharing mixture of adapters: one router and one set of experts serve every block (Adapter-X, arXiv 2406.03051).
+"""SMoA, the sharing mixture of adapters: one router and one set of experts serve every block
+(Adapter-X, arXiv 2406.03051).
 
-    p = softmax(cos(R x, e) / temperature)      R: projection to a few dimensions, e: expert embeddings (X-MoE, arXiv 2204.09179)
-    y = scale * p[c] * up_c(dropout(relu(down_c(x))))    c = argmax p, chosen for each token alone; where top_k > 1, the sum over the best
+    p = softmax(cos(R x, e) / temperature)      R: projection to a few dimensions, e: expert
+    embeddings (X-MoE, arXiv 2204.09179) y = scale * p[c] * up_c(dropout(relu(down_c(x))))    c =
+    argmax p, chosen for each token alone; where top_k > 1, the sum over the best
 
-A token of width D is split into `heads` sub-tokens of D / heads, each routed by itself, and their outputs are joined again.
+A token of width D is split into `heads` sub-tokens of D / heads, each routed by itself, and their
+outputs are joined again.
 
-The load-balance term is Switch's (arXiv 2101.03961): E * sum_e f_e P_e, f the share of tokens routed to e, P the mean probability of e; it is 1 when
-the load is even. How it is computed is in mixture.py.
-Shapes: T sub-tokens, D their width, R router width, E experts.
+The load-balance term is Switch's (arXiv 2101.03961): E * sum_e f_e P_e, f the share of tokens
+routed to e, P the mean probability of e; it is 1 when the load is even. How it is computed is in
+mixture.py. Shapes: T sub-tokens, D their width, R router width, E experts.
 """
 
 from __future__ import annotations
@@ -19,7 +22,15 @@ import torch
 from torch import nn
 
 from pipeline.adaptation.dropout import SeededDropout
-from pipeline.adaptation.part import MLP_BLOCKS, Assembly, AuxiliaryTerm, Part, Site, Stage, register
+from pipeline.adaptation.part import (
+    MLP_BLOCKS,
+    Assembly,
+    AuxiliaryTerm,
+    Part,
+    Site,
+    Stage,
+    register,
+)
 from pipeline.adaptation.parts.mixture import Mixture
 from pipeline.adaptation.parts.prompts import GeneratedPrompt
 from pipeline.adaptation.tensors import PlannedTensor, Start
@@ -30,17 +41,29 @@ from pipeline.specs import Smoa
 
 def bank_shapes(width: int, spec: Smoa) -> dict[str, tuple[int, ...]]:
     """Shapes of a bank's tensors for sub-tokens of `width`; a single expert needs no router."""
-    shapes: dict[str, tuple[int, ...]] = {"down": (spec.experts, spec.width, width), "up": (spec.experts, width, spec.width)}
+    shapes: dict[str, tuple[int, ...]] = {
+        "down": (spec.experts, spec.width, width),
+        "up": (spec.experts, width, spec.width),
+    }
     if spec.experts > 1:
-        shapes |= {"router": (spec.router_width, width), "embeddings": (spec.experts, spec.router_width)}
+        shapes |= {
+            "router": (spec.router_width, width),
+            "embeddings": (spec.experts, spec.router_width),
+        }
     return shapes
 
 
-BANK_STARTS: dict[str, Start] = {"down": "linear", "up": "near_zero", "router": "fan_in", "embeddings": "unit"}
+BANK_STARTS: dict[str, Start] = {
+    "down": "linear",
+    "up": "near_zero",
+    "router": "fan_in",
+    "embeddings": "unit",
+}
 
 
 class SmoaBank(AuxiliaryTerm):
-    """The experts and the router for blocks of one width. `current` holds the tensors of this forward pass, shared by all blocks.
+    """The experts and the router for blocks of one width. `current` holds the tensors of this
+    forward pass, shared by all blocks.
 
     `expert_load` counts the tokens each expert was given in training.
     """
@@ -53,7 +76,9 @@ class SmoaBank(AuxiliaryTerm):
         self.dropout = [dropout]  # in a list: its mode is set in one place, for all banks
         self.current: dict[str, torch.Tensor] = {}
         self.balance_terms: list[torch.Tensor] = []
-        self.register_buffer("expert_load", torch.zeros(spec.experts, dtype=torch.long), persistent=False)
+        self.register_buffer(
+            "expert_load", torch.zeros(spec.experts, dtype=torch.long), persistent=False
+        )
 
     def forward(self, x: torch.Tensor, beside: torch.Tensor) -> torch.Tensor:
         """The bank's output for tokens [..., heads * D], added to `beside` of the same shape."""
@@ -71,7 +96,9 @@ class SmoaBank(AuxiliaryTerm):
                 self.dropout[0],
             )
         if self.training and self.spec.experts > 1:
-            self.balance_terms.append(self.spec.experts * (count_E / count_E.sum() * probability_E).sum())
+            self.balance_terms.append(
+                self.spec.experts * (count_E / count_E.sum() * probability_E).sum()
+            )
             self.expert_load += count_E
         return y_TD.view(x.shape)
 
@@ -95,20 +122,30 @@ class SmoaBank(AuxiliaryTerm):
         )
 
     def balance_loss(self) -> torch.Tensor:
-        """Mean load-balance term of the blocks passed since `balance_terms` was cleared; zero with a single expert."""
+        """Mean load-balance term of the blocks passed since `balance_terms` was cleared; zero with
+        a single expert.
+        """
         return torch.stack(self.balance_terms).mean() if self.balance_terms else torch.zeros(())
 
 
 class ParallelToMlp(Wrapper):
-    """A block's MLP with the shared bank: both read the second norm's output, or the bank reads the MLP's; their outputs are summed.
+    """A block's MLP with the shared bank: both read the second norm's output, or the bank reads the
+    MLP's; their outputs are summed.
 
-    Where a backbone scales its MLP branch (LayerScale, ConvNeXt's gamma), the bank's output is scaled with it.
+    Where a backbone scales its MLP branch (LayerScale, ConvNeXt's gamma), the bank's output is
+    scaled with it.
 
     Args:
         generator: is told the bank's output by itself.
     """
 
-    def __init__(self, mlp: nn.Module, bank: SmoaBank, channels_first: bool, generator: GeneratedPrompt | None = None) -> None:
+    def __init__(
+        self,
+        mlp: nn.Module,
+        bank: SmoaBank,
+        channels_first: bool,
+        generator: GeneratedPrompt | None = None,
+    ) -> None:
         super().__init__(mlp)
         self.bank = [bank]  # in a list: the bank is registered once, in the model, not once a block
         self.channels_first = channels_first
@@ -116,7 +153,9 @@ class ParallelToMlp(Wrapper):
 
     def forward(self, x: torch.Tensor, *arguments: Any, **named: Any) -> torch.Tensor:
         if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))  # once for both, which would each do it
+            x = x.to(
+                torch.get_autocast_dtype(x.device.type)
+            )  # once for both, which would each do it
         y = self.base(x, *arguments, **named)
         if self.bank[0].spec.placement == "after_mlp":
             x = y
@@ -146,10 +185,13 @@ class SmoaPart(Part):
             if width % spec.heads:
                 divisors = ", ".join(str(heads) for heads in range(1, 65) if width % heads == 0)
                 raise BackboneError(
-                    f"recipe.smoa.heads: given {spec.heads}, which does not divide a block's width of {width}; choose one of {divisors}"
+                    f"recipe.smoa.heads: given {spec.heads}, which does not divide a block's width"
+                    f" of {width}; choose one of {divisors}"
                 )
             planned += [
-                PlannedTensor("adapters", f"smoa.{width}.{name}", shape, spec.bits, start=BANK_STARTS[name])
+                PlannedTensor(
+                    "adapters", f"smoa.{width}.{name}", shape, spec.bits, start=BANK_STARTS[name]
+                )
                 for name, shape in bank_shapes(width // spec.heads, spec).items()
             ]
         return planned

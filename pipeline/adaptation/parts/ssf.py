@@ -24,14 +24,18 @@ from pipeline.specs import Ssf
 
 
 class ScaleShift(nn.Module):
-    """The scale and shift behind one module. `current` holds this forward pass's `scale` [C] and `shift` [C]."""
+    """The scale and shift behind one module. `current` holds this forward pass's `scale` [C] and
+    `shift` [C].
+    """
 
     def __init__(self, channel_dim: int) -> None:
         super().__init__()
         self.shape = (-1, *[1] * (-1 - channel_dim))
         self.current: dict[str, torch.Tensor] = {}
 
-    def change_output(self, module: nn.Module, inputs: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
+    def change_output(
+        self, module: nn.Module, inputs: tuple[Any, ...], output: torch.Tensor
+    ) -> torch.Tensor:
         """Hook of the module."""
         scale, shift = (self.current[key].view(self.shape) for key in ("scale", "shift"))
         # in float32, where 1 + scale keeps its digits, and back
@@ -39,15 +43,22 @@ class ScaleShift(nn.Module):
 
 
 def _sites(backbone: LoadedBackbone) -> dict[str, nn.Module]:
-    """Layers and norms by name. Raises BackboneError where a block uses a layer's weight without calling it, so that no output could be changed."""
+    """Layers and norms by name. Raises BackboneError where a block uses a layer's weight without
+    calling it, so that no output could be changed.
+    """
     model = backbone.model
     read = weight_reader(model)
     if read is not None:
         raise BackboneError(
-            f"recipe.ssf: {type(model).__name__}'s {read!r} uses the weight of its qkv without calling the layer; leave this part out"
+            f"recipe.ssf: {type(model).__name__}'s {read!r} uses the weight of its qkv without"
+            " calling the layer; leave this part out"
         )
     dims = channel_dims(backbone)
-    return {name: module for name, module in {**tunable_layers(model), **norms_of(model)}.items() if name in dims}
+    return {
+        name: module
+        for name, module in {**tunable_layers(model), **norms_of(model)}.items()
+        if name in dims
+    }
 
 
 @register
@@ -76,11 +87,14 @@ class SsfPart(Part):
 
     def write(self, state: dict[str, torch.Tensor], values: Mapping[str, torch.Tensor]) -> None:
         """W becomes (1 + scale) W, and b becomes (1 + scale) b + shift."""
-        for name in (name for name in values if name.startswith("ssf.") and name.endswith(".scale")):
+        for name in (
+            name for name in values if name.startswith("ssf.") and name.endswith(".scale")
+        ):
             layer = name.removeprefix("ssf.").removesuffix(".scale")
             if f"{layer}.bias" not in state:
                 raise ExportError(
-                    f"the part ssf shifts the output of {layer!r}, a layer without a bias, which no weight can hold; export to onnx instead"
+                    f"the part ssf shifts the output of {layer!r}, a layer without a bias, which no"
+                    " weight can hold; export to onnx instead"
                 )
             scale, shift = 1 + values[f"ssf.{layer}.scale"], values[f"ssf.{layer}.shift"]
             weight = state[f"{layer}.weight"]

@@ -1,14 +1,17 @@
-"""A task's selection: for each layer the places that some trial may change, each with the smallest K at which it is kept.
+"""A task's selection: for each layer the places that some trial may change, each with the smallest
+K at which it is kept.
 
-The level says which connections compete with each other. K of every neuron keep as many at every level:
+The level says which connections compete with each other. K of every neuron keep as many at every
+level:
 
     neuron     the K strongest of each row
     layer      the K * O strongest of each layer of O rows
     network    as many as that over all layers, the strongest of the network
 
-where K is the layer's number of columns if that is smaller. So one selection of the largest K serves a study: a trial keeps the places whose rank is
-at most its K. Levels are GPS's ablation (arXiv 2312.10136).
-Shapes: O rows (neurons), I columns (inputs of a neuron), E entries that compete, M places that some K keeps, N places that one K keeps.
+where K is the layer's number of columns if that is smaller. So one selection of the largest K
+serves a study: a trial keeps the places whose rank is at most its K. Levels are GPS's ablation
+(arXiv 2312.10136). Shapes: O rows (neurons), I columns (inputs of a neuron), E entries that
+compete, M places that some K keeps, N places that one K keeps.
 """
 
 from __future__ import annotations
@@ -25,7 +28,8 @@ from pipeline.specs import Level
 
 
 class RankedPlaces(NamedTuple):
-    """A layer's part of a selection: places [M] (int32), ascending, and the smallest K that keeps each, [M] (uint8), from 1.
+    """A layer's part of a selection: places [M] (int32), ascending, and the smallest K that keeps
+    each, [M] (uint8), from 1.
 
     A place is a number o * I + i: an entry of the weight seen as one row-major [O, I] matrix.
     """
@@ -40,7 +44,9 @@ class RankedPlaces(NamedTuple):
     @classmethod
     def unranked(cls, place_N: torch.Tensor) -> RankedPlaces:
         """Places that every K keeps."""
-        return cls(place_N.int(), torch.ones(len(place_N), dtype=torch.uint8, device=place_N.device))
+        return cls(
+            place_N.int(), torch.ones(len(place_N), dtype=torch.uint8, device=place_N.device)
+        )
 
 
 SelectedIndex = Mapping[str, RankedPlaces]
@@ -53,8 +59,11 @@ def kept_places(selected: SelectedIndex, top_k: int) -> dict[str, torch.Tensor]:
     return {name: place_N for name, place_N in places.items() if len(place_N)}
 
 
-def rank_places(importance: Mapping[str, torch.Tensor], level: Level, top_k: int) -> dict[str, RankedPlaces]:
-    """Rank the entries of each layer [O, I] by absolute value, compared in float32; equal ones by layer, then by place.
+def rank_places(
+    importance: Mapping[str, torch.Tensor], level: Level, top_k: int
+) -> dict[str, RankedPlaces]:
+    """Rank the entries of each layer [O, I] by absolute value, compared in float32; equal ones by
+    layer, then by place.
 
     Raises:
         BackboneError: a value is not a number, or infinite.
@@ -62,12 +71,19 @@ def rank_places(importance: Mapping[str, torch.Tensor], level: Level, top_k: int
     for name, values_OI in importance.items():
         if not values_OI.isfinite().all():
             raise BackboneError(
-                f"selection: the importance of {name}'s connections is not finite; the backbone's features may overflow: try precision fp32"
+                f"selection: the importance of {name}'s connections is not finite; the backbone's"
+                " features may overflow: try precision fp32"
             )
     if level == "neuron":
         return {name: _rank_rows(values_OI, top_k) for name, values_OI in importance.items()}
     groups = [[name] for name in importance] if level == "layer" else [list(importance)]
-    return {name: places for group in groups for name, places in _rank_together({name: importance[name] for name in group}, top_k).items()}
+    return {
+        name: places
+        for group in groups
+        for name, places in _rank_together(
+            {name: importance[name] for name in group}, top_k
+        ).items()
+    }
 
 
 def kept_at(shape_OI: tuple[int, ...], top_k: int) -> int:
@@ -86,14 +102,18 @@ def _rank_together(importance: Mapping[str, torch.Tensor], top_k: int) -> dict[s
     """Rank entries that all compete with each other, of one layer or of several."""
     shapes = [tuple(values_OI.shape) for values_OI in importance.values()]
     kept_K = torch.tensor([sum(kept_at(shape, k) for shape in shapes) for k in range(1, top_k + 1)])
-    entries = torch.cat([values_OI.to(torch.float32).abs().flatten() for values_OI in importance.values()])
+    entries = torch.cat(
+        [values_OI.to(torch.float32).abs().flatten() for values_OI in importance.values()]
+    )
     strongest_M = top_entries(entries, int(kept_K[-1])).cpu()
     rank_M = 1 + torch.searchsorted(kept_K, torch.arange(len(strongest_M)), right=True)
     starts = [0, *torch.tensor([rows * columns for rows, columns in shapes]).cumsum(0).tolist()]
     return dict(zip(importance, _by_layer(strongest_M, rank_M, starts), strict=True))
 
 
-def _by_layer(strongest_M: torch.Tensor, rank_M: torch.Tensor, starts: Sequence[int]) -> list[RankedPlaces]:
+def _by_layer(
+    strongest_M: torch.Tensor, rank_M: torch.Tensor, starts: Sequence[int]
+) -> list[RankedPlaces]:
     layers = []
     for start, end in itertools.pairwise(starts):
         inside_M = (strongest_M >= start) & (strongest_M < end)

@@ -1,9 +1,12 @@
-"""Selections that need no data: whoever has the backbone computes them anew, so a pack need not store their positions.
+"""Selections that need no data: whoever has the backbone computes them anew, so a pack need not
+store their positions.
 
     magnitude    |W[o, i]|
-    random       a number in [0, 1) for each entry, drawn by the selection's seed and the layer's name
+    random       a number in [0, 1) for each entry, drawn by the selection's seed and the layer's
+    name
 
-Random numbers come from Philox, whose stream numpy promises to keep, 24 bits each: as many as a float32 tells apart.
+Random numbers come from Philox, whose stream numpy promises to keep, 24 bits each: as many as a
+float32 tells apart.
 """
 
 from __future__ import annotations
@@ -34,7 +37,9 @@ def recompute(backbone: LoadedBackbone, spec: Selection, top_k: int) -> dict[str
     if spec.criterion == "magnitude":
         importance = {name: layer.weight.detach().flatten(1) for name, layer in layers.items()}
     else:
-        importance = {name: random_importance(layer, spec.seed, name) for name, layer in layers.items()}
+        importance = {
+            name: random_importance(layer, spec.seed, name) for name, layer in layers.items()
+        }
     return rank_places(importance, spec.level, top_k)
 
 
@@ -42,4 +47,6 @@ def random_importance(layer: TunableLayer, seed: int, name: str) -> torch.Tensor
     """Numbers [O, I] (float32) that depend on the weight's shape, the seed and the layer's name."""
     entropy = int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest())
     drawn = np.random.Philox(entropy).random_raw(layer.weight.numel()) >> (64 - RANDOM_BITS)
-    return torch.from_numpy(drawn.astype(np.float32) / 2**RANDOM_BITS).view(layer.weight.flatten(1).shape)
+    return torch.from_numpy(drawn.astype(np.float32) / 2**RANDOM_BITS).view(
+        layer.weight.flatten(1).shape
+    )

@@ -1,11 +1,13 @@
 """The strongest connections, in order; equal ones in order of their place.
 
-Of each neuron: K passes of a maximum over rows, each pass hiding what it found. A maximum, unlike a partial sort, is promised to name the first of
-equal columns, and over a block of rows that stays in the processor's cache numpy's costs a third of reading the sums: for the few connections that
-tasks use, less in all than one partial sort. (Torch's maximum that names its place does not use vector instructions on CPU, and takes six times as
-long.)
+Of each neuron: K passes of a maximum over rows, each pass hiding what it found. A maximum, unlike a
+partial sort, is promised to name the first of equal columns, and over a block of rows that stays in
+the processor's cache numpy's costs a third of reading the sums: for the few connections that tasks
+use, less in all than one partial sort. (Torch's maximum that names its place does not use vector
+instructions on CPU, and takes six times as long.)
 
-Of a whole layer or network: a partial sort gives the weakest value that is kept. What exceeds it is kept, and of what equals it the first.
+Of a whole layer or network: a partial sort gives the weakest value that is kept. What exceeds it is
+kept, and of what equals it the first.
 """
 
 from __future__ import annotations
@@ -18,7 +20,9 @@ _HIDDEN = -1.0
 
 
 def top_connections(sums_OI: torch.Tensor, top_k: int) -> torch.Tensor:
-    """Columns [O, min(K, I)] (int32) of the largest |sum| in every row, compared in float32, strongest first, ties to the lowest index."""
+    """Columns [O, min(K, I)] (int32) of the largest |sum| in every row, compared in float32,
+    strongest first, ties to the lowest index.
+    """
     columns = sums_OI.shape[1]
     blocks = sums_OI.split(max(1, BLOCK_ENTRIES // columns))
     return torch.cat([_strongest(block_RI, min(top_k, columns)) for block_RI in blocks])
@@ -42,8 +46,12 @@ def _first_largest(importance_RI: torch.Tensor) -> torch.Tensor:
 
 
 def top_entries(importance_E: torch.Tensor, count: int) -> torch.Tensor:
-    """Places [count] (int64) of the largest entries, none of them negative, strongest first, ties to the lowest index."""
+    """Places [count] (int64) of the largest entries, none of them negative, strongest first, ties
+    to the lowest index.
+    """
     weakest = importance_E.topk(count, sorted=False).values.min()
     above_A = (importance_E > weakest).nonzero()[:, 0]
     equal = (importance_E == weakest).nonzero()[: count - len(above_A), 0]
-    return torch.cat([above_A[importance_E[above_A].sort(descending=True, stable=True).indices], equal])
+    return torch.cat(
+        [above_A[importance_E[above_A].sort(descending=True, stable=True).indices], equal]
+    )

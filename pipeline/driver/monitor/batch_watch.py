@@ -1,4 +1,6 @@
-"""Pass on what the driver of a batch reports to the event log, the state file, Ray's metrics and a callback."""
+"""Pass on what the driver of a batch reports to the event log, the state file, Ray's metrics and a
+callback.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,14 @@ from types import TracebackType
 
 from pipeline.driver.monitor.events import EventLog
 from pipeline.driver.monitor.metrics import RayMetrics, ray_metrics
-from pipeline.driver.monitor.state import BATCH_VARIABLE, ENDED, HEARTBEAT_SECONDS, STATE_FILE, WAITING, BatchState
+from pipeline.driver.monitor.state import (
+    BATCH_VARIABLE,
+    ENDED,
+    HEARTBEAT_SECONDS,
+    STATE_FILE,
+    WAITING,
+    BatchState,
+)
 from pipeline.driver.monitor.tracked import TrackedTask, remaining_seconds
 from pipeline.driver.stages import LOG, OnProgress, Stage
 from pipeline.errors import StorageError
@@ -43,7 +52,15 @@ class BatchWatch:
         on_progress: called with every progress as well.
     """
 
-    def __init__(self, root: Path, batch: str, tasks: Sequence[str], *, copies: Sequence[Path] = (), on_progress: OnProgress) -> None:
+    def __init__(
+        self,
+        root: Path,
+        batch: str,
+        tasks: Sequence[str],
+        *,
+        copies: Sequence[Path] = (),
+        on_progress: OnProgress,
+    ) -> None:
         self.batch = batch
         self._files = (root / STATE_FILE, *copies)
         self._log = EventLog(root / "logs" / "batch.jsonl", batch=batch)
@@ -57,12 +74,14 @@ class BatchWatch:
         self._first_search: float | None = None
         self._writer = _Repeated(self._write, WRITE_SECONDS, HEARTBEAT_SECONDS)
 
-    # --- what the driver reports --------------------------------------------------------------------------------------------------------------
+    # --- what the driver reports -----------------------------------------------------------------
 
     def progress(self, task: str, stage: Stage, share: float, remark: str) -> None:
         """As `OnProgress`."""
         with self._lock:
-            self._enter(self._tasks[task], WAITING if stage == "prepare" and share == 1 else stage, remark)
+            self._enter(
+                self._tasks[task], WAITING if stage == "prepare" and share == 1 else stage, remark
+            )
             self._on_progress(task, stage, share, remark)
         self._writer.wake()
 
@@ -70,7 +89,14 @@ class BatchWatch:
         now = time.time()
         if stage != tracked.stage:
             seconds = round(now - tracked.entered, 1) if tracked.entered else None
-            self._log.write("stage", task=tracked.name, stage=stage, after=tracked.stage, after_seconds=seconds, remark=remark or None)
+            self._log.write(
+                "stage",
+                task=tracked.name,
+                stage=stage,
+                after=tracked.stage,
+                after_seconds=seconds,
+                remark=remark or None,
+            )
         tracked.enter(stage, now, without_secrets(remark))
         if stage == "search" and self._first_search is None:
             self._first_search = now
@@ -78,7 +104,9 @@ class BatchWatch:
             metrics.enter(tracked.name, stage)
 
     def study(self, study: Study, samples: int, fit_samples: int) -> None:
-        """Report that a trial of a study has started or made progress. A trial trains on `samples` samples, a fit on `fit_samples`."""
+        """Report that a trial of a study has started or made progress. A trial trains on `samples`
+        samples, a fit on `fit_samples`.
+        """
         task = study.task.name
         with self._lock:
             tracked = self._tasks[task]
@@ -89,14 +117,24 @@ class BatchWatch:
             before = len(study.records) - len(new)
             for number, slot in enumerate(new, start=before + 1):
                 self._searched.add(task)
-                LOG.info("%s: trial %d of %d: %s", task, number, study.trials_planned(), without_secrets(study.records[slot].line()))
+                LOG.info(
+                    "%s: trial %d of %d: %s",
+                    task,
+                    number,
+                    study.trials_planned(),
+                    without_secrets(study.records[slot].line()),
+                )
                 self._trial_ended(task, study.records[slot], samples)
             if (metrics := self._ray()) is not None:
                 metrics.set(task, trials_running=tracked.trials_running)
         self._writer.wake()
 
     def _trial_ended(self, task: str, record: TrialRecord, samples: int) -> None:
-        images_per_second = round(samples * len(record.curve) / record.seconds, 1) if record.seconds and record.curve else None
+        images_per_second = (
+            round(samples * len(record.curve) / record.seconds, 1)
+            if record.seconds and record.curve
+            else None
+        )
         self._log.write(
             "trial",
             task=task,
@@ -126,8 +164,19 @@ class BatchWatch:
 
     def registered(self, task: str, trial: str, pack: RegisteredPack) -> None:
         """Report that a pack was registered."""
-        numbers = {"size_bytes": pack.size_bytes, "test_metric": pack.metrics.get("test_metric"), "val_metric": pack.metrics.get("val_metric")}
-        self._log.write("registered", task=task, stage="register", trial=trial, pack=f"{pack.name}/{pack.version}", **numbers)
+        numbers = {
+            "size_bytes": pack.size_bytes,
+            "test_metric": pack.metrics.get("test_metric"),
+            "val_metric": pack.metrics.get("val_metric"),
+        }
+        self._log.write(
+            "registered",
+            task=task,
+            stage="register",
+            trial=trial,
+            pack=f"{pack.name}/{pack.version}",
+            **numbers,
+        )
 
     def _show_best(self, task: str, metrics: RayMetrics) -> None:
         if (best := self._tasks[task].best) is not None:
@@ -141,7 +190,7 @@ class BatchWatch:
                 made.enter(tracked.name, tracked.stage)
         return self._metrics
 
-    # --- the state ----------------------------------------------------------------------------------------------------------------------------
+    # --- the state -------------------------------------------------------------------------------
 
     def state(self, *, is_over: bool = False) -> BatchState:
         """The state of every task."""
@@ -164,7 +213,9 @@ class BatchWatch:
     def _write(self, *, is_over: bool = False) -> None:
         content = self.state(is_over=is_over).as_json()
         for path in self._files:
-            with contextlib.suppress(StorageError):  # a state that cannot be written must not end a batch
+            with contextlib.suppress(
+                StorageError
+            ):  # a state that cannot be written must not end a batch
                 write_json(path, content, indent=None)
 
     def __enter__(self) -> BatchWatch:
@@ -172,17 +223,28 @@ class BatchWatch:
         self._writer.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self._writer.stop()
         self._write(is_over=True)
         stages = self.state().stages
-        counts = {"tasks": len(self._tasks), "done": stages.get("done", 0), "failed": stages.get("failed", 0)}
+        counts = {
+            "tasks": len(self._tasks),
+            "done": stages.get("done", 0),
+            "failed": stages.get("failed", 0),
+        }
         self._log.write("ended", **counts, remark=kind.__name__ if kind is not None else None)
         self._log.close()
 
 
 class _Repeated:
-    """Call `action` in a thread: soon after it is woken, at most every `shortest` and at least every `longest` seconds."""
+    """Call `action` in a thread: soon after it is woken, at most every `shortest` and at least
+    every `longest` seconds.
+    """
 
     def __init__(self, action: Callable[[], None], shortest: float, longest: float) -> None:
         self._action, self._shortest, self._longest = action, shortest, longest

@@ -1,4 +1,5 @@
-"""Numbers of a running batch as Ray metrics, which every node exports to Prometheus with the prefix `ray_`.
+"""Numbers of a running batch as Ray metrics, which every node exports to Prometheus with the prefix
+`ray_`.
 
 They are set once per stage and once per trial. Before Ray runs, nothing is set.
 """
@@ -10,9 +11,14 @@ import sys
 STAGES = ("failed", "waiting", "prepare", "select", "search", "fit", "register", "done")
 """`taskpack_stage` is the index of a stage in this tuple, minus 1."""
 GAUGES = {
-    "stage": "stage of the task: " + ", ".join(f"{number} {stage}" for number, stage in enumerate(STAGES, start=-1)),
+    "stage": (
+        "stage of the task: "
+        + ", ".join(f"{number} {stage}" for number, stage in enumerate(STAGES, start=-1))
+    ),
     "trials_running": "trials of the task that run now",
-    "images_per_second": "training images a second of the task's last trial, its validation included",
+    "images_per_second": (
+        "training images a second of the task's last trial, its validation included"
+    ),
     "champion_bytes": "size of the pack of the task's best trial so far",
     "champion_val_metric": "validation metric of the task's best trial so far",
 }
@@ -20,15 +26,24 @@ _SECONDS = [1, 3, 10, 30, 100, 300, 1000, 3000, 10000]
 
 
 class RayMetrics:
-    """The metrics of one batch, with the tags `batch` and, except for the histogram, `task`. Created by `ray_metrics` once Ray runs."""
+    """The metrics of one batch, with the tags `batch` and, except for the histogram, `task`.
+    Created by `ray_metrics` once Ray runs.
+    """
 
     def __init__(self, batch: str) -> None:
         from ray.util.metrics import Counter, Gauge, Histogram
 
         tags = ("batch", "task")
-        self._gauges = {name: Gauge(f"taskpack_{name}", text, tags).set_default_tags({"batch": batch}) for name, text in GAUGES.items()}
-        self._trials = Counter("taskpack_trials", "trials that have ended", (*tags, "state")).set_default_tags({"batch": batch})
-        self._seconds = Histogram("taskpack_trial_seconds", "how long trials took", _SECONDS, ("batch",)).set_default_tags({"batch": batch})
+        self._gauges = {
+            name: Gauge(f"taskpack_{name}", text, tags).set_default_tags({"batch": batch})
+            for name, text in GAUGES.items()
+        }
+        self._trials = Counter(
+            "taskpack_trials", "trials that have ended", (*tags, "state")
+        ).set_default_tags({"batch": batch})
+        self._seconds = Histogram(
+            "taskpack_trial_seconds", "how long trials took", _SECONDS, ("batch",)
+        ).set_default_tags({"batch": batch})
 
     def set(self, task: str, **values: float | None) -> None:
         """Set gauges of a task by name; None leaves a gauge unchanged."""
@@ -48,5 +63,7 @@ class RayMetrics:
 
 def ray_metrics(batch: str) -> RayMetrics | None:
     """The metrics of a batch; None if Ray does not run in this process."""
-    is_initialized = getattr(sys.modules.get("ray"), "is_initialized", None)  # another thread may be importing it
+    is_initialized = getattr(
+        sys.modules.get("ray"), "is_initialized", None
+    )  # another thread may be importing it
     return RayMetrics(batch) if is_initialized is not None and is_initialized() else None

@@ -1,7 +1,7 @@
 """The state of every task of a batch, as one small JSON file, which `taskpack status` shows.
 
-The driver writes `state.json` atomically into the work folder. A job on a cluster also writes a copy
-into the log folder of Ray's session, which the cluster's dashboard serves.
+The driver writes `state.json` atomically into the work folder. A job on a cluster also writes a
+copy into the log folder of Ray's session, which the cluster's dashboard serves.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ BATCH_VARIABLE = "TASKPACK_BATCH"
 """The environment variable that names the batch of a job; `submit` sets it."""
 STATE_FILE = "state.json"
 HEARTBEAT_SECONDS = 30.0
-"""Longest seconds between two writes of a running batch: an older state means that the driver is dead."""
+"""Longest seconds between two writes of a running batch: an older state means that the driver is
+dead.
+"""
 WAITING = "waiting"
 """The stage of a task that waits for its turn, before it is prepared or between two stages."""
 ENDED = ("done", "failed")
@@ -31,7 +33,8 @@ class TaskState:
     Args:
         stage: waiting, prepare, select, search, fit, register, done or failed.
         seconds: seconds in this stage.
-        trials_done: ended trials, earlier runs included, of at most `trials`; None before the search.
+        trials_done: ended trials, earlier runs included, of at most `trials`; None before the
+            search.
         trials_running: running trials.
         val_metric: validation metric of the champion so far, and `size_bytes` the size of its pack.
         seconds_left: estimated seconds to the end of the task; None until a trial is complete.
@@ -51,7 +54,9 @@ class TaskState:
 
 @dataclass(frozen=True, kw_only=True)
 class BatchState:
-    """The state of a batch. Times are in seconds since 1970; `seconds_left` is None until a task of this run has ended."""
+    """The state of a batch. Times are in seconds since 1970; `seconds_left` is None until a task of
+    this run has ended.
+    """
 
     batch: str
     started: float

@@ -1,4 +1,6 @@
-"""A running task as the driver tracks it, with the time remaining estimated from the trials that have ended."""
+"""A running task as the driver tracks it, with the time remaining estimated from the trials that
+have ended.
+"""
 
 from __future__ import annotations
 
@@ -21,8 +23,9 @@ def remaining_seconds(done: float, left: float, elapsed_seconds: float) -> float
 class TrackedTask:
     """One task of a running batch; times in seconds of one clock.
 
-    `units` are trials' worth of epochs: `units_done` were trained by this run since it entered the search, `units_left` are to be trained at most. A
-    fit trains one recipe as a trial does, on `fit_ratio` times the samples.
+    `units` are trials' worth of epochs: `units_done` were trained by this run since it entered the
+    search, `units_left` are to be trained at most. A fit trains one recipe as a trial does, on
+    `fit_ratio` times the samples.
     """
 
     name: str
@@ -49,13 +52,20 @@ class TrackedTask:
         kept = len(study.records) - len(study.ended)
         self.trials = study.trials_planned()
         self.trials_running = len(study.slots) - len(study.records)
-        self.units_done, self.units_left = study.epochs_done() - kept, self.trials - study.epochs_done()
+        self.units_done, self.units_left = (
+            study.epochs_done() - kept,
+            self.trials - study.epochs_done(),
+        )
         self.take(list(study.records.values()), study.task.budget)
 
     def take(self, records: Sequence[TrialRecord], budget: Budget) -> None:
         """Update from the results of trials."""
         ran = [record for record in records if record.state != "rejected"]
-        complete = [record for record in ran if record.val_metric is not None and record.size_bytes <= budget.max_bytes]
+        complete = [
+            record
+            for record in ran
+            if record.val_metric is not None and record.size_bytes <= budget.max_bytes
+        ]
         self.trials_done = len(ran)
         self.trials = max(self.trials or 0, len(ran))
         if complete:
@@ -63,11 +73,17 @@ class TrackedTask:
             self.trial_seconds = sum(record.seconds for record in complete) / len(complete)
 
     def seconds_left(self, now: float) -> float | None:
-        """Estimated seconds to the end of the task; None while no trial is complete, or if the fit takes longer than a trial did."""
+        """Estimated seconds to the end of the task; None while no trial is complete, or if the fit
+        takes longer than a trial did.
+        """
         fit_seconds = None if self.trial_seconds is None else self.trial_seconds * self.fit_ratio
         if self.stage == "fit" and fit_seconds is not None:
             return left if (left := fit_seconds - (now - self.entered)) > 0 else None
-        searching = remaining_seconds(self.units_done, self.units_left, now - self.entered) if self.stage == "search" else None
+        searching = (
+            remaining_seconds(self.units_done, self.units_left, now - self.entered)
+            if self.stage == "search"
+            else None
+        )
         return None if searching is None or fit_seconds is None else searching + fit_seconds
 
     def state(self, now: float) -> TaskState:

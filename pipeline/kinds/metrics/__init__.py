@@ -1,4 +1,5 @@
-"""Metrics: numbers in [0, 1], larger is better, computed from `Outcomes` with their standard errors.
+"""Metrics: numbers in [0, 1], larger is better, computed from `Outcomes` with their standard
+errors.
 
 A metric is computed under weights: how often each sample counts. All ones give its value, draws
 with replacement give its standard error by the bootstrap (Efron 1979), 200 of them at once. That

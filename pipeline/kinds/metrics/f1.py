@@ -30,7 +30,9 @@ def f1_of_labels(outcomes: Outcomes, weights_RN: np.ndarray) -> np.ndarray:
     """Of the classes with a positive logit."""
     predicted_NC, actual_NC = outcomes.outputs > 0, outcomes.targets > 0
     hits_NC = predicted_NC & actual_NC
-    sums = (weights_RN @ each_NC.astype(np.float64) for each_NC in (hits_NC, predicted_NC, actual_NC))
+    sums = (
+        weights_RN @ each_NC.astype(np.float64) for each_NC in (hits_NC, predicted_NC, actual_NC)
+    )
     return _mean_f1(*sums)
 
 

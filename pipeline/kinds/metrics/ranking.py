@@ -60,9 +60,13 @@ def _one_hot(outcomes: Outcomes) -> np.ndarray:
     return one_hot
 
 
-def _over_classes(of_class: _OfClass, scores_NC: np.ndarray, is_positive_NC: np.ndarray, weights_RN: np.ndarray) -> np.ndarray:
+def _over_classes(
+    of_class: _OfClass, scores_NC: np.ndarray, is_positive_NC: np.ndarray, weights_RN: np.ndarray
+) -> np.ndarray:
     values_RC = np.empty((len(weights_RN), scores_NC.shape[1]))
-    for number, (scores_N, is_positive_N) in enumerate(zip(scores_NC.T, is_positive_NC.T, strict=True)):
+    for number, (scores_N, is_positive_N) in enumerate(
+        zip(scores_NC.T, is_positive_NC.T, strict=True)
+    ):
         order_N = np.argsort(-scores_N, kind="stable")
         sorted_N = scores_N[order_N]
         last_N = np.searchsorted(-sorted_N, -sorted_N, side="right") - 1
@@ -72,7 +76,9 @@ def _over_classes(of_class: _OfClass, scores_NC: np.ndarray, is_positive_NC: np.
     return mean_over_classes(values_RC, ~np.isnan(values_RC))
 
 
-def _average_precision(positive_RN: np.ndarray, negative_RN: np.ndarray, last_N: np.ndarray) -> np.ndarray:
+def _average_precision(
+    positive_RN: np.ndarray, negative_RN: np.ndarray, last_N: np.ndarray
+) -> np.ndarray:
     hits_RN = positive_RN.cumsum(axis=1)[:, last_N]
     taken_RN = (positive_RN + negative_RN).cumsum(axis=1)[:, last_N]
     precision_RN = hits_RN / np.maximum(taken_RN, 1e-12)

@@ -46,7 +46,10 @@ class Metric:
         affordable = _MOST_NUMBERS // max(1, outcomes.outputs.size)
         resamples = min(RESAMPLES, max(FEWEST_RESAMPLES, affordable))
         rng, samples = np.random.default_rng(0), len(outcomes)
-        chunks = (rng.multinomial(samples, np.full(samples, 1 / samples), FEWEST_RESAMPLES) for _ in range(resamples // FEWEST_RESAMPLES))
+        chunks = (
+            rng.multinomial(samples, np.full(samples, 1 / samples), FEWEST_RESAMPLES)
+            for _ in range(resamples // FEWEST_RESAMPLES)
+        )
         values = [self.values(outcomes, weights.astype(np.float64)) for weights in chunks]
         return float(np.concatenate(values).std(ddof=1))
 
