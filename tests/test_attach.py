@@ -23,14 +23,14 @@ PARTS = {
     "connections": Recipe(connections=Connections(top_k=2, bits=8)),
     "biases": Recipe(biases=Biases(bits=16)),
     "norms": Recipe(norms=Norms(bits=8)),
-    "smoa": Recipe(smoa=Smoa(experts=3, width=2, bits=4)),
+    "smoa": Recipe(smoa=Smoa(experts=3, width=2, bits=4, dropout=0)),
     "single expert": Recipe(smoa=Smoa(experts=1, width=2, bits=1)),
     "head": Recipe(head=Head(bits=1)),
     "all": Recipe(
         connections=Connections(top_k=3, bits=1),
         biases=Biases(),
         norms=Norms(),
-        smoa=Smoa(experts=2, width=3),
+        smoa=Smoa(experts=2, width=3, dropout=0),
         head=Head(bits=32),
     ),
 }

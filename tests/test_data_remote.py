@@ -23,6 +23,7 @@ from pipeline.data.remote import FOLDER_VARIABLE, LIMIT_VARIABLE, ShardStore, sh
 from pipeline.data.sources import encode_png
 from pipeline.data.urls import sha256_hex
 from pipeline.errors import DataError
+from pipeline.kinds.registry import kind_named
 
 SIZE_PX = 8
 SHARDS = 7
@@ -139,7 +140,7 @@ def test_training_does_not_fetch_what_preparing_has_read(
 ) -> None:
     folder, url, asked = served
     entries = [
-        _scan(shard.path, ["a", "b"], "train", Inspection())
+        _scan(shard.path, ["a", "b"], "train", Inspection(), None, kind_named("classification"))
         for shard in dataset(folder, url).splits["train"]
     ]
     Reader(tmp_path, entries, SIZE_PX).read(np.array([[number, 0] for number in range(SHARDS)]))
