@@ -298,8 +298,8 @@ def a_fit(size_bytes: int) -> FitResult:
         size_bytes=size_bytes,
         ledger={"values": size_bytes},
         device="cuda",
-        **numbers,
-    )  # type: ignore[arg-type]
+        **numbers,  # type: ignore[arg-type]
+    )
 
 
 def watch_costs(workdir: Path, tasks: int) -> dict[str, Any]:

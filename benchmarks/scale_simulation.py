@@ -150,8 +150,9 @@ class _Batch:
             study.next_slot += 1
             study.in_flight += 1
             self._on_driver(
-                self.costs.trial, lambda slot=slot: self._on_gpu(lambda: self._begin(study, slot))
-            )  # type: ignore[misc]
+                self.costs.trial,
+                lambda slot=slot: self._on_gpu(lambda: self._begin(study, slot)),  # type: ignore[misc]
+            )
 
     def _begin(self, study: _Study, slot: int) -> None:
         """A trial on a GPU; the first `LAG` of a study start their workers."""

@@ -411,8 +411,8 @@ def replay(
         kept = tuple(curve[: next(stops, EPOCHS)])
         state = "complete" if len(kept) == EPOCHS else "stopped"
         records.append(
-            TrialRecord(id=str(slot), point={}, size_bytes=size_bytes, state=state, curve=kept)
-        )  # type: ignore[arg-type]
+            TrialRecord(id=str(slot), point={}, size_bytes=size_bytes, state=state, curve=kept)  # type: ignore[arg-type]
+        )
     stopping.FIRST_SHARE, stopping.MARGIN_ERRORS = before
     complete = [record for record in records if record.state == "complete"]
     lost: list[float] = []

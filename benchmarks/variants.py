@@ -104,8 +104,9 @@ def select_connections(
     views = two_views(images.cpu(), torch.Generator().manual_seed(0), flip=False).to(device)
     supervised_contrastive_loss(model(views), labels.repeat(2), 0.07).backward()
     gradients = {
-        name: layer.weight.grad.flatten(1) for name, layer in tunable_layers(model).items()
-    }  # type: ignore[union-attr]
+        name: layer.weight.grad.flatten(1)  # type: ignore[union-attr]
+        for name, layer in tunable_layers(model).items()
+    }
     return rank_places(gradients, "neuron", top_k)
 
 

@@ -362,7 +362,7 @@ def test_a_batch_in_pieces_has_the_gradients_of_the_whole(
     passed: list[int] = []
 
     def sums() -> dict[str, torch.Tensor]:
-        loss = make_loss(task.selection, tiny_inputs.backbone.width, 8, task.seed)
+        loss = make_loss(task.selection, tiny_inputs.kind, tiny_inputs.backbone.width, 8, task.seed)
         read = ((number, *tiny_inputs.reader("train").read(samples)) for number, samples in batches)
         return gradient_sums(
             tiny_inputs.backbone, read, task.selection, loss, seed=task.seed, flip=False

@@ -98,7 +98,7 @@ def metric_named(name: str, kind: str) -> Metric:
     """The metric of a kind. Raises ValueError with those that it has."""
     known = metrics_of(kind)
     if name not in known:
-        raise ValueError(f"expected a metric of kind {kind}: {', '.join(known)}")
+        raise ValueError(f"expected a metric of kind {kind}: {', '.join(sorted(known))}")
     return _METRICS[kind, name]
 
 
