@@ -24,6 +24,7 @@ from pipeline.data import decode_image, prepare, read_shard
 from pipeline.data.formats import IMAGE_EXTENSIONS, explain, extension_of, readable_formats
 from pipeline.data.sources import encode_png
 from pipeline.errors import DataError
+from pipeline.kinds import kind_named
 from pipeline.registry.pyfunc import PackModel
 from pipeline.serving.predictor import Predictor
 from pipeline.specs import Backbone, Input
@@ -248,6 +249,7 @@ def test_mean_and_std_of_the_0_255_scale_are_refused(channels: dict[str, Any]) -
 def predictor() -> Predictor:
     """A predictor that gets as far as decoding."""
     predictor = object.__new__(Predictor)
+    predictor.kind = kind_named("classification")
     predictor.metadata = SimpleNamespace(input=SimpleNamespace(size_px=8), classes=["a", "b"])  # type: ignore[assignment]
     return predictor
 
