@@ -75,15 +75,24 @@ atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 # A developer's own server or cluster must never receive what the tests write.
-for name in (
+SERVERS = (
     "MLFLOW_TRACKING_URI",
     "MLFLOW_REGISTRY_URI",
     "MLFLOW_EXPERIMENT_ID",
     "MLFLOW_RUN_ID",
     "RAY_ADDRESS",
     "RAY_API_SERVER_ADDRESS",
-):
+)
+for name in SERVERS:
     os.environ.pop(name, None)
+
+
+@pytest.fixture(autouse=True)
+def no_server_left_behind() -> Iterator[None]:
+    """A test that leaves a server in the environment would send it what later tests write."""
+    yield
+    left = [name for name in SERVERS if os.environ.pop(name, None) is not None]
+    assert not left, f"left in the environment: {left}"
 
 
 @pytest.fixture(scope="session")

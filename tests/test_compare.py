@@ -281,7 +281,7 @@ def test_the_table_is_by_size_and_the_front_is_bold() -> None:
     ]
     assert "| 85.0 ± 6.1 | 7.1 | 5,000 |" in lines[4]
     assert "learning_rate 0.01, top_k 2" in lines[4]
-    assert "no place for it" in lines[5]
+    assert "no place in the backbone" in lines[5]
     assert len({line.count("|") for line in lines}) == 1
 
 

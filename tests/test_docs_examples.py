@@ -18,6 +18,7 @@ from pipeline.backbones.known import remember
 from pipeline.data import prepare, save_samples
 from pipeline.driver.batch import TaskOutcome
 from pipeline.driver.workspace import Workspace
+from pipeline.registry.connection import import_mlflow
 from pipeline.registry.pack_record import Champion
 from pipeline.registry.store import open_registry
 from pipeline.specs import (
@@ -204,5 +205,8 @@ def test_a_python_block_runs(
 ) -> None:
     outcome = TaskOutcome(task="bars", registered=pipeline.find("bars")[0])
     monkeypatch.setattr(pipeline, "run", create_autospec(pipeline.run, return_value=[outcome]))
-    exec(compile(adapted(block), "example", "exec"), {})
+    try:
+        exec(compile(adapted(block), "example", "exec"), {})
+    finally:
+        import_mlflow().set_tracking_uri(None)  # it is in the environment, too
     assert capsys.readouterr().out

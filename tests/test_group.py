@@ -211,7 +211,7 @@ def test_a_study_ends_and_retries_groups_as_it_does_single_trials(
     training = tiny_task.recipe.training.model_copy(update={"epochs": 3})
     recipe = tiny_task.recipe.model_copy(update={"connections": None, "training": training})
     task = tiny_task.model_copy(update={"recipe": recipe, "search": space})
-    monkeypatch.setattr(Study, "_is_dominated", lambda study, slot, curve: slot == 1)
+    monkeypatch.setattr(Study, "_is_dominated", lambda study, slot, curve, errors: slot == 1)
     killed: list[int] = []
 
     def kill_one(study: Study) -> None:

@@ -307,7 +307,9 @@ def test_a_log_has_one_plain_line_per_trial_and_fit(finished: Any) -> None:
     )
     assert all(re.fullmatch(pattern, line) for line in trials), trials
     (fit,) = (line for line in lines if ": fit: test " in line)
-    assert re.fullmatch(r"\[ *\d+\.\d s\] bars: fit: test [01]\.\d{4}, \d+ bytes, \d+\.\d s", fit)
+    assert re.fullmatch(
+        r"\[ *\d+\.\d s\] bars: fit: test accuracy [01]\.\d{4}, \d+ bytes, \d+\.\d s", fit
+    )
     assert "\x1b" not in finished.answer.out
 
 

@@ -109,7 +109,7 @@ def test_packs_are_found_by_numbers_by_one_who_may_only_read(batch: Answer, ask)
 def test_pages_go_on_behind_a_pack(batch: Answer, ask) -> None:
     first = ask("ls", "--limit", "1")
     (row,) = ask("ls", "--limit", "1", "--json").json()
-    assert f"--after {row['name']}/1 goes on" in first.words
+    assert f"continue with --after {row['name']}/1" in first.words
     second = ask("ls", "--limit", "1", "--after", f"{row['name']}/1", "--json")
     assert {row["name"], second.json()[0]["name"]} == set(TASKS)
     assert "--after" not in second.err

@@ -173,6 +173,25 @@ def test_a_minimal_task_gets_the_defaults(tmp_path: Path) -> None:
     assert task.data.format == "digits"
 
 
+@pytest.mark.parametrize(
+    "data",
+    [
+        {"format": "shards", "train": "train.tar", "test": "test.tar"},
+        {"format": "folder", "train": "train", "test": "test"},
+        {"format": "csv", "train": "train.csv", "test": "test.csv"},
+        {"format": "lists", "root": "data", "classes": ["a", "b"]},
+        {"format": "json", "root": "data", "classes": ["a", "b"]},
+        {"format": "digits"},
+        {"format": "drawn", "kind": "counting"},
+    ],
+    ids=lambda data: data["format"],
+)
+def test_a_task_of_every_format_survives_its_own_json(data: dict[str, Any]) -> None:
+    task = Task.model_validate(MINIMAL | {"data": data})
+    assert Task.model_validate_json(task.model_dump_json()) == task
+    assert Task.model_validate(yaml.safe_load(yaml.safe_dump(task.model_dump(mode="json")))) == task
+
+
 def test_a_task_survives_its_own_json(tmp_path: Path) -> None:
     written = MINIMAL | {
         "search": {"bits": [1, 4], "scale": 0.5, "learning_rate": [1e-3, 3e-3]},

@@ -703,7 +703,7 @@ def show(reference: Reference, workdir: Workdir = api.WORKDIR, as_json: AsJson =
     facts.add_row("pack", f"{pack.name}/{pack.version}  {', '.join(pack.aliases)}")
     for label, text in (
         ("task", pack.tags.get("description") or pack.task),
-        (f"test {pack.metric} %", percent_with_error(pack.metrics)),
+        ("test %", f"{pack.metric} {percent_with_error(pack.metrics)}"),
         (
             "size",
             f"{pack.size_bytes:,} bytes, {pack.metrics['trained_values']:,.0f} trained values",
@@ -869,7 +869,7 @@ def plan(
         bool,
         typer.Option(
             "--select/--no-select",
-            help="Select connections, which takes longest. Without it, sizes are lower bounds.",
+            help="Select connections, which takes longest. Without it, sizes are bounds.",
         ),
     ] = True,
     workdir: Workdir = api.WORKDIR,
@@ -913,7 +913,7 @@ def plan(
     if not planned.is_exact:
         out.print(
             "No connections are selected yet, and the size of their positions depends on them: the"
-            " sizes are lower bounds.",
+            " sizes are bounds.",
             soft_wrap=True,
         )
     out.print(space_table(planned.space, loaded.budget.max_bytes))

@@ -28,7 +28,7 @@ def on_backbone(
         return task, {}
     absent = dict.fromkeys(
         (part for part in brought if not _has_place(backbone, _alone(task.recipe, part))),
-        "the backbone has no place for it",
+        "no place in the backbone",
     )
     resolved = _without(task, absent)
     parts = [part for part in brought if part not in absent and _is_default_space(task)]

@@ -115,7 +115,8 @@ class Task(Spec):
     def _has_no_idle_separator(cls, data: Data, info: ValidationInfo) -> Data:
         from pipeline.kinds import kind_named
 
-        is_set = isinstance(data, CsvData) and "label_separator" in data.model_fields_set
+        default = CsvData.model_fields["label_separator"].default
+        is_set = isinstance(data, CsvData) and data.label_separator != default
         if is_set and "kind" in info.data and not kind_named(info.data["kind"]).several_labels:
             raise ValueError(
                 f"label_separator would change nothing: of kind {info.data['kind']}, an image has"

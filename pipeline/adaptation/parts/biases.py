@@ -36,13 +36,18 @@ class TunedParameter(nn.Module, WeightChange):
         super().__init__()
         self.current: dict[str, torch.Tensor] = {}
         self._frozen = [frozen]  # in a list: the owner has it registered
+        self._merged: torch.Tensor | None = None
 
     def own_parameters(self) -> list[nn.Parameter]:
         """The parameter that the change is added to."""
         return self._frozen
 
+    def merge(self, is_merged: bool) -> None:
+        """Keep the sum for all passes to come, or add anew in each."""
+        self._merged = self._frozen[0] + self.current["change"] if is_merged else None
+
     def forward(self, frozen: torch.Tensor) -> torch.Tensor:
-        changed = frozen + self.current["change"]
+        changed = frozen + self.current["change"] if self._merged is None else self._merged
         device = changed.device.type
         if torch.is_autocast_enabled(device):
             return changed.to(torch.get_autocast_dtype(device))
