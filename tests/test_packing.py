@@ -249,7 +249,7 @@ def test_a_part_that_is_missing_or_surplus_is_refused(pack: Pack, tiny_inputs: A
 
 
 @pytest.mark.parametrize("family", ["swin", "convnext"])
-def test_a_pack_without_biases_beside_layers_leaves_them_frozen(
+def test_a_pack_without_other_biases_leaves_them_frozen(
     family: str, families: dict[str, Backbone], tiny_task: Task, random_selection: Select
 ) -> None:
     """Earlier versions trained none of them; their packs give what they gave."""

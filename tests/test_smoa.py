@@ -264,7 +264,7 @@ def test_the_derivative_is_that_of_the_function_in_double_precision(
         None if name not in bank.current else bank.current[name].detach().double().requires_grad_()
         for name in BANK
     ]
-    x_TD, beside_TD = (
+    x_TD, residual_TD = (
         draw(6, WIDTH).double().requires_grad_(),
         draw(6, WIDTH, seed=3).double().requires_grad_(),
     )
@@ -275,7 +275,7 @@ def test_the_derivative_is_that_of_the_function_in_double_precision(
         dropout.reseed(5)
         return Mixture.apply(*inputs, 0.7, top_k, dropout)[:2]
 
-    assert torch.autograd.gradcheck(mixture, [x_TD, beside_TD, *tensors])
+    assert torch.autograd.gradcheck(mixture, [x_TD, residual_TD, *tensors])
 
 
 def test_experts_drop_hidden_units_in_training_as_adaptformer_does() -> None:

@@ -1,5 +1,4 @@
-"""What is trained beside the frozen backbone: every part of a recipe, planned, attached and
-packed.
+"""The trained parts of a recipe: planned, attached to the frozen backbone, and packed.
 
 Imports: backbones, errors, packs, specs.
 """

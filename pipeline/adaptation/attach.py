@@ -92,8 +92,8 @@ class AdaptedModel(nn.Module):
 
     @torch.no_grad()
     def merge(self) -> None:
-        """From now on infer at the backbone's own speed: values are quantised and written into the
-        layers once, for all forward passes to come.
+        """Prepare for inference at the backbone's own speed: quantise the values and write them
+        into the layers once, for all further forward passes.
         """
         self.eval()
         self._hand_out()
@@ -103,7 +103,7 @@ class AdaptedModel(nn.Module):
 
     @contextlib.contextmanager
     def merged(self) -> Iterator[None]:
-        """`merge`, and back to a model that can train."""
+        """Context manager: `merge` on entry, a trainable model again on exit."""
         self.merge()
         try:
             yield
@@ -113,8 +113,8 @@ class AdaptedModel(nn.Module):
                 module.merge(False)
 
     def compute_in(self, dtype: torch.dtype) -> None:
-        """From the next `train()` on, train with the frozen tensors in `dtype`, under autocast
-        where that is bfloat16. Evaluation stays as it is.
+        """Train with the frozen tensors in `dtype` from the next `train()` on, under autocast if it
+        is bfloat16. Evaluation is unchanged.
         """
         self.eval()
         self._training_dtype, self._copies = dtype, None
@@ -122,8 +122,8 @@ class AdaptedModel(nn.Module):
     def _apply(
         self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True
     ) -> AdaptedModel:
-        """Move or cast the model's own tensors; whatever was derived from them is made anew in
-        their new place.
+        """Move or cast the model's own tensors, and rebuild what was derived from them on the new
+        device.
 
         On a GPU, `to` swaps the data of parameters and keeps the objects. Copies made before would
         put the data of the old device back at the next change of mode, and merged weights would
@@ -143,8 +143,8 @@ class AdaptedModel(nn.Module):
         return (images - self.mean) / self.std
 
     def train(self, mode: bool = True) -> AdaptedModel:
-        """Only the banks and the adapters' dropout know a training mode; the frozen network always
-        runs as in evaluation.
+        """Switch the mode of the banks and of the adapters' dropout; the frozen network always runs
+        in evaluation mode.
         """
         super().train(False)
         self.banks.train(mode)
@@ -157,7 +157,8 @@ class AdaptedModel(nn.Module):
         return self
 
     def auxiliary_loss(self) -> torch.Tensor:
-        """What parts add to the loss of the last forward pass: banks their load-balance terms."""
+        """Sum of the parts' terms of the training loss in the last forward pass, such as the banks'
+        load balance."""
         return sum(
             (term.loss() for term in self._terms()), start=torch.zeros((), device=self.mean.device)
         )
@@ -169,8 +170,8 @@ class AdaptedModel(nn.Module):
                 dropout.reseed(int(torch.randint(1 << 62, (), generator=generator)))
 
     def positions(self) -> dict[str, torch.Tensor]:
-        """The connections of each layer: places [N] in its weight as one [O, I] matrix,
-        ascending.
+        """The connections of each layer: ascending flat indices [N] into its weight seen as an
+        [O, I] matrix.
         """
         tuned = {
             tensor.name: module
@@ -191,8 +192,8 @@ class AdaptedModel(nn.Module):
         return sum(tensor.values for tensor in self.values.tensors)
 
     def idle_experts(self, total: Callable[[int], int] = int) -> str:
-        """What to say of experts that no token was ever sent to in training; empty where all were
-        used. `total` sums a count over processes."""
+        """Message about experts that received no token during training; empty if there are none.
+        `total` sums a count over processes."""
         remarks = [term.remark(total) for term in self._terms()]
         return "; ".join(
             f"bank {number}: {remark}" for number, remark in enumerate(remarks) if remark
@@ -213,8 +214,8 @@ def attach(
     """Attach a recipe to a backbone whose tensors stay shared and untouched.
 
     Args:
-        selected: needed where the recipe trains connections; those that its `top_k` keeps are
-            taken.
+        selected: required if the recipe trains connections; those that its `top_k` keeps are
+            used.
         seed: of every initial value.
 
     Raises:

@@ -1,12 +1,12 @@
-"""Blocks with an MLP, and where their branches begin and end, found by what each block computes in
-one forward pass.
+"""Find blocks with an MLP, and where their branches begin and end, from what each block computes
+in one forward pass.
 
     y = s + e        s: the residual stream, e: what the branch adds to it, y: what is read next
 
 A branch ends at the child of its block whose output is e: its MLP or attention itself, or the
-LayerScale, norm or drop path behind it. It is found by the numbers: s + e, with an s seen before,
-is bit for bit what a later child reads or the block returns. So it does not matter whether norms
-come first or last, or whether a child serves several branches.
+LayerScale, norm or drop path after it. It is identified by value: s + e, for an s seen before, is
+bit for bit what a later child reads or the block returns. So norms may come first or last, and a
+child may serve several branches.
 """
 
 from __future__ import annotations
@@ -25,8 +25,7 @@ from pipeline.adaptation.watched import first_tensor, learnt_once, watch
 from pipeline.backbones import LoadedBackbone
 
 ROUNDING = 1e-5
-"""How far a sum over a tensor may be from another for the same numbers, as a share of their
-sizes.
+"""Relative tolerance between two sums over the same values, as a fraction of their absolute sum.
 """
 
 
@@ -92,7 +91,7 @@ def _slot(backbone: LoadedBackbone, name: str, watched: BlockWatch) -> MlpSlot |
     first, mlp, norm = (
         _first_layer(block.get_submodule("mlp")),
         watched.call_of("mlp"),
-        watched.norm_beside("mlp"),
+        watched.neighbouring_norm("mlp"),
     )
     if (
         first is None
@@ -119,8 +118,8 @@ def _slot(backbone: LoadedBackbone, name: str, watched: BlockWatch) -> MlpSlot |
 
 @dataclass(frozen=True)
 class Seen:
-    """A tensor that passed, the sum of its numbers and that of their sizes, by which most sums that
-    do not hold are told without adding up.
+    """A tensor that was passed, with its sum and absolute sum: a cheap check that rules out most
+    candidates without adding the tensors.
     """
 
     numbers: torch.Tensor
@@ -144,7 +143,7 @@ class Call:
 
 
 class BlockWatch:
-    """Records what passes between the children of one block, in its first call."""
+    """Records the tensors passed between the children of one block during its first call."""
 
     def __init__(self, block: nn.Module) -> None:
         self._norms = {name for name, child in block.named_children() if is_norm(child)}
@@ -186,7 +185,7 @@ class BlockWatch:
         calls = [call for call in self.calls if call.child == child]
         return calls[0] if len(calls) == 1 else None
 
-    def norm_beside(self, child: str) -> str | None:
+    def neighbouring_norm(self, child: str) -> str | None:
         """The norm whose output a child reads or, failing that, the one that reads the child's
         output.
         """
@@ -207,12 +206,12 @@ class BlockWatch:
     def branch(
         self, start: str, width: int, reads_channels_first: Callable[[str | None], bool]
     ) -> Branch | None:
-        """The branch that starts with a child, which is called once; None where its end cannot be
-        told.
+        """The branch that starts with a child, which is called once; None if its end cannot be
+        determined.
 
         Args:
             reads_channels_first: whether a child ("" for the block) puts channels at dimension 1,
-                asked where shapes cannot tell.
+                called if the shapes are ambiguous.
         """
         if self.call_of(start) is None or self.result is None:
             return None
@@ -236,10 +235,10 @@ class BlockWatch:
         )
 
     def _streams(self, first: int) -> Sequence[tuple[str | None, Seen]]:
-        """What may be the stream of a branch that starts with call `first`, the latest seen first,
-        and the child that reads it.
+        """Candidates for the stream of a branch that starts with call `first`, latest first, each
+        with the child that reads it.
 
-        A child may also scale the stream on its way (MetaFormer): then what it gives is in the sum.
+        A child may also scale the stream (MetaFormer): then its output is the term of the sum.
         """
         before = self.calls[: first + 1]
         read = [(call.child, call.read) for call in reversed(before)]
@@ -260,8 +259,8 @@ def _is_same(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 
 def _is_sum(stream: Seen, added: Seen, total: Seen) -> bool:
-    """Whether `total` is the sum, with its channels where they are or moved; a stream of zeros is
-    none.
+    """Whether `total` is the sum, with its channels in either position; a stream of zeros does not
+    count.
     """
     may_be = stream.size > 0 and abs(stream.total + added.total - total.total) <= ROUNDING * (
         stream.size + added.size
@@ -274,8 +273,8 @@ def _is_sum(stream: Seen, added: Seen, total: Seen) -> bool:
 
 
 def _has_channels_first(added: torch.Tensor, width: int, otherwise: Callable[[], bool]) -> bool:
-    """Whether what a branch adds has its channels at dimension 1; `otherwise` is asked where the
-    shape cannot tell.
+    """Whether a branch's output has its channels at dimension 1; `otherwise` is called if the shape
+    is ambiguous.
     """
     if added.ndim > 2 and added.shape[1] == added.shape[-1]:
         return otherwise()

@@ -1,5 +1,5 @@
-"""Changing what a block's branch adds to the residual stream, by forward hooks, so that the block's
-own code stays as it is.
+"""Change what a block's branch adds to the residual stream, with forward hooks, so that the
+block's own code is untouched.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from pipeline.adaptation.blocks import Branch
 
 
 class BranchEnd:
-    """Calls `change` on a branch's output in every forward pass, and takes what it returns in its
-    place.
+    """Calls `change` on a branch's output in every forward pass and replaces the output by the
+    result.
 
     The child where a branch ends may serve several branches (CaiT's drop path): its first call
     after the branch has started is the one. Changes of one branch are made in the order in which

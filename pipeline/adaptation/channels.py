@@ -1,7 +1,7 @@
-"""Which dimension of a layer's output holds its channels, found in one forward pass.
+"""Find which dimension of a layer's output holds its channels, in one forward pass.
 
-Mostly only one dimension is as long as the layer has channels. Where several are, one channel's
-weight is changed, and the outputs that change show where that channel lies.
+Usually only one dimension is as long as the layer has channels. If several are, one channel's
+weight is changed, and the outputs that change show the channel's dimension.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ def _as_long_as(output: torch.Tensor, channels: int) -> list[int]:
 
 @torch.no_grad()
 def _changed_dim(module: nn.Module, x: torch.Tensor) -> int:
-    """The dimension at whose index the output changes with the weight of one channel; tried until a
-    channel is not silent.
+    """The dimension along which the output changes with the weight of one channel; tries further
+    channels until one has an effect.
     """
     weight, output = module.weight, module(x)
     assert isinstance(weight, torch.Tensor)

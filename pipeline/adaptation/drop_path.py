@@ -28,7 +28,7 @@ class SeededDropPath(SeededDropout):
     """
 
     def drop(self, x: torch.Tensor, rate: float) -> torch.Tensor:
-        """`x` [B, ...] with a share `rate` of its samples left out."""
+        """`x` [B, ...] with a fraction `rate` of its samples dropped."""
         if not self.training or not rate:
             return x
         kept = torch.empty(len(x), *[1] * (x.ndim - 1), dtype=x.dtype, device=x.device)

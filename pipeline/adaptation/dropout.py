@@ -1,8 +1,8 @@
-"""Dropout that draws from a generator of its own, so that training depends on its seed alone,
-whatever else this process has drawn.
+"""Dropout with its own random generator, so that training depends only on its seed, whatever else
+this process has drawn.
 
-The training loop gives a new seed for every step. So a run that goes on needs no state of any
-generator, and may go on on another kind of device, whose generator's state would not fit.
+The training loop sets a new seed for every step. So a resumed run needs no generator state, and
+can resume on another kind of device, whose generator state would be incompatible.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from torch import nn
 
 
 class SeededDropout(nn.Module):
-    """Zeroes a share of a tensor's entries in training and scales the others up; one instance
+    """Zeroes a fraction of a tensor's entries in training and scales up the others; one instance
     serves all adapters of a model.
     """
 
@@ -28,13 +28,13 @@ class SeededDropout(nn.Module):
         return x * kept.div_(1 - self.share)
 
     def generator(self, device: torch.device) -> torch.Generator:
-        """What it draws from on a device."""
+        """The generator of a device."""
         if device not in self._generators:
             self._generators[device] = torch.Generator(device).manual_seed(self.seed)
         return self._generators[device]
 
     def reseed(self, seed: int) -> None:
-        """Draw anew, from this seed, on whatever device."""
+        """Restart the generators of all devices from this seed."""
         self.seed = seed
         for generator in self._generators.values():
             generator.manual_seed(seed)

@@ -1,9 +1,9 @@
-"""Which fused `qkv` layers hold q, k and v as three thirds of their rows, one after the other, and
-not head by head.
+"""Find the fused `qkv` layers that hold q, k and v as consecutive thirds of their rows, rather than
+head by head.
 
-In one forward pass the layer's output is replaced by the numbers of its rows, and followed through
-the views and copies that lead to the first computation: there, a tensor of q, k or v alone holds
-the rows of one third.
+In one forward pass the layer's output is replaced by its row numbers, and traced through views
+and copies to the first computation: there, a tensor of q, k or v alone holds the rows of one
+third.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ _COPIES = (torch.ops.aten.clone.default, torch.ops.aten._to_copy.default)
 
 @learnt_once
 def in_thirds(backbone: LoadedBackbone) -> Mapping[str, bool]:
-    """For every `qkv` layer by name: whether q, k and v are its thirds. Attention that adds a bias
-    of its own to each (BEiT) has them so.
+    """For every `qkv` layer by name: whether q, k and v are its thirds. They are in attention that
+    adds a separate bias to each (BEiT).
     """
     layers = {
         name: layer

@@ -1,12 +1,11 @@
-"""The backbone's own tensors with everything trained written into them, for a network that knows
-nothing of this package.
+"""The backbone's own tensors with all trained changes merged in, for use without this package.
 
     connections, biases, norms, full    W + change
     LoRA (arXiv 2106.09685)             W + scale * up @ down
     SSF (arXiv 2210.08823)              (1 + scale) * W and (1 + scale) * b + shift
     class token                         token + change
 
-The other parts are no change of a weight: their `no_weight` says why.
+The other parts cannot be expressed as a change of weights: their `no_weight` says why.
 """
 
 from __future__ import annotations
@@ -22,8 +21,8 @@ from pipeline.adaptation.parts.full import TunedNetwork
 
 @torch.no_grad()
 def merged_state(model: AdaptedModel, original: nn.Module) -> dict[str, torch.Tensor]:
-    """The tensors of `original`, the network as timm made it, by timm's names, as `model` computes
-    with them; the head is not among them.
+    """The state dict of `original`, the network as timm created it, with the changes of `model`
+    merged in; without the head.
 
     For recipes whose parts have no `no_weight`. Raises ExportError where SSF shifts a layer that
     has no bias.

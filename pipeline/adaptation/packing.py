@@ -1,6 +1,4 @@
-"""From an adapted model to a pack and back: the only place where trained tensors meet the file's
-parts.
-"""
+"""Convert an adapted model to a pack and back."""
 
 from __future__ import annotations
 
@@ -43,21 +41,21 @@ from pipeline.specs import Recipe, Selection, Task, Training
 _Section = TypeVar("_Section", Recipe, Selection)
 PROBE_IMAGES = 2
 _COUNT_BYTES = 8
-"""What a layer's number of connections may take in a pack's description, compressed or not."""
+"""Largest number of bytes for a layer's connection count in a pack's description."""
 _LENGTH_BYTES = 4
-"""By how much the compressed description may grow when it states another number of bytes for the
-positions.
+"""Largest growth in bytes of the compressed description when its positions take another number of
+bytes.
 """
 PROBE_TOLERANCE = 0.02
-"""Largest difference of a probe logit that other hardware may cause, as a share of the largest
-logit, or of 1 where all are smaller.
+"""Tolerance for probe logits computed on other hardware, as a fraction of the largest logit, or of
+1 if all are smaller.
 """
 
 
 def describe(
     task: Task, recipe: Recipe, backbone: LoadedBackbone, classes: Sequence[str]
 ) -> PackMetadata:
-    """What a pack says of itself. Everything in it is known before training."""
+    """The metadata of a pack, all of which is known before training."""
     return PackMetadata(
         task=task.name,
         classes=list(classes),
@@ -79,11 +77,10 @@ def describe(
 
 
 class SizePlanner:
-    """The sizes of the packs that recipes will give, before anything is trained.
+    """Predicts the pack sizes of recipes before anything is trained.
 
-    With the task's selection a size is exact: positions are coded as they will be. So it is where a
-    reader computes them anew. Otherwise the cheapest positions are assumed (all connections equal,
-    so the first are chosen), and the size is a lower bound.
+    Sizes are exact if the task's selection is known or positions are not stored. Otherwise the
+    cheapest positions are assumed, and the size is a lower bound.
     """
 
     def __init__(
@@ -107,7 +104,7 @@ class SizePlanner:
         return sum(self.ledger(recipe).values())
 
     def is_exact(self, recipe: Recipe) -> bool:
-        """Whether the recipe's size is known, not only bounded."""
+        """Whether the recipe's size is exact rather than bounded."""
         return (
             recipe.connections is None
             or self._selected is not None
@@ -115,7 +112,7 @@ class SizePlanner:
         )
 
     def largest_bytes(self, recipe: Recipe) -> int:
-        """The most that a pack of the recipe can take, whatever connections are selected."""
+        """Upper bound of the recipe's pack size, over all selections."""
         if self.is_exact(recipe):
             return self.size_bytes(recipe)
         assert recipe.connections is not None
@@ -150,7 +147,7 @@ class SizePlanner:
         )
 
     def _planned_connections(self, recipe: Recipe) -> tuple[SelectedIndex, Part]:
-        """The selection and the part, kept: coding positions takes longer than everything else."""
+        """The selection and the part, cached, because coding positions takes longest."""
         assert recipe.connections is not None
         key = repr((recipe.connections, recipe.quantiser))
         if key not in self._connections:
@@ -242,12 +239,12 @@ def from_pack(pack: Pack, backbone: LoadedBackbone) -> AdaptedModel:
 def _biases_left_frozen(
     planned: Sequence[PlannedTensor], stored: Collection[tuple[str, str]], backbone: LoadedBackbone
 ) -> set[PlannedTensor]:
-    """The biases beside layers, for a pack that has none: earlier versions trained layers'
-    alone.
+    """The biases of no layer, for a pack that has none: earlier versions trained those of
+    layers only.
     """
     layers = weight_shapes(backbone.model).keys()
-    beside = {each for each in planned if each.part == "biases" and each.name not in layers}
-    return set() if any((each.part, each.name) in stored for each in beside) else beside
+    others = {each for each in planned if each.part == "biases" and each.name not in layers}
+    return set() if any((each.part, each.name) in stored for each in others) else others
 
 
 def _check_backbone(meta: PackMetadata, backbone: LoadedBackbone) -> None:
@@ -267,8 +264,8 @@ def _check_backbone(meta: PackMetadata, backbone: LoadedBackbone) -> None:
 
 
 def _first_difference(trail: str, backbone: LoadedBackbone) -> str:
-    """The first tensor after which the two hashes differ. One time in 256 two hashes show the same
-    digits, and the next tensor is named.
+    """The first tensor after which the two hashes differ. One time in 256 the digits are equal by
+    chance, and the next tensor is named.
     """
     if len(trail) != len(backbone.trail):
         return f"it has {len(trail) // 2} tensors, the one given {len(backbone.trail) // 2}"
@@ -281,7 +278,7 @@ def _first_difference(trail: str, backbone: LoadedBackbone) -> str:
 def _selected(
     pack: Pack, recipe: Recipe, spec: Selection, backbone: LoadedBackbone
 ) -> dict[str, RankedPlaces] | None:
-    """The pack's connections: read from it, or computed anew where it says so."""
+    """The pack's connections: stored in it, or recomputed from the backbone if it says so."""
     if recipe.connections is None:
         return None
     top_k = recipe.connections.top_k
@@ -322,7 +319,7 @@ def probe_logits(model: AdaptedModel, size_px: int) -> np.ndarray:
 
 
 def _groups(tensors: Sequence[PlannedTensor]) -> list[list[PlannedTensor]]:
-    """Neighbours of one part, stored alike, share a part of the file."""
+    """Group consecutive tensors of one part that are stored alike."""
     return [
         list(group)
         for _, group in itertools.groupby(
@@ -370,7 +367,7 @@ def _part(
     positions: Mapping[str, torch.Tensor],
     recomputed: bool,
 ) -> Part:
-    """One part of the file. Positions are left out where a reader computes them anew."""
+    """One part of the file. Positions that readers recompute are left out."""
     name, bits, specs, layers = _specs(group)
     scales = [scale for tensor in group for scale in [encoded[tensor][1]] if scale is not None]
     return Part(

@@ -24,7 +24,7 @@ from pipeline.backbones import LoadedBackbone
 from pipeline.specs import Recipe
 
 MLP_BLOCKS = "it needs blocks with a norm next to an MLP (a child named mlp)"
-"""What parts that work beside a block's MLP need of a backbone."""
+"""Requirement of parts that attach to a block's MLP, as it ends an error message."""
 
 
 class Receiver(Protocol):
@@ -41,10 +41,10 @@ class WeightChange:
         return []
 
     def merge(self, is_merged: bool) -> None:
-        """Write the current changes into the weights for all passes to come, or undo that."""
+        """Write the current changes into the weights for all further passes, or undo that."""
 
     def plain_tensors(self) -> dict[str, torch.Tensor]:
-        """What the plain module would hold to compute the same, by the names of its state dict."""
+        """State dict of a plain module that computes the same."""
         raise NotImplementedError
 
 

@@ -7,8 +7,8 @@ through mean and sd, which are used as a pack keeps them: in half precision. 16 
 precision, 32 bits are plain floats. Without a mean, z = w / (rms + 1e-5) and w_hat = Q(z) * rms.
 Source: Binary Adapter (arXiv 2307.16867), section 3; see `pipeline.packs.codebook` for the levels.
 
-All tensors of one width are quantised at once, as one flat vector of N values in G runs, one run a
-matrix or, by choice, one a row; sums are taken in float64.
+All tensors of one width are quantised at once, as one flat vector of N values in G runs: one per
+matrix or, with `by_row`, one per row. Sums are taken in float64.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def _degrees_of_freedom(lengths_G: torch.Tensor, has_mean: bool) -> torch.Tensor
 
 
 def _as_stored(statistic_G: torch.Tensor) -> torch.Tensor:
-    """A statistic as a pack keeps it."""
+    """A statistic as a pack stores it."""
     return statistic_G.half().to(statistic_G.dtype)
 
 
@@ -74,7 +74,7 @@ def _standardise(
 
 
 class _RoundToHalf(torch.autograd.Function):
-    """Half precision's value, the identity's gradient."""
+    """Rounds to half precision; its gradient is the identity."""
 
     @staticmethod
     def forward(ctx: Any, latent: torch.Tensor) -> torch.Tensor:  # type: ignore[override]

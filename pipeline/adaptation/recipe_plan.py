@@ -1,5 +1,4 @@
-"""What a recipe attaches to a backbone, known before anything is built: modules, shapes, bits,
-bytes.
+"""Plan what a recipe attaches to a backbone before anything is built: modules, shapes, bits, bytes.
 
 Layers and blocks are found by module type (see `sites`), so that ViT, Swin and ConvNeXt share the
 code. A part that matches nothing is an error.
@@ -30,8 +29,8 @@ def plan(
     """Every tensor the recipe trains, in the order a pack stores them.
 
     Args:
-        selected: says how many connections each layer keeps. Without it, as many as K of every
-            neuron are, which holds at every level but network.
+        selected: gives the number of connections of each layer. Without it, K per neuron are
+            assumed, which is exact at every level but network.
 
     Raises:
         BackboneError: a part of the recipe matches no module of this backbone.
@@ -66,7 +65,7 @@ def plan_head(width: int, class_count: int, recipe: Recipe) -> list[PlannedTenso
 
 
 def _stored_as(tensor: PlannedTensor, spec: Quantiser) -> PlannedTensor:
-    """The tensor with the recipe's way of rounding, where it is rounded to codes.
+    """The tensor with the recipe's quantiser settings, if it has codes.
 
     A mean of connections of one bit is noise: benchmarks/scales.py.
     """

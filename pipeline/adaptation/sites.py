@@ -19,9 +19,9 @@ _NORMS = (
 def tunable_layers(model: nn.Module) -> dict[str, TunableLayer]:
     """Every Linear and Conv2d of a backbone, by name, in order of definition.
 
-    Subclasses are left alone: they standardise their weight, or pad by the input's size, which a
-    plain layer on another weight would not do. So are convolutions that pad by a rule ("same") or
-    with anything but zeros.
+    Subclasses are left out: they standardise their weight, or pad according to the input's size,
+    which a plain layer on another weight would not do. So are convolutions with padding "same" or
+    a padding mode other than zeros.
     """
     return {
         name: module

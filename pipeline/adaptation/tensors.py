@@ -1,4 +1,4 @@
-"""A trained tensor as a plan knows it: what it is called, its shape and bits, and how it starts."""
+"""A planned tensor: its name, shape, bits and initial values."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ class PlannedTensor:
     """One trained tensor. `layer` is (neurons, inputs of a neuron) of the layer whose connections
     these are, None for other parts.
 
-    codebook, by_row, has_mean: what its codes stand for below 16 bits, whether every row of a
-    matrix has scales of its own, and whether a mean is one of the scales beside the sd.
+    codebook, by_row, has_mean: the levels of its codes below 16 bits, whether every row of a
+    matrix has its own scales, and whether the scales include a mean.
     """
 
     part: PartName
@@ -49,13 +49,13 @@ class PlannedTensor:
 
     @property
     def rounding(self) -> tuple[Bits, Codebook, bool]:
-        """What tensors share whose values are rounded together: bits, codebook, has_mean."""
+        """Key of the tensors whose values are rounded together: bits, codebook, has_mean."""
         return self.bits, self.codebook, self.has_mean
 
     @property
     def runs(self) -> int:
-        """Number of runs of values with a mean and an sd of their own: trailing 2-D matrices, or
-        their rows; a vector is one.
+        """Number of runs of values with their own mean and sd: trailing 2-D matrices, or their
+        rows; a vector is one run.
         """
         return math.prod(self.shape[:-1] if self.by_row else self.shape[:-2])
 

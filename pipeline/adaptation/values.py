@@ -1,8 +1,8 @@
-"""All trained values of a model: one flat parameter for each way of rounding, handed to the modules
-as named tensors before every forward pass.
+"""All trained values of a model: one flat parameter per way of rounding, passed to the modules as
+named tensors before every forward pass.
 
-An optimiser sees a few parameters instead of a hundred, and quantising costs a few operations a
-step, whatever the number of layers.
+An optimiser sees a few parameters instead of hundreds, and quantisation costs a few operations
+per step, whatever the number of layers.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class FlatValues(nn.Module):
 
     @torch.no_grad()
     def load_stored(self, values: Mapping[PlannedTensor, torch.Tensor]) -> None:
-        """Take values read from a pack: from now on they are used as they are."""
+        """Load values from a pack, which are then used unchanged."""
         self.latent_N.copy_(torch.cat([values[tensor].reshape(-1) for tensor in self.tensors]))
         self.is_stored = True
 
@@ -87,13 +87,13 @@ class TrainedValues(nn.Module):
         }
 
     def encode(self) -> dict[PlannedTensor, tuple[np.ndarray, np.ndarray | None]]:
-        """What a pack stores of every tensor."""
+        """The codes and scales of every tensor, as a pack stores them."""
         return {
             tensor: codes for group in self._groups() for tensor, codes in group.encode().items()
         }
 
     def load_stored(self, values: Mapping[PlannedTensor, torch.Tensor]) -> None:
-        """Take every tensor's values from a pack."""
+        """Load every tensor's values from a pack."""
         for group in self._groups():
             group.load_stored(values)
 

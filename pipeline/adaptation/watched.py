@@ -1,8 +1,8 @@
-"""One forward pass of a backbone, watched: what its code does that no type or name tells.
+"""Observe one forward pass of a backbone, to learn what no type or name reveals.
 
 An image of seeded noise passes through a copy of the network that shares its tensors, so the
-backbone itself is left alone, and hooks say what is called with what. What is learnt this way holds
-for every image: the networks are fixed programs.
+backbone itself is untouched, and hooks record each call. The findings hold for every image,
+because the networks are fixed programs.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _LOCK = threading.RLock()
 
 
 def learnt_once(learn: Callable[[LoadedBackbone], T]) -> Callable[[LoadedBackbone], T]:
-    """A function of a backbone whose result is kept as long as the backbone is."""
+    """Decorator: cache a function of a backbone for the backbone's lifetime."""
     known: WeakKeyDictionary[nn.Module, T] = WeakKeyDictionary()
 
     @functools.wraps(learn)

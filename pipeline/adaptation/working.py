@@ -1,5 +1,4 @@
-"""The frozen network as training computes with it: copies of its tensors in low precision, made
-once, in use only while the model trains.
+"""Low-precision copies of the frozen tensors, made once and used only while the model trains.
 
 Under autocast, a frozen weight would be cast in every step, and one float32 position embedding or
 norm keeps the whole residual stream in float32. Frozen tensors need no float32 master copy, so they
@@ -17,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 
 def slow_fused_attention(model: nn.Module, dtype: torch.dtype) -> list[nn.Module]:
-    """Modules whose fused attention had better be written out while `model` trains in `dtype`.
+    """Modules whose fused attention is slower than its parts while `model` trains in `dtype`.
 
     On a CPU, the backward pass of torch's fused kernel takes several times as long in bfloat16 as
     that of its parts.
@@ -29,14 +28,14 @@ def slow_fused_attention(model: nn.Module, dtype: torch.dtype) -> list[nn.Module
 
 
 def fuse_attention(modules: Iterable[nn.Module], is_fused: bool) -> None:
-    """Take torch's fused kernel, or the parts it is made of."""
+    """Switch between torch's fused kernel and its separate operations."""
     for module in modules:
         setattr(module, "fused_attn", is_fused)  # noqa: B010 - an attribute of timm's, unknown to nn.Module's type
 
 
 class WorkingCopies:
-    """What differs while a frozen network trains in `dtype`: its parameters are copies in that
-    type, and attention may be written out.
+    """Switches a frozen network between its own parameters and copies in `dtype`, and its attention
+    between the fused kernel and separate operations.
 
     Args:
         model: its parameters are its own; their storage may be shared with other models and is
@@ -62,7 +61,7 @@ class WorkingCopies:
         self._fused = slow_fused_attention(model, dtype)
 
     def use(self, mode: bool) -> None:
-        """Whether the network computes as in training from now on, or with its frozen tensors."""
+        """Use the copies (`mode` true) or the frozen tensors."""
         for parameter, frozen, copy in self._copies:
             parameter.data = copy if mode else frozen
         fuse_attention(self._fused, not mode)

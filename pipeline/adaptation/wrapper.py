@@ -1,4 +1,4 @@
-"""A module in another's place: whoever looks at it sees the attributes of the one it stands for."""
+"""A module that replaces another and forwards attribute access to it."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from torch import nn
 
 
 class Wrapper(nn.Module):
-    """Stands where `base` stood. Blocks that read an attribute of a layer (its kernel size, its
-    number of inputs) find that of `base`.
+    """Replaces `base`. Blocks that read an attribute of a layer, such as its kernel size, get that
+    of `base`.
     """
 
     def __init__(self, base: nn.Module) -> None:

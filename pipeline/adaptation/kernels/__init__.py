@@ -1,1 +1,1 @@
-"""The products of connections, as compiled code where there is a compiler."""
+"""The gradient of selected connections, with a fused GPU kernel where one can be compiled."""

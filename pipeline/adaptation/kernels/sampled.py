@@ -1,19 +1,19 @@
-"""The sampled product: of x^T g only the entries that are wanted.
+"""The sampled product: selected entries of x^T g.
 
-    s[n] = sum_t x[t, c[n]] * g[t, o[n]]        n: an entry (c[n], o[n]) of the [C, O] product, at
-    place c[n] * O + o[n]
+    s[n] = sum_t x[t, c[n]] * g[t, o[n]]        n: the entry (c[n], o[n]) of the [C, O] product,
+                                                whose flat index is c[n] * O + o[n]
 
-It is the gradient of a layer's connections: x are the inputs that any neuron chose, g the gradient
-of the layer's output. One function, three ways:
+It is the gradient of a layer's connections: x holds the inputs that any neuron selected, g the
+gradient of the layer's output. There are three implementations:
 
-- On a CPU, the product over the chosen columns is made whole and read at the places. A neuron's dot
-  product alone is no cheaper: gathering a column for every neuron moves more memory than the
-  product computes. A compiled kernel that does both at once was measured to save 1 % of a step.
+- On a CPU, the dense product over the selected columns is computed and indexed. Separate dot
+  products are no cheaper: gathering a column per neuron is bound by memory. A compiled kernel that
+  fuses both was measured to save 1 % of a step.
 - On a GPU, with few columns, a fused kernel reads x and g once and writes N sums
   (triton_sampled.py).
-- On a GPU, with many columns, each row of x is many cache lines and gathering from it costs more
-  than the tensor cores' product, which is dropped at once. So it is done, too, where Triton cannot
-  be had: it needs a C compiler and Python's headers when it is first used.
+- On a GPU, with many columns, each row of x spans many cache lines, and gathering from it costs
+  more than the dense product on tensor cores. The dense product is also the fallback where Triton
+  is unavailable: it needs a C compiler and Python's headers on first use.
 
 Shapes: T tokens, C columns of x, O outputs, N entries.
 """
@@ -28,7 +28,9 @@ import torch
 
 SampledProduct = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 FUSED_COLUMNS = 128
-"""Columns up to which the fused kernel gathers from one or two cache lines a token."""
+"""Largest number of columns for which the fused kernel gathers from one or two cache lines per
+token.
+"""
 
 
 def sampled_product(
@@ -45,14 +47,14 @@ def sampled_product(
 def plain_sampled_product(
     x_TC: torch.Tensor, gradient_TO: torch.Tensor, place_N: torch.Tensor
 ) -> torch.Tensor:
-    """The same from the whole product."""
+    """`sampled_product` by way of the dense product."""
     return (x_TC.T @ gradient_TO).take(place_N)
 
 
 @functools.cache
 def fused_kernel(device: torch.device) -> SampledProduct | None:
-    """The fused kernel, once it has computed something on `device`; None, with a warning in the
-    log, where it cannot.
+    """The fused kernel, after a trial run on `device`; None, with a logged warning, if that
+    fails.
     """
     try:
         from pipeline.adaptation.kernels.triton_sampled import fused_sampled_product

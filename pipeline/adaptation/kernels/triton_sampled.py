@@ -1,10 +1,10 @@
 """The sampled product (sampled.py) as one Triton kernel: x and g are read once, no product is
 stored.
 
-A program sums BLOCK_N entries over one share of the tokens; shares are added afterwards, in a fixed
-order, so that the same inputs give the same bits. Entries come in the order of neurons, so
-neighbours read neighbouring outputs of g; their columns of x lie in one or two cache lines.
-Imported only where it runs: on a GPU, or in Triton's interpreter (TRITON_INTERPRET=1).
+A program sums BLOCK_N entries over one chunk of the tokens; chunks are added afterwards in a fixed
+order, so that equal inputs give equal bits. Entries are in the order of neurons, so neighbours
+read neighbouring outputs of g; their columns of x are in one or two cache lines. Imported only
+where it runs: on a GPU, or in Triton's interpreter (TRITON_INTERPRET=1).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import triton.language as tl
 BLOCK_N = 128
 BLOCK_T = 32
 PROGRAMS = 1024
-"""About how many programs to start: several for each of a large GPU's multiprocessors."""
+"""Approximate number of programs: several for each multiprocessor of a large GPU."""
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""Biases: those of the layers, and what else GPS's code trains beside its connections.
+"""Biases of the layers, and the other parameters that GPS's code trains next to its connections.
 
 Its rule goes by names (FightingFighting/GPS, utils/pruning.py): every parameter with `bias` or
 `gamma` in its name trains, but none with `norm`, `pos_embed` or `cls_token` in it. So the tables of
@@ -43,7 +43,7 @@ class TunedParameter(nn.Module, WeightChange):
         return self._frozen
 
     def merge(self, is_merged: bool) -> None:
-        """Keep the sum for all passes to come, or add anew in each."""
+        """Keep the sum for all further passes, or compute it in each."""
         self._merged = self._frozen[0] + self.current["change"] if is_merged else None
 
     def forward(self, frozen: torch.Tensor) -> torch.Tensor:
@@ -54,10 +54,11 @@ class TunedParameter(nn.Module, WeightChange):
         return changed
 
 
-def biases_beside_layers(model: nn.Module) -> dict[str, nn.Parameter]:
-    """By name, what trains as a bias and is neither a layer's nor a norm's.
+def other_biases(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters, by name, that train as biases but belong to neither a layer nor a norm.
 
-    A recurrent layer's are left out: it reads all its parameters as one buffer.
+    Those of recurrent layers are left out, because such a layer reads all its parameters as one
+    buffer.
     """
     layers, norms = tunable_layers(model), norms_of(model)
     owners = {
@@ -81,7 +82,7 @@ def changed_parameters(module: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def _forget(module: nn.Module, inputs: Any) -> None:
-    """Pre-hook: setting the mode drops biases that attention keeps from pass to pass (LeViT)."""
+    """Pre-hook: setting the mode clears biases that attention caches between passes (LeViT)."""
     module.train(False)
 
 
@@ -97,13 +98,13 @@ class BiasesPart(Part):
         layers = {name: layer.bias for name, layer in tunable_layers(site.model).items()}
         return [
             PlannedTensor("biases", name, tuple(bias.shape), spec.bits)
-            for name, bias in {**layers, **biases_beside_layers(site.model)}.items()
+            for name, bias in {**layers, **other_biases(site.model)}.items()
             if bias is not None
         ]
 
     def attach(self, spec: Biases, assembly: Assembly) -> None:
         """Change the parameters where they are, and replace the layers, if connections will not."""
-        for name, parameter in biases_beside_layers(assembly.model).items():
+        for name, parameter in other_biases(assembly.model).items():
             owner_name, _, own_name = name.rpartition(".")
             owner = assembly.model.get_submodule(owner_name)
             tuned = assembly.modules[f"bias:{name}"] = TunedParameter(parameter)

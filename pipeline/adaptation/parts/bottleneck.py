@@ -1,9 +1,9 @@
-"""Bottleneck adapters, one of its own in every block.
+"""Bottleneck adapters, one per block.
 
     a(x) = scale * up(dropout(relu(down(x))))        no biases; down is [H, D], up [D, H]
 
     parallel           x + mlp(norm2(x)) + a(x)      AdaptFormer (arXiv 2205.13535): x is the
-    residual stream, not normalised
+                                                     residual stream, not normalised
     after_mlp          x + h + a(h)                  h = mlp(norm2(x)); Pfeiffer (arXiv 2005.00247)
     after_attention    x + h + a(h)                  h = attn(norm1(x))
     after_both         the last two together         Houlsby (arXiv 1902.00751)
@@ -47,21 +47,21 @@ class Bottleneck(nn.Module):
             reader.register_forward_pre_hook(self._keep_stream)
         BranchEnd(block, branch, self._add_to_branch)
 
-    def forward(self, x: torch.Tensor, beside: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         """The adapter's output for inputs [..., D] (or [B, D, H, W] where channels come first),
-        added to `beside` of the same shape.
+        added to `residual` of the same shape.
         """
         if self.channels_first:
-            return self._add(x.movedim(1, -1), beside.movedim(1, -1)).movedim(-1, 1)
-        return self._add(x, beside)
+            return self._add(x.movedim(1, -1), residual.movedim(1, -1)).movedim(-1, 1)
+        return self._add(x, residual)
 
-    def _add(self, x: torch.Tensor, beside: torch.Tensor) -> torch.Tensor:
+    def _add(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         hidden_TH = self.dropout[0](
             F.relu(F.linear(x.reshape(-1, x.shape[-1]), self.current["down"]))
         )
         up_HD = (self.scale * self.current["up"]).T
-        return torch.addmm(beside.reshape(-1, beside.shape[-1]), hidden_TH, up_HD).view(
-            beside.shape
+        return torch.addmm(residual.reshape(-1, residual.shape[-1]), hidden_TH, up_HD).view(
+            residual.shape
         )
 
     def _keep_stream(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
@@ -74,7 +74,7 @@ class Bottleneck(nn.Module):
 
 
 def _branches(slot: MlpSlot, spec: Adapter) -> dict[str, Branch]:
-    """Those of a block's branches that get an adapter."""
+    """The branches of a block that get an adapter."""
     wanted = {
         "parallel": ("mlp",),
         "after_mlp": ("mlp",),

@@ -5,14 +5,14 @@
     dv[n] = sum_t g[t, o[n]] * x[t, i[n]]
 
 The forward pass is the plain dense layer on a weight with the changed entries written in. The
-backward pass hands gradients to the short vector of values only. A layer's neurons choose among few
-columns (some 30 of 192 in a pretrained ViT at K = 1): only those columns of the input are kept, and
-the gradient is a few entries of their product with the output's gradient (sampled.py). Where most
-columns are chosen, the dense product is made and dropped at once. Linear and Conv2d share the code:
-a convolution's weight is seen as [out, in * kh * kw]. Shapes: O outputs (neurons), I inputs of a
-neuron, K kept connections of a neuron, N kept connections of a layer, U distinct columns chosen in
-a layer, T tokens or pixels. A place is a number o * I + i: an entry of the weight seen as one
-row-major [O, I] matrix.
+backward pass computes gradients of the short vector of values only. A layer's neurons select few
+distinct columns (some 30 of 192 in a pretrained ViT at K = 1): only those columns of the input are
+kept, and the gradient is a few entries of their product with the output's gradient (sampled.py). If
+most columns are selected, the dense product is computed and indexed. Linear and Conv2d share the
+code: a convolution's weight is seen as [out, in * kh * kw]. Shapes: O outputs (neurons), I inputs
+of a neuron, K kept connections of a neuron, N kept connections of a layer, U distinct columns
+chosen in a layer, T tokens or pixels. A place is a number o * I + i: an entry of the weight seen as
+one row-major [O, I] matrix.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from pipeline.adaptation.wrapper import Wrapper
 from pipeline.specs import Connections
 
 FEW_COLUMNS = 0.5
-"""Share of a layer's columns up to which gathering them first is faster than the dense product,
+"""Fraction of a layer's columns up to which gathering them is faster than the dense product, as
 measured on CPU.
 """
 
@@ -42,7 +42,7 @@ measured on CPU.
 def apply_layer(
     layer: TunableLayer, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
 ) -> torch.Tensor:
-    """The plain dense layer on another weight and bias."""
+    """Apply the plain dense layer with another weight and bias."""
     if isinstance(layer, nn.Linear):
         return F.linear(x, weight, bias)
     return F.conv2d(x, weight, bias, layer.stride, layer.padding, layer.dilation, layer.groups)
@@ -77,7 +77,7 @@ def _input_gradient(
 
 
 def _as_tokens(layer: TunableLayer, x: torch.Tensor) -> torch.Tensor | None:
-    """The layer's input as [T, I], one row an output position, where that is a view or a
+    """The layer's input as [T, I], one row per output position, if that is a view or a
     permutation of it: Linear, and Conv2d on patches.
     """
     if isinstance(layer, nn.Linear):
@@ -250,8 +250,8 @@ class TunedLayer(Wrapper, WeightChange):
         ]
 
     def merge(self, is_merged: bool) -> None:
-        """Take the current values into weight and bias, until told otherwise: then a forward pass
-        is the plain layer's.
+        """Merge the current values into weight and bias, so that a forward pass is the plain
+        layer's, or undo that.
         """
         self._written = None  # the next training step writes its own again
         self._merged = (
@@ -309,7 +309,7 @@ class TunedLayer(Wrapper, WeightChange):
 
 
 def tune_layers(assembly: Assembly, places: Mapping[str, torch.Tensor]) -> None:
-    """Make every layer one that can change its bias and, where `places` [N] names them, entries."""
+    """Replace every layer by a `TunedLayer`, with connections where `places` [N] has some."""
     for name, layer in tunable_layers(assembly.model).items():
         tuned = assembly.modules[f"layer:{name}"] = TunedLayer(layer, places.get(name))
         assembly.model.set_submodule(name, tuned)

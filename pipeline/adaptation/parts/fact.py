@@ -1,9 +1,10 @@
 """FacT-TT: the changes of all layers as one tensor train (arXiv 2212.03145).
 
-    y = W x + scale * (I_a ⊗ out) dropout(core (I_b ⊗ in) x)        core is [a R, b R], in [R, D],
-    out [D, R]
+    y = W x + scale * (I_a ⊗ out) dropout(core (I_b ⊗ in) x)
 
-`in` and `out` are shared by all layers of one width D; each layer has a small core of its own. A
+    core is [a R, b R], in [R, D], out [D, R]
+
+`in` and `out` are shared by all layers of one width D; each layer has its own small core. A
 layer of b D inputs and a D outputs is cut into pieces of D: the projection of q, k and v has a = 3,
 an MLP's first layer a = 4, its second one b = 4. There is no activation and no bias. Dropout is
 applied after the core, as in the released code.
@@ -61,7 +62,7 @@ class FactorisedLayer(Wrapper, WeightChange):
         return self.base.weight + self.scale * change.reshape(self.base.weight.shape)
 
     def merge(self, is_merged: bool) -> None:
-        """Write the current change into the weight, until told otherwise."""
+        """Merge the current change into the weight, or undo that."""
         self._merged = (self.weight, self.base.bias) if is_merged else None
 
     def plain_tensors(self) -> dict[str, torch.Tensor]:

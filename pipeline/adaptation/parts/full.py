@@ -28,7 +28,7 @@ class TunedNetwork(nn.Module, WeightChange):
         return list(self.base.parameters())
 
     def merge(self, is_merged: bool) -> None:
-        """Take the current changes into the weights, until told otherwise."""
+        """Merge the current changes into the weights, or undo that."""
         self._forget()
         self._merged = self.plain_tensors() if is_merged else None
 
@@ -40,8 +40,8 @@ class TunedNetwork(nn.Module, WeightChange):
         }
 
     def _forget(self) -> None:
-        """Setting the mode drops what a network keeps of its parameters from pass to pass (LeViT's
-        attention biases).
+        """Set the mode, which clears what a network caches of its parameters between passes
+        (LeViT's attention biases).
         """
         self.base.train(False)
 

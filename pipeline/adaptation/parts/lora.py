@@ -1,12 +1,13 @@
 """LoRA: low-rank changes of chosen projections (arXiv 2106.09685; low-bit form: Binary Adapter,
 arXiv 2307.16867).
 
-    y[rows] = (W x)[rows] + scale * up(dropout(down(x)))        down is [R, I], up [rows, R]; no
-    activation, no biases
+    y[rows] = (W x)[rows] + scale * up(dropout(down(x)))        down is [R, I], up [rows, R]
+
+There is no activation and there are no biases.
 
 timm fuses the projections of q, k and v into one Linear `qkv` of 3 D rows: q, k and v name its
-thirds, where they are laid out so (fused.py). All low-rank changes of one layer are two matrix
-products: their `down`s are stacked, and each `up` is filled up with zeros to the layer's rows.
+thirds, where they are laid out so (fused.py). All low-rank changes of one layer take two matrix
+products: their `down`s are stacked, and each `up` is padded with zeros to the layer's rows.
 Shapes: I inputs, O outputs, R rank, S ranks of all the layer's changes together.
 """
 
@@ -74,8 +75,8 @@ class LowRankLayer(Wrapper, WeightChange):
         return self.base.weight + (up_OS @ down_SI).view(self.base.weight.shape)
 
     def merge(self, is_merged: bool) -> None:
-        """Take the current changes into the weight, until told otherwise: then a forward pass is
-        the plain layer's.
+        """Merge the current changes into the weight, so that a forward pass is the plain layer's,
+        or undo that.
         """
         self._merged = (self.weight, self.base.bias) if is_merged else None
 

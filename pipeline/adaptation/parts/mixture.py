@@ -1,8 +1,8 @@
 """The mixture of adapters as one function with its derivative written out (for its meaning, see
 smoa.py).
 
-    p = softmax(cos(R x, e) / temperature)      gate_e = p_e for the chosen experts, 0 for the
-    others y = beside + sum_e up_e gate_e dropout(relu(down_e x))
+    p = softmax(cos(R x, e) / temperature)      gate_e = p_e for the chosen experts, else 0
+    y = residual + sum_e up_e gate_e dropout(relu(down_e x))
 
 Every expert's hidden units are computed, by one product with the router's rows appended, and those
 not chosen are set to zero: experts are so narrow (E * H units against the MLP's 4 * D) that this
@@ -67,7 +67,7 @@ def _through_normalisation(
 
 
 class Mixture(torch.autograd.Function):
-    """Output [T, D] and mean probability [E] of each expert, from tokens, what is beside, and the
+    """Output [T, D] and mean probability [E] of each expert, from tokens, the residual, and the
     bank's tensors; one expert needs no router.
     """
 
@@ -75,7 +75,7 @@ class Mixture(torch.autograd.Function):
     def forward(  # type: ignore[override]
         ctx: Any,
         x_TD: torch.Tensor,
-        beside_TD: torch.Tensor,
+        residual_TD: torch.Tensor,
         down_EHD: torch.Tensor,
         up_EDH: torch.Tensor,
         router_RD: torch.Tensor | None,
@@ -118,7 +118,7 @@ class Mixture(torch.autograd.Function):
         )
         ctx.save_for_backward(x_TD, hidden_EHT, rows, up_XD, embeddings_ER, *(routes or ()))
         ctx.mark_non_differentiable(count_E)
-        return torch.addmm(beside_TD, hidden_EHT.flatten(0, 1).T, up_XD), probability_E, count_E
+        return torch.addmm(residual_TD, hidden_EHT.flatten(0, 1).T, up_XD), probability_E, count_E
 
     @staticmethod
     def backward(

@@ -1,15 +1,17 @@
-"""Tokens that train: visual prompts, the class token, and prompts made by Adapter-X's generator.
-For timm's VisionTransformer.
+"""Trained tokens: visual prompts, the class token, and prompts made by Adapter-X's generator. For
+timm's VisionTransformer.
 
     VPT, shallow (arXiv 2203.12119)     P tokens are appended to the first block's input
-    VPT, deep                           every block gets P tokens of its own in place of the last
-    block's class token                         its change is added to the token, before the norm
-    that some networks have there (CLIP) generator (arXiv 2406.03051)        scale *
-    mean_tokens(bank's output) + shift: one token a block, appended for the next; they accumulate
+    VPT, deep                           every block gets its own P tokens, which replace those of
+                                        the block before
+    class token                         its change is added to the token, before the norm that
+                                        some networks have there (CLIP)
+    generator (arXiv 2406.03051)        scale * mean_tokens(bank's output) + shift: one token per
+                                        block, appended for the next; they accumulate
 
 Blocks see a set of tokens (positions are added before the first one), so where they are appended
-does not matter. What was appended is cut off behind the last block: a pooled feature is over the
-tokens that the backbone pools. Shapes: B images, T tokens, P prompts, D width.
+does not matter. Appended tokens are removed after the last block, so pooling covers the
+backbone's own tokens only. Shapes: B images, T tokens, P prompts, D width.
 """
 
 from __future__ import annotations
@@ -179,7 +181,7 @@ class GeneratorPart(Part):
         ]
 
     def attach(self, spec: Smoa, assembly: Assembly) -> None:
-        """Hook the generators in; the bank tells each what it gave in its block."""
+        """Hook in the generators, each of which receives the bank's output in its block."""
         names = _generating(assembly.model)
         for name in names:
             generator = assembly.modules[f"generator.{name}"] = GeneratedPrompt()

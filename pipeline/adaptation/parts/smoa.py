@@ -1,14 +1,15 @@
 """SMoA, the sharing mixture of adapters: one router and one set of experts serve every block
 (Adapter-X, arXiv 2406.03051).
 
-    p = softmax(cos(R x, e) / temperature)      R: projection to a few dimensions, e: expert
-    embeddings (X-MoE, arXiv 2204.09179) y = scale * p[c] * up_c(dropout(relu(down_c(x))))    c =
-    argmax p, chosen for each token alone; where top_k > 1, the sum over the best
+    p = softmax(cos(R x, e) / temperature)        R: projection to a few dimensions, e: expert
+                                                  embeddings (X-MoE, arXiv 2204.09179)
+    y = scale * p[c] * up_c(dropout(relu(down_c(x))))    c = argmax p, chosen per token; if
+                                                         top_k > 1, the sum over the best
 
 A token of width D is split into `heads` sub-tokens of D / heads, each routed by itself, and their
 outputs are joined again.
 
-The load-balance term is Switch's (arXiv 2101.03961): E * sum_e f_e P_e, f the share of tokens
+The load-balance term is Switch's (arXiv 2101.03961): E * sum_e f_e P_e, f the fraction of tokens
 routed to e, P the mean probability of e; it is 1 when the load is even. How it is computed is in
 mixture.py. Shapes: T sub-tokens, D their width, R router width, E experts.
 """
@@ -80,13 +81,13 @@ class SmoaBank(AuxiliaryTerm):
             "expert_load", torch.zeros(spec.experts, dtype=torch.long), persistent=False
         )
 
-    def forward(self, x: torch.Tensor, beside: torch.Tensor) -> torch.Tensor:
-        """The bank's output for tokens [..., heads * D], added to `beside` of the same shape."""
+    def forward(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        """The bank's output for tokens [..., heads * D], added to `residual` of the same shape."""
         width = self.current["down"].shape[-1]
         with torch.autocast(x.device.type, enabled=False):  # the function chooses its own types
             y_TD, probability_E, count_E = Mixture.apply(
                 x.reshape(-1, width),
-                beside.reshape(-1, width),
+                residual.reshape(-1, width),
                 self.current["down"],
                 self.spec.scale * self.current["up"],
                 self.current.get("router"),
@@ -111,7 +112,7 @@ class SmoaBank(AuxiliaryTerm):
         return self.spec.balance_weight * self.balance_loss()
 
     def remark(self, total: Callable[[int], int]) -> str:
-        """Which experts no token was ever sent to in training."""
+        """Message about experts that received no token during training."""
         load = [total(tokens) for tokens in self.expert_load.tolist()]
         if not sum(load) or 0 not in load:
             return ""
@@ -136,7 +137,7 @@ class ParallelToMlp(Wrapper):
     scaled with it.
 
     Args:
-        generator: is told the bank's output by itself.
+        generator: receives the bank's output in every pass.
     """
 
     def __init__(
@@ -147,7 +148,7 @@ class ParallelToMlp(Wrapper):
         generator: GeneratedPrompt | None = None,
     ) -> None:
         super().__init__(mlp)
-        self.bank = [bank]  # in a list: the bank is registered once, in the model, not once a block
+        self.bank = [bank]  # in a list: the bank is registered once, not once per block
         self.channels_first = channels_first
         self.generator = [generator]
 
@@ -163,12 +164,12 @@ class ParallelToMlp(Wrapper):
             return self._add_bank(x.movedim(1, -1), y.movedim(1, -1)).movedim(-1, 1)
         return self._add_bank(x, y)
 
-    def _add_bank(self, x: torch.Tensor, beside: torch.Tensor) -> torch.Tensor:
+    def _add_bank(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         if self.generator[0] is None:
-            return self.bank[0](x, beside)
-        output = self.bank[0](x, torch.zeros_like(beside))
+            return self.bank[0](x, residual)
+        output = self.bank[0](x, torch.zeros_like(residual))
         self.generator[0].note(output)
-        return beside + output
+        return residual + output
 
 
 @register
@@ -197,15 +198,15 @@ class SmoaPart(Part):
         return planned
 
     def attach(self, spec: Smoa, assembly: Assembly) -> None:
-        """Put the bank of its width beside every MLP."""
+        """Attach the bank of its width to every MLP."""
         dropout = assembly.dropout("smoa", spec.dropout)
         banks = {width: SmoaBank(spec, dropout) for width in _widths(assembly.site)}
         for slot in assembly.site.slots:
             name, generator = f"{slot.block}.mlp", assembly.modules.get(f"generator.{slot.block}")
             assert generator is None or isinstance(generator, GeneratedPrompt)
             mlp = assembly.model.get_submodule(name)
-            beside = ParallelToMlp(mlp, banks[slot.width], slot.channels_first, generator)
-            assembly.model.set_submodule(name, beside)
+            parallel = ParallelToMlp(mlp, banks[slot.width], slot.channels_first, generator)
+            assembly.model.set_submodule(name, parallel)
         assembly.modules |= {f"smoa.{width}": bank for width, bank in banks.items()}
 
 

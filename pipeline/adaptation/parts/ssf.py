@@ -24,7 +24,7 @@ from pipeline.specs import Ssf
 
 
 class ScaleShift(nn.Module):
-    """The scale and shift behind one module. `current` holds this forward pass's `scale` [C] and
+    """The scale and shift after one module. `current` holds this forward pass's `scale` [C] and
     `shift` [C].
     """
 
@@ -63,7 +63,7 @@ def _sites(backbone: LoadedBackbone) -> dict[str, nn.Module]:
 
 @register
 class SsfPart(Part):
-    """A scale and a shift behind every layer and norm."""
+    """A scale and a shift after every layer and norm."""
 
     name, pack_order, stage = "ssf", 8, Stage.OUTPUTS
     needs = "it needs Linear, Conv2d or norm layers"
@@ -79,7 +79,7 @@ class SsfPart(Part):
         ]
 
     def attach(self, spec: Ssf, assembly: Assembly) -> None:
-        """Hook a scale and a shift behind the layers and norms."""
+        """Hook a scale and a shift onto the layers and norms."""
         backbone = assembly.site.backbone
         for name in _sites(backbone):
             change = assembly.modules[f"ssf.{name}"] = ScaleShift(channel_dims(backbone)[name])

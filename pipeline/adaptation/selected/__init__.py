@@ -1,1 +1,1 @@
-"""Which connections are selected: ranked, the top K of them, and those that need no data."""
+"""Selections: ranked connections, the top K of them, and criteria that need no data."""

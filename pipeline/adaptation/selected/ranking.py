@@ -1,8 +1,8 @@
 """A task's selection: for each layer the places that some trial may change, each with the smallest
-K at which it is kept.
+K that keeps it.
 
-The level says which connections compete with each other. K of every neuron keep as many at every
-level:
+The level says which connections compete with each other. At every level, K keeps as many
+connections as K per neuron would:
 
     neuron     the K strongest of each row
     layer      the K * O strongest of each layer of O rows
@@ -87,7 +87,7 @@ def rank_places(
 
 
 def kept_at(shape_OI: tuple[int, ...], top_k: int) -> int:
-    """How many connections K of every neuron are in a layer [O, I]."""
+    """Number of connections of a layer [O, I] at K per neuron."""
     return shape_OI[0] * min(top_k, shape_OI[1])
 
 
@@ -99,7 +99,7 @@ def _rank_rows(values_OI: torch.Tensor, top_k: int) -> RankedPlaces:
 
 
 def _rank_together(importance: Mapping[str, torch.Tensor], top_k: int) -> dict[str, RankedPlaces]:
-    """Rank entries that all compete with each other, of one layer or of several."""
+    """Rank entries of one or several layers that all compete with each other."""
     shapes = [tuple(values_OI.shape) for values_OI in importance.values()]
     kept_K = torch.tensor([sum(kept_at(shape, k) for shape in shapes) for k in range(1, top_k + 1)])
     entries = torch.cat(

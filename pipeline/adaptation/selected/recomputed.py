@@ -1,12 +1,12 @@
-"""Selections that need no data: whoever has the backbone computes them anew, so a pack need not
-store their positions.
+"""Selections that need no data: they can be recomputed from the backbone, so a pack need not store
+their positions.
 
     magnitude    |W[o, i]|
     random       a number in [0, 1) for each entry, drawn by the selection's seed and the layer's
     name
 
-Random numbers come from Philox, whose stream numpy promises to keep, 24 bits each: as many as a
-float32 tells apart.
+Random numbers come from Philox, whose stream numpy guarantees, with 24 bits each, the precision
+of float32.
 """
 
 from __future__ import annotations

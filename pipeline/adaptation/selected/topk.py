@@ -1,13 +1,13 @@
-"""The strongest connections, in order; equal ones in order of their place.
+"""The strongest connections, in order; ties in order of their flat index.
 
-Of each neuron: K passes of a maximum over rows, each pass hiding what it found. A maximum, unlike a
-partial sort, is promised to name the first of equal columns, and over a block of rows that stays in
-the processor's cache numpy's costs a third of reading the sums: for the few connections that tasks
-use, less in all than one partial sort. (Torch's maximum that names its place does not use vector
-instructions on CPU, and takes six times as long.)
+Per neuron: K passes of an argmax over rows, each pass masking what it found. Unlike a partial
+sort, argmax is guaranteed to return the first of equal columns, and over a block of rows that
+stays in the processor's cache numpy's costs a third of reading the sums: for the few connections
+that tasks use, less in all than one partial sort. (Torch's argmax does not use vector
+instructions on CPU and takes six times as long.)
 
-Of a whole layer or network: a partial sort gives the weakest value that is kept. What exceeds it is
-kept, and of what equals it the first.
+Per layer or network: a partial sort gives the weakest value that is kept. Larger values are kept,
+and the first of those equal to it.
 """
 
 from __future__ import annotations
