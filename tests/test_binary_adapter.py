@@ -288,7 +288,7 @@ def test_mutated_descriptions_are_read_or_refused_by_name(tmp_path: Path) -> Non
 
 def test_a_missing_description_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.bin").write_bytes(b"")
-    with pytest.raises(PackError, match=r"a\.yaml: cannot be read.*NAME\.yaml beside it"):
+    with pytest.raises(PackError, match=r"a\.yaml: cannot be read.*NAME\.yaml next to it"):
         read_files(tmp_path / "a.bin")
 
 

@@ -19,8 +19,7 @@ def fingerprint_and_trail(state: Mapping[str, torch.Tensor]) -> tuple[str, str]:
     """The fingerprint, and the first byte (two hex digits) of the hash as it stood after each
     tensor.
 
-    Two backbones' trails agree up to the first tensor that differs, and from there on by chance
-    only.
+    Two backbones' trails agree up to the first tensor that differs, and after it only by chance.
     """
     digest, trail = hashlib.sha256(), ""
     for name in sorted(state):

@@ -1,8 +1,8 @@
-"""Weights on the Hugging Face hub or behind a URL: from the local cache, else from a network that
-is known to answer.
+"""Weights on the Hugging Face hub or at a URL: from the local cache, else downloaded if the host
+answers.
 
-The clients' own retries take most of a minute and a page of warnings where there is no network, so
-whether it answers is tried first.
+Without a network, the clients' own retries take most of a minute and print a page of warnings, so
+the host is tried first.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _OTHER_WEIGHTS = "pytorch_model.bin"
 
 
 def check_pretrained(model: str) -> None:
-    """See that timm's weights of `model` are on this machine or can be fetched.
+    """Check that timm's weights of `model` are on this machine or can be downloaded.
 
     Raises:
         BackboneError: neither; in less than five seconds.
@@ -92,8 +92,8 @@ def _check_answers(url: str, what: str) -> None:
 
 
 def _no_answer(url: str) -> str | None:
-    """Why the host of `url` does not answer, or None. In a thread, since no timeout applies to the
-    resolution of names.
+    """Why the host of `url` does not answer, or None. It is tried in a thread, because name
+    resolution has no timeout.
     """
     reasons: list[str | None] = []
     asking = threading.Thread(target=lambda: reasons.append(_ask(url)), daemon=True)

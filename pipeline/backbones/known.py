@@ -1,7 +1,7 @@
-"""Where this machine's backbones are: a note, per user, of which checkpoint has which fingerprint.
+"""A per-user record of which checkpoint on this machine has which fingerprint.
 
-A pack names its backbone by fingerprint, never by a path. Every run notes the checkpoints it used,
-so that a pack can be loaded later by name alone.
+A pack names its backbone by fingerprint, never by a path. Every run records the checkpoints it
+used, so that a pack can later be loaded by name alone.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pipeline.utils.files import read_json, user_cache, write_json
 
 
 def remember(fingerprint: str, weights: str) -> None:
-    """Note that `weights` (a path, `pretrained` or `random`) has this fingerprint."""
+    """Record that `weights` (a path, `pretrained` or `random`) has this fingerprint."""
     weights = weights if weights in ("pretrained", "random") else str(Path(weights).resolve())
     known = read_json(_note()) or {}
     if known.get(fingerprint) != weights:
@@ -25,7 +25,7 @@ def remember(fingerprint: str, weights: str) -> None:
 
 
 def recall(fingerprint: str) -> str | None:
-    """The weights noted for a fingerprint, if they are still there."""
+    """The weights recorded for a fingerprint, if they still exist."""
     weights = (read_json(_note()) or {}).get(fingerprint)
     return (
         weights

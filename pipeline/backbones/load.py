@@ -5,8 +5,8 @@ then is it set to the task's input size, so that one checkpoint keeps one finger
 `input.size_px`. The fingerprint is of the tensors as timm loads them into that model, after its
 filter: the same checkpoint at another `arguments.img_size` or `patch_size` is another backbone,
 because its resampled tensors differ. A float32 checkpoint is not copied: the model's tensors are
-pages of the file, which all processes of a machine that load it share. The mapping is private, so
-what a process might write into its tensors reaches neither the file nor another process.
+memory-mapped pages of the file, shared by all processes of a machine that load it. The mapping is
+private, so writes reach neither the file nor another process.
 """
 
 from __future__ import annotations
@@ -72,11 +72,11 @@ class LoadedBackbone:
     std: tuple[float, float, float]
 
     def fresh_model(self) -> nn.Module:
-        """A copy whose modules can be replaced, moved and converted freely; it shares its numbers,
-        so nothing may be written in place.
+        """A copy whose modules can be replaced, moved and converted freely; it shares tensor
+        storage, so nothing may be written in place.
         """
-        # Parameters of its own on the same storage: `to` and `double` set a parameter's data, and
-        # would take a shared parameter along.
+        # New parameters on the same storage: `to` and `double` set a parameter's data, which
+        # would also change a shared parameter.
         shared: dict[int, torch.Tensor] = {
             id(tensor): nn.Parameter(tensor.detach(), requires_grad=False)
             for tensor in self.model.parameters()
@@ -97,8 +97,8 @@ def load_backbone(spec: Backbone, task_input: Input) -> LoadedBackbone:
 
 
 def share(backbone: LoadedBackbone, path: Path) -> None:
-    """Write a backbone's tensors to `path`, as float32 and from wherever they came, for other
-    processes to load as its checkpoint.
+    """Write a backbone's tensors to `path` in float32, for other processes to load as its
+    checkpoint.
 
     Raises:
         StorageError: the disk is full or the folder cannot be written.
@@ -118,8 +118,8 @@ def share(backbone: LoadedBackbone, path: Path) -> None:
 
 
 class _Uninitialised(TorchFunctionMode):
-    """Leaves tensors as they were allocated where a model would draw random numbers, which takes
-    seconds: all are read from a checkpoint.
+    """Skips random initialisation, which takes seconds, because all tensors are read from a
+    checkpoint.
     """
 
     def __torch_function__(
@@ -158,7 +158,7 @@ def _load_cached(spec_json: str, input_json: str) -> LoadedBackbone:
 
 
 def _own_size(spec: Backbone, config: Mapping[str, Any]) -> int:
-    """The size that the model is built for."""
+    """The input size that the model is built for."""
     size = spec.arguments.get("img_size", list(config["input_size"][1:]))
     height, width = size if isinstance(size, list) else (size, size)
     if height != width:
@@ -234,7 +234,8 @@ def _create(spec: Backbone) -> nn.Module:
 
 
 def _refuse_tied(model: nn.Module, name: str) -> None:
-    """A task changes tensors by name, and must not change others along with them."""
+    """Raise BackboneError for tied tensors: a task changes tensors by name and must not change
+    others with them."""
     first: dict[int, str] = {}
     for path, tensor in model.state_dict(keep_vars=True).items():
         if (other := first.setdefault(id(tensor), path)) != path:

@@ -2,8 +2,8 @@
 them.
 
 Both hold `config.json` and `model.safetensors`. They become a backbone of timm's registry with the
-weights of a file, so that packs and workers need neither the folder nor the hub. Whatever is not
-safetensors is refused: it may run code when it is read.
+weights of a file, so that packs and workers need neither the folder nor the hub. Only safetensors
+is accepted: other formats may run code when they are read.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from pipeline.errors import BackboneError
 from pipeline.specs import Backbone
 
 _NO_ARGUMENT = ("num_classes", "in_chans")
-"""Saved arguments that are about the classifier, or the same for every backbone here."""
+"""Saved arguments that concern the classifier, or that this package sets itself."""
 
 
 def resolve_source(spec: Backbone) -> Backbone:
-    """The backbone by its name in timm's registry and, where it names a folder or a hub repository,
-    with what is written there.
+    """Resolve a backbone to its name in timm's registry, with the arguments that a folder or hub
+    repository states.
 
     Raises:
         BackboneError: nothing there can be read, or not safely.

@@ -1,10 +1,10 @@
 """Reading a local checkpoint the way timm reads its own.
 
-Every architecture of timm brings a filter that rewrites a checkpoint for the model at hand: it
+Every timm architecture has a filter that rewrites a checkpoint for the model: it
 resamples position embeddings, window tables and patch kernels of another size, and renames the
-tensors of the original layouts (SAM, DINO, Swin, CLIP, ...). timm keeps the filter to itself, so it
-is caught on its way to timm's loader, while the model is built. Only safetensors files are read:
-they hold numbers, no code.
+tensors of the original layouts (SAM, DINO, Swin, CLIP, ...). The filter is not public, so it
+is captured when timm passes it to its loader, while the model is built. Only safetensors files are
+read: they hold numbers, no code.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ out.
 
 _KINDS = {
     b"version https://git-lfs": (
-        "a Git LFS pointer, not the file itself; run `git lfs pull` where it lies"
+        "a Git LFS pointer, not the file itself; run `git lfs pull` in its repository"
     ),
     b"PK\x03\x04": "a PyTorch or NumPy archive, which may run code when it is read",
     b"\x80": "a Python pickle, which may run code when it is read",

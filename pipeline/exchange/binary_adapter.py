@@ -1,8 +1,8 @@
 """Binary Adapter's published files (arXiv 2307.16867) as packs, and packs of those methods as such
 files, byte for byte the same both ways.
 
-A file NAME.bin needs NAME.yaml beside it, which holds the scale and the method. What the authors'
-code fixes and no file says is written into the pack: images of 224 px resized bicubically, pixels
+NAME.bin comes with NAME.yaml, which holds the scale and the method. What the authors' code fixes
+and no file states is written into the pack: images of 224 px resized bicubically, pixels
 in [0, 1] without mean and deviation, the training settings, the order of classes by number.
 """
 
@@ -24,8 +24,8 @@ from pipeline.specs import Adapter, Backbone, Head, Input, Lora, Recipe, Trainin
 from pipeline.utils.files import whole
 
 BACKBONE = Backbone(model="vit_base_patch16_224.orig_in21k")
-"""The network that Binary Adapter's code calls vit_base_patch16_224_in21k, with the weights of
-ViT-B_16.npz.
+"""timm's name of the network that Binary Adapter's code calls vit_base_patch16_224_in21k, with the
+weights of ViT-B_16.npz.
 """
 INPUT = Input(size_px=224, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
 TRAINING = Training(
@@ -40,8 +40,8 @@ SEED = 42
 
 
 def read_files(path: Path) -> tuple[bytes, Description]:
-    """NAME.bin and the NAME.yaml beside it. Raises PackError where one is missing, PackDamaged
-    where the description is not valid.
+    """Read NAME.bin and the NAME.yaml next to it. Raises PackError if one is missing, PackDamaged
+    if the description is invalid.
     """
     description = path.with_suffix(".yaml")
     try:
@@ -49,7 +49,7 @@ def read_files(path: Path) -> tuple[bytes, Description]:
     except OSError as error:
         raise PackError(
             f"{error.filename}: cannot be read ({error.strerror}); Binary Adapter's files are"
-            " NAME.bin with NAME.yaml beside it"
+            " NAME.bin with NAME.yaml next to it"
         ) from None
     except (
         yaml.YAMLError,
@@ -67,7 +67,7 @@ def import_binary_adapter(
     backbone: LoadedBackbone,
     model_name: str = BACKBONE.model,
 ) -> Pack:
-    """The pack of a published file, on its backbone.
+    """Convert a published file to a pack, on its backbone.
 
     Raises:
         PackError: the bytes are not those of this description on this backbone.
@@ -111,7 +111,7 @@ def import_binary_adapter(
 
 
 def recipe_of(description: Description) -> Recipe:
-    """What the authors' code trains for a description."""
+    """The recipe that the authors' code trains for a description."""
     method, _, bihead = description.method.partition("-")
     head = Head(bits=1, bias=False) if bihead else Head(bits=32)
     if method == "lora":
@@ -125,8 +125,8 @@ def recipe_of(description: Description) -> Recipe:
 
 
 def description_of(metadata: PackMetadata) -> Description:
-    """The description by which the authors' code computes what a pack does. Raises ExportError,
-    naming what that code cannot do.
+    """The description with which the authors' code reproduces a pack. Raises ExportError, naming
+    what that code cannot do.
     """
     if metadata.backbone["model"] != BACKBONE.model or metadata.backbone["arguments"]:
         raise ExportError(
@@ -165,12 +165,12 @@ def description_of(metadata: PackMetadata) -> Description:
 
 
 def export_binary_adapter(pack: Pack, path: Path) -> None:
-    """Write NAME.bin, and NAME.yaml beside it. Raises ExportError for a pack of another method,
+    """Write NAME.bin and NAME.yaml. Raises ExportError for a pack of another method,
     StorageError where one cannot be written.
     """
     if path.suffix != ".bin":
         raise ExportError(
-            f"{path}: Binary Adapter's files are NAME.bin with NAME.yaml beside it; give a name"
+            f"{path}: Binary Adapter's files are NAME.bin with NAME.yaml next to it; give a name"
             " that ends in .bin"
         )
     description, data = description_of(pack.metadata), write_parts(pack.parts)

@@ -27,13 +27,13 @@ from pipeline.packs import Pack, PackMetadata
 from pipeline.utils.files import whole
 
 TOLERANCE = 1e-3
-"""Largest difference of a logit between a pack and what it was exported to, as a share of the
-largest logit, or of 1 where all are smaller.
+"""Tolerance between the logits of a pack and of its export, as a fraction of the largest logit, or
+of 1 if all are smaller.
 """
 
 
 def export_checkpoint(pack: Pack, backbone: LoadedBackbone, folder: Path) -> float:
-    """Write the folder, whole or not at all; the largest difference of a probe logit.
+    """Write the folder, atomically; returns the largest difference of a probe logit.
 
     Raises:
         ExportError: the pack has a part that no weight can hold, or timm's model computes something
@@ -81,7 +81,7 @@ def plain_network(metadata: PackMetadata, backbone: LoadedBackbone) -> nn.Module
 
 
 def model_arguments(metadata: PackMetadata, backbone: LoadedBackbone) -> dict[str, Any]:
-    """What to call `timm.create_model` with, beside name and number of classes."""
+    """Arguments of `timm.create_model` other than the name and number of classes."""
     size = {"img_size": metadata.input.size_px} if hasattr(backbone.model, "set_input_size") else {}
     return {**metadata.backbone["arguments"], **size}
 
@@ -107,8 +107,8 @@ def head_state(model: AdaptedModel, plain: nn.Module) -> dict[str, torch.Tensor]
 
 
 def check_logits(model: AdaptedModel, size_px: int, exported: Any) -> float:
-    """The largest difference of a logit between a model and what it was exported to, on probe
-    images. Raises ExportError beyond TOLERANCE.
+    """The largest difference between the logits of a model and of its export, on probe images.
+    Raises ExportError beyond TOLERANCE.
     """
     images = torch.from_numpy(probe_images(size_px))
     with torch.inference_mode():

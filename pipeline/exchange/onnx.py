@@ -2,11 +2,11 @@
 number of images at a time.
 
     images   uint8 [batch, 3, S, S]    RGB, resized to a square of S pixels (bicubic, antialiased);
-    scaling and normalisation are in the file
+                                       scaling and normalisation are in the file
     logits   float32 [batch, C]        classes by number; their names are in the file's metadata
 
-Trained values are written into the layers first, so nothing of training is left in the graph. The
-file is compared with the model by onnxruntime before it gets its name.
+Trained values are merged into the layers first, so the graph has no trace of training. The file is
+checked against the model with onnxruntime before it gets its name.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ EXAMPLES = 2  # a batch of 1 would be taken for a constant
 
 
 def export_onnx(pack: Pack, backbone: LoadedBackbone, path: Path) -> float:
-    """Write the file, whole or not at all; the largest difference of a probe logit under
+    """Write the file, atomically; returns the largest difference of a probe logit under
     onnxruntime.
 
     Raises:
@@ -101,8 +101,8 @@ def _write(model: AdaptedModel, size_px: int, facts: dict[str, str], path: Path)
 
 
 def _reason(error: BaseException) -> str:
-    """What the first error of a chain says, as one line without colours; those after it tell how to
-    debug torch.
+    """The message of the first error in a chain, as one line without colours; later ones explain
+    how to debug torch.
     """
     while error.__cause__ is not None:
         error = error.__cause__
@@ -111,7 +111,7 @@ def _reason(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the exporter's remarks on its own making."""
+    """Silence the exporter's progress messages."""
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
         logging.disable(logging.WARNING)

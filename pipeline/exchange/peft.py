@@ -2,11 +2,12 @@
 changes as LoRA (arXiv 2106.09685).
 
     adapter_config.json          method, ranks, the layers it changes (`target_modules`) and those
-    stored whole (`modules_to_save`) adapter_model.safetensors
-    base_model.model.LAYER.{shira_weight, shira_indices} or {lora_A.weight, lora_B.weight}
+                                 stored whole (`modules_to_save`)
+    adapter_model.safetensors    base_model.model.LAYER.{shira_weight, shira_indices} or
+                                 {lora_A.weight, lora_B.weight}
 
-SHiRA's layout holds r * (O + I) entries of a Linear layer [O, I], the same r everywhere: entries
-that no connection chose fill it up with a change of zero. A convolution, a layer too small for that
+SHiRA's layout holds r * (O + I) entries of a Linear layer [O, I], the same r everywhere: unselected
+entries with a change of zero pad it. A convolution, a layer too small for that
 number, a norm and the classifier are stored whole. PEFT's model is timm's own with a classifier:
 `PeftModel.from_pretrained(timm.create_model(NAME, pretrained=True, num_classes=C), FOLDER)`.
 Shapes: O outputs, I inputs, S ranks of all of a layer's low-rank changes together, N values.
@@ -39,7 +40,7 @@ Tensors = dict[str, torch.Tensor]
 
 
 def export_peft(pack: Pack, backbone: LoadedBackbone, folder: Path) -> None:
-    """Write the folder, whole or not at all.
+    """Write the folder, atomically.
 
     Raises:
         ExportError: the pack's parts are not one method of PEFT's, with or without norms.
@@ -165,9 +166,7 @@ def _as_shira(model: AdaptedModel, original: nn.Module) -> tuple[Tensors, dict[s
 def _filled_up(
     places_N: torch.Tensor, values_N: torch.Tensor, count: int, entries: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`count` places, ascending, and values: those given, then the first entries that are not among
-    them, with zeros.
-    """
+    """Pad to `count` ascending places and their values, with the first other entries and zeros."""
     is_free = torch.ones(entries, dtype=torch.bool)
     is_free[places_N] = False
     free = is_free.nonzero().flatten()[: count - len(places_N)]

@@ -1,4 +1,4 @@
-"""What a worker needs for a task, opened and resolved: backbone, recipe, splits, readers.
+"""A task's inputs, opened and resolved: backbone, recipe, splits, readers.
 
 Imports: adaptation, backbones, data, errors, kinds, specs, utils.
 """

@@ -1,12 +1,12 @@
-"""The learning rate of a recipe that names none: in inverse proportion to the backbone's width.
+"""The default learning rate, inversely proportional to the backbone's width.
 
     rate = 0.008 * 192 / width, at most 0.008
 
-Adam moves every value by about the learning rate in a step, whatever its size. What the steps of
-all values do to an output is their sum, which grows with the width: hence the inverse proportion
+Adam moves every value by about the learning rate per step, whatever the gradient's size. The effect
+on an output is the sum over its inputs, which grows with the width: hence the inverse proportion
 (Tensor Programs V, arXiv 2203.03466). 0.008 was tuned on the demo's backbone of width 192; at 768,
 a ViT-B, the rule gives 0.002, the median of the rates in GPS's scripts for VTAB-1k (tasks/vtab1k).
-What other rates cost is measured in benchmarks/results/learning_rate.md. The width of the features
+benchmarks/results/learning_rate.md has measurements of other rates. The width of the features
 would be misleading: EfficientNet's 1280 are those of its last layer alone, and 0.001 is too low for
 it.
 """
@@ -36,7 +36,7 @@ def default_learning_rate(model: nn.Module) -> float:
 
 
 def with_learning_rate(recipe: Recipe, backbone: LoadedBackbone) -> Recipe:
-    """The recipe with the backbone's learning rate written in where it names none."""
+    """The recipe with the default learning rate of the backbone filled in if it names none."""
     if recipe.training.learning_rate is not None:
         return recipe
     training = recipe.training.changed(learning_rate=default_learning_rate(backbone.model))

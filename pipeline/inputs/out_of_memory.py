@@ -1,4 +1,4 @@
-"""Memory that does not suffice, as a named error with the numbers that say what to change."""
+"""Out-of-memory as a named error whose message says what to reduce."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ _GIB = 1 << 30
 def named_out_of_memory(
     task: Task, batch_size: int, device: str, setting: str = "training.batch_size"
 ) -> Iterator[None]:
-    """Raise OutOfMemory in place of what torch, numpy and Python raise where memory ends. `setting`
-    is where the batch size comes from.
+    """Context manager: raise OutOfMemory in place of the out-of-memory errors of torch, numpy and
+    Python. `setting` names the setting that holds the batch size.
     """
     try:
         yield
@@ -43,7 +43,7 @@ def _is_out_of_memory(error: Exception) -> bool:
 
 
 def _free(device: str) -> str:
-    """What is free on a device, in words."""
+    """A device's free memory, as text."""
     if is_accelerator(device):
         free, total = memory_bytes(device)
         return f"{free / _GIB:.1f} of {total / _GIB:.1f} GiB are free on {device_name(device)}"

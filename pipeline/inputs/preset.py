@@ -1,9 +1,8 @@
-"""A task's recipe as its backbone has room for it.
+"""Fit a preset recipe to a backbone and budget.
 
-The parts that a preset brought are meant for any backbone and budget: those that find no place on
-this backbone are left out. Where the search space is the default one, so are the largest parts as
-long as no point is sure to be within the budget, and the axes of what was left out. A part that the
-user named stays, so that it is refused by name.
+Parts of a preset that do not fit the backbone are left out. With the default search space, so are
+the largest parts while no configuration is sure to be within the budget, and the axes of parts that
+were left out. A part that the user named is kept, so that an error can name it.
 """
 
 from __future__ import annotations
@@ -20,8 +19,8 @@ from pipeline.specs import Recipe, SearchSpace, Task, default_space
 def on_backbone(
     task: Task, backbone: LoadedBackbone, classes: Sequence[str]
 ) -> tuple[Task, dict[str, str]]:
-    """The task with the parts of its preset that fit it, and why each of the others was left
-    out.
+    """The task with the parts of its preset that fit it, and the reason why each other part was
+    left out.
     """
     brought = task.recipe.preset or ()
     if not brought:
@@ -66,9 +65,7 @@ def _only(task: Task, part: str) -> Task:
 
 
 def _smallest_bytes(task: Task, backbone: LoadedBackbone, classes: Sequence[str]) -> int:
-    """What the smallest point of the search space takes, whatever its connections turn out to
-    be.
-    """
+    """Upper bound of the smallest configuration's size, over all selections."""
     point = {axis: min(values) for axis, values in task.search.axes().items()}
     return SizePlanner(task, backbone, classes).largest_bytes(
         task.search.recipe(task.recipe, point)

@@ -1,4 +1,4 @@
-"""What a worker needs to work on a task: its backbone, its splits and readers of their shards."""
+"""A task's backbone, its splits and readers of their shards."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class Inputs:
         return replace(self, task=task, absent=absent)
 
     def remarks(self) -> list[str]:
-        """What the user did not ask for and should know, where there is something."""
+        """Messages about choices that the user did not make and should know."""
         parts_by_reason: dict[str, list[str]] = {}
         for part, reason in self.absent.items():
             parts_by_reason.setdefault(reason, []).append(part)
@@ -70,9 +70,7 @@ class Inputs:
         return [*left_out, *self._classes_without_validation()]
 
     def _classes_without_validation(self) -> list[str]:
-        """A sentence where the metric leaves out classes, because validation has none of their
-        samples.
-        """
+        """A message if the metric leaves out classes that validation has no samples of."""
         found = {
             number for label in self.splits["val"].labels.tolist() for number in classes_in(label)
         }

@@ -1,8 +1,8 @@
-"""The protocol of a task kind: everything that differs between classification and its relatives.
+"""The protocol of a task kind: everything that differs between kinds of tasks.
 
-The way of a label: what a data set says becomes class numbers (`pipeline.data.labels`), which
-`label` checks and turns into what the index keeps; `targets` makes a tensor of a batch's labels,
-which the losses read. Of a sample's output, `kept` says what metrics need.
+A dataset's labels become class numbers (`pipeline.data.labels`), which `label` checks and converts
+to what the index stores; `targets` makes a tensor of a batch's labels, which the losses read.
+`kept` reduces a sample's output to what metrics need.
 
 Every kind's head has one output per class. Legend: B samples of a batch, N samples, C classes.
 """
@@ -27,7 +27,8 @@ def classes_in(label: Label) -> tuple[int, ...]:
 
 @dataclass(frozen=True, eq=False)
 class Outcomes:
-    """What is kept of every sample of a split, in the split's order: all that a metric may use.
+    """Stored outputs and targets of every sample of a split, in the split's order: the input of
+    metrics.
 
     outputs: [N, ...], such as logits [N, C]; targets: [N, ...].
     """
@@ -60,7 +61,7 @@ class TaskKind(Protocol):
         ...
 
     def targets(self, labels: Sequence[Label], class_count: int) -> torch.Tensor:
-        """What the losses compare a batch's outputs with, [B, ...]."""
+        """Targets of a batch for the losses, [B, ...]."""
         ...
 
     def soft_targets(self, targets: torch.Tensor, class_count: int) -> torch.Tensor:
@@ -74,15 +75,15 @@ class TaskKind(Protocol):
         ...
 
     def positives(self, targets: torch.Tensor) -> torch.Tensor:
-        """Which pairs of samples a contrastive loss draws together, bool [B, B]."""
+        """Positive pairs of a contrastive loss, bool [B, B]."""
         ...
 
     def kept(
         self, outputs: torch.Tensor, targets: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """What `Outcomes` keeps of a batch: a row per sample, no larger than metrics need."""
+        """What `Outcomes` stores of a batch: a row per sample, no larger than metrics need."""
         ...
 
     def predictions(self, outputs: torch.Tensor, classes: Sequence[str]) -> list[dict[str, Any]]:
-        """One dictionary with `columns` per row of outputs [B, C]: what people are told."""
+        """One dictionary with `columns` per row of outputs [B, C], as `predict` prints it."""
         ...

@@ -1,4 +1,4 @@
-"""The pack: the model of one task as a file of a few kilobytes. Needs neither torch nor timm.
+"""The pack: the model of one task as a file of a few kilobytes. Imports neither torch nor timm.
 
 Imports: errors.
 """

@@ -1,5 +1,5 @@
 """The files of Binary Adapter (arXiv 2307.16867), as its authors publish them: a pack's parts
-without a header, and a YAML text beside them.
+without a header, and a YAML file.
 
     each low-bit matrix    codes, one bit each: 8 a byte, the first in the lowest bit, row by row of
     [out, in]; float32 mean, float32 sd

@@ -1,4 +1,4 @@
-"""The fixed codebooks that low-bit weights are stored in: what a code of 1 to 8 bits stands for.
+"""The fixed codebooks of low-bit weights: the levels that codes of 1 to 8 bits denote.
 
 A matrix is normalised by its own mean and standard deviation, `z = (w - mu) / sd`, and every z is
 replaced by the nearest of 2^b levels; the file keeps the level's number and the two scales, and
@@ -97,8 +97,8 @@ def _positive_levels(count: int, codebook: Codebook) -> NDArray[np.float64]:
 def _distance_to_median(
     level_M: NDArray[np.float64],
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """How far each level [M] lies above the median of its bin, and the tridiagonal Jacobian [M, M]
-    of that.
+    """The distance of each level [M] above the median of its bin, and the tridiagonal Jacobian [M,
+    M] of that.
     """
     border = (level_M[:-1] + level_M[1:]) / 2
     # upper tails, not cumulative probabilities: they keep their digits far out
@@ -115,8 +115,8 @@ def _distance_to_median(
 def _distance_to_mean(
     level_M: NDArray[np.float64],
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """How far each level [M] lies above the mean of its bin, and the tridiagonal Jacobian [M, M] of
-    that.
+    """The distance of each level [M] above the mean of its bin, and the tridiagonal Jacobian [M, M]
+    of that.
     """
     border = (level_M[:-1] + level_M[1:]) / 2
     tail, density = (

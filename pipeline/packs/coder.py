@@ -28,16 +28,16 @@ MAX_WEIGHT_BITS = 38
 """Largest sum of a row of weights; its product with 2^24 must fit 63 bits."""
 _WORD_BYTES = 4
 _CODER_BYTES = 8
-"""What the coder may take beyond the symbols' information: its state."""
+"""Bytes that the coder may take beyond the symbols' information, for its state."""
 _ROWS_AT_ONCE_CELLS = 1 << 22
 _WIDE_TABLE = 256
-"""Symbols from which on a table is divided row by row."""
+"""Number of symbols above which a table is divided row by row."""
 
 Integers = NDArray[np.int64]
 
 
 class Coder(Protocol):
-    """What a format asks of an encoder and a decoder alike."""
+    """The interface that encoder and decoder share."""
 
     def uniform(self, sizes_R: Integers, symbols_R: Integers | None) -> Integers:
         """Symbols [R] below `sizes_R`, each at equal odds; a size of 1 takes no space."""
@@ -145,9 +145,7 @@ class Decoder:
 
 
 def _constriction() -> Any:
-    """constriction's streams; imported where something is coded, so that training runs on machines
-    without it.
-    """
+    """constriction's streams; imported lazily, so that training runs on machines without it."""
     import constriction
 
     return constriction.stream

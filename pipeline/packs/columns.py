@@ -75,7 +75,7 @@ class _Step:
 
 @dataclass
 class _Statistics:
-    """What the tracks have learnt: counts of each number in the track and in its present segment,
+    """What the tracks have learnt: counts of each number in the track and in its current segment,
     and the column of each number.
     """
 
@@ -110,14 +110,14 @@ class _Statistics:
 
 
 def max_cells(values: int) -> int:
-    """Most counts that a reader keeps: a file that claims more is refused, so memory stays in
-    proportion to what it holds.
+    """Most counts that a reader stores: a file that claims more is refused, so memory stays
+    proportional to the file.
     """
     return (1 << 20) + 64 * values
 
 
 def max_work(values: int) -> int:
-    """Most odds that a reader computes: some hundred times what real selections take."""
+    """Most odds that a reader computes: about a hundred times what real selections take."""
     return (1 << 27) + 1024 * values
 
 
@@ -219,7 +219,7 @@ class _Walk:
         return numbers_RK
 
     def _known(self, step: _Step) -> Integers:
-        """What `_code_numbers` shall find [R, K]: the numbers that the tracks know by now."""
+        """Encoder only: the known column numbers that `_code_numbers` writes, [R, K]."""
         assert self.number_N is not None
         places_RK = self.first_value_G[step.rows_R][:, None] + np.arange(step.most)
         is_there_RK = np.arange(step.most) < step.counts_R[:, None]

@@ -1,8 +1,8 @@
-"""What a pack says of itself and of its parts, as one short compressed text.
+"""The description of a pack and its parts, as one short compressed text.
 
 Canonical JSON, deflated with a dictionary of the words that most packs share: some 1.5 KB become
-some 400 bytes. Every shape and length that a reader needs stands in it, so the parts can be read
-without building a model. The dictionary (dictionary.py) belongs to the format version.
+some 400 bytes. It has every shape and length that a reader needs, so the parts can be read without
+building a model. The dictionary (dictionary.py) belongs to the format version.
 """
 
 from __future__ import annotations

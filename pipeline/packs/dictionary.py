@@ -1,7 +1,7 @@
 """The words that most packs share, by which descriptions are deflated.
 
-A dictionary belongs to its format version: a byte of it changed, and packs could not be read. What
-is most likely stands last, where deflate reaches it with the fewest bits.
+A dictionary belongs to its format version: packs could not be read if a byte of it changed. The
+most frequent words come last, where deflate refers to them with the fewest bits.
 """
 
 from __future__ import annotations

@@ -3,8 +3,9 @@
 The content of the container (container.py):
 
     4 bytes   D, little-endian: length of the description
-    D bytes   the description (description.py): metadata, and every part's tensors, shapes, bits and
-    lengths for each part, in the description's order
+    D bytes   the description (description.py): metadata, and every part's tensors, shapes, bits
+              and lengths
+    for each part, in the description's order
               positions (positions.py), for connections
               codes: bits a code, end to end, the last byte filled with zeros (bits.py); or the
                   values in float16 or float32, little-endian
@@ -212,9 +213,7 @@ def _parse(data: bytes) -> Pack:
 
 
 class _Content:
-    """Bytes taken from the front; nothing is made before it is known that the bytes for it are
-    there.
-    """
+    """Reads bytes from the front, and allocates nothing before its bytes are known to exist."""
 
     def __init__(self, data: bytes) -> None:
         self._data, self._at = data, 0

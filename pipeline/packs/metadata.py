@@ -1,7 +1,7 @@
-"""What a pack says about itself: enough to rebuild the model from the backbone, and to say how it
-was made.
+"""A pack's metadata: enough to rebuild the model from the backbone, and to say how it was made.
 
-No paths and no times, and one canonical JSON text: the same run writes the same bytes anywhere.
+There are no paths and no times in it, and its JSON is canonical: the same run writes the same
+bytes anywhere.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ themselves.
 
 Connections also carry their positions: tensor n, of shape [N], holds the values at the ascending
 places `positions[n]` [N] of a weight of `layers[n]` = (O, I), seen as one row-major [O, I] matrix.
-Positions that a reader computes anew from the backbone (the largest weights, say) are not stored:
+Positions that a reader recomputes from the backbone, such as the largest weights, are not stored:
 `recomputed`.
 
 A conceptual part may mix widths (a head's weight at 1 bit, its bias at 16): it is then several

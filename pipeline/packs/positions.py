@@ -2,9 +2,8 @@
 row-major [O, I] matrix.
 
     1 byte   0: plain, 1: coded
-    plain    for each layer a byte, the bits of a row's count, or 0 where all rows keep equally
-    many; the counts; the columns, row after row, at
-             the fewest bits that fit
+    plain    for each layer a byte, the bits of a row's count, or 0 if all rows keep equally many;
+             the counts; the columns, row after row, at the fewest bits that fit
     coded    one stream of the range coder: whether all rows of a layer keep equally many, else
              their counts; the deal of rows to tracks (tracks.py); the columns (columns.py)
 

@@ -1,5 +1,4 @@
-"""Which rows of a layer share one column model: heads that read alike are told together, others
-apart.
+"""Which rows of a layer share one column model: heads that read similar columns do, others do not.
 
 A layer's rows are cut into segments: the whole layer, or runs of 64 or 32 rows, the usual widths of
 attention heads. Segments are dealt to tracks, and each track learns its own column statistics. In a

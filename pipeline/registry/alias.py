@@ -54,7 +54,7 @@ class ChampionAlias:
 
     def _point_at(self, pack: RegisteredPack) -> None:
         """Move the alias, after the tags that show the champion's numbers in MLflow's list of
-        models: an interruption between is made good by whoever moves the alias next."""
+        models: after an interruption in between, the next move of the alias repairs it."""
         client = self._store.client
         if CHAMPION_ALIAS not in client.get_model_version(pack.name, str(pack.version)).aliases:
             for key, value in pack.shown().items():

@@ -1,9 +1,9 @@
 """Reaching MLflow: quiet settings, and a SQLite store made exactly once.
 
-MLflow is imported late (it costs seconds) and only after its environment is set, because telemetry
-starts on import. A fresh SQLite store takes seconds of migrations; two processes that both start
-them leave a database that no process can open. So the store is migrated under a file lock in a
-draft file and moved into place when complete: no process ever sees an unfinished database.
+MLflow is imported lazily, because that takes seconds, and after its environment is set, because
+telemetry starts on import. Migrating a new SQLite store takes seconds, and two processes that both
+do so leave a database that cannot be opened. So a draft file is migrated under a file lock and
+moved into place when complete: no process ever sees an unfinished database.
 """
 
 from __future__ import annotations
@@ -145,7 +145,7 @@ def initialise_sqlite(database: Path, artifact_root: Path) -> None:
 
 
 def rebase_artifacts(database: Path, old: str, new: str) -> None:
-    """Make the SQLite store say of every artifact below the URI `old` that it lies below `new`."""
+    """Replace the prefix `old` of every artifact URI in a SQLite store by `new`."""
     with (
         contextlib.closing(sqlite3.connect(database, timeout=_LOCK_SECONDS)) as connection,
         connection,
@@ -159,7 +159,7 @@ def rebase_artifacts(database: Path, old: str, new: str) -> None:
 
 
 def refresh_statistics(database: Path) -> None:
-    """Let SQLite plan its queries by what the tables hold: milliseconds, as only a part of each
+    """Update SQLite's query planner statistics; takes milliseconds, because only a part of each
     index is read.
 
     Without statistics, a look-up among 10,000 packs took it 20 s instead of 0.3 s.

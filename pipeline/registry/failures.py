@@ -1,7 +1,7 @@
-"""What MLflow, its database or its transport raise, as named errors that say what to do.
+"""Convert exceptions of MLflow, its database and its transport to named errors that say what to do.
 
-Two kinds matter to a caller that could try again: `RegistryUnreachable` may pass by itself,
-`RegistryRefused` does not until a password or a permission is changed. MLflow tells them apart only
+Two kinds matter for retries: `RegistryUnreachable` may resolve itself, `RegistryRefused` does not
+until a password or a permission is changed. MLflow tells them apart only
 in the text of its exceptions, so that is what is read here.
 """
 
@@ -29,7 +29,7 @@ _KINDS: tuple[tuple[str, type[RegistryError], str], ...] = (
     (
         r"disk is full|No space left",
         RegistryError,
-        "the disk is full; free space, then the same command goes on",
+        "the disk is full; free space, then run the same command to continue",
     ),
     (r"mlflow-artifacts/.*too many 5\d\d error responses", RegistryUnreachable, _STORE_UNREACHABLE),
     (

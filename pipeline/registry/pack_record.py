@@ -108,7 +108,7 @@ class Champion:
             )
 
     def all_metrics(self) -> dict[str, float]:
-        """`metrics` with the bytes beside them: `size_bytes` and `bytes_<part>`."""
+        """`metrics` with `size_bytes` and `bytes_<part>` added."""
         return {
             **self.metrics,
             "size_bytes": self.size_bytes,

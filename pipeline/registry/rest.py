@@ -112,7 +112,7 @@ class Rest:
     def search_model_versions(
         self, filter_string: str, max_results: int, order_by: list[str] | None = None
     ) -> list[Any]:
-        """As MLflow's; aliases are not told."""
+        """As MLflow's; versions come without aliases."""
         answer = self._ask(
             "GET",
             "model-versions/search",

@@ -28,7 +28,7 @@ from pipeline.registry.tracking import EXPERIMENT, TrackingStore
 
 def open_registry(uri: str | None, workdir: Path, *, writer: str | None = None) -> Registry:
     """The registry at `uri`, else at MLFLOW_TRACKING_URI, else in a SQLite file under `workdir`,
-    made on first use with artifacts beside it.
+    created on first use, with its artifacts next to it.
 
     Args:
         writer: names who registers, over restarts, so that what a killed process left is discarded

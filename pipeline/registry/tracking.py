@@ -1,8 +1,7 @@
-"""The tracking store that a registry writes to and reads from: its clients, the experiment, and
-where its artifacts lie.
+"""The tracking store of a registry: its clients, its experiment, and the location of its artifacts.
 
 MLflow's tables hold absolute URIs. Those of a SQLite store are read as if the work folder had never
-been moved: files are taken from beside the database, and the next registration writes the new place
+been moved: files are read next to the database, and the next registration writes the new location
 into the tables.
 """
 

@@ -4,7 +4,7 @@
 
 t runs over the tokens or output pixels of an image. Images are read as they are, without
 augmentation. A convolution's input i is a channel at a place of the kernel, as its output pixels
-see it: padding counts as zero. Nothing is kept for a backward pass, so memory is that of inference.
+see it: padding counts as zero. There is no backward pass, so memory is that of inference.
 """
 
 from __future__ import annotations

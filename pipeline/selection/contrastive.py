@@ -1,7 +1,7 @@
 """Supervised contrastive loss over two views of each image (Khosla et al., arXiv 2004.11362,
 equation 2).
 
-For an anchor i with positives P(i) (same label, or what the task's kind takes for it; not itself):
+For an anchor i with positives P(i) (other views that the task's kind considers alike):
     L_i = -1/|P(i)| * sum_{p in P(i)} log( exp(z_i z_p / t) / sum_{a != i} exp(z_i z_a / t) )
 z are L2-normalised pooled features; there is no head and no projector (GPS, arXiv 2312.10136).
 """
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from pipeline.kinds import kind_named
 
 Positives = Callable[[torch.Tensor], torch.Tensor]
-"""From targets [N, ...] to the pairs that belong together, bool [N, N]."""
+"""Function of targets [N, ...] that returns the positive pairs, bool [N, N]."""
 _same_class: Positives = kind_named("classification").positives
 
 

@@ -3,17 +3,15 @@ the training set.
 
     sum[o, i] = sum_batches dL/dW[o, i]
 
-Each layer's gradient is added to its sum and let go as soon as the backward pass has made it, so
-one layer's gradient is alive at a time, never the network's. Sums are kept in float64, on the
-device that computes them, so that the order in which workers' shares are added does not decide
-between two nearly equal connections. (In float32 it did not for the embedded backbone and 800
-images, but nothing would promise it.) Augmentation is seeded by the batch, not by the worker that
-reads it.
+Each layer's gradient is added to its sum and freed as soon as the backward pass has computed it, so
+only one layer's gradient is in memory at a time. Sums are kept in float64, on the device that
+computes them, so that the order in which workers' sums are added does not decide between two nearly
+equal connections. Augmentation is seeded by the batch, not by the worker that reads it.
 
-Where the tensors that a batch's backward pass reads would take too much memory, the network is
-passed piece by piece (as in GradCache, arXiv 2101.06983): all features first, without a graph; then
-the loss's gradient with respect to them; then each piece again, with its share of that gradient. In
-evaluation mode samples do not depend on each other, so the sum is the same but for rounding.
+If the activations of a batch would take too much memory, the batch is split into pieces (as in
+GradCache, arXiv 2101.06983): first all features without a graph, then the loss's gradient with
+respect to them, then each piece again with its part of that gradient. In evaluation mode samples
+are independent, so the sum is the same up to rounding.
 """
 
 from __future__ import annotations
@@ -33,7 +31,7 @@ from pipeline.specs import Selection
 from pipeline.utils.devices import computing_dtype, exact_float32
 
 SAVED_BYTES = {"cpu": 2 << 30}
-"""What a backward pass may keep of one forward pass, by device; elsewhere four times as much."""
+"""Most bytes of activations of one forward pass, by device; elsewhere four times as much."""
 
 NumberedBatch = tuple[
     int, torch.Tensor, torch.Tensor
@@ -99,7 +97,7 @@ def _backward(
 
 @learnt_once
 def saved_bytes(backbone: LoadedBackbone) -> int:
-    """What a backward pass through the backbone keeps of one image's forward pass, in float32."""
+    """Bytes that one image's forward pass saves for the backward pass, in float32."""
     model = backbone.fresh_model()
     _collect_gradients(model)
     frozen = {tensor.untyped_storage().data_ptr() for tensor in model.state_dict().values()}
@@ -120,8 +118,8 @@ def saved_bytes(backbone: LoadedBackbone) -> int:
 
 
 def _collect_gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Make every backward pass through `model` add its weights' gradients to the sums returned, and
-    keep none.
+    """Make every backward pass through `model` add its weights' gradients to the returned sums and
+    free them.
     """
     sums = {}
     for name, layer in tunable_layers(model).items():

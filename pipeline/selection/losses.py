@@ -1,9 +1,9 @@
 """The losses whose gradients rank connections (the ablation of GPS, arXiv 2312.10136).
 
 contrastive      of the two views' features, without a head (see contrastive.py)
-cross_entropy    of a linear classifier on the features of both views; its weights are drawn once
-and not trained, its bias is zero;
-                 the loss is that of the task's kind (multi-label: binary cross-entropy)
+cross_entropy    the loss of the task's kind (multi-label: binary cross-entropy) of a linear
+                 classifier on the features of both views, whose weights are random and not
+                 trained and whose bias is zero
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pipeline.selection.contrastive import supervised_contrastive_loss
 from pipeline.specs import Selection
 
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-"""From features [N, D] and targets [N, ...] to a scalar."""
+"""Function of features [N, D] and targets [N, ...] that returns a scalar."""
 
 
 def make_loss(spec: Selection, kind: TaskKind, width: int, class_count: int, seed: int) -> Loss:

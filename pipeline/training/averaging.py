@@ -5,7 +5,7 @@ epoch to the start of the next.
 
 The second term of d lets short runs forget their initial values: with a decay of 0.9998 alone, the
 average of a run of 300 steps would be 94 % initialisation. The averages are kept in the optimiser's
-state, so checkpoints hold them without further ado.
+state, so checkpoints include them.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ class MovingAverage:
 
     @torch.no_grad()
     def swap(self) -> None:
-        """Exchange parameters and averages: once before they are used, once before training goes
-        on.
+        """Exchange parameters and averages: once before they are used, once before training
+        continues.
         """
         for parameter in self._parameters():
             state = self._optimiser.state[parameter]

@@ -25,7 +25,7 @@ def evaluate(
     device: str = "cpu",
     ranks: Ranks = ALONE,
 ) -> Outcomes:
-    """What the model gives for every sample of `split`, in its order, on all ranks.
+    """The model's outputs for every sample of `split`, in its order, on all ranks.
 
     Each rank computes the samples of its shards.
     """

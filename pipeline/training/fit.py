@@ -1,7 +1,7 @@
 """The final fit: the champion's recipe trained on train and validation, packed, reloaded from the
 file, and tested once.
 
-The result file is written last. Training that died goes on from its checkpoint. A pack without a
+The result file is written last. Interrupted training resumes from its checkpoint. A pack without a
 result was interrupted between training and testing: it is tested, not trained again.
 """
 
@@ -56,7 +56,7 @@ class FitResult:
     device: str
 
     def line(self) -> str:
-        """In a few words, for a log: `test accuracy 0.8125, 3046 bytes, 12.3 s`."""
+        """Summary for a log: `test accuracy 0.8125, 3046 bytes, 12.3 s`."""
         return (
             f"test {self.metric} {self.test_metric:.4f}, {self.size_bytes} bytes,"
             f" {self.train_seconds:.1f} s"
@@ -73,8 +73,8 @@ def read_fit(folder: Path) -> FitResult | None:
 
 
 def steps_kept(folder: Path) -> float:
-    """How far the fit in `folder` has come: the steps that a next try need not do again; infinitely
-    many where only testing is left.
+    """Number of steps that a retry of the fit in `folder` can skip; infinite if only testing is
+    left.
     """
     return (
         math.inf if (folder / PACK_FILE).exists() else Checkpoint(folder / CHECKPOINT_FILE).step()
@@ -90,10 +90,10 @@ def fit(
     device: str = "cpu",
     ranks: Ranks = ALONE,
 ) -> FitResult:
-    """Train, pack and test in `folder`, unless that is done.
+    """Train, pack and test in `folder`, unless that has been done.
 
     Args:
-        ranks: who does it with this process. The first reads and writes the folder for all.
+        ranks: the processes that train together. The first reads and writes the folder for all.
 
     Raises:
         TrainingError: the loss diverges.

@@ -1,4 +1,4 @@
-"""The processes that train one model together, and what they tell each other.
+"""The processes that train one model together, and their communication.
 
 Every rank holds the whole model and reads its own shards. Trained values are a few kilobytes, so a
 step takes one sum over all ranks: of gradients, loss and samples in one tensor, after which each
@@ -24,13 +24,13 @@ Rows = TypeVar("Rows")
 
 
 class RanksLost(Exception):
-    """Another rank has died, or no longer answers. All of them may start again."""
+    """Another rank has died or no longer answers. All ranks may be restarted."""
 
 
 @contextlib.contextmanager
 def answered() -> Iterator[None]:
-    """Raise RanksLost where a rank does not take part in what all do together: gloo has no other
-    name for it than RuntimeError.
+    """Context manager: raise RanksLost if a rank does not take part in a collective operation, for
+    which gloo raises RuntimeError.
     """
     try:
         yield
@@ -51,11 +51,11 @@ class Ranks:
 
     @property
     def is_first(self) -> bool:
-        """Whether this rank is the one that writes files."""
+        """Whether this rank writes the files."""
         return self.rank == 0
 
     def seed(self, seed: int) -> int:
-        """A seed of this rank's own; the first has `seed` itself."""
+        """This rank's own seed; that of the first is `seed` itself."""
         return (
             seed
             if self.is_first
@@ -117,9 +117,7 @@ class Ranks:
         return [each for rank_rows in everyones for each in rank_rows]
 
     def from_first(self, content: bytes) -> bytes:
-        """The first rank's `content`, whatever that of the others is: so that all go by one reading
-        of a file.
-        """
+        """The first rank's `content`, so that all ranks act on one reading of a file."""
         if self.world == 1:
             return content
         length = int(self.gathered(torch.tensor(len(content)))[0])

@@ -1,8 +1,8 @@
-"""One training step and a pack of a recipe, on two random images: what cannot run on a backbone
-shows before a study starts.
+"""One training step and a pack of a recipe, on two random images, so that recipes that cannot run
+on a backbone fail before a study starts.
 
-A part may find its modules and still not run on them, or give a pack that computes something else.
-In a worker that would show trial by trial.
+A part may find its modules and still fail on them, or give a pack that computes something else.
+Otherwise that would appear in workers, trial by trial.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from pipeline.utils.devices import computing_dtype
 
 CLASSES = ("a", "b")
 _rehearsed: set[str] = set()
-"""What this process has tried: tasks of a batch often differ in their data alone."""
+"""What this process has rehearsed: tasks of a batch often differ only in their data."""
 
 
 def rehearse(inputs: Inputs, recipe: Recipe) -> None:
-    """Try a recipe on the CPU, once a process and backbone.
+    """Try a recipe on the CPU, once per process and backbone.
 
     Raises:
         BackboneError: it cannot be trained or packed; the message names the part.
@@ -82,7 +82,7 @@ def _failure(backbone: LoadedBackbone, task: Task, recipe: Recipe) -> Exception 
 
 
 def _train_and_pack(backbone: LoadedBackbone, task: Task, recipe: Recipe) -> None:
-    """As a fit does, in little. A pack of the whole network would take longer than it is worth."""
+    """Train one step and pack, as a fit does. Packing the whole network is not worth the time."""
     model = attach(backbone, recipe, len(CLASSES), selected=_first_places(backbone, recipe))
     dtype = computing_dtype(recipe.training.precision, "cpu")
     model.compute_in(dtype)

@@ -1,10 +1,10 @@
-"""A fit's state on disk, so that one that died goes on where it was, in the middle of an epoch too.
+"""A fit's state on disk, from which an interrupted fit resumes, even in the middle of an epoch.
 
-The frozen backbone is no part of it: trained values and the optimiser's moments are a few times the
-size of the pack. Batches are planned from the index and random numbers are drawn anew for every
-step, so a step's number says what is read and drawn next. On the CPU, a run that goes on gives the
-same bytes as one that was not interrupted; it may go on on another device. Of several ranks, the
-first writes and reads for all; a state is good for as many ranks as left it.
+It leaves out the frozen backbone: trained values and the optimiser's moments are a few times the
+size of the pack. Batches are planned from the index and the random generator is seeded per step, so
+the step number determines what is read and drawn next. On the CPU, a resumed run gives the same
+bytes as one that was not interrupted; it may resume on another device. Of several ranks, the first
+writes and reads for all; a state can be resumed by the number of ranks that wrote it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ COST_SHARE = 0.01
 
 @dataclass
 class Progress:
-    """Steps that are done, the losses of the current epoch's, and the seconds that they took."""
+    """Number of finished steps, the losses of those in the current epoch, and the seconds taken."""
 
     step: int = 0
     losses: list[float] = field(default_factory=list)
@@ -57,14 +57,14 @@ class Checkpoint:
         return self._seconds_before + time.monotonic() - self._started
 
     def is_due(self) -> bool:
-        """Whether the state should be written again."""
+        """Whether it is time to write the state."""
         return time.monotonic() - self._written >= max(
             self.every_seconds, self._cost_seconds / self._cost_share
         )
 
     def restore(self, optimiser: torch.optim.Optimizer, ranks: Ranks = ALONE) -> Progress:
-        """Put the state saved last into `optimiser` and what it trains. A missing or damaged file
-        is a fresh start.
+        """Restore the last saved state into `optimiser` and its parameters. A missing or damaged
+        file is a fresh start.
         """
         try:
             content = ranks.from_first(self._content() if ranks.is_first else b"")
@@ -91,7 +91,7 @@ class Checkpoint:
     def save(
         self, progress: Progress, optimiser: torch.optim.Optimizer, ranks: Ranks = ALONE
     ) -> None:
-        """Write the state, whole or not at all. Raises StorageError where the disk is full."""
+        """Write the state, atomically. Raises StorageError where the disk is full."""
         started = time.monotonic()
         if not ranks.is_first:
             return
@@ -117,7 +117,7 @@ class Checkpoint:
         self._cost_seconds = self._written - started
 
     def step(self) -> int:
-        """The step of the state saved last; 0 where there is none."""
+        """The step of the last saved state; 0 if there is none."""
         try:
             with safe_open(
                 self.path, "pt"
@@ -153,7 +153,7 @@ def _metadata(content: bytes) -> dict[str, str]:
 
 @torch.no_grad()
 def _put(tensors: Mapping[str, torch.Tensor], optimiser: torch.optim.Optimizer) -> None:
-    """`_state` back into its places, or nothing of it where any is missing or of another shape.
+    """Restore `_state`, or nothing if a tensor is missing or has another shape.
     Raises KeyError or ValueError.
     """
     parameters = _trained(optimiser)

@@ -1,4 +1,4 @@
-"""What every room may use: files, signals, devices, texts without secrets.
+"""Helpers for every room: files, signals, devices, redaction of secrets.
 
 Imports: errors.
 """

@@ -1,8 +1,8 @@
-"""What a process computes on: its CPU, or an accelerator that torch knows by a name such as `cuda`
-or `cuda:1`.
+"""The device that a process computes on: its CPU, or an accelerator that torch calls, for example,
+`cuda` or `cuda:1`.
 
-Whatever the package needs to know of a device is asked here, of torch's module for its kind, so
-that no other file tells devices apart by their names.
+All questions about devices are answered here, by torch's module for their kind, so that no other
+file depends on device names.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ import torch
 from pipeline.errors import ClusterError, SpecError
 
 _CPU_UNITS = ("amx_bf16", "avx512_bf16", "bf16", "sve_bf16")
-"""What torch calls the units for bfloat16 of x86 and ARM processors."""
+"""torch's names of the bfloat16 units of x86 and ARM processors."""
 _NVIDIA = Path("/proc/driver/nvidia")
 
 
 def choose_device(name: str | None = None) -> str:
-    """The device that a user names; the GPU, where there is one, if none is named.
+    """The device that a user names; by default the GPU, if there is one.
 
     Raises:
         SpecError: this process has no such device.
@@ -52,8 +52,8 @@ def choose_device(name: str | None = None) -> str:
 
 
 def reserved_gpu() -> str:
-    """The GPU that this process was given. Raises ClusterError where torch cannot use it: training
-    would go to the CPU unseen.
+    """The GPU that was assigned to this process. Raises ClusterError if torch cannot use it, rather
+    than train silently on the CPU.
     """
     if not torch.cuda.is_available():
         raise ClusterError(
@@ -65,8 +65,8 @@ def reserved_gpu() -> str:
 
 
 def check_gpus_usable(gpus_per_trial: float | None) -> None:
-    """Raise ClusterError where this machine has GPUs that a run would be given, and torch cannot
-    use them. `None` takes those that are there.
+    """Raise ClusterError if a run would be assigned GPUs of this machine that torch cannot use.
+    `None` stands for all its GPUs.
     """
     is_hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
     if gpus_per_trial != 0 and not is_hidden and any(_NVIDIA.glob("gpus/*")):
@@ -74,7 +74,7 @@ def check_gpus_usable(gpus_per_trial: float | None) -> None:
 
 
 def _cuda_versions() -> str:
-    """What is said of CUDA by those who must agree."""
+    """The CUDA versions of torch and the driver, for an error message."""
     with contextlib.suppress(OSError):
         found = re.search(r"Kernel Module\D*(\d[\d.]*)", (_NVIDIA / "version").read_text())
         driver = (
@@ -92,12 +92,12 @@ def _torch_version() -> str:
 
 
 def is_accelerator(device: str | torch.device) -> bool:
-    """Whether a device has a memory of its own, so that tensors are copied to it."""
+    """Whether a device has its own memory, so that tensors are copied to it."""
     return torch.device(device).type != "cpu"
 
 
 def device_name(device: str | torch.device) -> str:
-    """What a device calls itself."""
+    """A device's model name."""
     if is_accelerator(device):
         return str(_module(device).get_device_name(torch.device(device)))
     return f"CPU ({platform.machine()}, {torch.backends.cpu.get_cpu_capability()})"
@@ -110,8 +110,8 @@ def memory_bytes(device: str | torch.device) -> tuple[int, int]:
 
 
 def has_bf16_units(device: str | torch.device) -> bool:
-    """Whether a device computes in bfloat16 rather than emulates it: one that emulates takes up to
-    ten times as long as in float32.
+    """Whether a device computes bfloat16 in hardware; emulation takes up to ten times as long as
+    float32.
     """
     if is_accelerator(device):
         return bool(_module(device).is_bf16_supported(including_emulation=False))
@@ -120,19 +120,19 @@ def has_bf16_units(device: str | torch.device) -> bool:
 
 
 def computing_dtype(precision: Literal["fp32", "bf16"], device: str | torch.device) -> torch.dtype:
-    """The type to compute in. bfloat16 is for speed, so float32 stands in for it where it is
-    emulated: on a V100 or T4, and on many CPUs.
+    """The type to compute in. bfloat16 is for speed, so float32 replaces it on devices that only
+    emulate it: V100, T4 and many CPUs.
     """
     return torch.bfloat16 if precision == "bf16" and has_bf16_units(device) else torch.float32
 
 
 @contextlib.contextmanager
 def exact_float32() -> Iterator[None]:
-    """Compute float32 convolutions in float32, in a fixed order.
+    """Compute float32 convolutions in full precision and in a fixed order.
 
-    By default, cuDNN rounds their inputs to the 10 bits of TF32 and may add with atomics. Then a
-    GPU would not count the same errors as a CPU, nor select the same connections. Products of
-    matrices are in float32 by torch's own default.
+    By default, cuDNN rounds their inputs to TF32 (10 bits) and may use atomic additions, so a GPU
+    would neither count the same errors as a CPU nor select the same connections. Matrix products
+    are in full precision by torch's own default.
     """
     cudnn: Any = torch.backends.cudnn
     before = cudnn.conv.fp32_precision, cudnn.deterministic

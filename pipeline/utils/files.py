@@ -1,4 +1,4 @@
-"""Small files written whole or not at all, a log of tracebacks, and one lock for a folder."""
+"""Atomic writes of small files, a log of tracebacks, and folder locks."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ LOG_BYTES = 1_000_000
 
 
 def user_cache() -> Path:
-    """The folder of what this user's runs keep for later ones."""
+    """The folder that this user's runs cache results in."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "taskpack"
 
 
@@ -47,10 +47,10 @@ def write_json(path: Path, content: Any, *, indent: int | None = 1) -> None:
 
 
 def explained(fault: TaskpackError, log: Path, of: str) -> str:
-    """The message of an error. Where it has a traceback, that is added to `log`, as one `of` a
-    trial or task, and the message says so.
+    """The message of an error. If it has a traceback, that is appended to `log` under the heading
+    `of`, and the message says so.
 
-    A long log begins anew. One that cannot be written is no reason to fail.
+    A long log is started over. Failure to write it is ignored.
     """
     if not isinstance(fault, UnexpectedError):
         return str(fault)
@@ -66,8 +66,8 @@ def explained(fault: TaskpackError, log: Path, of: str) -> str:
 
 @contextlib.contextmanager
 def whole(path: Path) -> Iterator[Path]:
-    """A place beside `path` for a new file or folder, which is moved to `path` if all goes well and
-    removed if not.
+    """Context manager: a temporary path next to `path` for a new file or folder, which is moved to
+    `path` on success and removed otherwise.
 
     Raises:
         StorageError: `path` exists, the disk is full or the folder cannot be written.

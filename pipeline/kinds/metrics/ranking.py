@@ -3,7 +3,7 @@
     auroc  the probability that a sample of the class scores higher than another, ties count half
     mAP    mean over the classes of average precision, sum_t (R_t - R_{t-1}) P_t over thresholds t
 
-Samples of equal scores share a threshold. Both are means over the classes that can be told:
+Samples of equal scores share a threshold. Both are means over the classes that occur:
 average precision needs a sample of the class, auroc also one of another. A class's score is its
 probability, by softmax or by sigmoid.
 """

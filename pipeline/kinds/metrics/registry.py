@@ -13,10 +13,12 @@ import numpy as np
 from pipeline.kinds.protocol import Outcomes
 
 Values = Callable[[Outcomes, np.ndarray], np.ndarray]
-"""From outcomes and weights [R, N] to the metric under each set of weights, [R]."""
+"""Function of outcomes and weights [R, N] that returns the metric under each set of weights,
+[R].
+"""
 RESAMPLES, FEWEST_RESAMPLES = 200, 20
 _MOST_NUMBERS = 10**8
-"""Of outputs read for one standard error; beyond, there are fewer resamples."""
+"""Most outputs read for one standard error; larger splits get fewer resamples."""
 
 
 @dataclass(frozen=True)
