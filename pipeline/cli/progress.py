@@ -7,13 +7,17 @@ stage, trial and fit.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from types import TracebackType
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 
+from pipeline.cli.console import interruption_says, out
 from pipeline.driver.stages import LOG, Stage
 
 _PLAN_LINE_SECONDS = 15
@@ -105,6 +109,19 @@ class BatchProgress(logging.Handler):
         if self._live is not None:
             self._live.stop()
         LOG.removeHandler(self)
+
+
+@contextlib.contextmanager
+def batch_progress(
+    tasks: Sequence[str], workdir: Path, *, as_json: bool
+) -> Iterator[BatchProgress]:
+    """Show the progress of a batch in `workdir`, on standard error if the result is JSON; an
+    interruption says that the same command continues.
+    """
+    console = Console(stderr=True) if as_json else out
+    kept = f"finished work is kept in {workdir}; run the same command to continue"
+    with interruption_says(kept), BatchProgress(console, list(tasks)) as progress:
+        yield progress
 
 
 class PlanProgress:

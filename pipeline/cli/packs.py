@@ -1,0 +1,233 @@
+"""The commands for packs: find, show, use, check and exchange them."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pipeline import api
+from pipeline.cli.console import out, print_json
+from pipeline.cli.options import AsJson, BackboneFile, Device, MaxBytes, Reference, Workdir
+
+
+def list_packs(
+    task: Annotated[str | None, typer.Option(help="Only this task's packs.")] = None,
+    max_bytes: MaxBytes = None,
+    min_metric: Annotated[
+        float | None, typer.Option(help="Smallest test metric, in [0, 1].", min=0, max=1)
+    ] = None,
+    metric: Annotated[
+        str | None, typer.Option(help="Only packs chosen by this metric, such as accuracy or mAP.")
+    ] = None,
+    limit: Annotated[int, typer.Option(min=1, help="Maximum number of rows.")] = 50,
+    after: Annotated[
+        str | None,
+        typer.Option(
+            help="Start after this pack, the last one of the previous page.", metavar="NAME/VERSION"
+        ),
+    ] = None,
+    workdir: Workdir = api.WORKDIR,
+    as_json: AsJson = False,
+) -> None:
+    """List packs of the registry by size and metric, best first."""
+    from pipeline.cli.tables import packs_table
+
+    found = api.find(
+        task,
+        max_bytes=_size(max_bytes),
+        min_metric=min_metric,
+        metric=metric,
+        limit=limit + 1,
+        after=after,
+        workdir=workdir,
+    )
+    packs = found[:limit]
+    if as_json:
+        print_json([asdict(pack) for pack in packs])
+    elif packs:
+        out.print(packs_table(packs))
+    else:
+        out.print("no pack matches")
+    if len(found) > limit:
+        typer.echo(
+            f"there are more: continue with --after {packs[-1].name}/{packs[-1].version}", err=True
+        )
+
+
+def _size(text: str | None) -> int | None:
+    from pipeline.errors import SpecError
+    from pipeline.specs import parse_bytes
+
+    try:
+        return None if text is None else parse_bytes(text)
+    except ValueError as error:
+        raise SpecError(f"--max-bytes: given {text!r}; {error}") from None
+
+
+def show(reference: Reference, workdir: Workdir = api.WORKDIR, as_json: AsJson = False) -> None:
+    """Show a registered pack: its numbers, its bytes by part, and the trials of its study."""
+    from pipeline.cli.tables import ledger_table, percent_with_error, table, trials_table
+    from pipeline.packs import LEDGER_KEYS
+    from pipeline.registry.store import open_registry
+
+    registry = open_registry(None, workdir.resolve())
+    pack = registry.get(reference)
+    trials = registry.front(pack)
+    if as_json:
+        print_json({**asdict(pack), "trials": trials})
+        return
+    facts = table("", "", numbers_from=9)
+    facts.add_row("pack", f"{pack.name}/{pack.version}  {', '.join(pack.aliases)}")
+    for label, text in (
+        ("task", pack.tags.get("description") or pack.task),
+        ("test %", f"{pack.metric} {percent_with_error(pack.metrics)}"),
+        (
+            "size",
+            f"{pack.size_bytes:,} bytes, {pack.metrics['trained_values']:,.0f} trained values",
+        ),
+        ("backbone", f"{pack.tags['backbone']}  {pack.tags['backbone_fingerprint'][:16]}..."),
+        (
+            "made on",
+            (
+                f"{pack.tags['device']}: search {pack.metrics['search_seconds']:.0f} s, fit"
+                f" {pack.metrics['fit_seconds']:.0f} s"
+            ),
+        ),
+        ("digest", pack.pack_digest),
+        ("recipe", "  ".join(f"{key}={value}" for key, value in sorted(pack.params.items()))),
+    ):
+        facts.add_row(label, text)
+    facts.show_header = False
+    out.print(facts)
+    out.print()
+    out.print(
+        ledger_table({part: int(pack.metrics.get(f"bytes_{part}", 0)) for part in LEDGER_KEYS})
+    )
+    out.print()
+    out.print(trials_table(trials, pack.tags.get("trial")))
+
+
+def predict(
+    reference: Reference,
+    images: Annotated[list[Path], typer.Argument(help="Image files.")],
+    backbone: BackboneFile = None,
+    device: Device = None,
+    workdir: Workdir = api.WORKDIR,
+    as_json: AsJson = False,
+) -> None:
+    """What a pack says of images: their class, or their labels."""
+    from pipeline.cli.tables import predictions_table
+
+    predictor = api.load(reference, backbone=backbone, device=device, workdir=workdir)
+    rows = [
+        {"image": str(image), **row}
+        for image, row in zip(images, predictor.predict(images), strict=True)
+    ]
+    if as_json:
+        print_json(rows)
+        return
+    out.print(predictions_table(rows))
+
+
+def evaluate(
+    reference: Reference,
+    task: Annotated[
+        Path | None,
+        typer.Option(help="Task file, if the data was not prepared in this work folder."),
+    ] = None,
+    backbone: BackboneFile = None,
+    device: Device = None,
+    workdir: Workdir = api.WORKDIR,
+    as_json: AsJson = False,
+) -> None:
+    """Measure a pack on the test set of its task again."""
+    from pipeline.driver.evaluation import evaluate_pack
+
+    score, registered = evaluate_pack(
+        reference, workdir=workdir, task_file=task, weights=backbone, device=device
+    )
+    content = {
+        "metric": score.metric,
+        "test_metric": score.value,
+        "test_metric_stderr": score.standard_error,
+        "samples": score.samples,
+        "registered_test_metric": registered,
+    }
+    if as_json:
+        print_json(content)
+        return
+    out.print(
+        f"test {score.metric} {score.value!r} of {score.samples} samples, standard error"
+        f" {score.standard_error:.4f}"
+    )
+    if registered is not None:
+        out.print(
+            f"registered {registered!r}:"
+            f" {'the same' if registered == score.value else 'NOT the same'}"
+        )
+
+
+def verify(
+    reference: Reference, backbone: BackboneFile = None, workdir: Workdir = api.WORKDIR
+) -> None:
+    """Check that a pack is undamaged, fits its backbone, and computes the same as when written."""
+    from pipeline.cli.tables import ledger_table
+    from pipeline.packs import content_digest, ledger, read_pack
+
+    path = api.fetch(reference, workdir=workdir)
+    predictor = api.load(path, backbone=backbone, workdir=workdir)
+    out.print(
+        f"{reference}: valid. Digest, layout, backbone fingerprint and probe logits agree",
+        soft_wrap=True,
+    )
+    out.print(
+        f"task {predictor.metadata.task}, {len(predictor.metadata.classes)} classes, backbone"
+        f" {predictor.metadata.backbone['model']}"
+    )
+    out.print(f"digest to sign {content_digest(path.read_bytes())}", soft_wrap=True)
+    out.print(ledger_table(ledger(read_pack(path))))
+
+
+def export(
+    reference: Reference,
+    to: Annotated[api.Format, typer.Option("--to", help="Format to export to.")],
+    path: Annotated[
+        Path,
+        typer.Option(
+            "--out",
+            help="File (onnx, binary-adapter) or folder (timm, peft) to write; must not exist.",
+        ),
+    ],
+    backbone: BackboneFile = None,
+    workdir: Workdir = api.WORKDIR,
+) -> None:
+    """Write a pack in another project's format: a merged timm checkpoint, ONNX, a PEFT adapter,
+    Binary Adapter's file.
+    """
+    difference = api.export(reference, to=to, path=path, backbone=backbone, workdir=workdir)
+    size_bytes = sum(file.stat().st_size for file in (path.iterdir() if path.is_dir() else [path]))
+    out.print(f"{path}: {size_bytes:,} bytes", soft_wrap=True)
+    if difference is not None:
+        out.print(f"checked: its logits differ from the pack's by at most {difference:.1e}")
+
+
+def import_(
+    source: Annotated[
+        Path,
+        typer.Argument(
+            help="NAME.bin of Binary Adapter, with NAME.yaml next to it.", metavar="FILE"
+        ),
+    ],
+    path: Annotated[Path, typer.Option("--out", help="Pack to write; must not exist.")],
+    backbone: Annotated[
+        Path | None,
+        typer.Option("--backbone", help="Checkpoint of ViT-B/16 (orig_in21k). Default: timm's."),
+    ] = None,
+) -> None:
+    """Import a file that Binary Adapter's authors published as a pack."""
+    out.print(
+        f"{path}: {api.import_pack(source, path=path, backbone=backbone):,} bytes", soft_wrap=True
+    )
