@@ -23,7 +23,7 @@ from pipeline.cli.progress import BatchProgress
 from pipeline.driver.compare import compare_methods
 from pipeline.reports.comparison import write_comparison
 from pipeline.reports.comparison_row import Comparison
-from pipeline.specs.task_files import load_methods, tasks_to_compare
+from pipeline.specs.catalogue import load_methods, tasks_to_compare
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "methods"

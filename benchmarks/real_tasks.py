@@ -19,7 +19,7 @@ from rich.console import Console
 
 import pipeline
 from pipeline.cli.progress import BatchProgress
-from pipeline.specs.task_files import read_mapping
+from pipeline.specs.yaml_files import read_mapping
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "real_tasks.json"

@@ -27,7 +27,8 @@ from pipeline.backbones import LoadedBackbone, load_backbone
 from pipeline.data import two_views
 from pipeline.selection import supervised_contrastive_loss
 from pipeline.specs import DEFAULT_RECIPE, Backbone, Biases, Connections, Head, Input, Recipe, Smoa
-from pipeline.specs.task_files import catalogue_folder, load_task
+from pipeline.specs.catalogue import catalogue_folder
+from pipeline.specs.task_files import load_task
 
 CLASSES = 10
 FULL = "full fine-tuning"

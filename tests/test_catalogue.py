@@ -23,16 +23,10 @@ from pipeline.specs import (
     Suite,
     Task,
 )
-from pipeline.specs.task_files import (
-    DATA_ROOT,
-    SUITE_FILE,
-    catalogue_folder,
-    load_methods,
-    load_spec,
-    load_suite,
-    load_task,
-    load_tasks,
-)
+from pipeline.specs.catalogue import SUITE_FILE, catalogue_folder, load_methods, load_suite
+from pipeline.specs.paths import DATA_ROOT
+from pipeline.specs.task_files import load_task, load_tasks
+from pipeline.specs.yaml_files import load_spec
 
 CATALOGUE = Path(__file__).resolve().parents[1] / "tasks"
 FILES = sorted(CATALOGUE.rglob("*.y*ml"))

@@ -37,7 +37,7 @@ from pipeline.specs import (
     Task,
     Training,
 )
-from pipeline.specs.task_files import known_methods, load_methods, tasks_to_compare
+from pipeline.specs.catalogue import known_methods, load_methods, tasks_to_compare
 
 METHODS = {
     "linear": Method(

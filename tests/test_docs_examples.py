@@ -32,7 +32,9 @@ from pipeline.specs import (
     Spec,
     Task,
 )
-from pipeline.specs.task_files import load_spec, load_task, validate
+from pipeline.specs.faults import validate
+from pipeline.specs.task_files import load_task
+from pipeline.specs.yaml_files import load_spec
 from pipeline.training import Inputs, open_inputs
 from pipeline.training.fit import PACK_FILE, fit
 

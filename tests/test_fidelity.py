@@ -21,7 +21,9 @@ from pipeline.data import augment
 from pipeline.data.augment import _colour_jitter, _Numbers, turn_hue
 from pipeline.errors import BackboneError
 from pipeline.specs import Adapter, Backbone, Biases, Head, Input, Recipe, Selection, Ssf, Training
-from pipeline.specs.task_files import DATA_ROOT, load_methods, load_task, load_tasks
+from pipeline.specs.catalogue import load_methods
+from pipeline.specs.paths import DATA_ROOT
+from pipeline.specs.task_files import load_task, load_tasks
 from pipeline.training.averaging import MovingAverage
 from pipeline.training.mixing import mix
 

@@ -24,7 +24,8 @@ from pipeline.driver import jobs
 from pipeline.driver.jobs import Batch, JobServer, describe
 from pipeline.driver.monitor.state import BATCH_VARIABLE, BatchState, TaskState
 from pipeline.errors import ClusterError, SpecError
-from pipeline.specs.task_files import DATA_ROOT, load_tasks, local_paths
+from pipeline.specs.paths import DATA_ROOT, local_paths
+from pipeline.specs.task_files import load_tasks
 
 CATALOGUE = Path(__file__).resolve().parent.parent / "tasks"
 

@@ -21,7 +21,8 @@ from pipeline.inputs.learning_rate import default_learning_rate, with_learning_r
 from pipeline.search.trial import run_trial
 from pipeline.selection import select_here
 from pipeline.specs import Backbone, CsvData, Input, Recipe, SearchSpace, Selection, Task, Training
-from pipeline.specs.task_files import catalogue_folder, load_task
+from pipeline.specs.catalogue import catalogue_folder
+from pipeline.specs.task_files import load_task
 from pipeline.training import Inputs, open_inputs, train_epochs
 
 

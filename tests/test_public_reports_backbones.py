@@ -27,7 +27,8 @@ from pipeline.backbones import hub, load_backbone, share
 from pipeline.errors import BackboneError, SpecError
 from pipeline.inputs.preset import on_backbone
 from pipeline.specs import DEFAULT_PARTS, Backbone, Input, Method, Task, default_space
-from pipeline.specs.task_files import load_task, validate
+from pipeline.specs.faults import validate
+from pipeline.specs.task_files import load_task
 
 State = dict[str, torch.Tensor]
 Arguments = dict[str, int | float | str | bool | list[int]]

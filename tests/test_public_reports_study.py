@@ -61,7 +61,9 @@ from pipeline.specs import (
     Task,
     Training,
 )
-from pipeline.specs.task_files import DATA_ROOT, load_task, tasks_to_compare
+from pipeline.specs.catalogue import tasks_to_compare
+from pipeline.specs.paths import DATA_ROOT
+from pipeline.specs.task_files import load_task
 from pipeline.training import Inputs, open_inputs, rehearsal
 from pipeline.training.rehearsal import rehearse
 from pipeline.utils.files import explained

@@ -46,7 +46,10 @@ from pipeline.specs import (
     default_space,
     parse_bytes,
 )
-from pipeline.specs.task_files import DATA_ROOT, load_spec, load_task, load_tasks, validate
+from pipeline.specs.faults import validate
+from pipeline.specs.paths import DATA_ROOT
+from pipeline.specs.task_files import load_task, load_tasks
+from pipeline.specs.yaml_files import load_spec
 
 few_examples = settings(max_examples=60, derandomize=True, deadline=None)
 

@@ -72,7 +72,7 @@ def compare(
     from pipeline.driver.compare import compare_methods
     from pipeline.driver.stages import Placement
     from pipeline.reports.comparison import write_comparison
-    from pipeline.specs.task_files import known_methods, load_methods, tasks_to_compare
+    from pipeline.specs.catalogue import known_methods, load_methods, tasks_to_compare
 
     names = known_methods() if methods is None else [name.strip() for name in methods.split(",")]
     chosen = load_methods(names)

@@ -122,7 +122,7 @@ def overrides(
     Raises:
         SpecError: A file cannot be read as YAML.
     """
-    from pipeline.specs.task_files import read_mapping
+    from pipeline.specs.yaml_files import read_mapping
 
     sections: dict[str, Any] = {}
     if recipe is not None:

@@ -140,7 +140,8 @@ def demo(workdir: Workdir = api.WORKDIR, max_bytes: MaxBytes = None, trials: Tri
     """Run the whole pipeline on three small embedded tasks, on this machine."""
     from pipeline.data import save_samples
     from pipeline.driver.workspace import Workspace
-    from pipeline.specs.task_files import catalogue_folder, load_tasks
+    from pipeline.specs.catalogue import catalogue_folder
+    from pipeline.specs.task_files import load_tasks
 
     tasks = load_tasks(
         [catalogue_folder() / "demo"], overrides=overrides(None, None, max_bytes, trials)

@@ -31,7 +31,7 @@ import yaml
 from pipeline.driver.monitor.state import BATCH_VARIABLE, BatchState, parse_state, state_file_name
 from pipeline.errors import ClusterError, SpecError
 from pipeline.specs import Task
-from pipeline.specs.task_files import local_paths
+from pipeline.specs.paths import local_paths
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 ACTIVE = ("PENDING", "RUNNING")

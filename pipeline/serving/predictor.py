@@ -19,7 +19,8 @@ from pipeline.errors import BackboneError, DataError, PackError
 from pipeline.kinds import TaskKind, kind_named
 from pipeline.packs import Pack, PackMetadata, read_pack
 from pipeline.specs import Backbone, Input
-from pipeline.specs.task_files import catalogue_folder, load_spec
+from pipeline.specs.catalogue import catalogue_folder
+from pipeline.specs.yaml_files import load_spec
 from pipeline.utils.devices import choose_device, exact_float32
 
 PREDICT_BATCH = 64
