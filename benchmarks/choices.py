@@ -1,10 +1,11 @@
 """What the documented differences from the papers' code cost: see docs/fidelity.md.
 
-    python benchmarks/choices.py
+    python benchmarks/choices.py [--only selections accuracy schedule codebook]
 
 Trains GPS's recipe (K = 1, 32 bits) on the ViT-S twice, in bfloat16 and in float32, and tests each
 pair of choices on the same images. Few epochs, one seed: large effects would show, small ones would
-not. Needs the data and the backbones beside the project. Writes results/choices.json and .md.
+not. Of choices in the selection it says how many connections they change. Needs the data and the
+backbones beside the project. Writes results/choices.json and .md.
 """
 
 from __future__ import annotations
@@ -28,9 +29,13 @@ from machine import describe_machine
 from numpy.typing import NDArray
 from PIL import Image
 
-from pipeline.adaptation import AdaptedModel, attach, recompute
+from pipeline.adaptation import AdaptedModel, attach, rank_places, recompute
+from pipeline.adaptation.selected.ranking import kept_places
+from pipeline.data.batch_plan import shard_batches
 from pipeline.data.decode import decode_image
 from pipeline.packs.codebook import levels
+from pipeline.selection.gradient import gradient_sums
+from pipeline.selection.losses import make_loss
 from pipeline.training.loop import learning_rate_factor, train_epochs
 
 RESULTS = Path(__file__).parent / "results" / "choices.json"
@@ -103,6 +108,48 @@ def accuracies(workdir: Path) -> dict[str, dict[str, float]]:
     return {"precision": precision | {"cpu_seconds": seconds + low_seconds}, "crop": crop}
 
 
+def selections(workdir: Path) -> dict[str, float]:
+    """Overlap of the connections selected at K = 1 under two choices, and under two seeds.
+
+    The gradients of the training images and of the validation images are summed apart, and so are
+    those of full batches and of the last, smaller one.
+    """
+    inputs = open_task("dtd10", {}, workdir)
+    task, spec = inputs.task, inputs.task.selection
+    loss = make_loss(spec, inputs.kind, inputs.backbone.width, len(inputs.index.classes), task.seed)
+
+    def sums(split: str, seed: int, sizes: Callable[[int], bool]) -> dict[str, torch.Tensor]:
+        batches = enumerate(shard_batches(inputs.splits[split], spec.batch_size, seed=seed))
+        chosen = [(number, samples) for number, samples in batches if sizes(len(samples))]
+        read = inputs.reader(split).batches([samples for _, samples in chosen])
+        numbered = [(number, *pair) for (number, _), pair in zip(chosen, read, strict=True)]
+        return gradient_sums(inputs.backbone, numbered, spec, loss, seed=seed, flip=task.input.flip)
+
+    full = sums("train", 0, lambda size: size == spec.batch_size)
+    last = sums("train", 0, lambda size: size < spec.batch_size)
+    last_size = len(inputs.splits["train"]) % spec.batch_size
+    validation = sums("val", 0, lambda size: True)
+    other_seed = sums("train", 1, lambda size: True)
+    ours = {name: full[name] + last[name] for name in full}
+    with_validation = {name: ours[name] + validation[name] for name in ours}
+    weighted = {name: full[name] + last_size / spec.batch_size * last[name] for name in full}
+    return {
+        "validation": overlap(ours, with_validation),
+        "weighted": overlap(ours, weighted),
+        "seeds": overlap(ours, other_seed),
+        "last_size": last_size,
+        "batch_size": spec.batch_size,
+    }
+
+
+def overlap(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> float:
+    """Fraction of the connections at K = 1 per neuron that two sums of gradients have in common."""
+    ranked = [rank_places(sums, "neuron", 1) for sums in (first, second)]
+    places = [kept_places(each, 1) for each in ranked]
+    common = sum(int(torch.isin(places[0][name], places[1][name]).sum()) for name in places[0])
+    return common / sum(len(place_N) for place_N in places[0].values())
+
+
 def schedule() -> dict[str, float]:
     """This schedule by step against timm's by epoch with its cool-down, on 100 epochs of 25 steps.
 
@@ -150,78 +197,81 @@ def codebook() -> dict[str, float]:
 def page(result: dict[str, Any]) -> str:
     """The tables of a result."""
     machine, rates, book = result["machine"], result["schedule"], result["codebook"]
+    commits = ", ".join(f"{name} {commit}" for name, commit in sorted(result["commits"].items()))
     names = {
         "precision": ("bfloat16 stream", "float32"),
         "crop": ("squeezed to a square", "middle square, 90 % of the short side"),
     }
-    rows = [(names[key], result["accuracy"][key]) for key in names]
-    return (
-        "\n".join(
-            [
-                "# Choices that differ from the papers' code",
-                "",
-                (
-                    f"`python benchmarks/choices.py` on {machine['cpu']}, torch {machine['torch']},"
-                    f" commit {machine['commit']}."
-                ),
-                "",
-                (
-                    f"GPS's recipe on ten classes of DTD, ViT-S at 98 px, {EPOCHS} epochs, one"
-                    " seed, connections by"
-                ),
-                (
-                    "magnitude; 700 test images. Differences are paired by image, with their"
-                    " standard error, so"
-                ),
-                (
-                    "they say nothing of effects below some two points. Both kinds of test images"
-                    " meet the model that"
-                ),
-                "was trained on squeezed ones.",
-                "",
-                "| here | their code | accuracy here | theirs | difference |",
-                "|---|---|---|---|---|",
-                *(
-                    f"| {ours} | {theirs} | {row['first']:.1f} | {row['second']:.1f} |"
-                    f" {row['difference']:+.1f} ± {row['stderr']:.1f} |"
-                    for (ours, theirs), row in rows
-                ),
-                "",
-                (
-                    "Learning rates as shares of the peak, 100 epochs with 10 of warm-up, by step"
-                    " here and by epoch"
-                ),
-                (
-                    f"in their code: at most {rates['largest_difference']:.3f} apart; the sum over"
-                    f" all steps is {rates['sum_ratio']:.3f} times theirs, whose 10 cool-down"
-                    " epochs have next to none."
-                ),
-                "",
-                (
-                    f"Codebook at 8 bits, mean error of a standard normal: {book['ours']:.5f} here,"
-                    f" outermost level {book['ours_outermost']:.2f}; {book['theirs']:.5f} after"
-                    f" their 500 rounds, outermost level {book['theirs_outermost']:.2f}."
-                ),
-            ]
+    rows = "\n".join(
+        "| {} | {} | {first:.1f} | {second:.1f} | {difference:+.1f} ± {stderr:.1f} |".format(
+            *names[key], **result["accuracy"][key]
         )
-        + "\n"
+        for key in names
     )
+    return f"""# Choices that differ from the papers' code
+
+`python benchmarks/choices.py` on {machine["cpu"]}, torch {machine["torch"]}. Commits: {commits}.
+
+## Accuracy
+
+GPS's recipe on ten classes of DTD, ViT-S at 98 px, {EPOCHS} epochs, one seed, connections by
+magnitude; 700 test images. Differences are paired by image, with their standard error, so they say
+nothing of effects below some two points. Both kinds of test images meet the model that was trained
+on squeezed ones.
+
+| here | their code | accuracy here | theirs | difference |
+|---|---|---|---|---|
+{rows}
+
+{selection_text(result["selections"])}
+## Schedule and codebook
+
+Learning rates as fractions of the peak, 100 epochs with 10 of warm-up, by step here and by epoch in
+their code: at most {rates["largest_difference"]:.3f} apart; the sum over all steps is
+{rates["sum_ratio"]:.3f} times theirs, whose 10 cool-down epochs have next to none.
+
+Codebook at 8 bits, mean error of a standard normal: {book["ours"]:.5f} here, outermost level
+{book["ours_outermost"]:.2f}; {book["theirs"]:.5f} after their 500 rounds, outermost level
+{book["theirs_outermost"]:.2f}.
+"""
+
+
+def selection_text(overlaps: dict[str, float]) -> str:
+    """The section on selections."""
+    sizes = "the last batch of {last_size:.0f} counts as much as one of {batch_size:.0f}"
+    return f"""## Selection
+
+Fraction of the selected connections (K = 1 per neuron, GPS's views) that two choices have in
+common, on the same task. Two seeds of one choice show how much of a difference is chance.
+
+| here | their code | in common |
+|---|---|---:|
+| train alone | train and validation | {overlaps["validation"]:.3f} |
+| {sizes.format(**overlaps)} | weighted by its size | {overlaps["weighted"]:.3f} |
+| seed 0 | seed 1 | {overlaps["seeds"]:.3f} |
+"""
 
 
 def main() -> None:
-    """Measure all, write the page."""
+    """Measure all, or what is asked for, and write the page."""
+    measures: dict[str, Callable[[Path], Any]] = {
+        "schedule": lambda folder: schedule(),
+        "codebook": lambda folder: codebook(),
+        "selections": selections,
+        "accuracy": accuracies,
+    }
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.parse_args()
+    parser.add_argument("--only", nargs="+", choices=measures, default=list(measures))
+    arguments = parser.parse_args()
     torch.set_num_threads(1)
-    result: dict[str, Any] = {
-        "machine": describe_machine(),
-        "schedule": schedule(),
-        "codebook": codebook(),
-    }
+    result: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    result["machine"] = describe_machine()
     with tempfile.TemporaryDirectory() as folder:
-        result["accuracy"] = accuracies(Path(folder))
+        for name in arguments.only:
+            result[name] = measures[name](Path(folder))
+            result.setdefault("commits", {})[name] = result["machine"]["commit"]
     RESULTS.write_text(json.dumps(result, indent=1) + "\n")
     RESULTS.with_suffix(".md").write_text(page(result))
 
