@@ -1,4 +1,4 @@
-"""Conformance suites for whoever extends the package: call them from a test of your own.
+"""Conformance suites for people who extend the package, to be called from their tests.
 
 Imports: kinds.
 """

@@ -45,6 +45,14 @@ class Metric:
         """Standard error over draws of as many samples; the same for the same outcomes."""
         if self.exact_error is not None:
             return self.exact_error(outcomes)
+        return float(self.resampled(outcomes).std(ddof=1))
+
+    def resampled(self, outcomes: Outcomes) -> np.ndarray:
+        """The metric under R draws of as many samples with replacement, [R].
+
+        The draws of as many samples are the same for every model, so differences between two
+        models on one split are paired.
+        """
         affordable = _MOST_NUMBERS // max(1, outcomes.outputs.size)
         resamples = min(RESAMPLES, max(FEWEST_RESAMPLES, affordable))
         rng, samples = np.random.default_rng(0), len(outcomes)
@@ -52,8 +60,9 @@ class Metric:
             rng.multinomial(samples, np.full(samples, 1 / samples), FEWEST_RESAMPLES)
             for _ in range(resamples // FEWEST_RESAMPLES)
         )
-        values = [self.values(outcomes, weights.astype(np.float64)) for weights in chunks]
-        return float(np.concatenate(values).std(ddof=1))
+        return np.concatenate(
+            [self.values(outcomes, weights.astype(np.float64)) for weights in chunks]
+        )
 
 
 @dataclass(frozen=True)
