@@ -12,7 +12,7 @@ built, warmed up and timed
 kernel.py. 3. Selection (three connections a neuron) over 1,000 random images in float32 and
 bfloat16; how many neurons have the same
    connections in both, and when it is repeated.
-4. The tests: `pytest -m gpu tests/test_accelerator.py`.
+4. The tests: `pytest -m gpu tests/training/test_accelerator.py`.
 
 Weights are random: they change no times but the number of layers that the fused kernel serves,
 which is given. Ray and MLflow are not needed. What cannot be measured says why. Writes
@@ -57,7 +57,7 @@ VARIANTS = (
     "SMoA E=8",
     "default recipe",
 )
-GPU_TESTS = ("tests/test_accelerator.py",)
+GPU_TESTS = ("tests/training/test_accelerator.py",)
 """By name: other files of tests import what a bare machine has not."""
 TOP_K = 3
 CLASSES = 10

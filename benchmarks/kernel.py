@@ -40,7 +40,7 @@ def main() -> None:
     if not torch.cuda.is_available():
         raise SystemExit(
             "this benchmark measures a GPU kernel; no GPU is here. The kernel's test runs in"
-            " Triton's interpreter: pytest tests/test_sampled.py"
+            " Triton's interpreter: pytest tests/adaptation/test_sampled.py"
         )
     bandwidth = copy_bandwidth(arguments.repeats)
     rows = [measured_layer(name, arguments, bandwidth) for name in LAYERS]

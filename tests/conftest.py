@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from pipeline.specs import Level
     from pipeline.training import Inputs
 
-PROJECT_ROOT = Path(__file__).resolve().parent.parent
+from helpers_paths import PROJECT_ROOT
 
 os.environ.update(
     {

@@ -18,9 +18,10 @@ from typing import Any
 
 import pytest
 from helpers_cli import COMMAND, Answer, environment
+from helpers_paths import TESTS
 
 WAIT_SECONDS = 240
-HOOKS = Path(__file__).with_name("hooks")
+HOOKS = TESTS / "hooks"
 
 
 @dataclass
