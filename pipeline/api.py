@@ -36,34 +36,21 @@ def run(
     promote: bool = False,
     on_progress: OnProgress | None = None,
 ) -> list[TaskOutcome]:
-    """Run tasks to registered packs.
+    """Run tasks to registered packs. Raises TaskpackError if the batch cannot start.
 
     Args:
-        tasks: `Task` objects, task files, or folders of task files.
+        tasks: `Task` objects, task files, or folders of them; each task gets one outcome.
         workdir: folder for all results; run again with the same one to resume.
         address: address of a Ray cluster; None starts a private one on this machine.
-        overrides: sections of the task files to replace, such as `{"budget": {"max_bytes":
-            "32KiB"}, "search": {"trials": 6}}`.
-        per_trial: CPUs and GPUs per rank of a trial; None takes 1 CPU, and 1 GPU if the cluster has
-            any.
+        overrides: sections of the task files to replace, such as `{"search": {"trials": 6}}`.
+        per_trial: CPUs and GPUs per rank of a trial; None takes 1 CPU, and 1 GPU if there are any.
         ranks_per_trial: processes that train each trial and fit together.
-        selection_workers: workers that select connections; None takes an equal share of the GPUs or
-            CPUs, or none if this process is faster.
-        tasks_at_once: tasks to run concurrently; None takes one more than the number whose trials
-            fill the cluster.
-        registry_patience_seconds: how long to wait for an unreachable tracking server at the end of
-            the run.
+        selection_workers: ranks of the selection; None takes a share of the cluster, if faster.
+        tasks_at_once: tasks to run concurrently; None takes one more than fill the cluster.
+        registry_patience_seconds: longest wait for an unreachable tracking server, at the end.
         log_trials: whether each trial becomes a child run of its pack's MLflow run.
-        promote: give the alias `champion` to every pack of this run, even if an earlier one is
-            better.
+        promote: give every new pack the alias `champion`, even if an earlier one is better.
         on_progress: called with each task's progress.
-
-    Returns:
-        One outcome per task.
-
-    Raises:
-        TaskpackError: The batch could not start. Failures of single tasks are in
-            `TaskOutcome.error`.
     """
     from pipeline.driver.batch import run_batch
     from pipeline.driver.stages import Placement, no_progress
@@ -74,11 +61,23 @@ def run(
         selection_workers=selection_workers,
         tasks_at_once=tasks_at_once,
     )
-    given = [task for task in tasks if isinstance(task, Task)]
-    read = load_tasks(
-        [Path(task) for task in tasks if not isinstance(task, Task)], overrides=overrides
+    return run_batch(
+        _read_batch(tasks, overrides),
+        Path(workdir),
+        address=address,
+        placement=placement,
+        registry_patience_seconds=registry_patience_seconds,
+        log_trials=log_trials,
+        promote=promote,
+        on_progress=on_progress or no_progress,
     )
-    batch = [*given, *read]
+
+
+def _read_batch(tasks: Sequence[Task | str | Path], overrides: dict[str, Any] | None) -> list[Task]:
+    """The tasks given and those read from files; `overrides` apply to the latter."""
+    given = [task for task in tasks if isinstance(task, Task)]
+    files = [Path(task) for task in tasks if not isinstance(task, Task)]
+    batch = [*given, *load_tasks(files, overrides=overrides)]
     names = [task.name for task in batch]
     repeated = sorted({name for name in names if names.count(name) > 1})
     if repeated:
@@ -90,16 +89,7 @@ def run(
         raise SpecError(
             "overrides: these apply to task files only; change the Task objects themselves"
         )
-    return run_batch(
-        batch,
-        Path(workdir),
-        address=address,
-        placement=placement,
-        registry_patience_seconds=registry_patience_seconds,
-        log_trials=log_trials,
-        promote=promote,
-        on_progress=on_progress or no_progress,
-    )
+    return batch
 
 
 def find(

@@ -77,14 +77,7 @@ def json_source(data: JsonData, kind: TaskKind = SINGLE) -> Source:
         ]
         for split, each in pairs.items()
     }
-    written = [
-        (label, pair.where)
-        for each in pairs.values()
-        for pair in each
-        for label in separate_labels(pair.label, kind, pair.where)
-    ]
-    for label, where in written:
-        check_one_kind(label, where, *written[0])
+    _check_written([pair for each in pairs.values() for pair in each], kind)
     labels = sorted(
         {
             label
@@ -107,6 +100,17 @@ def json_source(data: JsonData, kind: TaskKind = SINGLE) -> Source:
             for split, entries in listed.items()
         }
     return Source(names, listed_samples(listed))
+
+
+def _check_written(pairs: list[_Pair], kind: TaskKind) -> None:
+    """Check that all labels are numbers, or all of them names. Raises DataError."""
+    written = [
+        (label, pair.where)
+        for pair in pairs
+        for label in separate_labels(pair.label, kind, pair.where)
+    ]
+    for label, where in written:
+        check_one_kind(label, where, *written[0])
 
 
 def _check_count(listed: dict[SplitName, list[Entry]], labels: list[int], classes: int) -> None:

@@ -32,7 +32,7 @@ from pipeline.driver.stages import (
     no_progress,
     work_folder,
 )
-from pipeline.driver.workspace import StudyFolder
+from pipeline.driver.workspace import StudyFolder, Workspace
 from pipeline.errors import TaskpackError
 from pipeline.registry.pack_record import (
     DATA_TAG,
@@ -97,7 +97,7 @@ def run_batch(
     promote: bool = False,
     on_progress: OnProgress = no_progress,
 ) -> list[TaskOutcome]:
-    """Run every task to a registered pack.
+    """Run every task to a registered pack; one outcome per task, in the order of `tasks`.
 
     Args:
         workdir: folder for all results; on a cluster, every node must see it.
@@ -107,12 +107,8 @@ def run_batch(
         registry_patience_seconds: how long to wait for an unreachable tracking server at the end of
             the run.
         log_trials: whether each trial becomes a child run of its pack's run.
-        promote: give the alias `champion` to every pack of this run, even if an earlier one is
-            better.
+        promote: give every new pack the alias `champion`, even if an earlier one is better.
         on_progress: called from one thread at a time.
-
-    Returns:
-        One outcome per task, in the order of `tasks`.
 
     Raises:
         StorageError: The work folder cannot be used.
@@ -122,14 +118,9 @@ def run_batch(
     with work_folder(workdir, address) as (workspace, start_ray):
         registry = open_registry(registry_uri, workspace.root, writer=workspace.writer())
         registry.check_writable()
-        batch, copies = batch_name(), []
         if address is not None:
             start_ray()
-            copies = [session_logs() / state_file_name(batch)]
-        names = [task.name for task in tasks]
-        with BatchWatch(
-            workspace.root, batch, names, copies=copies, on_progress=on_progress
-        ) as watch:
+        with _watch(workspace, tasks, on_progress, on_cluster=address is not None) as watch:
             driver = _Driver(
                 workspace=workspace,
                 registry=registry,
@@ -143,6 +134,16 @@ def run_batch(
                 watch=watch,
             )
             return driver.run(tasks)
+
+
+def _watch(
+    workspace: Workspace, tasks: Sequence[Task], on_progress: OnProgress, *, on_cluster: bool
+) -> BatchWatch:
+    """The record of the batch's state; on a cluster with a copy where its jobs server finds it."""
+    name = batch_name()
+    copies = [session_logs() / state_file_name(name)] if on_cluster else []
+    names = [task.name for task in tasks]
+    return BatchWatch(workspace.root, name, names, copies=copies, on_progress=on_progress)
 
 
 _Outcome = TypeVar("_Outcome")

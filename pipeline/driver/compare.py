@@ -110,12 +110,7 @@ def compare_methods(
             f"--fraction: given {fraction:g}, expected a share of each method's search space, "
             "above 0 and at most 1; 0.5 tries half of the points, 1 all"
         )
-    for name, method in methods.items():
-        for task in tasks:
-            try:
-                method.on(task)
-            except ValidationError as error:
-                raise SpecError(f"{name}: on the task {task.name}: {first_fault(error)}") from None
+    _check_methods(methods, tasks)
     with work_folder(workdir, address) as (workspace, start_ray):
         if address is not None:
             start_ray()
@@ -132,6 +127,16 @@ def compare_methods(
             lambda inputs: driver.compare(inputs, methods, seeds, fraction), prepared
         )
         return list(itertools.chain.from_iterable(compared))
+
+
+def _check_methods(methods: Mapping[str, Method], tasks: Sequence[Task]) -> None:
+    """Raise SpecError if the settings of a method do not fit those of a task."""
+    for name, method in methods.items():
+        for task in tasks:
+            try:
+                method.on(task)
+            except ValidationError as error:
+                raise SpecError(f"{name}: on the task {task.name}: {first_fault(error)}") from None
 
 
 def sampled_points(space: SearchSpace, fraction: float, seed: int) -> list[dict[str, Any]]:

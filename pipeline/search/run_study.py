@@ -101,14 +101,7 @@ def _run_with_tune(
     is_stopping: Callable[[], bool],
 ) -> None:
     """Run the remaining trials."""
-    os.environ.update(
-        TUNE_DISABLE_SIGINT_HANDLER="1",
-        TUNE_DISABLE_AUTO_CALLBACK_LOGGERS="1",
-        RAY_AIR_NEW_OUTPUT="0",
-    )
-    # Tune asks for one waiting trial at a time: short ones would follow each other in one worker,
-    # and no other would ever start.
-    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(LAG)
+    _set_tune_options()
     from ray import tune
 
     from pipeline.search.tune import StoppingScheduler, StudySearcher, WhenInterrupted
@@ -144,6 +137,18 @@ def _run_with_tune(
         raise Interrupted
     if searcher.fatal is not None:
         raise searcher.fatal
+
+
+def _set_tune_options() -> None:
+    """Set the options that Tune reads from the environment when it is imported or runs."""
+    os.environ.update(
+        TUNE_DISABLE_SIGINT_HANDLER="1",
+        TUNE_DISABLE_AUTO_CALLBACK_LOGGERS="1",
+        RAY_AIR_NEW_OUTPUT="0",
+    )
+    # Tune asks for one waiting trial at a time: short ones would follow each other in one worker,
+    # and no other would ever start.
+    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(LAG)
 
 
 _REGISTERING = threading.Lock()

@@ -18,7 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -36,6 +36,9 @@ from pipeline.selection.gradient import gradient_sums
 from pipeline.selection.losses import make_loss
 from pipeline.specs import Task
 from pipeline.utils.devices import reserved_gpu
+
+if TYPE_CHECKING:
+    from ray.train.torch import TorchTrainer
 
 PlannedBatch = tuple[int, np.ndarray]  # its number, and its samples [B, 2]
 OnBatch = Callable[[int, int], None]
@@ -86,22 +89,39 @@ def select(
     if path.exists():
         return path
     import ray.train
-    from ray.train.torch import TorchConfig, TorchTrainer
 
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=".selection-", dir=path.parent))
-    trainer = TorchTrainer(
+    config = {
+        "task": task.model_dump_json(),
+        "data_folder": str(data_folder),
+        "top_k": top_k,
+        "path": str(path),
+        "use_gpu": use_gpu,
+    }
+    try:
+        error = _worker_group(config, scratch, workers, use_gpu=use_gpu).fit().return_value
+    except ray.train.TrainingFailedError as failure:
+        raise died_each_time(task, str(failure)) from None
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    if error is not None:
+        raise error
+    return path
+
+
+def _worker_group(
+    config: dict[str, Any], scratch: Path, workers: int, *, use_gpu: bool
+) -> TorchTrainer:
+    """At most `workers` ranks that each run `_worker` with `config`."""
+    import ray.train
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    return TorchTrainer(
         _worker,
-        train_loop_config={
-            "task": task.model_dump_json(),
-            "data_folder": str(data_folder),
-            "top_k": top_k,
-            "path": str(path),
-            "use_gpu": use_gpu,
-        },
-        torch_config=TorchConfig(
-            backend="gloo"
-        ),  # adds on the CPU, also where gradients come from GPUs: once a layer, not once a batch
+        train_loop_config=config,
+        # It adds on the CPU, also where gradients come from GPUs: once per layer, not per batch.
+        torch_config=TorchConfig(backend="gloo"),
         # With a node less, the group starts again with fewer workers; it is not started again to
         # grow.
         scaling_config=ray.train.ScalingConfig(
@@ -116,15 +136,6 @@ def select(
             failure_config=ray.train.FailureConfig(max_failures=2, controller_failure_limit=3),
         ),
     )
-    try:
-        error = trainer.fit().return_value
-    except ray.train.TrainingFailedError as failure:
-        raise died_each_time(task, str(failure)) from None
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-    if error is not None:
-        raise error
-    return path
 
 
 def died_each_time(task: Task, failure: str) -> ClusterError:

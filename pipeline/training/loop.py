@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
 from pipeline.adaptation import AdaptedModel
 from pipeline.data import Reader, Split, augment, deal_shards, numbered_generator, training_batches
+from pipeline.data.batch_plan import Batches
 from pipeline.errors import TrainingError
 from pipeline.kinds import TaskKind
 from pipeline.specs import Training
@@ -45,61 +47,34 @@ def train_epochs(
     checkpoint: Checkpoint | None = None,
     ranks: Ranks = ALONE,
 ) -> Iterator[float]:
-    """Train epoch by epoch; yields each epoch's mean loss, so that the caller decides whether to go
-    on.
+    """Train epoch by epoch and yield each epoch's mean loss; the caller decides whether to go on.
 
     With `spec.ema`, the model holds the averaged values wherever the caller sees it.
 
     Args:
-        checkpoint: where the run is kept, and goes on from; epochs that it has behind it are not
-            yielded again.
-        ranks: who trains the model with this process, each with the samples of its own shards.
+        checkpoint: where the run is saved and resumed; epochs already run are not yielded again.
+        ranks: the processes that train the model together, each on the samples of its own shards.
 
     Raises:
         ClusterError: the ranks no longer have the same values.
         TrainingError: the loss is not finite.
         StorageError: the checkpoint cannot be written.
     """
-    peak, dtype = spec.learning_rate, computing_dtype(spec.precision, device)
-    assert peak is not None, "the recipe's learning rate is settled by with_learning_rate"
-    model.compute_in(dtype)
-    optimiser = torch.optim.AdamW(
-        model.values.parameters(), lr=peak, weight_decay=spec.weight_decay, fused=True
-    )
-    average = MovingAverage(optimiser, spec.ema)
     steps_per_epoch = len(training_batches(split, spec.batch_size, seed=seed, epoch=0))
-    steps, warmup_steps = spec.epochs * steps_per_epoch, round(spec.warmup_epochs * steps_per_epoch)
-    shards = np.flatnonzero(deal_shards(split, ranks.world) == ranks.rank)
-    progress = checkpoint.restore(optimiser, ranks) if checkpoint is not None else Progress()
+    trainer = _Trainer(model, spec, kind, steps_per_epoch, seed, flip, device, ranks)
+    average = MovingAverage(trainer.optimiser, spec.ema)
+    progress = checkpoint.restore(trainer.optimiser, ranks) if checkpoint else Progress()
     first_epoch, first_index = divmod(progress.step, steps_per_epoch)
     for epoch in range(first_epoch, spec.epochs):
         model.train()  # again in every epoch: the caller may have evaluated the model
         progress.losses = progress.losses if first_index else []
-        plan = training_batches(
-            split, spec.batch_size, seed, epoch, ranks.rank, ranks.world, reader.window(shards)
-        )
-        for images, targets in reader.batches(plan[first_index:]):
-            for group in optimiser.param_groups:
-                group["lr"] = peak * learning_rate_factor(progress.step, steps, warmup_steps)
-            generator = numbered_generator(ranks.seed(seed), progress.step)
-            model.reseed(generator)
-            images = (
-                augment(images, generator, flip, spec.augment) if spec.augment != "none" else images
-            )
-            if (spec.mixup or spec.cutmix) and len(images):
-                soft_targets = kind.soft_targets(targets, model.class_count)
-                images, targets = mix(images, soft_targets, spec, generator)
-            loss = _step(
-                model, optimiser, images.to(device), targets.to(device), spec, kind, dtype, ranks
-            )
-            if not math.isfinite(loss):
-                at = f"at step {progress.step} of {steps} with learning rate {peak:g}"
-                raise TrainingError(f"the loss became {loss} {at}; lower training.learning_rate")
+        batches = _batches_of_rank(reader, split, spec.batch_size, seed, epoch, ranks)
+        for images, targets in reader.batches(batches[first_index:]):
+            progress.losses.append(trainer.step(images, targets, progress.step))
             average.update(progress.step)
             progress.step += 1
-            progress.losses.append(loss)
             if checkpoint is not None and ranks.is_first and checkpoint.is_due():
-                checkpoint.save(progress, optimiser, ranks)
+                checkpoint.save(progress, trainer.optimiser, ranks)
         ranks.check_agree(model.values.state_dict())
         average.swap()
         yield sum(progress.losses) / len(progress.losses)
@@ -107,6 +82,83 @@ def train_epochs(
         first_index = 0
     average.swap()
     model.eval()
+
+
+def _batches_of_rank(
+    reader: Reader, split: Split, batch_size: int, seed: int, epoch: int, ranks: Ranks
+) -> Batches:
+    """This rank's part of every batch of an epoch."""
+    shards = np.flatnonzero(deal_shards(split, ranks.world) == ranks.rank)
+    window = reader.window(shards)
+    return training_batches(split, batch_size, seed, epoch, ranks.rank, ranks.world, window)
+
+
+@dataclass
+class _Trainer:
+    """Trains a model with AdamW, batch by batch."""
+
+    model: AdaptedModel
+    spec: Training
+    kind: TaskKind
+    steps_per_epoch: int
+    seed: int
+    flip: bool
+    device: str
+    ranks: Ranks
+    optimiser: torch.optim.Optimizer = field(init=False)
+
+    def __post_init__(self) -> None:
+        peak = self.spec.learning_rate
+        assert peak is not None, "the recipe's learning rate is settled by with_learning_rate"
+        self._peak, self._dtype = peak, computing_dtype(self.spec.precision, self.device)
+        self.model.compute_in(self._dtype)
+        self.optimiser = torch.optim.AdamW(
+            self.model.values.parameters(),
+            lr=peak,
+            weight_decay=self.spec.weight_decay,
+            fused=True,
+        )
+
+    def step(self, images: torch.Tensor, targets: torch.Tensor, step: int) -> float:
+        """Make step number `step`, counted from 0, on a batch; return its mean loss over all ranks.
+
+        Raises:
+            TrainingError: the loss is not finite.
+        """
+        steps = self.spec.epochs * self.steps_per_epoch
+        warmup_steps = round(self.spec.warmup_epochs * self.steps_per_epoch)
+        for group in self.optimiser.param_groups:
+            group["lr"] = self._peak * learning_rate_factor(step, steps, warmup_steps)
+        generator = numbered_generator(self.ranks.seed(self.seed), step)
+        self.model.reseed(generator)
+        images, targets = self._varied(images, targets, generator)
+        images, targets = images.to(self.device), targets.to(self.device)
+        loss = _step(
+            self.model,
+            self.optimiser,
+            images,
+            targets,
+            self.spec,
+            self.kind,
+            self._dtype,
+            self.ranks,
+        )
+        if not math.isfinite(loss):
+            at = f"at step {step} of {steps} with learning rate {self._peak:g}"
+            raise TrainingError(f"the loss became {loss} {at}; lower training.learning_rate")
+        return loss
+
+    def _varied(
+        self, images: torch.Tensor, targets: torch.Tensor, generator: torch.Generator
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The batch augmented and mixed as the recipe says."""
+        spec = self.spec
+        if spec.augment != "none":
+            images = augment(images, generator, self.flip, spec.augment)
+        if (spec.mixup or spec.cutmix) and len(images):
+            soft_targets = self.kind.soft_targets(targets, self.model.class_count)
+            return mix(images, soft_targets, spec, generator)
+        return images, targets
 
 
 @exact_float32()
