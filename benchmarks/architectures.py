@@ -28,6 +28,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from machine import describe_machine
+from pages import table
 from timm.models import is_model_in_modules
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -292,62 +293,66 @@ def page(result: dict[str, Any]) -> str:
         _row(name, family[name], tried[name], reasons)
         for name in sorted(tried, key=lambda name: (family[name], name))
     ]
-    counts = Counter(_kind(text) for row in tried.values() for text in row["outcomes"].values())
-    families = len({family[name] for name in tried})
-    commits = sorted({row["commit"] for row in result["models"].values()})
-    too_slow = f", {counts['not tried']} were not tried for time" if counts["not tried"] else ""
-    machine = result["machine"]
-    return "\n".join(
-        [
-            "# Architectures",
-            "",
-            (
-                f"{len(tried)} timm models of {families} families, each in {len(RECIPES)} recipes"
-                f" (twelve, the adapter in its three placements): {counts['runs']} run,"
-                f" {counts['refused']} are refused in one line that says why, {counts[CRASH]}"
-                f" crash{too_slow}."
-            ),
-            "",
-            (
-                "A recipe runs where its pack has the planned size, training steps in bfloat16 give"
-                " finite"
-            ),
-            (
-                "gradients, and the pack, read back, gives the trained model's logits. Weights are"
-                " random; models are tried"
-            ),
-            (
-                "at two blocks a stage, narrower, and at a small input where timm can build them"
-                " so. `default` is the default recipe"
-            ),
-            "without the parts that have no place.",
-            "",
-            f"Measured on {machine['cpu']}, Python {machine['python']}, torch {machine['torch']},",
-            f"timm {machine['timm']}, at commit {' and '.join(commits)}:",
-            "",
-            "```sh",
-            "nice -n 10 python benchmarks/architectures.py",
-            "```",
-            "",
-            "| family | model | runs | does not (reason) |",
-            "|---|---|---|---|",
-            *rows,
-            "",
-            "## Reasons",
-            "",
-            "| | the message, without the names in it |",
-            "|---|---|",
-            *(f"| {label} | {reason} |" for reason, label in reasons.items()),
-            "",
-            "## Not tried",
-            "",
-            *(
-                f"- `{name}` ({family[name]}): {row['skipped']}"
-                for name, row in sorted(skipped.items())
-            ),
-            "",
-        ]
+    untried = (
+        f"- `{name}` ({family[name]}): {row['skipped']}" for name, row in sorted(skipped.items())
     )
+    families = len({family[name] for name in tried})
+    lines = [
+        "# Architectures",
+        "",
+        _summary(tried, families),
+        "",
+        "A recipe runs where its pack has the planned size, training steps in bfloat16 give finite",
+        (
+            "gradients, and the pack, read back, gives the trained model's logits. Weights are"
+            " random; models are tried"
+        ),
+        (
+            "at two blocks a stage, narrower, and at a small input where timm can build them so."
+            " `default` is the default recipe"
+        ),
+        "without the parts that have no place.",
+        "",
+        *_measured(result),
+        *table(("family", "model", "runs", "does not (reason)"), rows),
+        "",
+        "## Reasons",
+        "",
+        "| | the message, without the names in it |",
+        "|---|---|",
+        *(f"| {label} | {reason} |" for reason, label in reasons.items()),
+        "",
+        "## Not tried",
+        "",
+        *untried,
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _summary(tried: dict[str, dict[str, Any]], families: int) -> str:
+    counts = Counter(_kind(text) for row in tried.values() for text in row["outcomes"].values())
+    too_slow = f", {counts['not tried']} were not tried for time" if counts["not tried"] else ""
+    return (
+        f"{len(tried)} timm models of {families} families, each in {len(RECIPES)} recipes"
+        f" (twelve, the adapter in its three placements): {counts['runs']} run,"
+        f" {counts['refused']} are refused in one line that says why, {counts[CRASH]}"
+        f" crash{too_slow}."
+    )
+
+
+def _measured(result: dict[str, Any]) -> list[str]:
+    machine = result["machine"]
+    commits = sorted({row["commit"] for row in result["models"].values()})
+    return [
+        f"Measured on {machine['cpu']}, Python {machine['python']}, torch {machine['torch']},",
+        f"timm {machine['timm']}, at commit {' and '.join(commits)}:",
+        "",
+        "```sh",
+        "nice -n 10 python benchmarks/architectures.py",
+        "```",
+        "",
+    ]
 
 
 def _kind(text: str) -> str:
@@ -364,7 +369,9 @@ def _kind(text: str) -> str:
     )
 
 
-def _row(name: str, family: str, row: dict[str, Any], reasons: dict[str, str]) -> str:
+def _row(
+    name: str, family: str, row: dict[str, Any], reasons: dict[str, str]
+) -> tuple[str, str, str, str]:
     outcomes = row["outcomes"]
     without = (
         f" (without {', '.join(row['default_without'])})" if row.get("default_without") else ""
@@ -379,7 +386,7 @@ def _row(name: str, family: str, row: dict[str, Any], reasons: dict[str, str]) -
         for recipe, text in outcomes.items()
         if text != RUNS
     ]
-    return f"| {family} | {name} | {', '.join(runs)} | {', '.join(refused)} |"
+    return family, name, ", ".join(runs), ", ".join(refused)
 
 
 def _plain(text: str, model_class: str) -> str:

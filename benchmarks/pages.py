@@ -7,8 +7,7 @@ from collections.abc import Iterable, Sequence
 
 def table(columns: Sequence[object], rows: Iterable[Iterable[object]]) -> list[str]:
     """A table: header, rule, one line per row."""
-    lines = [_line(columns), "|---" * len(columns) + "|"]
-    return lines + [_line(row) for row in rows]
+    return [_line(columns), "|---" * len(columns) + "|", *map(_line, rows)]
 
 
 def _line(cells: Iterable[object]) -> str:

@@ -14,7 +14,7 @@ import random
 import sqlite3
 import uuid
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -284,24 +284,25 @@ def _copied(
         }.get(table, version)
         if only_with == version:
             columns = database.columns(table)
-            names = [
-                next(
-                    (
-                        row[at]
-                        for at, column in enumerate(columns)
-                        if column in ("key", "metric_name")
-                    ),
-                    None,
-                )
-                for row in rows
-            ]
-            pairs = zip(rows, names, strict=True)
+            named = [(row, _name_in(row, columns)) for row in rows]
             yield (
                 table,
                 [
                     tuple(
                         value(each, column, name) for each, column in zip(row, columns, strict=True)
                     )
-                    for row, name in pairs
+                    for row, name in named
                 ],
             )
+
+
+def _name_in(row: Row, columns: Sequence[str]) -> Any:
+    """The name of the number that a row holds, None if it holds none."""
+    return next(
+        (
+            each
+            for each, column in zip(row, columns, strict=True)
+            if column in ("key", "metric_name")
+        ),
+        None,
+    )

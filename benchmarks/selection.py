@@ -33,6 +33,7 @@ from typing import Any
 import numpy as np
 import torch
 from machine import describe_machine
+from pages import table
 
 from pipeline.adaptation.selected.topk import top_connections
 from pipeline.adaptation.sites import tunable_layers
@@ -310,12 +311,7 @@ def _check_marks(sum_OI: torch.Tensor, array: np.ndarray, top_k: int) -> None:
 
 def markdown(result: dict[str, Any]) -> str:
     """The tables of a result."""
-    machine, arguments, stage, sums = (
-        result["machine"],
-        result["arguments"],
-        result["stage"],
-        result["sums"],
-    )
+    machine, arguments = result["machine"], result["arguments"]
     lines = [
         "# The selection stage",
         "",
@@ -326,20 +322,31 @@ def markdown(result: dict[str, Any]) -> str:
             " one run."
         ),
         "",
-        f"## {arguments['images']} images of cifar10, embedded ViT at 64 px",
+        *_stage_section(result["stage"], arguments["images"]),
+        *_sums_section(result["sums"]),
+        *_top_k_section(result["top_k"]),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _stage_section(stage: dict[str, float], images: int) -> list[str]:
+    seconds = {
+        precision: (stage[f"plain {precision}"], stage[f"selection {precision}"])
+        for precision in ("fp32", "bf16")
+    }
+    cells = (
+        (precision, f"{plain:.2f}", f"{selection:.2f}", f"{selection / plain:.2f}")
+        for precision, (plain, selection) in seconds.items()
+    )
+    return [
+        f"## {images} images of cifar10, embedded ViT at 64 px",
         "",
         (
             "Plain: forward and backward over two views of each image, made beforehand. Selection:"
             " reading, augmenting, sums and ranking (K=3) included."
         ),
         "",
-        "| precision | plain s | selection s | ratio |",
-        "|---|---|---|---|",
-    ]
-    for precision in ("fp32", "bf16"):
-        plain, selection = stage[f"plain {precision}"], stage[f"selection {precision}"]
-        lines.append(f"| {precision} | {plain:.2f} | {selection:.2f} | {selection / plain:.2f} |")
-    lines += [
+        *table(("precision", "plain s", "selection s", "ratio"), cells),
         "",
         (
             "Neurons with the same connections in bf16 as in fp32:"
@@ -347,6 +354,28 @@ def markdown(result: dict[str, Any]) -> str:
             f" {100 * stage['rows alike in bf16, K=3']:.1f} % at K=3 (all three, in order)."
         ),
         "",
+    ]
+
+
+def _sums_section(sums: dict[str, Any]) -> list[str]:
+    columns = (
+        "sums",
+        "gradients folded in one by one",
+        "all gradients first",
+        "changed at K=1",
+        "at K=3",
+    )
+    cells = (
+        (
+            row["sums"],
+            f"{row['bytes'] / 2**20:.1f}",
+            f"{row['bytes_without_folding'] / 2**20:.1f}",
+            row["changed"]["K=1"],
+            row["changed"]["K=3"],
+        )
+        for row in sums["rows"]
+    )
+    return [
         "## What float64 sums cost and buy",
         "",
         (
@@ -355,16 +384,32 @@ def markdown(result: dict[str, Any]) -> str:
             f" not the same for every number of workers from {WORKERS[0]} to {WORKERS[-1]}."
         ),
         "",
-        "| sums | gradients folded in one by one | all gradients first | changed at K=1 | at K=3 |",
-        "|---|---|---|---|---|",
-    ]
-    for row in sums["rows"]:
-        sizes = f"{row['bytes'] / 2**20:.1f} | {row['bytes_without_folding'] / 2**20:.1f}"
-        lines.append(
-            f"| {row['sums']} | {sizes} | {row['changed']['K=1']} | {row['changed']['K=3']} |"
-        )
-    lines += [
+        *table(columns, cells),
         "",
+    ]
+
+
+def _top_k_section(rows: list[dict[str, float]]) -> list[str]:
+    columns = (
+        "K",
+        "ours s",
+        "identity matrix, as released s",
+        "ratio",
+        "identity matrix, kinder s",
+        "ratio",
+    )
+    cells = (
+        (
+            row["top_k"],
+            f"{row['ours']:.3f}",
+            f"{row['identity']:.2f}",
+            f"{row['identity'] / row['ours']:.0f}x",
+            f"{row['kinder']:.2f}",
+            f"{row['kinder'] / row['ours']:.1f}x",
+        )
+        for row in rows
+    )
+    return [
         "## Top-K of all weight matrices of ViT-B/16",
         "",
         (
@@ -372,19 +417,8 @@ def markdown(result: dict[str, Any]) -> str:
             " masks."
         ),
         "",
-        (
-            "| K | ours s | identity matrix, as released s | ratio | identity matrix, kinder s |"
-            " ratio |"
-        ),
-        "|---|---|---|---|---|---|",
+        *table(columns, cells),
     ]
-    for row in result["top_k"]:
-        ours, released, kinder = row["ours"], row["identity"], row["kinder"]
-        lines.append(
-            f"| {row['top_k']} | {ours:.3f} | {released:.2f} | {released / ours:.0f}x |"
-            f" {kinder:.2f} | {kinder / ours:.1f}x |"
-        )
-    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":
