@@ -2,6 +2,7 @@
 person's machine.
 """
 
+import ast
 import os
 import re
 import subprocess
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 from helpers_paths import PROJECT_ROOT
 
+MOST_LINES_OF_A_FILE, MOST_LINES_OF_A_FUNCTION = 500, 50
 CACHES = {
     ".git",
     "__pycache__",
@@ -166,3 +168,21 @@ def test_the_readmes_commands_start_with_a_program_a_reader_has() -> None:
     assert [
         command for command in shell_commands(readme()) if command.split()[0] not in COMMANDS
     ] == []
+
+
+def too_long(path: Path) -> Iterator[str]:
+    """The file and its functions that have more lines than they may."""
+    text, name = path.read_text(encoding="utf-8"), path.relative_to(PROJECT_ROOT)
+    if (lines := len(text.splitlines())) > MOST_LINES_OF_A_FILE:
+        yield f"{name}: {lines} lines"
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            lines = (node.end_lineno or node.lineno) - node.lineno + 1
+            if lines > MOST_LINES_OF_A_FUNCTION:
+                yield f"{name}:{node.lineno}: {node.name}: {lines} lines"
+
+
+def test_no_file_and_no_function_of_the_package_is_too_long() -> None:
+    paths = sorted((PROJECT_ROOT / "pipeline").rglob("*.py"))
+    assert len(paths) > 100
+    assert [offender for path in paths for offender in too_long(path)] == []
