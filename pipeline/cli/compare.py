@@ -37,6 +37,10 @@ Fraction = Annotated[
     float,
     typer.Option(help="Fraction of each method's search space to try, above 0 and at most 1."),
 ]
+Reference = Annotated[
+    str | None,
+    typer.Option(help="Method that BD-rates are relative to. Default: the first."),
+]
 Epochs = Annotated[
     int | None,
     typer.Option(min=1, help="Epochs of every trial and fit. Default: those of the task."),
@@ -53,6 +57,7 @@ def compare(
     methods: Methods = None,
     seeds: Seeds = 3,
     fraction: Fraction = 1.0,
+    reference: Reference = None,
     epochs: Epochs = None,
     folder: Folder = None,
     workdir: Workdir = api.WORKDIR,
@@ -85,13 +90,18 @@ def compare(
             workdir,
             seeds=seeds,
             fraction=fraction,
+            reference=reference,
             address=address,
             placement=Placement(
                 per_trial=(cpus, gpus), ranks_per_trial=ranks, tasks_at_once=tasks_at_once
             ),
             on_progress=progress.update,
         )
-    notes = f"Tuned over {fraction:.4g} of each method's search space; {seeds} fits per method."
+    notes = (
+        f"Tuned over {fraction:.4g} of each method's search space; {seeds} fits per method."
+        f" BD-rate: bytes relative to {reference or next(iter(chosen))} at equal validation metric,"
+        " between the fronts of all trials, ± standard error."
+    )
     written = write_comparison(rows, folder or workdir / "comparison", suite=found, notes=notes)
     if as_json:
         print_json([asdict(row) for row in rows])

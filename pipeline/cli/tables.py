@@ -255,7 +255,7 @@ def comparison_table(rows: Sequence[Comparison], *, title: str) -> Table:
     """One row per method of one task, smallest pack first."""
     from pipeline.reports.comparison import COLUMNS, by_size, shown_cells
 
-    built = table(*COLUMNS[:6], title=title)
+    built = table(*COLUMNS[:7], title=title)
     for row in sorted(rows, key=by_size):
-        built.add_row(*([row.method, "failed", "", "", "", ""] if row.error else shown_cells(row)))
+        built.add_row(*([row.method, "failed"] if row.error else shown_cells(row)))
     return built

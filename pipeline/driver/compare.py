@@ -7,20 +7,23 @@ smaller space.
 All trials of a task, of all methods, are in the cluster's queue at once; none is stopped early,
 since methods differ in how fast they learn. The trial with the best validation metric is a
 method's; its recipe is fitted for each seed, and each pack reads the test set once, as reloaded
-from its file. What is finished is kept in the work folder, so the same command goes on after an
-interruption.
+from its file. All trials of a method make a front of the validation metric against bytes, and the
+BD-rate compares it with the front of a reference method. Finished work is kept in the work folder,
+so the same command continues after an interruption.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from pydantic import ValidationError
 
 from pipeline.adaptation.packing import SizePlanner
@@ -38,6 +41,7 @@ from pipeline.driver.stages import (
 from pipeline.driver.workspace import StudyFolder
 from pipeline.errors import SpecError, TaskpackError, TrainingError, UnexpectedError
 from pipeline.kinds import Score
+from pipeline.reports.bd_rate import Curve, compare_curves
 from pipeline.reports.comparison_row import Comparison
 from pipeline.search.trial import opened, recipe_key, run_trial
 from pipeline.search.trial_record import TrialRecord, failure_warnings
@@ -79,6 +83,24 @@ class _Entry:
             complete, key=lambda record: (record.val_metric or 0.0, -record.size_bytes, record.id)
         )
 
+    def curve(self) -> Curve | None:
+        """The complete trials whose validation outputs are kept; None where there are none."""
+        assert self.folder is not None
+        trials = [
+            (record.size_bytes, outcomes)
+            for record in self.records.values()
+            if record.val_metric is not None
+            and (outcomes := self.folder.compared.outcomes(record.id)) is not None
+        ]
+        if not trials:
+            return None
+        metric = self.inputs.metric
+        return Curve(
+            np.array([size_bytes for size_bytes, _ in trials], dtype=np.float64),
+            np.array([metric.value(outcomes) for _, outcomes in trials]),
+            np.stack([metric.resampled(outcomes) for _, outcomes in trials], axis=1),
+        )
+
 
 def compare_methods(
     tasks: Sequence[Task],
@@ -87,6 +109,7 @@ def compare_methods(
     *,
     seeds: int = 3,
     fraction: float = 1.0,
+    reference: str | None = None,
     address: str | None = None,
     placement: Placement | None = None,
     on_progress: OnProgress = no_progress,
@@ -99,9 +122,11 @@ def compare_methods(
             share selection and splits.
         fraction: share of each method's search space to try, above 0 and at most 1; at least one
             point per method. The same points in every run; a larger share includes a smaller one.
+        reference: the method that BD-rates are relative to; by default the first.
 
     Raises:
-        SpecError: `fraction` is out of range, or a method's settings do not fit a task's.
+        SpecError: `fraction` is out of range, `reference` is none of the methods, or a method's
+            settings do not fit a task's.
         DataError, BackboneError: a task cannot be used. A method that fails, or that a backbone has
             no place for, is a row with an error.
     """
@@ -110,7 +135,7 @@ def compare_methods(
             f"--fraction: given {fraction:g}, expected a share of each method's search space, "
             "above 0 and at most 1; 0.5 tries half of the points, 1 all"
         )
-    _check_methods(methods, tasks)
+    _check_methods(methods, tasks, reference)
     with work_folder(workdir, address) as (workspace, start_ray):
         if address is not None:
             start_ray()
@@ -124,13 +149,21 @@ def compare_methods(
         driver.check_gpus()
         prepared = [driver.open(task) for task in tasks]
         compared = driver.together.run(
-            lambda inputs: driver.compare(inputs, methods, seeds, fraction), prepared
+            lambda inputs: driver.compare(inputs, methods, seeds, fraction, reference), prepared
         )
         return list(itertools.chain.from_iterable(compared))
 
 
-def _check_methods(methods: Mapping[str, Method], tasks: Sequence[Task]) -> None:
-    """Raise SpecError if the settings of a method do not fit those of a task."""
+def _check_methods(
+    methods: Mapping[str, Method], tasks: Sequence[Task], reference: str | None
+) -> None:
+    """Raise SpecError if the settings of a method do not fit those of a task, or `reference` is not
+    among the methods.
+    """
+    if reference is not None and reference not in methods:
+        raise SpecError(
+            f"--reference: {reference} is not compared; expected one of {', '.join(methods)}"
+        )
     for name, method in methods.items():
         for task in tasks:
             try:
@@ -159,7 +192,12 @@ class _Driver(Stages):
             return self.with_shared_backbone(open_inputs(task, self.workspace.data(task.name)))
 
     def compare(
-        self, inputs: Inputs, methods: Mapping[str, Method], seeds: int, fraction: float
+        self,
+        inputs: Inputs,
+        methods: Mapping[str, Method],
+        seeds: int,
+        fraction: float,
+        reference: str | None,
     ) -> list[Comparison]:
         """All methods on one task."""
         entries = [
@@ -172,7 +210,7 @@ class _Driver(Stages):
             self._tune(inputs, [entry for entry in entries if not entry.error])
             self._test(inputs, [entry for entry in entries if not entry.error], seeds)
         self.on_progress(inputs.task.name, "done", 1.0, "")
-        return [_row(entry) for entry in entries]
+        return _with_bd_rates(entries, [_row(entry) for entry in entries], reference)
 
     def _plan_trials(self, entry: _Entry, fraction: float) -> None:
         """What the method tries, what each costs, which connections it may change."""
@@ -355,6 +393,23 @@ def _record(key: str, entry: _Entry, outcome: Any) -> TrialRecord:
 def _fit_folder(entry: _Entry, seed: int) -> Path:
     assert entry.folder is not None
     return entry.folder.fit(entry.best().id if seed == 0 else f"{entry.best().id}-seed{seed}")
+
+
+def _with_bd_rates(
+    entries: Sequence[_Entry], rows: Sequence[Comparison], reference: str | None
+) -> list[Comparison]:
+    """The rows with each method's BD-rate relative to the method `reference`, or to the first."""
+    chosen = next(entry for entry in entries if reference in (None, entry.method))
+    curve = None if chosen.error else chosen.curve()
+    compared = []
+    for entry, row in zip(entries, rows, strict=True):
+        own = None if entry.error or entry is chosen else entry.curve()
+        found = compare_curves(curve, own) if curve is not None and own is not None else None
+        if found is not None:
+            error = None if math.isnan(found.standard_error) else found.standard_error
+            row = replace(row, bd_rate=found.value, bd_rate_error=error)
+        compared.append(row)
+    return compared
 
 
 def _row(entry: _Entry) -> Comparison:

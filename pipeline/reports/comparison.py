@@ -101,6 +101,8 @@ def _cells(row: Comparison) -> dict[str, object]:
         "seeds": len(row.test_metrics),
         "test_samples": row.test_samples,
         "val_metric": row.val_metric,
+        "bd_rate": "" if row.bd_rate is None else row.bd_rate,
+        "bd_rate_error": "" if row.bd_rate_error is None else row.bd_rate_error,
         "trials": row.trials,
         "tuned": json.dumps(row.point),
         "tune_seconds": round(row.tune_seconds, 2),
@@ -147,7 +149,7 @@ def comparison_markdown(
 
 
 COLUMNS = (
-    *("method", "test %", "seeds' sd", "bytes", "trained values", "validation %"),
+    *("method", "test %", "seeds' sd", "bytes", "trained values", "validation %", "BD-rate %"),
     *("tuned", "trials", "tune s", "fit s"),
 )
 
@@ -182,7 +184,15 @@ def shown_cells(row: Comparison) -> list[str]:
     """A tested row's first columns."""
     test = f"{100 * row.test_metric:.1f} ± {100 * row.standard_error:.1f}"
     spread, validation = f"{100 * row.seed_deviation:.1f}", f"{100 * (row.val_metric or 0):.1f}"
-    return [row.method, test, spread, f"{row.size_bytes:,}", f"{row.trained_values:,}", validation]
+    numbers = [f"{row.size_bytes:,}", f"{row.trained_values:,}", validation]
+    return [row.method, test, spread, *numbers, _bd_rate(row)]
+
+
+def _bd_rate(row: Comparison) -> str:
+    if row.bd_rate is None:
+        return ""
+    error = "" if row.bd_rate_error is None else f" ± {100 * row.bd_rate_error:.1f}"
+    return f"{100 * row.bd_rate:+.1f}{error}"
 
 
 def suite_scores(rows: Sequence[Comparison], suite: Suite) -> dict[str, dict[str, float]]:

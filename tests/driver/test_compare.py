@@ -6,7 +6,9 @@ from __future__ import annotations
 import csv
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
+import numpy as np
 import pytest
 from pydantic import ValidationError
 from typer.testing import CliRunner
@@ -18,6 +20,7 @@ from pipeline.driver import compare as compare_module
 from pipeline.driver.compare import compare_methods, sampled_points
 from pipeline.errors import SpecError
 from pipeline.packs import read_pack
+from pipeline.reports.bd_rate import Curve
 from pipeline.reports.comparison import (
     comparison_csv,
     comparison_markdown,
@@ -281,8 +284,45 @@ def test_the_table_is_by_size_and_the_front_is_bold() -> None:
     ]
     assert "| 85.0 ± 6.1 | 7.1 | 5,000 |" in lines[4]
     assert "learning_rate 0.01, top_k 2" in lines[4]
-    assert "no place in the backbone" in lines[5]
+    assert "no place for it" in lines[5]
     assert len({line.count("|") for line in lines}) == 1
+
+
+class _Tried:
+    """A method whose trials have these bytes and this metric; its validation outputs are kept."""
+
+    def __init__(self, method: str, sizes: list[float], metric: list[float], error: str = ""):
+        self.method, self.error = method, error
+        self._curve = Curve(np.array(sizes), np.array(metric), np.array([metric, metric]))
+
+    def curve(self) -> Curve:
+        return self._curve
+
+
+@pytest.mark.parametrize(
+    ("reference", "rates"), [(None, [None, -0.5, None, None]), ("half", [1.0, None, None, None])]
+)
+def test_bd_rates_are_relative_to_the_reference(
+    reference: str | None, rates: list[float | None]
+) -> None:
+    tried: list[Any] = [
+        _Tried("whole", [1000, 2000], [0.5, 0.6]),
+        _Tried("half", [500, 1000], [0.5, 0.6]),
+        _Tried("better", [500, 1000], [0.8, 0.9]),
+        _Tried("misfit", [500, 1000], [0.5, 0.6], error="no place for it"),
+    ]
+    rows = [row(each.method, 1000, 0.5, error=each.error) for each in tried]
+    compared = compare_module._with_bd_rates(tried, rows, reference)
+    assert [each.bd_rate for each in compared] == [
+        rate if rate is None else pytest.approx(rate) for rate in rates
+    ]
+    shown = "-50.0 ± 0.0" if reference is None else "+100.0 ± 0.0"
+    assert shown in comparison_markdown(compared)
+
+
+def test_a_reference_that_is_not_compared_is_refused(compared: tuple[Path, Task]) -> None:
+    with pytest.raises(SpecError, match="--reference: best is not compared; expected one of"):
+        compare_methods([compared[1]], METHODS, compared[0], reference="best")
 
 
 def test_a_suites_averages_need_every_task() -> None:
