@@ -97,16 +97,20 @@ def compare(
             ),
             on_progress=progress.update,
         )
-    notes = (
-        f"Tuned over {fraction:.4g} of each method's search space; {seeds} fits per method."
-        f" BD-rate: bytes relative to {reference or next(iter(chosen))} at equal validation metric,"
-        " between the fronts of all trials, ± standard error."
-    )
+    notes = _notes(fraction, seeds, reference or next(iter(chosen)))
     written = write_comparison(rows, folder or workdir / "comparison", suite=found, notes=notes)
     if as_json:
         print_json([asdict(row) for row in rows])
     else:
         _print_comparison(rows, task_names, written)
+
+
+def _notes(fraction: float, seeds: int, reference: str) -> str:
+    return (
+        f"Tuned over {fraction:.4g} of each method's search space; {seeds} fits per method."
+        f" BD-rate: bytes relative to {reference} at equal validation metric, between the fronts of"
+        " all trials, ± standard error."
+    )
 
 
 def _print_comparison(
