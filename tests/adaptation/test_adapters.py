@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers_cases import for_every
 from pydantic import ValidationError
 from torch import nn
 
@@ -79,7 +80,7 @@ def bottleneck(values: dict[str, torch.Tensor], name: str, x: torch.Tensor) -> t
 # --- bottlenecks ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("placement", ["parallel", "after_mlp", "after_attention", "after_both"])
+@for_every("placement", ["parallel", "after_mlp", "after_attention", "after_both"])
 def test_a_block_computes_the_papers_formula(placement: str, tiny_backbone: Backbone) -> None:
     """With LayerScale, so that it shows that the adapter is not scaled with the branch."""
     backbone = load(
@@ -149,7 +150,7 @@ def test_a_post_norm_blocks_parallel_adapter_reads_the_stream() -> None:
 # --- LoRA -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["vit", "swin", "swin v2", "beit"])
+@for_every("kind", ["vit", "swin", "swin v2", "beit"])
 def test_lora_is_a_low_rank_change_of_the_named_rows(
     kind: str, families: dict[str, Backbone]
 ) -> None:
@@ -262,7 +263,7 @@ def test_two_methods_on_one_slot_are_refused_in_words() -> None:
     Recipe(smoa=Smoa(), adapter=Adapter(placement="after_attention"))
 
 
-@pytest.mark.parametrize(
+@for_every(
     ("recipe", "message"),
     [
         (

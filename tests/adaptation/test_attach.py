@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from helpers_cases import for_every
 
 from pipeline.adaptation import AdaptedModel, PlannedTensor, SelectedIndex, attach, plan
 from pipeline.adaptation.parts.smoa import ParallelToMlp
@@ -35,8 +36,8 @@ PARTS = {
     ),
 }
 Select = Callable[..., SelectedIndex]
-every_family = pytest.mark.parametrize("family", FAMILIES)
-every_part = pytest.mark.parametrize("part", PARTS)
+every_family = for_every("family", FAMILIES)
+every_part = for_every("part", PARTS)
 
 
 def load(spec: Backbone) -> LoadedBackbone:
@@ -276,7 +277,7 @@ def test_layers_that_are_more_than_their_weight_are_left_alone_or_refused(
 
 
 @every_family
-@pytest.mark.parametrize("bits", [16, 32])
+@for_every("bits", [16, 32])
 def test_changes_start_without_effect(
     family: str, bits: int, families: dict[str, Backbone], random_selection: Select
 ) -> None:
@@ -338,7 +339,7 @@ def test_the_global_generator_and_the_backbone_are_left_alone(
 
 
 @every_family
-@pytest.mark.parametrize("bits", [1, 4, 32])
+@for_every("bits", [1, 4, 32])
 def test_every_trained_tensor_learns(
     family: str, bits: int, families: dict[str, Backbone], random_selection: Select
 ) -> None:

@@ -6,9 +6,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import pytest
 import torch
 import torch.nn.functional as F
+from helpers_cases import for_every
 from torch import nn
 
 from pipeline.adaptation.parts.connections import TunableLayer, TunedLayer, _ConnectedProduct
@@ -30,7 +30,7 @@ LAYERS: dict[str, tuple[Callable[[], TunableLayer], tuple[int, ...]]] = {
     "padded, strided": (lambda: nn.Conv2d(3, 4, 5, stride=2, padding=2, bias=False), (2, 3, 7, 6)),
     "grouped, dilated": (lambda: nn.Conv2d(4, 6, 3, padding=2, dilation=2, groups=2), (2, 4, 6, 6)),
 }
-every_layer = pytest.mark.parametrize("kind", LAYERS)
+every_layer = for_every("kind", LAYERS)
 
 
 def build(kind: str, top_k: int = 2) -> tuple[TunableLayer, TunedLayer, torch.Tensor]:
@@ -170,7 +170,7 @@ def test_the_derivative_is_that_of_the_function_in_double_precision(kind: str) -
 
 
 @every_layer
-@pytest.mark.parametrize("bits", [1, 32])
+@for_every("bits", [1, 32])
 def test_training_leaves_every_other_weight_as_it_was_bit_for_bit(kind: str, bits: Bits) -> None:
     base, tuned, x = build(kind)
     assert tuned.index_N is not None

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from helpers_cases import for_every
 from helpers_paths import PROJECT_ROOT, TESTS
 from torchvision.transforms import functional as torchvision_functional
 
@@ -136,7 +137,7 @@ def test_the_catalogue_has_the_setting_of_binary_adapters_code() -> None:
         assert task.search.axes() == {"scale": SCALES}
 
 
-@pytest.mark.parametrize("method", ADAPTER_METHODS)
+@for_every("method", ADAPTER_METHODS)
 def test_methods_with_adapters_try_all_scales_of_binary_adapter(method: str) -> None:
     (loaded,) = load_methods([CATALOGUE / "methods" / f"{method}.yaml"]).values()
     assert loaded.search.scale == SCALES
@@ -299,7 +300,7 @@ def small_backbone(family: str) -> LoadedBackbone:
     return load_backbone(spec, Input(size_px=size_px))
 
 
-@pytest.mark.parametrize("family", [family for family in SMALL_MODELS if family != "levit"])
+@for_every("family", [family for family in SMALL_MODELS if family != "levit"])
 def test_the_biases_that_train_are_those_of_gps(family: str) -> None:
     backbone = small_backbone(family)
     parameters = dict(backbone.model.named_parameters())
@@ -319,7 +320,7 @@ def test_the_biases_that_train_are_those_of_gps(family: str) -> None:
     assert any(marks[family] in name for name in expected) if family in marks else expected
 
 
-@pytest.mark.parametrize("family", SMALL_MODELS)
+@for_every("family", SMALL_MODELS)
 def test_a_network_on_changed_biases_computes_what_timm_does_on_the_sums(family: str) -> None:
     """LeViT keeps its table of biases from pass to pass, unless told otherwise."""
     backbone = small_backbone(family)

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers_cases import for_every
 
 from pipeline.adaptation import AdaptedModel, RankedPlaces, attach
 from pipeline.adaptation.packing import SizePlanner, describe, from_pack, probe_logits, to_pack
@@ -55,9 +56,9 @@ def logits(model: AdaptedModel) -> torch.Tensor:
         return model.eval()(images)
 
 
-@pytest.mark.parametrize("bits", [1, 3, 4, 8, 16, 32])
-@pytest.mark.parametrize("mix", MIXES)
-@pytest.mark.parametrize("family", FAMILIES)
+@for_every("family", FAMILIES)
+@for_every("mix", MIXES)
+@for_every("bits", [1, 3, 4, 8, 16, 32])
 def test_a_pack_has_its_planned_size_and_gives_the_trained_model_back(
     family: str,
     mix: str,

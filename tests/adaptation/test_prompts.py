@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers_cases import for_every
 from torch import nn
 
 from pipeline.adaptation import attach, plan
@@ -61,8 +62,8 @@ def through_blocks(
     return vit.forward_head(vit.norm(tokens[:, :17]))
 
 
-@pytest.mark.parametrize("pool", ["token", "avg"])
-@pytest.mark.parametrize("deep", [False, True])
+@for_every("pool", ["token", "avg"])
+@for_every("deep", [False, True])
 def test_prompts_are_tokens_of_the_first_block_or_of_every_block(
     deep: bool, pool: str, tiny_backbone: Backbone
 ) -> None:
@@ -104,8 +105,8 @@ def test_a_network_without_class_token_has_none_to_train(tiny_backbone: Backbone
         plan(backbone, Recipe(class_token=ClassToken()), 3)
 
 
-@pytest.mark.parametrize("placement", ["parallel", "after_mlp"])
-@pytest.mark.parametrize("arguments", [{}, AVERAGED], ids=["token", "average"])
+@for_every("placement", ["parallel", "after_mlp"])
+@for_every("arguments", [{}, AVERAGED])
 def test_generated_prompts_are_scaled_and_shifted_means_that_accumulate(
     placement: str, arguments: dict[str, Any], tiny_backbone: Backbone
 ) -> None:
@@ -144,7 +145,7 @@ def test_one_block_has_nobody_to_generate_for(tiny_backbone: Backbone) -> None:
         plan(load(tiny_backbone, depth=1), Recipe(smoa=Smoa(prompt_generator=True)), 3)
 
 
-@pytest.mark.parametrize("family", ["vit", "swin", "convnext", "convnext_linear"])
+@for_every("family", ["vit", "swin", "convnext", "convnext_linear"])
 def test_ssf_scales_and_shifts_every_output(family: str, families: dict[str, Backbone]) -> None:
     """The same network with the scales and shifts merged into weights and biases, as the paper
     merges them.

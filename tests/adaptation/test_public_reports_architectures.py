@@ -12,6 +12,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from helpers_cases import for_every
 from torch import nn
 
 from pipeline.adaptation import AdaptedModel, SelectedIndex, attach, plan
@@ -84,7 +85,7 @@ def bottleneck(values: dict[str, torch.Tensor], name: str, x: torch.Tensor) -> t
 # --- blocks ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("placement", ["parallel", "after_mlp", "after_attention", "after_both"])
+@for_every("placement", ["parallel", "after_mlp", "after_attention", "after_both"])
 def test_a_drop_path_that_serves_two_branches_gets_an_adapter_for_the_right_one(
     placement: str,
 ) -> None:
@@ -261,7 +262,7 @@ def test_q_k_and_v_are_refused_where_a_fused_layer_goes_head_by_head(
     assert plan(backbone, Recipe.model_validate({"lora": {"targets": ["qkv"]}}), 3)
 
 
-@pytest.mark.parametrize(
+@for_every(
     ("name", "arguments"),
     [
         ("vit_tiny_patch16_224", VIT),

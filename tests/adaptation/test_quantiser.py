@@ -10,6 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from helpers_cases import for_every
 
 from pipeline.adaptation.quantiser import EPSILON, encode, quantise
 from pipeline.adaptation.recipe_plan import PlannedTensor
@@ -82,9 +83,9 @@ def slow_quantise(tensor: torch.Tensor, bits: int, has_mean: bool) -> tuple[list
     return codes, values
 
 
-@pytest.mark.parametrize("has_mean", [True, False])
-@pytest.mark.parametrize("bits", LOW_BITS)
-@pytest.mark.parametrize("shape", SHAPES)
+@for_every("shape", SHAPES)
+@for_every("bits", LOW_BITS)
+@for_every("has_mean", [True, False])
 def test_every_value_becomes_the_nearest_level(
     shape: tuple[int, ...], bits: Bits, has_mean: bool
 ) -> None:
@@ -100,8 +101,8 @@ def test_every_value_becomes_the_nearest_level(
     assert scales.tolist() == scales.astype(np.float16).tolist()
 
 
-@pytest.mark.parametrize("bits", LOW_BITS)
-@pytest.mark.parametrize("shape", [*SHAPES, (1,), (3, 1, 1)])
+@for_every("shape", [*SHAPES, (1,), (3, 1, 1)])
+@for_every("bits", LOW_BITS)
 def test_the_pack_reads_what_training_used(shape: tuple[int, ...], bits: Bits) -> None:
     latent = draw(shape, seed=bits)
     codes, scales = encode(latent.reshape(-1), lengths(latent), bits)
@@ -110,7 +111,7 @@ def test_the_pack_reads_what_training_used(shape: tuple[int, ...], bits: Bits) -
     np.testing.assert_allclose(dequantise(codes, scales, bits), used, rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize("bits", LOW_BITS)
+@for_every("bits", LOW_BITS)
 def test_runs_of_one_vector_do_not_know_of_each_other(bits: Bits) -> None:
     latents = [
         draw(shape, seed) * 10.0 ** (seed - 4)
@@ -170,9 +171,9 @@ def slow_gradient(
     return result
 
 
-@pytest.mark.parametrize("has_mean", [True, False])
-@pytest.mark.parametrize("bits", LOW_BITS)
-@pytest.mark.parametrize("shape", SHAPES)
+@for_every("shape", SHAPES)
+@for_every("bits", LOW_BITS)
+@for_every("has_mean", [True, False])
 def test_the_gradient_is_straight_through_and_flows_through_mean_and_deviation(
     shape: tuple[int, ...], bits: Bits, has_mean: bool
 ) -> None:
@@ -185,8 +186,8 @@ def test_the_gradient_is_straight_through_and_flows_through_mean_and_deviation(
     torch.testing.assert_close(latent.grad.reshape(-1), expected, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("has_mean", [True, False])
-@pytest.mark.parametrize("bits", LOW_BITS)
+@for_every("bits", LOW_BITS)
+@for_every("has_mean", [True, False])
 def test_the_gradient_is_right_where_values_are_as_small_as_epsilon(
     bits: Bits, has_mean: bool
 ) -> None:
@@ -206,7 +207,7 @@ def test_the_gradient_is_right_where_values_are_as_small_as_epsilon(
     torch.testing.assert_close(vector.grad, torch.tensor(expected), rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("bits", [16, 32])
+@for_every("bits", [16, 32])
 def test_the_gradient_of_floats_is_the_identity(bits: Bits) -> None:
     latent, gradient = draw((3, 5)).requires_grad_(), draw((3, 5), seed=9)
     quantise(latent.reshape(-1), lengths(latent), bits).backward(gradient.reshape(-1))
@@ -214,9 +215,9 @@ def test_the_gradient_of_floats_is_the_identity(bits: Bits) -> None:
     assert torch.equal(latent.grad, gradient)
 
 
-@pytest.mark.parametrize("bits", LOW_BITS)
-@pytest.mark.parametrize("shape", [(1,), (4,), (3, 5), (2, 3, 4)])
-@pytest.mark.parametrize("value", [0.0, 0.7, -1e4])
+@for_every("value", [0.0, 0.7, -1e4])
+@for_every("shape", [(1,), (4,), (3, 5), (2, 3, 4)])
+@for_every("bits", LOW_BITS)
 def test_equal_values_stay_what_they_are_with_a_finite_gradient(
     shape: tuple[int, ...], value: float, bits: Bits
 ) -> None:
@@ -287,7 +288,7 @@ def test_every_tensor_is_quantised_at_its_own_width_and_each_of_its_matrices_alo
             )
 
 
-@pytest.mark.parametrize("tensor", MIXED, ids=lambda tensor: f"{tensor.part} {tensor.name}")
+@for_every("tensor", MIXED)
 def test_a_matrix_that_moves_leaves_all_others_bit_for_bit(tensor: PlannedTensor) -> None:
     initial = draw_mixed()
     before = TrainedValues(initial)()
@@ -374,7 +375,7 @@ def test_stored_values_are_found_by_name_and_used_as_they_are() -> None:
     )
 
 
-@pytest.mark.parametrize("shape", [(4, 6), (2, 3, 5), (7,)])
+@for_every("shape", [(4, 6), (2, 3, 5), (7,)])
 def test_by_row_every_row_is_quantised_by_itself(shape: tuple[int, ...]) -> None:
     latent, tensor = (
         draw(shape) * torch.arange(1, shape[0] + 1).view(-1, *[1] * (len(shape) - 1)),
@@ -404,7 +405,7 @@ def test_codebooks_do_not_mix() -> None:
     assert not torch.equal(used[paper], used[other])
 
 
-@pytest.mark.parametrize("bits", [*LOW_BITS, 16, 32])
+@for_every("bits", [*LOW_BITS, 16, 32])
 def test_stored_values_are_used_as_they_are(bits: Bits) -> None:
     tensor = only((4, 6), bits)
     stored = TrainedValues({tensor: draw((4, 6))})()[tensor].detach()
@@ -413,7 +414,7 @@ def test_stored_values_are_used_as_they_are(bits: Bits) -> None:
     assert torch.equal(reloaded()[tensor], stored)
 
 
-@pytest.mark.parametrize("bits", [*LOW_BITS, 16, 32])
+@for_every("bits", [*LOW_BITS, 16, 32])
 def test_a_change_starts_at_nothing_or_next_to_it(bits: Bits) -> None:
     tensor = only((50, 3), bits)
     first, again = (

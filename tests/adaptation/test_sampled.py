@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers_cases import for_every
 from helpers_paths import PROJECT_ROOT
 
 from pipeline.adaptation.kernels.sampled import sampled_product
@@ -51,8 +52,8 @@ def slow(x_TC: torch.Tensor, gradient_TO: torch.Tensor, place_N: torch.Tensor) -
     )
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@for_every("shape", SHAPES)
+@for_every("dtype", [torch.float32, torch.bfloat16])
 def test_on_the_cpu(shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
     inputs = draw(shape, dtype)
     expected, found = slow(*inputs), sampled_product(*inputs)

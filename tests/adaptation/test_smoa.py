@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers_cases import for_every
 from pydantic import ValidationError
 from torch import nn
 
@@ -92,7 +93,7 @@ def slow_token(bank: SmoaBank, token: list[float]) -> list[float]:
     return output
 
 
-@pytest.mark.parametrize("experts", [1, 2, 3, 7])
+@for_every("experts", [1, 2, 3, 7])
 def test_each_token_goes_through_its_one_expert(experts: int) -> None:
     bank, x = make_bank(experts, scale=0.7, temperature=0.3), draw(2, 5, WIDTH)
     expected = torch.tensor(
@@ -101,7 +102,7 @@ def test_each_token_goes_through_its_one_expert(experts: int) -> None:
     torch.testing.assert_close(through(bank, x), expected.float(), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(("heads", "top_k"), [(1, 2), (2, 1), (3, 1), (2, 3), (6, 2)])
+@for_every(("heads", "top_k"), [(1, 2), (2, 1), (3, 1), (2, 3), (6, 2)])
 def test_each_sub_token_goes_through_its_best_experts(heads: int, top_k: int) -> None:
     bank, x = make_bank(4, heads=heads, top_k=top_k, temperature=0.3), draw(2, 5, WIDTH)
     parts = x.reshape(-1, WIDTH // heads).double().tolist()
@@ -254,8 +255,8 @@ def test_the_balance_term_alone_teaches_the_router() -> None:
     assert float(bank.current["router"].grad.abs().max()) > 0
 
 
-@pytest.mark.parametrize("share", [0.0, 0.4])
-@pytest.mark.parametrize(("experts", "top_k"), [(1, 1), (4, 1), (4, 3)])
+@for_every("share", [0.0, 0.4])
+@for_every(("experts", "top_k"), [(1, 1), (4, 1), (4, 3)])
 def test_the_derivative_is_that_of_the_function_in_double_precision(
     experts: int, top_k: int, share: float
 ) -> None:

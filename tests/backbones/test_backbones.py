@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from helpers_cases import for_every
 from safetensors.torch import save_file
 
 from pipeline.backbones import fingerprint, known, load, load_backbone, share
@@ -65,7 +66,7 @@ def test_the_fingerprint_is_a_digest_of_names_types_shapes_and_numbers() -> None
     )
 
 
-@pytest.mark.parametrize(
+@for_every(
     "change",
     [
         lambda state: {**state, "w": torch.nextafter(state["w"], torch.tensor(9.0))},
@@ -74,7 +75,6 @@ def test_the_fingerprint_is_a_digest_of_names_types_shapes_and_numbers() -> None
         lambda state: {"v": state["w"]},
         lambda state: {**state, "x": torch.zeros(0)},
     ],
-    ids=["one bit", "shape", "type", "name", "another tensor"],
 )
 def test_any_change_changes_the_fingerprint(
     change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]],
@@ -99,7 +99,7 @@ def test_one_checkpoint_has_one_fingerprint_at_every_size(families: dict[str, Ba
 # --- loading --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@for_every("family", FAMILIES)
 def test_a_backbone_is_a_frozen_feature_extractor(
     family: str, families: dict[str, Backbone]
 ) -> None:
@@ -138,7 +138,7 @@ def test_normalisation_is_the_tasks_else_the_backbones_else_timms(tiny_backbone:
         assert (backbone.mean, backbone.std) == (expected.mean, expected.std)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@for_every("family", FAMILIES)
 def test_a_fresh_model_shares_tensors_but_not_modules(
     family: str, families: dict[str, Backbone]
 ) -> None:
@@ -199,9 +199,7 @@ def test_a_half_precision_checkpoint_becomes_float32(
     )
 
 
-@pytest.mark.parametrize(
-    ("family", "size_px"), [("vit", 32), ("vit", 64), ("swin", 32), ("convnext", 64)]
-)
+@for_every(("family", "size_px"), [("vit", 32), ("vit", 64), ("swin", 32), ("convnext", 64)])
 def test_a_shared_backbone_is_the_one_it_was_made_of(
     family: str, size_px: int, families: dict[str, Backbone], tmp_path: Path
 ) -> None:
@@ -318,7 +316,7 @@ def test_an_unknown_backbone_is_refused(
         load_backbone(tiny_backbone.model_copy(update=update), SIZE)
 
 
-@pytest.mark.parametrize(
+@for_every(
     "arguments",
     [
         {"dpth": 3},

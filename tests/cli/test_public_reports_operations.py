@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers_cases import for_every
 from helpers_cli import (
     COMMAND,
     descendants,
@@ -360,8 +361,8 @@ def test_without_a_handler_nothing_is_shown(capsys: pytest.CaptureFixture[str]) 
 # --- plans ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("level", ["neuron", "layer", "network"])
-@pytest.mark.parametrize("top_k", [1, 3])
+@for_every("level", ["neuron", "layer", "network"])
+@for_every("top_k", [1, 3])
 def test_bounds_hold_for_every_selection(tiny_inputs: Inputs, level: Any, top_k: int) -> None:
     task: Task = tiny_inputs.task.model_copy(
         update={"selection": Selection(level=level, batch_size=16)}

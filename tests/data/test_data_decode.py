@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers_cases import for_every
 from PIL import Image
 
 from pipeline.data import decode_image
@@ -88,7 +89,7 @@ def test_exif_orientation_is_applied() -> None:
     assert decoded[0, 8:].mean() > 235
 
 
-@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "BMP"])
+@for_every("kind", ["PNG", "JPEG", "WEBP", "BMP"])
 def test_truncated_images_are_refused(kind: str) -> None:
     content = encode(
         Image.fromarray(np.random.default_rng(2).integers(0, 256, (32, 32, 3), np.uint8)), kind

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers_cases import for_every
 from helpers_cli import taskpack, write_task
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -222,7 +223,7 @@ def test_repeats_never_excuse_two_labels_or_two_splits(
     assert "given before" in message
 
 
-@pytest.mark.parametrize(
+@for_every(
     ("line", "words"),
     [
         (
@@ -355,7 +356,7 @@ def test_labels_that_are_too_many_or_too_few_are_refused(tmp_path: Path) -> None
     assert "label 9 is outside the 4 classes" in refusal(json_source, JsonData(**data))
 
 
-@pytest.mark.parametrize(
+@for_every(
     ("text", "words"),
     [
         ("[1, 2]", "holds list; expected an object of image paths and labels"),

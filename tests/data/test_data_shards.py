@@ -11,6 +11,7 @@ from pathlib import Path
 import fsspec
 import numpy as np
 import pytest
+from helpers_cases import for_every
 from PIL import Image
 
 from pipeline.data import DataIndex, ShardEntry, read_index, read_shard, write_index, write_shards
@@ -161,7 +162,7 @@ def test_two_tars_in_one_file_are_refused() -> None:
         list(samples_in(both, "both.tar"))
 
 
-@pytest.mark.parametrize(
+@for_every(
     ("members", "message"),
     [
         ([], "holds no samples"),
@@ -229,7 +230,7 @@ class Bomb:
         return (exec, ("raise SystemExit('executed')",))
 
 
-@pytest.mark.parametrize("extension", ["pkl", "pickle", "pyd", "npy", "PKL", "mask.pyd", "pth"])
+@for_every("extension", ["pkl", "pickle", "pyd", "npy", "PKL", "mask.pyd", "pth"])
 def test_members_that_could_run_code_are_refused(extension: str) -> None:
     content = tar_of({"a.png": encoded(0), "a.cls": b"0", f"a.{extension}": pickle.dumps(Bomb())})
     with pytest.raises(DataError, match=f"a.{extension}: refused"):
@@ -343,7 +344,7 @@ def test_index_round_trip_and_digest(tmp_path: Path) -> None:
     assert len({index.digest, swapped.digest, renamed.digest}) == 3
 
 
-@pytest.mark.parametrize(
+@for_every(
     ("old", "new", "message"),
     [
         ('"format_version":1', '"format_version":2', "format_version"),

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers_cases import for_every
 from helpers_cli import taskpack
 from helpers_images import FORMATS, as_format, pixels_of, shards_of, task_of, write_folders
 from pydantic import ValidationError
@@ -54,9 +55,7 @@ def test_links_to_folders_are_followed_and_loops_end(tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize(
-    "place", ["train/cat/lost.png", "train/cat/lost", "train/lost", "test/lost.jpg"]
-)
+@for_every("place", ["train/cat/lost.png", "train/cat/lost", "train/lost", "test/lost.jpg"])
 def test_broken_links_are_refused(place: str, tmp_path: Path) -> None:
     data = write_folders(tmp_path)
     (tmp_path / place).symlink_to(tmp_path / "nowhere")
@@ -168,7 +167,7 @@ def test_a_folder_in_a_list_of_images_is_named(tmp_path: Path) -> None:
 # --- all bad images in one report -----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", FORMATS)
+@for_every("kind", FORMATS)
 def test_all_bad_images_are_in_one_report(kind: str, tmp_path: Path) -> None:
     folders = write_folders(tmp_path, train=20)
     bad = (
@@ -211,7 +210,7 @@ def test_all_files_that_are_no_images_are_in_one_report(tmp_path: Path) -> None:
 # --- images that occur twice ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", FORMATS)
+@for_every("kind", FORMATS)
 def test_images_in_two_splits_or_with_two_labels_are_told(kind: str, tmp_path: Path) -> None:
     folders = write_folders(tmp_path)
     train, test = tmp_path / "train", tmp_path / "test"
@@ -268,8 +267,8 @@ def test_shards_sorted_by_class_are_told(tmp_path: Path) -> None:
 # --- files that changed ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["folder", "csv", "lists", "json"])
-@pytest.mark.parametrize("how", ["written over", "renamed over"])
+@for_every("kind", ["folder", "csv", "lists", "json"])
+@for_every("how", ["written over", "renamed over"])
 def test_a_file_replaced_at_the_same_size_and_time_is_noticed(
     kind: str, how: str, tmp_path: Path
 ) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers_cases import for_every
 from pydantic import ValidationError
 from typer.testing import CliRunner
 
@@ -117,7 +118,7 @@ def test_methods_are_tuned_alike_tested_once_a_seed_and_resumed(
     assert again == [linear, gps]
 
 
-@pytest.mark.parametrize("fraction", [0.0, -0.5, 1.5, float("nan"), float("inf")])
+@for_every("fraction", [0.0, -0.5, 1.5, float("nan"), float("inf")])
 def test_a_share_out_of_range_is_refused(compared: tuple[Path, Task], fraction: float) -> None:
     with pytest.raises(SpecError, match=r"--fraction: given .*, expected .* above 0 and at most 1"):
         compare_methods([compared[1]], METHODS, compared[0], fraction=fraction)
@@ -130,7 +131,7 @@ SPACES = [
 ]
 
 
-@pytest.mark.parametrize(
+@for_every(
     ("fraction", "sizes"),
     [(1.0, [1, 4, 20]), (0.5, [1, 2, 10]), (0.25, [1, 1, 5]), (1e-9, [1, 1, 1])],
 )
@@ -185,7 +186,7 @@ def test_a_selection_that_a_method_does_not_name_is_the_tasks(tiny_task: Task) -
 # --- the catalogue's methods ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", known_methods())
+@for_every("name", known_methods())
 def test_a_method_of_the_catalogue_fits_a_vit_and_has_enough_to_try(
     name: str, tiny_backbone: Backbone, tiny_task: Task
 ) -> None:

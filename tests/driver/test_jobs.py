@@ -18,6 +18,7 @@ from urllib.parse import parse_qs, urlsplit
 
 import pytest
 import yaml
+from helpers_cases import for_every
 from helpers_cli import TASK, taskpack, write_task
 from helpers_paths import PROJECT_ROOT
 
@@ -150,7 +151,7 @@ def test_the_machine_that_reads_a_description_says_where_the_data_are(
     assert yaml.safe_load(sent.files["bars.yaml"])["data"]["root"] == "$TASKPACK_DATA/x"
 
 
-@pytest.mark.parametrize(
+@for_every(
     ("changes", "key"),
     [
         ({"data": {"format": "folder", "train": "a", "test": "https://host/b"}}, "data.train"),
@@ -254,7 +255,7 @@ def test_an_id_belongs_to_one_description_while_it_runs(
     assert server.submit(other, "friday")[1]
 
 
-@pytest.mark.parametrize("batch_id", ["", "a b", "a/b", ".a", "-a", "x" * 64, "a\n"])
+@for_every("batch_id", ["", "a b", "a/b", ".a", "-a", "x" * 64, "a\n"])
 def test_an_id_that_is_none_is_refused(batch_id: str, server: JobServer, batch: Batch) -> None:
     with pytest.raises(SpecError, match="--batch-id"):
         server.submit(batch, batch_id)
@@ -406,9 +407,7 @@ def test_a_server_that_refuses_is_one_message(
     assert len(answer.err) < 500
 
 
-@pytest.mark.parametrize(
-    "address", ["auto", "head:8265", "ray://head:10001", "http://", "ftp://head"]
-)
+@for_every("address", ["auto", "head:8265", "ray://head:10001", "http://", "ftp://head"])
 def test_an_address_that_is_none(address: str) -> None:
     answer = taskpack("logs", "friday", "--address", address)
     assert answer.code == 7

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from helpers_cases import for_every
 from helpers_cli import taskpack
 from helpers_paths import PROJECT_ROOT
 
@@ -154,7 +155,7 @@ def slow_logits(
     return features @ torch.from_numpy(written.head[0]).T + torch.from_numpy(written.head[1])
 
 
-@pytest.mark.parametrize("method", METHODS)
+@for_every("method", METHODS)
 def test_a_pack_computes_what_the_authors_formula_says(
     method: str, tiny: LoadedBackbone, import_tiny: Callable[[Description, bytes], Pack]
 ) -> None:
@@ -179,8 +180,8 @@ def test_a_pack_computes_what_the_authors_formula_says(
 # --- bytes ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dim", [1, 2, 3, 32])
-@pytest.mark.parametrize("method", METHODS)
+@for_every("dim", [1, 2, 3, 32])
+@for_every("method", METHODS)
 def test_a_file_comes_back_byte_for_byte(
     method: str, dim: int, import_tiny: Callable[[Description, bytes], Pack]
 ) -> None:
@@ -214,7 +215,7 @@ def skeleton(backbone: LoadedBackbone, description: Description) -> Layout:
     return [(name, bits, specs) for (name, bits), specs in parts.items()]
 
 
-@pytest.mark.parametrize("method", METHODS)
+@for_every("method", METHODS)
 def test_a_file_cut_off_anywhere_is_refused(method: str, tiny: LoadedBackbone) -> None:
     description = describe(method, dim=1)
     data, layout = write_slowly(description).data, skeleton(tiny, description)
@@ -250,7 +251,7 @@ YAML = (
 )
 
 
-@pytest.mark.parametrize(
+@for_every(
     ("old", "new", "message"),
     [
         ("bit: 1", "bit: 4", "bit"),
@@ -302,7 +303,7 @@ def on_their_backbone(pack: Pack, **changes: Any) -> Pack:
     return dataclasses.replace(pack, metadata=pack.metadata.model_copy(update={**their, **changes}))
 
 
-@pytest.mark.parametrize("method", METHODS)
+@for_every("method", METHODS)
 def test_a_description_comes_back(
     method: str, import_tiny: Callable[[Description, bytes], Pack], tmp_path: Path
 ) -> None:

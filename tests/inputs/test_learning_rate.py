@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from helpers_cases import for_every
 from torch import nn
 
 from pipeline.adaptation import attach
@@ -26,7 +27,7 @@ from pipeline.specs.task_files import load_task
 from pipeline.training import Inputs, open_inputs, train_epochs
 
 
-@pytest.mark.parametrize(
+@for_every(
     ("model", "rate"),
     [
         ("vit_tiny_patch16_224", 0.008),

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers_cases import for_every
 from torchmetrics.functional import classification as reference
 
 from pipeline.kinds import (
@@ -76,11 +77,9 @@ def by_torchmetrics(name: str, kind: str, outcomes: Outcomes) -> float:
     return float(values[occurs > 0].mean())
 
 
-@pytest.mark.parametrize("absent", [False, True])
-@pytest.mark.parametrize("ties", [False, True])
-@pytest.mark.parametrize(
-    ("kind", "name"), [(kind, name) for kind in kind_names() for name in metrics_of(kind)]
-)
+@for_every("absent", [False, True])
+@for_every("ties", [False, True])
+@for_every(("kind", "name"), [(kind, name) for kind in kind_names() for name in metrics_of(kind)])
 def test_metrics_are_those_of_torchmetrics(kind: str, name: str, absent: bool, ties: bool) -> None:
     outcomes = drawn(kind, absent=absent, ties=ties)
     value = metric_named(name, kind).value(outcomes)

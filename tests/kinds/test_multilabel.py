@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from helpers_cases import for_every
 from helpers_cli import BACKBONE, taskpack
 from PIL import Image
 from pydantic import ValidationError
@@ -145,7 +146,7 @@ def test_shards_hold_the_same_as_a_table(inputs: Inputs, tmp_path: Path) -> None
     assert sorted(map(str, shard.labels)) == sorted(map(str, same.labels))
 
 
-@pytest.mark.parametrize(
+@for_every(
     ("member", "expected"),
     [
         (b"0 2", (0, 2)),
@@ -186,7 +187,7 @@ def shard_of() -> Callable[..., bytes]:
     return make
 
 
-@pytest.mark.parametrize(
+@for_every(
     ("kind", "members", "said"),
     [
         ("multilabel", {"cls": b"0 3"}, "label 3 is outside the 3 classes; expected 0 to 2"),
@@ -295,7 +296,7 @@ def test_the_metric_is_the_kinds_first_unless_named(table: Path) -> None:
     assert Task.model_validate_json(named.model_dump_json()).metric == "f1"
 
 
-@pytest.mark.parametrize(
+@for_every(
     ("changes", "said"),
     [
         (
@@ -354,8 +355,8 @@ def test_a_kind_has_selections_of_its_own(inputs: Inputs) -> None:
 # --- training, packing, predicting ----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("changes", [{}, {"mixup": 0.5, "cutmix": 0.5, "label_smoothing": 0.1}])
-@pytest.mark.parametrize("loss", ["contrastive", "cross_entropy"])
+@for_every("changes", [{}, {"mixup": 0.5, "cutmix": 0.5, "label_smoothing": 0.1}])
+@for_every("loss", ["contrastive", "cross_entropy"])
 def test_a_trial_learns_the_squares(inputs: Inputs, loss: str, changes: dict[str, float]) -> None:
     task = inputs.task.changed(selection={"batch_size": 16, "loss": loss})
     training = task.recipe.training.changed(**changes)

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from helpers_cases import for_every
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -17,20 +18,20 @@ def slow_pack(codes: list[int], width_bits: int) -> bytes:
     return number.to_bytes((len(codes) * width_bits + 7) // 8, "little")
 
 
-@pytest.mark.parametrize("width_bits", EVERY_WIDTH)
 @settings(max_examples=12, derandomize=True, deadline=None)
 @given(data=st.data())
-def test_codes_survive_and_match_the_slow_reference(width_bits: int, data: st.DataObject) -> None:
-    codes = data.draw(st.lists(st.integers(0, 2**width_bits - 1), max_size=21))
-    packed = pack_codes(np.array(codes, np.uint32), width_bits)
-    assert packed == slow_pack(codes, width_bits)
-    assert len(packed) == packed_size_bytes(len(codes), width_bits)
-    unpacked = unpack_codes(packed, len(codes), width_bits)
-    assert unpacked.dtype == np.uint32
-    assert unpacked.tolist() == codes
+def test_codes_survive_and_match_the_slow_reference(data: st.DataObject) -> None:
+    for width_bits in EVERY_WIDTH:
+        codes = data.draw(st.lists(st.integers(0, 2**width_bits - 1), max_size=21))
+        packed = pack_codes(np.array(codes, np.uint32), width_bits)
+        assert packed == slow_pack(codes, width_bits), width_bits
+        assert len(packed) == packed_size_bytes(len(codes), width_bits), width_bits
+        unpacked = unpack_codes(packed, len(codes), width_bits)
+        assert unpacked.dtype == np.uint32, width_bits
+        assert unpacked.tolist() == codes, width_bits
 
 
-@pytest.mark.parametrize("width_bits", EVERY_WIDTH)
+@for_every("width_bits", EVERY_WIDTH)
 def test_the_largest_code_survives_at_every_size_and_one_more_is_refused(width_bits: int) -> None:
     for count in range(18):
         codes = np.full(count, 2**width_bits - 1, np.uint64)
@@ -41,7 +42,7 @@ def test_the_largest_code_survives_at_every_size_and_one_more_is_refused(width_b
         pack_codes(np.array([0, 2**width_bits], np.uint64), width_bits)
 
 
-@pytest.mark.parametrize("width_bits", EVERY_WIDTH)
+@for_every("width_bits", EVERY_WIDTH)
 def test_any_other_length_and_any_set_padding_bit_is_damage(width_bits: int) -> None:
     packed = pack_codes(np.ones(5, np.uint32), width_bits)
     for wrong in (packed[:-1], packed + b"\0", b""):
@@ -57,7 +58,7 @@ def test_a_large_claimed_count_is_refused_before_it_takes_memory() -> None:
         unpack_codes(b"\0" * 8, 2**60, 1)
 
 
-@pytest.mark.parametrize("width_bits", [0, 33, -1])
+@for_every("width_bits", [0, 33, -1])
 def test_other_widths_are_refused(width_bits: int) -> None:
     with pytest.raises(PackError, match="1 to 32"):
         pack_codes(np.zeros(1, np.uint8), width_bits)

@@ -7,6 +7,7 @@ from statistics import NormalDist
 
 import numpy as np
 import pytest
+from helpers_cases import for_every
 
 from pipeline.errors import PackError
 from pipeline.packs import dequantise, levels, thresholds
@@ -46,7 +47,7 @@ def test_levels_and_thresholds_are_the_published_ones(bits: int) -> None:
     )
 
 
-@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+@for_every("bits", [1, 2, 3, 4])
 def test_alternation_from_elsewhere_ends_at_the_same_levels(bits: int) -> None:
     start = [NORMAL.inv_cdf((index + 0.5) / 2**bits) for index in range(2**bits)]
     np.testing.assert_allclose(levels(bits), alternate(start, rounds=600), atol=1e-6)
@@ -61,14 +62,14 @@ LLOYD_MAX_POSITIVE = {
 }
 
 
-@pytest.mark.parametrize("bits", LLOYD_MAX_POSITIVE)
+@for_every("bits", LLOYD_MAX_POSITIVE)
 def test_lloyd_max_levels_are_the_published_ones(bits: int) -> None:
     np.testing.assert_allclose(
         levels(bits, "lloyd_max")[2 ** (bits - 1) :], LLOYD_MAX_POSITIVE[bits], atol=6e-4
     )
 
 
-@pytest.mark.parametrize("bits", range(1, 9))
+@for_every("bits", range(1, 9))
 def test_lloyd_max_levels_are_the_means_of_their_bins(bits: int) -> None:
     """Each mean by summing over a fine grid."""
     grid, level = np.linspace(-9, 9, 2_000_001), levels(bits, "lloyd_max").astype(np.float64)
@@ -90,12 +91,12 @@ def test_each_codebook_is_best_at_its_own_error() -> None:
     assert np.square(error["lloyd_max"]).mean() < np.square(error["median"]).mean()
 
 
-@pytest.mark.parametrize("bits", range(1, 9))
+@for_every("bits", range(1, 9))
 def test_one_more_round_of_alternation_changes_nothing(bits: int) -> None:
     np.testing.assert_allclose(levels(bits), alternate(levels(bits).tolist(), rounds=1), atol=1e-6)
 
 
-@pytest.mark.parametrize("bits", range(1, 9))
+@for_every("bits", range(1, 9))
 def test_codebooks_are_float32_ascending_symmetric_and_between_each_other(bits: int) -> None:
     level, border = levels(bits), thresholds(bits)
     assert level.dtype == border.dtype == np.float32

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers_cases import for_every
 from helpers_packs import (
     LAYERS,
     SHAPES,
@@ -47,7 +48,7 @@ EXAMPLES = TESTS / "packs" / "examples"
 # --- round trips ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("bits", PART_BITS)
+@for_every("bits", PART_BITS)
 def test_every_part_survives_at_every_width(bits: int) -> None:
     pack = example_pack(dict.fromkeys(SHAPES, bits))
     assert_same(read_pack(pack_to_bytes(pack)), pack)
@@ -208,7 +209,7 @@ def test_a_pack_of_version_4_is_read_as_it_was_and_is_of_a_classification_of_ima
     assert (meta.kind, meta.metric, meta.modality) == ("classification", "accuracy", "images")
 
 
-@pytest.mark.parametrize("version", [2, 3, 4, 5])
+@for_every("version", [2, 3, 4, 5])
 def test_the_dictionary_of_a_version_never_changes(version: int) -> None:
     digest = hashlib.sha256(dictionary(version)).hexdigest()
     assert digest == {5: "ef59d9751dad2905acb9c0dab7765c83e99ef705202d5e9fbd6dfb98f0700cd9"}.get(
@@ -302,15 +303,13 @@ def test_a_tensor_may_be_stored_once_only() -> None:
         )
 
 
-@pytest.mark.parametrize(
-    "logits", [np.zeros((2, 4)), np.zeros(5), np.full((1, 5), 7e4), np.full((1, 5), np.nan)]
-)
+@for_every("logits", [np.zeros((2, 4)), np.zeros(5), np.full((1, 5), 7e4), np.full((1, 5), np.nan)])
 def test_probe_logits_must_fit_the_classes_and_float16(logits: np.ndarray) -> None:
     with pytest.raises(PackDamaged, match="probe logits"):
         Pack(example_metadata(), (), logits.astype(np.float32))
 
 
-@pytest.mark.parametrize(
+@for_every(
     "changes",
     [
         {"created": "today"},

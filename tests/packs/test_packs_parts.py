@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers_cases import for_every
 
 from pipeline.errors import PackDamaged
 from pipeline.packs import PART_BITS, LayerShape, Part, TensorSpec, levels, zero_part
@@ -34,7 +35,7 @@ def connections(**changes: Any) -> Part:
     return Part(**{**arguments, **changes})
 
 
-@pytest.mark.parametrize("bits", range(1, 9))
+@for_every("bits", range(1, 9))
 def test_low_bit_values_are_level_times_sd_plus_mean_of_each_matrix(bits: int) -> None:
     rng = np.random.default_rng(bits)
     codes = rng.integers(0, 2**bits, 30 + 20 + 7).astype(np.uint8)
@@ -68,7 +69,7 @@ def test_wide_values_are_stored_as_they_are_and_handed_out_as_copies(
     assert codes[-1] == 3
 
 
-@pytest.mark.parametrize("bits", PART_BITS)
+@for_every("bits", PART_BITS)
 def test_zero_parts_are_valid(bits: int) -> None:
     bank = zero_part("adapters", bits, BANK)
     assert (bank.count, bank.groups) == (57, 5)
@@ -79,7 +80,7 @@ def test_zero_parts_are_valid(bits: int) -> None:
     )
 
 
-@pytest.mark.parametrize(
+@for_every(
     ("changes", "message"),
     [
         ({"name": "tail"}, "expected one of connections"),
@@ -112,7 +113,7 @@ def test_a_part_that_contradicts_itself_is_refused(changes: dict[str, Any], mess
         part(**changes)
 
 
-@pytest.mark.parametrize(
+@for_every(
     ("changes", "message"),
     [
         ({"positions": ()}, "expected positions of 2 layers"),

@@ -6,6 +6,7 @@ import itertools
 
 import numpy as np
 import pytest
+from helpers_cases import for_every
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -53,7 +54,7 @@ def assert_survives(layers: Layers) -> bytes:
 # --- round trips ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("top_k", [1, 2, 3, 5, 16, 63, 64])
+@for_every("top_k", [1, 2, 3, 5, 16, 63, 64])
 def test_any_k_of_every_neuron_survives(top_k: int) -> None:
     rng = np.random.default_rng(top_k)
     assert_survives(
@@ -65,7 +66,7 @@ def test_any_k_of_every_neuron_survives(top_k: int) -> None:
     )
 
 
-@pytest.mark.parametrize("count", [1, 7, 300, 4095, 4096])
+@for_every("count", [1, 7, 300, 4095, 4096])
 def test_selections_by_layer_survive(count: int) -> None:
     rng = np.random.default_rng(count)
     assert_survives(
@@ -91,7 +92,7 @@ def test_any_places_survive(data: st.DataObject) -> None:
     assert_survives(layers_of(*layers))
 
 
-@pytest.mark.parametrize("columns", [1, 2, 255, 256, 257])
+@for_every("columns", [1, 2, 255, 256, 257])
 def test_a_whole_weight_survives(columns: int) -> None:
     assert_survives(layers_of((np.arange(3 * columns), 3, columns)))
 
@@ -156,7 +157,7 @@ SHAPES = [LayerShape(4, 6, 3), LayerShape(2, 9, 2)]
 PLACES = [np.array([0, 7, 23]), np.array([8, 9])]
 
 
-@pytest.mark.parametrize(
+@for_every(
     ("places", "message"),
     [
         ([0, 7, 24], "places 0 to 24, the weight has 24"),
@@ -172,7 +173,7 @@ def test_places_out_of_range_or_order_are_not_written(places: list[int], message
         encode_positions([np.array(places), PLACES[1]], SHAPES)
 
 
-@pytest.mark.parametrize("data", [b"", b"\2", b"\1", b"\0", b"\0" * 3, b"\0" * 300])
+@for_every("data", [b"", b"\2", b"\1", b"\0", b"\0" * 3, b"\0" * 300])
 def test_other_bytes_are_damage(data: bytes) -> None:
     with pytest.raises(PackDamaged):
         decode_positions(data, SHAPES)
@@ -200,7 +201,7 @@ def test_every_truncation_of_plain_positions_is_damage() -> None:
             decode_positions(data[:size], shapes)
 
 
-@pytest.mark.parametrize(
+@for_every(
     "shapes",
     [
         [],

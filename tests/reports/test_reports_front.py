@@ -10,6 +10,7 @@ import random
 import matplotlib
 import numpy as np
 import pytest
+from helpers_cases import for_every
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -169,7 +170,7 @@ def test_champion_budget_and_rejected_are_drawn(tmp_path) -> None:
     assert pixels(tmp_path / "plain.png", grey) < pixels(tmp_path / "rejected.png", grey)
 
 
-@pytest.mark.parametrize(
+@for_every(
     ("trials", "max_bytes", "champion"),
     [
         ([], None, None),
@@ -178,14 +179,6 @@ def test_champion_budget_and_rejected_are_drawn(tmp_path) -> None:
         ([row("a", 5000, 0.5), row("b", 5000, 0.5)], 5000, "b"),
         ([row("a", 300, 1.0), row("b", 50_000_000, 0.0)], 60_000_000, "a"),
         ([row("a", 5000, 0.4, "stopped")], 8192, None),
-    ],
-    ids=[
-        "empty",
-        "all rejected",
-        "one trial",
-        "two alike on the budget",
-        "five decades",
-        "none complete",
     ],
 )
 def test_extremes_are_drawn(tmp_path, trials, max_bytes, champion) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
+from helpers_cases import for_every
 from helpers_paths import PROJECT_ROOT
 
 from pipeline.errors import SpecError
@@ -89,7 +90,7 @@ def read_any(path: Path, folder: Path) -> Any:
 # --- task files -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(CATALOGUE)))
+@for_every("path", FILES)
 def test_a_shipped_file_is_valid(path: Path, tmp_path: Path) -> None:
     read = read_any(path, tmp_path)
     weights = read.backbone.weights if isinstance(read, Task) else getattr(read, "weights", "")
@@ -97,7 +98,7 @@ def test_a_shipped_file_is_valid(path: Path, tmp_path: Path) -> None:
         assert Path(path.parent, weights).is_file()
 
 
-@pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: str(path.relative_to(CATALOGUE)))
+@for_every("path", PUBLISHED)
 def test_a_published_dataset_says_where_it_comes_from_and_fits_its_backbone(path: Path) -> None:
     task = load_task(path)
     assert task.about.source

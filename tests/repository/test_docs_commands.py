@@ -8,8 +8,8 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-import pytest
 import typer
+from helpers_cases import for_every
 from helpers_docs import DOCS, PAGES, PROJECT_ROOT, blocks, prose, read, table_rows, taskpack_lines
 from typer.testing import CliRunner
 
@@ -23,7 +23,7 @@ README = PROJECT_ROOT / "README.md"
 COMMANDS: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("line", taskpack_lines())
+@for_every("line", taskpack_lines())
 def test_a_command_parses(line: str) -> None:
     name, *arguments = shlex.split(line, comments=True)[1:]
     COMMANDS[name].make_context(name, arguments)

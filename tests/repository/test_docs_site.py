@@ -8,8 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
 import yaml
+from helpers_cases import for_every
 from helpers_docs import DOCS, PAGES, PROJECT_ROOT, name_of, read, table_rows, taskpack_lines
 
 GENERATED = {"docs/architectures.md"}
@@ -49,7 +49,7 @@ def test_every_page_is_in_the_navigation_once() -> None:
     assert listed == sorted({*in_docs, *outside} - {"README.md"})
 
 
-@pytest.mark.parametrize("page", PAGES, ids=name_of)
+@for_every("page", PAGES)
 def test_links_and_files_named_on_a_page_exist(page: Path) -> None:
     text = re.sub(r"^```.*?^```", "", read(page), flags=re.MULTILINE | re.DOTALL)
     links = [link for link in re.findall(r"\]\(([^)#]+)", text) if not link.startswith("http")]
@@ -73,7 +73,7 @@ def test_the_readme_is_short() -> None:
     assert len(read(PROJECT_ROOT / "README.md").splitlines()) <= 200
 
 
-@pytest.mark.parametrize("page", PAGES, ids=name_of)
+@for_every("page", PAGES)
 def test_lines_are_short_enough_to_read(page: Path) -> None:
     if name_of(page) in GENERATED:
         return

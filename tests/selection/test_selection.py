@@ -14,6 +14,7 @@ from typing import Literal
 import numpy as np
 import pytest
 import torch
+from helpers_cases import for_every
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -55,8 +56,8 @@ def slow_loss(features: list[list[float]], labels: list[int], temperature: float
     return total / len(z)
 
 
-@pytest.mark.parametrize("temperature", [0.07, 0.5, 2.0])
-@pytest.mark.parametrize("labels", [[0, 1, 2], [0, 0, 0, 1], [3, 1, 1, 1, 0, 2, 2], [5]])
+@for_every("temperature", [0.07, 0.5, 2.0])
+@for_every("labels", [[0, 1, 2], [0, 0, 0, 1], [3, 1, 1, 1, 0, 2, 2], [5]])
 def test_the_loss_is_the_definition(labels: list[int], temperature: float) -> None:
     features = torch.randn(
         2 * len(labels), 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
@@ -221,7 +222,7 @@ def slow_sums(inputs: Inputs, *, absolute: bool = False) -> dict[str, np.ndarray
     return sums
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@for_every("family", FAMILIES)
 def test_a_selection_is_the_sorted_sum_of_plain_gradients(
     family: str, families: dict[str, Backbone], tiny_inputs: Inputs
 ) -> None:

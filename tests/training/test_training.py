@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers_cases import for_every
 
 from pipeline.adaptation import AdaptedModel, RankedPlaces, attach
 from pipeline.adaptation.packing import SizePlanner, describe, from_pack, to_pack
@@ -286,7 +287,7 @@ def test_every_sample_counts_once(
             assert (found.value, found.samples) == (correct / len(samples), len(samples))
 
 
-@pytest.mark.parametrize(("correct", "samples"), [(0, 5), (5, 5), (30, 40), (1, 3)])
+@for_every(("correct", "samples"), [(0, 5), (5, 5), (30, 40), (1, 3)])
 def test_the_standard_error_is_binomial(correct: int, samples: int) -> None:
     hits = [1.0] * correct + [0.0] * (samples - correct)
     mean = sum(hits) / samples
