@@ -79,11 +79,9 @@ def compare(
     from pipeline.reports.comparison import write_comparison
     from pipeline.specs.catalogue import known_methods, load_methods, tasks_to_compare
 
-    names = known_methods() if methods is None else [name.strip() for name in methods.split(",")]
-    chosen = load_methods(names)
+    chosen = load_methods(known_methods() if methods is None else _split(methods))
     found, loaded = tasks_to_compare(tasks or [], suite, epochs)
-    task_names = [task.name for task in loaded]
-    with batch_progress(task_names, workdir, as_json=as_json) as progress:
+    with batch_progress([task.name for task in loaded], workdir, as_json=as_json) as progress:
         rows = compare_methods(
             loaded,
             chosen,
@@ -102,7 +100,11 @@ def compare(
     if as_json:
         print_json([asdict(row) for row in rows])
     else:
-        _print_comparison(rows, task_names, written)
+        _print_comparison(rows, [task.name for task in loaded], written)
+
+
+def _split(names: str) -> list[str]:
+    return [name.strip() for name in names.split(",")]
 
 
 def _notes(fraction: float, seeds: int, reference: str) -> str:

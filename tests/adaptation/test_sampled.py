@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers_cases import for_every
-from helpers_paths import PROJECT_ROOT
+from helpers_paths import PROJECT_ROOT, TESTS
 
 from pipeline.adaptation.kernels.sampled import sampled_product
 
@@ -90,7 +90,7 @@ def test_the_triton_kernel_in_the_interpreter() -> None:
             "env": {
                 **os.environ,
                 "TRITON_INTERPRET": "1",
-                "PYTHONPATH": f"{PROJECT_ROOT}:{Path(__file__).parent}",
+                "PYTHONPATH": f"{PROJECT_ROOT}:{TESTS}:{Path(__file__).parent}",
             },
             "capture_output": True,
             "text": True,
