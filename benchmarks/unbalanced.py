@@ -37,7 +37,7 @@ def scores(outcomes: Outcomes) -> dict[str, list[float]]:
 def measure(workdir: Path, epochs: int) -> list[dict[str, Any]]:
     """A row per trial, and one for the model that always answers the most frequent class."""
     overrides = {
-        "recipe": {"training": {"epochs": epochs}},
+        "recipe": {"preset": "default", "training": {"epochs": epochs}},
         "search": {"bits": [1, 4], "learning_rate": [0.003, 0.008, 0.03]},
     }
     tasks = pipeline.load_tasks([HERE / "tasks" / "elpv.yaml"], overrides=overrides)
