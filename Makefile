@@ -18,8 +18,8 @@ help:  ## list the targets
 demo: $(INSTALLED)  ## run the whole pipeline on embedded data, on this machine
 	$(BIN)/taskpack demo
 
-test: $(INSTALLED)  ## run the tests, in two processes
-	$(BIN)/pytest -n 2 --dist loadfile
+test: $(INSTALLED)  ## run the tests
+	$(BIN)/pytest
 
 lint: $(INSTALLED)  ## check style, formatting and types
 	$(BIN)/ruff check

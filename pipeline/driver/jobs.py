@@ -39,6 +39,7 @@ SUCCEEDED = "SUCCEEDED"
 _BATCH_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 _ADDRESS_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 _ANSWER_SECONDS = 10
+_AGENT_SECONDS = 30
 _STOP_SECONDS = 60
 _POLL_SECONDS = 0.5
 
@@ -212,12 +213,24 @@ class JobServer:
             if working_dir is not None:
                 environment["py_modules"] = [str((working_dir / "pipeline").resolve())]
             with self._named_errors():
-                self._client.submit_job(
+                self._submit(
                     entrypoint=shlex.join(command),
                     submission_id=job,
                     runtime_env=environment,
                     metadata={f"taskpack_{key}": value for key, value in notes.items()},
                 )
+
+    def _submit(self, **job: Any) -> None:
+        """Submit a job. A head that has just started refuses until its agent is up: wait for it."""
+        deadline = time.monotonic() + _AGENT_SECONDS
+        while True:
+            try:
+                self._client.submit_job(**job)
+                return
+            except RuntimeError as error:
+                if "No available agent" not in str(error) or time.monotonic() > deadline:
+                    raise
+            time.sleep(_POLL_SECONDS)
 
     def attempts(self) -> list[Attempt]:
         """All attempts of all batches of this cluster, newest first."""

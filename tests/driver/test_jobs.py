@@ -38,6 +38,7 @@ class FakeClient:
 
     jobs: list[SimpleNamespace] = field(default_factory=list)
     faster: bool = False  # somebody else submits the same job just before
+    refusals: int = 0  # before the agent of a head that has just started is up
 
     def list_jobs(self) -> list[SimpleNamespace]:
         foreign = SimpleNamespace(
@@ -59,6 +60,12 @@ class FakeClient:
         runtime_env: dict[str, Any],
         metadata: dict[str, str],
     ) -> None:
+        if self.refusals:
+            self.refusals -= 1
+            raise RuntimeError(
+                "Request failed with status code 500: No available agent to submit job, please try"
+                " again later.."
+            )
         if self.faster:
             self.faster = False
             self.submit_job(
@@ -240,6 +247,19 @@ def test_of_two_who_submit_at_once_one_starts_it(
     client.faster = True
     attempt, started = server.submit(batch)
     assert (attempt.attempt, started, len(client.jobs)) == (1, False, 1)
+
+
+def test_a_head_that_has_just_started_is_waited_for(
+    server: JobServer, client: FakeClient, batch: Batch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jobs, "_POLL_SECONDS", 0)
+    client.refusals = 2
+    assert server.submit(batch, "new")[1]
+    assert len(client.jobs) == 1
+    monkeypatch.setattr(jobs, "_AGENT_SECONDS", -1)
+    client.refusals = 1
+    with pytest.raises(ClusterError, match="No available agent"):
+        server.submit(batch, "newer")
 
 
 def test_an_id_belongs_to_one_description_while_it_runs(

@@ -211,4 +211,4 @@ def test_a_python_block_runs(
         exec(compile(adapted(block), "example", "exec"), {})
     finally:
         import_mlflow().set_tracking_uri(None)  # it is in the environment, too
-    assert capsys.readouterr().out
+    assert capsys.readouterr().out or "check_" in block  # checks say nothing if all is well
