@@ -72,7 +72,7 @@ def hits(model: AdaptedModel, classes: list[str], decode: Callable[..., Any]) ->
 
 
 def trained(dtype: torch.dtype, workdir: Path) -> tuple[AdaptedModel, list[str], float]:
-    """GPS's recipe trained in `dtype`, whatever this machine has units for; seconds of training."""
+    """Train GPS's recipe in `dtype`, even without units for it; the classes and CPU seconds too."""
     inputs = open_task("dtd10", {"criterion": "magnitude"}, workdir)
     recipe = inputs.task.recipe
     spec = recipe.training.changed(epochs=EPOCHS, batch_size=BATCH)

@@ -278,7 +278,7 @@ def median_seconds(action: Callable[[], Any], times: int = 7) -> float:
 
 
 def vars_of(part: Part) -> dict[str, Any]:
-    """A part's fields without what it keeps for later calls, so that encoding is timed anew."""
+    """A part's fields without its cached results, so that encoding is timed in full."""
     return {
         name: getattr(part, name)
         for name in (

@@ -50,7 +50,7 @@ def _register_and_search(registry: Registry, pack: Path, repeats: int) -> tuple[
 
 
 def champion(number: int, pack: Path) -> Champion:
-    """A task of its own each time, with sixteen trials' rows."""
+    """The champion of a new task, with the rows of sixteen trials."""
     size_bytes = pack.stat().st_size
     rows = [
         {

@@ -14,6 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.interpolate import PchipInterpolator
 
+from pipeline.search.pareto import on_front
+
 Floats = NDArray[np.float64]
 
 
@@ -77,10 +79,6 @@ def bd_rate(
 
 
 def _front(bytes_T: Floats, metric_T: Floats) -> tuple[Floats, Floats]:
-    """Bytes and metric of the trials that no other is both at most as large and at least as good
-    as, both ascending.
-    """
-    order = np.lexsort((-metric_T, bytes_T))
-    best = np.maximum.accumulate(metric_T[order])
-    is_better = np.concatenate([[True], metric_T[order][1:] > best[:-1]])
-    return bytes_T[order][is_better], metric_T[order][is_better]
+    """Bytes and metric of the trials on the front, both ascending."""
+    front = on_front(bytes_T.tolist(), metric_T.tolist())
+    return bytes_T[front], metric_T[front]

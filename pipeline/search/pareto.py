@@ -9,6 +9,17 @@ from collections.abc import Sequence
 from typing import Any
 
 
+def on_front(sizes: Sequence[float], metrics: Sequence[float]) -> list[int]:
+    """Indices of the trials on the front, by ascending size, each with a strictly better metric
+    than the previous one. Of trials equal in both, the first is kept.
+    """
+    front: list[int] = []
+    for index in sorted(range(len(sizes)), key=lambda index: (sizes[index], -metrics[index])):
+        if not front or metrics[index] > metrics[front[-1]]:
+            front.append(index)
+    return front
+
+
 def pareto_front(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The complete rows on the front, by ascending size_bytes, each with a strictly better
     val_metric than the previous one.
@@ -23,8 +34,6 @@ def pareto_front(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         and row["val_metric"] is not None
         and math.isfinite(row["val_metric"])
     ]
-    front: list[dict[str, Any]] = []
-    for row in sorted(complete, key=lambda row: (row["size_bytes"], -row["val_metric"], row["id"])):
-        if not front or row["val_metric"] > front[-1]["val_metric"]:
-            front.append(row)
-    return front
+    complete.sort(key=lambda row: row["id"])
+    sizes, metrics = ([row[key] for row in complete] for key in ("size_bytes", "val_metric"))
+    return [complete[index] for index in on_front(sizes, metrics)]

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers_backbones import SWIN_V2
 from helpers_cases import for_every
 from pydantic import ValidationError
 from torch import nn
@@ -30,18 +31,6 @@ from pipeline.specs import (
 )
 
 CLASSES = 3
-SWIN_V2 = Backbone(
-    model="swinv2_tiny_window8_256",
-    arguments={
-        "img_size": 32,
-        "patch_size": 2,
-        "window_size": 4,
-        "embed_dim": 16,
-        "depths": [1, 1],
-        "num_heads": [1, 2],
-    },
-    weights="random",
-)
 BEIT = Backbone(
     model="beit_base_patch16_224",
     arguments={"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2},

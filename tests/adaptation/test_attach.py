@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from helpers_backbones import SWIN_V2
 from helpers_cases import for_every
 
 from pipeline.adaptation import AdaptedModel, PlannedTensor, SelectedIndex, attach, plan
@@ -235,18 +236,7 @@ def test_a_part_that_matches_nothing_is_refused(part: str) -> None:
 RESTLESS: dict[str, Backbone] = {
     "standardised convolutions": Backbone(model="test_nfnet", weights="random"),
     "padding by input": Backbone(model="tf_mobilenetv3_small_minimal_100", weights="random"),
-    "weights read by the block": Backbone(
-        model="swinv2_tiny_window8_256",
-        arguments={
-            "img_size": 32,
-            "patch_size": 2,
-            "window_size": 4,
-            "embed_dim": 16,
-            "depths": [1, 1],
-            "num_heads": [1, 2],
-        },
-        weights="random",
-    ),
+    "weights read by the block": SWIN_V2,
 }
 
 

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from helpers_cases import for_every
 from helpers_cli import taskpack, write_task
+from helpers_datasets import task_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -23,7 +24,7 @@ from pipeline.cli.progress import BatchProgress
 from pipeline.data import DataIndex, prepare, read_shard, split_samples, untrained_classes
 from pipeline.data.listed import json_source, lists_source
 from pipeline.errors import DataError
-from pipeline.specs import JsonData, ListsData, Task
+from pipeline.specs import JsonData, ListsData
 
 Labelled = list[tuple[str, int]]
 
@@ -32,22 +33,6 @@ TRAIN, VAL, TEST = (
     [0, 1, 2],
     [2, 3, 1, 0, 0],
 )  # class 2 of 4 is not in train
-
-
-def task_of(data: dict[str, Any], **sections: Any) -> Task:
-    content = {
-        "name": "t",
-        "data": data,
-        "backbone": {"model": "vit_tiny_patch16_224", "weights": "random"},
-        **sections,
-    }
-    return Task.model_validate(
-        {
-            "recipe": {"preset": "default", "training": {"batch_size": 4}},
-            "selection": {"batch_size": 4},
-            **content,
-        }
-    )
 
 
 def write_jpeg(path: Path) -> None:
