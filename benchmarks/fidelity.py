@@ -2,14 +2,14 @@
 what one bit costs.
 
     python benchmarks/fidelity.py [--tasks dtd10 caltech101] [--seeds 0 1 2] [--epochs 8]
-    [--variants ...]
+                                  [--variants ...] [--device cuda] [--workers 8] [--shared FOLDER]
     python benchmarks/fidelity.py --page     write the page from what has been measured
 
 Every run trains one recipe on train and validation and reads the test set once, from the reloaded
 pack. All variants of a task share data, splits and learning rate; nothing is tuned, so differences
 within a group are due to the variant. Interrupt it and start it again: finished runs are kept.
-Needs the data and the backbones beside the project. Writes benchmarks/results/fidelity.json and
-.md.
+Needs the data and the backbones, by default in the folder `shared` beside the project, but neither
+Ray nor MLflow. Writes benchmarks/results/fidelity.json and .md.
 """
 
 from __future__ import annotations
@@ -17,8 +17,13 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import multiprocessing
+import shlex
+import sys
 import tempfile
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -36,22 +41,7 @@ from pipeline.training.fit import fit
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "fidelity.json"
 SHARED = HERE.parent.parent / "shared"
-BACKBONE = Backbone(
-    model="vit_small_patch14_dinov2",
-    weights=str(SHARED / "backbones/vit_small_patch14_dinov2.saliency.safetensors"),
-)
-DATA = {
-    "dtd10": CsvData(
-        format="csv",
-        train=str(SHARED / "data/dtd10/train.csv"),
-        test=str(SHARED / "data/dtd10/test.csv"),
-    ),
-    "caltech101": ListsData(
-        format="lists",
-        root=str(SHARED / "data/caltech101"),
-        classes=str(SHARED / "data/caltech101/classes.txt"),
-    ),
-}
+TASKS = ("dtd10", "caltech101")
 GPS: dict[str, Any] = {
     "connections": {"top_k": 1, "bits": 32},
     "biases": {"bits": 32},
@@ -104,54 +94,93 @@ GROUPS: dict[str, tuple[str, Sequence[str]]] = {
 }
 
 
-def open_task(name: str, selection: dict[str, Any], workdir: Path) -> Inputs:
+@dataclass(frozen=True)
+class Place:
+    """Where runs read, write and compute."""
+
+    shared: Path
+    workdir: Path
+    device: str
+
+
+def data_of(name: str, shared: Path) -> CsvData | ListsData:
+    """A task's images as they come."""
+    folder = shared / "data" / name
+    if name == "dtd10":
+        return CsvData(format="csv", train=str(folder / "train.csv"), test=str(folder / "test.csv"))
+    return ListsData(format="lists", root=str(folder), classes=str(folder / "classes.txt"))
+
+
+def open_task(name: str, selection: dict[str, Any], place: Place) -> Inputs:
     """The prepared task with a selection's settings."""
+    weights = place.shared / "backbones" / "vit_small_patch14_dinov2.saliency.safetensors"
     task = Task(
         name=name,
-        data=DATA[name],
+        data=data_of(name, place.shared),
         input=Input(size_px=98),
-        backbone=BACKBONE,
+        backbone=Backbone(model="vit_small_patch14_dinov2", weights=str(weights)),
         recipe=Recipe.model_validate(GPS),
         selection=Selection.model_validate(selection),
     )
-    prepare(task, workdir / name)
-    return open_inputs(task, workdir / name)
+    prepare(task, place.workdir / name)
+    return open_inputs(task, place.workdir / name)
 
 
-def select_once(inputs: Inputs, workdir: Path) -> SelectedIndex:
+def select_once(inputs: Inputs, place: Place) -> SelectedIndex:
     """The selection of the task's settings, kept in a file."""
     settings = inputs.task.selection
     path = (
-        workdir
+        place.workdir
         / f"{inputs.task.name}-{settings.criterion}-{settings.loss}-{settings.views}.safetensors"
     )
     if not path.exists():
-        write_selection(select_here(inputs, 1), path)
+        write_selection(select_here(inputs, 1, device=place.device), path)
     return read_selection(path)
 
 
-def measure(name: str, variant: str, seed: int, epochs: int, workdir: Path) -> dict[str, Any]:
+def measure(run: dict[str, Any], place: Place) -> dict[str, Any]:
     """One run from training to the tested pack; splits and selection are those of seed 0."""
-    parts, selection = VARIANTS[variant]
-    inputs = open_task(name, selection, workdir)
-    training = {**parts.get("training", {}), "epochs": epochs}
+    torch.set_num_threads(1)
+    parts, selection = VARIANTS[run["variant"]]
+    inputs = open_task(run["task"], selection, place)
+    training = {**parts.get("training", {}), "epochs": run["epochs"]}
     recipe = inputs.task.recipe.model_validate(
         {
             **parts,
             "training": {"learning_rate": inputs.task.recipe.training.learning_rate, **training},
         }
     )
-    selected = select_once(inputs, workdir) if recipe.connections else None
-    seeded = Inputs(**{**vars(inputs), "task": inputs.task.model_copy(update={"seed": seed})})
+    selected = select_once(inputs, place) if recipe.connections else None
+    seeded = Inputs(
+        **{**vars(inputs), "task": inputs.task.model_copy(update={"seed": run["seed"]})}
+    )
     with tempfile.TemporaryDirectory() as folder:
-        result = fit(seeded, recipe, selected, Path(folder))
-    correct = round(result.test_metric * result.test_samples)
+        result = fit(seeded, recipe, selected, Path(folder), device=place.device)
     return {
-        "correct": correct,
+        **run,
+        "correct": round(result.test_metric * result.test_samples),
         "samples": result.test_samples,
         "bytes": result.size_bytes,
         "seconds": result.train_seconds,
     }
+
+
+def missing_runs(result: dict[str, Any], arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """What was asked for and is not measured yet."""
+    asked = itertools.product(arguments.seeds, arguments.tasks, arguments.variants)
+    runs = [
+        {"task": task, "variant": variant, "seed": seed, "epochs": arguments.epochs}
+        for seed, task, variant in asked
+    ]
+    return [run for run in runs if not any(run.items() <= done.items() for done in result["runs"])]
+
+
+def select_all(runs: Sequence[dict[str, Any]], place: Place) -> None:
+    """Prepare the tasks and make the selections of all runs, so that no two runs make the same."""
+    for task, variant in {(run["task"], run["variant"]): None for run in runs}:
+        parts, selection = VARIANTS[variant]
+        if "connections" in parts:
+            select_once(open_task(task, selection, place), place)
 
 
 def page(result: dict[str, Any]) -> str:
@@ -159,13 +188,13 @@ def page(result: dict[str, Any]) -> str:
     row, bytes.
     """
     machine, runs = result["machine"], result["runs"]
-    tasks = [name for name in DATA if any(run["task"] == name for run in runs)]
+    tasks = [name for name in TASKS if any(run["task"] == name for run in runs)]
     lines = [
         "# The papers' claims on a real ViT-S",
         "",
         (
-            f"`python benchmarks/fidelity.py` on {machine['cpu']}, torch {machine['torch']}, commit"
-            f" {machine['commit']}."
+            f"`{result['command']}` on {machine['gpu'] or machine['cpu']}, torch"
+            f" {machine['torch']}, commit {machine['commit']}."
         ),
         "",
         (
@@ -235,26 +264,29 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--tasks", nargs="+", default=list(DATA))
-    parser.add_argument("--variants", nargs="+", default=list(VARIANTS))
+    parser.add_argument("--tasks", nargs="+", default=TASKS, choices=TASKS)
+    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS)
     parser.add_argument("--seeds", nargs="+", type=int, default=(0, 1, 2))
     parser.add_argument("--epochs", type=int, default=8)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--workers", type=int, default=1, help="runs at the same time")
+    parser.add_argument("--shared", type=Path, default=SHARED, help="folder of data and backbones")
     parser.add_argument("--workdir", type=Path, default=HERE.parent / "runs" / "fidelity")
     parser.add_argument("--page", action="store_true")
     arguments = parser.parse_args()
-    torch.set_num_threads(1)
     result = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"runs": []}
-    jobs = itertools.product(arguments.seeds, arguments.tasks, arguments.variants)
-    for seed, task, variant in () if arguments.page else jobs:
-        run = {"task": task, "variant": variant, "seed": seed, "epochs": arguments.epochs}
-        if any(run.items() <= done.items() for done in result["runs"]):
-            continue
-        result["runs"].append(
-            run | measure(task, variant, seed, arguments.epochs, arguments.workdir)
-        )
+    runs = [] if arguments.page else missing_runs(result, arguments)
+    if runs:
         result["machine"] = describe_machine()
-        RESULTS.write_text(json.dumps(result, indent=1) + "\n")
-        print(result["runs"][-1], flush=True)
+        result["command"] = shlex.join(["python", "benchmarks/fidelity.py", *sys.argv[1:]])
+    place = Place(arguments.shared.resolve(), arguments.workdir, arguments.device)
+    select_all(runs, place)
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(arguments.workers, mp_context=spawn) as pool:
+        for done in as_completed([pool.submit(measure, run, place) for run in runs]):
+            result["runs"].append(done.result())
+            RESULTS.write_text(json.dumps(result, indent=1) + "\n")
+            print(result["runs"][-1], flush=True)
     RESULTS.with_suffix(".md").write_text(page(result))
 
 

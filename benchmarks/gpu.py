@@ -1,22 +1,20 @@
 """What a GPU makes of taskpack, in one script of under eight minutes: time and memory of a step,
 the fused kernel, the selection, the tests.
 
-    python benchmarks/gpu.py                          on a machine with a GPU; see CONTRIBUTING.md
-    for the packages, and peft python benchmarks/gpu.py --device cpu --smoke     tiny sizes, to see
-    that the script itself works
+    python benchmarks/gpu.py                          on a machine with a GPU
+    python benchmarks/gpu.py --device cpu --smoke     tiny sizes, to see that the script works
 
-1. Steps of ViT-B/16 at 224 px in bfloat16, batches of 64 and 256, variants as in step.py; each is
-built, warmed up and timed
-   alone, so that its peak memory is its own.
+1. Steps of ViT-B/16 at 224 px in bfloat16, batches of 64 and 256, with the variants of step.py.
+   Each is built, warmed up and timed alone, so that its peak memory is its own.
 2. The fused kernel of connections against its memory bound and against the plain product, as in
-kernel.py. 3. Selection (three connections a neuron) over 1,000 random images in float32 and
-bfloat16; how many neurons have the same
-   connections in both, and when it is repeated.
+   kernel.py.
+3. Selection (three connections per neuron) over 1,000 random images in float32 and bfloat16; the
+   share of connections that are the same in both, and when the selection is repeated.
 4. The tests: `pytest -m gpu tests/training/test_accelerator.py`.
 
-Weights are random: they change no times but the number of layers that the fused kernel serves,
-which is given. Ray and MLflow are not needed. What cannot be measured says why. Writes
-benchmarks/results/gpu-<card>.json and .md.
+CONTRIBUTING.md names the packages that it needs, besides peft for LoRA. Weights are random: they
+change no times but the number of layers that the fused kernel serves, which is given. What cannot
+be measured says why. Writes benchmarks/results/gpu-<card>.json and .md.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ import torch
 
 def describe_machine() -> dict[str, Any]:
     """Processor, cores, accelerator, versions and the commit the code was at (`+` where files were
-    changed since).
+    changed since). Where there is no repository, TASKPACK_COMMIT in the environment names it.
     """
     cpu = next(
         (
@@ -30,7 +30,8 @@ def describe_machine() -> dict[str, Any]:
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "commit": _git("rev-parse", "--short", "HEAD")
+        "commit": os.environ.get("TASKPACK_COMMIT")
+        or _git("rev-parse", "--short", "HEAD")
         + ("+" if _git("status", "--porcelain", "--untracked-files=no") else ""),
     }
 

@@ -151,7 +151,10 @@ def died_each_time(task: Task, failure: str) -> ClusterError:
 
 
 def select_here(
-    inputs: Inputs, top_k: int, on_batch: OnBatch = lambda done, batches: None
+    inputs: Inputs,
+    top_k: int,
+    on_batch: OnBatch = lambda done, batches: None,
+    device: str = "cpu",
 ) -> dict[str, RankedPlaces]:
     """The same selection in this process, without Ray.
 
@@ -162,7 +165,10 @@ def select_here(
         return _ranked(
             inputs,
             _sums(
-                inputs, _numbered_batches(inputs), pace=lambda batches: _counted(batches, on_batch)
+                inputs,
+                _numbered_batches(inputs),
+                device,
+                pace=lambda batches: _counted(batches, on_batch),
             ),
             top_k,
         )
