@@ -24,7 +24,7 @@ from unittest import mock
 
 import numpy as np
 import torch
-from fidelity import SHARED, open_task
+from fidelity import SHARED, Place, open_task
 from machine import describe_machine
 from numpy.typing import NDArray
 from PIL import Image
@@ -73,7 +73,7 @@ def hits(model: AdaptedModel, classes: list[str], decode: Callable[..., Any]) ->
 
 def trained(dtype: torch.dtype, workdir: Path) -> tuple[AdaptedModel, list[str], float]:
     """Train GPS's recipe in `dtype`, even without units for it; the classes and CPU seconds too."""
-    inputs = open_task("dtd10", {"criterion": "magnitude"}, workdir)
+    inputs = open_task("dtd10", {"criterion": "magnitude"}, Place(SHARED, workdir, "cpu"))
     recipe = inputs.task.recipe
     spec = recipe.training.changed(epochs=EPOCHS, batch_size=BATCH)
     selected = recompute(inputs.backbone, inputs.task.selection, 1)
@@ -114,7 +114,7 @@ def selections(workdir: Path) -> dict[str, float]:
     The gradients of the training images and of the validation images are summed apart, and so are
     those of full batches and of the last, smaller one.
     """
-    inputs = open_task("dtd10", {}, workdir)
+    inputs = open_task("dtd10", {}, Place(SHARED, workdir, "cpu"))
     task, spec = inputs.task, inputs.task.selection
     loss = make_loss(spec, inputs.kind, inputs.backbone.width, len(inputs.index.classes), task.seed)
 

@@ -34,7 +34,7 @@ from machine import describe_machine
 from pipeline.adaptation import SelectedIndex
 from pipeline.data import prepare
 from pipeline.selection import read_selection, select_here, write_selection
-from pipeline.specs import Backbone, CsvData, Input, ListsData, Recipe, Selection, Task
+from pipeline.specs import Backbone, CsvData, FolderData, Input, ListsData, Recipe, Selection, Task
 from pipeline.training import Inputs, open_inputs
 from pipeline.training.fit import fit
 
@@ -103,9 +103,11 @@ class Place:
     device: str
 
 
-def data_of(name: str, shared: Path) -> CsvData | ListsData:
+def data_of(name: str, shared: Path) -> CsvData | FolderData | ListsData:
     """A task's images as they come."""
     folder = shared / "data" / name
+    if name == "trashnet":
+        return FolderData(format="folder", train=str(folder / "train"), test=str(folder / "test"))
     if name == "dtd10":
         return CsvData(format="csv", train=str(folder / "train.csv"), test=str(folder / "test.csv"))
     return ListsData(format="lists", root=str(folder), classes=str(folder / "classes.txt"))

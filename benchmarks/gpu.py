@@ -1,26 +1,25 @@
 """What a GPU makes of taskpack, in one script of under eight minutes: time and memory of a step,
-the fused kernel, the selection, the tests.
+the selection, the tests.
 
     python benchmarks/gpu.py                          on a machine with a GPU
     python benchmarks/gpu.py --device cpu --smoke     tiny sizes, to see that the script works
 
-1. Steps of ViT-B/16 at 224 px in bfloat16, batches of 64 and 256, with the variants of step.py.
-   Each is built, warmed up and timed alone, so that its peak memory is its own.
-2. The fused kernel of connections against its memory bound and against the plain product, as in
-   kernel.py.
-3. Selection (three connections per neuron) over 1,000 random images in float32 and bfloat16; the
+1. Steps of ViT-B/16 at 224 px in bfloat16, batches of 32, 64 and 256, with the variants of
+   step.py, each launched kernel by kernel and recorded as a CUDA graph. Each is built, warmed up
+   and timed alone, so that its peak memory is its own.
+2. Selection (three connections per neuron) over 1,000 random images in float32 and bfloat16; the
    share of connections that are the same in both, and when the selection is repeated.
-4. The tests: `pytest -m gpu tests/training/test_accelerator.py`.
+3. The tests: `pytest -m gpu tests/training/test_accelerator.py`.
 
-CONTRIBUTING.md names the packages that it needs, besides peft for LoRA. Weights are random: they
-change no times but the number of layers that the fused kernel serves, which is given. What cannot
-be measured says why. Writes benchmarks/results/gpu-<card>.json and .md.
+CONTRIBUTING.md names the packages that it needs, besides peft for LoRA. Weights are random. What
+cannot be measured says why. Writes benchmarks/results/gpu-<card>.json and .md.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import itertools
 import json
 import re
 import shlex
@@ -38,13 +37,12 @@ from machine import describe_machine
 from variants import FULL, Setting, Variant, builders, select_connections
 
 from pipeline.adaptation import SelectedIndex, rank_places
-from pipeline.adaptation.kernels.sampled import FUSED_COLUMNS
 from pipeline.backbones import LoadedBackbone, load_backbone
 from pipeline.kinds import kind_named
 from pipeline.selection.gradient import NumberedBatch, gradient_sums
 from pipeline.selection.losses import make_loss
 from pipeline.specs import Backbone, Input, Selection
-from pipeline.utils.devices import device_name, has_bf16_units, is_accelerator
+from pipeline.utils.devices import can_record, device_name, has_bf16_units, is_accelerator
 
 HERE = Path(__file__).parent
 VARIANTS = (
@@ -64,7 +62,6 @@ PACKAGES = (
     "torchvision",
     "timm",
     "peft",
-    "triton",
     "constriction",
     "numpy",
     "safetensors",
@@ -84,7 +81,7 @@ class Sizes:
     repeats: int
 
 
-WHOLE = Sizes("vit_base_patch16_224", {}, 224, (64, 256), 1000, 5, 20)
+WHOLE = Sizes("vit_base_patch16_224", {}, 224, (32, 64, 256), 1000, 5, 20)
 SMOKE = Sizes(
     "vit_tiny_patch16_224",
     {"img_size": 32, "patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 2},
@@ -122,7 +119,6 @@ def main() -> None:
         "command": shlex.join(["python", "benchmarks/gpu.py", *sys.argv[1:]]),
         "sizes": vars(sizes),
         "steps": measure_steps(backbone, sizes, arguments.device),
-        "kernel": measure_kernel(arguments.device, sizes),
         "selection": measure_selection(backbone, sizes, arguments.device),
         "tests": {"skipped": "--no-tests"} if arguments.no_tests else run_tests(),
     }
@@ -184,7 +180,7 @@ def measure_steps(backbone: LoadedBackbone, sizes: Sizes, device: str) -> list[d
     _, images, labels = random_batch(backbone, max(16, min(sizes.batches)), 0)
     selected = select_connections(backbone, images.to(device), labels.to(device), device, TOP_K)
     rows = []
-    for batch in sizes.batches:
+    for batch, is_recorded in itertools.product(sizes.batches, recordings(device)):
         _, images, labels = random_batch(backbone, batch, 1)
         setting = Setting(
             backbone,
@@ -193,18 +189,25 @@ def measure_steps(backbone: LoadedBackbone, sizes: Sizes, device: str) -> list[d
             "bf16" if has_bf16_units(device) else "fp32",
             device,
             selected,
+            is_recorded,
         )
         build = builders(setting)
         for name in VARIANTS:
             row = {
                 "batch": batch,
                 "variant": name,
+                "is_recorded": is_recorded,
                 "precision": setting.precision,
                 **measured_step(build[name], sizes, device),
             }
             print(json.dumps(row), file=sys.stderr)
             rows.append(row)
-    return [*rows, {"layers": len(selected), "fused_layers": fused_layers(backbone, selected)}]
+    return rows
+
+
+def recordings(device: str) -> tuple[bool, ...]:
+    """Whether steps are recorded: both ways, where they can be."""
+    return (False, True) if can_record(device) else (False,)
 
 
 def random_batch(backbone: LoadedBackbone, images: int, number: int) -> NumberedBatch:
@@ -218,15 +221,6 @@ def random_batch(backbone: LoadedBackbone, images: int, number: int) -> Numbered
         generator=generator,
     )
     return number, pixels, torch.arange(images) % CLASSES
-
-
-def fused_layers(backbone: LoadedBackbone, selected: SelectedIndex) -> int:
-    """How many layers have few enough columns for the fused kernel at K = 1."""
-    columns = {name: backbone.model.get_submodule(name).weight[0].numel() for name in selected}  # type: ignore[union-attr,operator,index]
-    return sum(
-        len((ranked.at(1).long() % columns[name]).unique()) < FUSED_COLUMNS
-        for name, ranked in selected.items()
-    )
 
 
 def measured_step(build: Callable[[], Variant], sizes: Sizes, device: str) -> dict[str, Any]:
@@ -258,27 +252,6 @@ def empty_memory(device: str) -> None:
 def peak_bytes(device: str) -> int | None:
     """The most memory of a GPU in use since `empty_memory`, weights included."""
     return torch.cuda.max_memory_allocated(device) if torch.device(device).type == "cuda" else None
-
-
-# --- the kernel -----------------------------------------------------------------------------------
-
-
-def measure_kernel(device: str, sizes: Sizes) -> dict[str, Any]:
-    """The rows of kernel.py."""
-    if torch.device(device).type != "cuda":
-        return {"skipped": f"Triton compiles for GPUs, not for {device}"}
-    import kernel
-
-    from pipeline.adaptation.kernels.sampled import fused_kernel
-
-    if fused_kernel(torch.device(device)) is None:
-        return {"skipped": "Triton cannot be used here; the log says why"}
-    bandwidth = kernel.copy_bandwidth(sizes.repeats)
-    given = argparse.Namespace(batch=64, top_k=1, repeats=sizes.repeats)
-    return {
-        "bandwidth": bandwidth,
-        "rows": [kernel.measured_layer(name, given, bandwidth) for name in kernel.LAYERS],
-    }
 
 
 # --- selection ------------------------------------------------------------------------------------
@@ -384,7 +357,6 @@ def markdown(result: dict[str, Any]) -> str:
             ),
             "",
             *_step_lines(result["steps"], sizes),
-            *_kernel_lines(result["kernel"]),
             *_selection_lines(result["selection"]),
             *_test_lines(result["tests"]),
         ]
@@ -392,54 +364,36 @@ def markdown(result: dict[str, Any]) -> str:
 
 
 def _step_lines(rows: list[dict[str, Any]], sizes: dict[str, Any]) -> list[str]:
-    *rows, layers = rows
-    full = {
-        row["batch"]: row["median_ms"]
-        for row in rows
-        if row["variant"] == FULL and "median_ms" in row
-    }
     lines = [
         "## Steps",
         "",
         (
             f"Medians of {sizes['repeats']} after {sizes['warm_up']}; peak memory with the weights."
-            f" The fused kernel serves {layers['fused_layers']} of {layers['layers']} layers at"
-            " K=1."
+            " Recorded: as a CUDA graph. Ratios are to full fine-tuning that is launched alike."
         ),
         "",
-        "| batch | variant | precision | step ms | ratio to full | images/s | peak GiB |",
-        "|---|---|---|---|---|---|---|",
+        "| batch | variant | recorded | precision | step ms | ratio | images/s | peak GiB |",
+        "|---|---|---|---|---|---|---|---|",
     ]
+    full = {
+        (row["batch"], row["is_recorded"]): row["median_ms"]
+        for row in rows
+        if row["variant"] == FULL and "median_ms" in row
+    }
     for row in rows:
+        setting = (
+            f"| {row['batch']} | {row['variant']} | {'yes' if row['is_recorded'] else 'no'} |"
+            f" {row['precision']} |"
+        )
         if "skipped" in row:
-            lines.append(
-                f"| {row['batch']} | {row['variant']} | {row['precision']} | {row['skipped']} |"
-                " | | |"
-            )
+            lines.append(f"{setting} {row['skipped']} | | | |")
             continue
-        ratio = f"{row['median_ms'] / full[row['batch']]:.2f}" if row["batch"] in full else ""
+        reference = full.get((row["batch"], row["is_recorded"]))
+        ratio = f"{row['median_ms'] / reference:.2f}" if reference else ""
         peak = f"{row['peak_bytes'] / 2**30:.2f}" if row["peak_bytes"] is not None else ""
         speed = f"{1000 * row['batch'] / row['median_ms']:.0f}"
-        lines.append(
-            f"| {row['batch']} | {row['variant']} | {row['precision']} | {row['median_ms']:.1f} |"
-            f" {ratio} | {speed} | {peak} |"
-        )
+        lines.append(f"{setting} {row['median_ms']:.1f} | {ratio} | {speed} | {peak} |")
     return [*lines, ""]
-
-
-def _kernel_lines(kernel: dict[str, Any]) -> list[str]:
-    if "skipped" in kernel:
-        return ["## The fused kernel", "", f"Not measured: {kernel['skipped']}.", ""]
-    from kernel import table_lines
-
-    return [
-        "## The fused kernel",
-        "",
-        f"Copy bandwidth {kernel['bandwidth'] / 1e12:.2f} TB/s.",
-        "",
-        *table_lines(kernel["rows"]),
-        "",
-    ]
 
 
 def _selection_lines(selection: dict[str, Any]) -> list[str]:

@@ -271,7 +271,7 @@ def noting(trainable: Callable[..., None], log: Path) -> Callable[..., None]:
         event: dict[str, Any] = {"pid": os.getpid(), "enter": time.time()}
         step = training_loop._step
 
-        def first_step(*arguments: Any) -> float:
+        def first_step(*arguments: Any) -> Any:
             event.setdefault("step", time.time())
             return step(*arguments)
 

@@ -29,6 +29,7 @@ from pipeline.selection import supervised_contrastive_loss
 from pipeline.specs import DEFAULT_RECIPE, Backbone, Biases, Connections, Head, Input, Recipe, Smoa
 from pipeline.specs.catalogue import catalogue_folder
 from pipeline.specs.task_files import load_task
+from pipeline.training.recorded import RecordedStep, Step
 
 CLASSES = 10
 FULL = "full fine-tuning"
@@ -61,6 +62,8 @@ class Setting:
     precision: str
     device: str
     selected: SelectedIndex
+    is_recorded: bool = False
+    """Whether steps are recorded as CUDA graphs and replayed."""
 
 
 def backbone_of(model: str, size_px: int) -> LoadedBackbone:
@@ -168,22 +171,33 @@ def _variant(
     auxiliary_loss: Callable[[], torch.Tensor] | None = None,
 ) -> Variant:
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimiser = torch.optim.AdamW(trained, lr=1e-4, weight_decay=0.0, fused=True)
+    optimiser = torch.optim.AdamW(
+        trained, lr=1e-4, weight_decay=0.0, fused=True, capturable=setting.is_recorded
+    )
     # Full fine-tuning's trained values are its weights; elsewhere they stand beside them.
     are_weights = (
         sum(parameter.numel() for parameter in trained)
         > sum(parameter.numel() for parameter in setting.backbone.model.parameters()) / 2
     )
 
-    def step() -> None:
+    def train_on(images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        optimiser.zero_grad(set_to_none=True)
         with torch.autocast(setting.device, torch.bfloat16, enabled=setting.precision == "bf16"):
-            logits = forward(setting.images)
-        loss = F.cross_entropy(logits.float(), setting.labels)
+            logits = forward(images)
+        loss = F.cross_entropy(logits.float(), labels)
         (loss if auxiliary_loss is None else loss + auxiliary_loss()).backward()
         if after is not None:
             after()
         optimiser.step()
-        optimiser.zero_grad(set_to_none=True)
+        return loss.detach()
+
+    run: Step = train_on
+    if setting.is_recorded:
+        generators = model.generators if isinstance(model, AdaptedModel) else tuple
+        run = RecordedStep(train_on, setting.device, generators)
+
+    def step() -> None:
+        run(setting.images, setting.labels)
 
     def persistent() -> int:
         states = sum(

@@ -169,6 +169,15 @@ class AdaptedModel(nn.Module):
             if isinstance(dropout, SeededDropout):
                 dropout.reseed(int(torch.randint(1 << 62, (), generator=generator)))
 
+    def generators(self) -> list[torch.Generator]:
+        """The random generators that forward passes have drawn from."""
+        return [
+            generator
+            for dropout in self.dropouts
+            if isinstance(dropout, SeededDropout)
+            for generator in dropout.generators()
+        ]
+
     def positions(self) -> dict[str, torch.Tensor]:
         """The connections of each layer: ascending flat indices [N] into its weight seen as an
         [O, I] matrix.

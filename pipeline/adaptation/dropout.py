@@ -33,6 +33,10 @@ class SeededDropout(nn.Module):
             self._generators[device] = torch.Generator(device).manual_seed(self.seed)
         return self._generators[device]
 
+    def generators(self) -> list[torch.Generator]:
+        """Those that have been used, one per device."""
+        return list(self._generators.values())
+
     def reseed(self, seed: int) -> None:
         """Restart the generators of all devices from this seed."""
         self.seed = seed

@@ -33,9 +33,20 @@ def fuse_attention(modules: Iterable[nn.Module], is_fused: bool) -> None:
         setattr(module, "fused_attn", is_fused)  # noqa: B010 - an attribute of timm's, unknown to nn.Module's type
 
 
+def norms_in_float32(model: nn.Module, dtype: torch.dtype) -> list[nn.Module]:
+    """timm's layer norms, if autocast computes them in float32 while `model` trains in `dtype`.
+
+    A GPU's autocast does, a CPU's does not. Each would be cast up, and its output cast down again
+    by the layer that reads it.
+    """
+    is_cast = dtype is torch.bfloat16 and next(model.parameters()).device.type != "cpu"
+    norms = [module for module in model.modules() if not getattr(module, "_fast_norm", True)]
+    return norms if is_cast else []
+
+
 class WorkingCopies:
-    """Switches a frozen network between its own parameters and copies in `dtype`, and its attention
-    between the fused kernel and separate operations.
+    """Switches a frozen network between its own parameters and copies in `dtype`, its attention
+    between the fused kernel and separate operations, and its norms between float32 and `dtype`.
 
     Args:
         model: its parameters are its own; their storage may be shared with other models and is
@@ -58,10 +69,15 @@ class WorkingCopies:
             if id(parameter) not in left_alone and parameter.dtype != dtype
         ]
         self._copies = [(parameter, parameter.data, parameter.data.to(dtype)) for parameter in cast]
-        self._fused = slow_fused_attention(model, dtype)
+        self._fused, self._norms = (
+            slow_fused_attention(model, dtype),
+            norms_in_float32(model, dtype),
+        )
 
     def use(self, mode: bool) -> None:
         """Use the copies (`mode` true) or the frozen tensors."""
         for parameter, frozen, copy in self._copies:
             parameter.data = copy if mode else frozen
         fuse_attention(self._fused, not mode)
+        for norm in self._norms:
+            setattr(norm, "_fast_norm", mode)  # noqa: B010 - as above

@@ -23,8 +23,12 @@ from pipeline.specs import Training
 from pipeline.training.averaging import MovingAverage
 from pipeline.training.mixing import mix
 from pipeline.training.ranks import ALONE, Ranks
+from pipeline.training.recorded import RecordedStep, Step
 from pipeline.training.run_checkpoint import Checkpoint, Progress
-from pipeline.utils.devices import computing_dtype, exact_float32
+from pipeline.utils.devices import can_record, computing_dtype, exact_float32, to_device
+
+READ_EVERY = 20
+"""Steps after which their losses are read, for which a GPU is waited for."""
 
 
 def learning_rate_factor(step: int, steps: int, warmup_steps: int) -> float:
@@ -70,11 +74,15 @@ def train_epochs(
         progress.losses = progress.losses if first_index else []
         batches = _batches_of_rank(reader, split, spec.batch_size, seed, epoch, ranks)
         for images, targets in reader.batches(batches[first_index:]):
-            progress.losses.append(trainer.step(images, targets, progress.step))
+            trainer.step(images, targets, progress.step)
             average.update(progress.step)
             progress.step += 1
-            if checkpoint is not None and ranks.is_first and checkpoint.is_due():
+            is_due = checkpoint is not None and ranks.is_first and checkpoint.is_due()
+            if is_due or trainer.is_reading_due:
+                progress.losses += trainer.read_losses(progress.step)
+            if checkpoint is not None and is_due:
                 checkpoint.save(progress, trainer.optimiser, ranks)
+        progress.losses += trainer.read_losses(progress.step)
         ranks.check_agree(model.values.state_dict())
         average.swap()
         yield sum(progress.losses) / len(progress.losses)
@@ -112,41 +120,73 @@ class _Trainer:
         assert peak is not None, "the recipe's learning rate is settled by with_learning_rate"
         self._peak, self._dtype = peak, computing_dtype(self.spec.precision, self.device)
         self.model.compute_in(self._dtype)
+        is_recorded = can_record(self.device) and self.ranks.world == 1
+        # A recorded step reads its learning rate from the device.
         self.optimiser = torch.optim.AdamW(
             self.model.values.parameters(),
-            lr=peak,
+            lr=torch.tensor(peak, device=self.device) if is_recorded else peak,
             weight_decay=self.spec.weight_decay,
             fused=True,
+            capturable=is_recorded,
         )
+        self._step = self._plain_step()
+        if is_recorded:
+            self._step = RecordedStep(self._step, self.device, self.model.generators)
+        self._losses: list[torch.Tensor] = []
 
-    def step(self, images: torch.Tensor, targets: torch.Tensor, step: int) -> float:
-        """Make step number `step`, counted from 0, on a batch; return its mean loss over all ranks.
-
-        Raises:
-            TrainingError: the loss is not finite.
+    def _plain_step(self) -> Step:
+        """A step that is not recorded. It does not refer to the trainer, so that the model's memory
+        is freed with the trainer.
         """
-        steps = self.spec.epochs * self.steps_per_epoch
-        warmup_steps = round(self.spec.warmup_epochs * self.steps_per_epoch)
-        for group in self.optimiser.param_groups:
-            group["lr"] = self._peak * learning_rate_factor(step, steps, warmup_steps)
-        generator = numbered_generator(self.ranks.seed(self.seed), step)
-        self.model.reseed(generator)
-        images, targets = self._varied(images, targets, generator)
-        images, targets = images.to(self.device), targets.to(self.device)
-        loss = _step(
+        model, optimiser, settings = (
             self.model,
             self.optimiser,
-            images,
-            targets,
-            self.spec,
-            self.kind,
-            self._dtype,
-            self.ranks,
+            (self.spec, self.kind, self._dtype, self.ranks),
         )
-        if not math.isfinite(loss):
-            at = f"at step {step} of {steps} with learning rate {self._peak:g}"
-            raise TrainingError(f"the loss became {loss} {at}; lower training.learning_rate")
-        return loss
+        return lambda images, targets: _step(model, optimiser, images, targets, *settings)
+
+    @property
+    def is_reading_due(self) -> bool:
+        """Whether to read the losses. Several ranks do it in every step, so that all of them see in
+        the same step that one is not finite.
+        """
+        return len(self._losses) >= (READ_EVERY if self.ranks.world == 1 else 1)
+
+    def step(self, images: torch.Tensor, targets: torch.Tensor, step: int) -> None:
+        """Make step number `step`, counted from 0, on a batch."""
+        self._set_learning_rate(step)
+        generator = numbered_generator(self.ranks.seed(self.seed), step)
+        self.model.reseed(generator)
+        images, targets = to_device(images, self.device), to_device(targets, self.device)
+        images, targets = self._varied(images, targets, generator)
+        self._losses.append(self._step(images, targets))
+
+    def read_losses(self, next_step: int) -> list[float]:
+        """The mean losses, over all ranks, of the steps before `next_step` that are not read yet.
+
+        Raises:
+            TrainingError: one is not finite.
+        """
+        losses = torch.stack(self._losses).tolist() if self._losses else []
+        self._losses.clear()
+        for step, loss in enumerate(losses, start=next_step - len(losses)):
+            if not math.isfinite(loss):
+                at = f"at step {step} of {self._steps} with learning rate {self._peak:g}"
+                raise TrainingError(f"the loss became {loss} {at}; lower training.learning_rate")
+        return losses
+
+    @property
+    def _steps(self) -> int:
+        return self.spec.epochs * self.steps_per_epoch
+
+    def _set_learning_rate(self, step: int) -> None:
+        warmup_steps = round(self.spec.warmup_epochs * self.steps_per_epoch)
+        rate = self._peak * learning_rate_factor(step, self._steps, warmup_steps)
+        for group in self.optimiser.param_groups:
+            if isinstance(group["lr"], torch.Tensor):
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
 
     def _varied(
         self, images: torch.Tensor, targets: torch.Tensor, generator: torch.Generator
@@ -171,8 +211,8 @@ def _step(
     kind: TaskKind,
     dtype: torch.dtype,
     ranks: Ranks,
-) -> float:
-    """The mean loss over all ranks. A rank may have no images."""
+) -> torch.Tensor:
+    """Train on a batch; the mean loss [] over all ranks. A rank may have no images."""
     optimiser.zero_grad(set_to_none=True)
     loss = torch.zeros((), device=images.device)
     if len(images):
@@ -182,4 +222,4 @@ def _step(
         (loss + model.auxiliary_loss()).backward()
     loss = ranks.mean_gradients(list(model.values.parameters()), loss, len(images))
     optimiser.step()
-    return float(loss.detach())
+    return loss.detach()

@@ -96,6 +96,18 @@ def is_accelerator(device: str | torch.device) -> bool:
     return torch.device(device).type != "cpu"
 
 
+def can_record(device: str | torch.device) -> bool:
+    """Whether kernels can be recorded on a device and replayed, as CUDA graphs are."""
+    return torch.device(device).type == "cuda"
+
+
+def to_device(tensor: torch.Tensor, device: str | torch.device) -> torch.Tensor:
+    """A tensor of the CPU on a device. A GPU copies it while the host goes on."""
+    if torch.device(device).type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
 def device_name(device: str | torch.device) -> str:
     """A device's model name."""
     if is_accelerator(device):

@@ -24,8 +24,7 @@ import torch.distributed as dist
 pytest.importorskip("constriction", reason="packs are coded with constriction")
 pytest.importorskip("webdataset", reason="shards are written with webdataset")
 
-from pipeline.adaptation import RankedPlaces, SelectedIndex
-from pipeline.adaptation.kernels import sampled
+from pipeline.adaptation import RankedPlaces, SelectedIndex, attach
 from pipeline.adaptation.packing import from_pack
 from pipeline.packs import Pack, read_pack
 from pipeline.selection import select_here, stage
@@ -34,6 +33,7 @@ from pipeline.specs import Level, Recipe, Task
 from pipeline.training import Inputs, Ranks, evaluate, loop, open_inputs
 from pipeline.training import fit as fit_module
 from pipeline.training.fit import CHECKPOINT_FILE, PACK_FILE, fit, steps_kept
+from pipeline.training.recorded import RecordedStep
 from pipeline.training.run_checkpoint import Checkpoint
 
 TRAINING = {"epochs": 1, "batch_size": 32, "learning_rate": 0.01}
@@ -290,55 +290,78 @@ def test_a_predictor_answers_as_on_the_cpu_wherever_it_is_moved(
     torch.testing.assert_close(predictor.logits(images), expected, rtol=1e-3, atol=1e-3)
 
 
-# --- the fused kernel -----------------------------------------------------------------------------
-
-
-def test_without_a_compiler_connections_take_the_plain_product(
-    device: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    def fail(*arguments: Any) -> Any:
-        raise RuntimeError(
-            "Failed to find C compiler.\nPlease specify via CC environment variable."
-        )
-
-    triton_sampled = pytest.importorskip(
-        "pipeline.adaptation.kernels.triton_sampled", reason="needs Triton"
-    )
-    monkeypatch.setattr(triton_sampled, "fused_sampled_product", fail)
-    monkeypatch.setattr(sampled, "fused_kernel", functools.cache(sampled.fused_kernel.__wrapped__))
-    x_TC, gradient_TO = torch.arange(12.0).view(4, 3), torch.arange(20.0).view(4, 5)
-    place_N = torch.tensor([1, 7, 14])
-    for _ in range(2):
-        found = sampled.sampled_product(x_TC.to(device), gradient_TO.to(device), place_N.to(device))
-        torch.testing.assert_close(
-            found.cpu(), sampled.plain_sampled_product(x_TC, gradient_TO, place_N)
-        )
-    (message,) = caplog.messages
-    assert (
-        "(Failed to find C compiler.); it needs Triton, a C compiler and Python's headers"
-        in message
-    )
+# --- recorded steps -------------------------------------------------------------------------------
 
 
 @pytest.mark.gpu
-def test_the_fused_kernel_computes_the_plain_product() -> None:
+@pytest.mark.parametrize(
+    ("recipe", "training"),
+    [
+        ({**HOUSE, "smoa": {**BANK, "dropout": 0.1}}, {"precision": "bf16"}),
+        ({**HOUSE, "adapter": {"width": 4, "dropout": 0.5}}, {"drop_path": 0.2, "ema": 0.9}),
+        ({"lora": {"rank": 2, "dropout": 0.1}}, {"mixup": 0.8, "augment": "light"}),
+        ({"full": {}}, {}),
+    ],
+    ids=["bank", "adapter", "lora", "full"],
+)
+def test_recorded_steps_train_what_plain_steps_train(
+    recipe: dict[str, Any],
+    training: dict[str, Any],
+    tiny_inputs: Inputs,
+    selected: SelectedIndex,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     if not torch.cuda.is_available():
         pytest.skip("needs a GPU that torch can use")
-    kernel = sampled.fused_kernel(torch.device("cuda"))
-    if kernel is None:
-        pytest.skip("Triton cannot be used here; the log says why")
-    generator = torch.Generator().manual_seed(0)
-    x_TC, gradient_TO = (
-        torch.randn(6304, 96, generator=generator),
-        torch.randn(6304, 768, generator=generator),
-    )
-    place_N = torch.randint(0, 96 * 768, (1000,), generator=generator).sort().values
-    expected = (x_TC.double().T @ gradient_TO.double()).take(place_N)
-    found = kernel(x_TC.cuda(), gradient_TO.cuda(), place_N.cuda())
-    torch.testing.assert_close(found.cpu().double(), expected, rtol=1e-4, atol=1e-2)
-    assert torch.equal(found, kernel(x_TC.cuda(), gradient_TO.cuda(), place_N.cuda())), (
-        "sums are taken in a fixed order"
-    )
+    given = {**TRAINING, "precision": "fp32", "batch_size": 8, "epochs": 3, **training}
+    spec = Recipe.model_validate({**recipe, "training": given})
+
+    def trained(is_recorded: bool) -> tuple[list[float], torch.Tensor]:
+        monkeypatch.setattr(loop, "can_record", lambda device: is_recorded)
+        classes = len(tiny_inputs.index.classes)
+        model = attach(tiny_inputs.backbone, spec, classes, selected=selected).to("cuda")
+        losses = []
+        for loss in loop.train_epochs(
+            model,
+            tiny_inputs.reader("train"),
+            tiny_inputs.splits["train"],
+            spec.training,
+            tiny_inputs.kind,
+            seed=0,
+            flip=True,
+            device="cuda",
+        ):
+            losses.append(loss)
+            evaluate(
+                model,
+                tiny_inputs.reader("val"),
+                tiny_inputs.splits["val"],
+                tiny_inputs.kind,
+                device="cuda",
+            )
+        return losses, torch.cat([values.detach() for values in model.values.parameters()]).cpu()
+
+    (plain_losses, plain), (losses, recorded) = trained(False), trained(True)
+    tolerance = 0.02 if spec.training.precision == "bf16" else 1e-3
+    assert losses == pytest.approx(plain_losses, rel=tolerance)
+    assert relative_difference(plain.numpy(), recorded.numpy()) < 10 * tolerance
+
+
+@pytest.mark.gpu
+def test_a_step_that_waits_for_the_gpu_is_not_recorded(caplog: pytest.LogCaptureFixture) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a GPU that torch can use")
+
+    def step(images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return images.sum() * float(targets.sum())
+
+    run = RecordedStep(step, "cuda")
+    ones = torch.ones(3, device="cuda")
+    assert [float(run(ones * number, ones)) for number in range(1, 7)] == [
+        9 * number for number in range(1, 7)
+    ]
+    (message,) = caplog.messages
+    assert "cannot be recorded as a CUDA graph" in message
 
 
 # --- several processes on one device --------------------------------------------------------------

@@ -122,7 +122,7 @@ def gradients(
         )
         steps.append(
             (
-                loss,
+                float(loss),
                 [
                     each.grad.numpy().copy()
                     for each in model.values.parameters()

@@ -25,7 +25,6 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn import grad as nn_grad
 
-from pipeline.adaptation.kernels.sampled import sampled_product
 from pipeline.adaptation.part import Assembly, Part, Site, Stage, WeightChange, register
 from pipeline.adaptation.selected.ranking import kept_at, kept_places
 from pipeline.adaptation.sites import TunableLayer, tunable_layers, weight_shapes
@@ -35,7 +34,8 @@ from pipeline.specs import Connections
 
 FEW_COLUMNS = 0.5
 """Fraction of a layer's columns up to which gathering them is faster than the dense product, as
-measured on CPU.
+measured on a CPU. The product over the gathered columns is then indexed. A kernel that fuses the
+two saved 1 % of a step on a CPU, and took 4 to 11 times as long on an H200.
 """
 
 
@@ -153,13 +153,10 @@ class _ConnectedProduct(torch.autograd.Function):
         )
         gradient_TO = _outputs_as_tokens(tuned.base, gradient)
         if ctx.keeps_columns:
-            sums = sampled_product(
-                kept,
-                gradient_TO,
-                tuned.sampled_place
-                if ctx.needs_input_grad[2]
-                else tuned.sampled_place[: len(tuned.index_N)],
-            )
+            place = tuned.sampled_place
+            if not ctx.needs_input_grad[2]:
+                place = place[: len(tuned.index_N)]
+            sums = (kept.T @ gradient_TO).take(place)
             values_gradient, bias_gradient = sums[: len(tuned.index_N)], sums[len(tuned.index_N) :]
         else:
             values_gradient, bias_gradient = (
@@ -253,7 +250,6 @@ class TunedLayer(Wrapper, WeightChange):
         """Merge the current values into weight and bias, so that a forward pass is the plain
         layer's, or undo that.
         """
-        self._written = None  # the next training step writes its own again
         self._merged = (
             (
                 self.base.weight

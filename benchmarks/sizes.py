@@ -1,0 +1,217 @@
+"""What accuracy a pack's bytes buy: recipes of every size, from the head alone upwards, on a real
+ViT-S.
+
+    python benchmarks/sizes.py [--tasks dtd10 trashnet] [--seeds 0] [--epochs 8] [--device cuda]
+                               [--workers 8] [--shared FOLDER]
+    python benchmarks/sizes.py --page     write the page from what has been measured
+
+Every run trains a recipe twice, as a study does: on the training set, whose answers on the
+validation set are kept image by image, and on both, as a pack whose test accuracy is read once from
+the reloaded file. So rules that choose by the validation set can be compared by the test set
+without training anything again. All runs of a task share data and splits; nothing is tuned.
+
+Interrupt it and start it again: finished runs are kept. Needs the data and the backbones, by
+default in the folder `shared` beside the project, but neither Ray nor MLflow. Writes
+benchmarks/results/sizes.json and .md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import multiprocessing
+import shlex
+import sys
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+import fidelity
+import numpy as np
+import torch
+from fidelity import Place, open_task, select_once
+from machine import describe_machine
+
+from pipeline.search.kept_outcomes import read_outcomes
+from pipeline.search.pareto import on_front
+from pipeline.search.trial import run_trial
+from pipeline.training import Inputs
+from pipeline.training.fit import fit
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results" / "sizes.json"
+TASKS = ("dtd10", "trashnet", "caltech101")
+HOUSE: dict[str, Any] = {
+    "connections": {"top_k": 1, "bits": 4},
+    "biases": {"bits": 8},
+    "norms": {"bits": 8},
+    "smoa": {"experts": 4, "width": 8, "bits": 4},
+    "head": {"bits": 8},
+}
+
+
+def recipes() -> dict[str, dict[str, Any]]:
+    """The recipes by name, from small to large within each family."""
+    found: dict[str, dict[str, Any]] = {
+        f"head {bits}": {"preset": "linear", "head": {"bits": bits}} for bits in (1, 2, 4, 8)
+    }
+    for bits in (1, 2):
+        head = {"bits": bits}
+        found |= {
+            f"biases {bits}": {"biases": {"bits": bits}, "head": head},
+            f"norms {bits}": {"norms": {"which": "all", "bits": bits}, "head": head},
+            f"norms, biases {bits}": {
+                "norms": {"which": "all", "bits": bits},
+                "biases": {"bits": bits},
+                "head": head,
+            },
+            **{
+                f"bottleneck w={width} {bits}": {
+                    "adapter": {"width": width, "bits": bits},
+                    "head": head,
+                }
+                for width in (1, 2, 4, 8)
+            },
+            **{
+                f"LoRA r={rank} {bits}": {"lora": {"rank": rank, "bits": bits}, "head": head}
+                for rank in (1, 2, 4)
+            },
+            **{
+                f"FacT r={rank} {bits}": {"fact": {"rank": rank, "bits": bits}, "head": head}
+                for rank in (4, 8, 16)
+            },
+            f"SMoA E=4 w=8 {bits}": {
+                "smoa": {"experts": 4, "width": 8, "bits": bits},
+                "head": head,
+            },
+            f"connections K=1 {bits}": {"connections": {"top_k": 1, "bits": bits}, "head": head},
+        }
+    head = {"bits": 2}
+    biases, bottleneck = {"biases": {"bits": 1}}, {"adapter": {"width": 4, "bits": 1}}
+    connections = {"connections": {"top_k": 1, "bits": 1}}
+    found |= {
+        "bottleneck w=4 + biases": {**bottleneck, **biases, "head": head},
+        "connections + biases": {**connections, **biases, "head": head},
+        "connections + bottleneck w=4": {**connections, **bottleneck, "head": head},
+        "connections K=3 1": {"connections": {"top_k": 3, "bits": 1}, "head": head},
+        "house": HOUSE,
+    }
+    return found
+
+
+def measure(run: dict[str, Any], place: Place) -> dict[str, Any]:
+    """One recipe: a trial, and a fit."""
+    torch.set_num_threads(1)
+    opened = open_task(run["task"], {}, place)
+    inputs = Inputs(
+        **{**vars(opened), "task": opened.task.model_copy(update={"seed": run["seed"]})}
+    )
+    training = {"learning_rate": None, "epochs": run["epochs"]}
+    recipe = inputs.task.recipe.model_validate({**recipes()[run["recipe"]], "training": training})
+    selected = select_once(opened, place) if recipe.connections else None
+    with tempfile.TemporaryDirectory() as folder:
+        kept = Path(folder) / "outputs"
+        for _ in run_trial(inputs, recipe, selected, device=place.device, kept=kept):
+            pass
+        outcomes = read_outcomes(kept)
+        assert outcomes is not None
+        result = fit(inputs, recipe, selected, Path(folder) / "fit", device=place.device)
+    is_right = outcomes.outputs.argmax(axis=1) == outcomes.targets
+    return {
+        **run,
+        "right": np.packbits(is_right).tobytes().hex(),
+        "val_samples": len(is_right),
+        "val_correct": int(is_right.sum()),
+        "correct": round(result.test_metric * result.test_samples),
+        "samples": result.test_samples,
+        "bytes": result.size_bytes,
+        "seconds": result.train_seconds,
+    }
+
+
+def page(result: dict[str, Any]) -> str:
+    """A table per task, by size: mean accuracies over the seeds, and what is on the front."""
+    machine = result["machine"]
+    lines = [
+        "# Accuracy by size on a real ViT-S",
+        "",
+        (
+            f"`{result['command']}` on {machine['gpu'] or machine['cpu']}, torch"
+            f" {machine['torch']}, commit {machine['commit']}."
+        ),
+        "",
+        "The backbone is `vit_small_patch14_dinov2` at 98 px, further trained by others on",
+        "saliency. The number behind a name is that of bits, those of the head included. Where",
+        "there is none, the parts have 1 bit and the head has 2; the house recipe has its own.",
+        "Test accuracy is read from the reloaded pack. A star marks packs that no smaller one",
+        "beats on the validation set.",
+    ]
+    for task in TASKS:
+        runs = [run for run in result["runs"] if run["task"] == task]
+        if runs:
+            lines += ["", f"## {task}", "", *_rows(runs)]
+    return "\n".join(lines) + "\n"
+
+
+def _rows(runs: Sequence[dict[str, Any]]) -> list[str]:
+    names = {run["recipe"]: None for run in runs}
+    found = []
+    for name in names:
+        own = [run for run in runs if run["recipe"] == name]
+        val, test = (
+            100 * sum(run[right] for run in own) / sum(run[samples] for run in own)
+            for right, samples in (("val_correct", "val_samples"), ("correct", "samples"))
+        )
+        found.append((own[0]["bytes"], val, test, name, len(own)))
+    found.sort()
+    front = on_front([row[0] for row in found], [row[1] for row in found])
+    lines = ["| recipe | bytes | validation % | test % | seeds |", "|---|---|---|---|---|"]
+    for number, (size, val, test, name, seeds) in enumerate(found):
+        star = " *" if number in front else ""
+        lines.append(f"| {name}{star} | {size:,} | {val:.1f} | {test:.1f} | {seeds} |")
+    return lines
+
+
+def main() -> None:
+    """Measure what is missing, write the page."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--tasks", nargs="+", default=TASKS, choices=TASKS)
+    parser.add_argument("--recipes", nargs="+", default=list(recipes()), choices=recipes())
+    parser.add_argument("--seeds", nargs="+", type=int, default=(0,))
+    parser.add_argument("--epochs", type=int, default=8)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--workers", type=int, default=1, help="runs at the same time")
+    parser.add_argument("--shared", type=Path, default=fidelity.SHARED)
+    parser.add_argument("--workdir", type=Path, default=HERE.parent / "runs" / "fidelity")
+    parser.add_argument("--page", action="store_true")
+    arguments = parser.parse_args()
+    result = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"runs": []}
+    asked = itertools.product(arguments.seeds, arguments.tasks, arguments.recipes)
+    runs = [
+        {"task": task, "recipe": recipe, "seed": seed, "epochs": arguments.epochs}
+        for seed, task, recipe in asked
+        if not arguments.page
+    ]
+    runs = [run for run in runs if not any(run.items() <= done.items() for done in result["runs"])]
+    if runs:
+        result["machine"] = describe_machine()
+        result["command"] = shlex.join(["python", "benchmarks/sizes.py", *sys.argv[1:]])
+    place = Place(arguments.shared.resolve(), arguments.workdir, arguments.device)
+    for task in {run["task"]: None for run in runs if "connections" in recipes()[run["recipe"]]}:
+        select_once(open_task(task, {}, place), place)
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(arguments.workers, mp_context=spawn) as pool:
+        for done in as_completed([pool.submit(measure, run, place) for run in runs]):
+            result["runs"].append(done.result())
+            RESULTS.write_text(json.dumps(result, indent=1) + "\n")
+            print({**result["runs"][-1], "right": "..."}, flush=True)
+    RESULTS.with_suffix(".md").write_text(page(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,1 +1,0 @@
-"""The gradient of selected connections, with a fused GPU kernel where one can be compiled."""
