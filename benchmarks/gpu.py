@@ -316,7 +316,7 @@ def run_tests() -> dict[str, Any]:
         "pytest",
         "-m",
         "gpu",
-        "-rs",
+        "-rfEs",
         *GPU_TESTS,
         "-W",
         "ignore::pytest.PytestConfigWarning",

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 
 import torch
@@ -46,12 +47,13 @@ class RecordedStep:
     def __call__(self, images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         with self._on_own_stream():
             shape = (images.shape, images.dtype, targets.shape, targets.dtype)
-            if self._graph is None:
+            if self._graph is None and self._is_recordable:
                 self._plain_steps = self._plain_steps + 1 if shape == self._shape else 1
                 self._shape = shape
-                if self._plain_steps <= PLAIN_STEPS or not self._is_recordable:
-                    return self._step(images, targets)
-                self._record(images, targets)
+                if self._plain_steps == PLAIN_STEPS:
+                    return self._watched(images, targets)
+                if self._plain_steps > PLAIN_STEPS:
+                    self._record(images, targets)
             if self._graph is None or shape != self._shape:
                 return self._step(images, targets)
             self._images.copy_(images)
@@ -67,8 +69,23 @@ class RecordedStep:
             yield
         outside.wait_stream(self._stream)
 
+    def _watched(self, images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """A plain step that finds out whether the host waits for the GPU in it. Such a step cannot
+        be recorded, and memory that a failed recording has taken is lost.
+        """
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            try:
+                loss = self._step(images, targets)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+        if any("synchronizing CUDA operation" in str(warning.message) for warning in caught):
+            self._refuse("it waits for the GPU")
+        return loss
+
     def _record(self, images: torch.Tensor, targets: torch.Tensor) -> None:
-        """Record a step; nothing is computed. A step that waits for the GPU cannot be recorded."""
+        """Record a step; nothing is computed."""
         graph = torch.cuda.CUDAGraph()
         for generator in self._generators():
             graph.register_generator_state(generator)
@@ -79,12 +96,14 @@ class RecordedStep:
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
-            self._is_recordable = False
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-            logging.getLogger(__name__).warning(
-                "training launches every kernel by itself, which takes longer: a step cannot be"
-                " recorded as a CUDA graph (%s)",
-                reason,
-            )
-            return
-        self._graph = graph
+            self._refuse((str(error).strip().splitlines() or [type(error).__name__])[0][:200])
+        else:
+            self._graph = graph
+
+    def _refuse(self, reason: str) -> None:
+        self._is_recordable = False
+        logging.getLogger(__name__).warning(
+            "training launches every kernel by itself, which takes longer: a step cannot be"
+            " recorded as a CUDA graph (%s)",
+            reason,
+        )
