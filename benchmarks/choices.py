@@ -29,8 +29,8 @@ from machine import describe_machine
 from numpy.typing import NDArray
 from PIL import Image
 
-from pipeline.adaptation import AdaptedModel, attach, rank_places, recompute
-from pipeline.adaptation.selected.ranking import kept_places
+from pipeline.adaptation import AdaptedModel, attach, rank_indices, recompute
+from pipeline.adaptation.selected.ranking import kept_indices
 from pipeline.data.batch_plan import shard_batches
 from pipeline.data.decode import decode_image
 from pipeline.packs.codebook import levels
@@ -144,10 +144,10 @@ def selections(workdir: Path) -> dict[str, float]:
 
 def overlap(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> float:
     """Fraction of the connections at K = 1 per neuron that two sums of gradients have in common."""
-    ranked = [rank_places(sums, "neuron", 1) for sums in (first, second)]
-    places = [kept_places(each, 1) for each in ranked]
+    ranked = [rank_indices(sums, "neuron", 1) for sums in (first, second)]
+    places = [kept_indices(each, 1) for each in ranked]
     common = sum(int(torch.isin(places[0][name], places[1][name]).sum()) for name in places[0])
-    return common / sum(len(place_N) for place_N in places[0].values())
+    return common / sum(len(index_N) for index_N in places[0].values())
 
 
 def schedule() -> dict[str, float]:

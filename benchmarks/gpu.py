@@ -36,7 +36,7 @@ import torch
 from machine import describe_machine
 from variants import FULL, Setting, Variant, builders, select_connections
 
-from pipeline.adaptation import SelectedIndex, rank_places
+from pipeline.adaptation import SelectedIndex, rank_indices
 from pipeline.backbones import LoadedBackbone, load_backbone
 from pipeline.kinds import kind_named
 from pipeline.selection.gradient import NumberedBatch, gradient_sums
@@ -293,14 +293,14 @@ def timed_selection(
         ),
         device,
     )
-    ranking = seconds_of(lambda: selected.update(rank_places(sums, "neuron", TOP_K)), device)
+    ranking = seconds_of(lambda: selected.update(rank_indices(sums, "neuron", TOP_K)), device)
     return selected, {"gradients": gradients, "ranking": ranking}
 
 
 def share_alike(one: SelectedIndex, other: SelectedIndex) -> float:
     """Share of places that both select."""
-    same = sum(int(torch.isin(one[name].place_M, other[name].place_M).sum()) for name in one)
-    return same / sum(len(ranked.place_M) for ranked in one.values())
+    same = sum(int(torch.isin(one[name].index_M, other[name].index_M).sum()) for name in one)
+    return same / sum(len(ranked.index_M) for ranked in one.values())
 
 
 # --- the tests ------------------------------------------------------------------------------------

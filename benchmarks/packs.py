@@ -26,7 +26,7 @@ from packs_selected import open_task, selected_of
 from packs_sharing import sharing_row
 from packs_simulated import bottleneck_rows, simulated_rows, time_row
 
-from pipeline.adaptation import RankedPlaces
+from pipeline.adaptation import RankedIndices
 from pipeline.adaptation.packing import SizePlanner
 from pipeline.packs import encode_positions, thresholds
 from pipeline.specs import Recipe
@@ -42,7 +42,7 @@ DEMO = [
 
 
 def position_rows(
-    tasks: Mapping[str, tuple[Inputs, dict[str, RankedPlaces]]],
+    tasks: Mapping[str, tuple[Inputs, dict[str, RankedIndices]]],
 ) -> list[dict[str, Any]]:
     """Coded positions against entropy and fixed width."""
     rows = []
@@ -66,7 +66,7 @@ def position_rows(
     return rows
 
 
-def file_rows(tasks: Mapping[str, tuple[Inputs, dict[str, RankedPlaces]]]) -> list[dict[str, Any]]:
+def file_rows(tasks: Mapping[str, tuple[Inputs, dict[str, RankedIndices]]]) -> list[dict[str, Any]]:
     """GPS at K = 1 and 1 bit, head at 1 bit: the whole file against the bound of positions and
     codes.
     """
@@ -91,7 +91,7 @@ def file_rows(tasks: Mapping[str, tuple[Inputs, dict[str, RankedPlaces]]]) -> li
 
 
 def format_rows(
-    tasks: Mapping[str, tuple[Inputs, dict[str, RankedPlaces]]],
+    tasks: Mapping[str, tuple[Inputs, dict[str, RankedIndices]]],
 ) -> list[dict[str, Any]]:
     """K = 1 of one task in other sparse layouts, plain and under zstd; values are normal."""
     name, (inputs, ranked) = next(iter(tasks.items()))

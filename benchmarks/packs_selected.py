@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.adaptation import RankedPlaces, SelectedIndex
-from pipeline.adaptation.selected.ranking import kept_places
+from pipeline.adaptation import RankedIndices, SelectedIndex
+from pipeline.adaptation.selected.ranking import kept_indices
 from pipeline.adaptation.sites import weight_shapes
 from pipeline.data import prepare
 from pipeline.packs import LayerShape
@@ -39,8 +39,8 @@ class Selected:
     def entropy_bytes(self) -> float:
         """Empirical entropy of each layer's columns, the columns' distribution for free."""
         bits = 0.0
-        for places_N, shape in zip(self.places, self.shapes, strict=True):
-            counts = np.bincount(places_N % shape.columns)
+        for index_N, shape in zip(self.places, self.shapes, strict=True):
+            counts = np.bincount(index_N % shape.columns)
             share = counts[counts > 0] / shape.count
             bits -= shape.count * float((share * np.log2(share)).sum())
         return bits / 8
@@ -48,8 +48,8 @@ class Selected:
 
 def selected_of(ranked: SelectedIndex, inputs: Inputs, top_k: int) -> Selected:
     """The places that `top_k` keeps."""
-    kept, shapes = kept_places(ranked, top_k), weight_shapes(inputs.backbone.model)
-    places = {name: place_N.numpy() for name, place_N in kept.items()}
+    kept, shapes = kept_indices(ranked, top_k), weight_shapes(inputs.backbone.model)
+    places = {name: index_N.numpy() for name, index_N in kept.items()}
     return Selected(
         list(places),
         list(places.values()),
@@ -57,7 +57,7 @@ def selected_of(ranked: SelectedIndex, inputs: Inputs, top_k: int) -> Selected:
     )
 
 
-def open_task(path: Path, workdir: Path) -> tuple[Inputs, dict[str, RankedPlaces]]:
+def open_task(path: Path, workdir: Path) -> tuple[Inputs, dict[str, RankedIndices]]:
     """A task's inputs and its ranked selection of 3 connections a neuron, computed once."""
     task = load_task(path)
     folder = workdir / "data" / task.name

@@ -12,7 +12,7 @@ import numpy as np
 import zstandard
 from packs_selected import Selected, selected_of
 
-from pipeline.adaptation import RankedPlaces
+from pipeline.adaptation import RankedIndices
 from pipeline.adaptation.packing import SizePlanner, describe
 from pipeline.packs import encode_positions
 from pipeline.packs.coder import Encoder
@@ -23,7 +23,7 @@ from pipeline.training import Inputs
 
 
 def sharing_row(
-    tasks: Mapping[str, tuple[Inputs, dict[str, RankedPlaces]]], top_k: int
+    tasks: Mapping[str, tuple[Inputs, dict[str, RankedIndices]]], top_k: int
 ) -> dict[str, Any]:
     """Bytes of the tasks' packs alone, and what a common base could save: column models, identical
     positions, descriptions.
@@ -99,7 +99,7 @@ def _cost_beside(first: Selected, other: Selected, size_bytes: int) -> float:
     return float(flag_bits / 8 + (1 - share) * size_bytes)
 
 
-def _saved_in_descriptions(tasks: Mapping[str, tuple[Inputs, dict[str, RankedPlaces]]]) -> int:
+def _saved_in_descriptions(tasks: Mapping[str, tuple[Inputs, dict[str, RankedIndices]]]) -> int:
     recipe = Recipe.model_validate({"connections": {"top_k": 1, "bits": 1}, "head": {"bits": 1}})
     descriptions = [
         Description(

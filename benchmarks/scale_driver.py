@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from pipeline.adaptation.packing import SizePlanner
-from pipeline.adaptation.selected.ranking import rank_places
+from pipeline.adaptation.selected.ranking import rank_indices
 from pipeline.adaptation.sites import weight_shapes
 from pipeline.backbones import LoadedBackbone, load_backbone, share
 from pipeline.cluster.session import ray_session
@@ -206,7 +206,7 @@ def write_random_selection(backbone: LoadedBackbone, path: Path) -> None:
         name: torch.rand(shape, generator=generator)
         for name, shape in weight_shapes(backbone.model).items()
     }
-    write_selection(rank_places(drawn, "neuron", 3), path)
+    write_selection(rank_indices(drawn, "neuron", 3), path)
 
 
 def propose_all(task: Task, planner: SizePlanner) -> None:

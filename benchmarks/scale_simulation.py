@@ -1,7 +1,7 @@
 """A batch played with given costs: discrete events, one GPU a trial, one driver that serves every
 event in turn.
 
-A study has at most `LAG` trials in flight, and slot i starts once the slots up to i - LAG have
+A study has at most `LAG` trials in flight, and number i starts once the slots up to i - LAG have
 ended. A trial trains an epoch on its GPU, reports, and goes on when the driver has taken the
 result: Tune lets it wait. The driver takes one event at a time, in the order in which they come;
 what its threads spend on polling slows all of it down. Registrations follow each other.
@@ -72,7 +72,7 @@ class Server:
 
 @dataclass
 class _Study:
-    next_slot: int = 0
+    next_trial: int = 0
     ended: set[int] = field(default_factory=set)
     in_flight: int = 0
     workers: int = 0
@@ -143,18 +143,18 @@ class _Batch:
         self._start_trials(study)
 
     def _start_trials(self, study: _Study) -> None:
-        while study.next_slot < self.plan.trials and all(
-            slot in study.ended for slot in range(study.next_slot - LAG + 1)
+        while study.next_trial < self.plan.trials and all(
+            number in study.ended for number in range(study.next_trial - LAG + 1)
         ):
-            slot = study.next_slot
-            study.next_slot += 1
+            number = study.next_trial
+            study.next_trial += 1
             study.in_flight += 1
             self._on_driver(
                 self.costs.trial,
-                lambda slot=slot: self._on_gpu(lambda: self._begin(study, slot)),  # type: ignore[misc]
+                lambda number=number: self._on_gpu(lambda: self._begin(study, number)),  # type: ignore[misc]
             )
 
-    def _begin(self, study: _Study, slot: int) -> None:
+    def _begin(self, study: _Study, number: int) -> None:
         """A trial on a GPU; the first `LAG` of a study start their workers."""
         epoch_seconds = (
             self.plan.trial_seconds
@@ -165,23 +165,23 @@ class _Batch:
         study.workers += is_new
         self._at(
             self.now + (self.plan.start_seconds if is_new else 0.0),
-            lambda: self._epoch(study, slot, self.plan.epochs, epoch_seconds),
+            lambda: self._epoch(study, number, self.plan.epochs, epoch_seconds),
         )
 
-    def _epoch(self, study: _Study, slot: int, left: int, seconds: float) -> None:
+    def _epoch(self, study: _Study, number: int, left: int, seconds: float) -> None:
         if left:
-            self._compute(seconds, lambda: self._report(study, slot, left - 1, seconds))
+            self._compute(seconds, lambda: self._report(study, number, left - 1, seconds))
             return
         self._release()
-        study.ended.add(slot)
+        study.ended.add(number)
         study.in_flight -= 1
         self._start_trials(study)
-        if study.in_flight == 0 and study.next_slot == self.plan.trials:
+        if study.in_flight == 0 and study.next_trial == self.plan.trials:
             self._fit()
 
-    def _report(self, study: _Study, slot: int, left: int, seconds: float) -> None:
+    def _report(self, study: _Study, number: int, left: int, seconds: float) -> None:
         self.results += 1
-        self._on_driver(self.costs.result, lambda: self._epoch(study, slot, left, seconds))
+        self._on_driver(self.costs.result, lambda: self._epoch(study, number, left, seconds))
 
     def _fit(self) -> None:
         seconds = self.plan.start_seconds + 1.25 * self.plan.trial_seconds

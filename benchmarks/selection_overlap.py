@@ -19,7 +19,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from pipeline.adaptation import SelectedIndex
-from pipeline.adaptation.selected.ranking import kept_places
+from pipeline.adaptation.selected.ranking import kept_indices
 
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 """Okabe and Ito's palette."""
@@ -42,14 +42,14 @@ def share_by_block(selected: SelectedIndex, top_k: int) -> dict[str, float]:
     add up to 1.
     """
     counts: dict[str, int] = {block_of(name): 0 for name in selected}
-    for name, place_N in kept_places(selected, top_k).items():
-        counts[block_of(name)] += len(place_N)
+    for name, index_N in kept_indices(selected, top_k).items():
+        counts[block_of(name)] += len(index_N)
     return {block: count / sum(counts.values()) for block, count in counts.items()}
 
 
 def overlap(first: SelectedIndex, second: SelectedIndex, top_k: int) -> float:
     """Share of the connections of the smaller selection that the other has, too."""
-    places, others = kept_places(first, top_k), kept_places(second, top_k)
+    places, others = kept_indices(first, top_k), kept_indices(second, top_k)
     common = sum(
         int(torch.isin(places[name], others[name]).sum()) for name in places.keys() & others.keys()
     )
@@ -62,7 +62,7 @@ def chance_overlap(
     """The overlap expected where each layer, of so many `entries`, chose as many as it did, but at
     random.
     """
-    places, others = kept_places(first, top_k), kept_places(second, top_k)
+    places, others = kept_indices(first, top_k), kept_indices(second, top_k)
     expected = sum(
         len(places[name]) * len(others[name]) / entries[name]
         for name in places.keys() & others.keys()

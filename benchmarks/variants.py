@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from pipeline.adaptation import AdaptedModel, SelectedIndex, attach, rank_places
+from pipeline.adaptation import AdaptedModel, SelectedIndex, attach, rank_indices
 from pipeline.adaptation.parts.connections import TunedLayer
 from pipeline.adaptation.sites import tunable_layers
 from pipeline.adaptation.working import fuse_attention, slow_fused_attention
@@ -111,7 +111,7 @@ def select_connections(
         name: layer.weight.grad.flatten(1)  # type: ignore[union-attr]
         for name, layer in tunable_layers(model).items()
     }
-    return rank_places(gradients, "neuron", top_k)
+    return rank_indices(gradients, "neuron", top_k)
 
 
 def connections(top_k: int, bits: Any = 32) -> Recipe:

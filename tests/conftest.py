@@ -36,7 +36,7 @@ from pipeline.specs import (
 )
 
 if TYPE_CHECKING:
-    from pipeline.adaptation import RankedPlaces
+    from pipeline.adaptation import RankedIndices
     from pipeline.backbones import LoadedBackbone
     from pipeline.specs import Level
     from pipeline.training import Inputs
@@ -144,19 +144,19 @@ def families(tiny_backbone: Backbone) -> dict[str, Backbone]:
 
 
 @pytest.fixture(scope="session")
-def random_selection() -> Callable[..., dict[str, RankedPlaces]]:
+def random_selection() -> Callable[..., dict[str, RankedIndices]]:
     """A function (backbone, top_k, seed, level) -> a selection of random connections."""
     import torch
 
-    from pipeline.adaptation import rank_places
+    from pipeline.adaptation import rank_indices
     from pipeline.adaptation.sites import weight_shapes
 
     def draw(
         backbone: LoadedBackbone, top_k: int, seed: int = 0, level: Level = "neuron"
-    ) -> dict[str, RankedPlaces]:
+    ) -> dict[str, RankedIndices]:
         generator = torch.Generator().manual_seed(seed)
         shapes = weight_shapes(backbone.model)
-        return rank_places(
+        return rank_indices(
             {name: torch.rand(shape, generator=generator) for name, shape in shapes.items()},
             level,
             top_k,

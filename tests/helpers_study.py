@@ -79,13 +79,15 @@ def make_study(task: Task, folder: Path) -> Study:
     return Study(task, make_proposer(task, fake_size), TrialJournal(folder))
 
 
-def drive_one(study: Study, slot: int, failing: set[int] = frozenset()) -> None:  # type: ignore[assignment]
+def drive_one(study: Study, number: int, failing: set[int] = frozenset()) -> None:  # type: ignore[assignment]
     for epoch in range(1, EPOCHS + 1):
-        if not study.report(slot, epoch, fake_metric(study.slots[slot].id, epoch), STANDARD_ERROR):
-            return study.finish(slot, 1.0, None)
-        if slot in failing and epoch == 1:
-            return study.finish(slot, 1.0, DIVERGED)
-    return study.finish(slot, 1.0, None)
+        if not study.report(
+            number, epoch, fake_metric(study.proposals[number].id, epoch), STANDARD_ERROR
+        ):
+            return study.finish(number, 1.0, None)
+        if number in failing and epoch == 1:
+            return study.finish(number, 1.0, DIVERGED)
+    return study.finish(number, 1.0, None)
 
 
 def record(

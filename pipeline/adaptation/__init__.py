@@ -5,17 +5,17 @@ Imports: backbones, errors, packs, specs.
 
 from pipeline.adaptation.attach import AdaptedModel, attach
 from pipeline.adaptation.recipe_plan import PlannedTensor, plan
-from pipeline.adaptation.selected.ranking import RankedPlaces, SelectedIndex, rank_places
+from pipeline.adaptation.selected.ranking import RankedIndices, SelectedIndex, rank_indices
 from pipeline.adaptation.selected.recomputed import is_recomputable, recompute
 
 __all__ = [
     "AdaptedModel",
     "PlannedTensor",
-    "RankedPlaces",
+    "RankedIndices",
     "SelectedIndex",
     "attach",
     "is_recomputable",
     "plan",
-    "rank_places",
+    "rank_indices",
     "recompute",
 ]

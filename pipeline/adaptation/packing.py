@@ -13,11 +13,11 @@ from pydantic import ValidationError
 from pipeline.adaptation.attach import AdaptedModel, attach
 from pipeline.adaptation.recipe_plan import PlannedTensor, plan
 from pipeline.adaptation.selected.ranking import (
-    RankedPlaces,
+    RankedIndices,
     SelectedIndex,
     kept_at,
-    kept_places,
-    rank_places,
+    kept_indices,
+    rank_indices,
 )
 from pipeline.adaptation.selected.recomputed import is_recomputable, recompute
 from pipeline.adaptation.sites import weight_shapes
@@ -119,7 +119,7 @@ class SizePlanner:
         level = self._task.selection.level
         planner, slack = self, 0
         if level == "network":  # the first layers would keep everything
-            spread = rank_places(self._equal_importance(), "layer", recipe.connections.top_k)
+            spread = rank_indices(self._equal_importance(), "layer", recipe.connections.top_k)
             planner = SizePlanner(self._task, self._backbone, self._classes, spread)
             slack = _COUNT_BYTES * len(spread)
         shapes, cheapest = (
@@ -154,12 +154,12 @@ class SizePlanner:
             top_k, is_stored = recipe.connections.top_k, not is_recomputable(self._task.selection)
             selected = self._selected or self._assumed(top_k)
             alone = Recipe(connections=recipe.connections, quantiser=recipe.quantiser)
-            group, places = (
+            group, indices = (
                 _groups(plan(self._backbone, alone, 1, selected))[0],
-                kept_places(selected, top_k),
+                kept_indices(selected, top_k),
             )
             positions = (
-                tuple(_as_places(places[tensor.name]) for tensor in group) if is_stored else ()
+                tuple(_as_indices(indices[tensor.name]) for tensor in group) if is_stored else ()
             )
             part = _zeros(group, positions, recomputed=not is_stored)
             vars(part)["encoded_positions"] = self._same_places.setdefault(
@@ -172,7 +172,7 @@ class SizePlanner:
         spec = self._task.selection
         if is_recomputable(spec):
             return recompute(self._backbone, spec, top_k)
-        return rank_places(self._equal_importance(), spec.level, top_k)
+        return rank_indices(self._equal_importance(), spec.level, top_k)
 
     def _equal_importance(self) -> dict[str, torch.Tensor]:
         return {
@@ -277,7 +277,7 @@ def _first_difference(trail: str, backbone: LoadedBackbone) -> str:
 
 def _selected(
     pack: Pack, recipe: Recipe, spec: Selection, backbone: LoadedBackbone
-) -> dict[str, RankedPlaces] | None:
+) -> dict[str, RankedIndices] | None:
     """The pack's connections: stored in it, or recomputed from the backbone if it says so."""
     if recipe.connections is None:
         return None
@@ -290,18 +290,18 @@ def _selected(
             )
         return recompute(backbone, spec, top_k)
     stored = {
-        spec.name: places
+        spec.name: indices
         for part in pack.parts
-        for spec, places in zip(part.tensors, part.positions, strict=False)
+        for spec, indices in zip(part.tensors, part.positions, strict=False)
     }
     expected = sum(kept_at(shape, top_k) for shape in weight_shapes(backbone.model).values())
-    if spec.level == "network" and expected != sum(len(places) for places in stored.values()):
+    if spec.level == "network" and expected != sum(len(indices) for indices in stored.values()):
         raise PackDamaged(
             f"the pack's connections are not the {expected} that its recipe's top_k of {top_k}"
             " keeps"
         )
     return {
-        name: RankedPlaces.unranked(torch.from_numpy(places)) for name, places in stored.items()
+        name: RankedIndices.unranked(torch.from_numpy(indices)) for name, indices in stored.items()
     }
 
 
@@ -357,8 +357,8 @@ def _zeros(
     )
 
 
-def _as_places(places_N: torch.Tensor) -> np.ndarray:
-    return places_N.cpu().numpy().astype(np.int64)
+def _as_indices(index_N: torch.Tensor) -> np.ndarray:
+    return index_N.cpu().numpy().astype(np.int64)
 
 
 def _part(
@@ -377,7 +377,7 @@ def _part(
         codes=np.concatenate([encoded[tensor][0] for tensor in group]),
         scales=np.concatenate(scales) if scales else None,
         positions=(
-            tuple(_as_places(positions[spec.name]) for spec in specs)
+            tuple(_as_indices(positions[spec.name]) for spec in specs)
             if layers and not recomputed
             else ()
         ),

@@ -18,7 +18,7 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import TypeVar
 
-from pipeline.cluster.task_threads import Interrupted
+from pipeline.cluster.task_pool import Interrupted
 from pipeline.errors import ClusterError
 from pipeline.utils.signals import handlers_kept
 

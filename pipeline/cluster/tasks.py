@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from pipeline.cluster.task_threads import Interrupted
+from pipeline.cluster.task_pool import Interrupted
 
 _LOOK_SECONDS = 0.5
 

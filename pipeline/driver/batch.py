@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from pipeline.adaptation.packing import SizePlanner
 from pipeline.cluster.session import session_logs
-from pipeline.cluster.task_threads import Together
+from pipeline.cluster.task_pool import TaskPool
 from pipeline.driver.monitor.batch_watch import BatchWatch, batch_name
 from pipeline.driver.monitor.state import state_file_name
 from pipeline.driver.registrar import PATIENCE_SECONDS, Registrar
@@ -167,7 +167,7 @@ class _Driver(Stages):
         super().__post_init__()
         self.registrar = Registrar(
             self.registry,
-            self.together,
+            self.pool,
             self.registry_patience_seconds,
             with_trials=self.log_trials,
         )
@@ -177,12 +177,12 @@ class _Driver(Stages):
         run, so errors in data show early.
         """
         self.check_gpus()
-        outcomes = Together(lambda: PREPARED_AT_ONCE).run(
+        outcomes = TaskPool(lambda: PREPARED_AT_ONCE).run(
             lambda task: self._outcome(task, self.prepare), tasks
         )
         failed = {outcome.task: outcome for outcome in outcomes if outcome is not None}
         prepared = [task for task in tasks if task.name not in failed]
-        ran = {outcome.task: outcome for outcome in self.together.run(self._run_prepared, prepared)}
+        ran = {outcome.task: outcome for outcome in self.pool.run(self._run_prepared, prepared)}
         return [(failed | ran)[task.name] for task in tasks]
 
     def check(self, inputs: Inputs) -> None:
@@ -281,7 +281,7 @@ class _Driver(Stages):
             size_of=planner.size_bytes,
             resources=lambda: self.resources(self.ranks(inputs)),
             on_progress=report,
-            is_stopping=self.together.is_stopping,
+            is_stopping=self.pool.is_stopping,
         )
 
     def _fit(

@@ -148,7 +148,7 @@ def compare_methods(
         )
         driver.check_gpus()
         prepared = [driver.open(task) for task in tasks]
-        compared = driver.together.run(
+        compared = driver.pool.run(
             lambda inputs: driver.compare(inputs, methods, seeds, fraction, reference), prepared
         )
         return list(itertools.chain.from_iterable(compared))

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from pipeline.cluster.task_threads import Together
+from pipeline.cluster.task_pool import TaskPool
 from pipeline.errors import RegistryUnreachable
 from pipeline.registry.pack_record import Champion, RegisteredPack
 
@@ -33,14 +33,14 @@ class Registrar:
     def __init__(
         self,
         registry: Registry,
-        together: Together,
+        pool: TaskPool,
         patience_seconds: float = PATIENCE_SECONDS,
         *,
         with_trials: bool = True,
     ) -> None:
-        self._registry, self._together, self._patience_seconds, self._with_trials = (
+        self._registry, self._pool, self._patience_seconds, self._with_trials = (
             registry,
-            together,
+            pool,
             patience_seconds,
             with_trials,
         )
@@ -59,11 +59,11 @@ class Registrar:
             RegistryUnreachable: it did not answer for `patience_seconds`.
             RegistryError: it answers, and refused.
         """
-        with self._together.aside(), self._lock:
+        with self._pool.aside(), self._lock:
             while True:
-                self._together.pause(0)
+                self._pool.pause(0)
                 if time.monotonic() >= self._next_try:
-                    none_runs = self._together.all_wait()
+                    none_runs = self._pool.all_wait()
                     try:
                         registered = self._registry.register(
                             champion, with_trials=self._with_trials
@@ -76,7 +76,7 @@ class Registrar:
                         return registered
                 if self._is_given_up:
                     raise self._given_up(champion)
-                self._together.pause(_LOOK_SECONDS)
+                self._pool.pause(_LOOK_SECONDS)
 
     def _note_silence(self, none_runs: bool) -> None:
         now = time.monotonic()

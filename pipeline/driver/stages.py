@@ -20,7 +20,7 @@ from pipeline.backbones.known import remember
 from pipeline.cluster.capacity import check_holds_group, has_gpus, places, wait_for_room
 from pipeline.cluster.rank_group import WORKER_DIED, WORKER_RETRIES, TrialResources, in_group
 from pipeline.cluster.session import interruptible, is_connected, ray_session
-from pipeline.cluster.task_threads import Together
+from pipeline.cluster.task_pool import TaskPool
 from pipeline.cluster.tasks import WorkersDied, ended_tasks
 from pipeline.data import prepare, remarks_on
 from pipeline.driver.workspace import Workspace
@@ -126,12 +126,12 @@ class Stages:
     ray_is_private: bool
     placement: Placement
     on_progress: OnProgress
-    together: Together = field(init=False)
+    pool: TaskPool = field(init=False)
     here: threading.Lock = field(default_factory=threading.Lock)
     stage: dict[str, Stage] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.together = Together(self.tasks_at_once)
+        self.pool = TaskPool(self.tasks_at_once)
 
     def check_gpus(self) -> None:
         """Raise ClusterError if a private Ray would count GPUs that torch cannot use. On a cluster,
@@ -142,7 +142,7 @@ class Stages:
 
     def ray_is_up(self) -> None:
         """Start Ray unless it runs, in the main thread, because Ray sets signal handlers."""
-        self.together.on_main_thread(self.start_ray)
+        self.pool.on_main_thread(self.start_ray)
 
     def tasks_at_once(self) -> int:
         """How many tasks may run now: one more than fill the cluster, whose trials run while others
@@ -210,7 +210,7 @@ class Stages:
             self.workers_are_up(self.ranks(inputs))
             use_gpu = self._per_trial()[1] > 0 and has_gpus()
             workers = self.placement.selection_workers or max(
-                1, places(1, use_gpu) // max(1, self.together.running)
+                1, places(1, use_gpu) // max(1, self.pool.running)
             )
             may_be_here = (
                 self.ray_is_private and self.placement.selection_workers is None and not use_gpu
@@ -224,7 +224,7 @@ class Stages:
                 lambda: select(
                     inputs.task, data_folder, top_k, path, workers=workers, use_gpu=use_gpu
                 ),
-                self.together.is_stopping,
+                self.pool.is_stopping,
             )
             await_file(path)
         return path
@@ -233,7 +233,7 @@ class Stages:
         """The resources of a trial; starts Ray unless it runs."""
         self.workers_are_up(ranks)
         resources = TrialResources(*self._per_trial(), ranks)
-        wait_for_room(ranks, resources.cpus, resources.gpus, self.together.is_stopping)
+        wait_for_room(ranks, resources.cpus, resources.gpus, self.pool.is_stopping)
         return resources
 
     def workers_are_up(self, ranks: int) -> None:
@@ -242,7 +242,7 @@ class Stages:
         """
         self.ray_is_up()
         cpus, gpus = self.placement.per_trial
-        wait_for_room(ranks, 1 if cpus is None else cpus, gpus or 0, self.together.is_stopping)
+        wait_for_room(ranks, 1 if cpus is None else cpus, gpus or 0, self.pool.is_stopping)
 
     def fits(self, arguments: Sequence[tuple[Any, ...]], ranks: int) -> Iterator[tuple[int, Any]]:
         """Run `fit_worker` on every set of arguments; yield (index, outcome) as they end. A fit
@@ -270,7 +270,7 @@ class Stages:
                 "ranks": ranks,
                 "retries": WORKER_RETRIES,
                 "kept": kept,
-                "is_stopping": self.together.is_stopping,
+                "is_stopping": self.pool.is_stopping,
             }
             try:
                 yield from ended_tasks(worker, given, resources.cpus, resources.gpus, **limits)

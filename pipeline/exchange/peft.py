@@ -122,16 +122,15 @@ def _as_shira(model: AdaptedModel, original: nn.Module) -> tuple[Tensors, dict[s
         if tensor.part == "connections"
     }
     layers = {
-        name: (places_N, original.get_submodule(name))
-        for name, places_N in model.positions().items()
+        name: (index_N, original.get_submodule(name)) for name, index_N in model.positions().items()
     }
     linear = {
-        name: (places_N, layer)
-        for name, (places_N, layer) in layers.items()
+        name: (index_N, layer)
+        for name, (index_N, layer) in layers.items()
         if isinstance(layer, nn.Linear)
     }
     rank = max(
-        (-(-len(places_N) // sum(layer.weight.shape)) for places_N, layer in linear.values()),
+        (-(-len(index_N) // sum(layer.weight.shape)) for index_N, layer in linear.values()),
         default=0,
     )
     fitting = {
@@ -145,14 +144,14 @@ def _as_shira(model: AdaptedModel, original: nn.Module) -> tuple[Tensors, dict[s
             " to timm or onnx instead"
         )
     tensors: Tensors = {}
-    for name, (places_N, layer) in fitting.items():
-        places_N, values_N = _filled_up(
-            places_N, values[name], rank * sum(layer.weight.shape), layer.weight.numel()
+    for name, (index_N, layer) in fitting.items():
+        index_N, values_N = _filled_up(
+            index_N, values[name], rank * sum(layer.weight.shape), layer.weight.numel()
         )
         columns = layer.weight[0].numel()
         tensors[f"{name}.shira_weight"] = values_N
         tensors[f"{name}.shira_indices"] = torch.stack(
-            [places_N // columns, places_N % columns]
+            [index_N // columns, index_N % columns]
         ).int()
     return tensors, {
         "peft_type": "SHIRA",
@@ -164,14 +163,14 @@ def _as_shira(model: AdaptedModel, original: nn.Module) -> tuple[Tensors, dict[s
 
 
 def _filled_up(
-    places_N: torch.Tensor, values_N: torch.Tensor, count: int, entries: int
+    index_N: torch.Tensor, values_N: torch.Tensor, count: int, entries: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pad to `count` ascending places and their values, with the first other entries and zeros."""
+    """Pad to `count` ascending indices and their values, with the first other entries and zeros."""
     is_free = torch.ones(entries, dtype=torch.bool)
-    is_free[places_N] = False
-    free = is_free.nonzero().flatten()[: count - len(places_N)]
-    places, order = torch.cat([places_N, free]).sort()
-    return places, torch.cat([values_N, values_N.new_zeros(len(free))])[order]
+    is_free[index_N] = False
+    free = is_free.nonzero().flatten()[: count - len(index_N)]
+    indices, order = torch.cat([index_N, free]).sort()
+    return indices, torch.cat([values_N, values_N.new_zeros(len(free))])[order]
 
 
 # --- LoRA -----------------------------------------------------------------------------------------

@@ -221,9 +221,9 @@ class _Walk:
     def _known(self, step: _Step) -> Integers:
         """Encoder only: the known column numbers that `_code_numbers` writes, [R, K]."""
         assert self.number_N is not None
-        places_RK = self.first_value_G[step.rows_R][:, None] + np.arange(step.most)
+        index_RK = self.first_value_G[step.rows_R][:, None] + np.arange(step.most)
         is_there_RK = np.arange(step.most) < step.counts_R[:, None]
-        numbers_RK = self.number_N[np.where(is_there_RK, places_RK, 0)]
+        numbers_RK = self.number_N[np.where(is_there_RK, index_RK, 0)]
         known_RK = is_there_RK & (numbers_RK <= step.kinds_M[step.owner_R][:, None])
         sorted_RK = np.sort(np.where(known_RK, numbers_RK, _NONE), axis=1)
         return np.where(sorted_RK == _NONE, 0, sorted_RK)

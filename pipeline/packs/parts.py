@@ -8,7 +8,8 @@ has its own. Scales are floats of 16 bits, or of 32 where another program wrote 
 themselves.
 
 Connections also carry their positions: tensor n, of shape [N], holds the values at the ascending
-places `positions[n]` [N] of a weight of `layers[n]` = (O, I), seen as one row-major [O, I] matrix.
+flat indices `positions[n]` [N] of a weight of `layers[n]` = (O, I), seen as one row-major [O, I]
+matrix.
 Positions that a reader recomputes from the backbone, such as the largest weights, are not stored:
 `recomputed`.
 
@@ -32,7 +33,7 @@ from numpy.typing import NDArray
 
 from pipeline.errors import PackDamaged
 from pipeline.packs.codebook import MAX_CODE_BITS, Codebook, dequantise
-from pipeline.packs.positions import LayerShape, check_places, encode_positions
+from pipeline.packs.positions import LayerShape, check_indices, encode_positions
 
 PartName = Literal["connections", "biases", "norms", "adapters", "prompts", "full", "head"]
 PartBits = Literal[1, 2, 3, 4, 5, 6, 7, 8, 16, 32]
@@ -214,10 +215,10 @@ class Part:
                 f"tensor {tensor.name!r} of shape {list(tensor.shape)} is no list of entries of a"
                 f" weight [{shape.rows}, {shape.columns}]",
             )
-        for number, (places_N, shape) in enumerate(
+        for number, (index_N, shape) in enumerate(
             zip(self.positions, self.layer_shapes, strict=False)
         ):
-            check_places(places_N, shape, number)
+            check_indices(index_N, shape, number)
 
 
 def zero_part(

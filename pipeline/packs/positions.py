@@ -1,4 +1,4 @@
-"""Where the selected connections sit: ascending places in each layer's weight, seen as one
+"""Where the selected connections sit: ascending flat indices into each layer's weight, seen as one
 row-major [O, I] matrix.
 
     1 byte   0: plain, 1: coded
@@ -41,13 +41,13 @@ class LayerShape:
 
 
 def encode_positions(layers: Sequence[Integers], shapes: Sequence[LayerShape]) -> bytes:
-    """Code each layer's places [N], ascending. Raises PackDamaged for places out of range, out of
+    """Code each layer's indices [N], ascending. Raises PackDamaged for indices out of range, out of
     order, or twice.
     """
-    for number, (places_N, shape) in enumerate(zip(layers, shapes, strict=True)):
-        check_places(places_N, shape, number)
+    for number, (index_N, shape) in enumerate(zip(layers, shapes, strict=True)):
+        check_indices(index_N, shape, number)
     plain = PLAIN + b"".join(
-        _plain(places_N, shape) for places_N, shape in zip(layers, shapes, strict=True)
+        _plain(index_N, shape) for index_N, shape in zip(layers, shapes, strict=True)
     )
     try:
         coded = CODED + _coded(layers, shapes)
@@ -81,7 +81,7 @@ def largest_size_bytes(
 
 
 def decode_positions(data: bytes, shapes: Sequence[LayerShape]) -> list[Integers]:
-    """The places [N] of each layer, int64. Raises PackDamaged for whatever is not such
+    """The indices [N] of each layer, int64. Raises PackDamaged for whatever is not such
     positions.
     """
     if (
@@ -96,32 +96,32 @@ def decode_positions(data: bytes, shapes: Sequence[LayerShape]) -> list[Integers
     if data[:1] not in (PLAIN, CODED):
         raise PackDamaged("positions: neither plain nor coded")
     layers = _read_plain(data[1:], shapes) if data[:1] == PLAIN else _read_coded(data[1:], shapes)
-    for number, (places_N, shape) in enumerate(zip(layers, shapes, strict=True)):
-        check_places(places_N, shape, number)
+    for number, (index_N, shape) in enumerate(zip(layers, shapes, strict=True)):
+        check_indices(index_N, shape, number)
     return layers
 
 
-def check_places(places_N: Integers, shape: LayerShape, layer: int) -> None:
-    """Raises PackDamaged unless the places are as many as the shape says, in range and strictly
+def check_indices(index_N: Integers, shape: LayerShape, layer: int) -> None:
+    """Raises PackDamaged unless the indices are as many as the shape says, in range and strictly
     ascending; `layer` is named in the message.
     """
-    if places_N.dtype != np.int64 or places_N.shape != (shape.count,):
+    if index_N.dtype != np.int64 or index_N.shape != (shape.count,):
         raise PackDamaged(
-            f"positions of layer {layer}: expected int64 [{shape.count}], found {places_N.dtype}"
-            f" {list(places_N.shape)}"
+            f"positions of layer {layer}: expected int64 [{shape.count}], found {index_N.dtype}"
+            f" {list(index_N.shape)}"
         )
     if (
-        places_N.size
-        and not 0 <= int(places_N.min()) <= int(places_N.max()) < shape.rows * shape.columns
+        index_N.size
+        and not 0 <= int(index_N.min()) <= int(index_N.max()) < shape.rows * shape.columns
     ):
         raise PackDamaged(
-            f"positions of layer {layer}: places {places_N.min()} to {places_N.max()}, the weight"
+            f"positions of layer {layer}: indices {index_N.min()} to {index_N.max()}, the weight"
             f" has {shape.rows * shape.columns}"
         )
-    if (places_N[1:] <= places_N[:-1]).any():
-        at = int((places_N[1:] <= places_N[:-1]).argmax())
+    if (index_N[1:] <= index_N[:-1]).any():
+        at = int((index_N[1:] <= index_N[:-1]).argmax())
         raise PackDamaged(
-            f"positions of layer {layer}: place {places_N[at + 1]} follows {places_N[at]}; they"
+            f"positions of layer {layer}: index {index_N[at + 1]} follows {index_N[at]}; they"
             " must ascend"
         )
 
@@ -129,11 +129,11 @@ def check_places(places_N: Integers, shape: LayerShape, layer: int) -> None:
 # --- plain ----------------------------------------------------------------------------------------
 
 
-def _plain(places_N: Integers, shape: LayerShape) -> bytes:
-    counts_O = np.bincount(places_N // shape.columns, minlength=shape.rows)
+def _plain(index_N: Integers, shape: LayerShape) -> bytes:
+    counts_O = np.bincount(index_N // shape.columns, minlength=shape.rows)
     width_bits = 0 if (counts_O == counts_O[0]).all() else int(counts_O.max()).bit_length()
     counts = pack_codes(counts_O, width_bits) if width_bits else b""
-    return bytes([width_bits]) + counts + pack_codes(places_N % shape.columns, _column_bits(shape))
+    return bytes([width_bits]) + counts + pack_codes(index_N % shape.columns, _column_bits(shape))
 
 
 def _read_plain(data: bytes, shapes: Sequence[LayerShape]) -> list[Integers]:
@@ -197,7 +197,7 @@ def _code(
     columns = (
         None
         if layers is None
-        else [places_N % shape.columns for places_N, shape in zip(layers, shapes, strict=True)]
+        else [index_N % shape.columns for index_N, shape in zip(layers, shapes, strict=True)]
     )
     given = (
         None

@@ -1,10 +1,10 @@
 """The configuration that a study tries next.
 
-A study is a fixed sequence of slots. What slot i tries depends only on the results of slots up to i
-- LAG, told in order, never on which trial finished first. So the same seed gives the same study on
-any number of workers, and an interrupted study is replayed from its records. A space no larger than
-the number of trials is enumerated; a larger one is sampled by Optuna's TPE with the byte budget as
-a constraint.
+A study is a fixed sequence of trials. What trial i tries depends only on the results of trials up
+to i - LAG, told in order, never on which trial finished first. So the same seed gives the same
+study on any number of workers, and an interrupted study is replayed from its records. A space no
+larger than the number of trials is enumerated; a larger one is sampled by Optuna's TPE with the
+byte budget as a constraint.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ LAG = 4
 """Maximum number of concurrent trials of one study."""
 ATTEMPTS_PER_TRIAL = 200
 GUIDED_ATTEMPTS = 5
-"""Proposals of the sampler per slot before a point is drawn at random: in a small space it repeats
+"""Proposals of the sampler per trial before a point is drawn at random: in a small space it repeats
 what was tried.
 """
 
@@ -42,15 +42,15 @@ SizeOf = Callable[[Recipe], int]
 
 
 class Proposer(Protocol):
-    """Proposes the configurations of the slots, in order."""
+    """Proposes the configurations of the trials, in order."""
 
     rejected: list[TrialRecord]
 
     def propose(self) -> Proposal | None:
-        """The configuration of the next slot, or None if there are no more."""
+        """The configuration of the next trial, or None if there are no more."""
 
     def tell(self, record: TrialRecord) -> None:
-        """Record the result of the earliest slot without one."""
+        """Record the result of the earliest trial without one."""
 
 
 def make_proposer(task: Task, size_of: SizeOf) -> Proposer:

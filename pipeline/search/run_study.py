@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.cluster.rank_group import WORKER_RETRIES, TrialResources, group
-from pipeline.cluster.task_threads import Interrupted
+from pipeline.cluster.task_pool import Interrupted
 from pipeline.cluster.tasks import bundles
 from pipeline.errors import BudgetError, ClusterError, TrainingError, named
 from pipeline.kinds import Score
@@ -64,8 +64,8 @@ def run_study(
         Interrupted: `is_stopping()` became true.
     """
     study = Study(task, make_proposer(task, size_of), journal)
-    first = study.next_slot()
-    if not study.slots:
+    first = study.next_trial()
+    if not study.proposals:
         raise _nothing_fits(task, study.all_records())
     if first is not None:
         _run_with_tune(

@@ -20,13 +20,13 @@ from pipeline.specs import Task
 
 
 class Study:
-    """The slots of a study, their results, and what may start next. `ended` are the slots that this
-    run ended, in order of time.
+    """The trials of a study by number, their results, and what may start next. `ended` are those
+    that this run ended, in order of time.
     """
 
     def __init__(self, task: Task, proposer: Proposer, journal: TrialJournal) -> None:
         self.task = task
-        self.slots: list[Proposal] = []
+        self.proposals: list[Proposal] = []
         self.records: dict[int, TrialRecord] = {}
         self.ended: list[int] = []
         self._proposer, self._journal = proposer, journal
@@ -37,68 +37,68 @@ class Study:
         self._stopped: set[int] = set()
         self.is_exhausted = False
 
-    def next_slot(self) -> int | None:
-        """The next slot to run; None if it must wait for earlier ones or nothing is left
-        (`is_exhausted`).
+    def next_trial(self) -> int | None:
+        """The number of the next trial to run; None if it must wait for earlier ones or nothing is
+        left (`is_exhausted`).
         """
         while not self.is_exhausted:
-            slot = len(self.slots)
-            if any(earlier not in self.records for earlier in range(slot - LAG + 1)):
+            number = len(self.proposals)
+            if any(earlier not in self.records for earlier in range(number - LAG + 1)):
                 return None
-            while self._told <= slot - LAG:
+            while self._told <= number - LAG:
                 self._proposer.tell(self.records[self._told])
                 self._told += 1
             proposal = self._proposer.propose()
             if proposal is None:
                 self.is_exhausted = True
                 return None
-            self.slots.append(proposal)
-            if not self._holds(slot, proposal):
-                return slot
+            self.proposals.append(proposal)
+            if not self._holds(number, proposal):
+                return number
             # The same recipe may be another point of another space on another base recipe.
-            self.records[slot] = replace(
+            self.records[number] = replace(
                 self._remembered[proposal.id], point=proposal.point, size_bytes=proposal.size_bytes
             )
         return None
 
-    def _holds(self, slot: int, proposal: Proposal) -> bool:
+    def _holds(self, number: int, proposal: Proposal) -> bool:
         """Whether a record is what this study would find: its trial may have been stopped against
         one that is not in this space.
         """
         record = self._remembered.get(proposal.id)
         if record is None or record.state != "stopped":
             return record is not None
-        return bool(record.errors) and self._is_dominated(slot, record.curve, record.errors)
+        return bool(record.errors) and self._is_dominated(number, record.curve, record.errors)
 
-    def _is_dominated(self, slot: int, curve: Sequence[float], errors: Sequence[float]) -> bool:
-        proposal = self.slots[slot]
-        earlier = [self.records[other] for other in range(slot - LAG + 1)]
+    def _is_dominated(self, number: int, curve: Sequence[float], errors: Sequence[float]) -> bool:
+        proposal = self.proposals[number]
+        earlier = [self.records[other] for other in range(number - LAG + 1)]
         return is_dominated(
             curve, errors[-1], proposal.recipe.training.epochs, proposal.size_bytes, earlier
         )
 
-    def report(self, slot: int, epoch: int, metric: float, standard_error: float) -> bool:
+    def report(self, number: int, epoch: int, metric: float, standard_error: float) -> bool:
         """Record a trial's metric after an epoch (counted from 1); return whether the trial should
         continue.
         """
-        curve = self._curves[slot] = [*self._curves.get(slot, [])[: epoch - 1], metric]
-        errors = self._errors[slot] = [*self._errors.get(slot, [])[: epoch - 1], standard_error]
-        if self._is_dominated(slot, curve, errors):
-            self._stopped.add(slot)
+        curve = self._curves[number] = [*self._curves.get(number, [])[: epoch - 1], metric]
+        errors = self._errors[number] = [*self._errors.get(number, [])[: epoch - 1], standard_error]
+        if self._is_dominated(number, curve, errors):
+            self._stopped.add(number)
             return False
         return True
 
     def finish(
-        self, slot: int, seconds: float, failure: TaskpackError | None, *, remark: str = ""
+        self, number: int, seconds: float, failure: TaskpackError | None, *, remark: str = ""
     ) -> None:
         """Record a trial's outcome. A transient failure is not written to disk, so that a later run
         tries again.
         """
-        curve, proposal = tuple(self._curves.get(slot, ())), self.slots[slot]
+        curve, proposal = tuple(self._curves.get(number, ())), self.proposals[number]
         outcome: dict[str, Any]
         if failure is not None:
             outcome = self._journal.failure(proposal.id, failure)
-        elif slot in self._stopped:
+        elif number in self._stopped:
             outcome = {"state": "stopped", "message": remark}
         else:
             outcome = {"state": "complete", "val_metric": curve[-1], "message": remark}
@@ -107,32 +107,32 @@ class Study:
             point=proposal.point,
             size_bytes=proposal.size_bytes,
             curve=curve,
-            errors=tuple(self._errors.get(slot, ())),
+            errors=tuple(self._errors.get(number, ())),
             seconds=round(seconds, 2),
             ended=round(time.time(), 2),
             **outcome,
         )
-        self.records[slot] = record
-        self.ended.append(slot)
+        self.records[number] = record
+        self.ended.append(number)
         self._journal.write(record)
 
-    def kept(self, slot: int) -> Path:
+    def kept(self, number: int) -> Path:
         """Where the worker of a trial keeps its validation outputs."""
-        return self._journal.outcomes_path(self.slots[slot].id)
+        return self._journal.outcomes_path(self.proposals[number].id)
 
     def epochs_done(self) -> float:
         """Finished epochs in units of trials: a finished trial counts as one."""
         running = {
-            slot: len(curve) / self.slots[slot].recipe.training.epochs
-            for slot, curve in self._curves.items()
-            if slot not in self.records
+            number: len(curve) / self.proposals[number].recipe.training.epochs
+            for number, curve in self._curves.items()
+            if number not in self.records
         }
         return len(self.records) + sum(running.values())
 
     def trials_planned(self) -> int:
         """Maximum number of trials, including those of earlier runs."""
         if self.is_exhausted:
-            return len(self.slots)
+            return len(self.proposals)
         return min(self.task.search.trials, self.task.search.size() - len(self._proposer.rejected))
 
     def remark(self) -> str:
@@ -151,8 +151,11 @@ class Study:
         )
 
     def all_records(self) -> list[TrialRecord]:
-        """Every trial, in order of slots, then those rejected without being run."""
-        return [*(self.records[slot] for slot in sorted(self.records)), *self._proposer.rejected]
+        """Every trial, in order of numbers, then those rejected without being run."""
+        return [
+            *(self.records[number] for number in sorted(self.records)),
+            *self._proposer.rejected,
+        ]
 
 
 OnRecord = Callable[[Study], None]

@@ -16,7 +16,7 @@ from pipeline.search.study import OnRecord, Study
 
 
 class StudySearcher(Searcher):
-    """Give Tune the study's slots and record their outcomes. `fatal` is an error that every other
+    """Give Tune the study's trials and record their outcomes. `fatal` is an error that every other
     trial would meet.
 
     Args:
@@ -37,23 +37,23 @@ class StudySearcher(Searcher):
         self._study, self._on_progress = study, on_progress
         self._context, self._is_stopping = context, is_stopping
         self._next: int | None = first
-        self._slots: dict[str, int] = {}
+        self._numbers: dict[str, int] = {}
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         if self.fatal is not None:
             return Searcher.FINISHED
-        slot = self._next if self._next is not None else self._study.next_slot()
+        number = self._next if self._next is not None else self._study.next_trial()
         self._next = None
-        if slot is None:
+        if number is None:
             return Searcher.FINISHED if self._study.is_exhausted else None
-        self._slots[trial_id] = slot
+        self._numbers[trial_id] = number
         self._on_progress(self._study)
-        proposal = self._study.slots[slot]
+        proposal = self._study.proposals[number]
         return {
             **self._context,
-            "slot": slot,
+            "number": number,
             "recipe": proposal.recipe.model_dump_json(),
-            "kept": str(self._study.kept(slot)),
+            "kept": str(self._study.kept(number)),
         }
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
@@ -71,18 +71,18 @@ class StudySearcher(Searcher):
         self._on_progress(self._study)
 
     def _take(self, trial_id: str, result: dict[str, Any], error: bool) -> None:
-        slot, seconds = self._slots[trial_id], float(result.get("time_total_s", 0.0))
+        number, seconds = self._numbers[trial_id], float(result.get("time_total_s", 0.0))
         if error:
-            self._study.finish(slot, seconds, WorkerDied(WORKER_DIED))
+            self._study.finish(number, seconds, WorkerDied(WORKER_DIED))
         elif "error" in result:
             fault = getattr(errors, result["error"])(result["message"])
             if isinstance(fault, UnexpectedError):
                 fault.details = result["details"]
             if not isinstance(fault, TrainingError | UnexpectedError):
                 self.fatal = self.fatal or fault
-            self._study.finish(slot, seconds, fault)
+            self._study.finish(number, seconds, fault)
         else:
-            self._study.finish(slot, seconds, None, remark=result.get("remark", ""))
+            self._study.finish(number, seconds, None, remark=result.get("remark", ""))
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickle nothing: Tune would do so to resume, but a study resumes from its records."""
@@ -106,7 +106,7 @@ class StoppingScheduler(FIFOScheduler):
         if "error" in result or "epoch" not in result:
             return TrialScheduler.CONTINUE
         goes_on = self._study.report(
-            trial.config["slot"], result["epoch"], result["metric"], result["standard_error"]
+            trial.config["number"], result["epoch"], result["metric"], result["standard_error"]
         )
         return TrialScheduler.CONTINUE if goes_on else TrialScheduler.STOP
 

@@ -25,7 +25,13 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
-from pipeline.adaptation import RankedPlaces, SelectedIndex, is_recomputable, rank_places, recompute
+from pipeline.adaptation import (
+    RankedIndices,
+    SelectedIndex,
+    is_recomputable,
+    rank_indices,
+    recompute,
+)
 from pipeline.adaptation.sites import tunable_layers
 from pipeline.data import shard_batches
 from pipeline.errors import ClusterError, TaskpackError, named
@@ -70,11 +76,11 @@ def selection_key(inputs: Inputs, top_k: int) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def read_selection(path: Path) -> dict[str, RankedPlaces]:
+def read_selection(path: Path) -> dict[str, RankedIndices]:
     """A selection, by layer."""
     tensors = load_file(path)
     names = [name.removesuffix(_RANKS) for name in tensors if name.endswith(_RANKS)]
-    return {name: RankedPlaces(tensors[name + _PLACES], tensors[name + _RANKS]) for name in names}
+    return {name: RankedIndices(tensors[name + _PLACES], tensors[name + _RANKS]) for name in names}
 
 
 def select(
@@ -155,7 +161,7 @@ def select_here(
     top_k: int,
     on_batch: OnBatch = lambda done, batches: None,
     device: str = "cpu",
-) -> dict[str, RankedPlaces]:
+) -> dict[str, RankedIndices]:
     """The same selection in this process, without Ray.
 
     Args:
@@ -263,7 +269,9 @@ def _sums(
     )
 
 
-def _ranked(inputs: Inputs, totals: dict[str, torch.Tensor], top_k: int) -> dict[str, RankedPlaces]:
+def _ranked(
+    inputs: Inputs, totals: dict[str, torch.Tensor], top_k: int
+) -> dict[str, RankedIndices]:
     spec = inputs.task.selection
     if is_recomputable(spec):
         return recompute(inputs.backbone, spec, top_k)
@@ -272,7 +280,7 @@ def _ranked(inputs: Inputs, totals: dict[str, torch.Tensor], top_k: int) -> dict
         totals = {
             name: activation_importance(layers[name], total_GI) for name, total_GI in totals.items()
         }
-    return rank_places(totals, spec.level, top_k)
+    return rank_indices(totals, spec.level, top_k)
 
 
 def _worker(config: dict[str, Any]) -> TaskpackError | None:
@@ -316,7 +324,7 @@ def write_selection(selected: SelectedIndex, path: Path) -> None:
     """Write what `read_selection` reads, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    places = {name + _PLACES: ranked.place_M for name, ranked in selected.items()}
+    places = {name + _PLACES: ranked.index_M for name, ranked in selected.items()}
     save_file(
         {**places, **{name + _RANKS: ranked.rank_M for name, ranked in selected.items()}}, scratch
     )

@@ -32,7 +32,7 @@ class _Change:
     """Entries of one tensor: their places, what they become, and what they were."""
 
     tensor: torch.Tensor
-    places_N: torch.Tensor
+    index_N: torch.Tensor
     before_N: torch.Tensor
     after_N: torch.Tensor
 
@@ -68,19 +68,19 @@ class ResidentBackbone:
             change for part in pack.parts if part.name in IN_PLACE for change in self._changes(part)
         ]
         for change in changes:
-            change.tensor.view(-1).index_copy_(0, change.places_N, change.after_N)
+            change.tensor.view(-1).index_copy_(0, change.index_N, change.after_N)
         self._applied = changes
 
     def undo(self) -> None:
         """Restore every entry, bit for bit."""
         for change in reversed(self._applied):
-            change.tensor.view(-1).index_copy_(0, change.places_N, change.before_N)
+            change.tensor.view(-1).index_copy_(0, change.index_N, change.before_N)
         self._applied = []
 
     @property
     def kept_bytes(self) -> int:
         """What is kept for undoing."""
-        return sum(change.places_N.nbytes + change.before_N.nbytes for change in self._applied)
+        return sum(change.index_N.nbytes + change.before_N.nbytes for change in self._applied)
 
     def _changes(self, part: Part) -> Iterator[_Change]:
         values = part.values()
@@ -93,14 +93,14 @@ class ResidentBackbone:
                     f"{spec.name}: the pack changes entries of {wanted}, this model has {found};"
                     " give the backbone it belongs to"
                 )
-            places_N = (
+            index_N = (
                 torch.from_numpy(part.positions[number])
                 if part.layers
                 else torch.arange(tensor.numel())
             )
-            before_N = tensor.reshape(-1).take(places_N.to(tensor.device))
+            before_N = tensor.reshape(-1).take(index_N.to(tensor.device))
             after_N = before_N + torch.from_numpy(values[spec.name]).reshape(-1).to(tensor)
-            yield _Change(tensor, places_N.to(tensor.device), before_N, after_N)
+            yield _Change(tensor, index_N.to(tensor.device), before_N, after_N)
 
     def _tensor(self, module: str, kind: str) -> torch.Tensor:
         tensors = dict(self.model.named_parameters())

@@ -37,5 +37,5 @@ def evaluate(
             rows.append((kept[0].numpy(), kept[1].numpy()))
     outputs, targets_N = (np.concatenate(each) for each in zip(*ranks.rows(rows), strict=True))
     rank_of_sample = deal_shards(split, ranks.world)[split.samples[:, 0]]
-    place_N = np.argsort(np.argsort(rank_of_sample, kind="stable"), kind="stable")
-    return Outcomes(outputs[place_N], targets_N[place_N])
+    index_N = np.argsort(np.argsort(rank_of_sample, kind="stable"), kind="stable")
+    return Outcomes(outputs[index_N], targets_N[index_N])

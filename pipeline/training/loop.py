@@ -77,11 +77,7 @@ def train_epochs(
             trainer.step(images, targets, progress.step)
             average.update(progress.step)
             progress.step += 1
-            is_due = checkpoint is not None and ranks.is_first and checkpoint.is_due()
-            if is_due or trainer.is_reading_due:
-                progress.losses += trainer.read_losses(progress.step)
-            if checkpoint is not None and is_due:
-                checkpoint.save(progress, trainer.optimiser, ranks)
+            trainer.save_if_due(progress, checkpoint)
         progress.losses += trainer.read_losses(progress.step)
         ranks.check_agree(model.values.state_dict())
         average.swap()
@@ -145,12 +141,15 @@ class _Trainer:
         )
         return lambda images, targets: _step(model, optimiser, images, targets, *settings)
 
-    @property
-    def is_reading_due(self) -> bool:
-        """Whether to read the losses. Several ranks do it in every step, so that all of them see in
-        the same step that one is not finite.
+    def save_if_due(self, progress: Progress, checkpoint: Checkpoint | None) -> None:
+        """Read the losses from time to time, and before the checkpoint is saved. Several ranks read
+        them in every step, so that all see in the same step that one is not finite.
         """
-        return len(self._losses) >= (READ_EVERY if self.ranks.world == 1 else 1)
+        is_due = checkpoint is not None and self.ranks.is_first and checkpoint.is_due()
+        if is_due or len(self._losses) >= (READ_EVERY if self.ranks.world == 1 else 1):
+            progress.losses += self.read_losses(progress.step)
+        if checkpoint is not None and is_due:
+            checkpoint.save(progress, self.optimiser, self.ranks)
 
     def step(self, images: torch.Tensor, targets: torch.Tensor, step: int) -> None:
         """Make step number `step`, counted from 0, on a batch."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from pipeline.adaptation import RankedPlaces, SelectedIndex, attach
+from pipeline.adaptation import RankedIndices, SelectedIndex, attach
 from pipeline.adaptation.packing import describe, from_pack, probe_images, to_pack
 from pipeline.adaptation.sites import weight_shapes
 from pipeline.backbones import LoadedBackbone
@@ -83,7 +83,7 @@ def _failure(backbone: LoadedBackbone, task: Task, recipe: Recipe) -> Exception 
 
 def _train_and_pack(backbone: LoadedBackbone, task: Task, recipe: Recipe) -> None:
     """Train one step and pack, as a fit does. Packing the whole network is not worth the time."""
-    model = attach(backbone, recipe, len(CLASSES), selected=_first_places(backbone, recipe))
+    model = attach(backbone, recipe, len(CLASSES), selected=_first_indices(backbone, recipe))
     dtype = computing_dtype(recipe.training.precision, "cpu")
     model.compute_in(dtype)
     model.train()
@@ -99,18 +99,18 @@ def _train_and_pack(backbone: LoadedBackbone, task: Task, recipe: Recipe) -> Non
     if recipe.full is None:
         selected_anyhow = task.model_copy(
             update={"selection": Selection()}
-        )  # the places are in the pack, whatever criterion will choose them
+        )  # the indices are in the pack, whatever criterion will choose them
         from_pack(to_pack(model, describe(selected_anyhow, recipe, backbone, CLASSES)), backbone)
 
 
-def _first_places(backbone: LoadedBackbone, recipe: Recipe) -> SelectedIndex | None:
+def _first_indices(backbone: LoadedBackbone, recipe: Recipe) -> SelectedIndex | None:
     """As many connections of each neuron as the recipe trains: its first."""
     if recipe.connections is None:
         return None
-    selected: dict[str, RankedPlaces] = {}
+    selected: dict[str, RankedIndices] = {}
     for name, (neurons, inputs) in weight_shapes(backbone.model).items():
         columns = torch.arange(min(recipe.connections.top_k, inputs))
-        selected[name] = RankedPlaces.unranked(
+        selected[name] = RankedIndices.unranked(
             (torch.arange(neurons)[:, None] * inputs + columns).reshape(-1)
         )
     return selected

@@ -14,7 +14,7 @@ import pytest
 import torch
 from helpers_cases import for_every
 
-from pipeline.adaptation import AdaptedModel, RankedPlaces, attach
+from pipeline.adaptation import AdaptedModel, RankedIndices, attach
 from pipeline.adaptation.packing import SizePlanner, describe, from_pack, probe_logits, to_pack
 from pipeline.adaptation.sites import weight_shapes
 from pipeline.backbones import LoadedBackbone, load, load_backbone
@@ -32,7 +32,7 @@ MIXES = {
     "biases": ("biases",),
     "head": ("head",),
 }
-Select = Callable[..., dict[str, RankedPlaces]]
+Select = Callable[..., dict[str, RankedIndices]]
 
 
 def make_recipe(mix: str, bits: int) -> Recipe:

@@ -34,7 +34,7 @@ from helpers_cli import (
 from helpers_registry import champion
 from rich.console import Console
 
-from pipeline.adaptation import rank_places
+from pipeline.adaptation import rank_indices
 from pipeline.adaptation.packing import SizePlanner
 from pipeline.adaptation.sites import weight_shapes
 from pipeline.cli.progress import BatchProgress, PlanProgress
@@ -385,7 +385,7 @@ def test_bounds_hold_for_every_selection(tiny_inputs: Inputs, level: Any, top_k:
             task,
             tiny_inputs.backbone,
             tiny_inputs.index.classes,
-            rank_places(importance, level, top_k),
+            rank_indices(importance, level, top_k),
         )
         assert exact.is_exact(recipe)
         assert least <= exact.size_bytes(recipe) == exact.largest_bytes(recipe) <= most

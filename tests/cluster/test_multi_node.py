@@ -95,13 +95,13 @@ def run_plainly(task: Task, workspace: Workspace) -> None:
     study = Study(
         task, make_proposer(task, planner.size_bytes), TrialJournal(folder.root / "trials")
     )
-    while (slot := study.next_slot()) is not None:
+    while (number := study.next_trial()) is not None:
         for epoch, (score, _) in enumerate(
-            run_trial(inputs, study.slots[slot].recipe, selected), start=1
+            run_trial(inputs, study.proposals[number].recipe, selected), start=1
         ):
-            if not study.report(slot, epoch, score.value, score.standard_error):
+            if not study.report(number, epoch, score.value, score.standard_error):
                 break
-        study.finish(slot, 0.0, None)
+        study.finish(number, 0.0, None)
     champion = choose_champion(study.all_records(), task.budget)
     fit(inputs, task.search.recipe(task.recipe, champion.point), selected, folder.fit(champion.id))
 

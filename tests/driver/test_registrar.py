@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.cluster.task_threads import Together
+from pipeline.cluster.task_pool import TaskPool
 from pipeline.driver import registrar as registrar_module
 from pipeline.driver.registrar import Registrar
 from pipeline.errors import RegistryError, RegistryUnreachable
@@ -66,8 +66,8 @@ def run(
     """Every task's outcome with one task at a time, and what was remarked; the task `last` does
     something before it registers.
     """
-    together, remarks = Together(lambda: 1), []
-    registrar = Registrar(server, together, patience_seconds)  # type: ignore[arg-type]
+    pool, remarks = TaskPool(lambda: 1), []
+    registrar = Registrar(server, pool, patience_seconds)  # type: ignore[arg-type]
 
     def work(task: str) -> Any:
         if task == "last":
@@ -77,7 +77,7 @@ def run(
         except RegistryError as error:
             return error
 
-    return together.run(work, tasks), remarks
+    return pool.run(work, tasks), remarks
 
 
 def test_others_go_on_while_the_server_is_silent_and_all_are_registered_later() -> None:

@@ -57,10 +57,10 @@ def make_study(task: Task, folder: Path) -> Study:
     return Study(task, make_proposer(task, size_of), TrialJournal(folder))
 
 
-def end_trial(study: Study, slot: int, metric: float, seconds: float) -> None:
+def end_trial(study: Study, number: int, metric: float, seconds: float) -> None:
     for epoch in (1, 2):
-        study.report(slot, epoch, metric, STANDARD_ERROR)
-    study.finish(slot, seconds, None)
+        study.report(number, epoch, metric, STANDARD_ERROR)
+    study.finish(number, seconds, None)
 
 
 # --- the log of events ----------------------------------------------------------------------------
@@ -133,13 +133,13 @@ def test_no_secret_is_written(text: str, secret: str) -> None:
 def test_time_left_is_that_of_the_trials_that_ended(tiny_task: Task, tmp_path: Path) -> None:
     study, tracked = make_study(tiny_task, tmp_path), TrackedTask("tiny", fit_ratio=1.5)
     tracked.enter("search", 100.0, "")
-    slots = [study.next_slot() for _ in range(2)]
+    proposed = [study.next_trial() for _ in range(2)]
     tracked.follow(study)
     assert (tracked.trials, tracked.trials_running, tracked.seconds_left(110.0)) == (4, 2, None)
-    end_trial(study, slots[0], 0.5, 10.0)
+    end_trial(study, proposed[0], 0.5, 10.0)
     tracked.follow(study)
     assert tracked.seconds_left(110.0) == 10.0 * 3 / 1 + 1.5 * 10.0
-    study.report(slots[1], 1, 0.6, STANDARD_ERROR)  # half a trial more
+    study.report(proposed[1], 1, 0.6, STANDARD_ERROR)  # half a trial more
     tracked.follow(study)
     assert tracked.seconds_left(115.0) == 15.0 * 2.5 / 1.5 + 1.5 * 10.0
     tracked.enter("fit", 130.0, "")
@@ -152,18 +152,18 @@ def test_trials_of_earlier_runs_say_nothing_of_this_ones_pace(
 ) -> None:
     first = make_study(tiny_task, tmp_path)
     for _ in range(2):
-        end_trial(first, first.next_slot(), 0.5, 10.0)
+        end_trial(first, first.next_trial(), 0.5, 10.0)
     study, tracked = make_study(tiny_task, tmp_path), TrackedTask("tiny")
     tracked.enter("search", 100.0, "")
-    slot = study.next_slot()
+    number = study.next_trial()
     tracked.follow(study)
-    assert (slot, tracked.trials_done, tracked.trials, tracked.seconds_left(101.0)) == (
+    assert (number, tracked.trials_done, tracked.trials, tracked.seconds_left(101.0)) == (
         2,
         2,
         4,
         None,
     )
-    end_trial(study, slot, 0.5, 10.0)
+    end_trial(study, number, 0.5, 10.0)
     tracked.follow(study)
     assert tracked.seconds_left(120.0) == 20.0 + 10.0
 
@@ -176,7 +176,7 @@ def test_without_anything_done_nothing_is_left_to_say() -> None:
 def test_the_best_so_far_is_what_would_be_champion(tiny_task: Task, tmp_path: Path) -> None:
     study, tracked = make_study(tiny_task, tmp_path), TrackedTask("tiny")
     for metric in (0.5, 0.7, 0.702):  # of 1000, 2000 and 4000 bytes
-        end_trial(study, study.next_slot(), metric, 1.0)
+        end_trial(study, study.next_trial(), metric, 1.0)
     tracked.follow(study)
     state = tracked.state(0.0)
     assert (state.val_metric, state.size_bytes, state.trials_done) == (0.7, 2000, 3)
@@ -219,9 +219,9 @@ def test_a_batch_is_logged_event_by_event_and_its_state_kept(
         watch.progress("tiny", "search", 0.0, "")
         study = make_study(tiny_task, tmp_path / "trials")
         for metric in (0.5, 0.7):
-            slot = study.next_slot()
+            number = study.next_trial()
             watch.study(study, samples=80, fit_samples=100)
-            end_trial(study, slot, metric, 4.0)
+            end_trial(study, number, metric, 4.0)
             watch.study(study, samples=80, fit_samples=100)
         watch.searched("tiny", study.all_records(), tiny_task.budget)
         watch.progress("tiny", "register", 0.0, "")
@@ -333,7 +333,7 @@ def test_time_left_of_a_batch_is_that_of_the_tasks_that_searched(
         assert watch.state().seconds_left is None
         watch.progress("tiny", "search", 0.0, "")
         study = make_study(tiny_task, tmp_path)
-        end_trial(study, study.next_slot(), 0.5, 1.0)
+        end_trial(study, study.next_trial(), 0.5, 1.0)
         watch.study(study, samples=1, fit_samples=1)
         assert watch.state().seconds_left is None
         now[0] = 1060.0
@@ -451,8 +451,8 @@ def test_a_node_hands_out_what_the_driver_set(
     with BatchWatch(tmp_path, "b.1", ["tiny", "other"], on_progress=no_progress) as watch:
         watch.progress("tiny", "search", 0.0, "")
         study = make_study(tiny_task, tmp_path)
-        end_trial(study, study.next_slot(), 0.5, 4.0)
-        study.next_slot()
+        end_trial(study, study.next_trial(), 0.5, 4.0)
+        study.next_trial()
         watch.study(study, samples=80, fit_samples=100)
         (node,) = ray.nodes()
         expected = {

@@ -123,10 +123,10 @@ def test_a_part_that_contradicts_itself_is_refused(changes: dict[str, Any], mess
             {"layers": ((1, 6), (3, 9))},
             r"'blocks.0.fc' of shape \[8\] is no list of entries of a weight \[1, 6\]",
         ),
-        ({"layers": ((3, 6), (3, 9))}, "layer 0: places 0 to 19, the weight has 18"),
+        ({"layers": ((3, 6), (3, 9))}, "layer 0: indices 0 to 19, the weight has 18"),
         ({"positions": (PLACES[0][:7], PLACES[1])}, r"layer 0: expected int64 \[8\]"),
         ({"positions": (PLACES[0].astype(np.int32), PLACES[1])}, "found int32"),
-        ({"positions": (PLACES[0], np.array([8, 8, 26]))}, "layer 1: place 8 follows 8"),
+        ({"positions": (PLACES[0], np.array([8, 8, 26]))}, "layer 1: index 8 follows 8"),
     ],
 )
 def test_connections_must_say_where_they_are(changes: dict[str, Any], message: str) -> None:

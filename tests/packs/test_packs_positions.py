@@ -24,7 +24,7 @@ Layers = tuple[list[np.ndarray], list[LayerShape]]
 def per_row(
     rows: int, columns: int, top_k: int, rng: np.random.Generator, skew: float = 1.5
 ) -> np.ndarray:
-    """`top_k` places in every row; some columns are chosen by many rows."""
+    """`top_k` indices in every row; some columns are chosen by many rows."""
     odds = (1 + np.arange(columns)) ** -skew
     score_OI = rng.random((rows, columns)) ** (1 / odds[rng.permutation(columns)])
     chosen_OK = np.argsort(-score_OI, axis=1)[:, :top_k]
@@ -32,22 +32,22 @@ def per_row(
 
 
 def by_layer(rows: int, columns: int, count: int, rng: np.random.Generator) -> np.ndarray:
-    """`count` places anywhere; some rows keep many, most none."""
+    """`count` indices anywhere; some rows keep many, most none."""
     odds_OI = np.outer((1 + np.arange(rows)) ** -1.0, (1 + np.arange(columns)) ** -1.0)
     return np.sort(np.argsort(-(rng.random((rows, columns)) ** (1 / odds_OI)).ravel())[:count])
 
 
-def layers_of(*places_and_shapes: tuple[np.ndarray, int, int]) -> Layers:
-    places = [each for each, _, _ in places_and_shapes]
-    return places, [
-        LayerShape(rows, columns, len(each)) for each, rows, columns in places_and_shapes
+def layers_of(*indices_and_shapes: tuple[np.ndarray, int, int]) -> Layers:
+    indices = [each for each, _, _ in indices_and_shapes]
+    return indices, [
+        LayerShape(rows, columns, len(each)) for each, rows, columns in indices_and_shapes
     ]
 
 
 def assert_survives(layers: Layers) -> bytes:
     data = encode_positions(*layers)
-    for places, decoded in zip(layers[0], decode_positions(data, layers[1]), strict=True):
-        np.testing.assert_array_equal(places, decoded, strict=True)
+    for indices, decoded in zip(layers[0], decode_positions(data, layers[1]), strict=True):
+        np.testing.assert_array_equal(indices, decoded, strict=True)
     return data
 
 
@@ -78,17 +78,17 @@ def test_selections_by_layer_survive(count: int) -> None:
 
 @settings(max_examples=60, derandomize=True, deadline=None)
 @given(data=st.data())
-def test_any_places_survive(data: st.DataObject) -> None:
+def test_any_indices_survive(data: st.DataObject) -> None:
     layers = []
     for _ in range(data.draw(st.integers(1, 3))):
         rows, columns = (
             data.draw(st.integers(1, 140)),
             data.draw(st.sampled_from([1, 2, 3, 31, 300, 70_000])),
         )
-        places = data.draw(
+        indices = data.draw(
             st.lists(st.integers(0, rows * columns - 1), min_size=1, max_size=90, unique=True)
         )
-        layers.append((np.array(sorted(places)), rows, columns))
+        layers.append((np.array(sorted(indices)), rows, columns))
     assert_survives(layers_of(*layers))
 
 
@@ -109,12 +109,12 @@ def test_the_smaller_form_is_kept_and_both_can_be_read() -> None:
 # --- size -----------------------------------------------------------------------------------------
 
 
-def slow_bits(places: np.ndarray, columns: int) -> float:
+def slow_bits(indices: np.ndarray, columns: int) -> float:
     """Code length of one row-by-row selection of K = 1 in one track, value by value, as the model's
     definition has it.
     """
     seen: dict[int, int] = {}
-    bits, chosen = 0.0, (places % columns).tolist()
+    bits, chosen = 0.0, (indices % columns).tolist()
     for start, stop in itertools.pairwise(block_bounds(len(chosen), 0)):
         total = CONCENTRATION + 16 * start
         known = dict(seen)
@@ -129,11 +129,11 @@ def slow_bits(places: np.ndarray, columns: int) -> float:
 
 @pytest.mark.parametrize("skew", [0.5, 1.5, 3.0])
 def test_the_coded_size_is_the_models_code_length(skew: float) -> None:
-    places = per_row(
+    indices = per_row(
         50, 192, 1, np.random.default_rng(1), skew
     )  # fewer rows than two segments: one track
-    coded = _coded(*layers_of((places, 50, 192)))
-    assert len(coded) == pytest.approx(slow_bits(places, 192) / 8, abs=4)
+    coded = _coded(*layers_of((indices, 50, 192)))
+    assert len(coded) == pytest.approx(slow_bits(indices, 192) / 8, abs=4)
 
 
 def test_heads_that_choose_alike_are_cheaper_than_one_model_of_all() -> None:
@@ -154,23 +154,23 @@ def test_the_order_within_a_row_costs_nothing() -> None:
 # --- what no writer wrote -------------------------------------------------------------------------
 
 SHAPES = [LayerShape(4, 6, 3), LayerShape(2, 9, 2)]
-PLACES = [np.array([0, 7, 23]), np.array([8, 9])]
+INDICES = [np.array([0, 7, 23]), np.array([8, 9])]
 
 
 @for_every(
-    ("places", "message"),
+    ("indices", "message"),
     [
-        ([0, 7, 24], "places 0 to 24, the weight has 24"),
-        ([-1, 7, 8], "places -1"),
-        ([0, 7, 7], "place 7 follows 7"),
-        ([7, 0, 8], "place 0 follows 7"),
+        ([0, 7, 24], "indices 0 to 24, the weight has 24"),
+        ([-1, 7, 8], "indices -1"),
+        ([0, 7, 7], "index 7 follows 7"),
+        ([7, 0, 8], "index 0 follows 7"),
         ([0, 7], r"expected int64 \[3\], found int64 \[2\]"),
         ([0.0, 1.0, 2.0], "expected int64"),
     ],
 )
-def test_places_out_of_range_or_order_are_not_written(places: list[int], message: str) -> None:
+def test_indices_out_of_range_or_order_are_not_written(indices: list[int], message: str) -> None:
     with pytest.raises(PackDamaged, match=f"layer 0: {message}"):
-        encode_positions([np.array(places), PLACES[1]], SHAPES)
+        encode_positions([np.array(indices), INDICES[1]], SHAPES)
 
 
 @for_every("data", [b"", b"\2", b"\1", b"\0", b"\0" * 3, b"\0" * 300])
@@ -179,7 +179,7 @@ def test_other_bytes_are_damage(data: bytes) -> None:
         decode_positions(data, SHAPES)
 
 
-def test_random_bytes_are_refused_or_read_as_places() -> None:
+def test_random_bytes_are_refused_or_read_as_indices() -> None:
     rng = np.random.default_rng(5)
     for _ in range(500):
         data = rng.choice([PLAIN, CODED]) + rng.bytes(int(rng.integers(0, 40)))

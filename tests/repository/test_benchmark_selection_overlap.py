@@ -17,13 +17,13 @@ from selection_overlap import (
     share_by_block,
 )
 
-from pipeline.adaptation import RankedPlaces, SelectedIndex
+from pipeline.adaptation import RankedIndices, SelectedIndex
 
 
 def selection(**places: list[int]) -> SelectedIndex:
     """The first place of each layer at K = 1, the others at K = 2."""
     return {
-        name.replace("__", "."): RankedPlaces(
+        name.replace("__", "."): RankedIndices(
             torch.tensor(sorted(listed), dtype=torch.int32), _ranks(listed)
         )
         for name, listed in places.items()
@@ -80,7 +80,7 @@ def test_chance_is_the_mean_overlap_of_random_places() -> None:
 
     def draw() -> SelectedIndex:
         return {
-            name: RankedPlaces.unranked(torch.randperm(entries[name], generator=generator)[:count])
+            name: RankedIndices.unranked(torch.randperm(entries[name], generator=generator)[:count])
             for name, count in (("a", 3), ("b", 2))
         }
 

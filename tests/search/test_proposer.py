@@ -43,32 +43,32 @@ def drive(
     study: Study, order: random.Random, *, failing: set[int] = frozenset(), finishes: int = 10**9
 ) -> list[int]:  # type: ignore[assignment]
     """Run the study as workers would who take turns at random, until nothing is left or `finishes`
-    trials ended. The slots that were run.
+    trials ended. The proposed that were run.
     """
     running: dict[int, int] = {}
     ran: list[int] = []
     while finishes > 0:
-        slot = study.next_slot() if order.random() < 0.7 or not running else None
-        if slot is not None:
-            running[slot] = 0
-            ran.append(slot)
+        number = study.next_trial() if order.random() < 0.7 or not running else None
+        if number is not None:
+            running[number] = 0
+            ran.append(number)
             assert len(running) <= LAG
         elif not running:
             assert study.is_exhausted
             break
         else:
-            slot = order.choice(sorted(running))
-            running[slot] += 1
+            number = order.choice(sorted(running))
+            running[number] += 1
             goes_on = study.report(
-                slot,
-                running[slot],
-                fake_metric(study.slots[slot].id, running[slot]),
+                number,
+                running[number],
+                fake_metric(study.proposals[number].id, running[number]),
                 STANDARD_ERROR,
             )
-            fails = slot in failing and running[slot] == 1
-            if not goes_on or fails or running[slot] == EPOCHS:
-                study.finish(slot, 1.0, DIVERGED if fails and goes_on else None)
-                del running[slot]
+            fails = number in failing and running[number] == 1
+            if not goes_on or fails or running[number] == EPOCHS:
+                study.finish(number, 1.0, DIVERGED if fails and goes_on else None)
+                del running[number]
                 finishes -= 1
     return ran
 
@@ -81,8 +81,8 @@ def reference(task: Task, **options: Any) -> Study:
     """The study one trial at a time."""
     with tempfile.TemporaryDirectory() as folder:
         study = make_study(task, Path(folder))
-        while (slot := study.next_slot()) is not None:
-            drive_one(study, slot, **options)
+        while (number := study.next_trial()) is not None:
+            drive_one(study, number, **options)
         return study
 
 
@@ -98,7 +98,9 @@ def test_who_finishes_first_changes_nothing(space: SearchSpace, seed: int) -> No
     with tempfile.TemporaryDirectory() as folder:
         study = make_study(task, Path(folder))
         drive(study, random.Random(seed))
-    assert [proposal.id for proposal in study.slots] == [proposal.id for proposal in expected.slots]
+    assert [proposal.id for proposal in study.proposals] == [
+        proposal.id for proposal in expected.proposals
+    ]
     assert outcome(study) == outcome(expected)
 
 
@@ -123,10 +125,12 @@ def test_an_interrupted_study_goes_on_where_it_was(
         finished = {record.id for record in interrupted.records.values()}
         resumed = make_study(task, Path(folder))
         ran = drive(resumed, random.Random(seed + 1))
-        assert not finished & {resumed.slots[slot].id for slot in ran}, "nothing finished is redone"
+        assert not finished & {resumed.proposals[number].id for number in ran}, (
+            "nothing finished is redone"
+        )
         assert outcome(resumed) == outcome(expected)
         replayed = make_study(task, Path(folder))
-        assert replayed.next_slot() is None
+        assert replayed.next_trial() is None
         assert replayed.is_exhausted
         assert outcome(replayed) == outcome(expected)
         assert replayed.all_records() == resumed.all_records()
@@ -141,7 +145,7 @@ def test_a_trial_that_fails_is_kept_and_the_study_goes_on(space: SearchSpace) ->
         drive(study, random.Random(5), failing={1, 4})
         assert outcome(study) == outcome(expected)
         assert [
-            slot for slot, record in sorted(study.records.items()) if record.state == "failed"
+            number for number, record in sorted(study.records.items()) if record.state == "failed"
         ] == [1, 4]
         assert len(study.records) == (11 if space is SMALL else 12)
         failed = study.records[1]
@@ -150,7 +154,7 @@ def test_a_trial_that_fails_is_kept_and_the_study_goes_on(space: SearchSpace) ->
             "the loss became nan",
             1,
         )
-        assert make_study(task, Path(folder)).next_slot() is None, (
+        assert make_study(task, Path(folder)).next_trial() is None, (
             "a failure that would come again is not tried again"
         )
 
@@ -158,16 +162,16 @@ def test_a_trial_that_fails_is_kept_and_the_study_goes_on(space: SearchSpace) ->
 def test_a_failure_that_may_pass_is_tried_again(tmp_path: Path) -> None:
     task = make_task(SMALL)
     study = make_study(task, tmp_path)
-    slot = study.next_slot()
-    assert slot == 0
-    study.finish(slot, 1.0, WorkerDied("its worker died"))
+    number = study.next_trial()
+    assert number == 0
+    study.finish(number, 1.0, WorkerDied("its worker died"))
     assert study.records[0].state == "failed"
-    assert make_study(task, tmp_path).next_slot() == 0
+    assert make_study(task, tmp_path).next_trial() == 0
 
 
 def test_a_retried_trial_reports_its_epochs_again(tmp_path: Path) -> None:
     study = make_study(make_task(SMALL), tmp_path)
-    study.next_slot()
+    study.next_trial()
     for epoch, metric in [(1, 0.1), (2, 0.2), (1, 0.3), (2, 0.4)]:
         assert study.report(0, epoch, metric, STANDARD_ERROR)
     study.finish(0, 1.0, None)
@@ -176,11 +180,11 @@ def test_a_retried_trial_reports_its_epochs_again(tmp_path: Path) -> None:
 
 def test_a_trial_must_wait_for_the_one_lag_slots_before(tmp_path: Path) -> None:
     study = make_study(make_task(SMALL), tmp_path)
-    assert [study.next_slot() for _ in range(LAG + 2)] == [*range(LAG), None, None]
+    assert [study.next_trial() for _ in range(LAG + 2)] == [*range(LAG), None, None]
     drive_one(study, 2)
-    assert study.next_slot() is None
+    assert study.next_trial() is None
     drive_one(study, 0)
-    assert [study.next_slot() for _ in range(2)] == [LAG, None]
+    assert [study.next_trial() for _ in range(2)] == [LAG, None]
     assert not study.is_exhausted
 
 
@@ -189,7 +193,7 @@ def test_a_trial_must_wait_for_the_one_lag_slots_before(tmp_path: Path) -> None:
 
 def proposals(task: Task) -> tuple[list, list[TrialRecord]]:
     study = reference(task)
-    return study.slots, [record for record in study.all_records() if record.state == "rejected"]
+    return study.proposals, [record for record in study.all_records() if record.state == "rejected"]
 
 
 @spaces
@@ -198,9 +202,13 @@ def test_nothing_over_budget_is_proposed_and_what_is_left_out_is_listed(
     space: SearchSpace, max_bytes: int
 ) -> None:
     task = make_task(space, max_bytes)
-    slots, rejected = proposals(task)
-    assert all(proposal.size_bytes == fake_size(proposal.recipe) <= max_bytes for proposal in slots)
-    assert all(proposal.recipe == space.recipe(task.recipe, proposal.point) for proposal in slots)
+    proposed, rejected = proposals(task)
+    assert all(
+        proposal.size_bytes == fake_size(proposal.recipe) <= max_bytes for proposal in proposed
+    )
+    assert all(
+        proposal.recipe == space.recipe(task.recipe, proposal.point) for proposal in proposed
+    )
     assert all(record.size_bytes > max_bytes and record.val_metric is None for record in rejected)
     assert len({record.id for record in rejected}) == len(rejected)
     assert (rejected == []) == (max_bytes == 10_000)
@@ -217,10 +225,10 @@ def test_nothing_over_budget_is_proposed_and_what_is_left_out_is_listed(
 def test_points_that_lead_to_one_recipe_run_once() -> None:
     """Without experts and connections, bits change nothing."""
     task = make_task(SMALL)
-    slots, _ = proposals(task)
+    proposed, _ = proposals(task)
     distinct = {recipe_key(SMALL.recipe(task.recipe, point)) for point in SMALL.points()}
     assert SMALL.size() == 12
-    assert sorted(proposal.id for proposal in slots) == sorted(distinct)
+    assert sorted(proposal.id for proposal in proposed) == sorted(distinct)
     assert len(distinct) == 11
 
 
@@ -235,21 +243,21 @@ def test_a_small_space_is_enumerated_smallest_pack_first() -> None:
 def test_a_large_space_is_sampled_without_repetition(max_bytes: int) -> None:
     task = make_task(LARGE, max_bytes)
     assert isinstance(make_proposer(task, fake_size), Sampled)
-    slots, _ = proposals(task)
-    assert len(slots) == LARGE.trials
-    assert len({proposal.id for proposal in slots}) == len(slots)
+    proposed, _ = proposals(task)
+    assert len(proposed) == LARGE.trials
+    assert len({proposal.id for proposal in proposed}) == len(proposed)
 
 
 def test_a_space_with_few_points_within_budget_ends_early() -> None:
     task = make_task(LARGE, 130)
-    slots, _ = proposals(task)
+    proposed, _ = proposals(task)
     feasible = {
         recipe_key(recipe)
         for recipe in (LARGE.recipe(task.recipe, point) for point in LARGE.points())
         if fake_size(recipe) <= 130
     }
-    assert {proposal.id for proposal in slots} <= feasible
-    assert 0 < len(slots) <= len(feasible) < LARGE.trials
+    assert {proposal.id for proposal in proposed} <= feasible
+    assert 0 < len(proposed) <= len(feasible) < LARGE.trials
 
 
 def test_a_seed_decides_what_is_sampled() -> None:
@@ -263,10 +271,10 @@ def test_sampling_learns_from_what_it_was_told(monkeypatch: pytest.MonkeyPatch) 
     same.
     """
     task = make_task(LARGE.model_copy(update={"trials": 16}))
-    first = [proposal.id for proposal in reference(task).slots]
+    first = [proposal.id for proposal in reference(task).proposals]
     monkeypatch.setattr(
         "helpers_study.fake_metric", lambda identity, epoch: 1 - fake_metric(identity, epoch)
     )
-    other = [proposal.id for proposal in reference(task).slots]
+    other = [proposal.id for proposal in reference(task).proposals]
     assert first[:LAG] == other[:LAG]
     assert first != other

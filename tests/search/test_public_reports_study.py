@@ -194,9 +194,9 @@ def test_each_kind_of_failure_is_kept_and_told_as_what_it_is(
         WorkerDied("its worker died"),
     )
     for fault in (diverged, memory, memory, died, UnexpectedError("KeyError: 'a'", "Traceback")):
-        slot = study.next_slot()
-        assert slot is not None
-        study.finish(slot, 1.0, fault)
+        number = study.next_trial()
+        assert number is not None
+        study.finish(number, 1.0, fault)
     kept = journal.read().values()
     assert sorted(record.error for record in kept) == [
         "OutOfMemory",

@@ -88,10 +88,10 @@ def by_hand(**options: Any) -> Callable[..., list[str]]:
     """Stands in for Ray Tune: the study's trials, one after another."""
 
     def run_all(study: Study, first: int, *others: Any) -> list[str]:
-        slot: int | None = first
-        while slot is not None:
-            drive_one(study, slot, **options)
-            slot = study.next_slot()
+        number: int | None = first
+        while number is not None:
+            drive_one(study, number, **options)
+            number = study.next_trial()
         return []
 
     return run_all
@@ -178,7 +178,7 @@ def test_a_remark_on_the_training_comes_with_the_last_epoch_and_is_kept(
         "an expert was never used",
     ]
     study = make_study(make_task(SMALL), tmp_path)
-    first = study.next_slot()
+    first = study.next_trial()
     assert first is not None
     searcher = StudySearcher(study, first, lambda study: None, {}, lambda: False)
     searcher.suggest("a")
@@ -219,23 +219,23 @@ def test_tunes_messages_become_records(tmp_path: Path) -> None:
     from pipeline.search.tune import StudySearcher
 
     study = make_study(make_task(SMALL), tmp_path)
-    first = study.next_slot()
+    first = study.next_trial()
     assert first is not None
     searcher = StudySearcher(study, first, lambda study: None, {}, lambda: False)
     configs = {trial: searcher.suggest(trial) for trial in ("a", "b", "c")}
-    assert [config["slot"] for config in configs.values()] == [0, 1, 2]  # type: ignore[index,call-overload]
+    assert [config["number"] for config in configs.values()] == [0, 1, 2]  # type: ignore[index,call-overload]
     searcher.on_trial_complete(
         "a", {"error": "TrainingError", "message": "diverged", "time_total_s": 2.0}
     )
     searcher.on_trial_complete("b", None, error=True)
     assert searcher.fatal is None
-    assert [study.records[slot].state for slot in (0, 1)] == ["failed", "failed"]
-    assert list(TrialJournal(tmp_path).read()) == [study.slots[0].id]
+    assert [study.records[number].state for number in (0, 1)] == ["failed", "failed"]
+    assert list(TrialJournal(tmp_path).read()) == [study.proposals[0].id]
     searcher.on_trial_complete("c", {"error": "DataError", "message": "shard damaged"})
     assert isinstance(searcher.fatal, DataError)
     assert str(searcher.fatal) == "shard damaged"
     assert searcher.suggest("d") == StudySearcher.FINISHED
-    assert list(TrialJournal(tmp_path).read()) == [study.slots[0].id]
+    assert list(TrialJournal(tmp_path).read()) == [study.proposals[0].id]
 
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::DeprecationWarning")
@@ -270,7 +270,7 @@ def test_a_study_runs_on_ray_tune(
             journal,
             size_of=planner.size_bytes,
             on_progress=lambda study: (
-                asked_for.append(len(study.slots)) if study.epochs_done() else None
+                asked_for.append(len(study.proposals)) if study.epochs_done() else None
             ),
         )
 

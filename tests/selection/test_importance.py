@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from pipeline.adaptation import RankedPlaces, plan, rank_places
+from pipeline.adaptation import RankedIndices, plan, rank_indices
 from pipeline.adaptation.packing import from_pack
 from pipeline.adaptation.selected import recomputed
 from pipeline.adaptation.selected.recomputed import random_importance
@@ -140,7 +140,7 @@ def test_importance_is_its_definition(
     ranked: dict[str, torch.Tensor] = {}
     for module in (stage, recomputed):
         monkeypatch.setattr(
-            module, "rank_places", lambda importance, level, top_k: ranked.update(importance) or {}
+            module, "rank_indices", lambda importance, level, top_k: ranked.update(importance) or {}
         )
     inputs = open_with(family, criterion)
     stage._ranked(inputs, dict(sums(family, criterion)), 1)
@@ -256,7 +256,7 @@ def test_ranking_is_sorting(
         f"layer{number}": rng.integers(-distinct, distinct + 1, shape) / 7
         for number, shape in enumerate(shapes)
     }
-    ranked = rank_places(
+    ranked = rank_indices(
         {name: torch.from_numpy(values_OI) for name, values_OI in importance.items()}, level, top_k
     )
     for smaller in range(1, top_k + 1):
@@ -264,7 +264,7 @@ def test_ranking_is_sorting(
             name: places.at(smaller).tolist() for name, places in ranked.items()
         } == slow_places(importance, level, smaller)
     assert all(
-        places.place_M.dtype == torch.int32 and places.rank_M.dtype == torch.uint8
+        places.index_M.dtype == torch.int32 and places.rank_M.dtype == torch.uint8
         for places in ranked.values()
     )
 
@@ -274,21 +274,21 @@ def test_ranking_is_sorting(
 def test_importance_that_is_no_number_is_refused(level: Level, value: float) -> None:
     importance = {"first": torch.ones(2, 3), "second": torch.tensor([[1.0, value]])}
     with pytest.raises(BackboneError, match="second's connections is not finite"):
-        rank_places(importance, level, 1)
+        rank_indices(importance, level, 1)
 
 
 def test_ranking_leaves_its_input_alone() -> None:
     values_OI = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
     before = values_OI.clone()
     for level in LEVELS:
-        rank_places({"layer": values_OI}, level, 2)
+        rank_indices({"layer": values_OI}, level, 2)
         assert torch.equal(values_OI, before)
 
 
 def test_a_selection_survives_its_file(selected: Any, tmp_path: Path) -> None:
     found = {
         **selected("vit", "gradient", "network"),
-        "empty": RankedPlaces.unranked(torch.zeros(0, dtype=torch.int64)),
+        "empty": RankedIndices.unranked(torch.zeros(0, dtype=torch.int64)),
     }
     write_selection(found, tmp_path / "folder" / "selection")
     assert same(read_selection(tmp_path / "folder" / "selection"), found)

@@ -182,7 +182,7 @@ def ranked_columns(inputs: Inputs, selected: SelectedIndex) -> dict[str, list[li
     columns: dict[str, list[list[int]]] = {}
     for name, (rows, inputs_of_row) in weight_shapes(inputs.backbone.model).items():
         ranked = sorted(
-            zip(selected[name].rank_M.tolist(), selected[name].place_M.tolist(), strict=True)
+            zip(selected[name].rank_M.tolist(), selected[name].index_M.tolist(), strict=True)
         )
         columns[name] = [
             [place % inputs_of_row for _, place in ranked if place // inputs_of_row == row]
@@ -299,7 +299,7 @@ def test_half_precision_selects_nearly_the_same(
         select_here(dataclasses.replace(tiny_inputs, task=half), 1),
     )
     same = (
-        torch.cat([full[name].place_M == ranked.place_M for name, ranked in found.items()])
+        torch.cat([full[name].index_M == ranked.index_M for name, ranked in found.items()])
         .float()
         .mean()
     )

@@ -16,7 +16,7 @@ from helpers_cases import for_every
 from helpers_selection import CRITERIA, FAMILIES, LEVELS, RECOMPUTED, TOP_K, packed, same
 
 from pipeline.adaptation.packing import SizePlanner, from_pack
-from pipeline.adaptation.selected.ranking import kept_at, kept_places
+from pipeline.adaptation.selected.ranking import kept_at, kept_indices
 from pipeline.adaptation.sites import weight_shapes
 from pipeline.packs import ledger, pack_to_bytes, read_pack
 from pipeline.selection import select_here, stage
@@ -41,17 +41,17 @@ def test_every_level_keeps_as_many(
     for top_k in range(1, TOP_K + 1):
         places = {name: ranked.at(top_k).numpy() for name, ranked in found.items()}
         assert all(
-            (np.diff(place_N) > 0).all() and (place_N >= 0).all() for place_N in places.values()
+            (np.diff(index_N) > 0).all() and (index_N >= 0).all() for index_N in places.values()
         )
         assert all(
-            place_N.max(initial=0) < shapes[name][0] * shapes[name][1]
-            for name, place_N in places.items()
+            index_N.max(initial=0) < shapes[name][0] * shapes[name][1]
+            for name, index_N in places.items()
         )
         assert sum(map(len, places.values())) == sum(
             rows * min(top_k, columns) for rows, columns in shapes.values()
         )
         if level != "network":
-            assert {name: len(place_N) for name, place_N in places.items()} == {
+            assert {name: len(index_N) for name, index_N in places.items()} == {
                 name: kept_at(shape, top_k) for name, shape in shapes.items()
             }
         if level == "neuron":
@@ -137,9 +137,9 @@ def test_its_pack_has_the_announced_bytes_and_reloads(
     if criterion in RECOMPUTED:
         assert before == len(content)
     reloaded = from_pack(read_pack(content), inputs.backbone)
-    assert reloaded.positions().keys() == kept_places(found, 2).keys()
+    assert reloaded.positions().keys() == kept_indices(found, 2).keys()
     assert all(
-        torch.equal(place_N, found[name].at(2)) for name, place_N in reloaded.positions().items()
+        torch.equal(index_N, found[name].at(2)) for name, index_N in reloaded.positions().items()
     )
     images = torch.randint(
         0, 256, (3, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(1)

@@ -24,7 +24,7 @@ import torch.distributed as dist
 pytest.importorskip("constriction", reason="packs are coded with constriction")
 pytest.importorskip("webdataset", reason="shards are written with webdataset")
 
-from pipeline.adaptation import RankedPlaces, SelectedIndex, attach
+from pipeline.adaptation import RankedIndices, SelectedIndex, attach
 from pipeline.adaptation.packing import from_pack
 from pipeline.packs import Pack, read_pack
 from pipeline.selection import select_here, stage
@@ -70,7 +70,7 @@ def device(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(scope="module")
-def selected(tiny_inputs: Inputs) -> dict[str, RankedPlaces]:
+def selected(tiny_inputs: Inputs) -> dict[str, RankedIndices]:
     return select_here(tiny_inputs, 2)
 
 
@@ -255,7 +255,7 @@ def test_a_selection_keeps_the_connections_of_the_cpu(
         )
         expected, found = (stage._ranked(at_level, dict(sums), 3) for sums in (here, there))
         same = [
-            np.isin(found[name].place_M.numpy(), ranked.place_M.numpy())
+            np.isin(found[name].index_M.numpy(), ranked.index_M.numpy())
             for name, ranked in expected.items()
         ]
         assert np.concatenate(same).mean() > 0.99, level

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.adaptation import RankedPlaces
+from pipeline.adaptation import RankedIndices
 from pipeline.errors import StorageError
 from pipeline.selection import select_here
 from pipeline.specs import Recipe
@@ -39,7 +39,7 @@ class Killed(Exception):
 
 
 @pytest.fixture(scope="module")
-def selected(tiny_inputs: Inputs) -> dict[str, RankedPlaces]:
+def selected(tiny_inputs: Inputs) -> dict[str, RankedIndices]:
     return select_here(tiny_inputs, 2)
 
 
@@ -64,7 +64,7 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def test_a_fit_that_dies_goes_on_and_gives_the_same_bytes(
-    tiny_inputs: Inputs, selected: dict[str, RankedPlaces], steps: list[int], tmp_path: Path
+    tiny_inputs: Inputs, selected: dict[str, RankedIndices], steps: list[int], tmp_path: Path
 ) -> None:
     recipe = Recipe.model_validate(RECIPE)
     fit(tiny_inputs, recipe, selected, tmp_path / "whole")
@@ -88,7 +88,7 @@ def test_a_fit_that_dies_goes_on_and_gives_the_same_bytes(
 def test_a_checkpoint_that_cannot_be_used_is_a_fresh_start(
     damage: str,
     tiny_inputs: Inputs,
-    selected: dict[str, RankedPlaces],
+    selected: dict[str, RankedIndices],
     steps: list[int],
     tmp_path: Path,
 ) -> None:

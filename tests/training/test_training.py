@@ -18,7 +18,7 @@ import pytest
 import torch
 from helpers_cases import for_every
 
-from pipeline.adaptation import AdaptedModel, RankedPlaces, attach
+from pipeline.adaptation import AdaptedModel, RankedIndices, attach
 from pipeline.adaptation.packing import SizePlanner, describe, from_pack, to_pack
 from pipeline.backbones import fingerprint
 from pipeline.errors import TrainingError
@@ -31,7 +31,7 @@ from pipeline.training import fit as fit_module
 from pipeline.training.fit import PACK_FILE, RESULT_FILE, FitResult, fit, read_fit
 from pipeline.training.loop import learning_rate_factor
 
-Selected = dict[str, RankedPlaces]
+Selected = dict[str, RankedIndices]
 
 
 @pytest.fixture(scope="module")

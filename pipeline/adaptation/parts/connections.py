@@ -11,8 +11,8 @@ kept, and the gradient is a few entries of their product with the output's gradi
 most columns are selected, the dense product is computed and indexed. Linear and Conv2d share the
 code: a convolution's weight is seen as [out, in * kh * kw]. Shapes: O outputs (neurons), I inputs
 of a neuron, K kept connections of a neuron, N kept connections of a layer, U distinct columns
-chosen in a layer, T tokens or pixels. A place is a number o * I + i: an entry of the weight seen as
-one row-major [O, I] matrix.
+chosen in a layer, T tokens or pixels. A flat index is a number o * I + i: an entry of the weight
+seen as one row-major [O, I] matrix.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from torch import nn
 from torch.nn import grad as nn_grad
 
 from pipeline.adaptation.part import Assembly, Part, Site, Stage, WeightChange, register
-from pipeline.adaptation.selected.ranking import kept_at, kept_places
+from pipeline.adaptation.selected.ranking import kept_at, kept_indices
 from pipeline.adaptation.sites import TunableLayer, tunable_layers, weight_shapes
 from pipeline.adaptation.tensors import PlannedTensor
 from pipeline.adaptation.wrapper import Wrapper
@@ -153,10 +153,10 @@ class _ConnectedProduct(torch.autograd.Function):
         )
         gradient_TO = _outputs_as_tokens(tuned.base, gradient)
         if ctx.keeps_columns:
-            place = tuned.sampled_place
+            index = tuned.sampled_index
             if not ctx.needs_input_grad[2]:
-                place = place[: len(tuned.index_N)]
-            sums = (kept.T @ gradient_TO).take(place)
+                index = index[: len(tuned.index_N)]
+            sums = (kept.T @ gradient_TO).take(index)
             values_gradient, bias_gradient = sums[: len(tuned.index_N)], sums[len(tuned.index_N) :]
         else:
             values_gradient, bias_gradient = (
@@ -176,18 +176,18 @@ class TunedLayer(Wrapper, WeightChange):
     """A frozen Linear or Conv2d with trained connections, a trained bias, or both.
 
     `current` holds what this forward pass uses: `connections` [N] is added to the weight's entries
-    at the places `index_N`, `bias` [O] to the bias.
+    at the indices `index_N`, `bias` [O] to the bias.
 
     Args:
         base: the backbone's layer; never written to.
-        index_N: places of the selected entries, ascending, or None to leave the weight alone.
+        index_N: indices of the selected entries, ascending, or None to leave the weight alone.
     """
 
     base: TunableLayer
     index_N: torch.Tensor | None
     frozen_N: torch.Tensor
     columns_U: torch.Tensor
-    sampled_place: torch.Tensor
+    sampled_index: torch.Tensor
 
     def __init__(self, base: TunableLayer, index_N: torch.Tensor | None) -> None:
         super().__init__(base)
@@ -204,14 +204,14 @@ class TunedLayer(Wrapper, WeightChange):
             # One more column of ones makes the bias gradient part of the same product: its sums are
             # the last row.
             outputs, chosen = base.weight.shape[0], len(columns_U)
-            places = [
+            indices = [
                 column_of_N * outputs + index_N // columns,
                 torch.arange(chosen * outputs, (chosen + 1) * outputs),
             ]
             self.register_buffer(
                 "columns_U", torch.cat([columns_U, columns_U[-1:]]), persistent=False
             )
-            self.register_buffer("sampled_place", torch.cat(places), persistent=False)
+            self.register_buffer("sampled_index", torch.cat(indices), persistent=False)
 
     @property
     def weight(self) -> torch.Tensor:
@@ -304,10 +304,10 @@ class TunedLayer(Wrapper, WeightChange):
         return {"weight": self.weight} if bias is None else {"weight": self.weight, "bias": bias}
 
 
-def tune_layers(assembly: Assembly, places: Mapping[str, torch.Tensor]) -> None:
-    """Replace every layer by a `TunedLayer`, with connections where `places` [N] has some."""
+def tune_layers(assembly: Assembly, indices: Mapping[str, torch.Tensor]) -> None:
+    """Replace every layer by a `TunedLayer`, with connections where `indices` [N] has some."""
     for name, layer in tunable_layers(assembly.model).items():
-        tuned = assembly.modules[f"layer:{name}"] = TunedLayer(layer, places.get(name))
+        tuned = assembly.modules[f"layer:{name}"] = TunedLayer(layer, indices.get(name))
         assembly.model.set_submodule(name, tuned)
 
 
@@ -325,8 +325,8 @@ class ConnectionsPart(Part):
         shapes = weight_shapes(site.model)
         counts = {name: kept_at(shape, spec.top_k) for name, shape in shapes.items()}
         if site.selected is not None:
-            kept = kept_places(site.selected, spec.top_k)
-            counts = {name: len(place_N) for name, place_N in kept.items()}
+            kept = kept_indices(site.selected, spec.top_k)
+            counts = {name: len(index_N) for name, index_N in kept.items()}
         return [
             PlannedTensor("connections", name, (counts[name],), spec.bits, shape)
             for name, shape in shapes.items()
@@ -337,7 +337,7 @@ class ConnectionsPart(Part):
         """Replace every layer, and with it its bias."""
         selected = assembly.site.selected
         assert selected is not None, "a recipe with connections needs a selection"
-        tune_layers(assembly, kept_places(selected, spec.top_k))
+        tune_layers(assembly, kept_indices(selected, spec.top_k))
 
     def address(self, tensor: PlannedTensor, modules: Mapping[str, Any]) -> tuple[str, str]:
         """The layer of the tensor's name."""

@@ -1,5 +1,5 @@
-"""A task's selection: for each layer the places that some trial may change, each with the smallest
-K that keeps it.
+"""A task's selection: for each layer the flat indices that some trial may change, each with the
+smallest K that keeps it.
 
 The level says which connections compete with each other. At every level, K keeps as many
 connections as K per neuron would:
@@ -9,9 +9,9 @@ connections as K per neuron would:
     network    as many as that over all layers, the strongest of the network
 
 where K is the layer's number of columns if that is smaller. So one selection of the largest K
-serves a study: a trial keeps the places whose rank is at most its K. Levels are GPS's ablation
+serves a study: a trial keeps the indices whose rank is at most its K. Levels are GPS's ablation
 (arXiv 2312.10136). Shapes: O rows (neurons), I columns (inputs of a neuron), E entries that
-compete, M places that some K keeps, N places that one K keeps.
+compete, M indices that some K keeps, N indices that one K keeps.
 """
 
 from __future__ import annotations
@@ -27,43 +27,43 @@ from pipeline.errors import BackboneError
 from pipeline.specs import Level
 
 
-class RankedPlaces(NamedTuple):
-    """A layer's part of a selection: places [M] (int32), ascending, and the smallest K that keeps
+class RankedIndices(NamedTuple):
+    """A layer's part of a selection: indices [M] (int32), ascending, and the smallest K that keeps
     each, [M] (uint8), from 1.
 
-    A place is a number o * I + i: an entry of the weight seen as one row-major [O, I] matrix.
+    A flat index is a number o * I + i: an entry of the weight seen as one row-major [O, I] matrix.
     """
 
-    place_M: torch.Tensor
+    index_M: torch.Tensor
     rank_M: torch.Tensor
 
     def at(self, top_k: int) -> torch.Tensor:
-        """The places [N] (int64), ascending, that K keeps."""
-        return self.place_M[self.rank_M <= top_k].long()
+        """The indices [N] (int64), ascending, that K keeps."""
+        return self.index_M[self.rank_M <= top_k].long()
 
     @classmethod
-    def unranked(cls, place_N: torch.Tensor) -> RankedPlaces:
+    def unranked(cls, index_N: torch.Tensor) -> RankedIndices:
         """Places that every K keeps."""
         return cls(
-            place_N.int(), torch.ones(len(place_N), dtype=torch.uint8, device=place_N.device)
+            index_N.int(), torch.ones(len(index_N), dtype=torch.uint8, device=index_N.device)
         )
 
 
-SelectedIndex = Mapping[str, RankedPlaces]
-"""A selection, by layer. A layer may have no places."""
+SelectedIndex = Mapping[str, RankedIndices]
+"""A selection, by layer. A layer may have no indices."""
 
 
-def kept_places(selected: SelectedIndex, top_k: int) -> dict[str, torch.Tensor]:
-    """The places [N] of each layer that K keeps; layers that keep none are left out."""
-    places = {name: ranked.at(top_k) for name, ranked in selected.items()}
-    return {name: place_N for name, place_N in places.items() if len(place_N)}
+def kept_indices(selected: SelectedIndex, top_k: int) -> dict[str, torch.Tensor]:
+    """The indices [N] of each layer that K keeps; layers that keep none are left out."""
+    indices = {name: ranked.at(top_k) for name, ranked in selected.items()}
+    return {name: index_N for name, index_N in indices.items() if len(index_N)}
 
 
-def rank_places(
+def rank_indices(
     importance: Mapping[str, torch.Tensor], level: Level, top_k: int
-) -> dict[str, RankedPlaces]:
+) -> dict[str, RankedIndices]:
     """Rank the entries of each layer [O, I] by absolute value, compared in float32; equal ones by
-    layer, then by place.
+    layer, then by index.
 
     Raises:
         BackboneError: a value is not a number, or infinite.
@@ -78,9 +78,9 @@ def rank_places(
         return {name: _rank_rows(values_OI, top_k) for name, values_OI in importance.items()}
     groups = [[name] for name in importance] if level == "layer" else [list(importance)]
     return {
-        name: places
+        name: indices
         for group in groups
-        for name, places in _rank_together(
+        for name, indices in _rank_together(
             {name: importance[name] for name in group}, top_k
         ).items()
     }
@@ -91,14 +91,14 @@ def kept_at(shape_OI: tuple[int, ...], top_k: int) -> int:
     return shape_OI[0] * min(top_k, shape_OI[1])
 
 
-def _rank_rows(values_OI: torch.Tensor, top_k: int) -> RankedPlaces:
+def _rank_rows(values_OI: torch.Tensor, top_k: int) -> RankedIndices:
     index_OK = top_connections(values_OI, top_k).cpu().long()
     rows, kept = index_OK.shape
-    place_OK = torch.arange(rows)[:, None] * values_OI.shape[1] + index_OK
-    return _ascending(place_OK.flatten(), torch.arange(1, kept + 1).repeat(rows))
+    index_OK = torch.arange(rows)[:, None] * values_OI.shape[1] + index_OK
+    return _ascending(index_OK.flatten(), torch.arange(1, kept + 1).repeat(rows))
 
 
-def _rank_together(importance: Mapping[str, torch.Tensor], top_k: int) -> dict[str, RankedPlaces]:
+def _rank_together(importance: Mapping[str, torch.Tensor], top_k: int) -> dict[str, RankedIndices]:
     """Rank entries of one or several layers that all compete with each other."""
     shapes = [tuple(values_OI.shape) for values_OI in importance.values()]
     kept_K = torch.tensor([sum(kept_at(shape, k) for shape in shapes) for k in range(1, top_k + 1)])
@@ -113,7 +113,7 @@ def _rank_together(importance: Mapping[str, torch.Tensor], top_k: int) -> dict[s
 
 def _by_layer(
     strongest_M: torch.Tensor, rank_M: torch.Tensor, starts: Sequence[int]
-) -> list[RankedPlaces]:
+) -> list[RankedIndices]:
     layers = []
     for start, end in itertools.pairwise(starts):
         inside_M = (strongest_M >= start) & (strongest_M < end)
@@ -121,6 +121,6 @@ def _by_layer(
     return layers
 
 
-def _ascending(place_M: torch.Tensor, rank_M: torch.Tensor) -> RankedPlaces:
-    sorted_M = place_M.sort()
-    return RankedPlaces(sorted_M.values.int(), rank_M[sorted_M.indices].to(torch.uint8))
+def _ascending(index_M: torch.Tensor, rank_M: torch.Tensor) -> RankedIndices:
+    sorted_M = index_M.sort()
+    return RankedIndices(sorted_M.values.int(), rank_M[sorted_M.indices].to(torch.uint8))

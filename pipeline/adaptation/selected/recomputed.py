@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from pipeline.adaptation.parts.connections import TunableLayer
-from pipeline.adaptation.selected.ranking import RankedPlaces, rank_places
+from pipeline.adaptation.selected.ranking import RankedIndices, rank_indices
 from pipeline.adaptation.sites import tunable_layers
 from pipeline.backbones import LoadedBackbone
 from pipeline.specs import Selection
@@ -30,7 +30,7 @@ def is_recomputable(spec: Selection) -> bool:
     return spec.criterion in ("magnitude", "random")
 
 
-def recompute(backbone: LoadedBackbone, spec: Selection, top_k: int) -> dict[str, RankedPlaces]:
+def recompute(backbone: LoadedBackbone, spec: Selection, top_k: int) -> dict[str, RankedIndices]:
     """The selection, from the backbone's weights alone."""
     assert is_recomputable(spec)
     layers = tunable_layers(backbone.model)
@@ -40,7 +40,7 @@ def recompute(backbone: LoadedBackbone, spec: Selection, top_k: int) -> dict[str
         importance = {
             name: random_importance(layer, spec.seed, name) for name, layer in layers.items()
         }
-    return rank_places(importance, spec.level, top_k)
+    return rank_indices(importance, spec.level, top_k)
 
 
 def random_importance(layer: TunableLayer, seed: int, name: str) -> torch.Tensor:

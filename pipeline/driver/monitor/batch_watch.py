@@ -115,16 +115,16 @@ class BatchWatch:
             new = study.ended[self._logged.get(task, 0) :]
             self._logged[task] = len(study.ended)
             before = len(study.records) - len(new)
-            for number, slot in enumerate(new, start=before + 1):
+            for count, number in enumerate(new, start=before + 1):
                 self._searched.add(task)
                 LOG.info(
                     "%s: trial %d of %d: %s",
                     task,
-                    number,
+                    count,
                     study.trials_planned(),
-                    without_secrets(study.records[slot].line()),
+                    without_secrets(study.records[number].line()),
                 )
-                self._trial_ended(task, study.records[slot], samples)
+                self._trial_ended(task, study.records[number], samples)
             if (metrics := self._ray()) is not None:
                 metrics.set(task, trials_running=tracked.trials_running)
         self._writer.wake()

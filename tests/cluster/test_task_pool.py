@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from pipeline.cluster.task_threads import Interrupted, Together
+from pipeline.cluster.task_pool import Interrupted, TaskPool
 
 SECONDS = 10
 
@@ -36,13 +36,13 @@ class Meeting:
 
 def test_as_many_run_as_may_and_results_come_in_order() -> None:
     meeting = Meeting(3)
-    assert Together(lambda: 3).run(meeting.work, range(9)) == [item * item for item in range(9)]
+    assert TaskPool(lambda: 3).run(meeting.work, range(9)) == [item * item for item in range(9)]
     assert meeting.most == 3
 
 
 def test_more_run_once_more_may(monkeypatch: pytest.MonkeyPatch) -> None:
     """A cluster that grows: with one at a time the two would wait for each other for ever."""
-    monkeypatch.setattr("pipeline.cluster.task_threads.LOOK_SECONDS", 0.01)
+    monkeypatch.setattr("pipeline.cluster.task_pool.LOOK_SECONDS", 0.01)
     asked: list[int] = []
     meeting = Meeting(2)
 
@@ -50,80 +50,80 @@ def test_more_run_once_more_may(monkeypatch: pytest.MonkeyPatch) -> None:
         asked.append(1)
         return 1 if len(asked) < 20 else 2
 
-    assert Together(at_once).run(meeting.work, [1, 2]) == [1, 4]
+    assert TaskPool(at_once).run(meeting.work, [1, 2]) == [1, 4]
 
 
 def test_who_stands_aside_leaves_the_place_to_another() -> None:
-    together = Together(lambda: 1)
+    pool = TaskPool(lambda: 1)
     second_ran = threading.Event()
 
     def work(item: str) -> bool:
         if item == "second":
             second_ran.set()
             return True
-        with together.aside():
+        with pool.aside():
             return second_ran.wait(SECONDS)
 
-    assert together.run(work, ["first", "second"]) == [True, True]
-    assert together.running == 0
+    assert pool.run(work, ["first", "second"]) == [True, True]
+    assert pool.running == 0
 
 
 def test_all_wait_once_nothing_is_left_to_start() -> None:
-    together = Together(lambda: 1)
+    pool = TaskPool(lambda: 1)
     seen: list[bool] = []
 
     def work(item: int) -> None:
-        seen.append(together.all_wait())
-        with together.aside():
+        seen.append(pool.all_wait())
+        with pool.aside():
             deadline = time.monotonic() + SECONDS
-            while not together.all_wait() and time.monotonic() < deadline:
+            while not pool.all_wait() and time.monotonic() < deadline:
                 time.sleep(0.01)
-            seen.append(together.all_wait())
+            seen.append(pool.all_wait())
 
-    together.run(work, [1, 2])
+    pool.run(work, [1, 2])
     assert seen == [False, False, True, True]
 
 
 def test_the_main_thread_does_what_only_it_may() -> None:
-    together = Together(lambda: 2)
+    pool = TaskPool(lambda: 2)
 
     def fail() -> None:
         raise OSError("no")
 
     def work(item: int) -> tuple[bool, bool]:
         with pytest.raises(OSError, match="no"):
-            together.on_main_thread(fail)
-        return threading.current_thread() is threading.main_thread(), together.on_main_thread(
+            pool.on_main_thread(fail)
+        return threading.current_thread() is threading.main_thread(), pool.on_main_thread(
             lambda: threading.current_thread() is threading.main_thread()
         )
 
-    assert together.run(work, [1, 2]) == [(False, True)] * 2
-    assert together.on_main_thread(lambda: 5) == 5
+    assert pool.run(work, [1, 2]) == [(False, True)] * 2
+    assert pool.on_main_thread(lambda: 5) == 5
 
 
 def test_what_work_raises_is_raised_and_ends_the_others() -> None:
-    together = Together(lambda: 2)
+    pool = TaskPool(lambda: 2)
     ended: list[str] = []
 
     def work(item: str) -> None:
         if item == "broken":
             raise ZeroDivisionError("a mistake of ours")
         try:
-            together.pause(SECONDS)
+            pool.pause(SECONDS)
         except Interrupted:
             ended.append(item)
             raise
 
     with pytest.raises(ZeroDivisionError, match="a mistake of ours"):
-        together.run(work, ["patient", "broken", "never started"])
+        pool.run(work, ["patient", "broken", "never started"])
     assert ended == ["patient"]
 
 
 def test_an_interruption_reaches_threads_that_wait_for_the_main_one(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("pipeline.cluster.task_threads.LOOK_SECONDS", 0.01)
-    together = Together(lambda: 1)
+    monkeypatch.setattr("pipeline.cluster.task_pool.LOOK_SECONDS", 0.01)
+    pool = TaskPool(lambda: 1)
     ended = threading.Event()
 
     def interrupt() -> None:
@@ -131,11 +131,11 @@ def test_an_interruption_reaches_threads_that_wait_for_the_main_one(
 
     def work(item: int) -> None:
         try:
-            together.on_main_thread(interrupt)
+            pool.on_main_thread(interrupt)
         except Interrupted:
             ended.set()
             raise
 
     with pytest.raises(KeyboardInterrupt):
-        together.run(work, [1])
+        pool.run(work, [1])
     assert ended.is_set()

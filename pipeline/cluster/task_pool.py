@@ -35,7 +35,7 @@ class Interrupted(BaseException):
     """
 
 
-class Together:
+class TaskPool:
     """Run items in threads, at most `at_once()` concurrently. `running` is their number, without
     those that stand aside.
     """
