@@ -18,8 +18,8 @@ help:  ## list the targets
 demo: $(INSTALLED)  ## run the whole pipeline on embedded data, on this machine
 	$(BIN)/taskpack demo
 
-test: $(INSTALLED)  ## run the tests
-	$(BIN)/pytest
+test: $(INSTALLED)  ## run the tests, two files at a time
+	$(BIN)/pytest --numprocesses=2 --dist=loadfile
 
 lint: $(INSTALLED)  ## check style, formatting and types
 	$(BIN)/ruff check
