@@ -212,7 +212,9 @@ def load_smallest(name: str) -> tuple[Backbone, LoadedBackbone]:
 @torch.no_grad()
 def measure_batch_norms(backbone: LoadedBackbone) -> None:
     """Give every batch norm the statistics of noise: with those of an untrained network, its
-    features would grow beyond all bounds.
+    features would grow beyond all bounds. So they would with variances far below 1, which untrained
+    depthwise convolutions have: the smallest change of a parameter would be multiplied block by
+    block.
     """
     norms = [module for module in backbone.model.modules() if isinstance(module, _BatchNorm)]
     for norm in norms:
@@ -224,6 +226,9 @@ def measure_batch_norms(backbone: LoadedBackbone) -> None:
                 8, 3, backbone.size_px, backbone.size_px, generator=torch.Generator().manual_seed(2)
             )
         )
+    for norm in norms:
+        if norm.running_var is not None:
+            norm.running_var.clamp_(min=1)
     backbone.model.eval()
 
 
