@@ -286,7 +286,7 @@ def _selected(
         if not is_recomputable(spec):
             raise PackDamaged(
                 f"the pack leaves out its positions, which criterion {spec.criterion} cannot"
-                " compute anew"
+                " recompute"
             )
         return recompute(backbone, spec, top_k)
     stored = {

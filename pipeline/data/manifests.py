@@ -81,7 +81,7 @@ def _rows(manifest: str, data: CsvData, kind: TaskKind) -> list[_Row]:
     header = next(records).fields
     if not _has(header, columns):
         raise DataError(
-            f"{manifest}: a column's name goes on after the first line; is a quote left open?"
+            f"{manifest}: a column name continues after the first line; is a quote left open?"
         )
     root = data.root if data.root is not None else os.path.dirname(manifest)
     separator = data.label_separator if kind.several_labels else None
@@ -172,7 +172,7 @@ def _row(
         )
     if len(lines_of(path + label)) > 1:
         raise DataError(
-            f"{where}: {columns[0]} {quoted(path)}, {columns[1]} {quoted(label)}: a field goes on"
+            f"{where}: {columns[0]} {quoted(path)}, {columns[1]} {quoted(label)}: a field continues"
             " in the next line; is a quote left open?"
         )
     return _Row(where, located(path, root), _separated(label, label_separator, where))

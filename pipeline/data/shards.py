@@ -247,7 +247,7 @@ def _check_alone(members: dict[str, bytes], image_extension: str, label: str, sa
         stem, _, extension = name.rpartition(".")
         if stem and extension in IMAGE_EXTENSIONS and f"{stem}.{label}" in members:
             raise DataError(
-                f"{sample}.{shortened(name)}: a second labelled image beside"
+                f"{sample}.{shortened(name)}: a second labelled image next to"
                 f" {sample.rpartition(': ')[2]}.{image_extension}; a key ends at the first dot of a"
                 " name; rename it, without a dot in its key"
             )

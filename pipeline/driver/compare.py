@@ -78,7 +78,7 @@ class _Entry:
         """The trial with the best validation metric; of equal ones the smallest pack."""
         complete = [record for record in self.records.values() if record.val_metric is not None]
         if not complete:
-            raise TrainingError(f"no trial came to an end; {'; '.join(self.warnings())}")
+            raise TrainingError(f"no trial completed; {'; '.join(self.warnings())}")
         return max(
             complete, key=lambda record: (record.val_metric or 0.0, -record.size_bytes, record.id)
         )
@@ -322,7 +322,7 @@ class _Driver(Stages):
 
 
 def _guarded(entry: _Entry, action: Callable[..., Any], *arguments: Any) -> None:
-    """Do something for one entry; a named error becomes that entry's, and the others go on."""
+    """Do something for one entry; a named error is kept as that entry's, and the others continue."""
     try:
         action(entry, *arguments)
     except TaskpackError as error:

@@ -102,8 +102,8 @@ class Registration:
         )
 
     def _discard_unfinished(self, champion: Champion) -> None:
-        """Delete what earlier tries of this writer left, and what is too old to be another one's at
-        work; as far as the server permits it.
+        """Delete unfinished registrations of this pack, and others that are too old to be in
+        progress, as far as the server permits it.
         """
         experiments = [self._store.experiment_id]
         mine = (
@@ -197,8 +197,8 @@ class Registration:
             )
 
     def _publish(self, version: Any, champion: Champion) -> None:
-        """Do what is not done yet: describe the version, tell the LoggedModel of it, end the run,
-        by which `search` finds it from now on.
+        """Finish the registration: describe the version, link the LoggedModel to it, and end the
+        run, so that `search` finds it. Steps that were already done are skipped.
         """
         model_id, number = version.tags[MODEL_ID_TAG], str(version.version)
         if not version.description:

@@ -86,8 +86,8 @@ class TrackingStore:
         return experiment
 
     def refresh_statistics(self) -> None:
-        """After something was registered: a SQLite file has nobody else to do it, a server's
-        database does it by itself.
+        """Update the query planner's statistics after a registration, if the store is a SQLite
+        file; a server's database does so by itself.
         """
         if (database := sqlite_path(self.tracking_uri)) is not None:
             refresh_statistics(database)
@@ -95,8 +95,8 @@ class TrackingStore:
     # --- artifacts --------------------------------------------------------------------------------
 
     def rebase_moved(self) -> None:
-        """Write the new place of a moved or copied work folder into its database: new artifacts
-        must not go to the former place.
+        """Write the new path of a moved or copied work folder into its database, so that new
+        artifacts do not go to the old path.
         """
         if (database := sqlite_path(self.tracking_uri)) is None:
             return

@@ -89,7 +89,7 @@ class TrialJournal:
         return self.folder / f"{trial}.safetensors"
 
     def outcomes(self, trial: str) -> Outcomes | None:
-        """The validation outputs of a trial that came to its end; None where they are lost."""
+        """The validation outputs of a completed trial; None if they are missing."""
         return read_outcomes(self.outcomes_path(trial))
 
     def write(self, record: TrialRecord) -> None:

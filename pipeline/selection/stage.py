@@ -284,8 +284,8 @@ def _ranked(
 
 
 def _worker(config: dict[str, Any]) -> TaskpackError | None:
-    """One rank. What fails on any rank is told to all, so that none waits for sums that never come,
-    and returned, so that it is not tried again.
+    """Run one rank. An error on any rank is sent to all, so that none waits for its sums, and
+    returned rather than raised, so that Ray does not retry.
     """
     torch.set_num_threads(1)
     rank, world = dist.get_rank(), dist.get_world_size()

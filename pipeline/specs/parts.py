@@ -163,8 +163,8 @@ class Quantiser(Spec):
 
 
 class Head(Spec):
-    """A linear classifier on the pooled feature; weights at `bits`, bias at 16, or at 32 beside
-    weights of 32.
+    """A linear classifier on the pooled feature; weights at `bits`, bias at 16, or at 32 if
+    weights have 32.
 
     `bits: 1, bias: false` is Binary Adapter's Bi-Head.
     """

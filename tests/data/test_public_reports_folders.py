@@ -93,7 +93,7 @@ def test_images_beside_the_class_folders_are_not_left_out(tmp_path: Path) -> Non
     (tmp_path / "train" / "labels.csv").write_text("notes may lie there")
     assert train_count(data, tmp_path / "p") == 16
     (tmp_path / "train" / "stray.jpg").write_bytes(b"x")
-    assert "stray.jpg: lies beside the class folders" in refused(data, tmp_path / "q")
+    assert "stray.jpg: a file next to the class folders" in refused(data, tmp_path / "q")
 
 
 def test_what_desktops_and_storage_boxes_leave_is_no_image(tmp_path: Path) -> None:

@@ -202,7 +202,7 @@ def test_a_second_labelled_image_of_a_key_is_refused(label: str) -> None:
         f"0001.aug1.{label}": content,
     }
     message = message_of(
-        lambda: labels_in(members), "s.tar: 0001.aug1.jpg: a second labelled image beside 0001.jpg"
+        lambda: labels_in(members), "s.tar: 0001.aug1.jpg: a second labelled image next to 0001.jpg"
     )
     assert "rename it" in message
     others = {"0001.seg.png": b"y", "0001.seg.txt": b"1", "0001.fine.cls": b"3"}

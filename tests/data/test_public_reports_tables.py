@@ -102,9 +102,9 @@ def test_paths_may_be_absolute_or_lead_up_or_home(
         ('path,label,note\n0.png,cat,"x\n1.png,dog,"y"\n', "line 2: ',' expected after '\"'"),
         (
             'path,label\n0.png,"cat\n1.png,dog"\n',
-            "line 2: path '0.png', label 'cat\\n1.png,dog': a field goes on in the next line",
+            "line 2: path '0.png', label 'cat\\n1.png,dog': a field continues in the next line",
         ),
-        ('path,"label\nx"\n0.png,cat\n', "a column's name goes on after the first line"),
+        ('path,"label\nx"\n0.png,cat\n', "a column name continues after the first line"),
         ("path,label\na,b.png,cat\n1.png,dog\n", "line 2: 3 fields, but the first line has 2"),
         ("path,label\n0.png\n", "line 2: path '0.png', label ''; expected both"),
         (

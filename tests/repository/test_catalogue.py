@@ -201,8 +201,8 @@ def write_suite(folder: Path, groups: Mapping[str, Any], names: str = "ab") -> P
 @pytest.mark.parametrize(
     ("groups", "words"),
     [
-        ({"one": ["a"]}, "the task 'b' is in no group of it"),
-        ({"one": ["a"], "two": ["b", "c"]}, "the task 'c' has no task file beside it"),
+        ({"one": ["a"]}, "the task 'b' is in none of its groups"),
+        ({"one": ["a"], "two": ["b", "c"]}, "the task 'c' has no task file next to it"),
         ({"one": ["a", "b"], "two": ["b"]}, "groups: given"),
         ({"one": ["a", "b"], "two": []}, "groups.two: given []"),
         ({}, "groups: given {}"),

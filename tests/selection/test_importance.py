@@ -383,6 +383,6 @@ def test_positions_that_nobody_can_compute_are_missing(open_with: Any, selected:
         pack, metadata=pack.metadata.model_copy(update={"selection": {"criterion": "gradient"}})
     )
     with pytest.raises(
-        PackDamaged, match="leaves out its positions, which criterion gradient cannot compute anew"
+        PackDamaged, match="leaves out its positions, which criterion gradient cannot recompute"
     ):
         from_pack(changed, inputs.backbone)

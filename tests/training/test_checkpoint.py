@@ -1,4 +1,4 @@
-"""Checkpoints: a fit that dies at any step goes on in the middle of its epoch and gives the bytes
+"""Checkpoints: a fit that dies at any step resumes in the middle of its epoch and gives the bytes
 of one that did not.
 """
 
