@@ -1,8 +1,8 @@
 """What accuracy a pack's bytes buy: recipes of every size, from the head alone upwards, on a real
-ViT-S.
+ViT-S and on the demo's tasks and backbone.
 
-    python benchmarks/sizes.py [--tasks dtd10 trashnet] [--seeds 0] [--epochs 8] [--device cuda]
-                               [--workers 8] [--shared FOLDER]
+    python benchmarks/sizes.py [--tasks dtd10 digits] [--recipes ...] [--seeds 0] [--epochs 8]
+                               [--device cuda] [--workers 8] [--shared FOLDER]
     python benchmarks/sizes.py --page     write the page from what has been measured
 
 Every run trains a recipe twice, as a study does: on the training set, whose answers on the
@@ -10,9 +10,9 @@ validation set are kept image by image, and on both, as a pack whose test accura
 the reloaded file. So rules that choose by the validation set can be compared by the test set
 without training anything again. All runs of a task share data and splits; nothing is tuned.
 
-Interrupt it and start it again: finished runs are kept. Needs the data and the backbones, by
-default in the folder `shared` beside the project, but neither Ray nor MLflow. Writes
-benchmarks/results/sizes.json and .md.
+Interrupt it and start it again: finished runs are kept. The tasks of the ViT-S need their data and
+its weights, by default in the folder `shared` beside the project; neither Ray nor MLflow is needed.
+Writes benchmarks/results/sizes.json and .md.
 """
 
 from __future__ import annotations
@@ -35,15 +35,19 @@ import torch
 from fidelity import Place, open_task, select_once
 from machine import describe_machine
 
+from pipeline.data import prepare
 from pipeline.search.kept_outcomes import read_outcomes
 from pipeline.search.pareto import on_front
 from pipeline.search.trial import run_trial
-from pipeline.training import Inputs
+from pipeline.specs.catalogue import catalogue_folder
+from pipeline.specs.task_files import load_task
+from pipeline.training import Inputs, open_inputs
 from pipeline.training.fit import fit
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "sizes.json"
-TASKS = ("dtd10", "trashnet", "caltech101")
+DEMO = ("digits", "counting", "orientation")
+TASKS = ("dtd10", "trashnet", "caltech101", *DEMO)
 HOUSE: dict[str, Any] = {
     "connections": {"top_k": 1, "bits": 4},
     "biases": {"bits": 8},
@@ -102,10 +106,19 @@ def recipes() -> dict[str, dict[str, Any]]:
     return found
 
 
+def open_any(name: str, place: Place) -> Inputs:
+    """A task of the demo, or one of the ViT-S."""
+    if name not in DEMO:
+        return open_task(name, {}, place)
+    task = load_task(catalogue_folder() / "demo" / f"{name}.yaml")
+    prepare(task, place.workdir / name)
+    return open_inputs(task, place.workdir / name)
+
+
 def measure(run: dict[str, Any], place: Place) -> dict[str, Any]:
     """One recipe: a trial, and a fit."""
     torch.set_num_threads(1)
-    opened = open_task(run["task"], {}, place)
+    opened = open_any(run["task"], place)
     inputs = Inputs(
         **{**vars(opened), "task": opened.task.model_copy(update={"seed": run["seed"]})}
     )
@@ -134,25 +147,20 @@ def measure(run: dict[str, Any], place: Place) -> dict[str, Any]:
 
 def page(result: dict[str, Any]) -> str:
     """A table per task, by size: mean accuracies over the seeds, and what is on the front."""
-    machine = result["machine"]
     lines = [
-        "# Accuracy by size on a real ViT-S",
+        "# Accuracy by size",
         "",
-        (
-            f"`{result['command']}` on {machine['gpu'] or machine['cpu']}, torch"
-            f" {machine['torch']}, commit {machine['commit']}."
-        ),
-        "",
-        "The backbone is `vit_small_patch14_dinov2` at 98 px, further trained by others on",
-        "saliency. The number behind a name is that of bits, those of the head included. Where",
-        "there is none, the parts have 1 bit and the head has 2; the house recipe has its own.",
-        "Test accuracy is read from the reloaded pack. A star marks packs that no smaller one",
-        "beats on the validation set.",
+        f"{', '.join(DEMO)}: the demo's tasks and backbone. The others: `vit_small_patch14_dinov2`",
+        "at 98 px, further trained by others on saliency. The number behind a name is that of",
+        "bits, those of the head included. Where there is none, the parts have 1 bit and the head",
+        "has 2; the house recipe has its own. Test accuracy is read from the reloaded pack. A star",
+        "marks packs that no smaller one beats on the validation set.",
     ]
     for task in TASKS:
         runs = [run for run in result["runs"] if run["task"] == task]
         if runs:
-            lines += ["", f"## {task}", "", *_rows(runs)]
+            origins = list(dict.fromkeys(run["origin"] for run in runs))
+            lines += ["", f"## {task}", "", f"{'; '.join(origins)}.", "", *_rows(runs)]
     return "\n".join(lines) + "\n"
 
 
@@ -198,16 +206,18 @@ def main() -> None:
         if not arguments.page
     ]
     runs = [run for run in runs if not any(run.items() <= done.items() for done in result["runs"])]
-    if runs:
-        result["machine"] = describe_machine()
-        result["command"] = shlex.join(["python", "benchmarks/sizes.py", *sys.argv[1:]])
+    machine, command = describe_machine(), shlex.join(["python", *sys.argv])
+    origin = (
+        f"`{command}` on {machine['gpu'] or machine['cpu']}, torch {machine['torch']}, commit"
+        f" {machine['commit']}"
+    )
     place = Place(arguments.shared.resolve(), arguments.workdir, arguments.device)
     for task in {run["task"]: None for run in runs if "connections" in recipes()[run["recipe"]]}:
-        select_once(open_task(task, {}, place), place)
+        select_once(open_any(task, place), place)
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(arguments.workers, mp_context=spawn) as pool:
         for done in as_completed([pool.submit(measure, run, place) for run in runs]):
-            result["runs"].append(done.result())
+            result["runs"].append({**done.result(), "origin": origin})
             RESULTS.write_text(json.dumps(result, indent=1) + "\n")
             print({**result["runs"][-1], "right": "..."}, flush=True)
     RESULTS.with_suffix(".md").write_text(page(result))
