@@ -19,7 +19,7 @@ demo: $(INSTALLED)  ## run the whole pipeline on embedded data, on this machine
 	$(BIN)/taskpack demo
 
 test: $(INSTALLED)  ## run the tests, two files at a time
-	$(BIN)/pytest --numprocesses=2 --dist=loadfile
+	$(BIN)/pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder
 
 lint: $(INSTALLED)  ## check style, formatting and types
 	$(BIN)/ruff check

@@ -62,9 +62,11 @@ def test_without_a_network_pretrained_weights_are_refused_at_once(
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
     started = time.monotonic()
     assert re.search(
-        r"cannot be reached \(Connection refused\).*`weights`.*--backbone FILE", refusal_of(model)
+        r"cannot be reached \((Connection refused|no answer in \d+ s)\).*`weights`"
+        ".*--backbone FILE",
+        refusal_of(model),
     )
-    assert time.monotonic() - started < 4
+    assert time.monotonic() - started < 15, "hubs' clients try again for 46 seconds"
     assert capfd.readouterr().err == ""
 
 

@@ -106,7 +106,7 @@ def test_a_fault_that_one_worker_meets_ends_the_stage_in_words(
     started = time.monotonic()
     with pytest.raises(DataError, match=r"train-000000\.tar: damaged"):
         select(task, damaged, TOP_K, tmp_path / "out" / "selection", workers=2)
-    assert time.monotonic() - started < 45, "nobody waits for sums that never come"
+    assert time.monotonic() - started < 200, "no rank waits half an hour for another's sums"
     assert list((tmp_path / "out").iterdir()) == []
 
 
