@@ -298,7 +298,7 @@ def test_a_predictor_answers_as_on_the_cpu_wherever_it_is_moved(
     ("recipe", "training"),
     [
         ({**HOUSE, "smoa": {**BANK, "dropout": 0.1}}, {"precision": "bf16"}),
-        ({**HOUSE, "adapter": {"width": 4, "dropout": 0.5}}, {"drop_path": 0.2, "ema": 0.9}),
+        ({"biases": {}, "adapter": {"width": 4, "dropout": 0.5}}, {"drop_path": 0.2, "ema": 0.9}),
         ({"lora": {"rank": 2, "dropout": 0.1}}, {"mixup": 0.8, "augment": "light"}),
         ({"full": {}}, {"learning_rate": 1e-4}),
     ],
