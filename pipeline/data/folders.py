@@ -31,7 +31,8 @@ def labelled_images(folder: Path, faults: Faults) -> list[tuple[Path, str]]:
         if not path.is_dir() and (_has_image_extension(path) or _is_broken_link(path)):
             faults.add(
                 _why_not_a_file(path)
-                or f"{path}: a file next to the class folders; move it into one of them, or elsewhere"
+                or f"{path}: a file next to the class folders; move it into one of them, or"
+                " elsewhere"
             )
     if not class_folders:
         raise DataError(f"{folder}: holds no folders; expected a folder of images for each class")

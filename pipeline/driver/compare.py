@@ -322,7 +322,7 @@ class _Driver(Stages):
 
 
 def _guarded(entry: _Entry, action: Callable[..., Any], *arguments: Any) -> None:
-    """Do something for one entry; a named error is kept as that entry's, and the others continue."""
+    """Do something for one entry. A named error is kept in the entry, and the others continue."""
     try:
         action(entry, *arguments)
     except TaskpackError as error:

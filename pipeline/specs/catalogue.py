@@ -87,7 +87,9 @@ def load_suite(
     suite = load_spec(Suite, folder / SUITE_FILE)
     tasks = {task.name: task for task in load_tasks([folder], overrides=overrides)}
     if differing := sorted(tasks.keys() ^ set(suite.tasks)):
-        lacks = "is in none of its groups" if differing[0] in tasks else "has no task file next to it"
+        lacks = (
+            "is in none of its groups" if differing[0] in tasks else "has no task file next to it"
+        )
         raise SpecError(
             f"{folder / SUITE_FILE}: groups: the task {differing[0]!r} {lacks}; name every task of"
             " the folder once"
