@@ -81,7 +81,7 @@ def largest_size_bytes(
 
 
 def decode_positions(data: bytes, shapes: Sequence[LayerShape]) -> list[Integers]:
-    """The indices [N] of each layer, int64. Raises PackDamaged for whatever is not such
+    """The indices [N] of each layer, int64. Raises PackDamaged for data that are not such
     positions.
     """
     if (

@@ -99,7 +99,7 @@ def _train_and_pack(backbone: LoadedBackbone, task: Task, recipe: Recipe) -> Non
     if recipe.full is None:
         selected_anyhow = task.model_copy(
             update={"selection": Selection()}
-        )  # the indices are in the pack, whatever criterion will choose them
+        )  # the pack stores the indices, whichever criterion the task selects by
         from_pack(to_pack(model, describe(selected_anyhow, recipe, backbone, CLASSES)), backbone)
 
 

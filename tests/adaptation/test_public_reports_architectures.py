@@ -12,6 +12,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from helpers_backbones import SWIN
 from helpers_cases import for_every
 from torch import nn
 
@@ -31,14 +32,6 @@ from pipeline.specs import Backbone, Input, Recipe, Task
 
 CLASSES = ("one", "two", "three")
 VIT = {"img_size": 32, "embed_dim": 32, "depth": 2, "num_heads": 2}
-SWIN = {
-    "img_size": 32,
-    "patch_size": 2,
-    "window_size": 4,
-    "embed_dim": 16,
-    "depths": [1, 1],
-    "num_heads": [1, 2],
-}
 Select = Callable[..., SelectedIndex]
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers_backbones import SWIN
 from helpers_paths import PROJECT_ROOT
 
 from pipeline.backbones import load_backbone
@@ -27,14 +28,6 @@ BENCHMARKS = PROJECT_ROOT / "benchmarks"
 STAGES = {"depths": [1, 1, 1, 1], "dims": [8, 16, 24, 32]}
 VIT = {"img_size": 32, "embed_dim": 32, "depth": 2, "num_heads": 2}
 PYRAMID = {"depths": [1, 1, 1, 1], "embed_dims": [8, 16, 24, 32]}
-SWIN = {
-    "img_size": 32,
-    "patch_size": 2,
-    "window_size": 4,
-    "embed_dim": 16,
-    "depths": [1, 1],
-    "num_heads": [1, 2],
-}
 
 FAMILIES: dict[str, tuple[str, dict[str, Any], int]] = {
     "ViT": ("vit_tiny_patch16_224", VIT, 32),

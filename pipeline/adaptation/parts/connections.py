@@ -268,8 +268,8 @@ class TunedLayer(Wrapper, WeightChange):
         return bias + self.current["bias"] if bias is not None and "bias" in self.current else bias
 
     def _write(self, values_N: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """The effective weight in `dtype`, written into a copy that is made once and kept while
-        training.
+        """The effective weight in `dtype`, written into a copy that is made once and kept, also
+        through evaluations: a recorded step writes to its address.
         """
         assert self.index_N is not None
         if (
