@@ -24,10 +24,11 @@ from unittest import mock
 
 import numpy as np
 import torch
-from fidelity import SHARED, Place, open_task
+from fidelity import open_task
 from machine import describe_machine
 from numpy.typing import NDArray
 from PIL import Image
+from runs import SHARED, Place
 
 from pipeline.adaptation import AdaptedModel, attach, rank_indices, recompute
 from pipeline.adaptation.selected.ranking import kept_indices

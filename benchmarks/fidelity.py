@@ -14,22 +14,13 @@ Ray nor MLflow. Writes benchmarks/results/fidelity.json and .md.
 
 from __future__ import annotations
 
-import argparse
-import itertools
-import json
-import multiprocessing
-import shlex
-import sys
 import tempfile
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-import torch
-from machine import describe_machine
+from runs import Place, Run, figures, measure_missing, origins, parse_arguments, with_seed
 
 from pipeline.adaptation import SelectedIndex
 from pipeline.data import prepare
@@ -40,7 +31,6 @@ from pipeline.training.fit import fit
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "fidelity.json"
-SHARED = HERE.parent.parent / "shared"
 TASKS = ("dtd10", "caltech101")
 GPS: dict[str, Any] = {
     "connections": {"top_k": 1, "bits": 32},
@@ -94,15 +84,6 @@ GROUPS: dict[str, tuple[str, Sequence[str]]] = {
 }
 
 
-@dataclass(frozen=True)
-class Place:
-    """Where runs read, write and compute."""
-
-    shared: Path
-    workdir: Path
-    device: str
-
-
 def data_of(name: str, shared: Path) -> CsvData | FolderData | ListsData:
     """A task's images as they come."""
     folder = shared / "data" / name
@@ -140,9 +121,8 @@ def select_once(inputs: Inputs, place: Place) -> SelectedIndex:
     return read_selection(path)
 
 
-def measure(run: dict[str, Any], place: Place) -> dict[str, Any]:
+def measure(run: Run, place: Place) -> Run:
     """One run from training to the tested pack; splits and selection are those of seed 0."""
-    torch.set_num_threads(1)
     parts, selection = VARIANTS[run["variant"]]
     inputs = open_task(run["task"], selection, place)
     training = {**parts.get("training", {}), "epochs": run["epochs"]}
@@ -153,51 +133,28 @@ def measure(run: dict[str, Any], place: Place) -> dict[str, Any]:
         }
     )
     selected = select_once(inputs, place) if recipe.connections else None
-    seeded = Inputs(
-        **{**vars(inputs), "task": inputs.task.model_copy(update={"seed": run["seed"]})}
-    )
+    seeded = with_seed(inputs, run["seed"])
     with tempfile.TemporaryDirectory() as folder:
-        result = fit(seeded, recipe, selected, Path(folder), device=place.device)
-    return {
-        **run,
-        "correct": round(result.test_metric * result.test_samples),
-        "samples": result.test_samples,
-        "bytes": result.size_bytes,
-        "seconds": result.train_seconds,
-    }
+        return run | figures(fit(seeded, recipe, selected, Path(folder), device=place.device))
 
 
-def missing_runs(result: dict[str, Any], arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """What was asked for and is not measured yet."""
-    asked = itertools.product(arguments.seeds, arguments.tasks, arguments.variants)
-    runs = [
-        {"task": task, "variant": variant, "seed": seed, "epochs": arguments.epochs}
-        for seed, task, variant in asked
-    ]
-    return [run for run in runs if not any(run.items() <= done.items() for done in result["runs"])]
-
-
-def select_all(runs: Sequence[dict[str, Any]], place: Place) -> None:
-    """Prepare the tasks and make the selections of all runs, so that no two runs make the same."""
+def select_all(runs: Sequence[Run], place: Place) -> None:
+    """Prepare the tasks and make the selections of all runs."""
     for task, variant in {(run["task"], run["variant"]): None for run in runs}:
         parts, selection = VARIANTS[variant]
         if "connections" in parts:
             select_once(open_task(task, selection, place), place)
 
 
-def page(result: dict[str, Any]) -> str:
+def page(runs: Sequence[Run]) -> str:
     """Every group as a table: mean test accuracy over the seeds, difference to the group's first
     row, bytes.
     """
-    machine, runs = result["machine"], result["runs"]
     tasks = [name for name in TASKS if any(run["task"] == name for run in runs)]
     lines = [
         "# The papers' claims on a real ViT-S",
         "",
-        (
-            f"`{result['command']}` on {machine['gpu'] or machine['cpu']}, torch"
-            f" {machine['torch']}, commit {machine['commit']}."
-        ),
+        origins(runs),
         "",
         (
             "The backbone is `vit_small_patch14_dinov2` at 98 px, further trained by others on"
@@ -263,33 +220,9 @@ def _cells(runs: Sequence[dict[str, Any]], task: str, variant: str, reference: s
 
 def main() -> None:
     """Measure what is missing, write the page."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--tasks", nargs="+", default=TASKS, choices=TASKS)
-    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS)
-    parser.add_argument("--seeds", nargs="+", type=int, default=(0, 1, 2))
-    parser.add_argument("--epochs", type=int, default=8)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--workers", type=int, default=1, help="runs at the same time")
-    parser.add_argument("--shared", type=Path, default=SHARED, help="folder of data and backbones")
-    parser.add_argument("--workdir", type=Path, default=HERE.parent / "runs" / "fidelity")
-    parser.add_argument("--page", action="store_true")
-    arguments = parser.parse_args()
-    result = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"runs": []}
-    runs = [] if arguments.page else missing_runs(result, arguments)
-    if runs:
-        result["machine"] = describe_machine()
-        result["command"] = shlex.join(["python", "benchmarks/fidelity.py", *sys.argv[1:]])
-    place = Place(arguments.shared.resolve(), arguments.workdir, arguments.device)
-    select_all(runs, place)
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(arguments.workers, mp_context=spawn) as pool:
-        for done in as_completed([pool.submit(measure, run, place) for run in runs]):
-            result["runs"].append(done.result())
-            RESULTS.write_text(json.dumps(result, indent=1) + "\n")
-            print(result["runs"][-1], flush=True)
-    RESULTS.with_suffix(".md").write_text(page(result))
+    arguments = parse_arguments(__doc__, TASKS, "variant", VARIANTS, (0, 1, 2))
+    runs = measure_missing(RESULTS, arguments, "variant", select_all, measure)
+    RESULTS.with_suffix(".md").write_text(page(runs))
 
 
 if __name__ == "__main__":

@@ -17,23 +17,14 @@ Writes benchmarks/results/sizes.json and .md.
 
 from __future__ import annotations
 
-import argparse
-import itertools
-import json
-import multiprocessing
-import shlex
-import sys
 import tempfile
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
-import fidelity
 import numpy as np
-import torch
-from fidelity import Place, open_task, select_once
-from machine import describe_machine
+from fidelity import open_task, select_once
+from runs import Place, Run, figures, measure_missing, origins, parse_arguments, with_seed
 
 from pipeline.data import prepare
 from pipeline.search.kept_outcomes import read_outcomes
@@ -115,13 +106,10 @@ def open_any(name: str, place: Place) -> Inputs:
     return open_inputs(task, place.workdir / name)
 
 
-def measure(run: dict[str, Any], place: Place) -> dict[str, Any]:
+def measure(run: Run, place: Place) -> Run:
     """One recipe: a trial, and a fit."""
-    torch.set_num_threads(1)
     opened = open_any(run["task"], place)
-    inputs = Inputs(
-        **{**vars(opened), "task": opened.task.model_copy(update={"seed": run["seed"]})}
-    )
+    inputs = with_seed(opened, run["seed"])
     training = {"learning_rate": None, "epochs": run["epochs"]}
     recipe = inputs.task.recipe.model_validate({**recipes()[run["recipe"]], "training": training})
     selected = select_once(opened, place) if recipe.connections else None
@@ -138,14 +126,17 @@ def measure(run: dict[str, Any], place: Place) -> dict[str, Any]:
         "right": np.packbits(is_right).tobytes().hex(),
         "val_samples": len(is_right),
         "val_correct": int(is_right.sum()),
-        "correct": round(result.test_metric * result.test_samples),
-        "samples": result.test_samples,
-        "bytes": result.size_bytes,
-        "seconds": result.train_seconds,
+        **figures(result),
     }
 
 
-def page(result: dict[str, Any]) -> str:
+def select_all(runs: Sequence[Run], place: Place) -> None:
+    """Make the selections of all tasks that need one."""
+    for task in {run["task"]: None for run in runs if "connections" in recipes()[run["recipe"]]}:
+        select_once(open_any(task, place), place)
+
+
+def page(runs: Sequence[Run]) -> str:
     """A table per task, by size: mean accuracies over the seeds, and what is on the front."""
     lines = [
         "# Accuracy by size",
@@ -157,14 +148,12 @@ def page(result: dict[str, Any]) -> str:
         "marks packs that no smaller one beats on the validation set.",
     ]
     for task in TASKS:
-        runs = [run for run in result["runs"] if run["task"] == task]
-        if runs:
-            origins = list(dict.fromkeys(run["origin"] for run in runs))
-            lines += ["", f"## {task}", "", f"{'; '.join(origins)}.", "", *_rows(runs)]
+        if own := [run for run in runs if run["task"] == task]:
+            lines += ["", f"## {task}", "", origins(own), "", *_rows(own)]
     return "\n".join(lines) + "\n"
 
 
-def _rows(runs: Sequence[dict[str, Any]]) -> list[str]:
+def _rows(runs: Sequence[Run]) -> list[str]:
     names = {run["recipe"]: None for run in runs}
     found = []
     for name in names:
@@ -185,42 +174,9 @@ def _rows(runs: Sequence[dict[str, Any]]) -> list[str]:
 
 def main() -> None:
     """Measure what is missing, write the page."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--tasks", nargs="+", default=TASKS, choices=TASKS)
-    parser.add_argument("--recipes", nargs="+", default=list(recipes()), choices=recipes())
-    parser.add_argument("--seeds", nargs="+", type=int, default=(0,))
-    parser.add_argument("--epochs", type=int, default=8)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--workers", type=int, default=1, help="runs at the same time")
-    parser.add_argument("--shared", type=Path, default=fidelity.SHARED)
-    parser.add_argument("--workdir", type=Path, default=HERE.parent / "runs" / "fidelity")
-    parser.add_argument("--page", action="store_true")
-    arguments = parser.parse_args()
-    result = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"runs": []}
-    asked = itertools.product(arguments.seeds, arguments.tasks, arguments.recipes)
-    runs = [
-        {"task": task, "recipe": recipe, "seed": seed, "epochs": arguments.epochs}
-        for seed, task, recipe in asked
-        if not arguments.page
-    ]
-    runs = [run for run in runs if not any(run.items() <= done.items() for done in result["runs"])]
-    machine, command = describe_machine(), shlex.join(["python", *sys.argv])
-    origin = (
-        f"`{command}` on {machine['gpu'] or machine['cpu']}, torch {machine['torch']}, commit"
-        f" {machine['commit']}"
-    )
-    place = Place(arguments.shared.resolve(), arguments.workdir, arguments.device)
-    for task in {run["task"]: None for run in runs if "connections" in recipes()[run["recipe"]]}:
-        select_once(open_any(task, place), place)
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(arguments.workers, mp_context=spawn) as pool:
-        for done in as_completed([pool.submit(measure, run, place) for run in runs]):
-            result["runs"].append({**done.result(), "origin": origin})
-            RESULTS.write_text(json.dumps(result, indent=1) + "\n")
-            print({**result["runs"][-1], "right": "..."}, flush=True)
-    RESULTS.with_suffix(".md").write_text(page(result))
+    arguments = parse_arguments(__doc__, TASKS, "recipe", recipes(), (0,))
+    runs = measure_missing(RESULTS, arguments, "recipe", select_all, measure)
+    RESULTS.with_suffix(".md").write_text(page(runs))
 
 
 if __name__ == "__main__":
