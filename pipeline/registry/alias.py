@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from pipeline.registry.failures import set_despite_race
 from pipeline.registry.lookups import LookUps
 from pipeline.registry.pack_record import (
     CHAMPION_ALIAS,
@@ -58,8 +59,10 @@ class ChampionAlias:
         client = self._store.client
         if CHAMPION_ALIAS not in client.get_model_version(pack.name, str(pack.version)).aliases:
             for key, value in pack.shown().items():
-                client.set_registered_model_tag(pack.name, key, value)
-            client.set_registered_model_alias(pack.name, CHAMPION_ALIAS, str(pack.version))
+                set_despite_race(client.set_registered_model_tag, pack.name, key, value)
+            set_despite_race(
+                client.set_registered_model_alias, pack.name, CHAMPION_ALIAS, str(pack.version)
+            )
 
 
 def place_alias(

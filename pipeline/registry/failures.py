@@ -190,6 +190,18 @@ def existing_as_none(call: Any, *arguments: Any, **options: Any) -> Any:
     return _error_as_none(("RESOURCE_ALREADY_EXISTS",), call, *arguments, **options)
 
 
+def set_despite_race(call: Any, *arguments: Any) -> None:
+    """Call a client's setter. Of two writers that set a new tag or alias at once, MLflow's database
+    refuses the second; set again, its value replaces the first one's.
+    """
+    try:
+        call(*arguments)
+    except Exception as error:
+        if not re.search(r"UniqueViolation|UNIQUE constraint|Duplicate entry", str(error)):
+            raise
+        call(*arguments)
+
+
 def _error_as_none(codes: tuple[str, ...], call: Any, *arguments: Any, **options: Any) -> Any:
     try:
         return call(*arguments, **options)

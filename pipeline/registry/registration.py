@@ -20,7 +20,12 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.registry.card import run_note, version_card
-from pipeline.registry.failures import absent_as_none, denied_as_none, existing_as_none
+from pipeline.registry.failures import (
+    absent_as_none,
+    denied_as_none,
+    existing_as_none,
+    set_despite_race,
+)
 from pipeline.registry.model_files import write_front, write_model
 from pipeline.registry.pack_record import (
     BEGUN_TAG,
@@ -206,7 +211,8 @@ class Registration:
                 version.name, number, version_card(champion, int(number))
             )
         if _VERSIONS_TAG not in self._client.get_logged_model(model_id).tags:
-            self._client.set_logged_model_tags(
+            set_despite_race(
+                self._client.set_logged_model_tags,
                 model_id,
                 {_VERSIONS_TAG: json.dumps([{"name": version.name, "version": int(number)}])},
             )

@@ -18,7 +18,7 @@ from typing import Any
 from pipeline.errors import RegistryError, StorageError
 from pipeline.registry.alias import ChampionAlias
 from pipeline.registry.connection import initialise_sqlite, resolve_tracking_uri, sqlite_path
-from pipeline.registry.failures import registry_errors
+from pipeline.registry.failures import registry_errors, set_despite_race
 from pipeline.registry.lookups import LookUps
 from pipeline.registry.model_files import PACK_FILE
 from pipeline.registry.pack_record import Champion, RegisteredPack
@@ -73,7 +73,9 @@ class Registry:
         if sqlite_path(self.store.tracking_uri) is not None:
             return
         with registry_errors(self.store.tracking_uri):
-            self.client.set_experiment_tag(self.store.experiment_id, "written_by", EXPERIMENT)
+            set_despite_race(
+                self.client.set_experiment_tag, self.store.experiment_id, "written_by", EXPERIMENT
+            )
 
     def register(self, champion: Champion, *, with_trials: bool = True) -> RegisteredPack:
         """Make `champion` the newest version of its task, and point the alias `champion` at it if

@@ -10,13 +10,16 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 from helpers_cli import Answer, environment, taskpack, taskpack_process, write_task
 from helpers_registry import champion
 from helpers_servers import ADMIN, TrackingServer, tracking_server, why_not
 
+from pipeline.registry.failures import set_despite_race
 from pipeline.registry.store import Registry, open_registry
 
 if reason := why_not():
@@ -171,23 +174,42 @@ def test_one_pack_registered_by_two_at_once_is_one_version(
     for name, value in server.as_user("writer").items():
         monkeypatch.setenv(name, value)
     registries = [open_registry(None, tmp_path) for _ in range(3)]
-    given, start, versions = champion(tmp_path, "raced"), threading.Barrier(3), []
+    given, start = champion(tmp_path, "raced"), threading.Barrier(3)
 
-    def register(registry: Registry) -> None:
+    def register(registry: Registry) -> int:
         start.wait(60)
-        versions.append(registry.register(given).version)
+        return registry.register(given).version
 
-    threads = [threading.Thread(target=register, args=(registry,)) for registry in registries]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(300)
+    with ThreadPoolExecutor(3) as pool:
+        versions = list(pool.map(register, registries))
     client = registries[0].client
     (left,) = client.search_model_versions("name = 'raced'")
     assert versions == [int(left.version)] * 3
     assert left.tags["pack_digest"] == given.pack_digest
     assert client.get_registered_model("raced").aliases == {"champion": left.version}
     assert len(registries[0].search(task="raced")) == 1
+
+
+def test_tags_and_aliases_that_many_set_at_once_are_set(
+    batch: Answer, server: TrackingServer, tmp_path: Path, monkeypatch
+) -> None:
+    """PostgreSQL refuses some of these writers (about one new value in three)."""
+    for name, value in server.as_user("writer").items():
+        monkeypatch.setenv(name, value)
+    clients = [open_registry(None, tmp_path).client for _ in range(6)]
+    start = threading.Barrier(len(clients))
+
+    def write(client: Any) -> None:
+        for number in range(12):
+            start.wait(60)
+            set_despite_race(client.set_registered_model_tag, "bars", f"tag-{number}", "set")
+            set_despite_race(client.set_registered_model_alias, "bars", f"alias-{number}", "1")
+
+    with ThreadPoolExecutor(len(clients)) as pool:
+        list(pool.map(write, clients))
+    model = clients[0].get_registered_model("bars")
+    assert {f"tag-{number}" for number in range(12)} <= model.tags.keys()
+    assert {f"alias-{number}" for number in range(12)} <= model.aliases.keys()
 
 
 def test_what_is_away_is_named(batch: Answer, server: TrackingServer, ask, tmp_path: Path) -> None:
