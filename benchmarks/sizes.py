@@ -87,11 +87,30 @@ def recipes() -> dict[str, dict[str, Any]]:
     head = {"bits": 2}
     biases, bottleneck = {"biases": {"bits": 1}}, {"adapter": {"width": 4, "bits": 1}}
     connections = {"connections": {"top_k": 1, "bits": 1}}
+    norms, wide = {"norms": {"which": "all", "bits": 1}}, {"adapter": {"width": 8, "bits": 1}}
     found |= {
         "bottleneck w=4 + biases": {**bottleneck, **biases, "head": head},
         "connections + biases": {**connections, **biases, "head": head},
         "connections + bottleneck w=4": {**connections, **bottleneck, "head": head},
         "connections K=3 1": {"connections": {"top_k": 3, "bits": 1}, "head": head},
+        "bottleneck w=16 1": {"adapter": {"width": 16, "bits": 1}, "head": head},
+        "bottleneck w=32 1": {"adapter": {"width": 32, "bits": 1}, "head": head},
+        "bottleneck w=8 + norms, biases": {**wide, **norms, **biases, "head": head},
+        "connections + norms, biases": {**connections, **norms, **biases, "head": head},
+        "connections + bottleneck w=8 + norms, biases": {
+            **connections,
+            **wide,
+            **norms,
+            **biases,
+            "head": head,
+        },
+        "house 1": {
+            **connections,
+            "biases": {"bits": 1},
+            "norms": {"bits": 1},
+            "smoa": {"experts": 4, "width": 8, "bits": 1},
+            "head": head,
+        },
         "house": HOUSE,
     }
     return found
