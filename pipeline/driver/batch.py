@@ -218,9 +218,10 @@ class _Driver(Stages):
         folder = self.workspace.study(inputs, top_k)
         selection = self.select(inputs, data_folder, top_k) if top_k else None
         trials = self._search(inputs, data_folder, selection, folder)
-        champion = choose_champion(trials, task.budget)
-        self.watch.searched(task.name, trials, task.budget)
         with self.here:
+            not_worse = choose_champion(trials, task, folder.journal.outcomes)
+            champion = not_worse[0]
+            self.watch.searched(task.name, trials, champion)
             draw_front(
                 [trial.row() for trial in trials],
                 folder.figure,
@@ -228,6 +229,7 @@ class _Driver(Stages):
                 metric=task.metric,
                 max_bytes=task.budget.max_bytes,
                 champion=champion.id,
+                not_worse={trial.id for trial in not_worse},
             )
         fitted = self._fit(inputs, data_folder, champion, selection, folder)
         self.enter(task, "register")
@@ -358,7 +360,8 @@ def _describe(
         front=[trial.row() for trial in trials],
         on_front=tuple(row["id"] for row in pareto_front([trial.row() for trial in trials])),
         front_figure=folder.figure,
-        within_points=task.budget.within_points,
+        outcomes=folder.journal.outcomes_path(champion.id),
+        level=task.budget.level,
         data=_used_data(inputs),
         started=datetime.fromtimestamp(started, UTC),
     )

@@ -1,28 +1,36 @@
 """Which version of a task has the alias `champion`.
 
-It is the rule by which a study chooses its champion: of all versions, the smallest whose validation
-metric is within `within_points` of the best. The test metric has no part in it, nor has
-`max_bytes`: a pack made under a smaller budget takes the alias from a larger one only if it is
-nearly as good. The alias moves to nothing but the pack just registered, so a version that was
-promoted keeps it until a better one comes. Validation metrics of other data, or of other samples
-held out, are not compared; then the alias stays.
+It is the rule by which a study chooses its champion: of all versions, the smallest that is not
+significantly worse than the best on the validation samples. The test metric has no part in it, nor
+has `max_bytes`: a pack made under a smaller budget takes the alias from a larger one only if it is
+as good as far as the samples tell. The alias moves to nothing but the pack just registered, so a
+version that was promoted keeps it until a better one comes. Validation metrics of other data, or of
+other samples held out, are not compared; then the alias stays. Versions without stored validation
+outputs are compared by the metric alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+import tempfile
+from collections.abc import Callable, Sequence
 
+from pipeline.kinds import Outcomes
+from pipeline.kinds.metrics import metric_named
 from pipeline.registry.failures import set_despite_race
 from pipeline.registry.lookups import LookUps
+from pipeline.registry.model_files import OUTCOMES_FILE
 from pipeline.registry.pack_record import (
     CHAMPION_ALIAS,
     DATA_TAG,
+    KIND_TAG,
     VALIDATION_TAG,
     Champion,
     RegisteredPack,
 )
 from pipeline.registry.tracking import TrackingStore
-from pipeline.search.champion import smallest_near_best
+from pipeline.search.champion import not_worse_than_best
+from pipeline.search.kept_outcomes import read_outcomes
 
 
 class ChampionAlias:
@@ -39,8 +47,13 @@ class ChampionAlias:
             self._point_at(mine)
             return f"champion: {mine.reference}, promoted"
         holder = self._lookups.holder(mine.name)
+        outcomes = functools.cache(lambda version: self._outcomes(mine.name, version))
         chosen, remark = place_alias(
-            mine, holder, self._lookups.best_on_validation(mine.name), champion.within_points
+            mine,
+            holder,
+            self._lookups.best_on_validation(mine.name),
+            lambda pack: outcomes(pack.version),
+            champion.level,
         )
         while holder is None or holder.version != chosen.version:
             self._point_at(chosen)
@@ -48,10 +61,25 @@ class ChampionAlias:
             # Another driver may have published a better version, and have moved the alias before
             # this one did.
             chosen, again = place_alias(
-                mine, None, self._lookups.best_on_validation(mine.name), champion.within_points
+                mine,
+                None,
+                self._lookups.best_on_validation(mine.name),
+                lambda pack: outcomes(pack.version),
+                champion.level,
             )
             remark = remark if chosen.version == holder.version else again
         return remark
+
+    def _outcomes(self, name: str, version: int) -> Outcomes | None:
+        """The validation outputs that a version was registered with; None where there are none."""
+        client = self._store.client
+        run_id = client.get_model_version(name, str(version)).run_id
+        path = f"front/{OUTCOMES_FILE}"
+        if path not in {file.path for file in client.list_artifacts(run_id, "front")}:
+            return None
+        location = client.get_run(run_id).info.artifact_uri
+        with tempfile.TemporaryDirectory(prefix="taskpack-") as folder:
+            return read_outcomes(self._store.fetch(location, path, folder))
 
     def _point_at(self, pack: RegisteredPack) -> None:
         """Move the alias, after the tags that show the champion's numbers in MLflow's list of
@@ -69,14 +97,16 @@ def place_alias(
     mine: RegisteredPack,
     holder: RegisteredPack | None,
     others: Sequence[RegisteredPack],
-    within_points: float,
+    outcomes: Callable[[RegisteredPack], Outcomes | None],
+    level: float,
 ) -> tuple[RegisteredPack, str]:
     """The version to have the alias after `mine` was registered, and why.
 
     Args:
         holder: the version that has it now, if any.
         others: versions of the task, the best on validation among them.
-        within_points: hundredths of the metric that may be given up for a smaller pack.
+        outcomes: the validation outputs of a version, where they are known.
+        level: see `pipeline.search.champion`.
     """
     if holder is not None and holder.version == mine.version:
         return mine, f"champion: {mine.reference}"
@@ -84,7 +114,7 @@ def place_alias(
         each for each in others if each.version != mine.version and not _difference(mine, each)
     ]
     if holder is None:
-        chosen = smallest_near_best([mine, *rivals], within_points) if rivals else mine
+        chosen = _choose([mine, *rivals], outcomes, level) if rivals else mine
         return chosen, f"champion: {chosen.reference}"
     stays = f"champion: stays {holder.reference}; "
     if reason := _difference(mine, holder):
@@ -95,7 +125,8 @@ def place_alias(
                 f" {mine.reference})"
             ),
         )
-    chosen = smallest_near_best([mine, holder, *rivals], within_points)
+    versions = {pack.version: pack for pack in (mine, holder, *rivals)}
+    chosen = _choose(list(versions.values()), outcomes, level)
     if chosen == mine:
         return mine, f"champion: {_numbers(mine)} instead of {_numbers(holder)}"
     return (
@@ -105,6 +136,15 @@ def place_alias(
             " the alias nevertheless)"
         ),
     )
+
+
+def _choose(
+    packs: Sequence[RegisteredPack],
+    outcomes: Callable[[RegisteredPack], Outcomes | None],
+    level: float,
+) -> RegisteredPack:
+    metric = metric_named(packs[0].metric, packs[0].tags.get(KIND_TAG, "classification"))
+    return next(not_worse_than_best(packs, outcomes, metric, level))
 
 
 def _difference(mine: RegisteredPack, other: RegisteredPack) -> str:

@@ -15,6 +15,11 @@ from pipeline.registry.connection import import_pyfunc
 from pipeline.registry.pack_record import KIND_TAG, Champion
 
 PACK_FILE = "pack.safetensors"
+OUTCOMES_FILE = "outcomes.safetensors"
+_MAX_OUTCOMES_BYTES = 1024 * 1024
+"""Validation outputs that take more (thousands of samples of hundreds of classes) are not stored
+beside a pack of a few kilobytes.
+"""
 _EXAMPLE_PX = 16
 
 
@@ -41,7 +46,9 @@ def write_model(champion: Champion, folder: Path, model_id: str) -> Path:
 
 
 def write_front(champion: Champion, folder: Path) -> Path:
-    """A folder with the study's trials as JSON and, where there is one, the figure of its front."""
+    """A folder with the study's trials as JSON and, where there are, the figure of its front and
+    the champion's validation outputs.
+    """
     target = folder / "front"
     target.mkdir()
     (target / "front.json").write_text(
@@ -50,6 +57,10 @@ def write_front(champion: Champion, folder: Path) -> Path:
     )
     if champion.front_figure is not None:
         shutil.copyfile(champion.front_figure, target / f"front{champion.front_figure.suffix}")
+    outcomes = champion.outcomes
+    is_there = outcomes is not None and outcomes.exists()
+    if outcomes is not None and is_there and outcomes.stat().st_size <= _MAX_OUTCOMES_BYTES:
+        shutil.copyfile(outcomes, target / OUTCOMES_FILE)
     return target
 
 

@@ -55,8 +55,9 @@ class Champion:
     trial, of which those in `on_front` are beaten by no other in both size and metric; `started` is
     when work on the task began, None for now.
 
-    `within_points` is the budget's: by it, the pack competes with those registered before for the
-    alias `champion`. With `promote` it takes the alias in any case.
+    `outcomes` is the file of the validation outputs, and `level` the budget's: by them, the pack
+    competes with those registered before for the alias `champion`. With `promote` it takes the
+    alias in any case.
     """
 
     task: str
@@ -72,7 +73,8 @@ class Champion:
     front_figure: Path | None = None
     data: tuple[UsedData, ...] = ()
     started: datetime | None = None
-    within_points: float = 0.0
+    outcomes: Path | None = None
+    level: float = 0.5
     promote: bool = False
 
     def check(self) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import io
 import math
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -47,13 +48,16 @@ def draw_front(
     metric: str,
     max_bytes: int | None,
     champion: str | None,
+    not_worse: Collection[str] = (),
 ) -> None:
-    """Write a PNG: pack size in KiB (log) against the validation metric in % for every trial.
+    """Write a PNG: pack size in KiB (log) against the validation metric in % for every trial, with
+    its standard error.
 
     A trial: `id`, `point` (searched values), `size_bytes`, `state` (complete, stopped, rejected,
-    failed), `val_metric` (0 to 1 or None). `champion` is the id of a complete trial. Same trials,
-    same bytes, which are not written again where they are there. Raises ValueError for an unknown
-    champion.
+    failed), `val_metric` (0 to 1 or None), `errors` (standard errors by epoch). `champion` is the
+    id of a complete trial, `not_worse` are the ids of those that are not significantly worse than
+    the best. Same trials, same bytes, which are not written again where they are there. Raises
+    ValueError for an unknown champion.
     """
     chosen = next(
         (row for row in trials if row["id"] == champion and row["val_metric"] is not None), None
@@ -65,12 +69,14 @@ def draw_front(
     axes = figure.add_subplot()
     _set_axes(axes, trials, max_bytes, title, metric)
     _draw_front_line(axes, pareto_front(trials))
+    _draw_errors(axes, trials)
     _draw_trials(axes, trials)
+    _draw_not_worse(axes, [row for row in trials if row["id"] in not_worse])
     _draw_budget(axes, max_bytes)
     if axes.get_legend_handles_labels()[0]:
         figure.legend(
             loc="outside lower center",
-            ncols=5,
+            ncols=3,
             frameon=False,
             fontsize=9.5,
             handletextpad=0.5,
@@ -167,6 +173,33 @@ def _draw_front_line(axes: Axes, front: list[dict[str, Any]]) -> None:
         label="Pareto front",
         zorder=2,
     )
+
+
+def _draw_errors(axes: Axes, trials: list[dict[str, Any]]) -> None:
+    """One standard error up and down."""
+    rows = [row for row in _measured(trials) if row.get("errors")]
+    axes.errorbar(
+        [row["size_bytes"] for row in rows],
+        [100 * row["val_metric"] for row in rows],
+        yerr=[100 * row["errors"][-1] for row in rows],
+        fmt="none",
+        ecolor=_BLUE,
+        elinewidth=1.0,
+        alpha=0.35,
+        zorder=1,
+    )
+
+
+def _draw_not_worse(axes: Axes, rows: list[dict[str, Any]]) -> None:
+    if len(rows) > 1:
+        axes.scatter(
+            [row["size_bytes"] for row in rows],
+            [100 * row["val_metric"] for row in rows],
+            s=12,
+            facecolor="white",
+            label="not significantly worse than the best",
+            zorder=4,
+        )
 
 
 def _draw_trials(axes: Axes, trials: list[dict[str, Any]]) -> None:

@@ -1,14 +1,22 @@
-"""The champion: the smallest pack whose validation metric is within a few tenths of a point of the
-best.
+"""The champion: the smallest pack that is not significantly worse than the best.
+
+Two packs are compared on the same validation samples, by a paired bootstrap of the task's metric:
+of R draws of as many samples with replacement, the share in which the smaller pack is at least as
+good as the best is the p-value of "the smaller one is worse". It is significantly worse below the
+level. At a level of 0.5 the best itself is nearly always chosen; smaller levels buy smaller packs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol, TypeVar
 
+import numpy as np
+
+from pipeline.kinds import Outcomes
+from pipeline.kinds.metrics import Metric, metric_named
 from pipeline.search.trial_record import TrialRecord
-from pipeline.specs import Budget
+from pipeline.specs import Task
 
 
 class Candidate(Protocol):
@@ -25,24 +33,58 @@ class Candidate(Protocol):
 Chosen = TypeVar("Chosen", bound=Candidate)
 
 
-def choose_champion(records: Sequence[TrialRecord], budget: Budget) -> TrialRecord:
-    """Choose among complete trials under `max_bytes`. There must be one."""
+def choose_champion(
+    records: Sequence[TrialRecord], task: Task, outcomes: Callable[[str], Outcomes | None]
+) -> list[TrialRecord]:
+    """The complete trials under `max_bytes` that are not significantly worse than the best; the
+    first of them is the champion. There must be a complete trial.
+
+    Args:
+        outcomes: the validation outputs of a trial by its id, see `TrialJournal.outcomes`.
+    """
     complete = [
         record
         for record in records
-        if record.val_metric is not None and record.size_bytes <= budget.max_bytes
+        if record.val_metric is not None and record.size_bytes <= task.budget.max_bytes
     ]
     assert complete, "a study ends with a complete trial or an error"
-    return smallest_near_best(complete, budget.within_points)
+    metric = metric_named(task.metric, task.kind)
+    found = not_worse_than_best(
+        complete, lambda record: outcomes(record.id), metric, task.budget.level
+    )
+    return list(found)
 
 
-def smallest_near_best(candidates: Sequence[Chosen], within_points: float) -> Chosen:
-    """The smallest candidate within `within_points` percentage points of the best; of equal sizes
-    the better, then the first id.
+def not_worse_than_best(
+    candidates: Sequence[Chosen],
+    outcomes: Callable[[Chosen], Outcomes | None],
+    metric: Metric,
+    level: float,
+) -> Iterator[Chosen]:
+    """Yield the candidates that are not significantly worse than the best, by ascending size; of
+    equal sizes the better first, then the first id.
+
+    Candidates without validation outputs, or with those of other samples, are compared by the
+    metric alone.
     """
-    best = max(_metric(each) for each in candidates)
-    near = [each for each in candidates if _metric(each) >= best - within_points / 100 - 1e-9]
-    return min(near, key=lambda each: (each.size_bytes, -_metric(each), each.id))
+    ordered = sorted(candidates, key=lambda each: (each.size_bytes, -_metric(each), each.id))
+    best = max(ordered, key=_metric)
+    draws_of_best: np.ndarray | None = None
+    for each in ordered:
+        if _metric(each) >= _metric(best):
+            yield each
+        elif (pair := _paired(outcomes(each), outcomes(best))) is not None:
+            if draws_of_best is None:
+                draws_of_best = metric.resampled(pair[1])
+            if (metric.resampled(pair[0]) >= draws_of_best).mean() >= level:
+                yield each
+
+
+def _paired(one: Outcomes | None, other: Outcomes | None) -> tuple[Outcomes, Outcomes] | None:
+    """Both, where both are known and of the same samples."""
+    if one is None or other is None or not np.array_equal(one.targets, other.targets):
+        return None
+    return one, other
 
 
 def _metric(candidate: Candidate) -> float:

@@ -22,16 +22,19 @@ from pipeline.specs.selection import Selection
 
 
 class Budget(Spec):
-    """The largest size of a pack, and the metric to give up for a smaller one."""
+    """The largest size of a pack, and how sure it must be that a smaller one is worse."""
 
     max_bytes: Bytes = Field(
         64 * 1024, description="size of the whole file, such as `65536`, `32KiB` or `1.5MB`"
     )
-    within_points: float = Field(
-        0.5,
-        ge=0,
+    level: float = Field(
+        0.16,
+        gt=0,
+        le=0.5,
         description=(
-            "the champion is the smallest pack this close to the best metric, in percentage points"
+            "the champion is the smallest pack that is not significantly worse than the best:"
+            " level of the paired test on the validation samples; smaller levels choose smaller"
+            " packs"
         ),
     )
 

@@ -92,17 +92,15 @@ def run_plainly(task: Task, workspace: Workspace) -> None:
         write_selection(select_here(inputs, top_k), path := workspace.selection(inputs, top_k))
         selected = read_selection(path)
     planner = SizePlanner(task, inputs.backbone, inputs.index.classes, selected)
-    study = Study(
-        task, make_proposer(task, planner.size_bytes), TrialJournal(folder.root / "trials")
-    )
+    journal = TrialJournal(folder.root / "trials")
+    study = Study(task, make_proposer(task, planner.size_bytes), journal)
     while (number := study.next_trial()) is not None:
-        for epoch, (score, _) in enumerate(
-            run_trial(inputs, study.proposals[number].recipe, selected), start=1
-        ):
+        recipe, kept = study.proposals[number].recipe, study.kept(number)
+        for epoch, (score, _) in enumerate(run_trial(inputs, recipe, selected, kept=kept), start=1):
             if not study.report(number, epoch, score.value, score.standard_error):
                 break
         study.finish(number, 0.0, None)
-    champion = choose_champion(study.all_records(), task.budget)
+    champion = choose_champion(study.all_records(), task, journal.outcomes)[0]
     fit(inputs, task.search.recipe(task.recipe, champion.point), selected, folder.fit(champion.id))
 
 

@@ -26,7 +26,7 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     cli = (tmp_path / "reference/cli/index.html").read_text(encoding="utf-8")
     assert "--registry-patience" in cli
     task_file = (tmp_path / "reference/task-file/index.html").read_text(encoding="utf-8")
-    assert "within_points" in task_file
+    assert "budget" in task_file
     api = (tmp_path / "reference/api/index.html").read_text(encoding="utf-8")
     assert "PackBackboneMismatch" in api
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import random
+from collections.abc import Iterable
 
+import numpy as np
+import pytest
 from helpers_cases import for_every
 from helpers_study import (
     quick,
@@ -12,13 +16,13 @@ from helpers_study import (
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pipeline.kinds import Outcomes
+from pipeline.kinds.metrics import metric_named, score
 from pipeline.search.champion import choose_champion
 from pipeline.search.pareto import pareto_front
 from pipeline.search.stopping import is_dominated
 from pipeline.search.trial_record import TrialRecord
-from pipeline.specs import (
-    Budget,
-)
+from pipeline.specs import Budget, Task
 
 
 # Two standard errors are 0.1.
@@ -86,29 +90,91 @@ def test_the_front_holds_what_no_other_trial_beats(
     assert pareto_front(rows) == sorted(expected, key=lambda row: row["size_bytes"])
 
 
+# --- the champion ---------------------------------------------------------------------------------
+
+SAMPLES = 400
+
+
+def answers(wrong: Iterable[int], samples: int = SAMPLES) -> Outcomes:
+    """Logits of two classes that are wrong at these samples."""
+    targets = np.arange(samples) % 2
+    choices = targets.copy()
+    choices[list(wrong)] ^= 1
+    return Outcomes(np.eye(2, dtype=np.float32)[choices], targets)
+
+
+def study(**trials: tuple[int, Outcomes]) -> tuple[list[TrialRecord], dict[str, Outcomes]]:
+    """Complete trials, by id, of a size and with validation outputs."""
+    outcomes = {name: kept for name, (_, kept) in trials.items()}
+    scores = {name: score(ACCURACY, kept).value for name, kept in outcomes.items()}
+    records = [record(size, scores[name], identity=name) for name, (size, _) in trials.items()]
+    return records, outcomes
+
+
+ACCURACY = metric_named("accuracy", "classification")
+
+
+def chosen(
+    tiny_task: Task, records: list[TrialRecord], outcomes: dict[str, Outcomes], level: float = 0.05
+) -> list[str]:
+    task = tiny_task.changed(budget=Budget(max_bytes=200, level=level))
+    found = choose_champion(records, task, outcomes.get)
+    assert choose_champion(records[::-1], task, outcomes.get) == found
+    return [each.id for each in found]
+
+
+def mcnemar(only_best: int, only_other: int) -> float:
+    """Exact one-sided p-value of "the other is worse", ties between the two counted half."""
+    n = only_best + only_other
+    tail = sum(math.comb(n, k) for k in range(only_best + 1, n + 1))
+    return (tail + math.comb(n, only_best) / 2) / 2**n
+
+
 @for_every(
-    ("records", "champion"),
-    [
-        ([record(100, 0.8), record(50, 0.795), record(20, 0.7949)], 50),
-        ([record(100, 0.8), record(50, 0.794)], 100),
-        ([record(100, 0.8), record(300, 0.99)], 100),
-        (
-            [record(100, 0.8), record(50, 0.9, state="stopped"), record(40, 0.9, state="failed")],
-            100,
-        ),
-        ([record(200, 0.9), record(100, 0.9)], 100),
-    ],
+    ("only_best", "only_other"), [(8, 0), (10, 2), (12, 4), (22, 10), (9, 4), (6, 4), (30, 26)]
 )
-def test_the_champion_is_the_smallest_close_to_the_best(
-    records: list[TrialRecord], champion: int
+@pytest.mark.parametrize("level", [0.05, 0.16])
+def test_the_smaller_pack_is_chosen_unless_mcnemars_test_says_it_is_worse(
+    tiny_task: Task, only_best: int, only_other: int, level: float
 ) -> None:
-    budget = Budget(max_bytes=200, within_points=0.5)
-    assert choose_champion(records, budget).size_bytes == champion
-    assert choose_champion(records[::-1], budget).size_bytes == champion
+    """None of these cases is close to the levels; the test itself is a bootstrap."""
+    p = mcnemar(only_best, only_other)
+    assert abs(p - level) > 0.02, p
+    best, small = answers(range(only_other)), answers(range(100, 100 + only_best))
+    found = chosen(tiny_task, *study(best=(100, best), small=(50, small)), level=level)
+    assert found == (["small", "best"] if p >= level else ["best"])
 
 
-def test_of_champions_of_one_size_the_better_is_chosen_then_the_first_id() -> None:
-    better, worse = record(100, 0.9, identity="z"), record(100, 0.899, identity="a")
-    assert choose_champion([worse, better], Budget()) is better
-    twin = record(100, 0.9, identity="y")
-    assert choose_champion([better, twin], Budget()) is twin
+def test_the_comparison_is_paired(tiny_task: Task) -> None:
+    """The same difference of two points is within noise where both err on many other samples."""
+    alike = study(best=(100, answers(range(40))), small=(50, answers(range(48))))
+    assert chosen(tiny_task, *alike) == ["best"]
+    apart = study(best=(100, answers(range(40))), small=(50, answers(range(100, 148))))
+    assert chosen(tiny_task, *apart) == ["small", "best"]
+
+
+def test_only_complete_trials_within_the_budget_are_candidates(tiny_task: Task) -> None:
+    records, outcomes = study(
+        fits=(100, answers(range(40))), better=(300, answers([])), equal=(200, answers(range(40)))
+    )
+    others = [record(50, 0.9, state="stopped"), record(40, 0.9, state="failed")]
+    assert chosen(tiny_task, records + others, outcomes) == ["fits", "equal"]
+
+
+def test_without_outputs_of_the_same_samples_only_the_metric_counts(tiny_task: Task) -> None:
+    records, outcomes = study(
+        best=(100, answers(range(40))),
+        lost=(50, answers(range(41))),
+        other=(60, answers([*range(100, 121)], samples=200)),
+        equal=(70, answers(range(40))),
+    )
+    del outcomes["lost"]
+    assert chosen(tiny_task, records, outcomes) == ["equal", "best"]
+    assert chosen(tiny_task, records, {}) == ["equal", "best"]
+
+
+def test_of_champions_of_one_size_the_better_is_chosen_then_the_first_id(tiny_task: Task) -> None:
+    records, outcomes = study(
+        z=(100, answers(range(40))), a=(100, answers(range(41))), y=(100, answers(range(40)))
+    )
+    assert chosen(tiny_task, records, outcomes, level=0.5) == ["y", "z"]

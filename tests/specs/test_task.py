@@ -232,7 +232,7 @@ def test_a_long_value_is_cut_in_the_message(tmp_path: Path) -> None:
         ({"search": {"experts": [4, 65]}}, "search.experts.1"),
         ({"search": {"trials": 0}}, "search.trials"),
         ({"selection": {"batch_size": 1}}, "selection.batch_size"),
-        ({"budget": {"within_points": -0.1}}, "budget.within_points"),
+        ({"budget": {"level": 0.6}}, "budget.level"),
         ({"backbone": {"model": 5}}, "backbone.model"),
     ],
 )

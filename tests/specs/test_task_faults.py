@@ -95,7 +95,7 @@ def test_a_misspelt_section_names_the_nearest_known_one(
 
 def test_a_key_like_no_other_lists_the_known_ones(tmp_path: Path) -> None:
     message = refusal(write(tmp_path, MINIMAL | {"budget": {"zzz": 1}}))
-    assert "budget.zzz: unknown key, given 1; known keys: max_bytes, within_points" in message
+    assert "budget.zzz: unknown key, given 1; known keys: level, max_bytes" in message
 
 
 @for_every(

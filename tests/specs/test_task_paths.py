@@ -335,11 +335,11 @@ def test_an_override_replaces_a_recipe_whole(tmp_path: Path) -> None:
 def test_an_override_of_search_or_budget_keeps_the_other_keys(tmp_path: Path) -> None:
     path = write(
         tmp_path,
-        MINIMAL | {"search": {"bits": [1, 2], "trials": 5}, "budget": {"within_points": 2}},
+        MINIMAL | {"search": {"bits": [1, 2], "trials": 5}, "budget": {"level": 0.1}},
     )
     task = load_task(path, overrides={"search": {"trials": 3}, "budget": {"max_bytes": "8KiB"}})
     assert (task.search.bits, task.search.trials) == ((1, 2), 3)
-    assert (task.budget.max_bytes, task.budget.within_points) == (8192, 2)
+    assert (task.budget.max_bytes, task.budget.level) == (8192, 0.1)
 
 
 def test_an_override_by_path_resolves_beside_that_path(tmp_path: Path) -> None:

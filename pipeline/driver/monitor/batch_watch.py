@@ -29,7 +29,6 @@ from pipeline.errors import StorageError
 from pipeline.registry.pack_record import RegisteredPack
 from pipeline.search.study import Study
 from pipeline.search.trial_record import TrialRecord
-from pipeline.specs import Budget
 from pipeline.utils.files import write_json
 from pipeline.utils.redaction import without_secrets
 
@@ -154,10 +153,10 @@ class BatchWatch:
             metrics.set(task, images_per_second=images_per_second)
             self._show_best(task, metrics)
 
-    def searched(self, task: str, records: Sequence[TrialRecord], budget: Budget) -> None:
+    def searched(self, task: str, records: Sequence[TrialRecord], champion: TrialRecord) -> None:
         """Report that a study has ended; all its trials may be from earlier runs."""
         with self._lock:
-            self._tasks[task].take(records, budget)
+            self._tasks[task].take(records, champion)
             if (metrics := self._ray()) is not None:
                 self._show_best(task, metrics)
         self._writer.wake()

@@ -36,7 +36,8 @@ class TaskState:
         trials_done: ended trials, earlier runs included, of at most `trials`; None before the
             search.
         trials_running: running trials.
-        val_metric: validation metric of the champion so far, and `size_bytes` the size of its pack.
+        val_metric: best validation metric so far, then the champion's, and `size_bytes` the size of
+            that trial's pack.
         seconds_left: estimated seconds to the end of the task; None until a trial is complete.
     """
 

@@ -8,10 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pipeline.driver.monitor.state import WAITING, TaskState
-from pipeline.search.champion import choose_champion
 from pipeline.search.study import Study
 from pipeline.search.trial_record import TrialRecord
-from pipeline.specs import Budget
 
 
 def remaining_seconds(done: float, left: float, elapsed_seconds: float) -> float | None:
@@ -56,20 +54,17 @@ class TrackedTask:
             study.epochs_done() - kept,
             self.trials - study.epochs_done(),
         )
-        self.take(list(study.records.values()), study.task.budget)
+        self.take(list(study.records.values()))
 
-    def take(self, records: Sequence[TrialRecord], budget: Budget) -> None:
-        """Update from the results of trials."""
+    def take(self, records: Sequence[TrialRecord], champion: TrialRecord | None = None) -> None:
+        """Update from the results of trials. The best is shown until the champion is chosen."""
         ran = [record for record in records if record.state != "rejected"]
-        complete = [
-            record
-            for record in ran
-            if record.val_metric is not None and record.size_bytes <= budget.max_bytes
-        ]
+        complete = [record for record in ran if record.val_metric is not None]
         self.trials_done = len(ran)
         self.trials = max(self.trials or 0, len(ran))
         if complete:
-            self.best = choose_champion(complete, budget)
+            best = max(complete, key=lambda record: (record.val_metric, -record.size_bytes))
+            self.best = champion or best
             self.trial_seconds = sum(record.seconds for record in complete) / len(complete)
 
     def seconds_left(self, now: float) -> float | None:
