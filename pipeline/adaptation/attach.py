@@ -6,11 +6,11 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from pipeline.adaptation.drop_path import attach_drop_path
 from pipeline.adaptation.dropout import SeededDropout
+from pipeline.adaptation.head import LinearHead
 from pipeline.adaptation.part import (
     Assembly,
     AuxiliaryTerm,
@@ -28,17 +28,6 @@ from pipeline.adaptation.values import TrainedValues
 from pipeline.adaptation.working import WorkingCopies
 from pipeline.backbones import LoadedBackbone
 from pipeline.specs import Recipe
-
-
-class LinearHead(nn.Module):
-    """A linear layer; `current` holds its weight [C, F] and, where it has one, bias [C]."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.current: dict[str, torch.Tensor] = {}
-
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
-        return F.linear(features, self.current["weight"], self.current.get("bias"))
 
 
 class AdaptedModel(nn.Module):
@@ -228,7 +217,8 @@ def attach(
         seed: of every initial value.
 
     Raises:
-        BackboneError: a part of the recipe matches no module.
+        BackboneError: a part of the recipe matches no module, or the head's rank exceeds the
+            feature.
     """
     site = Site(backbone, recipe, selected)
     planned, head = plan_parts(site), plan_head(backbone.width, class_count, recipe)
@@ -243,7 +233,7 @@ def attach(
         for tensor in part_tensors:
             address, key = part.address(tensor, modules)
             receivers[tensor] = modules[address], key
-    linear = LinearHead()
+    linear = LinearHead(backbone.width, recipe.head.rank)
     receivers |= {tensor: (linear, tensor.name.removeprefix("head.")) for tensor in head}
     order = [*(part.name for part in planned), "drop_path"]
     dropouts = [assembly.dropouts[name] for name in order if name in assembly.dropouts]

@@ -33,7 +33,8 @@ def plan(
             assumed, which is exact at every level but network.
 
     Raises:
-        BackboneError: a part of the recipe matches no module of this backbone.
+        BackboneError: a part of the recipe matches no module of this backbone, or the head's rank
+            exceeds its feature.
     """
     parts = plan_parts(Site(backbone, recipe, selected))
     head = plan_head(backbone.width, class_count, recipe)
@@ -56,9 +57,15 @@ def plan_parts(site: Site) -> dict[Part, list[PlannedTensor]]:
 
 
 def plan_head(width: int, class_count: int, recipe: Recipe) -> list[PlannedTensor]:
-    """The head's weight and, where it has one, its bias."""
+    """The head's weight and, where it has one, its bias. Raises BackboneError as `plan`."""
     spec: Head = recipe.head
-    weight = PlannedTensor("head", "head.weight", (class_count, width), spec.bits, start="head")
+    if spec.rank is not None and spec.rank > width:
+        raise BackboneError(
+            f"recipe.head.rank: given {spec.rank}, but the backbone's feature has {width} numbers;"
+            f" expected at most {width}; leave it out to use the whole feature"
+        )
+    shape = (class_count, spec.rank or width)
+    weight = PlannedTensor("head", "head.weight", shape, spec.bits, start="head")
     bias_bits: Bits = 32 if spec.bits == 32 else 16
     bias = [PlannedTensor("head", "head.bias", (class_count,), bias_bits)] if spec.bias else []
     return [_stored_as(tensor, recipe.quantiser or Quantiser()) for tensor in (weight, *bias)]

@@ -159,8 +159,8 @@ def description_of(metadata: PackMetadata) -> Description:
             return description
     raise ExportError(
         "Binary Adapter's files hold a parallel adapter, or lora on q and v, of 1 bit and with"
-        " dropout 0.1, and a head of 1 bit without bias or of 32 bits; this pack has other parts;"
-        " export to onnx instead"
+        " dropout 0.1, and a head of 1 bit without bias or of 32 bits on the whole feature; this"
+        " pack has other parts; export to onnx instead"
     )
 
 

@@ -88,7 +88,7 @@ def model_arguments(metadata: PackMetadata, backbone: LoadedBackbone) -> dict[st
 
 def head_state(model: AdaptedModel, plain: nn.Module) -> dict[str, torch.Tensor]:
     """The head's tensors under the names that timm's classifier has; a head without bias has one of
-    zeros. Raises ExportError.
+    zeros, and one of a subspace is written for the whole feature. Raises ExportError.
     """
     config: Any = plain.pretrained_cfg
     name, expected = config.get("classifier"), plain.state_dict()
@@ -98,7 +98,8 @@ def head_state(model: AdaptedModel, plain: nn.Module) -> dict[str, torch.Tensor]
             " onnx instead"
         )
     with model.merged():
-        weight, bias = model.head.current["weight"].detach(), model.head.current.get("bias")
+        tensors = model.head.plain_tensors()
+    weight, bias = tensors["weight"].detach(), tensors.get("bias")
     weight = weight.view(expected[f"{name}.weight"].shape).contiguous()
     return {
         f"{name}.weight": weight,

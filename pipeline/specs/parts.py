@@ -171,3 +171,8 @@ class Head(Spec):
 
     bits: Bits = 8
     bias: bool = True
+    rank: int | None = Field(
+        None,
+        ge=1,
+        description="size of a fixed subspace that the feature is projected to; default: all of it",
+    )

@@ -30,6 +30,8 @@ Load = Callable[[str], LoadedBackbone]
 PARTS: dict[str, dict[str, Any]] = {
     "linear": {},
     "head without bias": {"head": {"bits": 1, "bias": False}},
+    "head on a subspace": {"head": {"bits": 2, "rank": 8}},
+    "lora and a head on a subspace": {"lora": {"rank": 3, "targets": ["fc1"]}, "head": {"rank": 5}},
     "connections": {"connections": {"top_k": 2}},
     "biases": {"biases": {}},
     "norms": {"norms": {}},

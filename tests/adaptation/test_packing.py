@@ -216,6 +216,8 @@ def with_recipe(pack: Pack, **changes: Any) -> Pack:
         ("smoa", {"experts": 3}, "ill-shaped adapters"),
         ("smoa", {"experts": 1}, "surplus adapters"),
         ("head", {"bits": 1}, "ill-shaped head 'head.weight'"),
+        ("head", {"rank": 8}, "ill-shaped head 'head.weight'"),
+        ("head", {"rank": 0}, "recipe"),
         ("smoa", {"scale": 500.0}, "probe logits"),
         ("smoa", {"scale": -1.0}, "recipe"),
         ("smoa", {"scle": 1.0}, "recipe"),

@@ -84,6 +84,7 @@ WEIGHTS: dict[str, dict[str, Any]] = {
     "ssf": {"ssf": {}, "lora": {"targets": ["fc1"]}},
     "full": {"full": {"bits": 8}},
     "linear probe": {},
+    "head on a subspace": {"biases": {}, "head": {"rank": 7}},
 }
 
 
