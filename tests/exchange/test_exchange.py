@@ -190,7 +190,10 @@ def test_what_exists_is_not_overwritten(make: Make, tmp_path: Path) -> None:
 PEFT: dict[str, dict[str, Any]] = {
     "SHIRA": {"connections": {"top_k": 3}, "norms": {}},
     "LORA": {"lora": {"rank": 3, "scale": 0.5}, "norms": {"which": "all"}},
-    "LORA of several ranks": {"lora": {"rank": 2, "targets": ["q", "v", "fc1", "fc2"]}},
+    "LORA of several ranks": {
+        "lora": {"rank": 2, "targets": ["q", "v", "fc1", "fc2"]},
+        "head": {"rank": 7},
+    },
 }
 
 
@@ -272,6 +275,7 @@ WHOLE: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "biases": ("swin", {"biases": {}}),
+    "head on a subspace": ("vit", {"head": {"rank": 7, "bits": 2}}),
     "adapters": (
         "convnext",
         {
