@@ -180,7 +180,7 @@ def plan_table(tensors: Sequence[PlannedTensor], *, by_module: bool) -> Table:
 
 def space_table(rows: Sequence[dict[str, Any]], max_bytes: int) -> Table:
     """The configurations of a search space with their exact sizes, or bounds of them."""
-    names = list(rows[0]["point"]) if rows else []
+    names = list(dict.fromkeys(name for row in rows for name in row["point"]))
     sizes = (
         {"size_bytes": "bytes"}
         if not rows or "size_bytes" in rows[0]
@@ -199,7 +199,7 @@ def space_table(rows: Sequence[dict[str, Any]], max_bytes: int) -> Table:
             "over" if bounds[0] > max_bytes else "fits" if bounds[-1] <= max_bytes else "may fit"
         )
         cells = [
-            *(str(row["point"][name]) for name in names),
+            *(str(row["point"].get(name, "")) for name in names),
             *(f"{size:,}" for size in bounds),
             verdict,
         ]

@@ -191,7 +191,8 @@ class _Driver(Stages):
         """
         task = inputs.task
         check_budget(task, SizePlanner(task, inputs.backbone, inputs.index.classes).size_bytes)
-        rehearse(inputs, task.search.fullest(task.recipe))
+        for recipe in task.search.fullest(task.recipe):
+            rehearse(inputs, recipe)
 
     def _outcome(self, task: Task, stages: Callable[[Task], _Outcome]) -> _Outcome | TaskOutcome:
         """Return the result of `stages`, or the outcome with the error that ended them."""

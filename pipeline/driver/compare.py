@@ -217,7 +217,8 @@ class _Driver(Stages):
         task = entry.task
         top_k = task.search.max_top_k(task.recipe)
         with self.here:
-            rehearse(entry.inputs, task.search.fullest(task.recipe))
+            for recipe in task.search.fullest(task.recipe):
+                rehearse(entry.inputs, recipe)
         entry.folder = self.workspace.study(entry.inputs, top_k)
         entry.selection = (
             self.select(entry.inputs, entry.inputs.data_folder, top_k) if top_k else None

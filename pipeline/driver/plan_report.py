@@ -64,7 +64,8 @@ def plan_task(
         inputs = open_inputs(task, folder)
         task = inputs.task
         on_step("trying one training step", 0, 0)
-        rehearse(inputs, task.search.fullest(task.recipe))
+        for recipe in task.search.fullest(task.recipe):
+            rehearse(inputs, recipe)
         top_k = task.search.max_top_k(task.recipe)
         kept = workspace.selection(inputs, top_k)
         if select and top_k and not kept.exists():
@@ -83,6 +84,7 @@ def _planned(inputs: Inputs, selection: Path | None) -> TaskPlan:
     selected = read_selection(selection) if selection is not None else None
     planner = SizePlanner(task, inputs.backbone, classes, selected)
     proposals = distinct_proposals(task, planner.size_bytes)
+    proposals.sort(key=lambda proposal: (proposal.size_bytes, proposal.id))
     is_exact = all(
         planner.is_exact(recipe)
         for recipe in [task.recipe, *(proposal.recipe for proposal in proposals)]

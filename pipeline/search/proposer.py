@@ -78,19 +78,23 @@ def _rejection(proposal: Proposal) -> TrialRecord:
 
 
 def distinct_proposals(task: Task, size_of: SizeOf) -> list[Proposal]:
-    """Every point of the space, smallest pack first; points with the same recipe count once."""
+    """Every point of the space in its order; points with the same recipe count once."""
     distinct: dict[str, Proposal] = {}
     for point in task.search.points():
         proposal = _proposal(task.search, task.recipe, point, size_of)
         distinct.setdefault(proposal.id, proposal)
-    return sorted(distinct.values(), key=lambda proposal: (proposal.size_bytes, proposal.id))
+    return list(distinct.values())
 
 
 class Enumerated:
-    """Every distinct point of the space once."""
+    """Every distinct point of the space once: configurations in their order, others from the
+    smallest pack upwards.
+    """
 
     def __init__(self, task: Task, size_of: SizeOf) -> None:
         ordered = distinct_proposals(task, size_of)
+        if task.search.configurations is None:
+            ordered.sort(key=lambda proposal: (proposal.size_bytes, proposal.id))
         self._waiting = [
             proposal for proposal in ordered if proposal.size_bytes <= task.budget.max_bytes
         ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 from pydantic import (
     BeforeValidator,
@@ -40,8 +40,8 @@ class Recipe(Spec):
     preset: tuple[str, ...] | None = Field(
         None,
         description=(
-            "`default` or `linear`. Stored as the parts that it added; these are dropped on a"
-            " backbone that cannot take them"
+            "`default` or `linear`. Stored as the parts that it added or that the default search"
+            " space tries; these are dropped on a backbone that cannot take them"
         ),
     )
     connections: Connections | None = None
@@ -70,7 +70,8 @@ class Recipe(Spec):
         named = [part for part in PARTS if content.get(part) is not None]
         if content["preset"] == "default":
             brought = {part: spec for part, spec in DEFAULT_PARTS.items() if part not in content}
-            return {**content, **brought, "preset": tuple(brought)}
+            offered = [part for part in (*DEFAULT_PARTS, *OFFERED_PARTS) if part not in content]
+            return {"head": DEFAULT_HEAD, **content, **brought, "preset": tuple(offered)}
         if content["preset"] != "linear":
             raise ValueError(f"preset: given {content['preset']!r}; expected default or linear")
         if named:
@@ -132,12 +133,23 @@ PARTS = tuple(
 ADAPTERS = ("smoa", "adapter", "lora", "fact")
 """The parts that the axes adapter_bits, width and scale apply to."""
 
+
+def part_of_one_bit(name: str) -> Spec:
+    """A part of a recipe at 1 bit, its other settings by default."""
+    kinds = get_args(Recipe.model_fields[name].annotation)
+    (spec,) = (each for each in kinds if issubclass(each, Spec))
+    return spec(bits=1)  # type: ignore[no-any-return]
+
+
 DEFAULT_PARTS: dict[str, Spec] = {
-    "connections": Connections(),
-    "biases": Biases(),
-    "smoa": Smoa(),
-    "norms": Norms(),
+    "connections": Connections(bits=1),
+    "biases": Biases(bits=1),
+    "smoa": Smoa(bits=1),
+    "norms": Norms(which="all", bits=1),
 }
+DEFAULT_HEAD = Head(bits=2)
+OFFERED_PARTS = ("adapter", "lora")
+"""Parts that the default search space tries beside or instead of those of the default recipe."""
 DEFAULT_RECIPE = Recipe.model_validate({"preset": "default"})
 
 

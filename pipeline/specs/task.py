@@ -16,7 +16,7 @@ from pydantic import (
 from pipeline.specs.backbone import Backbone
 from pipeline.specs.data import CsvData, Data, Input
 from pipeline.specs.recipe import DEFAULT_RECIPE, WrittenRecipe, cools_down
-from pipeline.specs.search_space import SearchSpace, default_space
+from pipeline.specs.search_space import AXES, SearchSpace, default_space
 from pipeline.specs.section import Bytes, Spec
 from pipeline.specs.selection import Selection
 
@@ -138,8 +138,7 @@ class Task(Spec):
     @classmethod
     def _with_default_axes(cls, search: Any, info: ValidationInfo) -> Any:
         """Keep the default axes if the section names none (only `trials`, for example)."""
-        axes = SearchSpace.model_fields.keys() - {"trials"}
-        if isinstance(search, Mapping) and not search.keys() & axes:
+        if isinstance(search, Mapping) and not search.keys() & {*AXES, "configurations"}:
             return {**default_space(info.data.get("recipe", DEFAULT_RECIPE)).axes(), **search}
         return search
 

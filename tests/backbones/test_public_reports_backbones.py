@@ -15,12 +15,11 @@ import pytest
 from huggingface_hub import constants
 
 from pipeline.adaptation import plan
-from pipeline.adaptation.packing import SizePlanner
 from pipeline.api import run
 from pipeline.backbones import hub, load_backbone
 from pipeline.errors import BackboneError, SpecError
 from pipeline.inputs.preset import on_backbone
-from pipeline.specs import DEFAULT_PARTS, Backbone, Input, Method, Task, default_space
+from pipeline.specs import DEFAULT_PARTS, Backbone, Input, Method, Task
 from pipeline.specs.faults import validate
 from pipeline.specs.task_files import load_task
 
@@ -130,48 +129,34 @@ def test_images_have_the_size_that_the_backbone_is_built_for(
 
 
 def test_the_default_recipe_keeps_what_has_a_place() -> None:
-    """A ResNet has BatchNorm and convolutions without biases, and no MLPs."""
+    """A ResNet has convolutions without biases, and no MLPs."""
     task = digits(search={"trials": 3})
     resolved, absent = on_backbone(task, load_backbone(task.backbone, Input()), CLASSES)
-    assert [*absent] == ["biases", "smoa", "norms"]
+    assert [*absent] == ["biases", "smoa", "adapter", "lora"]
     assert resolved.recipe == task.recipe.model_copy(
-        update={"biases": None, "smoa": None, "norms": None, "preset": None}
+        update={"biases": None, "smoa": None, "preset": None}
     )
-    assert (resolved.search.axes(), resolved.search.trials) == (
-        default_space(resolved.recipe).axes(),
-        3,
-    )
-    assert resolved.search.axes().keys() == {"bits", "top_k"}
+    assert {point["parts"] for point in resolved.search.configurations or ()} == {
+        "head",
+        "connections",
+        "norms",
+        "connections+norms",
+    }
+    assert resolved.search.trials == 3
     assert on_backbone(resolved, load_backbone(task.backbone, Input()), CLASSES) == (resolved, {})
 
 
 def test_the_default_recipe_is_whole_where_everything_has_a_place(tiny_backbone: Backbone) -> None:
     task = digits(backbone=tiny_backbone.model_dump())
     resolved, absent = on_backbone(task, load_backbone(tiny_backbone, Input()), CLASSES)
-    assert (absent, resolved.search) == ({}, task.search)
+    assert absent == {}
     assert resolved.recipe == task.recipe.model_copy(update={"preset": None})
 
 
-def test_the_default_recipe_is_within_the_default_budget_on_a_large_backbone() -> None:
-    """A ViT-S has 41,856 neurons, and as many biases of a byte each; what is left out is named, and
-    a wide budget holds all.
-    """
-    spec = Backbone(model="vit_small_patch16_224", arguments={"img_size": 32}, weights="random")
-    backbone = load_backbone(spec, Input())
-    resolved, absent = on_backbone(digits(backbone=spec.model_dump()), backbone, CLASSES)
-    assert [*absent] == ["connections"]
-    planner = SizePlanner(resolved, backbone, CLASSES)
-    assert (
-        min(
-            planner.size_bytes(resolved.search.recipe(resolved.recipe, point))
-            for point in resolved.search.points()
-        )
-        <= 65536
-    )
-    wide, none_absent = on_backbone(
-        digits(backbone=spec.model_dump(), budget={"max_bytes": "1MiB"}), backbone, CLASSES
-    )
-    assert (none_absent, wide.search) == ({}, digits().search)
+def test_axes_that_are_given_stay(tiny_backbone: Backbone) -> None:
+    task = digits(backbone=tiny_backbone.model_dump(), search={"learning_rate": [0.1]})
+    resolved, _ = on_backbone(task, load_backbone(tiny_backbone, Input()), CLASSES)
+    assert resolved.search == task.search
 
 
 @pytest.mark.parametrize(
@@ -186,7 +171,7 @@ def test_a_part_that_was_named_is_required(recipe: dict[str, object]) -> None:
 
 def test_an_unresolved_task_is_the_same_after_a_round_trip() -> None:
     task = digits(recipe={"preset": "default", "connections": None, "smoa": {"experts": 8}})
-    assert task.recipe.preset == ("biases", "norms")
+    assert task.recipe.preset == ("biases", "norms", "adapter", "lora")
     assert Task.model_validate_json(task.model_dump_json()) == task
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import re
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers_cases import for_every
 from helpers_task_files import MINIMAL, few_examples, refusal, write
 from hypothesis import given
 from hypothesis import strategies as st
@@ -17,11 +19,14 @@ from pipeline.errors import SpecError
 from pipeline.specs import (
     BITS,
     DEFAULT_RECIPE,
+    PARTS,
     Adapter,
+    Biases,
     Connections,
     Full,
     Head,
     Lora,
+    Norms,
     Prompts,
     Quantiser,
     Recipe,
@@ -248,13 +253,83 @@ def test_bits_named_apart_win_over_bits() -> None:
     assert (recipe.connections.bits, recipe.smoa.bits) == (8, 1)
 
 
-def test_the_default_space_holds_no_recipe_twice() -> None:
-    recipes = [
-        default_space(DEFAULT_RECIPE).recipe(DEFAULT_RECIPE, point).model_dump_json()
-        for point in default_space(DEFAULT_RECIPE).points()
+NAMED = DEFAULT_RECIPE.changed(preset=None)
+
+
+def test_the_default_space_of_named_parts_holds_no_recipe_twice() -> None:
+    space = default_space(NAMED)
+    recipes = [space.recipe(NAMED, point).model_dump_json() for point in space.points()]
+    assert len(set(recipes)) == len(recipes) == 8 <= space.trials
+    assert space.max_top_k(NAMED) == 3
+    assert default_space(DEFAULT_RECIPE).is_empty, "derived once the backbone is known"
+
+
+# --- the parts themselves are searched ------------------------------------------------------------
+
+
+def test_parts_are_taken_from_the_recipe_or_from_their_defaults() -> None:
+    space = SearchSpace(parts=("head", "norms+adapter", "connections"), width=(4,), top_k=(0, 2))
+    assert space.parts == ("head", "norms+adapter", "connections")
+    base = Recipe(norms=Norms(bits=2), biases=Biases())
+    recipe = space.recipe(base, {"parts": "norms+adapter", "width": 4, "top_k": 2})
+    assert recipe == Recipe(norms=Norms(bits=2), adapter=Adapter(width=4, bits=1))
+    assert space.recipe(base, {"parts": "head", "width": 4, "top_k": 2}) == Recipe()
+    kept = space.recipe(base, {"parts": "connections", "width": 4, "top_k": 2})
+    assert kept == Recipe(connections=Connections(top_k=2, bits=1))
+    assert space.recipe(base, {"parts": "connections", "width": 4, "top_k": 0}) == Recipe()
+    assert space.max_top_k(base) == 2
+    assert [part.model_dump(exclude_none=True).keys() for part in space.fullest(base)]
+    assert SearchSpace(parts=("adapter + norms",)).parts == ("norms+adapter",)
+
+
+def test_bits_of_biases_and_norms_are_axes() -> None:
+    base = Recipe(norms=Norms(), biases=Biases())
+    space = SearchSpace(bias_bits=(1, 2), norm_bits=(1,))
+    recipe = space.recipe(base, {"bias_bits": 2, "norm_bits": 1})
+    assert recipe == Recipe(norms=Norms(bits=1), biases=Biases(bits=2))
+    assert space.idle_axes(Recipe()) == ["bias_bits", "norm_bits"]
+
+
+def test_every_part_of_any_recipe_is_rehearsed() -> None:
+    space = SearchSpace(
+        configurations=(
+            {"parts": "norms", "norm_bits": 1},
+            {"parts": "norms+adapter", "bits": 1},
+            {"parts": "norms+smoa", "bits": 1},
+            {"parts": "norms+adapter", "bits": 2},
+        )
+    )
+    named = [
+        {name for name in PARTS if getattr(recipe, name) is not None}
+        for recipe in space.fullest(Recipe())
     ]
-    assert len(set(recipes)) == len(recipes) == 8 <= default_space(DEFAULT_RECIPE).trials
-    assert default_space(DEFAULT_RECIPE).max_top_k(DEFAULT_RECIPE) == 3
+    assert named == [{"norms", "adapter"}, {"norms", "smoa"}]
+
+
+def test_configurations_are_points_in_their_order() -> None:
+    given = ({"bits": 4, "top_k": 2}, {"top_k": 0}, {"head_bits": 1})
+    space = SearchSpace(configurations=given, trials=2)
+    assert ([*space.points()], space.size(), space.axes()) == ([*given[:2]], 2, {})
+    assert space.max_top_k(DEFAULT_RECIPE) == 2
+    assert SearchSpace.model_validate_json(space.model_dump_json()) == space
+
+
+@for_every(
+    ("content", "message"),
+    [
+        ({"parts": ["wings"]}, "'wings' is no part; expected `head` for the head alone, or parts"),
+        ({"configurations": []}, "expected at least one configuration"),
+        ({"configurations": [{"bits": 1}, {"bit": 1}]}, "configuration 2: 'bit' is no axis"),
+        ({"configurations": [{"bits": 99}]}, "configuration 1: "),
+        ({"configurations": [{"bits": [1, 2]}]}, "configuration 1: expected one value per axis"),
+        ({"configurations": [{"bits": 1}], "bits": [1]}, "configurations and bits are given"),
+    ],
+)
+def test_parts_and_configurations_that_cannot_be_are_refused(
+    content: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(SpecError, match=re.escape(message)):
+        validate(SearchSpace, content, source="space")
 
 
 def test_a_search_that_names_no_axis_keeps_the_default_axes(tmp_path: Path) -> None:

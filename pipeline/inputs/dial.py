@@ -1,0 +1,174 @@
+"""The default search space, derived from the sizes of packs before anything is trained.
+
+It covers the sizes from the head alone up to the budget. Each set of parts is a ladder of recipes,
+from narrow to wide, at 1 bit. The budget, halved again and again, gives the rungs; each set has at
+most one recipe per rung, the largest that fits. First come the smallest pack there is and a
+bottleneck at every rung, the best per byte where we measured it (docs/results.md); then the other
+sets in turn, from their middle rungs outwards.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Collection, Iterator, Sequence
+from typing import Any
+
+from pydantic import ValidationError
+
+from pipeline.adaptation.packing import SizePlanner
+from pipeline.backbones import LoadedBackbone
+from pipeline.specs import Recipe, SearchSpace, Task
+from pipeline.specs.search_space import HEAD_ALONE, joined
+
+PART_SETS = (
+    ("adapter",),
+    ("adapter", "norms", "biases"),
+    ("connections", "adapter", "norms", "biases"),
+    ("smoa", "norms", "biases"),
+    ("lora",),
+    ("connections", "smoa", "norms", "biases"),
+    ("norms", "biases"),
+    ("connections", "norms", "biases"),
+    ("smoa",),
+    ("connections",),
+    (),
+)
+"""What is trained beside the head, the most promising first."""
+STEPS = 8
+_HEAD_SHARE = 0.25
+"""The head has 2 bits where it then takes no more of the pack than this, else 1."""
+_HEAD_BITS = (1, 2, 4, 8)
+
+Point = dict[str, Any]
+Sized = tuple[int, Point]
+
+
+def derived_space(
+    task: Task, backbone: LoadedBackbone, classes: Sequence[str], offered: Collection[str]
+) -> SearchSpace:
+    """The configurations for a task that names none, the most promising first; where nothing fits
+    the budget, the smallest pack there is, so that an error can name its size.
+
+    Args:
+        offered: the parts that may be left out; those of the task's recipe beside them are in every
+            configuration.
+    """
+    ladders = _Ladders(task, backbone, classes, offered)
+    chosen = ladders.in_order() or [ladders.smallest()]
+    return SearchSpace(configurations=tuple(chosen), trials=task.search.trials)
+
+
+class _Ladders:
+    """The recipes of each set of parts, by rung. Arguments as for `derived_space`."""
+
+    def __init__(
+        self,
+        task: Task,
+        backbone: LoadedBackbone,
+        classes: Sequence[str],
+        offered: Collection[str],
+    ) -> None:
+        self._task, self._offered = task, offered
+        self._planner = SizePlanner(task, backbone, classes)
+        self._budget = task.budget.max_bytes
+
+    def in_order(self) -> list[Point]:
+        """The configurations within the budget, each once."""
+        by_set = [rungs for parts in self._sets() if (rungs := self._rungs(parts))]
+        if not by_set:
+            return []
+        first, *others = by_set
+        points = [self.smallest(), *(point for _, (_, point) in sorted(first.items()))]
+        outwards = [_middle_out(rungs) for rungs in others]
+        for turn in range(max(map(len, outwards), default=0)):
+            points += [rungs[turn] for rungs in outwards if turn < len(rungs)]
+        return [point for number, point in enumerate(points) if point not in points[:number]]
+
+    def smallest(self) -> Point:
+        """The head and the parts that the user named, at 1 bit."""
+        return self._point(joined(self._named()), 0, head_bits=1)
+
+    def _named(self) -> list[str]:
+        """The parts that every configuration has."""
+        recipe = self._task.recipe
+        written = recipe.model_dump(exclude_none=True).keys() - {"preset", "head", "training"}
+        return [part for part in written if part not in self._offered]
+
+    def _sets(self) -> list[str]:
+        """The sets of parts that the backbone has a place for, as values of `parts`."""
+        sets = (
+            joined([*(part for part in parts if part in self._offered), *self._named()])
+            for parts in PART_SETS
+        )
+        return list(dict.fromkeys(sets))
+
+    def _rungs(self, parts: str) -> dict[int, Sized]:
+        """The largest recipe of a set at each rung, by the number of doublings up to the budget:
+        rung -k holds sizes of at most budget / 2^k, and more than half of it.
+        """
+        found: dict[int, Sized] = {}
+        for size_bytes, point in self._ladder(parts):
+            if size_bytes > self._budget:
+                break
+            rung = (size_bytes - 1).bit_length() - (self._budget - 1).bit_length()
+            found[rung] = max(found.get(rung, (0, point)), (size_bytes, point), key=_size)
+        return found
+
+    def _ladder(self, parts: str) -> Iterator[Sized]:
+        """The recipes of a set, from small to large."""
+        previous: Point | None = None
+        for step in range(STEPS):
+            point = self._point(parts, step)
+            if point == previous:
+                return
+            try:
+                yield self._size_bytes(point), point
+            except ValidationError:  # the set contradicts a part that the user named
+                return
+            previous = point
+
+    def _point(self, parts: str, step: int, head_bits: int | None = None) -> Point:
+        """The configuration of a set at one step of its ladder."""
+        names = parts.split("+")
+        point: Point = {"parts": parts}
+        if parts == HEAD_ALONE:
+            bits = _HEAD_BITS[min(step, len(_HEAD_BITS) - 1)]
+            return {**point, "head_bits": head_bits or bits}
+        if "connections" in names:
+            point["top_k"] = 1 if step < 4 else 3
+        if "adapter" in names or "lora" in names:
+            point["width"] = 2**step
+        if "smoa" in names:
+            point |= {"experts": 4, "width": 4 * 2 ** min(step, 4)}
+        if step > 0 and not {"connections", "smoa", "adapter", "lora"} & {*names}:
+            axes = (("biases", "bias_bits"), ("norms", "norm_bits"))
+            point |= {axis: 2 for part, axis in axes if part in names}
+        return {**point, "head_bits": head_bits or self._head_bits(point)}
+
+    def _head_bits(self, point: Point) -> int:
+        space, base = SearchSpace(), self._task.recipe
+        try:
+            ledger = self._planner.ledger(space.recipe(base, {**point, "head_bits": 2}))
+        except ValidationError:
+            return 1
+        return 2 if ledger["head"] <= _HEAD_SHARE * sum(ledger.values()) else 1
+
+    def _size_bytes(self, point: Point) -> int:
+        """Upper bound of its pack's size, over all selections."""
+        return self._largest(SearchSpace().recipe(self._task.recipe, point))
+
+    @functools.cache  # noqa: B019 - lives as long as a task is opened
+    def _largest(self, recipe: Recipe) -> int:
+        return self._planner.largest_bytes(recipe)
+
+
+def _size(sized: Sized) -> int:
+    return sized[0]
+
+
+def _middle_out(rungs: dict[int, Sized]) -> list[Point]:
+    """The points from the middle rung outwards, the smaller one first."""
+    points = [point for _, (_, point) in sorted(rungs.items())]
+    middle = (len(points) - 1) // 2
+    order = sorted(range(len(points)), key=lambda number: (abs(number - middle), number))
+    return [points[number] for number in order]
