@@ -38,6 +38,7 @@ STEPS = 8
 _HEAD_SHARE = 0.25
 """The head has 2 bits where it then takes no more of the pack than this, else 1."""
 _HEAD_BITS = (1, 2, 4, 8)
+_HEAD_RANKS = (1024, 512, 256, 128, 64, 32, 16)
 
 Point = dict[str, Any]
 Sized = tuple[int, Point]
@@ -54,7 +55,7 @@ def derived_space(
             configuration.
     """
     ladders = _Ladders(task, backbone, classes, offered)
-    chosen = ladders.in_order() or [ladders.smallest()]
+    chosen = ladders.in_order() or ladders.narrow_heads() or [ladders.smallest()]
     return SearchSpace(configurations=tuple(chosen), trials=task.search.trials)
 
 
@@ -70,7 +71,7 @@ class _Ladders:
     ) -> None:
         self._task, self._offered = task, offered
         self._planner = SizePlanner(task, backbone, classes)
-        self._budget = task.budget.max_bytes
+        self._budget, self._width = task.budget.max_bytes, backbone.width
 
     def in_order(self) -> list[Point]:
         """The configurations within the budget, each once."""
@@ -87,6 +88,14 @@ class _Ladders:
     def smallest(self) -> Point:
         """The head and the parts that the user named, at 1 bit."""
         return self._point(joined(self._named()), 0, head_bits=1)
+
+    def narrow_heads(self) -> list[Point]:
+        """Heads in a subspace, the widest first, for a budget below the head of the whole feature
+        at 1 bit.
+        """
+        points = [{**self.smallest(), "head_rank": rank} for rank in _HEAD_RANKS]
+        ranks_that_exist = [point for point in points if point["head_rank"] < self._width]
+        return [point for point in ranks_that_exist if self._size_bytes(point) <= self._budget]
 
     def _named(self) -> list[str]:
         """The parts that every configuration has."""

@@ -80,6 +80,7 @@ class SearchSpace(Spec):
     bias_bits: _axis(Bits) = None  # type: ignore[valid-type]
     norm_bits: _axis(Bits) = None  # type: ignore[valid-type]
     head_bits: _axis(Bits) = None  # type: ignore[valid-type]
+    head_rank: _axis(Annotated[int, Field(ge=1)]) = None  # type: ignore[valid-type]
     experts: _axis(Annotated[int, Field(ge=0, le=64)]) = None  # type: ignore[valid-type]
     top_k: _axis(Annotated[int, Field(ge=0, le=64)]) = None  # type: ignore[valid-type]
     width: _axis(Annotated[int, Field(ge=1, le=1024)]) = None  # type: ignore[valid-type]
@@ -183,7 +184,7 @@ class SearchSpace(Spec):
             },
             "biases": {"bits": point.get("bias_bits")},
             "norms": {"bits": point.get("norm_bits")},
-            "head": {"bits": point.get("head_bits")},
+            "head": {"bits": point.get("head_bits"), "rank": point.get("head_rank")},
             "training": {"learning_rate": point.get("learning_rate")},
         }
         for name, part in parts.items():

@@ -63,6 +63,13 @@ def test_parts_that_the_user_named_are_in_every_configuration(tiny_backbone: Bac
     assert any("adapter" in parts for parts in sets)
 
 
+def test_below_the_head_of_the_whole_feature_there_are_heads_in_a_subspace() -> None:
+    task, sizes = resolved(VIT_S, 102, budget={"max_bytes": 4096})
+    ranks = [point["head_rank"] for point in task.search.configurations or ()]
+    assert ranks == [128, 64, 32, 16]
+    assert 2048 < max(sizes) <= 4096
+
+
 def test_where_nothing_fits_the_smallest_pack_is_left_to_be_named() -> None:
     task, sizes = resolved(VIT_S, 10, budget={"max_bytes": 300})
     assert task.search.configurations == ({"parts": "head", "head_bits": 1},)
