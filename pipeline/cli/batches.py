@@ -15,6 +15,7 @@ from pipeline.cli.options import (
     Cpus,
     Gpus,
     MaxBytes,
+    Preset,
     Promote,
     Ranks,
     RecipeFile,
@@ -77,6 +78,7 @@ def submit(
     search: SearchFile = None,
     max_bytes: MaxBytes = None,
     trials: Trials = None,
+    preset: Preset = None,
     cpus: Cpus = None,
     gpus: Gpus = None,
     ranks: Ranks = 1,
@@ -101,7 +103,7 @@ def submit(
         text for name, value in given.items() if value is not None for text in (name, f"{value:g}")
     ]
     options += ["--promote"] if promote else []
-    replaced = overrides(recipe, search, max_bytes, trials)
+    replaced = overrides(recipe, search, max_bytes, trials, preset)
     loaded = load_tasks(tasks, overrides=replaced, expand=False)
     batch = jobs.describe(loaded, workdir=workdir, options=options, shared=shared or [])
     server = jobs.JobServer(address)

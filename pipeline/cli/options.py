@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
+
+from pipeline.errors import SpecError
 
 Tasks = Annotated[
     list[Path], typer.Argument(help="Task files, or folders of task files.", metavar="TASK.yaml...")
@@ -44,6 +46,13 @@ SearchFile = Annotated[
 ]
 MaxBytes = Annotated[str | None, typer.Option(help="Largest size of a pack, such as 32KiB.")]
 Trials = Annotated[int | None, typer.Option(min=1, help="Configurations to try per task.")]
+Preset = Annotated[
+    Literal["fast", "good", "best"] | None,
+    typer.Option(
+        help="How many configurations to try per task: fast 6, good 12 (the default), best 36."
+    ),
+]
+PRESET_TRIALS = {"fast": 6, "good": 12, "best": 36}
 Cpus = Annotated[
     float | None,
     typer.Option("--cpus-per-trial", min=0.1, help="CPUs per rank of a trial. Default: 1."),
@@ -115,15 +124,26 @@ Address = Annotated[
 
 
 def overrides(
-    recipe: Path | None, search: Path | None, max_bytes: str | None, trials: int | None
+    recipe: Path | None,
+    search: Path | None,
+    max_bytes: str | None,
+    trials: int | None,
+    preset: str | None = None,
 ) -> dict[str, Any]:
-    """The sections of a task that `--recipe`, `--search`, `--max-bytes` and `--trials` replace.
+    """The sections of a task that `--recipe`, `--search`, `--max-bytes`, `--trials` and `--preset`
+    replace.
 
     Raises:
-        SpecError: A file cannot be read as YAML.
+        SpecError: A file cannot be read as YAML, or both of the last two are given.
     """
     from pipeline.specs.yaml_files import read_mapping
 
+    if preset is not None and trials is not None:
+        raise SpecError(
+            f"--preset {preset} tries {PRESET_TRIALS[preset]} configurations, --trials {trials}:"
+            " give one of the two"
+        )
+    trials = trials if preset is None else PRESET_TRIALS[preset]
     sections: dict[str, Any] = {}
     if recipe is not None:
         sections["recipe"] = read_mapping(recipe)

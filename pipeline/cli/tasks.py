@@ -21,6 +21,7 @@ from pipeline.cli.options import (
     Gpus,
     LogTrials,
     MaxBytes,
+    Preset,
     Promote,
     Ranks,
     RecipeFile,
@@ -49,6 +50,7 @@ def run(
     search: SearchFile = None,
     max_bytes: MaxBytes = None,
     trials: Trials = None,
+    preset: Preset = None,
     workdir: Workdir = api.WORKDIR,
     address: Address = None,
     cpus: Cpus = None,
@@ -67,7 +69,7 @@ def run(
     """
     from pipeline.specs.task_files import load_tasks
 
-    loaded = load_tasks(tasks, overrides=overrides(recipe, search, max_bytes, trials))
+    loaded = load_tasks(tasks, overrides=overrides(recipe, search, max_bytes, trials, preset))
     options: dict[str, Any] = {
         "registry_patience_seconds": registry_patience,
         "log_trials": log_trials,
@@ -136,7 +138,12 @@ def _outcome_as_json(outcome: TaskOutcome) -> dict[str, Any]:
     }
 
 
-def demo(workdir: Workdir = api.WORKDIR, max_bytes: MaxBytes = None, trials: Trials = None) -> None:
+def demo(
+    workdir: Workdir = api.WORKDIR,
+    max_bytes: MaxBytes = None,
+    trials: Trials = None,
+    preset: Preset = None,
+) -> None:
     """Run the whole pipeline on three small embedded tasks, on this machine."""
     from pipeline.data import save_samples
     from pipeline.driver.workspace import Workspace
@@ -144,7 +151,7 @@ def demo(workdir: Workdir = api.WORKDIR, max_bytes: MaxBytes = None, trials: Tri
     from pipeline.specs.task_files import load_tasks
 
     tasks = load_tasks(
-        [catalogue_folder() / "demo"], overrides=overrides(None, None, max_bytes, trials)
+        [catalogue_folder() / "demo"], overrides=overrides(None, None, max_bytes, trials, preset)
     )
     out.print(
         f"{len(tasks)} tasks on one frozen backbone: {', '.join(task.name for task in tasks)};"
