@@ -31,6 +31,7 @@ def run(
     ranks_per_trial: int = 1,
     selection_workers: int | None = None,
     tasks_at_once: int | None = None,
+    time_limit_seconds: float | None = None,
     registry_patience_seconds: float = PATIENCE_SECONDS,
     log_trials: bool = True,
     promote: bool = False,
@@ -47,6 +48,9 @@ def run(
         ranks_per_trial: processes that train each trial and fit together.
         selection_workers: ranks of the selection; None takes a share of the cluster, if faster.
         tasks_at_once: tasks to run concurrently; None takes one more than fill the cluster.
+        time_limit_seconds: wall-clock limit for all tasks. Trials are left out so that the fit of
+            each champion is expected to end in time; a task without time for a trial and a fit has
+            a TimeLimitError.
         registry_patience_seconds: longest wait for an unreachable tracking server, at the end.
         log_trials: whether each trial becomes a child run of its pack's MLflow run.
         promote: give every new pack the alias `champion`, even if an earlier one is better.
@@ -66,6 +70,7 @@ def run(
         Path(workdir),
         address=address,
         placement=placement,
+        time_limit_seconds=time_limit_seconds,
         registry_patience_seconds=registry_patience_seconds,
         log_trials=log_trials,
         promote=promote,

@@ -124,6 +124,14 @@ class OutOfMemory(TrainingError):
     """
 
 
+class TimeLimitError(TaskpackError):
+    """The time limit of a run is too short for a trial and its fit, or was over before a task
+    began.
+    """
+
+    exit_code = 12
+
+
 class ExportError(TaskpackError):
     """A pack cannot be exported to the requested format, or the export does not compute the
     same.

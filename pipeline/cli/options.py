@@ -93,6 +93,16 @@ TasksAtOnce = Annotated[
         ),
     ),
 ]
+TimeLimit = Annotated[
+    str | None,
+    typer.Option(
+        help=(
+            "Wall-clock limit for all tasks, such as 90s, 30m or 2h: trials are left out so that"
+            " the fits still end in time."
+        ),
+        metavar="DURATION",
+    ),
+]
 RegistryPatience = Annotated[
     float,
     typer.Option(
@@ -154,3 +164,17 @@ def overrides(
     if max_bytes is not None:
         sections["budget"] = {"max_bytes": max_bytes}
     return sections
+
+
+def time_limit_seconds(text: str | None) -> float | None:
+    """The value of `--time-limit` in seconds.
+
+    Raises:
+        SpecError: It is not a positive duration.
+    """
+    from pipeline.utils.durations import parse_duration
+
+    try:
+        return None if text is None else parse_duration(text)
+    except ValueError as error:
+        raise SpecError(f"--time-limit: given {text!r}; {error}") from None

@@ -6,6 +6,7 @@ from rich.table import Table
 
 from pipeline.cli.tables import kib, table
 from pipeline.driver.monitor.state import ENDED, HEARTBEAT_SECONDS, WAITING, BatchState
+from pipeline.utils.durations import duration
 
 SILENCE_SECONDS = 3 * HEARTBEAT_SECONDS
 
@@ -59,12 +60,3 @@ def summary(state: BatchState, *, is_running: bool, age_seconds: float | None = 
             " stopped; run the same command to continue"
         )
     return f"{text}; about {left} left" if (left := duration(state.seconds_left)) else text
-
-
-def duration(seconds: float | None) -> str:
-    """A duration in seconds, minutes or hours; blank for None."""
-    if seconds is None:
-        return ""
-    if seconds < 60:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

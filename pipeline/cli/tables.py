@@ -91,7 +91,7 @@ def champions_table(outcomes: Sequence[TaskOutcome]) -> Table:
             f"{100 * metrics['val_metric']:.1f}",
             kib(outcome.registered.size_bytes),
             f"{metrics['trained_values']:,.0f}",
-            f"{ran}/{len(outcome.trials)}",
+            f"{ran}/{len(outcome.trials) + outcome.trials_left}",
             f"{metrics['search_seconds']:.0f}",
         )
     return built

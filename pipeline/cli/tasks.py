@@ -30,9 +30,11 @@ from pipeline.cli.options import (
     SelectionWorkers,
     Tasks,
     TasksAtOnce,
+    TimeLimit,
     Trials,
     Workdir,
     overrides,
+    time_limit_seconds,
 )
 from pipeline.driver.registrar import PATIENCE_SECONDS
 
@@ -58,6 +60,7 @@ def run(
     ranks: Ranks = 1,
     selection_workers: SelectionWorkers = None,
     tasks_at_once: TasksAtOnce = None,
+    time_limit: TimeLimit = None,
     registry_patience: RegistryPatience = PATIENCE_SECONDS,
     log_trials: LogTrials = True,
     promote: Promote = False,
@@ -69,8 +72,10 @@ def run(
     """
     from pipeline.specs.task_files import load_tasks
 
+    seconds = time_limit_seconds(time_limit)
     loaded = load_tasks(tasks, overrides=overrides(recipe, search, max_bytes, trials, preset))
     options: dict[str, Any] = {
+        "time_limit_seconds": seconds,
         "registry_patience_seconds": registry_patience,
         "log_trials": log_trials,
         "promote": promote,
@@ -134,6 +139,7 @@ def _outcome_as_json(outcome: TaskOutcome) -> dict[str, Any]:
         "stage": outcome.stage,
         "error": str(outcome.error) if outcome.error else None,
         "warnings": outcome.warnings(),
+        "trials_left": outcome.trials_left,
         "trials": [trial.row() for trial in outcome.trials],
     }
 

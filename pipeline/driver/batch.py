@@ -8,17 +8,21 @@ same command after an interruption repeats nothing that was finished.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from pipeline.adaptation.packing import SizePlanner
+from pipeline.cluster.capacity import places
+from pipeline.cluster.rank_group import TrialResources
 from pipeline.cluster.session import session_logs
-from pipeline.cluster.task_pool import TaskPool
+from pipeline.cluster.task_pool import Interrupted, TaskPool
 from pipeline.driver.monitor.batch_watch import BatchWatch, batch_name
 from pipeline.driver.monitor.state import state_file_name
 from pipeline.driver.registrar import PATIENCE_SECONDS, Registrar
@@ -49,6 +53,7 @@ from pipeline.search.champion import choose_champion
 from pipeline.search.pareto import pareto_front
 from pipeline.search.run_study import check_budget, run_study
 from pipeline.search.study import Study
+from pipeline.search.time_limit import SearchTime, TimeLimit
 from pipeline.search.trial_record import TrialRecord, failure_warnings
 from pipeline.selection import read_selection
 from pipeline.specs import Task
@@ -64,25 +69,35 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, kw_only=True)
 class TaskOutcome:
     """The outcome of one task: a registered pack, or an error and the stage in which it
-    occurred.
+    occurred. `trials_left` planned trials did not run because of the time limit.
     """
 
     task: str
     registered: RegisteredPack | None = None
     trials: tuple[TrialRecord, ...] = ()
+    trials_left: int = 0
     champion_id: str | None = None
     front_figure: Path | None = None
     stage: Stage = "done"
     error: TaskpackError | None = None
 
     def warnings(self) -> list[str]:
-        """Warnings about the champion's training and about failed trials, which were not
-        candidates.
+        """Warnings about trials that the time limit left out, the champion's training, and failed
+        trials, which were not candidates.
         """
+        ran = sum(trial.state != "rejected" for trial in self.trials)
+        cut = (
+            [
+                f"the time limit ended the search after {ran} of {ran + self.trials_left} trials;"
+                " the same command with a longer --time-limit, or none, runs the others"
+            ]
+            if self.trials_left
+            else []
+        )
         odd = [
             trial.message for trial in self.trials if trial.id == self.champion_id and trial.message
         ]
-        return odd + failure_warnings(self.trials)
+        return cut + odd + failure_warnings(self.trials)
 
 
 def run_batch(
@@ -92,6 +107,7 @@ def run_batch(
     address: str | None = None,
     registry_uri: str | None = None,
     placement: Placement | None = None,
+    time_limit_seconds: float | None = None,
     registry_patience_seconds: float = PATIENCE_SECONDS,
     log_trials: bool = True,
     promote: bool = False,
@@ -104,6 +120,7 @@ def run_batch(
         address: address of a Ray cluster; None starts a private one when a stage needs it.
         registry_uri: MLflow tracking server; default: MLFLOW_TRACKING_URI, else a SQLite file in
             `workdir`.
+        time_limit_seconds: wall-clock limit for all tasks; see `api.run`.
         registry_patience_seconds: how long to wait for an unreachable tracking server at the end of
             the run.
         log_trials: whether each trial becomes a child run of its pack's run.
@@ -111,10 +128,12 @@ def run_batch(
         on_progress: called from one thread at a time.
 
     Raises:
+        SpecError: `time_limit_seconds` is not a positive number.
         StorageError: The work folder cannot be used.
         RegistryError: The registry cannot be reached or written to.
         ClusterError: No cluster answers at `address`.
     """
+    limit = TimeLimit(math.inf if time_limit_seconds is None else time_limit_seconds)
     with work_folder(workdir, address) as (workspace, start_ray):
         registry = open_registry(registry_uri, workspace.root, writer=workspace.writer())
         registry.check_writable()
@@ -130,6 +149,7 @@ def run_batch(
                 start_ray=start_ray,
                 ray_is_private=address is None,
                 placement=placement or Placement(),
+                limit=limit,
                 on_progress=watch.progress,
                 watch=watch,
             )
@@ -157,6 +177,7 @@ PREPARED_AT_ONCE = 8
 class _Driver(Stages):
     registry: Registry
     watch: BatchWatch
+    limit: TimeLimit
     registry_patience_seconds: float
     log_trials: bool
     promote: bool
@@ -185,6 +206,10 @@ class _Driver(Stages):
         ran = {outcome.task: outcome for outcome in self.pool.run(self._run_prepared, prepared)}
         return [(failed | ran)[task.name] for task in tasks]
 
+    def is_stopping(self) -> bool:
+        """Whether the run was interrupted, or its time limit is over."""
+        return super().is_stopping() or self.limit.is_over()
+
     def check(self, inputs: Inputs) -> None:
         """Check that something fits the budget and that each part of the recipe runs on the
         backbone.
@@ -197,11 +222,25 @@ class _Driver(Stages):
     def _outcome(self, task: Task, stages: Callable[[Task], _Outcome]) -> _Outcome | TaskOutcome:
         """Return the result of `stages`, or the outcome with the error that ended them."""
         try:
-            with named_errors(self.workspace.log(task.name)):
+            with named_errors(self.workspace.log(task.name)), self._within_limit(task):
                 return stages(task)
         except TaskpackError as error:
             self.on_progress(task.name, "failed", 1.0, str(error))
-            return TaskOutcome(task=task.name, stage=self.stage[task.name], error=error)
+            stage = self.stage.get(task.name, "prepare")
+            return TaskOutcome(task=task.name, stage=stage, error=error)
+
+    @contextlib.contextmanager
+    def _within_limit(self, task: Task) -> Iterator[None]:
+        """Raise TimeLimitError if no time is left to begin a task or its search."""
+        self.limit.check_can_begin(task.name)
+        try:
+            yield
+        except Interrupted:
+            if self.pool.is_stopping():
+                raise
+            raise self.limit.over(task.name, self.stage[task.name]) from None
+        finally:
+            self.limit.release(task.name)
 
     def _run_prepared(self, task: Task) -> TaskOutcome:
         outcome = self._outcome(task, self._stages)
@@ -218,11 +257,12 @@ class _Driver(Stages):
         top_k = task.search.max_top_k(task.recipe)
         folder = self.workspace.study(inputs, top_k)
         selection = self.select(inputs, data_folder, top_k) if top_k else None
-        trials = self._search(inputs, data_folder, selection, folder)
+        search_time = SearchTime(self.limit, task.name, _fit_ratio(inputs))
+        trials = self._search(inputs, data_folder, selection, folder, search_time)
         with self.here:
             not_worse = choose_champion(trials, task, folder.journal.outcomes)
             champion = not_worse[0]
-            self.watch.searched(task.name, trials, champion)
+            self.watch.searched(task.name, trials, champion, search_time.trials_left)
             draw_front(
                 [trial.row() for trial in trials],
                 folder.figure,
@@ -232,6 +272,8 @@ class _Driver(Stages):
                 champion=champion.id,
                 not_worse={trial.id for trial in not_worse},
             )
+        if read_fit(folder.fit(champion.id)) is None:
+            search_time.check_fit(trials)
         fitted = self._fit(inputs, data_folder, champion, selection, folder)
         self.enter(task, "register")
         finished = replace(
@@ -247,12 +289,18 @@ class _Driver(Stages):
             task=task.name,
             registered=registered,
             trials=tuple(trials),
+            trials_left=search_time.trials_left,
             champion_id=champion.id,
             front_figure=folder.figure,
         )
 
     def _search(
-        self, inputs: Inputs, data_folder: Path, selection: Path | None, folder: StudyFolder
+        self,
+        inputs: Inputs,
+        data_folder: Path,
+        selection: Path | None,
+        folder: StudyFolder,
+        search_time: SearchTime,
     ) -> list[TrialRecord]:
         task = inputs.task
         self.enter(task, "search")
@@ -276,13 +324,19 @@ class _Driver(Stages):
                 study.remark(),
             )
 
+        def resources() -> TrialResources:
+            found = self.resources(self.ranks(inputs))
+            self.limit.places = max(1, places(found.cpus, found.gpus) // found.ranks)
+            return found
+
         return run_study(
             task,
             data_folder,
             selection,
             folder.journal,
             size_of=planner.size_bytes,
-            resources=lambda: self.resources(self.ranks(inputs)),
+            resources=resources,
+            search_time=search_time,
             on_progress=report,
             is_stopping=self.pool.is_stopping,
         )
@@ -314,6 +368,11 @@ class _Driver(Stages):
         await_file(folder.fit(champion.id) / PACK_FILE)
         LOG.info("%s: fit: %s", task.name, result.line())
         return result
+
+
+def _fit_ratio(inputs: Inputs) -> float:
+    """Duration of a fit relative to a trial's: a fit trains on more samples."""
+    return len(inputs.splits["trainval"]) / len(inputs.splits["train"])
 
 
 def _describe(

@@ -133,6 +133,10 @@ class Stages:
     def __post_init__(self) -> None:
         self.pool = TaskPool(self.tasks_at_once)
 
+    def is_stopping(self) -> bool:
+        """Whether what runs before the fits should end as soon as it can."""
+        return self.pool.is_stopping()
+
     def check_gpus(self) -> None:
         """Raise ClusterError if a private Ray would count GPUs that torch cannot use. On a cluster,
         each worker checks.
@@ -224,7 +228,7 @@ class Stages:
                 lambda: select(
                     inputs.task, data_folder, top_k, path, workers=workers, use_gpu=use_gpu
                 ),
-                self.pool.is_stopping,
+                self.is_stopping,
             )
             await_file(path)
         return path
@@ -233,7 +237,7 @@ class Stages:
         """The resources of a trial; starts Ray unless it runs."""
         self.workers_are_up(ranks)
         resources = TrialResources(*self._per_trial(), ranks)
-        wait_for_room(ranks, resources.cpus, resources.gpus, self.pool.is_stopping)
+        wait_for_room(ranks, resources.cpus, resources.gpus, self.is_stopping)
         return resources
 
     def workers_are_up(self, ranks: int) -> None:
@@ -242,7 +246,7 @@ class Stages:
         """
         self.ray_is_up()
         cpus, gpus = self.placement.per_trial
-        wait_for_room(ranks, 1 if cpus is None else cpus, gpus or 0, self.pool.is_stopping)
+        wait_for_room(ranks, 1 if cpus is None else cpus, gpus or 0, self.is_stopping)
 
     def fits(self, arguments: Sequence[tuple[Any, ...]], ranks: int) -> Iterator[tuple[int, Any]]:
         """Run `fit_worker` on every set of arguments; yield (index, outcome) as they end. A fit

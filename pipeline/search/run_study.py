@@ -22,6 +22,7 @@ from pipeline.errors import BudgetError, ClusterError, TrainingError, named
 from pipeline.kinds import Score
 from pipeline.search.proposer import LAG, make_proposer
 from pipeline.search.study import OnRecord, Study
+from pipeline.search.time_limit import SearchTime, TimeLimit
 from pipeline.search.trial import opened, run_trial
 from pipeline.search.trial_record import TrialJournal, TrialRecord, failure_warnings
 from pipeline.specs import Recipe, Task
@@ -46,6 +47,7 @@ def run_study(
     *,
     size_of: Callable[[Recipe], int],
     resources: Callable[[], TrialResources] = TrialResources,
+    search_time: SearchTime | None = None,
     on_progress: OnRecord = lambda study: None,
     is_stopping: Callable[[], bool] = lambda: False,
 ) -> list[TrialRecord]:
@@ -55,28 +57,43 @@ def run_study(
     Args:
         size_of: size of a recipe's pack, in bytes.
         resources: called for the resources of a trial once one has to run; it must start Ray.
+        search_time: the trials that a time limit leaves room for; default: no limit.
         is_stopping: whether the run was interrupted; running trials are then cancelled and not
             recorded.
 
     Raises:
         BudgetError: No configuration fits `max_bytes`.
         TaskpackError: Every trial failed.
+        TimeLimitError: The time limit ended the search before a trial was complete.
         Interrupted: `is_stopping()` became true.
     """
+    search_time = search_time or SearchTime(TimeLimit(), task.name)
     study = Study(task, make_proposer(task, size_of), journal)
     first = study.next_trial()
     if not study.proposals:
         raise _nothing_fits(task, study.all_records())
-    if first is not None:
+    if first is not None and search_time.may_start(study):
         _run_with_tune(
-            study, first, data_folder, selection_path, resources(), on_progress, is_stopping
+            study,
+            first,
+            data_folder,
+            selection_path,
+            resources(),
+            search_time,
+            on_progress,
+            is_stopping,
         )
         # Tune leaves cycles of objects; among the libraries' million, Python itself would look for
         # them once in fifty studies.
         gc.collect()
+    search_time.close(study)
+    if search_time.is_cut:
+        on_progress(study)
     records = study.all_records()
     if not any(record.state == "complete" for record in records):
         failed = [record for record in records if record.state == "failed"]
+        if search_time.is_cut and not failed:
+            raise search_time.too_short(study)
         kind = TrainingError if all(record.is_final for record in failed) else ClusterError
         raise kind(f"{task.name}: no trial completed; {'; '.join(failure_warnings(failed))[:800]}")
     return records
@@ -97,14 +114,15 @@ def _run_with_tune(
     data_folder: Path,
     selection_path: Path | None,
     resources: TrialResources,
+    search_time: SearchTime,
     on_progress: OnRecord,
     is_stopping: Callable[[], bool],
 ) -> None:
-    """Run the remaining trials."""
+    """Run the remaining trials, as far as there is time."""
     _set_tune_options()
     from ray import tune
 
-    from pipeline.search.tune import StoppingScheduler, StudySearcher, WhenInterrupted
+    from pipeline.search.tune import StoppingScheduler, StudySearcher, WhenOver
 
     context = {
         "task": study.task.model_dump_json(),
@@ -112,14 +130,14 @@ def _run_with_tune(
         "selection": str(selection_path) if selection_path is not None else None,
         "resources": resources,
     }
-    searcher = StudySearcher(study, first, on_progress, context, is_stopping)
+    searcher = StudySearcher(study, first, on_progress, context, search_time, is_stopping)
     scratch = Path(tempfile.mkdtemp(prefix="taskpack-study-"))
     try:
         tune.Tuner(
             _registered_trainable(resources),
             tune_config=tune.TuneConfig(
                 search_alg=searcher,
-                scheduler=StoppingScheduler(study),
+                scheduler=StoppingScheduler(study, search_time),
                 num_samples=-1,
                 reuse_actors=True,
             ),
@@ -128,7 +146,7 @@ def _run_with_tune(
                 storage_path=str(scratch),
                 verbose=0,
                 failure_config=tune.FailureConfig(max_failures=WORKER_RETRIES),
-                stop=WhenInterrupted(is_stopping),
+                stop=WhenOver(lambda: is_stopping() or search_time.is_over(study)),
             ),
         ).fit()
     finally:

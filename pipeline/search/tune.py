@@ -13,6 +13,7 @@ from pipeline import errors
 from pipeline.cluster.rank_group import WORKER_DIED
 from pipeline.errors import TaskpackError, TrainingError, UnexpectedError, WorkerDied
 from pipeline.search.study import OnRecord, Study
+from pipeline.search.time_limit import SearchTime
 
 
 class StudySearcher(Searcher):
@@ -21,6 +22,7 @@ class StudySearcher(Searcher):
 
     Args:
         context: added to every trial's config, because Tune shares the trainable between studies.
+        search_time: which trials the time limit leaves room for.
         is_stopping: whether trials end because the run was interrupted.
     """
 
@@ -30,23 +32,26 @@ class StudySearcher(Searcher):
         first: int,
         on_progress: OnRecord,
         context: Mapping[str, Any],
+        search_time: SearchTime,
         is_stopping: Callable[[], bool],
     ) -> None:
         super().__init__(metric="metric", mode="max")
         self.fatal: TaskpackError | None = None
         self._study, self._on_progress = study, on_progress
         self._context, self._is_stopping = context, is_stopping
+        self._search_time = search_time
         self._next: int | None = first
         self._numbers: dict[str, int] = {}
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
-        if self.fatal is not None:
+        if self.fatal is not None or not self._search_time.may_start(self._study):
             return Searcher.FINISHED
         number = self._next if self._next is not None else self._study.next_trial()
         self._next = None
         if number is None:
             return Searcher.FINISHED if self._study.is_exhausted else None
         self._numbers[trial_id] = number
+        self._search_time.begin(number)
         self._on_progress(self._study)
         proposal = self._study.proposals[number]
         return {
@@ -62,7 +67,7 @@ class StudySearcher(Searcher):
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
     ) -> None:
-        if self._is_stopping():
+        if self._is_stopping() or self._search_time.is_cut:
             return
         try:
             self._take(trial_id, result or {}, error)
@@ -98,16 +103,16 @@ class StudySearcher(Searcher):
 class StoppingScheduler(FIFOScheduler):
     """Run trials in order, and stop those that the study gives up."""
 
-    def __init__(self, study: Study) -> None:
+    def __init__(self, study: Study, search_time: SearchTime) -> None:
         super().__init__()
-        self._study = study
+        self._study, self._search_time = study, search_time
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         if "error" in result or "epoch" not in result:
             return TrialScheduler.CONTINUE
-        goes_on = self._study.report(
-            trial.config["number"], result["epoch"], result["metric"], result["standard_error"]
-        )
+        number, epoch = trial.config["number"], result["epoch"]
+        self._search_time.report(number, epoch, float(result["time_total_s"]))
+        goes_on = self._study.report(number, epoch, result["metric"], result["standard_error"])
         return TrialScheduler.CONTINUE if goes_on else TrialScheduler.STOP
 
     def __getstate__(self) -> dict[str, Any]:
@@ -115,17 +120,17 @@ class StoppingScheduler(FIFOScheduler):
         return {}
 
 
-class WhenInterrupted(Stopper):
-    """End a study's trials once the run is interrupted."""
+class WhenOver(Stopper):
+    """End all trials of a study once `is_over()` is true: interrupted, or out of time."""
 
-    def __init__(self, is_stopping: Callable[[], bool]) -> None:
-        self._is_stopping = is_stopping
+    def __init__(self, is_over: Callable[[], bool]) -> None:
+        self._is_over = is_over
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
         return False
 
     def stop_all(self) -> bool:
-        return self._is_stopping()
+        return self._is_over()
 
     def __getstate__(self) -> dict[str, Any]:
         """See `StudySearcher.__getstate__`."""

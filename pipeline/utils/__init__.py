@@ -1,4 +1,4 @@
-"""Helpers for every room: files, signals, devices, redaction of secrets.
+"""Helpers for every room: files, signals, devices, durations, redaction of secrets.
 
 Imports: errors.
 """

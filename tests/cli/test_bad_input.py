@@ -5,6 +5,7 @@ any cluster is asked for anything.
 from __future__ import annotations
 
 import io
+import json
 import os
 import shutil
 import subprocess
@@ -440,3 +441,53 @@ def test_a_disk_that_is_full_at_the_end_keeps_what_was_finished(
     (small_disk / "filler").unlink()
     assert taskpack("run", finished.task_file, "--workdir", workdir).code == 0
     assert taskpack("ls", "--workdir", workdir, "--json").json()[0]["version"] == 1
+
+
+# --- the time limit -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text", ["0", "-5m", "soon"])
+def test_a_time_limit_that_is_no_duration(text: str, tmp_path: Path, workdir: Path) -> None:
+    answer = taskpack("run", write_task(tmp_path), "--workdir", workdir, "--time-limit", text)
+    refused(answer, 2, f"--time-limit: given '{text}'; expected a duration above 0, such as 90s")
+
+
+def slow_trials(finished: FinishedRun, folder: Path) -> Path:
+    """A copy of the finished work folder in which a single trial, the champion, is on record, and
+    took a million seconds.
+    """
+    workdir = shutil.copytree(finished.workdir, folder / "work")
+    (fit,) = workdir.glob("studies/*/fits/*")
+    for path in workdir.glob("studies/*/trials/*.json"):
+        record = json.loads(path.read_text())
+        path.unlink()
+        if record["id"] == fit.name:
+            path.write_text(json.dumps({**record, "seconds": 1e6}))
+    return workdir
+
+
+def test_a_time_limit_uses_the_trials_there_are(finished: FinishedRun, tmp_path: Path) -> None:
+    workdir = slow_trials(finished, tmp_path)
+    answer = taskpack("run", finished.task_file, "--workdir", workdir, "--time-limit", "2h")
+    assert answer.code == 0, answer.words
+    assert "bars: the time limit ended the search after 1 of 8 trials" in answer.out
+    assert "the same command with a longer --time-limit, or none, runs the others" in answer.words
+    (champion,) = [line for line in answer.out.splitlines() if line.startswith("bars ")]
+    assert "1/8" in champion.split()
+    assert "1/8" in taskpack("status", "--workdir", workdir).out
+
+
+def test_a_time_limit_too_short_for_the_fit(finished: FinishedRun, tmp_path: Path) -> None:
+    workdir = slow_trials(finished, tmp_path)
+    for fit in workdir.glob("studies/*/fits/*"):
+        shutil.rmtree(fit)
+    answer = taskpack("run", finished.task_file, "--workdir", workdir, "--time-limit", "2h")
+    assert answer.code == 12
+    assert "the time limit of 2.0 h is too short: a trial takes about 277.8 h here" in answer.words
+    assert "give a longer --time-limit" in answer.words
+
+
+def test_a_time_limit_over_before_a_task_began(tmp_path: Path, workdir: Path, base: Path) -> None:
+    task = write_task(tmp_path)
+    answer = taskpack("run", task, "--workdir", workdir, "--time-limit", "0.000001")
+    refused(answer, 12, "bars: not begun within the time limit of 0 s; the same command")

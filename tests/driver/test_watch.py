@@ -16,7 +16,7 @@ import pytest
 from helpers_cli import taskpack
 from helpers_paths import PROJECT_ROOT
 
-from pipeline.cli.status_table import duration, state_table, summary
+from pipeline.cli.status_table import state_table, summary
 from pipeline.driver.monitor import batch_watch as batch
 from pipeline.driver.monitor import events
 from pipeline.driver.monitor.batch_watch import BatchWatch, batch_name
@@ -36,6 +36,7 @@ from pipeline.search.proposer import make_proposer
 from pipeline.search.study import Study
 from pipeline.search.trial_record import TrialJournal
 from pipeline.specs import Recipe, SearchSpace, Task
+from pipeline.utils.durations import duration
 from pipeline.utils.redaction import without_secrets
 
 STANDARD_ERROR = 0.05

@@ -33,6 +33,7 @@ from pipeline.search import run_study as study_module
 from pipeline.search.run_study import run_study
 from pipeline.search.stopping import is_dominated
 from pipeline.search.study import Study
+from pipeline.search.time_limit import SearchTime, TimeLimit
 from pipeline.search.trial import recipe_key, run_trial
 from pipeline.search.trial_record import TrialJournal, TrialRecord
 from pipeline.selection import read_selection, select_here, write_selection
@@ -82,6 +83,10 @@ def test_a_recipe_has_one_key() -> None:
 
 def run(task: Task, folder: Path) -> list[TrialRecord]:
     return run_study(task, folder, None, TrialJournal(folder), size_of=fake_size)
+
+
+def no_limit() -> SearchTime:
+    return SearchTime(TimeLimit(), "study")
 
 
 def by_hand(**options: Any) -> Callable[..., list[str]]:
@@ -180,7 +185,7 @@ def test_a_remark_on_the_training_comes_with_the_last_epoch_and_is_kept(
     study = make_study(make_task(SMALL), tmp_path)
     first = study.next_trial()
     assert first is not None
-    searcher = StudySearcher(study, first, lambda study: None, {}, lambda: False)
+    searcher = StudySearcher(study, first, lambda study: None, {}, no_limit(), lambda: False)
     searcher.suggest("a")
     study.report(0, 1, 0.5, STANDARD_ERROR)
     searcher.on_trial_complete(
@@ -221,7 +226,7 @@ def test_tunes_messages_become_records(tmp_path: Path) -> None:
     study = make_study(make_task(SMALL), tmp_path)
     first = study.next_trial()
     assert first is not None
-    searcher = StudySearcher(study, first, lambda study: None, {}, lambda: False)
+    searcher = StudySearcher(study, first, lambda study: None, {}, no_limit(), lambda: False)
     configs = {trial: searcher.suggest(trial) for trial in ("a", "b", "c")}
     assert [config["number"] for config in configs.values()] == [0, 1, 2]  # type: ignore[index,call-overload]
     searcher.on_trial_complete(

@@ -153,8 +153,23 @@ class BatchWatch:
             metrics.set(task, images_per_second=images_per_second)
             self._show_best(task, metrics)
 
-    def searched(self, task: str, records: Sequence[TrialRecord], champion: TrialRecord) -> None:
-        """Report that a study has ended; all its trials may be from earlier runs."""
+    def searched(
+        self,
+        task: str,
+        records: Sequence[TrialRecord],
+        champion: TrialRecord,
+        trials_left: int = 0,
+    ) -> None:
+        """Report that a study has ended; all its trials may be from earlier runs. The time limit
+        left out `trials_left`.
+        """
+        if trials_left:
+            ran = sum(record.state != "rejected" for record in records)
+            planned = ran + trials_left
+            LOG.info(
+                "%s: the time limit ended the search after %d of %d trials", task, ran, planned
+            )
+            self._log.write("time limit", task=task, stage="search", ran=ran, planned=planned)
         with self._lock:
             self._tasks[task].take(records, champion)
             if (metrics := self._ray()) is not None:

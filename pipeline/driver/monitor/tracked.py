@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from pipeline.driver.monitor.state import WAITING, TaskState
 from pipeline.search.study import Study
+from pipeline.search.time_limit import mean_trial_seconds
 from pipeline.search.trial_record import TrialRecord
 
 
@@ -65,7 +66,7 @@ class TrackedTask:
         if complete:
             best = max(complete, key=lambda record: (record.val_metric, -record.size_bytes))
             self.best = champion or best
-            self.trial_seconds = sum(record.seconds for record in complete) / len(complete)
+            self.trial_seconds = mean_trial_seconds(complete)
 
     def seconds_left(self, now: float) -> float | None:
         """Estimated seconds to the end of the task; None while no trial is complete, or if the fit
