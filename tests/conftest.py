@@ -260,8 +260,10 @@ def standin(standin_library: Path) -> str:
 
 
 @pytest.fixture(scope="module")
-def local_ray() -> Iterator[None]:
-    """A private Ray with room for three workers, whatever this machine has."""
+def local_ray(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A private Ray with room for three workers, whatever this machine has, or for as many as a
+    test file's RAY_CPUS; each spends seconds on imports.
+    """
     import ray
 
     from pipeline.cluster.session import ray_session
@@ -269,7 +271,7 @@ def local_ray() -> Iterator[None]:
     temporary = os.path.join(tempfile.gettempdir(), "ray")
     ray.init(
         address="local",
-        num_cpus=3,
+        num_cpus=getattr(request.module, "RAY_CPUS", 3),
         include_dashboard=False,
         log_to_driver=False,
         logging_level=logging.ERROR,

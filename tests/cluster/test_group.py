@@ -197,6 +197,22 @@ def test_a_cluster_of_fixed_size_refuses_more_ranks_than_it_can_ever_hold() -> N
         wait_for_room(2, 2, 0, lambda: False)
 
 
+def test_a_cluster_of_fixed_size_refuses_what_no_node_has() -> None:
+    started = time.monotonic()
+    wait_for_room(1, 3, 0, lambda: False)
+    with pytest.raises(
+        ClusterError,
+        match=(
+            r"asks for 4 CPUs and 0 GPUs, which no node has \(3 CPUs and 0 GPUs\); lower"
+            r" --cpus-per-trial"
+        ),
+    ):
+        wait_for_room(1, 4, 0, lambda: False)
+    with pytest.raises(ClusterError, match="asks for 1 CPUs and 1 GPUs"):
+        wait_for_room(1, 1, 1, lambda: False)
+    assert time.monotonic() - started < 10
+
+
 def test_a_study_ends_and_retries_groups_as_it_does_single_trials(
     tiny_task: Task,
     tiny_data: Path,

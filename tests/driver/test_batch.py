@@ -17,7 +17,6 @@ from helpers_cli import (
     finished_run,
     new_workdir,
     taskpack,
-    taskpack_process,
     write_task,
 )
 
@@ -28,6 +27,12 @@ from pipeline.errors import ClusterError, DataError, StorageError
 from pipeline.search.trial_record import TrialRecord
 from pipeline.specs.task_files import load_task
 from pipeline.utils.files import await_file
+
+# Ray's own processes and files are closed by Ray, some of them late.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+]
 
 
 @pytest.fixture(scope="session")
@@ -58,7 +63,7 @@ def batch(base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, A
         search={"head_bits": [4, 8]},
     )
     workdir = new_workdir(base, folder)
-    return workdir, taskpack_process("run", tasks, "--workdir", workdir)
+    return workdir, taskpack("run", tasks, "--workdir", workdir)
 
 
 # --- one of three fails ---------------------------------------------------------------------------

@@ -43,6 +43,7 @@ from pipeline.specs import (
 )
 from pipeline.specs.catalogue import known_methods, load_methods, tasks_to_compare
 
+RAY_CPUS = 1
 METHODS = {
     "linear": Method(
         recipe=Recipe(), search=SearchSpace(learning_rate=(0.001, 0.003, 0.01, 0.03, 0.05, 0.1))

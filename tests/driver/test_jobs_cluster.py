@@ -195,8 +195,8 @@ def test_a_batch_runs_on_the_cluster_to_a_registered_pack(
     head: str, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     workdir = new_workdir(tmp_path_factory.getbasetemp(), tmp_path)
-    recipe = {**TASK["recipe"], "training": {**TASK["recipe"]["training"], "epochs": 2}}
-    task_file = write_task(tmp_path / "tasks", recipe=recipe, search={"bits": 8, "top_k": 1})
+    recipe = {"connections": None, "training": {**TASK["recipe"]["training"], "epochs": 2}}
+    task_file = write_task(tmp_path / "tasks", recipe=recipe, search={"head_bits": 8})
     assert (
         submit(
             head,
@@ -207,15 +207,13 @@ def test_a_batch_runs_on_the_cluster_to_a_registered_pack(
             "real",
             "--cpus-per-trial",
             "0.5",
-            "--selection-workers",
-            "1",
         ).code
         == 0
     )
     followed = taskpack("logs", "real", "--follow", "--address", head)
     assert followed.code == 0, followed.out
     stages = re.findall(r" s\] bars: (\w+)$", followed.out, re.MULTILINE)
-    assert stages == ["prepare", "select", "search", "fit", "register", "done"]
+    assert stages == ["prepare", "search", "fit", "register", "done"]
     (pack,) = taskpack("ls", "--workdir", workdir, "--json").json()
     assert pack["task"] == "bars"
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from helpers_cli import (
     COMMAND,
+    ONE_CPU,
     TIMEOUT_SECONDS,
     TRIALS,
     Answer,
@@ -66,9 +67,10 @@ class Journey:
         how: signal.Signals,
         *options: str,
         given: Callable[[], object] | None = None,
+        **changes: str,
     ) -> None:
-        """Start the command, `given` being called in its process first, and send it `how` as soon
-        as `when` of its output holds.
+        """Start the command, `given` being called in its process first and `changes` being of its
+        environment, and send it `how` as soon as `when` of its output holds.
         """
         out, err = self.workdir.with_name(f"{name}.out"), self.workdir.with_name(f"{name}.err")
         command = [
@@ -82,7 +84,7 @@ class Journey:
         with out.open("w") as stdout, err.open("w") as stderr:
             process = subprocess.Popen(
                 command,
-                env=environment(),
+                env=environment(**changes),
                 stdout=stdout,
                 stderr=stderr,
                 start_new_session=True,
@@ -135,7 +137,7 @@ def journey(finished: FinishedRun, tmp_path_factory: pytest.TempPathFactory) -> 
     trip.interrupt(
         "interrupted in select", workers_started, signal.SIGINT, *workers, given=ignore_sigint
     )
-    trip.interrupt("interrupted in search", trial_written, signal.SIGINT)
+    trip.interrupt("interrupted in search", trial_written, signal.SIGINT, **ONE_CPU)
     for name, how in (
         ("terminated in search", signal.SIGTERM),
         ("killed in search", signal.SIGKILL),
@@ -145,9 +147,12 @@ def journey(finished: FinishedRun, tmp_path_factory: pytest.TempPathFactory) -> 
             name,
             lambda out, before=before: len(trip.files("studies/*/trials/*.json")) > before,
             how,
+            **ONE_CPU,
         )  # type: ignore[misc]
-    trip.interrupt("killed in fit", lambda out: "bars: fit" in out, signal.SIGKILL)
-    trip.interrupt("killed in register", lambda out: "bars: register" in out, signal.SIGKILL)
+    trip.interrupt("killed in fit", lambda out: "bars: fit" in out, signal.SIGKILL, **ONE_CPU)
+    trip.interrupt(
+        "killed in register", lambda out: "bars: register" in out, signal.SIGKILL, **ONE_CPU
+    )
     trip.answers["last"] = taskpack_process("run", trip.task_file, "--workdir", trip.workdir)
     trip.snapshots["last"] = trip.snapshot()
     return trip

@@ -39,6 +39,7 @@ from pipeline.specs import Recipe, SearchSpace, Task
 from pipeline.utils.durations import duration
 from pipeline.utils.redaction import without_secrets
 
+RAY_CPUS = 1
 STANDARD_ERROR = 0.05
 
 
