@@ -153,7 +153,7 @@ def ledger_table(ledger: dict[str, int], title: str = "Bytes") -> Table:
     return built
 
 
-def plan_table(tensors: Sequence[PlannedTensor], *, by_module: bool) -> Table:
+def plan_table(tensors: Sequence[PlannedTensor], subject: str, *, by_module: bool) -> Table:
     """What a recipe trains: one row per part, or one per tensor."""
     if by_module:
         built = table("part", "module", "shape", "bits", "values", numbers_from=2)
@@ -166,7 +166,7 @@ def plan_table(tensors: Sequence[PlannedTensor], *, by_module: bool) -> Table:
                 f"{tensor.values:,}",
             )
         return built
-    built = table("part", "bits", "modules", "values", title="What the recipe trains")
+    built = table("part", "bits", "modules", "values", title=f"What the {subject} trains")
     for part, bits in dict.fromkeys((tensor.part, tensor.bits) for tensor in tensors):
         group = [tensor for tensor in tensors if (tensor.part, tensor.bits) == (part, bits)]
         built.add_row(

@@ -220,7 +220,7 @@ def _print_plan(planned: TaskPlan, max_bytes: int, *, by_module: bool) -> None:
     from pipeline.cli.tables import ledger_table, plan_table, space_table
 
     title = "Bytes" if planned.is_exact else "Bytes, with the cheapest positions possible"
-    out.print(plan_table(planned.tensors, by_module=by_module))
+    out.print(plan_table(planned.tensors, planned.subject, by_module=by_module))
     out.print()
     out.print(ledger_table(planned.ledger, title=title))
     out.print()

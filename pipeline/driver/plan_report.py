@@ -24,13 +24,14 @@ OnStep = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class TaskPlan:
-    """Tensors and bytes by part of the base recipe, and one row per distinct point of the search
-    space.
+    """Tensors and bytes by part of the recipe or, of a list of configurations, of the largest pack, as
+    `subject` says; and one row per distinct point of the search space.
 
     A row has `point` and `size_bytes`, or `at_least_bytes` and `at_most_bytes` if no connections
     are selected. `remarks` are for the user.
     """
 
+    subject: str
     tensors: tuple[PlannedTensor, ...]
     ledger: dict[str, int]
     space: list[dict[str, Any]]
@@ -85,10 +86,10 @@ def _planned(inputs: Inputs, selection: Path | None) -> TaskPlan:
     planner = SizePlanner(task, inputs.backbone, classes, selected)
     proposals = distinct_proposals(task, planner.size_bytes)
     proposals.sort(key=lambda proposal: (proposal.size_bytes, proposal.id))
-    is_exact = all(
-        planner.is_exact(recipe)
-        for recipe in [task.recipe, *(proposal.recipe for proposal in proposals)]
-    )
+    subject, recipe = "recipe", task.recipe
+    if task.search.configurations is not None:
+        subject, recipe = "largest pack", proposals[-1].recipe
+    is_exact = all(map(planner.is_exact, [recipe, *(proposal.recipe for proposal in proposals)]))
     space = [
         {"point": each.point, "size_bytes": each.size_bytes}
         if is_exact
@@ -100,8 +101,9 @@ def _planned(inputs: Inputs, selection: Path | None) -> TaskPlan:
         for each in proposals
     ]
     return TaskPlan(
-        plan(inputs.backbone, task.recipe, len(classes), selected),
-        planner.ledger(task.recipe),
+        subject,
+        plan(inputs.backbone, recipe, len(classes), selected),
+        planner.ledger(recipe),
         space,
         is_exact,
         inputs.remarks(),

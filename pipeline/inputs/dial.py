@@ -55,7 +55,7 @@ def derived_space(
             configuration.
     """
     ladders = _Ladders(task, backbone, classes, offered)
-    chosen = ladders.in_order() or ladders.narrow_heads() or [ladders.smallest()]
+    chosen = ladders.in_order() or ladders.narrow_heads()
     return SearchSpace(configurations=tuple(chosen), trials=task.search.trials)
 
 
@@ -91,11 +91,13 @@ class _Ladders:
 
     def narrow_heads(self) -> list[Point]:
         """Heads in a subspace, the widest first, for a budget below the head of the whole feature
-        at 1 bit.
+        at 1 bit; at least the narrowest one.
         """
-        points = [{**self.smallest(), "head_rank": rank} for rank in _HEAD_RANKS]
-        ranks_that_exist = [point for point in points if point["head_rank"] < self._width]
-        return [point for point in ranks_that_exist if self._size_bytes(point) <= self._budget]
+        whole = self.smallest()
+        points = [{**whole, "head_rank": rank} for rank in _HEAD_RANKS if rank < self._width]
+        points = points or [whole]
+        fitting = [point for point in points if self._size_bytes(point) <= self._budget]
+        return fitting or points[-1:]
 
     def _named(self) -> list[str]:
         """The parts that every configuration has."""
