@@ -225,7 +225,7 @@ def test_a_batch_is_logged_event_by_event_and_its_state_kept(
             watch.study(study, samples=80, fit_samples=100)
             end_trial(study, number, metric, 4.0)
             watch.study(study, samples=80, fit_samples=100)
-        watch.searched("tiny", study.all_records(), tiny_task.budget)
+        watch.searched("tiny", study.all_records(), study.records[1])
         watch.progress("tiny", "register", 0.0, "")
         watch.registered("tiny", study.records[1].id, pack("tiny"))
         watch.progress("tiny", "done", 1.0, "")
