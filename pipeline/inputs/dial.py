@@ -2,9 +2,9 @@
 
 It covers the sizes from the head alone up to the budget. Each set of parts is a ladder of recipes,
 from narrow to wide, at 1 bit. The budget, halved again and again, gives the rungs; each set has at
-most one recipe per rung, the largest that fits. First come the smallest pack there is and a
-bottleneck at every rung, the best per byte where we measured it (docs/results.md); then the other
-sets in turn, from their middle rungs outwards.
+most one recipe per rung, the largest that fits. First come the smallest pack there is, and a
+bottleneck and LoRA at every rung, the best per byte where we measured it (docs/results.md); then
+the other sets in turn, from their middle rungs outwards.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from pipeline.specs.search_space import HEAD_ALONE, joined
 
 PART_SETS = (
     ("adapter",),
+    ("lora",),
     ("adapter", "norms", "biases"),
     ("connections", "adapter", "norms", "biases"),
     ("smoa", "norms", "biases"),
-    ("lora",),
     ("connections", "smoa", "norms", "biases"),
     ("norms", "biases"),
     ("connections", "norms", "biases"),
@@ -34,6 +34,8 @@ PART_SETS = (
     (),
 )
 """What is trained beside the head, the most promising first."""
+_LEADING = 2
+"""This many sets are tried at every rung before any other."""
 STEPS = 8
 _HEAD_SHARE = 0.25
 """The head has 2 bits where it then takes no more of the pack than this, else 1."""
@@ -78,8 +80,10 @@ class _Ladders:
         by_set = [rungs for parts in self._sets() if (rungs := self._rungs(parts))]
         if not by_set:
             return []
-        first, *others = by_set
-        points = [self.smallest(), *(point for _, (_, point) in sorted(first.items()))]
+        leading, others = by_set[:_LEADING], by_set[_LEADING:]
+        by_rung = sorted(rung for rungs in leading for rung in rungs)
+        points = [self.smallest()]
+        points += [rungs[rung][1] for rung in by_rung for rungs in leading if rung in rungs]
         outwards = [_middle_out(rungs) for rungs in others]
         for turn in range(max(map(len, outwards), default=0)):
             points += [rungs[turn] for rungs in outwards if turn < len(rungs)]

@@ -90,7 +90,7 @@ class SearchSpace(Spec):
         None, description="points to try, each with a value for some axes"
     )
     trials: int = Field(
-        12,
+        16,
         ge=1,
         description=(
             "number of configurations to run; a space no larger than this is enumerated, a larger"

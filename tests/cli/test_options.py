@@ -24,5 +24,5 @@ def test_without_a_preset_the_number_of_trials_is_that_of_good() -> None:
 
 
 def test_a_preset_and_a_number_of_trials_contradict_each_other() -> None:
-    with pytest.raises(SpecError, match="--preset fast tries 6 configurations, --trials 3"):
+    with pytest.raises(SpecError, match="--preset fast tries 8 configurations, --trials 3"):
         overrides(None, None, None, 3, "fast")
