@@ -24,8 +24,8 @@ OnStep = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class TaskPlan:
-    """Tensors and bytes by part of the recipe or, of a list of configurations, of the largest pack, as
-    `subject` says; and one row per distinct point of the search space.
+    """Tensors and bytes by part of the recipe or, of a list of configurations, of the largest pack,
+    as `subject` says; and one row per distinct point of the search space.
 
     A row has `point` and `size_bytes`, or `at_least_bytes` and `at_most_bytes` if no connections
     are selected. `remarks` are for the user.

@@ -175,11 +175,16 @@ def test_without_anything_done_nothing_is_left_to_say() -> None:
     assert remaining_seconds(2, 1, 100) == 50
 
 
-def test_the_best_so_far_is_what_would_be_champion(tiny_task: Task, tmp_path: Path) -> None:
+def test_the_best_trial_so_far_is_shown_until_the_champion_is_chosen(
+    tiny_task: Task, tmp_path: Path
+) -> None:
     study, tracked = make_study(tiny_task, tmp_path), TrackedTask("tiny")
     for metric in (0.5, 0.7, 0.702):  # of 1000, 2000 and 4000 bytes
         end_trial(study, study.next_trial(), metric, 1.0)
     tracked.follow(study)
+    state = tracked.state(0.0)
+    assert (state.val_metric, state.size_bytes, state.trials_done) == (0.702, 4000, 3)
+    tracked.take(study.all_records(), study.records[1])
     state = tracked.state(0.0)
     assert (state.val_metric, state.size_bytes, state.trials_done) == (0.7, 2000, 3)
 
