@@ -174,7 +174,7 @@ def demo(
     )  # as it was called: make runs it from an environment that is not on the path
     out.print("\nTry next:")
     for line in (
-        f"ls --max-bytes 48KiB{option}",
+        f"ls --max-bytes 4KiB{option}",
         f"show {first}@champion{option}",
         f"predict {first}@champion {image}{option}",
     ):

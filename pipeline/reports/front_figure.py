@@ -195,8 +195,10 @@ def _draw_not_worse(axes: Axes, rows: list[dict[str, Any]]) -> None:
         axes.scatter(
             [row["size_bytes"] for row in rows],
             [100 * row["val_metric"] for row in rows],
-            s=12,
-            facecolor="white",
+            s=105,
+            facecolor="none",
+            edgecolor=_VERMILION,
+            linewidth=0.9,
             label="not significantly worse than the best",
             zorder=4,
         )
