@@ -101,10 +101,14 @@ def run_study(
 
 def _nothing_fits(task: Task, rejected: Sequence[TrialRecord]) -> BudgetError:
     smallest = min(record.size_bytes for record in rejected)
+    cure = "add smaller values of bits, top_k or experts"
+    if task.search.configurations is not None:
+        cure = (
+            "leave out parts that the recipe names; a head alone grows with the number of classes"
+        )
     return BudgetError(
         f"{task.name}: nothing in the search space fits the budget of {task.budget.max_bytes}"
-        f" bytes; the smallest pack would take {smallest}. Raise budget.max_bytes, or add smaller"
-        " values of bits, top_k or experts"
+        f" bytes; the smallest pack would take {smallest}. Raise budget.max_bytes, or {cure}"
     )
 
 
