@@ -178,9 +178,17 @@ def plan_table(tensors: Sequence[PlannedTensor], subject: str, *, by_module: boo
     return built
 
 
+def _axes_of(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """The axes that any of these points has, in the order of a search space."""
+    from pipeline.specs.search_space import AXES
+
+    found = dict.fromkeys(name for row in rows for name in row["point"])
+    return sorted(found, key=lambda name: AXES.index(name) if name in AXES else len(AXES))
+
+
 def space_table(rows: Sequence[dict[str, Any]], max_bytes: int) -> Table:
     """The configurations of a search space with their exact sizes, or bounds of them."""
-    names = list(dict.fromkeys(name for row in rows for name in row["point"]))
+    names = _axes_of(rows)
     sizes = (
         {"size_bytes": "bytes"}
         if not rows or "size_bytes" in rows[0]
@@ -209,7 +217,7 @@ def space_table(rows: Sequence[dict[str, Any]], max_bytes: int) -> Table:
 
 def trials_table(rows: Sequence[dict[str, Any]], champion: str | None) -> Table:
     """One row per trial, sorted by size."""
-    names = list(dict.fromkeys(name for row in rows for name in row["point"]))
+    names = _axes_of(rows)
     built = table(
         *names, "bytes", "val %", "epochs", "seconds", "state", title="Trials", numbers_from=0
     )

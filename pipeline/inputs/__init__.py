@@ -1,4 +1,5 @@
-"""A task's inputs, opened and resolved: backbone, recipe, splits, readers.
+"""A task's inputs, opened and resolved: backbone, recipe, search space, splits,
+readers.
 
 Imports: adaptation, backbones, data, errors, kinds, specs, utils.
 """
