@@ -18,7 +18,8 @@ from pydantic import ValidationError
 from pipeline.adaptation.packing import SizePlanner
 from pipeline.backbones import LoadedBackbone
 from pipeline.specs import Recipe, SearchSpace, Task
-from pipeline.specs.search_space import HEAD_ALONE, joined
+from pipeline.specs.recipe import ADAPTERS, DEFAULT_HEAD
+from pipeline.specs.search_space import HEAD_ALONE, joined, names_in
 
 PART_SETS = (
     ("adapter",),
@@ -99,7 +100,8 @@ class _Ladders:
         """
         whole = self.smallest()
         points = [{**whole, "head_rank": rank} for rank in _HEAD_RANKS if rank < self._width]
-        points = points or [whole]
+        if not points or "head_bits" not in whole:
+            return [whole]
         fitting = [point for point in points if self._size_bytes(point) <= self._budget]
         return fitting or points[-1:]
 
@@ -143,21 +145,26 @@ class _Ladders:
             previous = point
 
     def _point(self, parts: str, step: int, head_bits: int | None = None) -> Point:
-        """The configuration of a set at one step of its ladder."""
-        names = parts.split("+")
+        """The configuration of a set at one step of its ladder. Parts and a head that the user
+        named stay as they are.
+        """
+        names = {*names_in(parts)} & {*self._offered}
         point: Point = {"parts": parts}
-        if parts == HEAD_ALONE:
-            bits = _HEAD_BITS[min(step, len(_HEAD_BITS) - 1)]
-            return {**point, "head_bits": head_bits or bits}
         if "connections" in names:
             point["top_k"] = 1 if step < 4 else 3
         if "adapter" in names or "lora" in names:
             point["width"] = 2**step
         if "smoa" in names:
             point |= {"experts": 4, "width": 4 * 2 ** min(step, 4)}
-        if step > 0 and not {"connections", "smoa", "adapter", "lora"} & {*names}:
+        if any(part in self._named() for part in ADAPTERS):  # `width` would be theirs, too
+            point.pop("width", None)
+        if step > 0 and names and names <= {"biases", "norms"}:
             axes = (("biases", "bias_bits"), ("norms", "norm_bits"))
             point |= {axis: 2 for part, axis in axes if part in names}
+        if self._task.recipe.head != DEFAULT_HEAD:
+            return point
+        if head_bits is None and parts == HEAD_ALONE:
+            head_bits = _HEAD_BITS[min(step, len(_HEAD_BITS) - 1)]
         return {**point, "head_bits": head_bits or self._head_bits(point)}
 
     def _head_bits(self, point: Point) -> int:

@@ -9,7 +9,7 @@ import pytest
 from pipeline.adaptation.packing import SizePlanner
 from pipeline.backbones import load_backbone
 from pipeline.inputs.preset import on_backbone
-from pipeline.specs import Backbone, Input, Task
+from pipeline.specs import Backbone, Head, Input, Smoa, Task
 from pipeline.specs.faults import validate
 
 VIT_S = Backbone(model="vit_small_patch16_224", arguments={"img_size": 32}, weights="random")
@@ -61,6 +61,16 @@ def test_parts_that_the_user_named_are_in_every_configuration(tiny_backbone: Bac
     sets = [point["parts"].split("+") for point in task.search.configurations or ()]
     assert all("prompts" in parts and "smoa" not in parts for parts in sets)
     assert any("adapter" in parts for parts in sets)
+
+
+def test_what_the_user_said_of_a_part_or_the_head_stays(tiny_backbone: Backbone) -> None:
+    recipe = {"preset": "default", "smoa": {"experts": 2, "width": 4}, "head": {"bits": 4}}
+    task, _ = resolved(tiny_backbone, 10, recipe=recipe)
+    points = task.search.configurations or ()
+    assert len(points) > 3
+    for point in points:
+        tried = task.search.recipe(task.recipe, point)
+        assert (tried.smoa, tried.head) == (Smoa(experts=2, width=4), Head(bits=4))
 
 
 def test_below_the_head_of_the_whole_feature_there_are_heads_in_a_subspace() -> None:
