@@ -59,12 +59,7 @@ def run(
     from pipeline.driver.batch import run_batch
     from pipeline.driver.stages import Placement, no_progress
 
-    placement = Placement(
-        per_trial=per_trial,
-        ranks_per_trial=ranks_per_trial,
-        selection_workers=selection_workers,
-        tasks_at_once=tasks_at_once,
-    )
+    placement = Placement(per_trial, ranks_per_trial, selection_workers, tasks_at_once)
     return run_batch(
         _read_batch(tasks, overrides),
         Path(workdir),

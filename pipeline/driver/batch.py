@@ -114,17 +114,12 @@ def run_batch(
     on_progress: OnProgress = no_progress,
 ) -> list[TaskOutcome]:
     """Run every task to a registered pack; one outcome per task, in the order of `tasks`.
+    Arguments that are not described here are those of `pipeline.run`.
 
     Args:
         workdir: folder for all results; on a cluster, every node must see it.
-        address: address of a Ray cluster; None starts a private one when a stage needs it.
-        registry_uri: MLflow tracking server; default: MLFLOW_TRACKING_URI, else a SQLite file in
-            `workdir`.
-        time_limit_seconds: wall-clock limit for all tasks; see `api.run`.
-        registry_patience_seconds: how long to wait for an unreachable tracking server at the end of
-            the run.
-        log_trials: whether each trial becomes a child run of its pack's run.
-        promote: give every new pack the alias `champion`, even if an earlier one is better.
+        address: of a Ray cluster; None starts a private one when a stage needs it.
+        registry_uri: see `open_registry`.
         on_progress: called from one thread at a time.
 
     Raises:
@@ -140,7 +135,7 @@ def run_batch(
         if address is not None:
             start_ray()
         with _watch(workspace, tasks, on_progress, on_cluster=address is not None) as watch:
-            driver = _Driver(
+            return _Driver(
                 workspace=workspace,
                 registry=registry,
                 registry_patience_seconds=registry_patience_seconds,
@@ -152,8 +147,7 @@ def run_batch(
                 limit=limit,
                 on_progress=watch.progress,
                 watch=watch,
-            )
-            return driver.run(tasks)
+            ).run(tasks)
 
 
 def _watch(

@@ -76,7 +76,7 @@ def work_folder(
         yield workspace, functools.cache(lambda: stack.enter_context(ray_session(address)))
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Placement:
     """The resources that a run requests from its cluster.
 

@@ -18,7 +18,7 @@ from typing import Any
 from pipeline.cluster.rank_group import WORKER_RETRIES, TrialResources, group
 from pipeline.cluster.task_pool import Interrupted
 from pipeline.cluster.tasks import bundles
-from pipeline.errors import BudgetError, ClusterError, TrainingError, named
+from pipeline.errors import BudgetError, ClusterError, TaskpackError, TrainingError, named
 from pipeline.kinds import Score
 from pipeline.search.proposer import LAG, make_proposer
 from pipeline.search.study import OnRecord, Study
@@ -51,15 +51,13 @@ def run_study(
     on_progress: OnRecord = lambda study: None,
     is_stopping: Callable[[], bool] = lambda: False,
 ) -> list[TrialRecord]:
-    """Run every trial that has no record yet. Several studies may run concurrently, each in its own
-    thread.
+    """Run every trial that has no record yet. Several studies may run at once, each in its thread.
 
     Args:
         size_of: size of a recipe's pack, in bytes.
         resources: called for the resources of a trial once one has to run; it must start Ray.
         search_time: the trials that a time limit leaves room for; default: no limit.
-        is_stopping: whether the run was interrupted; running trials are then cancelled and not
-            recorded.
+        is_stopping: whether the run was interrupted; running trials then end without a record.
 
     Raises:
         BudgetError: No configuration fits `max_bytes`.
@@ -83,20 +81,23 @@ def run_study(
             on_progress,
             is_stopping,
         )
-        # Tune leaves cycles of objects; among the libraries' million, Python itself would look for
-        # them once in fifty studies.
-        gc.collect()
+        gc.collect()  # Tune leaves cycles, which Python itself looks for once in fifty studies
     search_time.close(study)
     if search_time.is_cut:
         on_progress(study)
     records = study.all_records()
     if not any(record.state == "complete" for record in records):
-        failed = [record for record in records if record.state == "failed"]
-        if search_time.is_cut and not failed:
-            raise search_time.too_short(study)
-        kind = TrainingError if all(record.is_final for record in failed) else ClusterError
-        raise kind(f"{task.name}: no trial completed; {'; '.join(failure_warnings(failed))[:800]}")
+        raise _nothing_complete(study, search_time)
     return records
+
+
+def _nothing_complete(study: Study, search_time: SearchTime) -> TaskpackError:
+    failed = [record for record in study.all_records() if record.state == "failed"]
+    if search_time.is_cut and not failed:
+        return search_time.too_short(study)
+    kind = TrainingError if all(record.is_final for record in failed) else ClusterError
+    reasons = "; ".join(failure_warnings(failed))[:800]
+    return kind(f"{study.task.name}: no trial completed; {reasons}")
 
 
 def _nothing_fits(task: Task, rejected: Sequence[TrialRecord]) -> BudgetError:

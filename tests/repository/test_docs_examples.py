@@ -25,7 +25,6 @@ from pipeline.specs import (
     DEFAULT_PARTS,
     Backbone,
     Budget,
-    Head,
     Method,
     Recipe,
     SearchSpace,
@@ -33,6 +32,7 @@ from pipeline.specs import (
     Task,
 )
 from pipeline.specs.faults import validate
+from pipeline.specs.recipe import DEFAULT_HEAD
 from pipeline.specs.task_files import load_task
 from pipeline.specs.yaml_files import load_spec
 from pipeline.training import Inputs, open_inputs
@@ -44,6 +44,7 @@ SECTIONS: dict[str, type[Spec]] = {
     "method": Method,
     "recipe": Recipe,
     "search": SearchSpace,
+    "points": SearchSpace,
 }
 FRAGMENT = {
     "name": "fragment",
@@ -109,7 +110,7 @@ def test_the_parts_listed_have_the_bits_they_default_to() -> None:
     rows = table_rows(DOCS / "recipes.md", "## The default parts")
     listed = {row[0].strip("`"): int(row[-1]) for row in rows}
     bits = {name: part.bits for name, part in DEFAULT_PARTS.items()}  # type: ignore[attr-defined]
-    assert listed == {**bits, "head": Head().bits}
+    assert listed == {**bits, "head": DEFAULT_HEAD.bits}
 
 
 def test_what_the_recipe_text_says_of_missing_parts_holds() -> None:

@@ -243,7 +243,7 @@ def test_a_step_and_a_pack_are_tried_once_before_a_study(
 
     monkeypatch.setattr(rehearsal, "attach", noted)
     space = SearchSpace(top_k=(0, 3), experts=(0, 2), bits=(8, 1), learning_rate=(1e-3, 1e-2))
-    recipe = space.fullest(Recipe(biases=Biases(), full=None, norms=Norms()))
+    (recipe,) = space.fullest(Recipe(biases=Biases(), full=None, norms=Norms()))
     assert recipe.connections == Connections(top_k=3, bits=1)
     assert recipe.smoa == Smoa(experts=2, bits=1)
     for _ in range(2):
