@@ -90,11 +90,10 @@ def measured(task: str) -> list[Pack]:
 
 
 def simulate(packs: Sequence[Pack], draws: int) -> dict[str, dict[str, float]]:
-    """Mean test accuracy and geometric mean of the bytes of each rule's choice, and the share of
-    draws in which it differs from the old rule's.
-    """
+    """Mean test accuracy and geometric mean of the bytes of each rule's choice."""
     rng = np.random.default_rng(0)
-    chosen: dict[str, list[Pack]] = {name: [] for name in rules()}
+    every = rules()
+    chosen: dict[str, list[Pack]] = {name: [] for name in every}
     for _ in range(draws):
         samples = rng.integers(0, len(packs[0].is_right), len(packs[0].is_right))
         numbers = rng.choice(len(packs), RECIPES, replace=False)
@@ -102,7 +101,7 @@ def simulate(packs: Sequence[Pack], draws: int) -> dict[str, dict[str, float]]:
             Pack(each.id, each.size_bytes, each.is_right[samples], each.test)
             for each in (packs[number] for number in numbers)
         ]
-        for name, rule in rules().items():
+        for name, rule in every.items():
             chosen[name].append(rule(study))
     return {
         name: {

@@ -46,13 +46,16 @@ SearchFile = Annotated[
 ]
 MaxBytes = Annotated[str | None, typer.Option(help="Largest size of a pack, such as 32KiB.")]
 Trials = Annotated[int | None, typer.Option(min=1, help="Configurations to try per task.")]
+PRESET_TRIALS = {"fast": 8, "good": 16, "best": 40}
 Preset = Annotated[
     Literal["fast", "good", "best"] | None,
     typer.Option(
-        help="How many configurations to try per task: fast 8, good 16 (the default), best 40."
+        help=(
+            "How many configurations to try per task, good by default:"
+            f" {', '.join(f'{name} {count}' for name, count in PRESET_TRIALS.items())}."
+        )
     ),
 ]
-PRESET_TRIALS = {"fast": 8, "good": 16, "best": 40}
 Cpus = Annotated[
     float | None,
     typer.Option("--cpus-per-trial", min=0.1, help="CPUs per rank of a trial. Default: 1."),

@@ -83,7 +83,6 @@ def champions_table(outcomes: Sequence[TaskOutcome]) -> Table:
         if outcome.registered is None:
             continue
         metrics = outcome.registered.metrics
-        ran = sum(trial.state != "rejected" for trial in outcome.trials)
         built.add_row(
             outcome.task,
             outcome.registered.metric,
@@ -91,7 +90,7 @@ def champions_table(outcomes: Sequence[TaskOutcome]) -> Table:
             f"{100 * metrics['val_metric']:.1f}",
             kib(outcome.registered.size_bytes),
             f"{metrics['trained_values']:,.0f}",
-            f"{ran}/{len(outcome.trials) + outcome.trials_left}",
+            f"{outcome.ran}/{len(outcome.trials) + outcome.trials_left}",
             f"{metrics['search_seconds']:.0f}",
         )
     return built

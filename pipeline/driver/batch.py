@@ -81,14 +81,19 @@ class TaskOutcome:
     stage: Stage = "done"
     error: TaskpackError | None = None
 
+    @property
+    def ran(self) -> int:
+        """How many trials ran: all but those over budget."""
+        return sum(trial.state != "rejected" for trial in self.trials)
+
     def warnings(self) -> list[str]:
         """Warnings about trials that the time limit left out, the champion's training, and failed
         trials, which were not candidates.
         """
-        ran = sum(trial.state != "rejected" for trial in self.trials)
         cut = (
             [
-                f"the time limit ended the search after {ran} of {ran + self.trials_left} trials;"
+                f"the time limit ended the search after {self.ran} of"
+                f" {self.ran + self.trials_left} trials;"
                 " the same command with a longer --time-limit, or none, runs the others"
             ]
             if self.trials_left

@@ -11,7 +11,7 @@ from pipeline.adaptation import PlannedTensor, plan
 from pipeline.adaptation.packing import SizePlanner
 from pipeline.data import prepare
 from pipeline.driver.workspace import Workspace
-from pipeline.search.proposer import distinct_proposals
+from pipeline.search.proposer import distinct_proposals, smallest_first
 from pipeline.selection import read_selection, select_here, write_selection
 from pipeline.specs import Task
 from pipeline.training import Inputs, open_inputs
@@ -84,8 +84,7 @@ def _planned(inputs: Inputs, selection: Path | None) -> TaskPlan:
     task, classes = inputs.task, inputs.index.classes
     selected = read_selection(selection) if selection is not None else None
     planner = SizePlanner(task, inputs.backbone, classes, selected)
-    proposals = distinct_proposals(task, planner.size_bytes)
-    proposals.sort(key=lambda proposal: (proposal.size_bytes, proposal.id))
+    proposals = smallest_first(distinct_proposals(task, planner.size_bytes))
     subject, recipe = "recipe", task.recipe
     if task.search.configurations is not None:
         subject, recipe = "largest pack", proposals[-1].recipe

@@ -9,7 +9,6 @@ the other sets in turn, from their middle rungs outwards.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
@@ -18,7 +17,7 @@ from pydantic import ValidationError
 from pipeline.adaptation.packing import SizePlanner
 from pipeline.backbones import LoadedBackbone
 from pipeline.specs import Recipe, SearchSpace, Task
-from pipeline.specs.recipe import ADAPTERS, DEFAULT_HEAD
+from pipeline.specs.recipe import ADAPTERS, DEFAULT_HEAD, PARTS
 from pipeline.specs.search_space import HEAD_ALONE, joined, names_in
 
 PART_SETS = (
@@ -44,7 +43,6 @@ _HEAD_BITS = (1, 2, 4, 8)
 _HEAD_RANKS = (1024, 512, 256, 128, 64, 32, 16)
 
 Point = dict[str, Any]
-Sized = tuple[int, Point]
 
 
 def derived_space(
@@ -73,6 +71,7 @@ class _Ladders:
         offered: Collection[str],
     ) -> None:
         self._task, self._offered = task, offered
+        self._named = [part for part in PARTS if getattr(task.recipe, part) and part not in offered]
         self._planner = SizePlanner(task, backbone, classes)
         self._budget, self._width = task.budget.max_bytes, backbone.width
 
@@ -84,7 +83,7 @@ class _Ladders:
         leading, others = by_set[:_LEADING], by_set[_LEADING:]
         by_rung = sorted(rung for rungs in leading for rung in rungs)
         points = [self.smallest()]
-        points += [rungs[rung][1] for rung in by_rung for rungs in leading if rung in rungs]
+        points += [rungs[rung] for rung in by_rung for rungs in leading if rung in rungs]
         outwards = [_middle_out(rungs) for rungs in others]
         for turn in range(max(map(len, outwards), default=0)):
             points += [rungs[turn] for rungs in outwards if turn < len(rungs)]
@@ -92,7 +91,7 @@ class _Ladders:
 
     def smallest(self) -> Point:
         """The head and the parts that the user named, at 1 bit."""
-        return self._point(joined(self._named()), 0, head_bits=1)
+        return self._point(joined(self._named), 0, head_bits=1)
 
     def narrow_heads(self) -> list[Point]:
         """Heads in a subspace, the widest first, for a budget below the head of the whole feature
@@ -105,43 +104,38 @@ class _Ladders:
         fitting = [point for point in points if self._size_bytes(point) <= self._budget]
         return fitting or points[-1:]
 
-    def _named(self) -> list[str]:
-        """The parts that every configuration has."""
-        recipe = self._task.recipe
-        written = recipe.model_dump(exclude_none=True).keys() - {"preset", "head", "training"}
-        return [part for part in written if part not in self._offered]
-
     def _sets(self) -> list[str]:
         """The sets of parts that the backbone has a place for, as values of `parts`."""
         sets = (
-            joined([*(part for part in parts if part in self._offered), *self._named()])
+            joined([*(part for part in parts if part in self._offered), *self._named])
             for parts in PART_SETS
         )
         return list(dict.fromkeys(sets))
 
-    def _rungs(self, parts: str) -> dict[int, Sized]:
+    def _rungs(self, parts: str) -> dict[int, Point]:
         """The largest recipe of a set at each rung, by the number of doublings up to the budget:
         rung -k holds sizes of at most budget / 2^k, and more than half of it.
         """
-        found: dict[int, Sized] = {}
+        found: dict[int, Point] = {}
         for size_bytes, point in self._ladder(parts):
             if size_bytes > self._budget:
                 break
             rung = (size_bytes - 1).bit_length() - (self._budget - 1).bit_length()
-            found[rung] = max(found.get(rung, (0, point)), (size_bytes, point), key=_size)
+            found[rung] = point
         return found
 
-    def _ladder(self, parts: str) -> Iterator[Sized]:
+    def _ladder(self, parts: str) -> Iterator[tuple[int, Point]]:
         """The recipes of a set, from small to large."""
         previous: Point | None = None
         for step in range(STEPS):
-            point = self._point(parts, step)
-            if point == previous:
-                return
             try:
-                yield self._size_bytes(point), point
+                point = self._point(parts, step)
+                if point == previous:
+                    return
+                size_bytes = self._size_bytes(point)
             except ValidationError:  # the set contradicts a part that the user named
                 return
+            yield size_bytes, point
             previous = point
 
     def _point(self, parts: str, step: int, head_bits: int | None = None) -> Point:
@@ -156,7 +150,7 @@ class _Ladders:
             point["width"] = 2**step
         if "smoa" in names:
             point |= {"experts": 4, "width": 4 * 2 ** min(step, 4)}
-        if any(part in self._named() for part in ADAPTERS):  # `width` would be theirs, too
+        if any(part in self._named for part in ADAPTERS):  # `width` would be theirs, too
             point.pop("width", None)
         if step > 0 and names and names <= {"biases", "norms"}:
             axes = (("biases", "bias_bits"), ("norms", "norm_bits"))
@@ -168,29 +162,20 @@ class _Ladders:
         return {**point, "head_bits": head_bits or self._head_bits(point)}
 
     def _head_bits(self, point: Point) -> int:
-        space, base = SearchSpace(), self._task.recipe
-        try:
-            ledger = self._planner.ledger(space.recipe(base, {**point, "head_bits": 2}))
-        except ValidationError:
-            return 1
+        ledger = self._planner.ledger(self._recipe({**point, "head_bits": 2}))
         return 2 if ledger["head"] <= _HEAD_SHARE * sum(ledger.values()) else 1
 
     def _size_bytes(self, point: Point) -> int:
         """Upper bound of its pack's size, over all selections."""
-        return self._largest(SearchSpace().recipe(self._task.recipe, point))
+        return self._planner.largest_bytes(self._recipe(point))
 
-    @functools.cache  # noqa: B019 - lives as long as a task is opened
-    def _largest(self, recipe: Recipe) -> int:
-        return self._planner.largest_bytes(recipe)
-
-
-def _size(sized: Sized) -> int:
-    return sized[0]
+    def _recipe(self, point: Point) -> Recipe:
+        return SearchSpace().recipe(self._task.recipe, point)
 
 
-def _middle_out(rungs: dict[int, Sized]) -> list[Point]:
+def _middle_out(rungs: dict[int, Point]) -> list[Point]:
     """The points from the middle rung outwards, the smaller one first."""
-    points = [point for _, (_, point) in sorted(rungs.items())]
+    points = list(rungs.values())
     middle = (len(points) - 1) // 2
     order = sorted(range(len(points)), key=lambda number: (abs(number - middle), number))
     return [points[number] for number in order]

@@ -48,25 +48,20 @@ class ChampionAlias:
             return f"champion: {mine.reference}, promoted"
         holder = self._lookups.holder(mine.name)
         outcomes = functools.cache(lambda version: self._outcomes(mine.name, version))
-        chosen, remark = place_alias(
-            mine,
-            holder,
-            self._lookups.best_on_validation(mine.name),
-            lambda pack: outcomes(pack.version),
-            champion.level,
-        )
+
+        def placed(holder: RegisteredPack | None) -> tuple[RegisteredPack, str]:
+            others = self._lookups.best_on_validation(mine.name)
+            return place_alias(
+                mine, holder, others, lambda pack: outcomes(pack.version), champion.level
+            )
+
+        chosen, remark = placed(holder)
         while holder is None or holder.version != chosen.version:
             self._point_at(chosen)
             holder = chosen
             # Another driver may have published a better version, and have moved the alias before
             # this one did.
-            chosen, again = place_alias(
-                mine,
-                None,
-                self._lookups.best_on_validation(mine.name),
-                lambda pack: outcomes(pack.version),
-                champion.level,
-            )
+            chosen, again = placed(None)
             remark = remark if chosen.version == holder.version else again
         return remark
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import random
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -86,6 +86,11 @@ def distinct_proposals(task: Task, size_of: SizeOf) -> list[Proposal]:
     return list(distinct.values())
 
 
+def smallest_first(proposals: Sequence[Proposal]) -> list[Proposal]:
+    """Proposals by ascending size of their packs; of equal sizes by id."""
+    return sorted(proposals, key=lambda proposal: (proposal.size_bytes, proposal.id))
+
+
 class Enumerated:
     """Every distinct point of the space once: configurations in their order, others from the
     smallest pack upwards.
@@ -94,7 +99,7 @@ class Enumerated:
     def __init__(self, task: Task, size_of: SizeOf) -> None:
         ordered = distinct_proposals(task, size_of)
         if task.search.configurations is None:
-            ordered.sort(key=lambda proposal: (proposal.size_bytes, proposal.id))
+            ordered = smallest_first(ordered)
         self._waiting = [
             proposal for proposal in ordered if proposal.size_bytes <= task.budget.max_bytes
         ]
