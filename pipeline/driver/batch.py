@@ -200,8 +200,8 @@ class _Driver(Stages):
         outcomes = TaskPool(lambda: PREPARED_AT_ONCE).run(
             lambda task: self._outcome(task, self.prepare), tasks
         )
-        failed = {outcome.task: outcome for outcome in outcomes if outcome is not None}
-        prepared = [task for task in tasks if task.name not in failed]
+        failed = {each.task: each for each in outcomes if isinstance(each, TaskOutcome)}
+        prepared = [each for each in outcomes if isinstance(each, Task)]
         ran = {outcome.task: outcome for outcome in self.pool.run(self._run_prepared, prepared)}
         return [(failed | ran)[task.name] for task in tasks]
 

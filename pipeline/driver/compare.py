@@ -188,8 +188,8 @@ class _Driver(Stages):
     def open(self, task: Task) -> Inputs:
         """The prepared task, as workers get it."""
         with named_errors(self.workspace.log(task.name)):
-            self.prepare(task)
-            return self.with_shared_backbone(open_inputs(task, self.workspace.data(task.name)))
+            resolved, folder = self.prepare(task), self.workspace.data(task.name)
+            return self.with_shared_backbone(open_inputs(resolved, folder))
 
     def compare(
         self,

@@ -171,8 +171,10 @@ class Stages:
         self.stage[task.name] = stage
         self.on_progress(task.name, stage, 0.0, "")
 
-    def prepare(self, task: Task) -> None:
-        """Check everything that needs no cluster: the data, the backbone, and `check`."""
+    def prepare(self, task: Task) -> Task:
+        """Check everything that needs no cluster: the data, the backbone, and `check`. Return the
+        task with its recipe and search space resolved, which takes seconds on a large backbone.
+        """
         self.enter(task, "prepare")
         data_folder = self.workspace.data(task.name)
         index = prepare(task, data_folder)
@@ -188,6 +190,8 @@ class Stages:
             else []
         )
         self.on_progress(task.name, "prepare", 1.0, "; ".join(remarks))
+        found = inputs.task
+        return task.model_copy(update={"recipe": found.recipe, "search": found.search})
 
     def check(self, inputs: Inputs) -> None:
         """Check what a run of this kind needs of the task's recipe. Raises TaskpackError."""
