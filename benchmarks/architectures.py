@@ -1,14 +1,15 @@
 """What runs on which architecture: timm models of every family, in twelve recipes.
 
     nice -n 10 python benchmarks/architectures.py [--only swin_tiny_patch4_window7_224,levit_128s]
-    [--page]
+    [--recipes default] [--page]
 
 For each model, with random weights, at two blocks a stage and the smallest input where it can be
 built so, and for each recipe: the planned size, training steps in bfloat16 (float32 where the
 processor has no units for it), the pack as bytes and back, and the logits of the reloaded model.
 The outcome is "runs", the one line that refuses the recipe, or a crash. Outcomes are kept after
-every model, so the same command continues where it was stopped. `--page` only writes the page
-again. Writes benchmarks/results/architectures.json and docs/architectures.md.
+every model, so the same command continues where it was stopped. `--recipes` measures these again,
+on the models that were tried. `--page` only writes the page again. Writes
+benchmarks/results/architectures.json and docs/architectures.md.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import time
 import traceback
 import warnings
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -263,10 +265,30 @@ def survey_of(name: str) -> dict[str, Any]:
             )
             continue
         outcomes[recipe] = _outcome_or_crash(spec, backbone, parts)
-    row["default_without"] = list(
-        on_backbone(_task(spec, backbone, RECIPES["default"]), backbone, CLASSES)[1]
-    )
+    row["default_without"] = _left_out(spec, backbone)
     return {**row, "outcomes": outcomes, "seconds": round(time.process_time() - start, 1)}
+
+
+def measured_again(
+    name: str, row: dict[str, Any], recipes: Sequence[str], commit: str
+) -> dict[str, Any]:
+    """A model's row with these recipes measured again; `again` has the commits."""
+    if "skipped" in row:
+        return row
+    spec, backbone = load_smallest(name)
+    again = {recipe: _outcome_or_crash(spec, backbone, RECIPES[recipe]) for recipe in recipes}
+    return {
+        **row,
+        "outcomes": row["outcomes"] | again,
+        "default_without": _left_out(spec, backbone),
+        "again": row.get("again", {}) | dict.fromkeys(recipes, commit),
+    }
+
+
+def _left_out(spec: Backbone, backbone: LoadedBackbone) -> list[str]:
+    """The parts of the default recipe that have no place."""
+    task = _task(spec, backbone, RECIPES["default"])
+    return list(on_backbone(task, backbone, CLASSES)[1])
 
 
 def _count(model: nn.Module) -> int:
@@ -349,6 +371,9 @@ def _summary(tried: dict[str, dict[str, Any]], families: int) -> str:
 def _measured(result: dict[str, Any]) -> list[str]:
     machine = result["machine"]
     commits = sorted({row["commit"] for row in result["models"].values()})
+    again = sorted(
+        {each for row in result["models"].values() for each in row.get("again", {}).items()}
+    )
     return [
         f"Measured on {machine['cpu']}, Python {machine['python']}, torch {machine['torch']},",
         f"timm {machine['timm']}, at commit {' and '.join(commits)}:",
@@ -357,6 +382,7 @@ def _measured(result: dict[str, Any]) -> list[str]:
         "nice -n 10 python benchmarks/architectures.py",
         "```",
         "",
+        *(f"`{recipe}` was measured again at commit {commit}.\n" for recipe, commit in again),
     ]
 
 
@@ -405,6 +431,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", default=" ".join(MODELS), help="names, separated by commas")
     parser.add_argument(
+        "--recipes", nargs="+", choices=RECIPES, help="measure these again on models tried before"
+    )
+    parser.add_argument(
         "--page", action="store_true", help="write the page from the results that are there"
     )
     arguments = parser.parse_args()
@@ -414,15 +443,16 @@ def main() -> None:
     if not arguments.page:
         found["machine"] = {**describe_machine(), "timm": timm.__version__}
         for name in arguments.only.replace(",", " ").split():
-            if name in found["models"]:
+            known, commit = found["models"].get(name), found["machine"]["commit"]
+            if known is None:
+                row = {**survey_of(name), "commit": commit}
+            elif arguments.recipes:
+                row = measured_again(name, known, arguments.recipes, commit)
+            else:
                 continue
-            found["models"][name] = {**survey_of(name), "commit": found["machine"]["commit"]}
+            found["models"][name] = row
             _loaded.cache_clear()
-            print(
-                name,
-                found["models"][name].get("skipped") or found["models"][name]["seconds"],
-                flush=True,
-            )
+            print(name, row.get("skipped") or row["seconds"], flush=True)
             RESULTS.write_text(json.dumps(found, indent=1) + "\n")
     PAGE.write_text(page(found))
 

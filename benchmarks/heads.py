@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 from fidelity import open_task
-from runs import Place, Run, measure_missing, origins, parse_arguments, with_seed
+from runs import Place, Run, by_task, measure_missing, parse_arguments, with_seed
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -167,10 +167,8 @@ def page(runs: Sequence[Run]) -> str:
         "projection of the feature to R numbers. Test accuracy in percent is that of the reloaded",
         "pack, mean over the seeds, with their range. A star marks heads that no smaller one",
         "beats.",
+        *by_task(runs, TASKS, _rows),
     ]
-    for task in TASKS:
-        if own := [run for run in runs if run["task"] == task]:
-            lines += ["", f"## {task}", "", origins(own), "", *_rows(own)]
     return "\n".join(lines) + "\n"
 
 

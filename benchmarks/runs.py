@@ -102,7 +102,7 @@ def measure_missing(
 
 
 def with_seed(inputs: Inputs, seed: int) -> Inputs:
-    """A task trained from another seed, on the splits of its own."""
+    """The task with another seed for training; its splits stay as they are."""
     return replace(inputs, task=inputs.task.model_copy(update={"seed": seed}))
 
 
@@ -114,6 +114,19 @@ def figures(result: FitResult) -> Run:
         "bytes": result.size_bytes,
         "seconds": result.train_seconds,
     }
+
+
+def by_task(
+    runs: Sequence[Run], tasks: Sequence[str], rows: Callable[[Sequence[Run]], list[str]]
+) -> list[str]:
+    """A section of a page for each task that has runs: where they were measured, and the lines of
+    their table.
+    """
+    lines = []
+    for task in tasks:
+        if own := [run for run in runs if run["task"] == task]:
+            lines += ["", f"## {task}", "", origins(own), "", *rows(own)]
+    return lines
 
 
 def origins(runs: Sequence[Run]) -> str:

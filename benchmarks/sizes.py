@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 from fidelity import open_task, select_once
-from runs import Place, Run, figures, measure_missing, origins, parse_arguments, with_seed
+from runs import Place, Run, by_task, figures, measure_missing, parse_arguments, with_seed
 
 from pipeline.data import prepare
 from pipeline.search.kept_outcomes import read_outcomes
@@ -84,11 +84,16 @@ def recipes() -> dict[str, dict[str, Any]]:
             },
             f"connections K=1 {bits}": {"connections": {"top_k": 1, "bits": bits}, "head": head},
         }
+    return found | combinations()
+
+
+def combinations() -> dict[str, dict[str, Any]]:
+    """Several parts at 1 bit, wide bottlenecks, and the house recipe."""
     head = {"bits": 2}
     biases, bottleneck = {"biases": {"bits": 1}}, {"adapter": {"width": 4, "bits": 1}}
     connections = {"connections": {"top_k": 1, "bits": 1}}
     norms, wide = {"norms": {"which": "all", "bits": 1}}, {"adapter": {"width": 8, "bits": 1}}
-    found |= {
+    return {
         "bottleneck w=4 + biases": {**bottleneck, **biases, "head": head},
         "connections + biases": {**connections, **biases, "head": head},
         "connections + bottleneck w=4": {**connections, **bottleneck, "head": head},
@@ -113,7 +118,6 @@ def recipes() -> dict[str, dict[str, Any]]:
         },
         "house": HOUSE,
     }
-    return found
 
 
 def open_any(name: str, place: Place) -> Inputs:
@@ -165,10 +169,8 @@ def page(runs: Sequence[Run]) -> str:
         "bits, those of the head included. Where there is none, the parts have 1 bit and the head",
         "has 2; the house recipe has its own. Test accuracy is read from the reloaded pack. A star",
         "marks packs that no smaller one beats on the validation set.",
+        *by_task(runs, TASKS, _rows),
     ]
-    for task in TASKS:
-        if own := [run for run in runs if run["task"] == task]:
-            lines += ["", f"## {task}", "", origins(own), "", *_rows(own)]
     return "\n".join(lines) + "\n"
 
 

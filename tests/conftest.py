@@ -261,8 +261,8 @@ def standin(standin_library: Path) -> str:
 
 @pytest.fixture(scope="module")
 def local_ray(request: pytest.FixtureRequest) -> Iterator[None]:
-    """A private Ray with room for three workers, whatever this machine has, or for as many as a
-    test file's RAY_CPUS; each spends seconds on imports.
+    """A private Ray with room for three workers, or for the RAY_CPUS of a test file, whatever this
+    machine has. Every worker spends seconds on imports.
     """
     import ray
 

@@ -50,7 +50,7 @@ TASK: dict[str, Any] = {
 }
 TRIALS = 8
 ONE_CPU = {"RAY_OVERRIDE_RESOURCES": '{"CPU": 1}'}
-"""A private Ray with these settings starts one worker at a time; each spends seconds on imports."""
+"""Settings that make a private Ray start one worker, because each spends seconds on imports."""
 
 
 def write_task(folder: Path, **changes: Any) -> Path:

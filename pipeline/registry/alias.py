@@ -72,9 +72,8 @@ class ChampionAlias:
         path = f"front/{OUTCOMES_FILE}"
         if path not in {file.path for file in client.list_artifacts(run_id, "front")}:
             return None
-        location = client.get_run(run_id).info.artifact_uri
         with tempfile.TemporaryDirectory(prefix="taskpack-") as folder:
-            return read_outcomes(self._store.fetch(location, path, folder))
+            return read_outcomes(self._store.fetch_of_run(run_id, path, folder))
 
     def _point_at(self, pack: RegisteredPack) -> None:
         """Move the alias, after the tags that show the champion's numbers in MLflow's list of

@@ -140,14 +140,10 @@ class Registry:
         """The study's rows, one per trial, as they were when the pack was registered. Raises
         RegistryError.
         """
-        with registry_errors(self.store.tracking_uri):
-            location = self.client.get_run(self._model(registered).source_run_id).info.artifact_uri
+        run_id = self._model(registered).source_run_id
         with tempfile.TemporaryDirectory(prefix="taskpack-") as temporary:
-            rows: list[dict[str, Any]] = json.loads(
-                self.store.fetch(location, "front/front.json", temporary).read_text(
-                    encoding="utf-8"
-                )
-            )
+            front = self.store.fetch_of_run(run_id, "front/front.json", temporary)
+            rows: list[dict[str, Any]] = json.loads(front.read_text(encoding="utf-8"))
         return rows
 
     def _model(self, registered: RegisteredPack) -> Any:

@@ -127,6 +127,12 @@ class TrackingStore:
                 )
             )
 
+    def fetch_of_run(self, run_id: str, path: str, folder: str) -> Path:
+        """Download the file `path` among the artifacts of a run into `folder`."""
+        with registry_errors(self.tracking_uri):
+            location = self.client.get_run(run_id).info.artifact_uri
+        return self.fetch(location, path, folder)
+
     def _location_now(self, location: str) -> str:
         """Where an artifact lies that was recorded before the folder was moved or copied."""
         former = f"{self._artifacts_recorded}/"

@@ -163,17 +163,17 @@ class BatchWatch:
         """Report that a study has ended; all its trials may be from earlier runs. The time limit
         left out `trials_left`.
         """
+        with self._lock:
+            self._tasks[task].take(records, champion)
+            ran = self._tasks[task].trials_done
+            if (metrics := self._ray()) is not None:
+                self._show_best(task, metrics)
         if trials_left:
-            ran = sum(record.state != "rejected" for record in records)
             planned = ran + trials_left
             LOG.info(
                 "%s: the time limit ended the search after %d of %d trials", task, ran, planned
             )
             self._log.write("time limit", task=task, stage="search", ran=ran, planned=planned)
-        with self._lock:
-            self._tasks[task].take(records, champion)
-            if (metrics := self._ray()) is not None:
-                self._show_best(task, metrics)
         self._writer.wake()
 
     def registered(self, task: str, trial: str, pack: RegisteredPack) -> None:
