@@ -145,7 +145,7 @@ def outcome(
         f"the pack has {len(data)} bytes, planned were {planned_bytes}"
     )
     expected, found = (
-        torch.from_numpy(probe_logits(each, backbone.size_px))
+        torch.from_numpy(probe_logits(each))
         for each in (model, from_pack(read_pack(data), backbone))
     )
     torch.testing.assert_close(
@@ -158,7 +158,7 @@ def _task(spec: Backbone, backbone: LoadedBackbone, parts: dict[str, Any]) -> Ta
     return Task(
         name="tried",
         data=DrawnData(format="drawn", kind="orientation"),
-        input=Input(size_px=backbone.size_px, mean=backbone.mean, std=backbone.std),
+        input=Input(size_px=backbone.size_px, mean=backbone.images.mean, std=backbone.images.std),
         backbone=spec,
         recipe=Recipe.model_validate(parts),
         budget=Budget(max_bytes=2**40),

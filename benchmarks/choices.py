@@ -117,7 +117,7 @@ def selections(workdir: Path) -> dict[str, float]:
     """
     inputs = open_task("dtd10", {}, Place(SHARED, workdir, "cpu"))
     task, spec = inputs.task, inputs.task.selection
-    loss = make_loss(spec, inputs.kind, inputs.backbone.width, len(inputs.index.classes), task.seed)
+    loss = make_loss(spec, inputs.kind, inputs.backbone, len(inputs.index.classes), task.seed)
 
     def sums(split: str, seed: int, sizes: Callable[[int], bool]) -> dict[str, torch.Tensor]:
         batches = enumerate(shard_batches(inputs.splits[split], spec.batch_size, seed=seed))

@@ -284,7 +284,7 @@ def timed_selection(
                 backbone, min(spec.batch_size, sizes.images - number * spec.batch_size), number
             )
 
-    loss = make_loss(spec, kind_named("classification"), backbone.width, CLASSES, 0)
+    loss = make_loss(spec, kind_named("classification"), backbone, CLASSES, 0)
     sums: dict[str, torch.Tensor] = {}
     selected: dict[str, Any] = {}
     gradients = seconds_of(

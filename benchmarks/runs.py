@@ -11,10 +11,11 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
 import multiprocessing
 import shlex
 import sys
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,6 +29,13 @@ from pipeline.training.fit import FitResult
 
 SHARED = Path(__file__).parent.parent.parent / "shared"
 Run = dict[str, Any]
+
+
+def accuracy_of(runs: Sequence[Run]) -> tuple[float, float]:
+    """The share of right test answers over all seeds, and its standard error for one."""
+    right, samples = (sum(run[key] for run in runs) for key in ("correct", "samples"))
+    share = right / samples
+    return share, math.sqrt(share * (1 - share) / runs[0]["samples"])
 
 
 @dataclass(frozen=True)
@@ -45,8 +53,11 @@ def parse_arguments(
     variant: str,
     variants: Collection[str],
     seeds: Sequence[int],
+    counts: Mapping[str, int] | None = None,
 ) -> argparse.Namespace:
-    """The options of such a benchmark; `variant` names what differs between runs of a task."""
+    """The options of such a benchmark; `variant` names what differs between runs of a task, and
+    `counts` are further settings of all runs, with their defaults.
+    """
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -54,6 +65,8 @@ def parse_arguments(
     parser.add_argument(f"--{variant}s", nargs="+", default=list(variants), choices=variants)
     parser.add_argument("--seeds", nargs="+", type=int, default=seeds)
     parser.add_argument("--epochs", type=int, default=8)
+    for name, default in (counts or {}).items():
+        parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--workers", type=int, default=1, help="runs at the same time")
     parser.add_argument("--shared", type=Path, default=SHARED, help="folder of data and backbones")
@@ -61,6 +74,7 @@ def parse_arguments(
         "--workdir", type=Path, default=Path(__file__).parent.parent / "runs" / "fidelity"
     )
     parser.add_argument("--page", action="store_true", help="write the page from what is there")
+    parser.set_defaults(settings=("epochs", *(counts or {})))
     return parser.parse_args()
 
 
@@ -79,8 +93,9 @@ def measure_missing(
     """
     result = json.loads(results.read_text()) if results.exists() else {"runs": []}
     asked = itertools.product(arguments.seeds, arguments.tasks, getattr(arguments, f"{variant}s"))
+    settings = {name: getattr(arguments, name) for name in arguments.settings}
     runs = [
-        {"task": task, variant: name, "seed": seed, "epochs": arguments.epochs}
+        {"task": task, variant: name, "seed": seed, **settings}
         for seed, task, name in asked
         if not arguments.page
     ]

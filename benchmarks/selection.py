@@ -111,9 +111,7 @@ def measure_stage(inputs: Inputs, images: int, repeats: int) -> dict[str, float]
 
     def selection(precision: str) -> dict[str, torch.Tensor]:
         spec = task.selection.model_copy(update={"precision": precision})
-        loss = make_loss(
-            spec, inputs.kind, inputs.backbone.width, len(inputs.index.classes), task.seed
-        )
+        loss = make_loss(spec, inputs.kind, inputs.backbone, len(inputs.index.classes), task.seed)
         read = ((number, *reader.read(samples)) for number, samples in batches)
         sums = gradient_sums(
             inputs.backbone, read, spec, loss, seed=task.seed, flip=task.input.flip
@@ -165,7 +163,7 @@ def loss_of(
     """The contrastive loss of one batch of views."""
     mean, std = (
         torch.tensor(values).view(1, 3, 1, 1)
-        for values in (inputs.backbone.mean, inputs.backbone.std)
+        for values in (inputs.backbone.images.mean, inputs.backbone.images.std)
     )
     with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
         features = model((pixels - mean) / std)

@@ -84,7 +84,19 @@ def recipes() -> dict[str, dict[str, Any]]:
             },
             f"connections K=1 {bits}": {"connections": {"top_k": 1, "bits": bits}, "head": head},
         }
-    return found | combinations()
+    return found | scaled() | combinations()
+
+
+def scaled() -> dict[str, dict[str, Any]]:
+    """Adapters whose output counts for more."""
+    return {
+        f"{name}, scale {scale}": {part: {**spec, "bits": 1, "scale": scale}, "head": {"bits": 2}}
+        for name, part, spec in (
+            ("bottleneck w=8", "adapter", {"width": 8}),
+            ("LoRA r=4", "lora", {"rank": 4}),
+        )
+        for scale in (1, 4, 8)
+    }
 
 
 def combinations() -> dict[str, dict[str, Any]]:

@@ -228,7 +228,7 @@ def _plain(setting: Setting, *, has_best_attention: bool = True) -> nn.Sequentia
 def _from_pixels(setting: Setting, model: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
     mean, std = (
         torch.tensor(values, device=setting.device).view(1, 3, 1, 1)
-        for values in (setting.backbone.mean, setting.backbone.std)
+        for values in (setting.backbone.images.mean, setting.backbone.images.std)
     )
     return lambda images: model((images.float() / 255 - mean) / std)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from pipeline.driver.batch import TaskOutcome
     from pipeline.driver.stages import OnProgress
     from pipeline.registry.pack_record import RegisteredPack
+    from pipeline.serving.host import PackHost
     from pipeline.serving.predictor import Predictor
 
 WORKDIR = Path("runs")
@@ -44,7 +46,7 @@ def run(
         workdir: folder for all results; run again with the same one to resume.
         address: address of a Ray cluster; None starts a private one on this machine.
         overrides: sections of the task files to replace, such as `{"search": {"trials": 6}}`.
-        per_trial: CPUs and GPUs per rank of a trial; None takes 1 CPU, and 1 GPU if there are any.
+        per_trial: CPUs and GPUs per rank of a trial; None takes those that `Placement` describes.
         ranks_per_trial: processes that train each trial and fit together.
         selection_workers: ranks of the selection; None takes a share of the cluster, if faster.
         tasks_at_once: tasks to run concurrently; None takes one more than fill the cluster.
@@ -154,6 +156,100 @@ def load(
     )
 
 
+def load_many(
+    references: Sequence[str | Path],
+    *,
+    backbone: str | Path | None = None,
+    device: str | None = None,
+    workdir: str | Path = WORKDIR,
+) -> PackHost:
+    """Load packs of one backbone, whose images are then predicted in one pass.
+
+    Args:
+        references: as for `load`, each the name of its pack in the requests.
+        backbone: as for `load`.
+        device: as for `load`.
+        workdir: as for `load`.
+
+    Raises:
+        RegistryError: There is no such pack.
+        PackError: A pack cannot be used here, or is of another backbone than the first.
+        BackboneError: The backbone cannot be loaded.
+    """
+    from pipeline.errors import PackError
+    from pipeline.packs import read_pack
+    from pipeline.serving.host import PackHost
+    from pipeline.serving.predictor import load_backbone_of
+
+    paths = {str(reference): fetch(reference, workdir=workdir) for reference in references}
+    if not paths:
+        raise SpecError("load_many: given no packs; give the references of one or more")
+
+    def read(name: str) -> bytes:
+        if name not in paths:
+            raise PackError(f"{name}: not among the packs loaded: {', '.join(paths)}")
+        return paths[name].read_bytes()
+
+    first = read_pack(next(iter(paths.values())))
+    weights = str(backbone) if backbone is not None else None
+    host = PackHost(load_backbone_of(first.metadata, weights), read, device=device)
+    for name in paths:
+        host.packs.get(name)
+    return host
+
+
+def load_all(
+    *,
+    backbone: str | Path | None = None,
+    device: str | None = None,
+    workdir: str | Path = WORKDIR,
+) -> tuple[PackHost, dict[str, str]]:
+    """Load the champion of every task on one backbone, that of the registry's best.
+
+    Args:
+        backbone: as for `load`.
+        device: as for `load`.
+        workdir: as for `load`.
+
+    Returns:
+        The packs, whose names are those of their tasks, the best first; and by task why others on
+        this backbone cannot be used.
+
+    Raises:
+        RegistryError: There is no champion that could be used.
+        BackboneError: The backbone cannot be loaded.
+    """
+    from pipeline.errors import PackError, RegistryError
+    from pipeline.packs import read_pack
+    from pipeline.registry.store import open_registry
+    from pipeline.serving.host import PackHost
+    from pipeline.serving.predictor import kind_of, load_backbone_of
+
+    root = Path(workdir).resolve()
+    registry = open_registry(None, root)
+
+    def read(name: str) -> bytes:
+        return registry.download(registry.get(name), root / "downloads").read_bytes()
+
+    metadata = (read_pack(read(pack.name)).metadata for pack in registry.champions())
+    first = next((each for each in metadata if not kind_of(each).is_dense), None)
+    if first is None:
+        raise RegistryError(
+            "the registry has no champion that shares a backbone with others; register one with"
+            " `taskpack run`"
+        )
+    weights = str(backbone) if backbone is not None else None
+    loaded = load_backbone_of(first, weights)
+    host = PackHost(loaded, read, device=device, capacity_bytes=sys.maxsize)
+    refused: dict[str, str] = {}
+    for pack in registry.champions(loaded.fingerprint):
+        try:
+            host.packs.get(pack.name)
+        except PackError as error:
+            refused[pack.name] = str(error)
+    return host, refused
+
+
 def fetch(reference: str | Path, *, workdir: str | Path = WORKDIR) -> Path:
     """Return the path of a pack file, downloading a registered pack into `workdir` first."""
     from pipeline.registry.store import open_registry
@@ -193,9 +289,15 @@ def export(
         ExportError: The format cannot express a part of the pack.
         StorageError: `path` exists or cannot be written.
     """
+    from pipeline.errors import ExportError
     from pipeline.packs import read_pack
 
     pack, path = read_pack(fetch(reference, workdir=workdir)), Path(path)
+    if pack.metadata.modality != "images":
+        raise ExportError(
+            f"the pack of task {pack.metadata.task!r} takes {pack.metadata.modality}; only packs of"
+            " images can be exported"
+        )
     if to == "binary-adapter":
         from pipeline.exchange.binary_adapter import export_binary_adapter
 

@@ -132,6 +132,12 @@ class TimeLimitError(TaskpackError):
     exit_code = 12
 
 
+class ServerError(TaskpackError):
+    """A server of packs refuses a request, has ended, or cannot be reached."""
+
+    exit_code = 13
+
+
 class ExportError(TaskpackError):
     """A pack cannot be exported to the requested format, or the export does not compute the
     same.

@@ -43,6 +43,8 @@ if TYPE_CHECKING:
 
 from helpers_paths import PROJECT_ROOT
 
+IS_WORKER = "PYTEST_XDIST_WORKER" in os.environ
+CACHE = os.environ["XDG_CACHE_HOME"] if IS_WORKER else tempfile.mkdtemp(prefix="taskpack-tests-")
 os.environ.update(
     {
         # One thread: sums come out the same on every machine, and tests that run beside each other
@@ -52,8 +54,10 @@ os.environ.update(
         "OPENBLAS_NUM_THREADS": "1",
         "MPLBACKEND": "Agg",
         "HF_HUB_OFFLINE": "1",
-        # Where a run notes which backbone is where; not in a developer's own cache.
-        "XDG_CACHE_HOME": tempfile.mkdtemp(prefix="taskpack-tests-"),
+        # Where a run notes which backbone is where; not in a developer's own cache, and one for all
+        # processes of these tests, because they share a finished run.
+        "XDG_CACHE_HOME": CACHE,
+        "TASKPACK_DECODED_GB": "0",  # tests count what a process decodes
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS": "0",
         # Ray reads both when it is imported; without a token it would write one into the home
@@ -69,7 +73,8 @@ os.environ.update(
         "MLFLOW_MODEL_CATALOG_URI": "",
     }
 )
-atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
+if not IS_WORKER:
+    atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
 
 # Shells start background jobs, and some CI runners everything, with SIGINT ignored; programs that
 # tests start would inherit that.

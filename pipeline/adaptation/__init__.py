@@ -1,6 +1,6 @@
 """The trained parts of a recipe: planned, attached to the frozen backbone, and packed.
 
-Imports: backbones, errors, packs, specs.
+Imports: backbones, data, errors, packs, specs, utils.
 """
 
 from pipeline.adaptation.attach import AdaptedModel, attach

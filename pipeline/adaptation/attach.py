@@ -11,6 +11,7 @@ from torch import nn
 from pipeline.adaptation.drop_path import attach_drop_path
 from pipeline.adaptation.dropout import SeededDropout
 from pipeline.adaptation.head import LinearHead
+from pipeline.adaptation.map_head import make_head
 from pipeline.adaptation.part import (
     Assembly,
     AuxiliaryTerm,
@@ -24,22 +25,22 @@ from pipeline.adaptation.parts.connections import TunedLayer
 from pipeline.adaptation.recipe_plan import plan_head, plan_parts
 from pipeline.adaptation.selected.ranking import SelectedIndex
 from pipeline.adaptation.tensors import PlannedTensor, initial_values
+from pipeline.adaptation.trunk import Trunk
 from pipeline.adaptation.values import TrainedValues
 from pipeline.adaptation.working import WorkingCopies
 from pipeline.backbones import LoadedBackbone
+from pipeline.data.modality import Modality
 from pipeline.specs import Recipe
+from pipeline.utils.devices import to_device
 
 
 class AdaptedModel(nn.Module):
-    """Frozen backbone, trained parts, head. Takes uint8 images [B, 3, S, S] (or floats in [0, 1]),
-    gives logits [B, C].
+    """Frozen backbone, trained parts, head. `takes` samples as they are decoded (uint8 images [B,
+    3, S, S]) or augmented, gives logits [B, C], or [B, C, S, S] of a backbone that gives maps.
 
     `values` are the trained values; before each forward pass they are quantised once and handed to
     the modules that use them.
     """
-
-    mean: torch.Tensor
-    std: torch.Tensor
 
     def __init__(
         self,
@@ -47,8 +48,8 @@ class AdaptedModel(nn.Module):
         receivers: Mapping[PlannedTensor, tuple[Receiver, str]],
         dropouts: Sequence[SeededDropout],
         values: TrainedValues,
-        mean: tuple[float, ...],
-        std: tuple[float, ...],
+        takes: Modality,
+        trunk: Trunk | None = None,
     ) -> None:
         super().__init__()
         self.backbone = backbone
@@ -57,11 +58,11 @@ class AdaptedModel(nn.Module):
         self.head = next(module for module in modules if isinstance(module, LinearHead))
         self.banks = nn.ModuleList([each for each in modules if isinstance(each, AuxiliaryTerm)])
         self.dropouts = nn.ModuleList(dropouts)
-        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
+        self.takes, self.normalise = takes, takes.normaliser()
         self._receivers = dict(receivers)
         self._changes = [module for module in modules if isinstance(module, WeightChange)]
         self._own = [parameter for change in self._changes for parameter in change.own_parameters()]
+        self._trunk = trunk
         self._is_merged = False
         self._training_dtype: torch.dtype | None = None
         self._copies: WorkingCopies | None = None
@@ -70,6 +71,38 @@ class AdaptedModel(nn.Module):
         if not self._is_merged:
             self._hand_out()
         return self.head(self.backbone(self.normalise(images)))
+
+    @property
+    def device(self) -> torch.device:
+        """Where its values are."""
+        return next(self.values.parameters()).device
+
+    @property
+    def keeps_trunk(self) -> bool:
+        """Whether images are computed once up to the first block that changes."""
+        return self._trunk is not None
+
+    def inputs_of(self, images: torch.Tensor) -> torch.Tensor:
+        """What `logits_of` takes, for images on the CPU: the images on the model's device or, of a
+        model that keeps its trunk, what the blocks that are not changed make of uint8 images. Each
+        of these is computed once per process, as long as there is room.
+        """
+        if self._trunk is None:
+            return to_device(images, self.device)
+
+        def run(some: torch.Tensor) -> torch.Tensor:
+            features: torch.Tensor = self.backbone(self.normalise(some.to(self.device)))
+            return features
+
+        return self._trunk.outputs(run, images)
+
+    def logits_of(self, inputs: torch.Tensor) -> torch.Tensor:
+        """The logits of the images with these `inputs_of`."""
+        if self._trunk is None:
+            return self(inputs)  # type: ignore[no-any-return]
+        if not self._is_merged:
+            self._hand_out()
+        return self.head(self._trunk.resume(self.backbone, inputs))
 
     def _hand_out(self) -> None:
         """Give every module its values, quantised once for this forward pass."""
@@ -126,11 +159,6 @@ class AdaptedModel(nn.Module):
             self.merge()
         return self.train(mode)
 
-    def normalise(self, images: torch.Tensor) -> torch.Tensor:
-        """Scale uint8 images to [0, 1], then shift and scale each channel."""
-        images = images.float() / 255 if images.dtype == torch.uint8 else images
-        return (images - self.mean) / self.std
-
     def train(self, mode: bool = True) -> AdaptedModel:
         """Switch the mode of the banks and of the adapters' dropout; the frozen network always runs
         in evaluation mode.
@@ -149,7 +177,7 @@ class AdaptedModel(nn.Module):
         """Sum of the parts' terms of the training loss in the last forward pass, such as the banks'
         load balance."""
         return sum(
-            (term.loss() for term in self._terms()), start=torch.zeros((), device=self.mean.device)
+            (term.loss() for term in self._terms()), start=torch.zeros((), device=self.device)
         )
 
     def reseed(self, generator: torch.Generator) -> None:
@@ -208,6 +236,7 @@ def attach(
     *,
     selected: SelectedIndex | None = None,
     seed: int = 0,
+    keeps_trunk: bool = False,
 ) -> AdaptedModel:
     """Attach a recipe to a backbone whose tensors stay shared and untouched.
 
@@ -215,31 +244,35 @@ def attach(
         selected: required if the recipe trains connections; those that its `top_k` keeps are
             used.
         seed: of every initial value.
+        keeps_trunk: compute images once up to the recipe's `from_block`, if it has one.
 
     Raises:
         BackboneError: a part of the recipe matches no module, or the head's rank exceeds the
             feature.
     """
     site = Site(backbone, recipe, selected)
-    planned, head = plan_parts(site), plan_head(backbone.width, class_count, recipe)
+    planned, head = plan_parts(site), plan_head(backbone, class_count, recipe)
     tensors = [*(tensor for tensors in planned.values() for tensor in tensors), *head]
     generator = torch.Generator().manual_seed(seed)
     values = TrainedValues({tensor: initial_values(tensor, generator) for tensor in tensors})
-    assembly = Assembly(site, backbone.fresh_model(), seed)
+    network = backbone.fresh_model()
+    classifier = make_head(backbone, network, recipe.head)
+    assembly = Assembly(site, network, seed)
     _attach_parts(assembly)
+    first = recipe.from_block if keeps_trunk else None
+    trunk = Trunk(network, backbone, first) if first else None
     modules = assembly.modules
     receivers: dict[PlannedTensor, tuple[Receiver, str]] = {}
     for part, part_tensors in planned.items():
         for tensor in part_tensors:
             address, key = part.address(tensor, modules)
             receivers[tensor] = modules[address], key
-    linear = LinearHead(backbone.width, recipe.head.rank)
-    receivers |= {tensor: (linear, tensor.name.removeprefix("head.")) for tensor in head}
+    receivers |= {tensor: (classifier, tensor.name.removeprefix("head.")) for tensor in head}
     order = [*(part.name for part in planned), "drop_path"]
     dropouts = [assembly.dropouts[name] for name in order if name in assembly.dropouts]
-    return AdaptedModel(
-        assembly.model, receivers, dropouts, values, backbone.mean, backbone.std
-    ).train(False)
+    return AdaptedModel(assembly.model, receivers, dropouts, values, backbone.takes, trunk).train(
+        False
+    )
 
 
 def _attach_parts(assembly: Assembly) -> None:

@@ -1,5 +1,5 @@
-"""Change what a block's branch adds to the residual stream, with forward hooks, so that the
-block's own code is untouched.
+"""Read a block's residual stream, and change what a branch adds to it, with forward hooks, so that
+the block's own code is untouched.
 """
 
 from __future__ import annotations
@@ -11,6 +11,24 @@ import torch
 from torch import nn
 
 from pipeline.adaptation.blocks import Branch
+
+
+class BranchStream:
+    """The residual stream of a branch, as its block reads it in the pass under way."""
+
+    def __init__(self, block: nn.Module, branch: Branch) -> None:
+        self._read: torch.Tensor | None = None
+        if branch.stream is not None:
+            reader = block.get_submodule(branch.stream) if branch.stream else block
+            reader.register_forward_pre_hook(self._keep)
+
+    def _keep(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        self._read = inputs[0]
+
+    def take(self) -> torch.Tensor | None:
+        """The stream, which is then forgotten; None where nothing reads it."""
+        read, self._read = self._read, None
+        return read
 
 
 class BranchEnd:

@@ -23,6 +23,8 @@ from pipeline.adaptation.watched import learnt_once, watch
 from pipeline.backbones import LoadedBackbone
 
 _COPIES = (torch.ops.aten.clone.default, torch.ops.aten._to_copy.default)
+_VIEWS = (torch.ops.aten._unsafe_view.default,)
+"""Views that torch does not list as such: reshaping makes one of a copy."""
 
 
 @learnt_once
@@ -85,7 +87,7 @@ class _Followed(TorchDispatchMode):
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         read = list(self._read(args, kwargs))
-        is_computation = function not in _COPIES and (
+        is_computation = function not in (*_COPIES, *_VIEWS) and (
             function._schema.is_mutable or not function.is_view
         )
         for tensor, name, third in read if is_computation else ():

@@ -14,12 +14,19 @@ Legend: C classes, D numbers of the feature, R of the subspace.
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+if TYPE_CHECKING:
+    from pipeline.adaptation.flat import FlatPart
 
 
 def subspace(rank: int, width: int) -> torch.Tensor:
@@ -35,6 +42,9 @@ def subspace(rank: int, width: int) -> torch.Tensor:
     cosines_RD[0] = math.sqrt(1 / width)
     is_negative_D = torch.from_numpy(np.random.Philox(0).random_raw(width) >= 1 << 63)
     return (cosines_RD.where(~is_negative_D, -cosines_RD) * (width / rank)).float()
+
+
+_known_subspace = functools.lru_cache(maxsize=64)(subspace)
 
 
 class LinearHead(nn.Module):
@@ -60,3 +70,28 @@ class LinearHead(nn.Module):
         if self.projection_RD is None:
             return dict(self.current)
         return {**self.current, "weight": self.current["weight"] @ self.projection_RD}
+
+
+def mixed_logits(
+    features_BD: torch.Tensor, heads: Sequence[FlatPart], owners: Sequence[int]
+) -> list[torch.Tensor]:
+    """The logits [C] of each sample by its own head, as one product with the classes of all heads
+    on the same feature; `owners` says which of `heads` is a sample's.
+    """
+    logits: list[torch.Tensor | None] = [None] * len(owners)
+    for rank in {head.structure.spec.rank for head in heads}:  # type: ignore[attr-defined]
+        numbers = [at for at, head in enumerate(heads) if head.structure.spec.rank == rank]  # type: ignore[attr-defined]
+        features = features_BD
+        if rank is not None:
+            projection_RD = _known_subspace(rank, features_BD.shape[1])
+            features = F.linear(features, projection_RD.to(features.device))
+        weights = [heads[number].value("head.weight") for number in numbers]
+        products = F.linear(features, torch.cat(weights))
+        starts = dict(zip(numbers, accumulate(map(len, weights), initial=0), strict=False))
+        for sample, owner in enumerate(owners):
+            if owner in starts:
+                head, start = heads[owner], starts[owner]
+                found = products[sample, start : start + len(head.value("head.weight"))]
+                has_bias = "head.bias" in head.structure.places
+                logits[sample] = found + head.value("head.bias") if has_bias else found
+    return [each for each in logits if each is not None]

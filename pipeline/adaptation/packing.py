@@ -3,30 +3,27 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
-from pydantic import ValidationError
 
 from pipeline.adaptation.attach import AdaptedModel, attach
 from pipeline.adaptation.recipe_plan import PlannedTensor, plan
 from pipeline.adaptation.selected.ranking import (
-    RankedIndices,
     SelectedIndex,
-    kept_at,
     kept_indices,
     rank_indices,
 )
 from pipeline.adaptation.selected.recomputed import is_recomputable, recompute
 from pipeline.adaptation.sites import weight_shapes
+from pipeline.adaptation.unpacking import decode
 from pipeline.backbones import LoadedBackbone
-from pipeline.errors import PackBackboneMismatch, PackDamaged
+from pipeline.errors import PackDamaged
 from pipeline.packs import (
+    Calibration,
     Pack,
     PackBackbone,
-    PackInput,
     PackMetadata,
     Part,
     PartBits,
@@ -34,12 +31,12 @@ from pipeline.packs import (
     TensorSpec,
     largest_size_bytes,
     ledger,
+    read_input,
     zero_part,
 )
 from pipeline.specs import Recipe, Selection, Task, Training
 
-_Section = TypeVar("_Section", Recipe, Selection)
-PROBE_IMAGES = 2
+PROBES = 2
 _COUNT_BYTES = 8
 """Largest number of bytes for a layer's connection count in a pack's description."""
 _LENGTH_BYTES = 4
@@ -61,9 +58,8 @@ def describe(
         classes=list(classes),
         kind=task.kind,
         metric=task.metric,
-        input=PackInput(
-            size_px=backbone.size_px, mean=backbone.mean, std=backbone.std, interpolation="bicubic"
-        ),
+        modality=backbone.takes.name,
+        input=read_input(backbone.takes.facts()),
         recipe=recipe.model_dump(mode="json", exclude_none=True),
         backbone=PackBackbone(
             model=task.backbone.model,
@@ -97,7 +93,7 @@ class SizePlanner:
             selected,
         )
         self._connections: dict[str, tuple[SelectedIndex, Part]] = {}
-        self._same_places: dict[int, Part] = {}
+        self._same_places: dict[tuple[int, str], Part] = {}
 
     def size_bytes(self, recipe: Recipe) -> int:
         """Size of the pack."""
@@ -141,19 +137,26 @@ class SizePlanner:
             connections if connections and group[0].part == "connections" else _zeros(group)
             for group in groups
         ]
-        probe = np.zeros((PROBE_IMAGES, len(self._classes)), np.float32)
-        return ledger(
-            Pack(describe(self._task, recipe, self._backbone, self._classes), tuple(parts), probe)
-        )
+        probe = np.zeros((PROBES, len(self._classes)), np.float32)
+        metadata = describe(self._task, recipe, self._backbone, self._classes)
+        coverage = self._task.coverage
+        calibration = None if coverage is None else Calibration(coverage)
+        return ledger(Pack(metadata, tuple(parts), probe, calibration))
 
     def _planned_connections(self, recipe: Recipe) -> tuple[SelectedIndex, Part]:
         """The selection and the part, cached, because coding positions takes longest."""
         assert recipe.connections is not None
-        key = repr((recipe.connections, recipe.quantiser))
+        where = repr((recipe.from_block or 0, recipe.decoder is None))
+        key = repr((recipe.connections, recipe.quantiser, where))
         if key not in self._connections:
             top_k, is_stored = recipe.connections.top_k, not is_recomputable(self._task.selection)
             selected = self._selected or self._assumed(top_k)
-            alone = Recipe(connections=recipe.connections, quantiser=recipe.quantiser)
+            alone = Recipe(
+                connections=recipe.connections,
+                quantiser=recipe.quantiser,
+                from_block=recipe.from_block,
+                decoder=recipe.decoder,
+            )
             group, indices = (
                 _groups(plan(self._backbone, alone, 1, selected))[0],
                 kept_indices(selected, top_k),
@@ -163,7 +166,7 @@ class SizePlanner:
             )
             part = _zeros(group, positions, recomputed=not is_stored)
             vars(part)["encoded_positions"] = self._same_places.setdefault(
-                top_k, part
+                (top_k, where), part
             ).encoded_positions  # whatever the values' bits
             self._connections[key] = selected, part
         return self._connections[key]
@@ -181,13 +184,13 @@ class SizePlanner:
 
 
 def to_pack(model: AdaptedModel, metadata: PackMetadata) -> Pack:
-    """Encode every trained tensor, and the logits of the probe images to check a reload by."""
+    """Encode every trained tensor, and the logits of the probe samples to check a reload by."""
     codes, positions = model.values.encode(), model.positions()
     recomputed = bool(metadata.selection) and is_recomputable(
         Selection.model_validate(metadata.selection)
     )
     parts = [_part(group, codes, positions, recomputed) for group in _groups(model.values.tensors)]
-    return Pack(metadata, tuple(parts), probe_logits(model, metadata.input.size_px))
+    return Pack(metadata, tuple(parts), probe_logits(model))
 
 
 def from_pack(pack: Pack, backbone: LoadedBackbone) -> AdaptedModel:
@@ -198,124 +201,25 @@ def from_pack(pack: Pack, backbone: LoadedBackbone) -> AdaptedModel:
         PackDamaged: the pack's parts are not those its recipe plans, or its probe logits are not
             reproduced.
     """
-    meta = pack.metadata
-    _check_backbone(meta, backbone)
-    recipe = _valid(Recipe, meta.recipe, "recipe")
-    stored = {(part.name, spec.name): (part, spec) for part in pack.parts for spec in part.tensors}
-    spec = _valid(Selection, meta.selection, "selection")
-    selected = _selected(pack, recipe, spec, backbone)
-    planned = plan(
-        backbone, recipe, len(meta.classes), selected if spec.level == "network" else None
-    )
-    layers = {
-        (part.name, spec.name): layer
-        for part in pack.parts
-        for spec, layer in zip(part.tensors, part.layers, strict=False)
-    }
-    frozen = _biases_left_frozen(planned, stored.keys(), backbone)
-    _compare(
-        [tensor for tensor in planned if tensor not in frozen],
-        {
-            key: (spec, part.bits, layers.get(key), part.codebook, part.by_row)
-            for key, (part, spec) in stored.items()
-        },
-    )
+    decoded = decode(pack, backbone)
     model = attach(
         backbone,
-        recipe.model_copy(update={"training": Training()}),
-        len(meta.classes),
-        selected=selected,
+        decoded.recipe.model_copy(update={"training": Training()}),
+        len(pack.metadata.classes),
+        selected=decoded.selected,
     )
-    values = {
-        (part.name, name): array for part in pack.parts for name, array in part.values().items()
-    }
-    trained = [tensor for tensor in planned if tensor not in frozen]
-    changes = {tensor: torch.from_numpy(values[tensor.part, tensor.name]) for tensor in trained}
-    model.values.load_stored(changes | {tensor: torch.zeros(tensor.shape) for tensor in frozen})
-    _check_probe(model, pack)
+    model.values.load_stored(decoded.values)
+    check_probe(probe_logits(model), pack)
     return model
 
 
-def _biases_left_frozen(
-    planned: Sequence[PlannedTensor], stored: Collection[tuple[str, str]], backbone: LoadedBackbone
-) -> set[PlannedTensor]:
-    """The biases of no layer, for a pack that has none: earlier versions trained those of
-    layers only.
-    """
-    layers = weight_shapes(backbone.model).keys()
-    others = {each for each in planned if each.part == "biases" and each.name not in layers}
-    return set() if any((each.part, each.name) in stored for each in others) else others
-
-
-def _check_backbone(meta: PackMetadata, backbone: LoadedBackbone) -> None:
-    wanted = meta.backbone
-    if wanted["fingerprint"] != backbone.fingerprint:
-        raise PackBackboneMismatch(
-            f"this pack of task {meta.task!r} needs the backbone {wanted['model']} with fingerprint"
-            f" {wanted['fingerprint'][:16]}..., given one with {backbone.fingerprint[:16]}...;"
-            f" {_first_difference(wanted['trail'], backbone)}; give the checkpoint it was"
-            " trained on"
-        )
-    if meta.input.size_px != backbone.size_px:
-        raise PackBackboneMismatch(
-            f"the pack of task {meta.task!r} takes {meta.input.size_px} px images, given a backbone"
-            f" set to {backbone.size_px}"
-        )
-
-
-def _first_difference(trail: str, backbone: LoadedBackbone) -> str:
-    """The first tensor after which the two hashes differ. One time in 256 the digits are equal by
-    chance, and the next tensor is named.
-    """
-    if len(trail) != len(backbone.trail):
-        return f"it has {len(trail) // 2} tensors, the one given {len(backbone.trail) // 2}"
-    for number, name in enumerate(sorted(backbone.state)):
-        if trail[2 * number : 2 * number + 2] != backbone.trail[2 * number : 2 * number + 2]:
-            return f"the first tensor that differs is {name}"
-    return "the last tensor differs"
-
-
-def _selected(
-    pack: Pack, recipe: Recipe, spec: Selection, backbone: LoadedBackbone
-) -> dict[str, RankedIndices] | None:
-    """The pack's connections: stored in it, or recomputed from the backbone if it says so."""
-    if recipe.connections is None:
-        return None
-    top_k = recipe.connections.top_k
-    if any(part.recomputed for part in pack.parts):
-        if not is_recomputable(spec):
-            raise PackDamaged(
-                f"the pack leaves out its positions, which criterion {spec.criterion} cannot"
-                " recompute"
-            )
-        return recompute(backbone, spec, top_k)
-    stored = {
-        spec.name: indices
-        for part in pack.parts
-        for spec, indices in zip(part.tensors, part.positions, strict=False)
-    }
-    expected = sum(kept_at(shape, top_k) for shape in weight_shapes(backbone.model).values())
-    if spec.level == "network" and expected != sum(len(indices) for indices in stored.values()):
-        raise PackDamaged(
-            f"the pack's connections are not the {expected} that its recipe's top_k of {top_k}"
-            " keeps"
-        )
-    return {
-        name: RankedIndices.unranked(torch.from_numpy(indices)) for name, indices in stored.items()
-    }
-
-
-def probe_images(size_px: int) -> np.ndarray:
-    """Fixed pseudo-random images, uint8 [P, 3, S, S]."""
-    return np.random.default_rng(0).integers(
-        0, 256, (PROBE_IMAGES, 3, size_px, size_px), dtype=np.uint8
-    )
-
-
 @torch.inference_mode()
-def probe_logits(model: AdaptedModel, size_px: int) -> np.ndarray:
-    """Logits [P, C] of the probe images: what a reloaded pack must reproduce."""
-    return model.eval()(torch.from_numpy(probe_images(size_px))).float().numpy()
+def probe_logits(model: AdaptedModel) -> np.ndarray:
+    """Logits [P, C] of the probe samples, their means over all pixels where each has its own: what
+    a reloaded pack must reproduce.
+    """
+    logits = model.eval()(torch.from_numpy(model.takes.probe(PROBES))).float()
+    return (logits if logits.ndim == 2 else logits.mean(dim=(2, 3))).numpy()
 
 
 def _groups(tensors: Sequence[PlannedTensor]) -> list[list[PlannedTensor]]:
@@ -389,47 +293,10 @@ def _part(
     )
 
 
-def _valid(section: type[_Section], content: Mapping[str, Any], name: str) -> _Section:
-    try:
-        return section.model_validate(content)
-    except ValidationError as error:
-        fault = error.errors(include_url=False)[0]
-        raise PackDamaged(
-            f"the pack's {name} is not valid: {'.'.join(str(key) for key in fault['loc'])}:"
-            f" {fault['msg']}"
-        ) from None
-
-
-def _compare(
-    planned: Sequence[PlannedTensor], stored: Mapping[tuple[str, str], tuple[object, ...]]
-) -> None:
-    wanted: dict[tuple[str, str], tuple[object, ...]] = {
-        (tensor.part, tensor.name): (
-            TensorSpec(tensor.name, tensor.shape),
-            int(tensor.bits),
-            tensor.layer,
-            tensor.codebook,
-            tensor.by_row,
-        )
-        for tensor in planned
-    }
-    if wanted == stored:
-        return
-    missing, surplus = sorted(wanted.keys() - stored.keys()), sorted(stored.keys() - wanted.keys())
-    changed = [key for key in sorted(wanted.keys() & stored.keys()) if wanted[key] != stored[key]]
-    kind, (part, name) = next(
-        (kind, keys[0])
-        for kind, keys in (("missing", missing), ("surplus", surplus), ("ill-shaped", changed))
-        if keys
-    )
-    raise PackDamaged(
-        f"the pack's parts are not those of its recipe: {kind} {part} {name!r}; it was written by"
-        " other code or changed afterwards"
-    )
-
-
-def _check_probe(model: AdaptedModel, pack: Pack) -> None:
-    now = probe_logits(model, pack.metadata.input.size_px)
+def check_probe(now: np.ndarray, pack: Pack) -> None:
+    """Compare logits [P, C] of the probe samples, as computed here, with a pack's own. Raises
+    PackDamaged.
+    """
     worst = float(np.abs(now - pack.probe_logits).max())
     if not worst <= PROBE_TOLERANCE * max(
         1.0, float(np.abs(pack.probe_logits).max())

@@ -9,19 +9,24 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from enum import IntEnum
-from functools import cached_property
-from typing import Any, ClassVar, Protocol
+from enum import Enum, IntEnum
+from functools import cached_property, partial
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
 from torch import nn
 
 from pipeline.adaptation.blocks import MlpSlot, mlp_slots
+from pipeline.adaptation.depth import blocks_of, checked_block
 from pipeline.adaptation.dropout import SeededDropout
 from pipeline.adaptation.selected.ranking import SelectedIndex
+from pipeline.adaptation.sites import TunableLayer, norms_of, tunable_layers
 from pipeline.adaptation.tensors import PlannedTensor
 from pipeline.backbones import LoadedBackbone
 from pipeline.specs import Recipe
+
+if TYPE_CHECKING:
+    from pipeline.adaptation.lanes import Lane, MixedBatch
 
 MLP_BLOCKS = "it needs blocks with a norm next to an MLP (a child named mlp)"
 """Requirement of parts that attach to a block's MLP, as it ends an error message."""
@@ -93,8 +98,39 @@ class Site:
 
     @cached_property
     def slots(self) -> list[MlpSlot]:
-        """The blocks with an MLP."""
-        return mlp_slots(self.backbone)
+        """The blocks with an MLP that the recipe may change."""
+        return [slot for slot in mlp_slots(self.backbone) if self._may_change_module(slot.block)]
+
+    @cached_property
+    def layers(self) -> dict[str, TunableLayer]:
+        """The tunable layers that the recipe may change, by name."""
+        found = tunable_layers(self.model)
+        return {name: layer for name, layer in found.items() if self._may_change_module(name)}
+
+    @cached_property
+    def norms(self) -> dict[str, nn.Module]:
+        """The norms that the recipe may change, by name."""
+        found = norms_of(self.model)
+        return {name: norm for name, norm in found.items() if self._may_change_module(name)}
+
+    def may_change(self, parameter: str) -> bool:
+        """Whether parts may change a parameter of the backbone, by name: those before the recipe's
+        `from_block` stay as they are, and those of a decoder that trains as a whole are its own.
+        Raises BackboneError if there is no such block.
+        """
+        if self.recipe.decoder is not None and parameter.startswith("decoder."):
+            return False
+        first = self._first_block
+        return not first or blocks_of(self.backbone)[parameter] >= first
+
+    @cached_property
+    def _first_block(self) -> int:
+        first = self.recipe.from_block
+        return checked_block(self.backbone, first) if first else 0
+
+    def _may_change_module(self, name: str) -> bool:
+        parameters = self.model.get_submodule(name).named_parameters()
+        return all(self.may_change(f"{name}.{own}") for own, _ in parameters)
 
 
 @dataclass(eq=False)
@@ -111,6 +147,49 @@ class Assembly:
         """A new dropout, reseeded in every step of training."""
         self.dropouts[part] = SeededDropout(share, self.seed)
         return self.dropouts[part]
+
+
+class Mixing(Enum):
+    """Which packs that have a part can pass a network together, in one batch."""
+
+    APART = "none: its packs run one after the other"
+    ALIKE = "those that have it in the same structure; no others"
+    FREELY = "any, and any packs without it"
+
+
+@dataclass(eq=False)
+class SharedNetwork:
+    """A network that samples of many packs pass together. `batch` are those of the pass under
+    way, `noted` what one part leaves there for another.
+    """
+
+    site: Site
+    model: nn.Module
+    batch: MixedBatch | None = None
+    noted: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def lanes(self, part: Part) -> list[Lane]:
+        """The samples of this pass whose packs have a part."""
+        return [] if self.batch is None else self.batch.lanes(part.name)
+
+    def after(
+        self,
+        part: Part,
+        tensor: str,
+        module: nn.Module,
+        function: Callable[[Lane, torch.Tensor, torch.Tensor], torch.Tensor],
+    ) -> None:
+        """Change a module's output, lane by lane: `function` of a lane of `part` that has `tensor`,
+        and of the lane's rows of the output and of the input, gives the rows of the new output.
+        """
+
+        def hook(_: nn.Module, inputs: tuple[torch.Tensor, ...], y: torch.Tensor) -> torch.Tensor:
+            for lane in self.lanes(part):
+                if lane.has(tensor):
+                    y = lane.change(y, partial(function, lane), inputs[0])
+            return y
+
+        module.register_forward_hook(hook)
 
 
 class Part(ABC):
@@ -150,6 +229,14 @@ class Part(ABC):
         while owner not in modules:
             owner = owner.rpartition(".")[0]
         return owner, tensor.name[len(owner) + 1 :]
+
+    def mix(self, network: SharedNetwork) -> Mixing:
+        """Change a shared network so that every sample passes with the values of its own pack; says
+        which packs can then pass together.
+
+        By default, the network is left alone, and packs with this part pass one after the other.
+        """
+        return Mixing.APART
 
     def write(self, state: dict[str, torch.Tensor], values: Mapping[str, torch.Tensor]) -> None:
         """Write into a backbone's `state` what is no module's `plain_tensors`: by default, nothing.

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pipeline.adaptation.parts  # noqa: F401 - registers the parts
+from pipeline.adaptation.map_head import fused_width
 from pipeline.adaptation.part import Part, Site, parts_of
 from pipeline.adaptation.selected.ranking import SelectedIndex
 from pipeline.adaptation.sites import tunable_layers
@@ -37,7 +38,7 @@ def plan(
             exceeds its feature.
     """
     parts = plan_parts(Site(backbone, recipe, selected))
-    head = plan_head(backbone.width, class_count, recipe)
+    head = plan_head(backbone, class_count, recipe)
     return (*(tensor for tensors in parts.values() for tensor in tensors), *head)
 
 
@@ -56,19 +57,44 @@ def plan_parts(site: Site) -> dict[Part, list[PlannedTensor]]:
     }
 
 
-def plan_head(width: int, class_count: int, recipe: Recipe) -> list[PlannedTensor]:
-    """The head's weight and, where it has one, its bias. Raises BackboneError as `plan`."""
+def plan_head(backbone: LoadedBackbone, class_count: int, recipe: Recipe) -> list[PlannedTensor]:
+    """The head's tensors: its weight and, where it has one, its bias; of one that fuses maps, also
+    those of its decoder. Raises BackboneError as `plan`.
+    """
     spec: Head = recipe.head
+    fused: list[PlannedTensor] = []
+    width = backbone.width
+    if spec.fuse is not None:
+        _check_can_fuse(backbone)
+        width = fused_width(backbone)
     if spec.rank is not None and spec.rank > width:
         raise BackboneError(
             f"recipe.head.rank: given {spec.rank}, but the backbone's feature has {width} numbers;"
             f" expected at most {width}; leave it out to use the whole feature"
         )
-    shape = (class_count, spec.rank or width)
+    if spec.fuse is not None:
+        reduced = (spec.fuse, spec.rank or width)
+        fused = [
+            PlannedTensor("head", "head.reduce", reduced, spec.bits, start="fan_in"),
+            PlannedTensor("head", "head.mix", (spec.fuse, 9), spec.bits, start="near_zero"),
+        ]
+    shape = (class_count, spec.fuse or spec.rank or width)
     weight = PlannedTensor("head", "head.weight", shape, spec.bits, start="head")
     bias_bits: Bits = 32 if spec.bits == 32 else 16
     bias = [PlannedTensor("head", "head.bias", (class_count,), bias_bits)] if spec.bias else []
-    return [_stored_as(tensor, recipe.quantiser or Quantiser()) for tensor in (weight, *bias)]
+    tensors = (*fused, weight, *bias)
+    return [_stored_as(tensor, recipe.quantiser or Quantiser()) for tensor in tensors]
+
+
+def _check_can_fuse(backbone: LoadedBackbone) -> None:
+    """Raise BackboneError where there are no maps for a head that fuses some."""
+    if backbone.gives_maps and not backbone.has_decoder:
+        return
+    what = "a mask decoder" if backbone.has_decoder else "one pooled feature"
+    raise BackboneError(
+        f"recipe.head.fuse: {backbone.spec.model} gives this task the output of {what}; a head that"
+        " fuses maps is for segmentation on a backbone without a decoder; leave fuse out"
+    )
 
 
 def _stored_as(tensor: PlannedTensor, spec: Quantiser) -> PlannedTensor:

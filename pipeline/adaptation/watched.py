@@ -1,7 +1,7 @@
 """Observe one forward pass of a backbone, to learn what no type or name reveals.
 
-An image of seeded noise passes through a copy of the network that shares its tensors, so the
-backbone itself is untouched, and hooks record each call. The findings hold for every image,
+A sample of seeded noise passes through a copy of the network that shares its tensors, so the
+backbone itself is untouched, and hooks record each call. The findings hold for every sample,
 because the networks are fixed programs.
 """
 
@@ -41,10 +41,7 @@ def watch(backbone: LoadedBackbone, place_hooks: Callable[[nn.Module], None]) ->
     """One forward pass of a copy of the network, on which `place_hooks` has put its hooks."""
     model = backbone.fresh_model()
     place_hooks(model)
-    noise = torch.randn(
-        1, 3, backbone.size_px, backbone.size_px, generator=torch.Generator().manual_seed(0)
-    )
-    model(noise.to(next(model.parameters()).device))
+    model(backbone.takes.noise(1).to(next(model.parameters()).device))
 
 
 def first_tensor(values: Any) -> torch.Tensor | None:

@@ -32,8 +32,14 @@ from torch.overrides import TorchFunctionMode
 
 from pipeline.backbones.fingerprint import fingerprint_and_trail
 from pipeline.backbones.hub import check_pretrained
+from pipeline.backbones.maps import give_maps
+from pipeline.backbones.point_transformer import PointTransformer
+from pipeline.backbones.segment_anything import SegmentAnything
 from pipeline.backbones.timm_sources import resolve_source
 from pipeline.backbones.weights_file import read_checkpoint, weights_held_back
+from pipeline.data.images import Images
+from pipeline.data.modality import Modality
+from pipeline.data.points import Points
 from pipeline.errors import BackboneError, StorageError
 from pipeline.specs import Backbone, Input
 
@@ -54,8 +60,9 @@ _NOT_ARCHITECTURE = {
 
 @dataclass(frozen=True)
 class LoadedBackbone:
-    """A frozen network that maps images [B, 3, S, S] to features [B, `width`]; `state` are its
-    tensors at its native resolution.
+    """A frozen network that maps what it `takes` to features [B, `width`] or, where it gives maps,
+    [B, `width`, h, w]; `state` are its tensors at its native resolution. One with a mask decoder
+    gives masks [B, C, h, w], and `width` is that of a class token.
 
     `spec` has the model's name in timm's registry, whatever it was loaded from.
     `trail` has two hex digits for each of them, in order of name (see `fingerprint_and_trail`).
@@ -67,9 +74,28 @@ class LoadedBackbone:
     trail: str
     spec: Backbone
     width: int
-    size_px: int
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    takes: Modality
+    gives_maps: bool = False
+
+    @property
+    def has_decoder(self) -> bool:
+        """Whether it ends in a mask decoder."""
+        return isinstance(self.model, SegmentAnything)
+
+    @property
+    def images(self) -> Images:
+        """The images that it takes. Raises BackboneError for a network that takes none."""
+        if not isinstance(self.takes, Images):
+            raise BackboneError(
+                f"{self.spec.model} takes {self.takes.name}, not images; this needs a backbone of"
+                " images"
+            )
+        return self.takes
+
+    @property
+    def size_px(self) -> int:
+        """The side of the images that it takes."""
+        return self.images.size_px
 
     def fresh_model(self) -> nn.Module:
         """A copy whose modules can be replaced, moved and converted freely; it shares tensor
@@ -85,15 +111,18 @@ class LoadedBackbone:
         return copy.deepcopy(self.model, memo=shared)
 
 
-def load_backbone(spec: Backbone, task_input: Input) -> LoadedBackbone:
+def load_backbone(spec: Backbone, task_input: Input, *, gives_maps: bool = False) -> LoadedBackbone:
     """Load `spec` for square inputs of `task_input.size_px`, by default the model's own size; one
     copy is kept for each configuration and process.
 
+    Args:
+        gives_maps: whether its features are a map rather than one pooled vector.
+
     Raises:
-        BackboneError: unknown model or arguments, missing or misfitting checkpoint, or a size the
-            model cannot take.
+        BackboneError: unknown model or arguments, missing or misfitting checkpoint, a size the
+            model cannot take, or a model without maps.
     """
-    return _load_cached(spec.model_dump_json(), task_input.model_dump_json())
+    return _load_cached(spec.model_dump_json(), task_input.model_dump_json(), gives_maps)
 
 
 def share(backbone: LoadedBackbone, path: Path) -> None:
@@ -131,7 +160,7 @@ class _Uninitialised(TorchFunctionMode):
 
 
 @functools.lru_cache(maxsize=4)
-def _load_cached(spec_json: str, input_json: str) -> LoadedBackbone:
+def _load_cached(spec_json: str, input_json: str, gives_maps: bool) -> LoadedBackbone:
     spec, task_input = (
         resolve_source(Backbone.model_validate_json(spec_json)),
         Input.model_validate_json(input_json),
@@ -139,11 +168,23 @@ def _load_cached(spec_json: str, input_json: str) -> LoadedBackbone:
     model = _build(spec)
     state = model.state_dict()
     digest, trail = fingerprint_and_trail(state)
-    config: Any = model.pretrained_cfg
-    size_px = task_input.size_px or _own_size(spec, config)
-    _set_input_size(model.eval(), spec.model, size_px)
+    decoder = model.decoder if isinstance(model, SegmentAnything) else None
+    if decoder is not None and not gives_maps:
+        raise BackboneError(
+            f"backbone.model: {spec.model} has a mask decoder, which a task of labels does not use;"
+            f" give its encoder alone, {spec.model.replace('sam_', 'samvit_', 1)}"
+        )
+    if gives_maps and decoder is None:
+        give_maps(model, spec.model)
+    if isinstance(model, PointTransformer):
+        takes, shape = _set_points(model.eval(), task_input)
+    else:
+        takes, shape = _set_images(model.eval(), spec, task_input)
     model.requires_grad_(False)
-    width: Any = model.head_hidden_size
+    width: Any = shape[1] if gives_maps else model.head_hidden_size
+    if decoder is not None:
+        width = decoder.width
+    _check_features(shape, spec.model, gives_maps)
     return LoadedBackbone(
         model=model,
         state=state,
@@ -151,10 +192,38 @@ def _load_cached(spec_json: str, input_json: str) -> LoadedBackbone:
         trail=trail,
         spec=spec,
         width=int(width),
-        size_px=size_px,
-        mean=tuple(task_input.mean or spec.mean or config["mean"]),
-        std=tuple(task_input.std or spec.std or config["std"]),
+        takes=takes,
+        gives_maps=gives_maps,
     )
+
+
+def _set_images(model: nn.Module, spec: Backbone, task_input: Input) -> tuple[Modality, torch.Size]:
+    """The images that a task gives a model; the shape of the features of one."""
+    config: Any = model.pretrained_cfg
+    size_px = task_input.size_px or _own_size(spec, config)
+    shape = _set_input_size(model, spec.model, size_px)
+    mean, std = (
+        task_input.mean or spec.mean or config["mean"],
+        task_input.std or spec.std or config["std"],
+    )
+    return Images(size_px, mean=tuple(mean), std=tuple(std)), shape
+
+
+def _set_points(model: PointTransformer, task_input: Input) -> tuple[Modality, torch.Size]:
+    """The clouds that a task gives a model; the shape of the features of one."""
+    points = task_input.points or model.num_points
+    needed = max(model.num_groups, model.group_size)
+    if points < needed:
+        raise BackboneError(
+            f"input.points: given {points}; expected at least {needed}, for groups of"
+            f" {model.group_size} points about {model.num_groups} centres"
+        )
+    takes = Points(
+        points, model.channels, scale=task_input.scale, up=task_input.up, turn=task_input.turn
+    )
+    with torch.no_grad():
+        features: torch.Tensor = model(takes.noise(1))
+    return takes, features.shape
 
 
 def _own_size(spec: Backbone, config: Mapping[str, Any]) -> int:
@@ -246,21 +315,32 @@ def _refuse_tied(model: nn.Module, name: str) -> None:
             )
 
 
-def _set_input_size(model: nn.Module, name: str, size_px: int) -> None:
+def _set_input_size(model: nn.Module, name: str, size_px: int) -> torch.Size:
+    """Set the size; the shape of the features of one image."""
     set_input_size: Any = getattr(model, "set_input_size", None)
     try:
         if set_input_size is not None:
             set_input_size(img_size=(size_px, size_px))
         # Some networks keep tensors between passes; training cannot use those of inference mode.
         with torch.no_grad():
-            features = model(torch.zeros(1, 3, size_px, size_px))
+            features: torch.Tensor = model(torch.zeros(1, 3, size_px, size_px))
     except (AssertionError, ValueError, RuntimeError) as error:
         raise BackboneError(
             f"input.size_px: given {size_px}, which {name} cannot take ({error}); choose a multiple"
             " of its patch size"
         ) from None
-    if features.ndim != 2:
+    return features.shape
+
+
+def _check_features(shape: torch.Size, name: str, gives_maps: bool) -> None:
+    if len(shape) == (4 if gives_maps else 2):
+        return
+    if gives_maps:
         raise BackboneError(
-            f"backbone.arguments: {name} gives features of shape {list(features.shape)}; expected"
-            " one pooled vector; leave global_pool at its default"
+            f"backbone.model: {name} gives features of shape {list(shape)}; expected a map; choose"
+            " another backbone for segmentation"
         )
+    raise BackboneError(
+        f"backbone.arguments: {name} gives features of shape {list(shape)}; expected one pooled"
+        " vector; leave global_pool at its default"
+    )

@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 from timm.models import _builder, clean_state_dict
 from torch import nn
 
+from pipeline.backbones.segment_anything import in_meta_layout
 from pipeline.errors import BackboneError
 
 State = dict[str, torch.Tensor]
@@ -76,7 +77,7 @@ def read_checkpoint(model: nn.Module, path: Path, checkpoint_filter: Filter | No
             misshapen after the filter.
     """
     expected = model.state_dict()
-    given = _without_classifier(clean_state_dict(_read_tensors(path)), model)
+    given = _without_classifier(in_meta_layout(clean_state_dict(_read_tensors(path))), model)
     faults = _misfits(expected, given)
     if faults and checkpoint_filter is not None:
         given = _without_classifier(_filtered(given, model, checkpoint_filter, path), model)

@@ -1,6 +1,7 @@
 """The command line: each command is a few calls into the package.
 
-Imports: adaptation, api, data, driver, errors, packs, registry, reports, specs, utils.
+Imports: adaptation, api, cluster, data, driver, errors, packs, registry, reports, server, specs,
+utils.
 """
 
 from pipeline.cli.app import main

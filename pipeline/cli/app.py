@@ -12,6 +12,7 @@ from typer.core import TyperGroup
 from pipeline.cli import batches, packs, tasks
 from pipeline.cli.compare import compare
 from pipeline.cli.console import interruption_says, print_error
+from pipeline.cli.serve import serve
 from pipeline.errors import TaskpackError
 from pipeline.utils.signals import interruptible
 
@@ -43,6 +44,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {  # in the order of --help
     "predict": packs.predict,
     "evaluate": packs.evaluate,
     "verify": packs.verify,
+    "serve": serve,
     "export": packs.export,
     "import": packs.import_,
     "plan": tasks.plan,

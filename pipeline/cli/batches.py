@@ -23,8 +23,10 @@ from pipeline.cli.options import (
     SelectionWorkers,
     Tasks,
     TasksAtOnce,
+    TimeLimit,
     Trials,
     overrides,
+    time_limit_seconds,
 )
 from pipeline.driver import jobs
 
@@ -84,6 +86,7 @@ def submit(
     ranks: Ranks = 1,
     selection_workers: SelectionWorkers = None,
     tasks_at_once: TasksAtOnce = None,
+    time_limit: TimeLimit = None,
     promote: Promote = False,
 ) -> None:
     """Run tasks on a Ray cluster, from outside it.
@@ -98,6 +101,7 @@ def submit(
         "--ranks-per-trial": ranks if ranks > 1 else None,
         "--selection-workers": selection_workers,
         "--tasks-at-once": tasks_at_once,
+        "--time-limit": time_limit_seconds(time_limit),
     }
     options = [
         text for name, value in given.items() if value is not None for text in (name, f"{value:g}")

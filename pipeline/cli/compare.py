@@ -11,7 +11,17 @@ import typer
 
 from pipeline import api
 from pipeline.cli.console import out, print_error, print_json
-from pipeline.cli.options import Address, AsJson, Cpus, Gpus, Ranks, TasksAtOnce, Workdir
+from pipeline.cli.options import (
+    Address,
+    AsJson,
+    Cpus,
+    Gpus,
+    Ranks,
+    TasksAtOnce,
+    TimeLimit,
+    Workdir,
+    time_limit_seconds,
+)
 
 if TYPE_CHECKING:
     from pipeline.reports.comparison_row import Comparison
@@ -66,6 +76,7 @@ def compare(
     gpus: Gpus = None,
     ranks: Ranks = 1,
     tasks_at_once: TasksAtOnce = None,
+    time_limit: TimeLimit = None,
     as_json: AsJson = False,
 ) -> None:
     """Compare methods under one protocol.
@@ -90,9 +101,8 @@ def compare(
             fraction=fraction,
             reference=reference,
             address=address,
-            placement=Placement(
-                per_trial=(cpus, gpus), ranks_per_trial=ranks, tasks_at_once=tasks_at_once
-            ),
+            placement=Placement((cpus, gpus), ranks, tasks_at_once=tasks_at_once),
+            time_limit_seconds=time_limit_seconds(time_limit),
             on_progress=progress.update,
         )
     notes = _notes(fraction, seeds, reference or next(iter(chosen)))

@@ -58,7 +58,11 @@ Preset = Annotated[
 ]
 Cpus = Annotated[
     float | None,
-    typer.Option("--cpus-per-trial", min=0.1, help="CPUs per rank of a trial. Default: 1."),
+    typer.Option(
+        "--cpus-per-trial",
+        min=0.1,
+        help="CPUs per rank of a trial. Default: its share of the node, or 1 without GPUs.",
+    ),
 ]
 Gpus = Annotated[
     float | None,
@@ -181,3 +185,13 @@ def time_limit_seconds(text: str | None) -> float | None:
         return None if text is None else parse_duration(text)
     except ValueError as error:
         raise SpecError(f"--time-limit: given {text!r}; {error}") from None
+
+
+def size_of(option: str, text: str) -> int:
+    """The bytes that an option gives as a text such as 32KiB. Raises SpecError."""
+    from pipeline.specs import parse_bytes
+
+    try:
+        return parse_bytes(text)
+    except ValueError as error:
+        raise SpecError(f"{option}: given {text!r}; {error}") from None

@@ -4,13 +4,25 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from pipeline import api
 from pipeline.cli.console import out, print_json
-from pipeline.cli.options import AsJson, BackboneFile, Device, MaxBytes, Reference, Workdir
+from pipeline.cli.options import (
+    AsJson,
+    BackboneFile,
+    Device,
+    MaxBytes,
+    Reference,
+    Workdir,
+    size_of,
+)
+from pipeline.errors import SpecError
+
+if TYPE_CHECKING:
+    from pipeline.driver.evaluation import Evaluation
 
 
 def list_packs(
@@ -37,7 +49,7 @@ def list_packs(
 
     found = api.find(
         task,
-        max_bytes=_size(max_bytes),
+        max_bytes=None if max_bytes is None else size_of("--max-bytes", max_bytes),
         min_metric=min_metric,
         metric=metric,
         limit=limit + 1,
@@ -55,16 +67,6 @@ def list_packs(
         typer.echo(
             f"there are more: continue with --after {packs[-1].name}/{packs[-1].version}", err=True
         )
-
-
-def _size(text: str | None) -> int | None:
-    from pipeline.errors import SpecError
-    from pipeline.specs import parse_bytes
-
-    try:
-        return None if text is None else parse_bytes(text)
-    except ValueError as error:
-        raise SpecError(f"--max-bytes: given {text!r}; {error}") from None
 
 
 def show(reference: Reference, workdir: Workdir = api.WORKDIR, as_json: AsJson = False) -> None:
@@ -110,26 +112,83 @@ def show(reference: Reference, workdir: Workdir = api.WORKDIR, as_json: AsJson =
     out.print(trials_table(trials, pack.tags.get("trial")))
 
 
+MasksFolder = Annotated[
+    Path | None,
+    typer.Option(
+        "--out",
+        help=(
+            "Folder for the masks of a segmentation pack: NAME.mask.png, NAME.overlay.png and"
+            " areas.json."
+        ),
+    ),
+]
+
+
 def predict(
     reference: Reference,
-    images: Annotated[list[Path], typer.Argument(help="Image files.")],
+    images: Annotated[list[Path] | None, typer.Argument(help="Image files.")] = None,
+    is_all: Annotated[
+        bool, typer.Option("--all", help="Give no PACK: ask every champion on the best's backbone.")
+    ] = False,
     backbone: BackboneFile = None,
+    folder: MasksFolder = None,
     device: Device = None,
     workdir: Workdir = api.WORKDIR,
     as_json: AsJson = False,
 ) -> None:
-    """What a pack says of images: their class, or their labels."""
+    """What a pack says of images: their class, their labels, or a class per pixel."""
     from pipeline.cli.tables import predictions_table
 
+    images = images or []
+    if is_all:
+        if folder is not None:
+            raise SpecError("--out: packs that answer --all predict no masks; leave it out")
+        _predict_all([Path(reference), *images], backbone, device, workdir, as_json)
+        return
+    if not images:
+        raise SpecError(f"predict: given no image; give one or more after {reference}")
     predictor = api.load(reference, backbone=backbone, device=device, workdir=workdir)
     rows = [
         {"image": str(image), **row}
         for image, row in zip(images, predictor.predict(images), strict=True)
     ]
+    if folder is not None and not predictor.kind.is_dense:
+        raise SpecError(
+            f"--out: given {folder}, but a pack of kind {predictor.kind.name} predicts no masks;"
+            " leave it out"
+        )
+    if folder is not None:
+        from pipeline.cli.predicted_masks import write_masks
+
+        write_masks(rows, predictor.metadata.classes, folder)
+    elif predictor.kind.is_dense:
+        for row in rows:
+            del row["mask"]
     if as_json:
         print_json(rows)
         return
     out.print(predictions_table(rows))
+
+
+def _predict_all(
+    images: list[Path], backbone: Path | None, device: str | None, workdir: Path, as_json: bool
+) -> None:
+    """Print what every champion on one backbone says of each image."""
+    from pipeline.cli.tables import all_predictions_table
+
+    host, refused = api.load_all(backbone=backbone, device=device, workdir=workdir)
+    for name, reason in refused.items():
+        typer.echo(f"{name}: left out: {reason}", err=True)
+    asked = [(image, name) for image in images for name in host.packs.names()]
+    answers = host.predict([(name, image) for image, name in asked])
+    rows = [
+        {"image": str(image), "task": name, **answer}
+        for (image, name), answer in zip(asked, answers, strict=True)
+    ]
+    if as_json:
+        print_json(rows)
+        return
+    out.print(all_predictions_table(rows))
 
 
 def evaluate(
@@ -139,6 +198,17 @@ def evaluate(
         typer.Option(help="Task file, if the data was not prepared in this work folder."),
     ] = None,
     backbone: BackboneFile = None,
+    full_size: Annotated[
+        bool,
+        typer.Option(
+            "--full-size",
+            help="Compare masks in their own sizes instead of the size of the input.",
+        ),
+    ] = False,
+    figure: Annotated[
+        Path | None,
+        typer.Option(help="PNG to draw: masks of the best, the median and the worst image."),
+    ] = None,
     device: Device = None,
     workdir: Workdir = api.WORKDIR,
     as_json: AsJson = False,
@@ -146,28 +216,49 @@ def evaluate(
     """Measure a pack on the test set of its task again."""
     from pipeline.driver.evaluation import evaluate_pack
 
-    score, registered = evaluate_pack(
-        reference, workdir=workdir, task_file=task, weights=backbone, device=device
+    found = evaluate_pack(
+        reference,
+        workdir=workdir,
+        task_file=task,
+        weights=backbone,
+        device=device,
+        full_size=full_size,
+        figure=figure,
     )
+    score = found.score
     content = {
         "metric": score.metric,
         "test_metric": score.value,
         "test_metric_stderr": score.standard_error,
         "samples": score.samples,
-        "registered_test_metric": registered,
+        "registered_test_metric": found.registered,
+        "by_class": found.by_class,
+        "sets": None if found.sets is None else asdict(found.sets),
     }
     if as_json:
         print_json(content)
         return
+    _print_evaluation(found, full_size)
+
+
+def _print_evaluation(found: Evaluation, full_size: bool) -> None:
+    score, registered = found.score, found.registered
     out.print(
         f"test {score.metric} {score.value!r} of {score.samples} samples, standard error"
         f" {score.standard_error:.4f}"
     )
-    if registered is not None:
+    for name, value in found.by_class.items():
+        out.print(f"  {name} {value:.4f}")
+    if (sets := found.sets) is not None:
         out.print(
-            f"registered {registered!r}:"
-            f" {'the same' if registered == score.value else 'NOT the same'}"
+            f"sets hold the right class in {100 * sets.found:.1f} ±"
+            f" {100 * sets.standard_error:.1f} % of the samples, stated {100 * sets.stated:g} %;"
+            f" {sets.mean_size:.2f} classes in a set on average"
         )
+    if registered is not None:
+        is_same = "the same" if registered == score.value else "NOT the same"
+        other_size = ", in the size of the input" if full_size else f": {is_same}"
+        out.print(f"registered {registered!r}{other_size}")
 
 
 def verify(

@@ -14,16 +14,20 @@ SILENCE_SECONDS = 3 * HEARTBEAT_SECONDS
 def state_table(state: BatchState, *, is_running: bool) -> Table:
     """One row per task: stage, and validation metric and size of the best trial so far.
 
-    The time remaining is blank until it can be estimated.
+    The time remaining is blank until it can be estimated. Where trials run on GPUs, a column says
+    how busy the last one was.
     """
-    built = table("task", "stage", "trials", "val %", "pack", "left", numbers_from=2)
+    gpus = ["GPU %"] if any(task.gpu_busy is not None for task in state.tasks) else []
+    built = table("task", "stage", "trials", "val %", "pack", *gpus, "left", numbers_from=2)
     for task in state.tasks:
+        busy = "" if task.gpu_busy is None else f"{100 * task.gpu_busy:.0f}"
         built.add_row(
             task.task,
             task.stage,
             "" if task.trials is None else f"{task.trials_done}/{task.trials}",
             "" if task.val_metric is None else f"{100 * task.val_metric:.1f}",
             "" if task.size_bytes is None else kib(task.size_bytes),
+            *([busy] if gpus else []),
             duration(task.seconds_left) if is_running else "",
         )
     return built

@@ -244,17 +244,46 @@ def trials_table(rows: Sequence[dict[str, Any]], champion: str | None) -> Table:
 
 def predictions_table(rows: Sequence[dict[str, Any]]) -> Table:
     """One row per image; of a multi-label pack the labels that it predicts, each with its
-    probability.
+    probability; of a segmentation pack the classes of its mask, each with its share of the pixels.
     """
+    if "areas" in rows[0]:
+        return _areas_table(rows)
     built = table(
         "image", *(["labels"] if "labels" in rows[0] else ["label", "probability"]), numbers_from=2
     )
+    has_sets = "set" in rows[0]
+    if has_sets:
+        built.add_column("set")
     for row in rows:
         if "labels" in row:
             shown = [f"{label} {row['probabilities'][label]:.3f}" for label in row["labels"]]
             built.add_row(row["image"], ", ".join(shown) or "-")
         else:
-            built.add_row(row["image"], row["label"], f"{row['probability']:.3f}")
+            sets = [", ".join(row["set"]) or "-"] if has_sets else []
+            built.add_row(row["image"], row["label"], f"{row['probability']:.3f}", *sets)
+    return built
+
+
+def all_predictions_table(rows: Sequence[dict[str, Any]]) -> Table:
+    """One row per image and task: the label, or every label, with its probability."""
+    built = table("image", "task", "answer", numbers_from=3)
+    has_sets = any("set" in row for row in rows)
+    if has_sets:
+        built.add_column("set")
+    for row in rows:
+        shares = row.get("probabilities") or {row.get("label"): row.get("probability")}
+        labels = row["labels"] if "labels" in row else [row["label"]]
+        said = ", ".join(f"{label} {shares[label]:.3f}" for label in labels) or "-"
+        sets = [", ".join(row.get("set", [])) or "-"] if has_sets else []
+        built.add_row(row["image"], row["task"], said, *sets)
+    return built
+
+
+def _areas_table(rows: Sequence[dict[str, Any]]) -> Table:
+    built = table("image", "areas %", *(["mask"] if "mask" in rows[0] else []), numbers_from=3)
+    for row in rows:
+        shown = [f"{name} {100 * share:.1f}" for name, share in row["areas"].items() if share]
+        built.add_row(row["image"], ", ".join(shown), *([row["mask"]] if "mask" in row else []))
     return built
 
 

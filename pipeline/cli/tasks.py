@@ -149,6 +149,7 @@ def demo(
     max_bytes: MaxBytes = None,
     trials: Trials = None,
     preset: Preset = None,
+    time_limit: TimeLimit = None,
 ) -> None:
     """Run the whole pipeline on three small embedded tasks, on this machine."""
     from pipeline.data import save_samples
@@ -156,6 +157,7 @@ def demo(
     from pipeline.specs.catalogue import catalogue_folder
     from pipeline.specs.task_files import load_tasks
 
+    seconds = time_limit_seconds(time_limit)
     tasks = load_tasks(
         [catalogue_folder() / "demo"], overrides=overrides(None, None, max_bytes, trials, preset)
     )
@@ -163,7 +165,7 @@ def demo(
         f"{len(tasks)} tasks on one frozen backbone: {', '.join(task.name for task in tasks)};"
         f" everything is kept in {workdir}/"
     )
-    _run_tasks(tasks, workdir)
+    _run_tasks(tasks, workdir, time_limit_seconds=seconds)
     first = tasks[0].name
     image = save_samples(
         Workspace(workdir.resolve()).data(first), workdir / "samples" / first, count=4
@@ -174,7 +176,7 @@ def demo(
     )  # as it was called: make runs it from an environment that is not on the path
     out.print("\nTry next:")
     for line in (
-        f"ls --max-bytes 4KiB{option}",
+        f"ls --max-bytes 6KiB{option}",
         f"show {first}@champion{option}",
         f"predict {first}@champion {image}{option}",
     ):

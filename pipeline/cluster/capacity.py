@@ -46,6 +46,16 @@ def places(cpus: float, gpus: float) -> int:
     return sum(node.places(cpus, gpus) for node in running_nodes())
 
 
+def cpus_per_trial(gpus: float) -> float:
+    """The CPUs of a trial by default: one where it computes on them; otherwise, to decode images
+    for its GPUs, those of a node over the trials that its GPUs hold, on the node with the fewest.
+    """
+    if not gpus:
+        return 1
+    shares = [node.cpus // node.places(0, gpus) for node in running_nodes() if node.places(0, gpus)]
+    return max(1, min(shares, default=1))
+
+
 def check_holds_group(workers: int, cpus: float, gpus: float) -> None:
     """Raise ClusterError if the cluster cannot hold `workers` at once, unless it autoscales: Ray
     would wait for an hour.

@@ -49,7 +49,7 @@ class TrialResources:
 
     @property
     def threads(self) -> int:
-        """The device that a process computes on."""
+        """How many threads a process computes with, and decodes images with."""
         return max(1, int(self.cpus))
 
     def device(self) -> str:

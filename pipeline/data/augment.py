@@ -61,9 +61,22 @@ def augment(
     """A random variant of each image: `images` uint8, or float in [0, 1], [B, 3, S, S] to float32
     in [0, 1], same shape; `flip` allows mirroring.
     """
+    return augment_with(images, images.new_empty(len(images)), generator, flip, kind)[0]
+
+
+def augment_with(
+    images: torch.Tensor,
+    targets: torch.Tensor,
+    generator: torch.Generator,
+    flip: bool,
+    kind: Augmentation,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`augment`, and the targets: masks, uint8 [B, S, S], are cropped and flipped with their
+    images, by nearest neighbour; other targets are returned as they are.
+    """
     pixels = images.float() / 255 if images.dtype == torch.uint8 else images.float()
     if kind == "none" or not len(pixels):
-        return pixels
+        return pixels, targets
     draw = _Numbers(generator, len(pixels), pixels.device)
     grid = functional.affine_grid(
         _crop(draw, 0.5 if kind == "light" else 0.08, flip), list(pixels.shape), align_corners=False
@@ -71,9 +84,19 @@ def augment(
     crops = functional.grid_sample(
         pixels, grid, mode="bilinear", padding_mode="border", align_corners=False
     )
+    if targets.shape == images[:, 0].shape:
+        targets = _moved_masks(targets, grid)
     if kind == "crop":
-        return crops
-    return _light_jitter(crops, draw) if kind == "light" else _colour_jitter(crops, draw)
+        return crops, targets
+    jitter = _light_jitter if kind == "light" else _colour_jitter
+    return jitter(crops, draw), targets
+
+
+def _moved_masks(masks: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
+    moved = functional.grid_sample(
+        masks[:, None].float(), grid, mode="nearest", padding_mode="border", align_corners=False
+    )
+    return moved[:, 0].to(masks.dtype)
 
 
 @dataclass(frozen=True)

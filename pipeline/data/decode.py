@@ -1,21 +1,25 @@
 """Decoding an image to a square of RGB bytes, for training and for prediction alike.
 
-The resize is plain bicubic to a square, antialiased, aspect not kept. Only the formats of
-`formats.py` are opened, of an animation its first frame. Pillow's limit on the number of pixels,
-its guard against decompression bombs, stays on.
+The resize is plain bicubic to a square, antialiased, aspect not kept. A JPEG of at least
+four times the square's width and height is decoded at 1/2, 1/4 or 1/8 of its size, which is still
+at least twice the square's. Only the formats of `formats.py` are opened, of an animation its first
+frame. Pillow's limit on the number of pixels, its guard against decompression bombs, stays on.
 """
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
+import re
 import warnings
-from pathlib import Path
+from collections.abc import Iterator
 
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from pipeline.data.formats import EXPECTED, explain, extension_of, readable_formats
+from pipeline.data.paths import read_path
 from pipeline.errors import DataError
 
 _TURNS = {
@@ -28,6 +32,8 @@ _TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 """The transposition that makes an image upright, by its EXIF orientation."""
+_NO_WARNINGS = ("ignore", None, Warning, re.compile(r"PIL\."), 0)
+"""The filter as Python keeps it: action, message, category, module, line."""
 
 
 def decode_image(
@@ -42,11 +48,36 @@ def decode_image(
     """
     name = name or (str(source) if isinstance(source, (str, os.PathLike)) else "image")
     content = _content(source, name) if isinstance(source, (str, os.PathLike)) else source
+    with _named_faults(content, name):
+        image = _open(content, 2 * size_px) if isinstance(content, bytes) else content
+        square = _to_rgb(_upright(image)).resize((size_px, size_px), Image.Resampling.BICUBIC)
+    return np.ascontiguousarray(np.asarray(square).transpose(2, 0, 1))
+
+
+def open_image(source: bytes | str | os.PathLike[str] | Image.Image, name: str = "") -> Image.Image:
+    """The image as it is, in any mode and size, but upright. Raises DataError as `decode_image`."""
+    name = name or (str(source) if isinstance(source, (str, os.PathLike)) else "image")
+    content = _content(source, name) if isinstance(source, (str, os.PathLike)) else source
+    with _named_faults(content, name):
+        return _upright(_open(content) if isinstance(content, bytes) else content)
+
+
+def rgb_image(source: bytes | str | os.PathLike[str] | Image.Image, name: str = "") -> Image.Image:
+    """The image in its own size, upright and in mode RGB as `decode_image` converts it. Raises
+    DataError as that.
+    """
+    name = name or (str(source) if isinstance(source, (str, os.PathLike)) else "image")
+    image = open_image(source, name)
+    with _named_faults(image, name):
+        return _to_rgb(image)
+
+
+@contextlib.contextmanager
+def _named_faults(content: bytes | Image.Image, name: str) -> Iterator[None]:
+    """Raise DataError that names the image for whatever goes wrong while it is decoded."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # damaged metadata and many pixels change nothing
-            image = _open(content) if isinstance(content, bytes) else content
-            square = _to_rgb(_upright(image)).resize((size_px, size_px), Image.Resampling.BICUBIC)
+        _ignore_warnings()
+        yield
     except DataError as error:
         raise DataError(f"{name}: {error}") from None
     except UnidentifiedImageError:
@@ -61,40 +92,39 @@ def decode_image(
         raise DataError(
             f"{name}: cannot be decoded ({error}); expected a whole {EXPECTED} image"
         ) from None
-    return np.ascontiguousarray(np.asarray(square).transpose(2, 0, 1))
 
 
 def _content(path: str | os.PathLike[str], name: str) -> bytes:
-    try:
-        return Path(path).read_bytes()
-    except FileNotFoundError:
-        raise DataError(f"{name}: no such image; check the path") from None
-    except IsADirectoryError:
-        raise DataError(f"{name}: is a folder; expected an image") from None
-    except OSError as error:
-        raise DataError(
-            f"{name}: cannot be read ({error.strerror}); check the path and the permissions"
-        ) from None
-    except ValueError:  # NUL, or half a surrogate pair
-        raise DataError(
-            f"{name!r}: holds what no path can; expected the path of an image"
-        ) from None
+    return read_path(path, name, "an image")
 
 
-def _open(content: bytes) -> Image.Image:
-    """Load an image. A PNG that cannot be read is tried again without its metadata, because Pillow
-    rejects a PNG with a text of over a megabyte.
+def _ignore_warnings() -> None:
+    """Ignore Pillow's warnings about damaged metadata and many pixels, which change nothing.
+
+    Filters belong to the whole process, so this one stays: putting back those from before would
+    undo what another thread has set meanwhile.
+    """
+    if warnings.filters[:1] != [_NO_WARNINGS]:
+        warnings.filterwarnings("ignore", module=_NO_WARNINGS[3].pattern)
+
+
+def _open(content: bytes, least_px: int | None = None) -> Image.Image:
+    """Load an image; a JPEG as small as still covers `least_px` in both directions, if that is
+    given. A PNG that cannot be read is tried again without its metadata, because Pillow rejects a
+    PNG with a text of over a megabyte.
     """
     try:
-        return _loaded(content)
+        return _loaded(content, least_px)
     except Exception:
         if extension_of(content) != "png":
             raise
         return _loaded(_png_without_metadata(content))
 
 
-def _loaded(content: bytes) -> Image.Image:
+def _loaded(content: bytes, least_px: int | None = None) -> Image.Image:
     image = Image.open(io.BytesIO(content), formats=readable_formats())
+    if least_px is not None:
+        image.draft(None, (least_px, least_px))
     image.load()
     return image
 

@@ -50,10 +50,10 @@ def _encode(data: DrawnData, split: SplitName, number: int, label: int) -> bytes
 
 def draw_counting(label: int, size_px: int, rng: np.random.Generator) -> np.ndarray:
     """`label + 1` blobs on a textured background, uint8 [S, S, 3]."""
-    base, y, x = rng.uniform(70, 185, 3), *_coordinates(size_px)
+    base, y, x = rng.uniform(70, 185, 3), *coordinates(size_px)
     image = (
         base
-        + _texture(y, x, rng)[..., None] * rng.uniform(8, 20)
+        + texture(y, x, rng)[..., None] * rng.uniform(8, 20)
         + rng.normal(0, 5, (size_px, size_px, 3))
     )
     cell = 1 / _GRID_CELLS
@@ -63,23 +63,23 @@ def draw_counting(label: int, size_px: int, rng: np.random.Generator) -> np.ndar
         centre_y, centre_x = (np.array(divmod(place, _GRID_CELLS)) + 0.5) * cell + rng.uniform(
             -slack, slack, 2
         )
-        coverage = _soft(radius - np.hypot(y - centre_y, x - centre_x), size_px)[..., None]
-        image = image * (1 - coverage) + _contrasting(base, rng) * coverage
-    return _to_bytes(image)
+        coverage = soft_edge(radius - np.hypot(y - centre_y, x - centre_x), size_px)[..., None]
+        image = image * (1 - coverage) + contrasting(base, rng) * coverage
+    return to_bytes(image)
 
 
 def draw_orientation(label: int, size_px: int, rng: np.random.Generator) -> np.ndarray:
     """A bar or a windowed grating along `label` * 22.5 degrees, anticlockwise from the horizontal,
     uint8 [S, S, 3].
     """
-    base, y, x = rng.uniform(70, 185, 3), *_coordinates(size_px)
+    base, y, x = rng.uniform(70, 185, 3), *coordinates(size_px)
     angle = np.pi * label / ANGLES
     centre_y, centre_x = rng.uniform(0.38, 0.62, 2)
     along = (x - centre_x) * np.cos(angle) - (y - centre_y) * np.sin(angle)
     across = (x - centre_x) * np.sin(angle) + (y - centre_y) * np.cos(angle)
     if rng.random() < 0.5:
         length, width = rng.uniform(0.5, 0.75), rng.uniform(0.08, 0.16)
-        coverage = _soft(
+        coverage = soft_edge(
             np.minimum(length / 2 - np.abs(along), width / 2 - np.abs(across)), size_px
         )
     else:
@@ -90,20 +90,20 @@ def draw_orientation(label: int, size_px: int, rng: np.random.Generator) -> np.n
         )
     image = (
         base
-        + (_contrasting(base, rng) - base) * coverage[..., None]
+        + (contrasting(base, rng) - base) * coverage[..., None]
         + rng.normal(0, rng.uniform(6, 18), (size_px, size_px, 3))
     )
-    return _to_bytes(image)
+    return to_bytes(image)
 
 
-def _coordinates(size_px: int) -> tuple[np.ndarray, np.ndarray]:
+def coordinates(size_px: int) -> tuple[np.ndarray, np.ndarray]:
     """Pixel centres in [0, 1], rows and columns, each [S, S]."""
     centres = (np.arange(size_px) + 0.5) / size_px
     y, x = np.meshgrid(centres, centres, indexing="ij")
     return y, x
 
 
-def _texture(y: np.ndarray, x: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def texture(y: np.ndarray, x: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Two crossing waves in [-1, 1], [S, S]."""
     frequencies, phases = rng.uniform(-4, 4, (2, 2)), rng.uniform(0, 2 * np.pi, 2)
     waves = [
@@ -113,15 +113,15 @@ def _texture(y: np.ndarray, x: np.ndarray, rng: np.random.Generator) -> np.ndarr
     return (waves[0] + waves[1]) / 2
 
 
-def _soft(inside: np.ndarray, size_px: int) -> np.ndarray:
+def soft_edge(inside: np.ndarray, size_px: int) -> np.ndarray:
     """Coverage in [0, 1] from the distance inside an edge, which is one pixel wide."""
     return np.clip(inside * size_px + 0.5, 0, 1)
 
 
-def _contrasting(base: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def contrasting(base: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """A colour that differs from `base` by 60-120 of 255 in each channel."""
     return np.clip(base + rng.choice([-1, 1], 3) * rng.uniform(60, 120, 3), 0, 255)
 
 
-def _to_bytes(image: np.ndarray) -> np.ndarray:
+def to_bytes(image: np.ndarray) -> np.ndarray:
     return np.clip(np.rint(image), 0, 255).astype(np.uint8)

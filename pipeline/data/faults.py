@@ -14,8 +14,9 @@ _SHOWN = 10
 class Faults:
     """The faults of images; `check` raises them."""
 
-    def __init__(self) -> None:
+    def __init__(self, noun: str = "images") -> None:
         self.messages: list[str] = []
+        self._noun = noun
 
     def add(self, message: str) -> None:
         """Add a fault."""
@@ -37,7 +38,7 @@ class Faults:
             raise DataError(self.messages[0])
         if self.messages:
             lines = [
-                f"{len(self.messages):,} images cannot be used; fix or remove them:",
+                f"{len(self.messages):,} {self._noun} cannot be used; fix or remove them:",
                 *self.messages[:_SHOWN],
             ]
             hidden = len(self.messages) - _SHOWN

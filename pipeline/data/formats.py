@@ -30,6 +30,8 @@ IMAGE_EXTENSIONS = tuple(
 FORMATS = tuple(name for name in EXTENSIONS if name != "HEIF")
 EXPECTED = f"{', '.join(FORMATS[:-1])} or {FORMATS[-1]}"
 
+CLOUD_EXTENSION = "cloud"
+"""Of a point cloud in a shard, as `points.py` stores it."""
 _CONVERT = "convert it to JPEG or PNG"
 _SIGNATURES: tuple[tuple[str, bytes, str], ...] = (
     # Pillow's name of the format, or what else it is; its first bytes; what to do.
@@ -78,7 +80,9 @@ _HEAD_BYTES = 512
 
 
 def extension_of(content: bytes) -> str | None:
-    """The file name extension of an encoded image's format; None if the format is unknown."""
+    """The extension of an encoded image, or a stored point cloud; None if the format is unknown."""
+    if content.startswith(b"\x93NUMPY"):
+        return CLOUD_EXTENSION
     name, _ = _recognise(content)
     return EXTENSIONS[name][0] if name in EXTENSIONS else None
 

@@ -12,21 +12,22 @@ import hashlib
 from collections import defaultdict
 from collections.abc import Callable
 
-from pipeline.data.decode import decode_image
 from pipeline.data.faults import Faults, printable
+from pipeline.data.images import Images
 from pipeline.data.index import SplitName
+from pipeline.data.modality import Modality
 from pipeline.data.names import shown_label
 from pipeline.kinds import Label
 
-_CHECK_SIZE_PX = 8
 _Named = tuple[Label, str]  # label, name
 
 
 class Inspection:
     """Collects faults and repetitions of images."""
 
-    def __init__(self) -> None:
-        self.faults = Faults()
+    def __init__(self, modality: type[Modality] = Images) -> None:
+        self.faults = Faults(f"{modality.noun}s")
+        self._modality = modality
         self._first: dict[SplitName, dict[bytes, _Named]] = defaultdict(dict)  # by hash
         self._shared: dict[tuple[SplitName, SplitName], list[tuple[_Named, _Named]]] = defaultdict(
             list
@@ -36,17 +37,18 @@ class Inspection:
     def look(
         self, split: SplitName, name: str, label: Label, load: Callable[[], bytes]
     ) -> bytes | None:
-        """Return the encoded image from `load`, or None if it cannot be read, which is a fault.
+        """Return what shards keep of the file from `load`, or None if it cannot be read, which is a
+        fault.
 
         Faults name it `name`.
         """
         with self.faults.gathered():
-            image = load()
-            decode_image(image, _CHECK_SIZE_PX, name)
+            content = load()
+            stored = self._modality.stored(content, name)
             self._note_repetition(
-                split, hashlib.blake2b(image, digest_size=16).digest(), (label, name)
+                split, hashlib.blake2b(content, digest_size=16).digest(), (label, name)
             )
-            return image
+            return stored
         return None
 
     def check(self) -> None:

@@ -27,7 +27,9 @@ _SEPARATORS = (",", ";", "\t", "|")
 _HEADER_MAX = 100_000  # below what the csv module takes for a field
 
 
-class _Row(NamedTuple):
+class Row(NamedTuple):
+    """A path, located, and what the column of labels says of it; `where` names file and line."""
+
     where: str
     path: str
     labels: list[str]
@@ -52,7 +54,7 @@ def csv_source(data: CsvData, kind: TaskKind = SINGLE) -> Source:
         "test": data.test,
     }
     rows = {
-        split: _rows(manifest, data, kind)
+        split: manifest_rows(manifest, data, kind)
         for split, manifest in manifests.items()
         if manifest is not None
     }
@@ -74,7 +76,8 @@ def csv_source(data: CsvData, kind: TaskKind = SINGLE) -> Source:
     return Source(list(number), listed_samples(listed))
 
 
-def _rows(manifest: str, data: CsvData, kind: TaskKind) -> list[_Row]:
+def manifest_rows(manifest: str, data: CsvData, kind: TaskKind = SINGLE) -> list[Row]:
+    """The path and the labels of each row. Raises DataError that names file and line."""
     columns = data.path_column, data.label_column
     text = read_text(manifest, f"a CSV file with the columns {' and '.join(columns)}")
     records = _records(text, _separator(text, manifest, columns), manifest)
@@ -156,7 +159,7 @@ def _row(
     columns: tuple[str, str],
     root: str,
     label_separator: str | None,
-) -> _Row:
+) -> Row:
     where, fields = record
     if any(fields[len(header) :]):
         raise DataError(
@@ -175,7 +178,7 @@ def _row(
             f"{where}: {columns[0]} {quoted(path)}, {columns[1]} {quoted(label)}: a field continues"
             " in the next line; is a quote left open?"
         )
-    return _Row(where, located(path, root), _separated(label, label_separator, where))
+    return Row(where, located(path, root), _separated(label, label_separator, where))
 
 
 def _separated(field: str, separator: str | None, where: str) -> list[str]:

@@ -17,8 +17,12 @@ from uuid import uuid4
 
 import numpy as np
 
+from pipeline.data.coco import coco_source
 from pipeline.data.drawn import drawn_source
+from pipeline.data.drawn_shapes import shapes_source
+from pipeline.data.drawn_solids import solids_source
 from pipeline.data.held_out import hold_out_test
+from pipeline.data.images import Images
 from pipeline.data.index import (
     INDEX_NAME,
     DataIndex,
@@ -30,27 +34,34 @@ from pipeline.data.index import (
 from pipeline.data.inspection import Inspection
 from pipeline.data.listed import json_source, lists_source
 from pipeline.data.manifests import csv_source
+from pipeline.data.masked import masks_source
+from pipeline.data.masks import kept_classes
+from pipeline.data.modalities import MODALITIES
+from pipeline.data.modality import Modality
 from pipeline.data.names import class_names
 from pipeline.data.quoting import listing, shortened
 from pipeline.data.remote import shard_store
-from pipeline.data.shards import Sample, samples_in, write_shards
+from pipeline.data.shards import MaskedSample, Sample, samples_in, write_shards
 from pipeline.data.sources import Source, SourceSample, digits_source, folder_source
-from pipeline.data.splits import split_samples
+from pipeline.data.splits import splits_of
 from pipeline.data.urls import expand, fetch, is_url, resolve, sha256_hex, stamp
 from pipeline.errors import DataError, StorageError
 from pipeline.kinds import Label, TaskKind, classes_in, kind_named
 from pipeline.specs import (
+    CocoData,
     CsvData,
     DigitsData,
     DrawnData,
     FolderData,
     JsonData,
     ListsData,
+    MasksData,
     ShardsData,
     Task,
 )
 
 _VERSION = 1  # part of every source digest: raise it when the same source would give other shards
+_POINTS_VERSION = 1  # the same for how point clouds are stored
 _MAX_INFERRED_CLASSES = 65536
 
 
@@ -63,7 +74,7 @@ def prepare(task: Task, folder: Path) -> DataIndex:
         StorageError: The folder cannot be written, or holds something else.
     """
     folder = Path(os.path.abspath(folder))
-    data, kind = task.data, kind_named(task.kind)
+    data, kind, modality = task.data, kind_named(task.kind), MODALITIES[task.modality]
     if (
         isinstance(data, ListsData | JsonData)
         and not is_url(data.root)
@@ -78,7 +89,9 @@ def prepare(task: Task, folder: Path) -> DataIndex:
         index = (
             _index_in_place(data, kind, folder)
             if isinstance(data, ShardsData)
-            else _write(_source(data, kind), _described(data, kind), folder)
+            else _write(
+                _source(data, kind, modality), _described(data, kind, modality), modality, folder
+            )
         )
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
@@ -94,27 +107,35 @@ def prepare(task: Task, folder: Path) -> DataIndex:
     return index
 
 
-_WrittenData = FolderData | CsvData | ListsData | JsonData | DigitsData | DrawnData
+_WrittenData = (
+    FolderData | CsvData | ListsData | JsonData | MasksData | CocoData | DigitsData | DrawnData
+)
 
 
-def _described(data: _WrittenData, kind: TaskKind) -> str:
-    return f"{kind.name} {data.model_dump_json()}"
+def _described(data: _WrittenData, kind: TaskKind, modality: type[Modality]) -> str:
+    form = "" if modality is Images else f"{modality.name} {_POINTS_VERSION} "
+    return f"{form}{kind.name} {data.model_dump_json()}"
 
 
-def _source(data: _WrittenData, kind: TaskKind) -> Source:
+def _source(data: _WrittenData, kind: TaskKind, modality: type[Modality]) -> Source:
     match data:
         case DigitsData():
             return digits_source(data).labelled_as(kind)
         case DrawnData():
-            return drawn_source(data).labelled_as(kind)
+            draw = {"shapes": shapes_source, "solids": solids_source}.get(data.kind, drawn_source)
+            return draw(data).labelled_as(kind)
         case FolderData():
-            source = folder_source(data).labelled_as(kind)
+            source = folder_source(data, modality).labelled_as(kind)
         case CsvData():
             source = csv_source(data, kind)
         case ListsData():
             source = lists_source(data, kind)
         case JsonData():
             source = json_source(data, kind)
+        case MasksData():
+            source = masks_source(data)
+        case CocoData():
+            source = coco_source(data)
     return source if data.test_fraction is None else hold_out_test(source, data.test_fraction)
 
 
@@ -239,7 +260,7 @@ def _check_shards_differ(entries: dict[SplitName, list[ShardEntry]]) -> None:
 # --- everything else: written as shards -----------------------------------------------------------
 
 
-def _write(source: Source, description: str, folder: Path) -> DataIndex:
+def _write(source: Source, description: str, modality: type[Modality], folder: Path) -> DataIndex:
     source_digest = source.digest(f"{_VERSION} {description}")
     if (index := _current(folder, source_digest)) is not None:
         return index
@@ -247,7 +268,7 @@ def _write(source: Source, description: str, folder: Path) -> DataIndex:
     building = _sibling(folder)
     building.mkdir(parents=True)
     try:
-        inspection = Inspection()
+        inspection = Inspection(modality)
         splits = {
             split: write_shards(building, split, _shuffled(split, samples, inspection))
             for split, samples in source.splits.items()
@@ -270,7 +291,7 @@ def _sibling(folder: Path) -> Path:
 
 def _shuffled(
     split: SplitName, samples: list[SourceSample], inspection: Inspection
-) -> Iterator[Sample]:
+) -> Iterator[Sample | MaskedSample]:
     """Shuffle the samples deterministically, so that a shard does not hold a single class.
 
     After a fault, the rest is only inspected.
@@ -278,8 +299,21 @@ def _shuffled(
     for number, row in enumerate(np.random.default_rng(0).permutation(len(samples))):
         sample = samples[row]
         image = inspection.look(split, sample.name, sample.label, sample.load)
-        if image is not None and not inspection.faults.messages:
-            yield f"{number:06d}", image, sample.label
+        if image is None:
+            continue
+        with inspection.faults.gathered():
+            key = f"{number:06d}"
+            written = (
+                (key, image, sample.label)
+                if sample.mask is None
+                else _masked(key, image, sample.mask(image))
+            )
+            if not inspection.faults.messages:
+                yield written
+
+
+def _masked(key: str, image: bytes, mask: bytes) -> MaskedSample:
+    return key, image, tuple(kept_classes(mask, key)), mask
 
 
 def _check_replaceable(folder: Path) -> None:
@@ -344,7 +378,7 @@ def check(index: DataIndex, task: Task) -> None:
                 f"{task.name}: {split} has classes without a training sample: {names}; every class"
                 " needs training samples"
             )
-    train_samples = len(split_samples(index, task.val_fraction, task.seed)["train"])
+    train_samples = len(splits_of(task, index)[0]["train"])
     for key, batch_size in (
         ("recipe.training.batch_size", task.recipe.training.batch_size),
         ("selection.batch_size", task.selection.batch_size),

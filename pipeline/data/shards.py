@@ -1,5 +1,5 @@
-"""Shards: WebDataset tars of `key.jpg` (or another extension of `formats.py`) and `key.cls`,
-written byte for byte the same, read without losing a sample or running code.
+"""Shards: WebDataset tars of `key.jpg` (or another extension of `formats.py`) and `key.cls`, or
+`key.mask.png`, written byte for byte the same, read without losing a sample or running code.
 
 Python's tar reader stops silently at a damaged header, and at a file that was cut between two
 members; both would lose samples. So a shard is read as a whole, and is valid only if its members
@@ -17,15 +17,17 @@ import re
 import tarfile
 from collections.abc import Container, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any, TypeVar
 
 os.environ["WDS_SECURE"] = "1"  # read by webdataset when it is imported
 
 from webdataset.tariterators import group_by_keys
 from webdataset.writer import TarWriter
 
-from pipeline.data.formats import IMAGE_EXTENSIONS, explain, extension_of, kind_of
+from pipeline.data.formats import CLOUD_EXTENSION, IMAGE_EXTENSIONS, explain, extension_of, kind_of
 from pipeline.data.index import ShardEntry
-from pipeline.data.labels import SINGLE, MemberLabels
+from pipeline.data.labels import SINGLE, MemberLabels, kind_label
+from pipeline.data.masks import check_kept, kept_classes
 from pipeline.data.quoting import listing, shortened
 from pipeline.data.unpack import unpacked
 from pipeline.data.urls import fetch, sha256_hex
@@ -34,11 +36,14 @@ from pipeline.kinds import Label, TaskKind
 
 REFUSED_EXTENSIONS = ("pkl", "pickle", "pyd", "npy", "npz", "pt", "pth", "joblib", "dill")
 LABEL_EXTENSION = "cls"
+MASK_EXTENSION = "mask.png"
 SAMPLES_PER_SHARD = 1000
 SHARD_SIZE_BYTES = 64 * 1024**2
 _BLOCK_BYTES = tarfile.BLOCKSIZE
 
+Member = TypeVar("Member", bytes, slice)
 Sample = tuple[str, bytes, Label]  # key, encoded image, label
+MaskedSample = tuple[str, bytes, Label, bytes]  # and the mask, as a PNG of class numbers
 
 
 # --- reading --------------------------------------------------------------------------------------
@@ -61,12 +66,16 @@ def samples_in(
     """The samples of a shard whose bytes are `content`; `url` is used in errors.
 
     names: of the classes, where they are declared. label_field: the field of `key.json` that holds
-    the label; by default the label is `key.cls`, or without one the field `label`. Raises
-    DataError.
+    the label; by default the label is `key.cls`, or without one the field `label`. Of a dense
+    kind, it is the classes in the mask. Raises DataError.
     """
     labels = MemberLabels(names, kind)
     for key, members, image_extension in _samples(content, url):
         sample = f"{url}: {shortened(key)}"
+        if kind.is_dense:
+            image = members[image_extension]
+            yield key, image, _label_of_mask(image, _mask(members, sample), names, kind, sample)
+            continue
         label_extension = (
             LABEL_EXTENSION if LABEL_EXTENSION in members and label_field is None else "json"
         )
@@ -92,10 +101,45 @@ def images_in(content: bytes, url: str) -> Iterator[tuple[str, bytes]]:
         yield key, members[image_extension]
 
 
+def sample_spans(content: bytes, url: str, has_masks: bool) -> Iterator[tuple[str, list[slice]]]:
+    """Key of each sample, in the same order, and where its image begins and ends, and its mask
+    where samples have one. Raises DataError.
+    """
+    for key, members, image_extension in _spans(content, url):
+        spans = [members[image_extension]]
+        if has_masks:
+            spans.append(_mask(members, f"{url}: {shortened(key)}"))
+        yield key, spans
+
+
+def _mask(members: dict[str, Member], sample: str) -> Member:
+    if MASK_EXTENSION not in members:
+        raise DataError(
+            f"{sample}: no mask; expected a member with the same key and the extension"
+            f" {MASK_EXTENSION}"
+        )
+    return members[MASK_EXTENSION]
+
+
+def _label_of_mask(
+    image: bytes, mask: bytes, names: Sequence[str] | None, kind: TaskKind, sample: str
+) -> Label:
+    where = f"{sample}.{MASK_EXTENSION}"
+    check_kept(mask, image, len(names) if names is not None else None, where)
+    return kind_label(kept_classes(mask, where), kind, where)
+
+
 def _samples(content: bytes, url: str) -> Iterator[tuple[str, dict[str, bytes], str]]:
     """Each sample's key, members by extension, and which of them is its image."""
+    tar = unpacked(content, url)
+    for key, spans, image_extension in _spans(tar, url):
+        yield key, {name: tar[span] for name, span in spans.items()}, image_extension
+
+
+def _spans(tar: bytes, url: str) -> Iterator[tuple[str, dict[str, slice], str]]:
+    """As `_samples`, with the places of the members in the tar."""
     keys: set[str] = set()
-    for members in _groups(unpacked(content, url), url):
+    for members in _groups(tar, url):
         key = str(members["__key__"])
         image_extension = _image_extension(members, f"{url}: {shortened(key)}")
         if image_extension is None:
@@ -106,7 +150,8 @@ def _samples(content: bytes, url: str) -> Iterator[tuple[str, dict[str, bytes], 
                 " keep its members next to each other"
             )
         keys.add(key)
-        yield key, members, image_extension
+        spans = {name: each for name, each in members.items() if isinstance(each, slice)}
+        yield key, spans, image_extension
     if not keys:
         raise DataError(
             f"{url}: the shard holds no samples; expected members such as 000000.jpg and"
@@ -114,12 +159,12 @@ def _samples(content: bytes, url: str) -> Iterator[tuple[str, dict[str, bytes], 
         )
 
 
-def _groups(content: bytes, url: str) -> Iterator[dict[str, bytes]]:
-    """The members of each key, by extension in lower case, and WebDataset's own entries such as
-    `__key__`.
+def _groups(content: bytes, url: str) -> Iterator[dict[str, Any]]:
+    """The places of each key's members, by extension in lower case, and WebDataset's own entries
+    such as `__key__`.
     """
     members = (
-        {"fname": name, "data": content[start:end], "__url__": url}
+        {"fname": name, "data": slice(start, end), "__url__": url}
         for name, start, end in _members(content, url)
     )
     try:
@@ -211,13 +256,13 @@ def _check_member(member: tarfile.TarInfo, names: Container[str], url: str) -> N
         raise DataError(f"{where}: this member occurs twice; give each sample its own key")
 
 
-def _image_extension(members: dict[str, bytes], sample: str) -> str | None:
+def _image_extension(members: dict[str, Any], sample: str) -> str | None:
     """The member that is the sample's image; None if the group has neither an image nor a label (a
     README). Raises DataError.
     """
     extensions = [name for name in members if not name.startswith("__")]
-    images = [name for name in extensions if name in IMAGE_EXTENSIONS]
-    if len(images) == 1 and (LABEL_EXTENSION in members or "json" in members):
+    images = [name for name in extensions if name in (*IMAGE_EXTENSIONS, CLOUD_EXTENSION)]
+    if len(images) == 1 and not {LABEL_EXTENSION, "json", MASK_EXTENSION}.isdisjoint(members):
         return images[0]
     if not any(
         name.rpartition(".")[2] in (*IMAGE_EXTENSIONS, LABEL_EXTENSION) for name in extensions
@@ -257,7 +302,10 @@ def _check_alone(members: dict[str, bytes], image_extension: str, label: str, sa
 
 
 def write_shards(
-    folder: Path, split: str, samples: Iterable[Sample], samples_per_shard: int = SAMPLES_PER_SHARD
+    folder: Path,
+    split: str,
+    samples: Iterable[Sample | MaskedSample],
+    samples_per_shard: int = SAMPLES_PER_SHARD,
 ) -> list[ShardEntry]:
     """Write `samples` to `folder` as `split-000000.tar` and so on, each of at most
     `samples_per_shard` samples and about SHARD_SIZE_BYTES.
@@ -270,7 +318,7 @@ def write_shards(
         content = _tar(batch)
         path = f"{split}-{len(entries):06d}.tar"
         (folder / path).write_bytes(content)
-        labels = [label for _, _, label in batch]
+        labels = [sample[2] for sample in batch]
         entries.append(
             ShardEntry(
                 path=path,
@@ -283,12 +331,14 @@ def write_shards(
     return entries
 
 
-def _batches(samples: Iterable[Sample], samples_per_shard: int) -> Iterator[list[Sample]]:
-    batch: list[Sample] = []
+def _batches(
+    samples: Iterable[Sample | MaskedSample], samples_per_shard: int
+) -> Iterator[list[Sample | MaskedSample]]:
+    batch: list[Sample | MaskedSample] = []
     size_bytes = 0
     for sample in samples:
         batch.append(sample)
-        size_bytes += len(sample[1])
+        size_bytes += len(sample[1]) + (len(sample[3]) if len(sample) == 4 else 0)
         if len(batch) == samples_per_shard or size_bytes >= SHARD_SIZE_BYTES:
             yield batch
             batch, size_bytes = [], 0
@@ -296,19 +346,19 @@ def _batches(samples: Iterable[Sample], samples_per_shard: int) -> Iterator[list
         yield batch
 
 
-def _tar(samples: list[Sample]) -> bytes:
+def _tar(samples: list[Sample | MaskedSample]) -> bytes:
     stream = io.BytesIO()
     with TarWriter(
         stream, user="", group="", mode=0o444, mtime=0, encoder=False, compress=False
     ) as writer:
-        for key, image, label in samples:
-            writer.write(
-                {
-                    "__key__": key,
-                    _extension_of(image, key): image,
-                    LABEL_EXTENSION: json.dumps(label).encode(),
-                }
+        for sample in samples:
+            key, image = sample[:2]
+            annotation = (
+                {MASK_EXTENSION: sample[3]}
+                if len(sample) == 4
+                else {LABEL_EXTENSION: json.dumps(sample[2]).encode()}
             )
+            writer.write({"__key__": key, _extension_of(image, key): image, **annotation})
     return stream.getvalue()
 
 

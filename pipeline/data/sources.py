@@ -20,8 +20,10 @@ import numpy as np
 from PIL import Image
 
 from pipeline.data.faults import Faults
-from pipeline.data.folders import labelled_images
+from pipeline.data.folders import labelled_files
+from pipeline.data.images import Images
 from pipeline.data.index import SplitName
+from pipeline.data.modality import Modality
 from pipeline.data.names import check_names, numbered
 from pipeline.data.quoting import listing
 from pipeline.data.splits import choose_by_class, class_quotas
@@ -34,12 +36,16 @@ from pipeline.specs import DigitsData, FolderData
 class SourceSample:
     """One labelled image that is not read yet: `load` returns its encoded bytes, `name` is its name
     in error messages.
+
+    `mask` returns the image's mask as a PNG of class numbers, from the image's bytes; None where
+    the label is all there is. With a mask, the label is the mask's classes, known when it is read.
     """
 
     name: str
     stamp: str
     label: Label
     load: Callable[[], bytes]
+    mask: Callable[[bytes], bytes] | None = None
 
 
 @dataclass(frozen=True)
@@ -111,7 +117,7 @@ def _number_classes(labelled: dict[SplitName, list[tuple[Path, str]]], what: str
     """Samples with their classes as numbers. Raises DataError like `number_names`, or if an image
     is listed twice.
     """
-    _check_used_once(labelled)
+    check_used_once(labelled)
     number = number_names(
         {split: [name for _, name in samples] for split, samples in labelled.items()}, what
     )
@@ -124,9 +130,10 @@ def _number_classes(labelled: dict[SplitName, list[tuple[Path, str]]], what: str
     )
 
 
-def _check_used_once(labelled: dict[SplitName, list[tuple[Path, str]]]) -> None:
+def check_used_once(used: Mapping[SplitName, Sequence[tuple[Path, object]]]) -> None:
+    """Raise DataError if an image is given twice."""
     first_use: dict[Path, str] = {}
-    for split, samples in labelled.items():
+    for split, samples in used.items():
         for path, _ in samples:
             if path in first_use:
                 raise DataError(
@@ -139,14 +146,14 @@ def _check_used_once(labelled: dict[SplitName, list[tuple[Path, str]]]) -> None:
 # --- image folders --------------------------------------------------------------------------------
 
 
-def folder_source(data: FolderData) -> Source:
+def folder_source(data: FolderData, modality: type[Modality] = Images) -> Source:
     """One folder per class in the folder of each split; classes are the names of train's folders,
     sorted. Raises DataError.
     """
-    faults = Faults()
+    faults = Faults(f"{modality.noun}s")
     folders: dict[SplitName, str | None] = {"train": data.train, "val": data.val, "test": data.test}
     labelled = {
-        split: labelled_images(Path(folder), faults)
+        split: labelled_files(Path(folder), faults, modality)
         for split, folder in folders.items()
         if folder is not None
     }

@@ -1,11 +1,11 @@
 """The splits train, validation and test: from the index, or with a stratified validation set held
-out of train.
+out of train, once or in folds.
 
 Of a class with n samples, about `val_fraction * n` go to validation: quotas by largest remainder,
 at least one sample of each class on both sides, chosen by a seed. If samples may have several
 classes, iterative stratification (Sechidis et al. 2011) comes close to that: the rarest class is
 dealt first, each sample to the side that lacks its class more. `trainval` is everything except
-test, for the final fit.
+test, for the final fit. In folds, every sample of train is in the validation set of one of them.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from pipeline.data.index import DataIndex, ShardEntry, SplitName
 from pipeline.data.quoting import listing
 from pipeline.errors import DataError
 from pipeline.kinds import Label
+from pipeline.specs import Task
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,6 +58,58 @@ def split_samples(index: DataIndex, val_fraction: float, seed: int) -> dict[str,
         "trainval": _subset("trainval", train),
         "test": test,
     }
+
+
+def splits_of(task: Task, index: DataIndex) -> list[dict[str, Split]]:
+    """The splits of each fold of a task, as from `split_samples`; one without `folds`. Raises
+    DataError if train cannot be divided.
+    """
+    if task.folds == 1:
+        return [split_samples(index, task.val_fraction, task.seed)]
+    if index.splits.get("val"):
+        raise DataError(
+            f"{task.name}: folds: given {task.folds}, but the data has its own validation split;"
+            " leave out one or the other"
+        )
+    train, test = _whole("train", index, "train"), _whole("test", index, "test")
+    fold_N = _dealt_folds(train.labels, task.folds, task.seed, index.classes)
+    return [
+        {
+            "train": _subset("train", train, fold_N != fold),
+            "val": _subset("val", train, fold_N == fold),
+            "trainval": _subset("trainval", train),
+            "test": test,
+        }
+        for fold in range(task.folds)
+    ]
+
+
+def _dealt_folds(labels: np.ndarray, folds: int, seed: int, classes: list[str]) -> np.ndarray:
+    """The fold of each sample, int [N]: folds of equal size, and of equal numbers of each class, to
+    within one.
+
+    Samples that may have several classes are held out fold by fold, which comes close to that.
+    """
+    rng, fold_N = np.random.default_rng([seed, 1]), np.zeros(len(labels), np.int64)
+    if labels.dtype == object:
+        left = np.arange(len(labels))
+        for fold in range(folds - 1):
+            order = rng.permutation(len(left))
+            held_out = held_out_by_labels(labels[left], 1 / (folds - fold), order, len(classes))
+            left = left[~held_out]
+            fold_N[left] = fold + 1
+        return fold_N
+    counts = np.bincount(labels, minlength=len(classes))
+    smallest = min(np.flatnonzero(counts), key=lambda number: counts[number])
+    if counts[smallest] < folds:
+        raise DataError(
+            f"folds: given {folds}, but {classes[smallest]!r} has {counts[smallest]} training"
+            f" samples: give at most {counts[smallest]}, so that each fold has one, or add samples"
+        )
+    shuffled = rng.permutation(len(labels))
+    by_class = shuffled[np.argsort(labels[shuffled], kind="stable")]
+    fold_N[by_class] = np.arange(len(labels)) % folds
+    return fold_N
 
 
 def _whole(name: str, index: DataIndex, *parts: SplitName) -> Split:

@@ -23,6 +23,7 @@ from pipeline.cluster.capacity import places
 from pipeline.cluster.rank_group import TrialResources
 from pipeline.cluster.session import session_logs
 from pipeline.cluster.task_pool import Interrupted, TaskPool
+from pipeline.driver.calibrated import with_calibration
 from pipeline.driver.monitor.batch_watch import BatchWatch, batch_name
 from pipeline.driver.monitor.state import state_file_name
 from pipeline.driver.registrar import PATIENCE_SECONDS, Registrar
@@ -39,13 +40,17 @@ from pipeline.driver.stages import (
 from pipeline.driver.workspace import StudyFolder, Workspace
 from pipeline.errors import TaskpackError
 from pipeline.registry.pack_record import (
+    COVERAGE_TAG,
     DATA_TAG,
+    FINGERPRINT_TAG,
     KIND_TAG,
     METRIC_TAG,
+    MODALITY_TAG,
     VALIDATION_TAG,
     Champion,
     RegisteredPack,
     UsedData,
+    metrics_by_class,
 )
 from pipeline.registry.store import open_registry
 from pipeline.reports.front_figure import draw_front
@@ -58,6 +63,7 @@ from pipeline.search.trial_record import TrialRecord, failure_warnings
 from pipeline.selection import read_selection
 from pipeline.specs import Task
 from pipeline.training import Inputs, open_inputs
+from pipeline.training.calibrate import check_samples
 from pipeline.training.fit import PACK_FILE, FitResult, read_fit
 from pipeline.training.rehearsal import rehearse
 from pipeline.utils.files import await_file
@@ -214,6 +220,8 @@ class _Driver(Stages):
         backbone.
         """
         task = inputs.task
+        if task.coverage is not None:
+            check_samples(task.coverage, inputs.validation_samples)
         check_budget(task, SizePlanner(task, inputs.backbone, inputs.index.classes).size_bytes)
         for recipe in task.search.fullest(task.recipe):
             rehearse(inputs, recipe)
@@ -256,7 +264,7 @@ class _Driver(Stages):
         top_k = task.search.max_top_k(task.recipe)
         folder = self.workspace.study(inputs, top_k)
         selection = self.select(inputs, data_folder, top_k) if top_k else None
-        search_time = SearchTime(self.limit, task.name, _fit_ratio(inputs))
+        search_time = SearchTime(self.limit, task.name, inputs.fit_ratio)
         trials = self._search(inputs, data_folder, selection, folder, search_time)
         with self.here:
             not_worse = choose_champion(trials, task, folder.journal.outcomes)
@@ -274,9 +282,13 @@ class _Driver(Stages):
         if read_fit(folder.fit(champion.id)) is None:
             search_time.check_fit(trials)
         fitted = self._fit(inputs, data_folder, champion, selection, folder)
+        pack_path = folder.fit(champion.id) / PACK_FILE
+        if task.coverage is not None:
+            outcomes = folder.journal.outcomes(champion.id)
+            pack_path, fitted = with_calibration(pack_path.parent, fitted, outcomes, task.coverage)
         self.enter(task, "register")
         finished = replace(
-            _describe(inputs, champion, trials, fitted, folder, self.started[task.name]),
+            _describe(inputs, champion, trials, fitted, pack_path, folder, self.started[task.name]),
             promote=self.promote,
         )
         registered = self.registrar.register(
@@ -313,7 +325,7 @@ class _Driver(Stages):
         def report(study: Study) -> None:
             self.watch.study(
                 study,
-                samples=len(inputs.splits["train"]),
+                samples=inputs.trained_samples,
                 fit_samples=len(inputs.splits["trainval"]),
             )
             self.on_progress(
@@ -369,16 +381,12 @@ class _Driver(Stages):
         return result
 
 
-def _fit_ratio(inputs: Inputs) -> float:
-    """Duration of a fit relative to a trial's: a fit trains on more samples."""
-    return len(inputs.splits["trainval"]) / len(inputs.splits["train"])
-
-
 def _describe(
     inputs: Inputs,
     champion: TrialRecord,
     trials: Sequence[TrialRecord],
     fitted: FitResult,
+    pack_path: Path,
     folder: StudyFolder,
     started: float,
 ) -> Champion:
@@ -390,7 +398,7 @@ def _describe(
     assert champion.val_metric is not None
     return Champion(
         task=task.name,
-        pack_path=folder.fit(champion.id) / PACK_FILE,
+        pack_path=pack_path,
         pack_digest=fitted.pack_digest,
         size_bytes=fitted.size_bytes,
         ledger=fitted.ledger,
@@ -401,21 +409,12 @@ def _describe(
             "trained_values": fitted.trained_values,
             "search_seconds": sum(trial.seconds for trial in trials),
             "fit_seconds": fitted.train_seconds,
+            **metrics_by_class(task.metric, fitted.test_by_class),
         },
         params=flatten(
             task.search.recipe(task.recipe, champion.point).model_dump(exclude_none=True)
         ),
-        tags={
-            KIND_TAG: task.kind,
-            METRIC_TAG: task.metric,
-            "backbone": task.backbone.model,
-            "backbone_fingerprint": inputs.backbone.fingerprint,
-            DATA_TAG: inputs.index.digest,
-            VALIDATION_TAG: _validation(inputs),
-            "description": task.description,
-            "trial": champion.id,
-            "device": fitted.device,
-        },
+        tags={**_tags(inputs), "trial": champion.id, "device": fitted.device},
         front=[trial.row() for trial in trials],
         on_front=tuple(row["id"] for row in pareto_front([trial.row() for trial in trials])),
         front_figure=folder.figure,
@@ -424,6 +423,22 @@ def _describe(
         data=_used_data(inputs),
         started=datetime.fromtimestamp(started, UTC),
     )
+
+
+def _tags(inputs: Inputs) -> dict[str, str]:
+    """What a pack's tags say of its task."""
+    task = inputs.task
+    return {
+        KIND_TAG: task.kind,
+        METRIC_TAG: task.metric,
+        "backbone": task.backbone.model,
+        FINGERPRINT_TAG: inputs.backbone.fingerprint,
+        DATA_TAG: inputs.index.digest,
+        VALIDATION_TAG: _validation(inputs),
+        "description": task.description,
+        **({} if task.coverage is None else {COVERAGE_TAG: str(task.coverage)}),
+        **({} if task.modality == "images" else {MODALITY_TAG: task.modality}),
+    }
 
 
 def _used_data(inputs: Inputs) -> tuple[UsedData, ...]:
@@ -451,7 +466,8 @@ def _validation(inputs: Inputs) -> str:
     is equal.
     """
     held_out = hashlib.sha256(f"{inputs.index.digest} {inputs.task.metric}".encode())
-    held_out.update(inputs.splits["val"].samples.tobytes())
+    for fold in inputs.folds:
+        held_out.update(fold.splits["val"].samples.tobytes())
     return held_out.hexdigest()[:16]
 
 

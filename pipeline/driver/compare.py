@@ -28,6 +28,7 @@ from pydantic import ValidationError
 
 from pipeline.adaptation.packing import SizePlanner
 from pipeline.cluster.rank_group import TrialResources, in_group
+from pipeline.driver.comparison_time import ComparisonTime, in_turn
 from pipeline.driver.stages import (
     LOG,
     OnProgress,
@@ -43,6 +44,7 @@ from pipeline.errors import SpecError, TaskpackError, TrainingError, UnexpectedE
 from pipeline.kinds import Score
 from pipeline.reports.bd_rate import Curve, compare_curves
 from pipeline.reports.comparison_row import Comparison
+from pipeline.search.time_limit import TimeLimit
 from pipeline.search.trial import opened, recipe_key, run_trial
 from pipeline.search.trial_record import TrialRecord, failure_warnings
 from pipeline.selection import read_selection
@@ -71,8 +73,10 @@ class _Entry:
         return self.inputs.task
 
     def warnings(self) -> list[str]:
-        """Which trials failed."""
-        return failure_warnings(list(self.records.values()))
+        """Which trials failed, and how many ran if the time limit has left out others."""
+        tried, planned = len(self.records), len(self.recipes)
+        left_out = [f"{tried} of {planned} trials ran in the time limit"] if tried < planned else []
+        return [*failure_warnings(list(self.records.values())), *left_out]
 
     def best(self) -> TrialRecord:
         """The trial with the best validation metric; of equal ones the smallest pack."""
@@ -112,6 +116,7 @@ def compare_methods(
     reference: str | None = None,
     address: str | None = None,
     placement: Placement | None = None,
+    time_limit_seconds: float | None = None,
     on_progress: OnProgress = no_progress,
 ) -> list[Comparison]:
     """Compare `methods` on `tasks`; one row for each pair, task by task.
@@ -123,19 +128,17 @@ def compare_methods(
         fraction: share of each method's search space to try, above 0 and at most 1; at least one
             point per method. The same points in every run; a larger share includes a smaller one.
         reference: the method that BD-rates are relative to; by default the first.
+        time_limit_seconds: wall-clock limit for all tasks. Every method then tries a smaller share
+            of its space, so that the fits still fit; without it later, the others run.
 
     Raises:
-        SpecError: `fraction` is out of range, `reference` is none of the methods, or a method's
-            settings do not fit a task's.
+        SpecError: `fraction` is out of range, `time_limit_seconds` is not a positive number,
+            `reference` is none of the methods, or a method's settings do not fit a task's.
         DataError, BackboneError: a task cannot be used. A method that fails, or that a backbone has
             no place for, is a row with an error.
     """
-    if not 0 < fraction <= 1:
-        raise SpecError(
-            f"--fraction: given {fraction:g}, expected a share of each method's search space, "
-            "above 0 and at most 1; 0.5 tries half of the points, 1 all"
-        )
-    _check_methods(methods, tasks, reference)
+    _check(methods, tasks, fraction, reference)
+    limit = TimeLimit(math.inf if time_limit_seconds is None else time_limit_seconds)
     with work_folder(workdir, address) as (workspace, start_ray):
         if address is not None:
             start_ray()
@@ -144,6 +147,7 @@ def compare_methods(
             start_ray=start_ray,
             ray_is_private=address is None,
             placement=placement or Placement(),
+            limit=limit,
             on_progress=one_at_a_time(on_progress),
         )
         driver.check_gpus()
@@ -154,12 +158,17 @@ def compare_methods(
         return list(itertools.chain.from_iterable(compared))
 
 
-def _check_methods(
-    methods: Mapping[str, Method], tasks: Sequence[Task], reference: str | None
+def _check(
+    methods: Mapping[str, Method], tasks: Sequence[Task], fraction: float, reference: str | None
 ) -> None:
-    """Raise SpecError if the settings of a method do not fit those of a task, or `reference` is not
-    among the methods.
+    """Raise SpecError if `fraction` is out of range, `reference` is not among the methods, or the
+    settings of a method do not fit those of a task.
     """
+    if not 0 < fraction <= 1:
+        raise SpecError(
+            f"--fraction: given {fraction:g}, expected a share of each method's search space, "
+            "above 0 and at most 1; 0.5 tries half of the points, 1 all"
+        )
     if reference is not None and reference not in methods:
         raise SpecError(
             f"--reference: {reference} is not compared; expected one of {', '.join(methods)}"
@@ -185,6 +194,8 @@ def sampled_points(space: SearchSpace, fraction: float, seed: int) -> list[dict[
 
 @dataclass(kw_only=True)
 class _Driver(Stages):
+    limit: TimeLimit
+
     def open(self, task: Task) -> Inputs:
         """The prepared task, as workers get it."""
         with named_errors(self.workspace.log(task.name)):
@@ -204,11 +215,15 @@ class _Driver(Stages):
             _Entry(name, inputs.with_task(method.on(inputs.task)))
             for name, method in methods.items()
         ]
-        with named_errors(self.workspace.log(inputs.task.name)):
+        task = inputs.task.name
+        with named_errors(self.workspace.log(task)):
             for entry in entries:
+                _guarded(entry, lambda _: self.limit.check_can_begin(task))
+            for entry in (entry for entry in entries if not entry.error):
                 _guarded(entry, self._plan_trials, fraction)
-            self._tune(inputs, [entry for entry in entries if not entry.error])
+            self._tune(inputs, [entry for entry in entries if not entry.error], seeds)
             self._test(inputs, [entry for entry in entries if not entry.error], seeds)
+        self.limit.release(task)
         self.on_progress(inputs.task.name, "done", 1.0, "")
         return _with_bd_rates(entries, [_row(entry) for entry in entries], reference)
 
@@ -231,35 +246,51 @@ class _Driver(Stages):
         known = entry.folder.compared.read()
         entry.records = {key: known[key] for key in entry.recipes if key in known}
 
-    def _tune(self, inputs: Inputs, entries: Sequence[_Entry]) -> None:
+    def _tune(self, inputs: Inputs, entries: Sequence[_Entry], seeds: int) -> None:
+        """Run every trial that has no record, or those that there is time for."""
+        self.enter(inputs.task, "search")
+        keys = [list(entry.recipes) for entry in entries]
+        turns = in_turn([len(each) for each in keys], inputs.task.seed)
+        jobs = [(entries[method], keys[method][number]) for method, number in turns]
+        jobs = [(entry, key) for entry, key in jobs if key not in entry.records]
+        time_left = ComparisonTime(
+            self.limit, inputs.task.name, seeds * len(entries), inputs.fit_ratio
+        )
+        while jobs:
+            records = [record for entry in entries for record in entry.records.values()]
+            at_once = self.trials_at_once(inputs) if self.limit.exists else 1
+            count = time_left.startable(len(jobs), records, at_once)
+            if not count:
+                break
+            self._try(inputs, entries, jobs[:count])
+            jobs = jobs[count:]
+        for entry in entries:
+            if not entry.records:
+                entry.error = str(self.limit.over(inputs.task.name, "search"))
+
+    def _try(
+        self, inputs: Inputs, entries: Sequence[_Entry], jobs: Sequence[tuple[_Entry, str]]
+    ) -> None:
+        """Run these trials, all in the cluster's queue at once."""
         task = inputs.task
-        jobs = [
-            (entry, key) for entry in entries for key in entry.recipes if key not in entry.records
-        ]
-        self.enter(task, "search")
         arguments = [self._trial_arguments(entry, key) for entry, key in jobs]
         planned = sum(len(entry.recipes) for entry in entries)
-        for done, (index, outcome) in enumerate(
-            self.on_ray(_trial_worker, arguments, self.ranks(inputs)), start=1
-        ):
+        for index, outcome in self.on_ray(_trial_worker, arguments, self.ranks(inputs)):
             entry, key = jobs[index]
             assert entry.folder is not None
             record = entry.records[key] = _record(key, entry, outcome)
             entry.folder.compared.write(record)
+            done = sum(len(each.records) for each in entries)
             LOG.info(
                 "%s: trial %d of %d: %s, %s",
                 task.name,
-                planned - len(jobs) + done,
+                done,
                 planned,
                 entry.method,
                 record.line(),
             )
-            self.on_progress(
-                task.name,
-                "search",
-                done / len(jobs),
-                f"{done} of {len(jobs)} trials, last {entry.method}",
-            )
+            remark = f"{done} of {planned} trials, last {entry.method}"
+            self.on_progress(task.name, "search", done / planned, remark)
 
     def _test(self, inputs: Inputs, entries: Sequence[_Entry], seeds: int) -> None:
         task = inputs.task
@@ -431,7 +462,7 @@ def _row(entry: _Entry) -> Comparison:
         test_metrics=tuple(fitted.test_metric for fitted in entry.fits),
         test_errors=tuple(fitted.test_metric_stderr for fitted in entry.fits),
         test_samples=entry.fits[0].test_samples,
-        tune_seconds=sum(record.seconds for record in entry.records.values()),
+        tune_seconds=math.fsum(record.seconds for record in entry.records.values()),
         fit_seconds=sum(fitted.train_seconds for fitted in entry.fits),
         device=entry.fits[0].device,
         warning="; ".join(entry.warnings()),

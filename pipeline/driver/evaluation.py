@@ -3,21 +3,38 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from pipeline.adaptation import AdaptedModel
 from pipeline.adaptation.packing import from_pack
-from pipeline.data import DataIndex, Reader, prepare, read_index, split_samples
+from pipeline.data import DataIndex, Modality, Reader, Split, prepare, read_index, split_samples
 from pipeline.driver.workspace import Workspace
-from pipeline.errors import DataError
-from pipeline.kinds import Score, metric_named, score
+from pipeline.errors import DataError, SpecError
+from pipeline.kinds import Metric, Outcomes, Score, TaskKind, metric_named, score
 from pipeline.packs import PackMetadata, read_pack
 from pipeline.registry.pack_record import RegisteredPack
 from pipeline.registry.store import open_registry
+from pipeline.reports.overlay_figure import draw_overlays
 from pipeline.serving.predictor import kind_of, load_backbone_of
 from pipeline.specs.task_files import load_task
 from pipeline.training import evaluate
+from pipeline.training.calibrate import SetQuality, quality_of_sets
+from pipeline.training.full_size import evaluate_at_full_size, predicted_masks
 from pipeline.utils.devices import choose_device
 from pipeline.utils.files import exclusive
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A pack's score on a test set, the metric of each class where it has one, what the registry
+    has of it (None for a file), and how its sets of classes do (None for a pack without them).
+    """
+
+    score: Score
+    by_class: dict[str, float]
+    registered: float | None
+    sets: SetQuality | None
 
 
 def evaluate_pack(
@@ -27,18 +44,19 @@ def evaluate_pack(
     task_file: Path | None,
     weights: Path | None,
     device: str | None = None,
-) -> tuple[Score, float | None]:
+    full_size: bool = False,
+    figure: Path | None = None,
+) -> Evaluation:
     """Score a pack on the test set of its task.
 
     Args:
         task_file: task file with the test set; default: the data prepared in `workdir`.
         device: device to compute on; default: the GPU if there is one.
-
-    Returns:
-        The score, and the registered metric (None for a file).
+        full_size: compare masks in their own sizes rather than that of the input.
+        figure: where to draw the masks of the best, the median and the worst image.
 
     Raises:
-        SpecError: There is no such device.
+        SpecError: There is no such device, or the pack predicts no masks to compare or draw.
         DataError: There is no prepared data, or it is not what the pack was registered with.
     """
     device, workspace = choose_device(device), Workspace(workdir.resolve())
@@ -50,16 +68,56 @@ def evaluate_pack(
     index = _prepared_index(folder, pack.metadata)
     _check_same_data(registered, index.digest, folder)
     test = split_samples(index, 0.5, 0)["test"]
-    model = from_pack(
-        pack, load_backbone_of(pack.metadata, str(weights) if weights is not None else None)
-    )
+    backbone = load_backbone_of(pack.metadata, str(weights) if weights is not None else None)
+    model, takes = from_pack(pack, backbone), backbone.takes
     kind = kind_of(pack.metadata)
-    targets = functools.partial(kind.targets, class_count=len(index.classes))
-    reader = Reader(folder, test, pack.metadata.input.size_px, targets=targets)
-    outcomes = evaluate(model.to(device), reader, test, kind, device=device)
-    return score(metric_named(pack.metadata.metric, kind.name), outcomes), (
-        registered.metrics["test_metric"] if registered is not None else None
+    _check_has_masks(kind, "--full-size" if full_size else "--figure" if figure else None)
+    model.to(device)
+    metric = metric_named(pack.metadata.metric, kind.name)
+    if full_size:
+        outcomes = evaluate_at_full_size(model, folder, test, kind, takes)
+    else:
+        outcomes = evaluate(model, _reader(folder, test, index, kind, takes), test, kind)
+    if figure is not None:
+        _draw(figure, model, metric, outcomes, folder, test, index, takes)
+    return Evaluation(
+        score(metric, outcomes),
+        metric.values_by_class(outcomes, index.classes),
+        None if registered is None else registered.metrics["test_metric"],
+        None if pack.calibration is None else quality_of_sets(outcomes, pack.calibration),
     )
+
+
+def _check_has_masks(kind: TaskKind, option: str | None) -> None:
+    """Raise SpecError for an option that a kind without masks cannot heed."""
+    if option is not None and not kind.is_dense:
+        raise SpecError(f"{option}: a pack of kind {kind.name} predicts no masks; leave it out")
+
+
+def _reader(folder: Path, test: Split, index: DataIndex, kind: TaskKind, takes: Modality) -> Reader:
+    targets = functools.partial(kind.targets, class_count=len(index.classes))
+    return Reader(folder, test, takes, targets=targets, has_masks=kind.is_dense)
+
+
+def _draw(
+    figure: Path,
+    model: AdaptedModel,
+    metric: Metric,
+    outcomes: Outcomes,
+    folder: Path,
+    test: Split,
+    index: DataIndex,
+    takes: Modality,
+) -> None:
+    """Draw the masks of the best, the median and the worst image by the metric of each alone."""
+    values = [metric.value(outcomes.only(number)) for number in range(len(outcomes))]
+    order = sorted(range(len(values)), key=lambda number: (-values[number], number))
+    chosen = {"best": order[0], "median": order[len(order) // 2], "worst": order[-1]}
+    picked = replace(test, samples=test.samples[list(chosen.values())])
+    titles = [f"{name}: {metric.name} {values[number]:.3f}" for name, number in chosen.items()]
+    masks = predicted_masks(model, folder, picked, takes)
+    overlays = [(title, *each) for title, each in zip(titles, masks, strict=True)]
+    draw_overlays(overlays, index.classes, figure)
 
 
 def _pack_file(reference: str, workspace: Workspace) -> tuple[Path, RegisteredPack | None]:

@@ -17,12 +17,19 @@ from typing import Any, Literal
 from pipeline.adaptation import is_recomputable
 from pipeline.backbones import share
 from pipeline.backbones.known import remember
-from pipeline.cluster.capacity import check_holds_group, has_gpus, places, wait_for_room
+from pipeline.cluster.capacity import (
+    check_holds_group,
+    cpus_per_trial,
+    has_gpus,
+    places,
+    wait_for_room,
+)
 from pipeline.cluster.rank_group import WORKER_DIED, WORKER_RETRIES, TrialResources, in_group
 from pipeline.cluster.session import interruptible, is_connected, ray_session
 from pipeline.cluster.task_pool import TaskPool
 from pipeline.cluster.tasks import WorkersDied, ended_tasks
 from pipeline.data import prepare, remarks_on
+from pipeline.data.node_memory import node_memory
 from pipeline.driver.workspace import Workspace
 from pipeline.errors import ClusterError, SpecError, UnexpectedError, named
 from pipeline.search.proposer import LAG
@@ -73,6 +80,7 @@ def work_folder(
     workspace = Workspace(workdir.resolve())
     with exclusive(workspace.root), contextlib.ExitStack() as stack:
         workspace.clear_leftovers()
+        stack.enter_context(node_memory().held())
         yield workspace, functools.cache(lambda: stack.enter_context(ray_session(address)))
 
 
@@ -81,8 +89,8 @@ class Placement:
     """The resources that a run requests from its cluster.
 
     Args:
-        per_trial: CPUs and GPUs per rank of a trial and of a fit; None takes one CPU, and one GPU
-            if the cluster has any.
+        per_trial: CPUs and GPUs per rank of a trial and of a fit; None takes one GPU if the cluster
+            has any, and the CPUs that `cpus_per_trial` says.
         ranks_per_trial: processes that train each trial and fit together, but at most the number of
             shards of the training set.
         selection_workers: ranks of the selection's worker group; None takes an equal share of the
@@ -164,7 +172,8 @@ class Stages:
 
     def _per_trial(self) -> tuple[float, float]:
         cpus, gpus = self.placement.per_trial
-        return 1 if cpus is None else cpus, float(has_gpus()) if gpus is None else gpus
+        gpus = float(has_gpus()) if gpus is None else gpus
+        return cpus_per_trial(gpus) if cpus is None else cpus, gpus
 
     def enter(self, task: Task, stage: Stage) -> None:
         """Report the stage of a task."""
@@ -243,6 +252,11 @@ class Stages:
         resources = TrialResources(*self._per_trial(), ranks)
         wait_for_room(ranks, resources.cpus, resources.gpus, self.is_stopping)
         return resources
+
+    def trials_at_once(self, inputs: Inputs) -> int:
+        """How many trials of a task can run at the same time; starts Ray unless it runs."""
+        found = self.resources(self.ranks(inputs))
+        return max(1, places(found.cpus, found.gpus) // found.ranks)
 
     def workers_are_up(self, ranks: int) -> None:
         """Start Ray and wait for nodes that can hold a trial, if the user said what it needs: an

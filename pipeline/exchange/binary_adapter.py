@@ -93,9 +93,7 @@ def import_binary_adapter(
         task=description.dataset,
         classes=[str(number) for number in range(description.num_class)],
         metric="accuracy",
-        input=PackInput(
-            size_px=backbone.size_px, mean=backbone.mean, std=backbone.std, interpolation="bicubic"
-        ),
+        input=PackInput.model_validate(backbone.takes.facts()),
         recipe=recipe.model_dump(mode="json", exclude_none=True),
         backbone=PackBackbone(
             model=model_name, arguments={}, fingerprint=backbone.fingerprint, trail=backbone.trail
@@ -107,7 +105,7 @@ def import_binary_adapter(
     model.values.load_stored(
         {tensor: torch.from_numpy(values[tensor.part, tensor.name]) for tensor in planned}
     )
-    return Pack(metadata, parts, probe_logits(model, backbone.size_px))
+    return Pack(metadata, parts, probe_logits(model))
 
 
 def recipe_of(description: Description) -> Recipe:
@@ -133,7 +131,7 @@ def description_of(metadata: PackMetadata) -> Description:
             f"Binary Adapter's files are for {BACKBONE.model}; this pack is for"
             f" {metadata.backbone['model']}; export to onnx instead"
         )
-    if (metadata.input.size_px, metadata.input.mean, metadata.input.std) != (
+    if (metadata.images.size_px, metadata.images.mean, metadata.images.std) != (
         INPUT.size_px,
         INPUT.mean,
         INPUT.std,

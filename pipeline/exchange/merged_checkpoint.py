@@ -19,7 +19,7 @@ from torch import nn
 
 from pipeline.adaptation import AdaptedModel
 from pipeline.adaptation.merged import merged_state
-from pipeline.adaptation.packing import from_pack, probe_images
+from pipeline.adaptation.packing import PROBES, from_pack
 from pipeline.adaptation.part import PARTS
 from pipeline.backbones import LoadedBackbone
 from pipeline.errors import ExportError
@@ -52,9 +52,7 @@ def export_checkpoint(pack: Pack, backbone: LoadedBackbone, folder: Path) -> flo
     plain = plain_network(pack.metadata, backbone)
     state = {**merged_state(model, backbone.model), **head_state(model, plain)}
     _load(plain, state)
-    difference = check_logits(
-        model, pack.metadata.input.size_px, lambda images: plain(model.normalise(images))
-    )
+    difference = check_logits(model, lambda images: plain(model.normalise(images)))
     config = _config(pack.metadata, plain, model_arguments(pack.metadata, backbone))
     with whole(folder) as scratch:
         scratch.mkdir()
@@ -67,6 +65,11 @@ def plain_network(metadata: PackMetadata, backbone: LoadedBackbone) -> nn.Module
     """Timm's own model for a pack: at its input size, with a classifier for its classes. Raises
     ExportError where timm cannot make one.
     """
+    if backbone.gives_maps:
+        raise ExportError(
+            "timm's models have a head for classes, not for masks; export to onnx, which holds the"
+            " whole model"
+        )
     try:
         return timm.create_model(
             metadata.backbone["model"],
@@ -75,14 +78,16 @@ def plain_network(metadata: PackMetadata, backbone: LoadedBackbone) -> nn.Module
         ).eval()
     except (TypeError, ValueError, AssertionError, RuntimeError) as error:
         raise ExportError(
-            f"timm makes no {metadata.backbone['model']} of {metadata.input.size_px} px with a"
+            f"timm makes no {metadata.backbone['model']} of {metadata.images.size_px} px with a"
             f" classifier ({error}); export to onnx instead"
         ) from None
 
 
 def model_arguments(metadata: PackMetadata, backbone: LoadedBackbone) -> dict[str, Any]:
     """Arguments of `timm.create_model` other than the name and number of classes."""
-    size = {"img_size": metadata.input.size_px} if hasattr(backbone.model, "set_input_size") else {}
+    size = (
+        {"img_size": metadata.images.size_px} if hasattr(backbone.model, "set_input_size") else {}
+    )
     return {**metadata.backbone["arguments"], **size}
 
 
@@ -107,11 +112,11 @@ def head_state(model: AdaptedModel, plain: nn.Module) -> dict[str, torch.Tensor]
     }
 
 
-def check_logits(model: AdaptedModel, size_px: int, exported: Any) -> float:
+def check_logits(model: AdaptedModel, exported: Any) -> float:
     """The largest difference between the logits of a model and of its export, on probe images.
     Raises ExportError beyond TOLERANCE.
     """
-    images = torch.from_numpy(probe_images(size_px))
+    images = torch.from_numpy(model.takes.probe(PROBES))
     with torch.inference_mode():
         expected = model.eval()(images)
         difference = float((torch.as_tensor(exported(images)) - expected).abs().max())
@@ -136,12 +141,12 @@ def _load(plain: nn.Module, state: dict[str, torch.Tensor]) -> None:
 
 def _config(metadata: PackMetadata, plain: nn.Module, arguments: dict[str, Any]) -> dict[str, Any]:
     config: Any = plain.pretrained_cfg
-    size_px, classes = metadata.input.size_px, len(metadata.classes)
+    size_px, classes = metadata.images.size_px, len(metadata.classes)
     preprocessing = {
         "input_size": [3, size_px, size_px],
-        "interpolation": metadata.input.interpolation,
-        "mean": list(metadata.input.mean),
-        "std": list(metadata.input.std),
+        "interpolation": metadata.images.interpolation,
+        "mean": list(metadata.images.mean),
+        "std": list(metadata.images.std),
         "crop_pct": 1.0,
         "crop_mode": "squash",  # to a square, whatever the aspect
     }

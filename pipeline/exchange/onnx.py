@@ -3,7 +3,8 @@ number of images at a time.
 
     images   uint8 [batch, 3, S, S]    RGB, resized to a square of S pixels (bicubic, antialiased);
                                        scaling and normalisation are in the file
-    logits   float32 [batch, C]        classes by number; their names are in the file's metadata
+    logits   float32 [batch, C]        classes by number; their names are in the file's metadata.
+                                       Of segmentation [batch, C, S, S]
 
 Trained values are merged into the layers first, so the graph has no trace of training. The file is
 checked against the model with onnxruntime before it gets its name.
@@ -22,9 +23,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from timm.models.vision_transformer_sam import Attention
 
 from pipeline.adaptation import AdaptedModel
 from pipeline.adaptation.packing import from_pack
+from pipeline.adaptation.working import fuse_attention
 from pipeline.backbones import LoadedBackbone
 from pipeline.errors import ExportError
 from pipeline.exchange.merged_checkpoint import check_logits
@@ -50,7 +53,7 @@ def export_onnx(pack: Pack, backbone: LoadedBackbone, path: Path) -> float:
         raise ExportError(
             f"exporting to onnx needs the package {error.name}; pip install 'taskpack[export]'"
         ) from None
-    model, size_px = from_pack(pack, backbone), pack.metadata.input.size_px
+    model = from_pack(pack, backbone)
     model.merge()
     facts = {
         "task": pack.metadata.task,
@@ -58,15 +61,14 @@ def export_onnx(pack: Pack, backbone: LoadedBackbone, path: Path) -> float:
         "backbone": pack.metadata.backbone["model"],
     }
     with whole(path) as scratch:
-        _write(model, size_px, facts, scratch)
+        _write(model, facts, scratch)
         session = onnxruntime.InferenceSession(str(scratch), providers=["CPUExecutionProvider"])
         # One image at a time and all at once: both must work.
         one_by_one = check_logits(
             model,
-            size_px,
             lambda images: torch.cat([_run(session, image) for image in images.split(1)]),
         )
-        return max(one_by_one, check_logits(model, size_px, lambda images: _run(session, images)))
+        return max(one_by_one, check_logits(model, lambda images: _run(session, images)))
 
 
 def _run(session: Any, images: torch.Tensor) -> torch.Tensor:
@@ -78,9 +80,9 @@ def _run(session: Any, images: torch.Tensor) -> torch.Tensor:
         ) from None
 
 
-def _write(model: AdaptedModel, size_px: int, facts: dict[str, str], path: Path) -> None:
-    images = torch.zeros(EXAMPLES, 3, size_px, size_px, dtype=torch.uint8)
-    with torch.no_grad(), _quiet():
+def _write(model: AdaptedModel, facts: dict[str, str], path: Path) -> None:
+    images = torch.zeros(EXAMPLES, *model.takes.shape, dtype=torch.uint8)
+    with torch.no_grad(), _quiet(), _attention_in_parts(model):
         try:
             program = torch.onnx.export(
                 model,
@@ -98,6 +100,19 @@ def _write(model: AdaptedModel, size_px: int, facts: dict[str, str], path: Path)
         assert program is not None
         program.model.metadata_props.update(facts)
         program.save(path, external_data=False)
+
+
+@contextlib.contextmanager
+def _attention_in_parts(model: AdaptedModel) -> Iterator[None]:
+    """Compute the attention of SAM's encoder without torch's kernel, whose form on tensors of three
+    dimensions ONNX does not have.
+    """
+    modules = [module for module in model.modules() if isinstance(module, Attention)]
+    fuse_attention(modules, False)
+    try:
+        yield
+    finally:
+        fuse_attention(modules, True)
 
 
 def _reason(error: BaseException) -> str:

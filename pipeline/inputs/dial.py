@@ -2,13 +2,18 @@
 
 It covers the sizes from the head alone up to the budget. Each set of parts is a ladder of recipes,
 from narrow to wide, at 1 bit. The budget, halved again and again, gives the rungs; each set has at
-most one recipe per rung, the largest that fits. First come the smallest pack there is, and a
-bottleneck and LoRA at every rung, the best per byte where we measured it (docs/results.md); then
-the other sets in turn, from their middle rungs outwards.
+most one recipe per rung, the largest that fits. First come the smallest pack there is, then
+bottlenecks and LoRA, the best per byte where we measured it (docs/results.md), at the largest rung
+and between, so that even a few trials cover the range; then the other sets in turn, from their
+middle rungs outwards.
+
+Where the backbone gives maps, the head is a small decoder of several maps, except in the smallest
+pack: it is worth more than other parts (benchmarks/results/segmentation.md).
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
@@ -37,10 +42,16 @@ PART_SETS = (
 _LEADING = 2
 """This many sets are tried at every rung before any other."""
 STEPS = 8
+_LORA_SCALE = 4.0
+"""Against 1, the orientation of bars gains 8 points, and counting and textures change within their
+noise (benchmarks/results/sizes.md)."""
 _HEAD_SHARE = 0.25
 """The head has 2 bits where it then takes no more of the pack than this, else 1."""
 _HEAD_BITS = (1, 2, 4, 8)
 _HEAD_RANKS = (1024, 512, 256, 128, 64, 32, 16)
+_FUSED_WIDTH, _FUSED_BITS, _FUSED_RANK = 16, 2, 128
+"""The decoder of several maps, and the subspace of these where it would else take more than
+`_HEAD_SHARE` of the budget."""
 
 Point = dict[str, Any]
 
@@ -74,6 +85,8 @@ class _Ladders:
         self._named = [part for part in PARTS if getattr(task.recipe, part) and part not in offered]
         self._planner = SizePlanner(task, backbone, classes)
         self._budget, self._width = task.budget.max_bytes, backbone.width
+        has_several_maps = backbone.gives_maps and not backbone.has_decoder
+        self._fuses = has_several_maps and not task.recipe.from_block
 
     def in_order(self) -> list[Point]:
         """The configurations within the budget, each once."""
@@ -81,9 +94,9 @@ class _Ladders:
         if not by_set:
             return []
         leading, others = by_set[:_LEADING], by_set[_LEADING:]
-        by_rung = sorted(rung for rungs in leading for rung in rungs)
+        order = _spread(sorted({rung for rungs in leading for rung in rungs}))
         points = [self.smallest()]
-        points += [rungs[rung] for rung in by_rung for rungs in leading if rung in rungs]
+        points += [rungs[rung] for rung in order for rungs in leading if rung in rungs]
         outwards = [_middle_out(rungs) for rungs in others]
         for turn in range(max(map(len, outwards), default=0)):
             points += [rungs[turn] for rungs in outwards if turn < len(rungs)]
@@ -105,10 +118,13 @@ class _Ladders:
         return fitting or points[-1:]
 
     def _sets(self) -> list[str]:
-        """The sets of parts that the backbone has a place for, as values of `parts`."""
+        """The sets of parts that the backbone has a place for, as values of `parts`. The head alone
+        is the last one, also where other sets have no place.
+        """
         sets = (
             joined([*(part for part in parts if part in self._offered), *self._named])
             for parts in PART_SETS
+            if not parts or {*parts} & {*self._offered}
         )
         return list(dict.fromkeys(sets))
 
@@ -131,7 +147,7 @@ class _Ladders:
             try:
                 point = self._point(parts, step)
                 if point == previous:
-                    return
+                    continue
                 size_bytes = self._size_bytes(point)
             except ValidationError:  # the set contradicts a part that the user named
                 return
@@ -148,18 +164,32 @@ class _Ladders:
             point["top_k"] = 1 if step < 4 else 3
         if "adapter" in names or "lora" in names:
             point["width"] = 2**step
+        if "lora" in names:
+            point["scale"] = _LORA_SCALE
         if "smoa" in names:
             point |= {"experts": 4, "width": 4 * 2 ** min(step, 4)}
         if any(part in self._named for part in ADAPTERS):  # `width` would be theirs, too
             point.pop("width", None)
+            point.pop("scale", None)
         if step > 0 and names and names <= {"biases", "norms"}:
             axes = (("biases", "bias_bits"), ("norms", "norm_bits"))
             point |= {axis: 2 for part, axis in axes if part in names}
         if self._task.recipe.head != DEFAULT_HEAD:
             return point
+        if head_bits is None and self._fuses:
+            return {**point, **self._fused_head(parts, step)}
         if head_bits is None and parts == HEAD_ALONE:
             head_bits = _HEAD_BITS[min(step, len(_HEAD_BITS) - 1)]
         return {**point, "head_bits": head_bits or self._head_bits(point)}
+
+    def _fused_head(self, parts: str, step: int) -> Point:
+        """A decoder of several maps: alone, wider from step to step."""
+        if parts == HEAD_ALONE:
+            return {"head_bits": _FUSED_BITS, "head_fuse": 2**step}
+        head = {"head_bits": _FUSED_BITS, "head_fuse": _FUSED_WIDTH}
+        ledger = self._planner.ledger(self._recipe({"parts": HEAD_ALONE, **head}))
+        is_small = ledger["head"] <= _HEAD_SHARE * self._budget
+        return head if is_small else {**head, "head_rank": _FUSED_RANK}
 
     def _head_bits(self, point: Point) -> int:
         ledger = self._planner.ledger(self._recipe({**point, "head_bits": 2}))
@@ -171,6 +201,18 @@ class _Ladders:
 
     def _recipe(self, point: Point) -> Recipe:
         return SearchSpace().recipe(self._task.recipe, point)
+
+
+def _spread(rungs: Sequence[int]) -> list[int]:
+    """Ascending rungs in an order whose first few always cover the range: the largest, then the
+    middle of the widest gap, again and again. The smallest pack of all lies below the first.
+    """
+    taken = [-1, *([len(rungs) - 1] if rungs else [])]
+    while len(taken) <= len(rungs):
+        gaps = itertools.pairwise(sorted(taken))
+        low, high = max(gaps, key=lambda gap: (gap[1] - gap[0], gap))
+        taken.append((low + high + 1) // 2)
+    return [rungs[number] for number in taken[1:]]
 
 
 def _middle_out(rungs: dict[int, Point]) -> list[Point]:

@@ -26,7 +26,7 @@ def named_out_of_memory(
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         size = f" of {task.input.size_px} px" if task.input.size_px is not None else ""
         raise OutOfMemory(
@@ -35,7 +35,15 @@ def named_out_of_memory(
         ) from error
 
 
-def _is_out_of_memory(error: Exception) -> bool:
+def even_one_by_one(device: str) -> OutOfMemory:
+    """The error of a step that takes too much memory with a single image."""
+    return OutOfMemory(
+        f"out of memory with one image at a time: {_free(device)}; lower input.size_px, or use a"
+        " device with more memory"
+    )
+
+
+def is_out_of_memory(error: Exception) -> bool:
     """Whether an allocation failed. On a CPU torch has no type of its own for it."""
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(
         error

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from pipeline.adaptation.parts.lora import convolution_targets
 from pipeline.adaptation.recipe_plan import plan
 from pipeline.backbones import LoadedBackbone
 from pipeline.errors import BackboneError
 from pipeline.inputs.dial import derived_space
-from pipeline.specs import Recipe, Task
+from pipeline.specs import Lora, Recipe, Task
 from pipeline.specs.recipe import part_of_one_bit
 
 
@@ -25,6 +26,7 @@ def on_backbone(
     brought = task.recipe.preset or ()
     if not brought:
         return task, {}
+    task = _with_convolutions(task, backbone)
     absent = dict.fromkeys(
         (part for part in brought if not _has_place(backbone, _alone(task.recipe, part))),
         "no place in the backbone",
@@ -36,6 +38,22 @@ def on_backbone(
     offered = [part for part in brought if part not in absent]
     search = derived_space(resolved, backbone, classes, offered)
     return resolved.model_copy(update={"search": search}), absent
+
+
+def _with_convolutions(task: Task, backbone: LoadedBackbone) -> Task:
+    """The task whose offered LoRA changes 1x1 convolutions, where a backbone of maps has no q and
+    v: benchmarks/results/segmentation.md.
+    """
+    is_offered = "lora" in (task.recipe.preset or ()) and task.search.is_empty
+    if not (is_offered and backbone.gives_maps) or _has_place(
+        backbone, _alone(task.recipe, "lora")
+    ):
+        return task
+    targets = convolution_targets(backbone.model)
+    if not targets:
+        return task
+    recipe = task.recipe.model_copy(update={"lora": Lora(bits=1, targets=targets)})
+    return task.model_copy(update={"recipe": recipe})
 
 
 def _alone(recipe: Recipe, part: str) -> Recipe:

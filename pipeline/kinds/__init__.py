@@ -7,10 +7,19 @@ Imports: nothing.
 """
 
 from pipeline.kinds.metrics import Metric, Score, metric_named, metrics_of, score
-from pipeline.kinds.protocol import Label, Outcomes, TaskKind, classes_in
+from pipeline.kinds.protocol import (
+    IGNORED,
+    Annotations,
+    Label,
+    Outcomes,
+    TaskKind,
+    classes_in,
+)
 from pipeline.kinds.registry import kind_named, kind_names, register_kind
 
 __all__ = [
+    "IGNORED",
+    "Annotations",
     "Label",
     "Metric",
     "Outcomes",

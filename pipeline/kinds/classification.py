@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from pipeline.kinds.protocol import Label
+from pipeline.kinds.protocol import Annotations, Label
 from pipeline.kinds.registry import register_kind
 
 
@@ -19,6 +19,9 @@ class Classification:
     name = "classification"
     default_metric = "accuracy"
     several_labels = False
+    is_dense = False
+    losses: tuple[str, ...] = ("cross_entropy",)
+    selection_losses: tuple[str, ...] = ("contrastive", "cross_entropy")
     columns: tuple[tuple[str, Any], ...] = (("label", str), ("probability", float))
 
     def label(self, classes: Sequence[int]) -> Label:
@@ -28,14 +31,18 @@ class Classification:
             )
         return classes[0]
 
-    def targets(self, labels: Sequence[Label], class_count: int) -> torch.Tensor:
-        return torch.tensor(labels, dtype=torch.int64)
+    def targets(self, annotations: Annotations, class_count: int) -> torch.Tensor:
+        return torch.tensor(annotations, dtype=torch.int64)
 
     def soft_targets(self, targets: torch.Tensor, class_count: int) -> torch.Tensor:
         return F.one_hot(targets, class_count).float()
 
     def loss(
-        self, outputs: torch.Tensor, targets: torch.Tensor, label_smoothing: float = 0.0
+        self,
+        outputs: torch.Tensor,
+        targets: torch.Tensor,
+        label_smoothing: float = 0.0,
+        name: str | None = None,
     ) -> torch.Tensor:
         return F.cross_entropy(outputs, targets, label_smoothing=label_smoothing)
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from pipeline.kinds.protocol import Label, classes_in
+from pipeline.kinds.protocol import Annotations, Label, classes_in
 from pipeline.kinds.registry import register_kind
 
 THRESHOLD = 0.5
@@ -26,6 +26,9 @@ class MultiLabel:
     name = "multilabel"
     default_metric = "mAP"
     several_labels = True
+    is_dense = False
+    losses: tuple[str, ...] = ("binary_cross_entropy",)
+    selection_losses: tuple[str, ...] = ("contrastive", "cross_entropy")
     columns: tuple[tuple[str, Any], ...] = (
         ("labels", list[str]),
         ("probabilities", dict[str, float]),
@@ -37,9 +40,9 @@ class MultiLabel:
             raise ValueError("a class is given twice; give each label of a sample once")
         return label
 
-    def targets(self, labels: Sequence[Label], class_count: int) -> torch.Tensor:
-        targets = torch.zeros(len(labels), class_count)
-        for row, label in zip(targets, labels, strict=True):
+    def targets(self, annotations: Annotations, class_count: int) -> torch.Tensor:
+        targets = torch.zeros(len(annotations), class_count)
+        for row, label in zip(targets, annotations, strict=True):
             row[list(classes_in(label))] = 1
         return targets
 
@@ -47,7 +50,11 @@ class MultiLabel:
         return targets
 
     def loss(
-        self, outputs: torch.Tensor, targets: torch.Tensor, label_smoothing: float = 0.0
+        self,
+        outputs: torch.Tensor,
+        targets: torch.Tensor,
+        label_smoothing: float = 0.0,
+        name: str | None = None,
     ) -> torch.Tensor:
         smoothed = targets * (1 - label_smoothing) + label_smoothing / 2
         return F.binary_cross_entropy_with_logits(outputs, smoothed)

@@ -4,7 +4,10 @@ A dataset's labels become class numbers (`pipeline.data.labels`), which `label` 
 to what the index stores; `targets` makes a tensor of a batch's labels, which the losses read.
 `kept` reduces a sample's output to what metrics need.
 
-Every kind's head has one output per class. Legend: B samples of a batch, N samples, C classes.
+Every kind's head has one output per class. A dense kind's has one per class and pixel: its samples
+have masks beside their labels, images of class numbers, which are cropped and flipped with them.
+
+Legend: B samples of a batch, N samples, C classes, S pixels of a side.
 """
 
 from __future__ import annotations
@@ -18,6 +21,10 @@ import torch
 
 Label = int | tuple[int, ...]
 """A sample's class, or its classes in ascending order, as the index keeps them."""
+Annotations = Sequence[Label] | torch.Tensor
+"""What a batch's targets are made of: labels or, of a dense kind, masks, uint8 [B, S, S]."""
+IGNORED = 255
+"""A mask's value at pixels that neither losses nor metrics count."""
 
 
 def classes_in(label: Label) -> tuple[int, ...]:
@@ -42,6 +49,10 @@ class Outcomes:
     def __len__(self) -> int:
         return len(self.targets)
 
+    def only(self, number: int) -> Outcomes:
+        """Those of one sample."""
+        return Outcomes(self.outputs[[number]], self.targets[[number]])
+
 
 class TaskKind(Protocol):
     """A kind of task. `name` is what a task file says in `kind`, `default_metric` what a study
@@ -51,16 +62,22 @@ class TaskKind(Protocol):
     default_metric: str
     several_labels: bool
     """Whether a sample may have any number of labels, also none; otherwise it has one."""
+    is_dense: bool
+    """Whether targets are masks, and outputs [B, C, S, S]; otherwise outputs are [B, C]."""
+    losses: tuple[str, ...]
+    """The losses to train by, the default first."""
+    selection_losses: tuple[str, ...]
+    """The losses by which connections can be ranked, the default first."""
     columns: tuple[tuple[str, Any], ...]
-    """The keys of a prediction, each with the type of its value: str, float, list[str] or
-    dict[str, float]."""
+    """The keys of a prediction, each with the type of its value: str, float, list[str],
+    dict[str, float], or bytes, which are a PNG."""
 
     def label(self, classes: Sequence[int]) -> Label:
         """The label of a sample with these class numbers. Raises ValueError where they are none of
         this kind."""
         ...
 
-    def targets(self, labels: Sequence[Label], class_count: int) -> torch.Tensor:
+    def targets(self, annotations: Annotations, class_count: int) -> torch.Tensor:
         """Targets of a batch for the losses, [B, ...]."""
         ...
 
@@ -69,13 +86,19 @@ class TaskKind(Protocol):
         ...
 
     def loss(
-        self, outputs: torch.Tensor, targets: torch.Tensor, label_smoothing: float = 0.0
+        self,
+        outputs: torch.Tensor,
+        targets: torch.Tensor,
+        label_smoothing: float = 0.0,
+        name: str | None = None,
     ) -> torch.Tensor:
-        """The mean training loss of outputs [B, C] in float32; targets may be soft."""
+        """The mean training loss of outputs [B, ...] in float32; targets may be soft. `name` is one
+        of `losses`, by default the first.
+        """
         ...
 
     def positives(self, targets: torch.Tensor) -> torch.Tensor:
-        """Positive pairs of a contrastive loss, bool [B, B]."""
+        """Positive pairs of a contrastive loss, bool [B, B]; not of a kind without that loss."""
         ...
 
     def kept(
@@ -85,5 +108,5 @@ class TaskKind(Protocol):
         ...
 
     def predictions(self, outputs: torch.Tensor, classes: Sequence[str]) -> list[dict[str, Any]]:
-        """One dictionary with `columns` per row of outputs [B, C], as `predict` prints it."""
+        """One dictionary with `columns` per row of outputs [B, ...], as `predict` prints it."""
         ...

@@ -4,10 +4,18 @@ Imports: errors.
 """
 
 from pipeline.packs.bits import pack_codes, packed_size_bytes, unpack_codes
+from pipeline.packs.calibration import Calibration
 from pipeline.packs.codebook import Codebook, dequantise, levels, thresholds
 from pipeline.packs.container import content_digest
 from pipeline.packs.file import LEDGER_KEYS, Pack, ledger, pack_to_bytes, read_pack, write_pack
-from pipeline.packs.metadata import FORMAT_VERSION, PackBackbone, PackInput, PackMetadata
+from pipeline.packs.metadata import (
+    FORMAT_VERSION,
+    PackBackbone,
+    PackInput,
+    PackMetadata,
+    PackPoints,
+    read_input,
+)
 from pipeline.packs.parts import (
     PART_BITS,
     PART_NAMES,
@@ -29,12 +37,14 @@ __all__ = [
     "LEDGER_KEYS",
     "PART_BITS",
     "PART_NAMES",
+    "Calibration",
     "Codebook",
     "LayerShape",
     "Pack",
     "PackBackbone",
     "PackInput",
     "PackMetadata",
+    "PackPoints",
     "Part",
     "PartBits",
     "PartName",
@@ -49,6 +59,7 @@ __all__ = [
     "pack_codes",
     "pack_to_bytes",
     "packed_size_bytes",
+    "read_input",
     "read_pack",
     "thresholds",
     "unpack_codes",

@@ -44,13 +44,16 @@ class PartLayout(BaseModel):
 
 
 class Description(BaseModel):
-    """Everything but numbers; `probe` is the number of probe images."""
+    """Everything but numbers; `probe` is the number of probe images, `coverage` that of the
+    calibration, if there is one.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     metadata: PackMetadata
     parts: list[PartLayout]
     probe: _Length
+    coverage: Annotated[float, Field(ge=0.5, lt=1, allow_inf_nan=False)] | None = None
 
     def to_bytes(self) -> bytes:
         """The compressed text. Raises PackError for a number that JSON cannot hold, or a text

@@ -33,6 +33,7 @@ from numpy.typing import NDArray
 
 from pipeline.errors import PackDamaged, PackError, StorageError
 from pipeline.packs.bits import pack_codes, packed_size_bytes, unpack_codes
+from pipeline.packs.calibration import SIZE_BYTES, Calibration
 from pipeline.packs.codebook import MAX_CODE_BITS
 from pipeline.packs.container import container_from_bytes, container_to_bytes
 from pipeline.packs.description import Description, PartLayout
@@ -65,6 +66,7 @@ class Pack:
     metadata: PackMetadata
     parts: tuple[Part, ...]
     probe_logits: NDArray[np.float32]
+    calibration: Calibration | None = None
 
     def __post_init__(self) -> None:
         names = Counter((part.name, tensor.name) for part in self.parts for tensor in part.tensors)
@@ -151,8 +153,13 @@ def _sections(pack: Pack) -> tuple[list[tuple[str, bytes]], Description]:
         sections += [("positions", part.encoded_positions), (key, codes), (key, scales)]
         layouts.append(_layout(part))
     sections.append(("probe", pack.probe_logits.astype("<f2").tobytes()))
+    if pack.calibration is not None:
+        sections.append(("metadata", pack.calibration.to_bytes()))
     return sections, Description(
-        metadata=pack.metadata, parts=layouts, probe=len(pack.probe_logits)
+        metadata=pack.metadata,
+        parts=layouts,
+        probe=len(pack.probe_logits),
+        coverage=None if pack.calibration is None else pack.calibration.coverage,
     )
 
 
@@ -207,9 +214,12 @@ def _parse(data: bytes) -> Pack:
     parts = tuple(_read_part(layout, content) for layout in description.parts)
     shape = (description.probe, len(description.metadata.classes))
     probe_logits = content.array("<f2", math.prod(shape)).reshape(shape).astype(np.float32)
+    calibration = None
+    if description.coverage is not None:
+        calibration = Calibration.from_bytes(description.coverage, content.take(SIZE_BYTES))
     if content.left_bytes:
         raise PackDamaged(f"{content.left_bytes} bytes that no part owns")
-    return Pack(description.metadata, parts, probe_logits)
+    return Pack(description.metadata, parts, probe_logits, calibration)
 
 
 class _Content:

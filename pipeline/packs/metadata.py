@@ -7,7 +7,7 @@ bytes anywhere.
 from __future__ import annotations
 
 import json
-from typing import Annotated, Final
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, with_config
 from typing_extensions import TypedDict
@@ -31,6 +31,18 @@ class PackInput(BaseModel):
     mean: Channels
     std: tuple[Positive, Positive, Positive]
     interpolation: str
+
+
+class PackPoints(BaseModel):
+    """Preprocessing of point clouds: centre them, take `points` of their farthest points with
+    `channels` numbers each, and scale them to the unit sphere or not at all.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    points: int = Field(ge=1)
+    channels: Literal[3, 6]
+    scale: Literal["unit", "metric"]
 
 
 @with_config(ConfigDict(extra="forbid"))
@@ -63,11 +75,20 @@ class PackMetadata(BaseModel):
     kind: str = Field("classification", min_length=1)
     metric: str
     modality: str = Field("images", min_length=1)
-    input: PackInput
+    input: PackInput | PackPoints
     recipe: dict[str, JsonValue]
     backbone: PackBackbone
     selection: dict[str, JsonValue] = Field(default_factory=dict)
     seed: int = Field(ge=0)
+
+    @property
+    def images(self) -> PackInput:
+        """The preprocessing of images. Raises PackError for a pack that takes something else."""
+        if not isinstance(self.input, PackInput):
+            raise PackError(
+                f"the pack of task {self.task!r} takes {self.modality}; this needs a pack of images"
+            )
+        return self.input
 
     def to_json(self) -> str:
         """Compact canonical JSON: sorted keys, no spaces. Raises PackError for a number that JSON
@@ -85,3 +106,9 @@ class PackMetadata(BaseModel):
             raise PackError(
                 f"metadata of {self.task}: {error}; a pack stores finite numbers only"
             ) from None
+
+
+def read_input(facts: dict[str, Any]) -> PackInput | PackPoints:
+    """The preprocessing that a modality states. Raises ValidationError."""
+    form = PackPoints if "points" in facts else PackInput
+    return form.model_validate(facts)

@@ -1,4 +1,4 @@
 """Packs in the MLflow model registry: registered, looked up and loaded.
 
-Imports: errors, kinds, search, serving, utils.
+Imports: data, errors, kinds, search, serving, utils.
 """

@@ -8,8 +8,12 @@ headings padded.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 from pipeline.registry.pack_record import METRIC_TAG, Champion
+
+if TYPE_CHECKING:
+    from pipeline.data import Modality
 
 
 def version_card(champion: Champion, version: int) -> str:
@@ -22,7 +26,7 @@ def version_card(champion: Champion, version: int) -> str:
         "### Recipe",
         _table(("setting", "value"), sorted(champion.params.items())),
         "### Use it",
-        _usage(f"{champion.task}/{version}"),
+        _usage(f"{champion.task}/{version}", champion.modality),
         (
             f"### The front of the study ({len(champion.front)} trials; all are child runs of this"
             " version's run)"
@@ -96,25 +100,26 @@ def _front_rows(champion: Champion) -> Iterable[tuple[str, str, str]]:
             yield shown, f"{row['size_bytes']:,}", f"{100 * row['val_metric']:.1f} %"
 
 
-def _usage(reference: str) -> str:
+def _usage(reference: str, modality: type[Modality]) -> str:
+    column, file = modality.column, modality.example_file
     return "\n".join(
         [
             "```sh",
-            f"taskpack predict {reference} image.jpg",
+            f"taskpack predict {reference} {file}",
             "```",
             "",
             "```python",
             "import pipeline",
             "",
-            f'pipeline.load("{reference}").predict(["image.jpg"])',
+            f'pipeline.load("{reference}").predict(["{file}"])',
             "```",
             "",
             "```python",
             "import mlflow, pandas as pd  # TASKPACK_BACKBONE names the backbone's checkpoint",
             "",
             (
-                f'mlflow.pyfunc.load_model("models:/{reference}").predict(pd.DataFrame({{"image":'
-                ' ["image.jpg"]}))'
+                f'mlflow.pyfunc.load_model("models:/{reference}").predict(pd.DataFrame({{"{column}":'
+                f' ["{file}"]}}))'
             ),
             "```",
         ]

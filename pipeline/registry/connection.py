@@ -12,6 +12,7 @@ import contextlib
 import os
 import re
 import sqlite3
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -42,6 +43,7 @@ _FIRST_CALL = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "4",
 }
 _LOCK_SECONDS = 120
+_WARNINGS_LOCK = threading.RLock()
 _ANALYSED_ROWS = 1000
 # Where MLflow's tables keep absolute URIs of artifacts.
 _ARTIFACT_COLUMNS = (
@@ -51,6 +53,16 @@ _ARTIFACT_COLUMNS = (
     ("model_versions", "source"),
     ("model_versions", "storage_location"),
 )
+
+
+@contextmanager
+def without_warnings() -> Iterator[None]:
+    """Ignore the warnings that MLflow, pandas and SQLAlchemy give about each other. One thread at
+    a time: `warnings.catch_warnings` changes the whole process, and threads that leave it in
+    another order than they entered would restore the wrong filters.
+    """
+    with _WARNINGS_LOCK, warnings.catch_warnings(action="ignore"):
+        yield
 
 
 def import_mlflow() -> ModuleType:
@@ -67,7 +79,7 @@ def import_mlflow() -> ModuleType:
 def import_pyfunc() -> ModuleType:
     """`mlflow.pyfunc`, which warns about type hints of its own when first imported."""
     import_mlflow()
-    with warnings.catch_warnings(action="ignore"):
+    with without_warnings():
         import mlflow.pyfunc
 
     return mlflow.pyfunc
@@ -116,7 +128,7 @@ def initialise_sqlite(database: Path, artifact_root: Path) -> None:
 
     # MLflow's tables use a loader that SQLAlchemy calls deprecated: a matter between the two, not
     # one for our users.
-    with warnings.catch_warnings(action="ignore"):
+    with without_warnings():
         from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
         from sqlalchemy.orm import configure_mappers
 

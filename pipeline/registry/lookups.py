@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from typing import Any
@@ -20,6 +20,7 @@ from pipeline.registry.failures import absent_as_none, registry_errors
 from pipeline.registry.pack_record import (
     CHAMPION_ALIAS,
     DIGEST_TAG,
+    FINGERPRINT_TAG,
     METRIC_TAG,
     MODEL_ID_TAG,
     OWN_RUN_TAGS,
@@ -46,6 +47,7 @@ class LookUps:
         max_bytes: int | None = None,
         min_metric: float | None = None,
         metric: str | None = None,
+        fingerprint: str | None = None,
         limit: int = 50,
         after: str | None = None,
     ) -> list[RegisteredPack]:
@@ -53,13 +55,13 @@ class LookUps:
         more: best first, then smallest, at most `limit`.
 
         With `metric`, such as `accuracy`, only packs that were chosen by it: values of two metrics
-        cannot be compared.
+        cannot be compared. With `fingerprint`, only packs on this backbone.
 
         Versions deleted since are left out. `after` names the pack, such as the last one of an
         earlier answer, behind which this one begins, so packs registered meanwhile move nothing.
         Raises RegistryError.
         """
-        clauses = _search_clauses(task, max_bytes, min_metric, metric, limit)
+        clauses = _search_clauses(task, max_bytes, min_metric, metric, limit, fingerprint)
         order = ["metrics.test_metric DESC", "metrics.size_bytes ASC"]
         found: list[RegisteredPack] = []
         page_token: str | None = None
@@ -77,6 +79,39 @@ class LookUps:
                 if not page_token:
                     break
         return found[:limit]
+
+    def champions(self, fingerprint: str | None = None) -> Iterator[RegisteredPack]:
+        """Every task's champion, best first; with `fingerprint`, those on this backbone. Raises
+        RegistryError.
+        """
+        after = None
+        while page := self.search(fingerprint=fingerprint, limit=_PAGE, after=after):
+            yield from (pack for pack in page if CHAMPION_ALIAS in pack.aliases)
+            after = page[-1].reference
+
+    def versions(self, references: list[str]) -> dict[str, int]:
+        """The versions that references to aliases name now; those without one are left out. A
+        request per 64 names. Raises RegistryError.
+        """
+        wanted = {
+            reference: match
+            for reference in references
+            if (match := _REFERENCE.fullmatch(reference)) and match["version"] is None
+        }
+        names = sorted({match["name"] for match in wanted.values()})
+        aliases: dict[str, dict[str, Any]] = {}
+        with registry_errors(self._store.tracking_uri):
+            for start in range(0, len(names), _PAGE):
+                page = ", ".join(f"'{name}'" for name in names[start : start + _PAGE])
+                found = self._store.reader.search_registered_models(
+                    f"name IN ({page})", max_results=_PAGE
+                )
+                aliases |= {model.name: model.aliases for model in found}
+        numbers = {
+            reference: aliases.get(match["name"], {}).get(match["alias"] or CHAMPION_ALIAS)
+            for reference, match in wanted.items()
+        }
+        return {reference: int(number) for reference, number in numbers.items() if number}
 
     def best_on_validation(self, name: str) -> list[RegisteredPack]:
         """The versions of a task that are best on validation."""
@@ -242,6 +277,7 @@ def _search_clauses(
     min_metric: float | None,
     metric: str | None,
     limit: int,
+    fingerprint: str | None = None,
 ) -> list[str]:
     if limit < 1:
         raise RegistryError(f"limit: given {limit}, expected 1 or more")
@@ -261,6 +297,6 @@ def _search_clauses(
         "metrics.size_bytes " + ("> 0" if max_bytes is None else f"<= {max_bytes}"),
         f"metrics.test_metric >= {min_metric or 0:.12f}",
     ]
-    tags = {TASK_TAG: task, METRIC_TAG: metric}
+    tags = {TASK_TAG: task, METRIC_TAG: metric, FINGERPRINT_TAG: fingerprint}
     wanted = [f"tags.{tag} = '{value}'" for tag, value in tags.items() if value is not None]
     return ["attributes.status = 'FINISHED'", *numbers, *wanted]

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import base64
-import io
 import json
 import shutil
-import warnings
 from pathlib import Path
 from typing import Any
 
 from pipeline.kinds import kind_named
-from pipeline.registry.connection import import_pyfunc
-from pipeline.registry.pack_record import KIND_TAG, Champion
+from pipeline.registry.connection import import_pyfunc, without_warnings
+from pipeline.registry.pack_record import COVERAGE_TAG, KIND_TAG, Champion
 
 PACK_FILE = "pack.safetensors"
 OUTCOMES_FILE = "outcomes.safetensors"
@@ -20,24 +18,31 @@ _MAX_OUTCOMES_BYTES = 1024 * 1024
 """Validation outputs that take more (thousands of samples of hundreds of classes) are not stored
 beside a pack of a few kilobytes.
 """
-_EXAMPLE_PX = 16
 
 
 def write_model(champion: Champion, folder: Path, model_id: str) -> Path:
     """A pyfunc model folder whose data is the pack and whose code is this package, installed."""
+    import pandas as pd
     from mlflow.models import Model
 
     pack, target = folder / PACK_FILE, folder / "model"
+    modality = champion.modality
     shutil.copyfile(champion.pack_path, pack)
     pyfunc = import_pyfunc()
-    with warnings.catch_warnings(action="ignore"):  # of pandas, about how MLflow writes the example
+    with without_warnings():  # pandas warns about how MLflow writes the example
         pyfunc.save_model(
             str(target),
             loader_module="pipeline.registry.pyfunc",
             data_path=str(pack),
             mlflow_model=Model(model_id=model_id),
-            signature=_signature(champion.tags.get(KIND_TAG, "classification")),
-            input_example=_input_example(),
+            signature=_signature(
+                champion.tags.get(KIND_TAG, "classification"),
+                modality.column,
+                COVERAGE_TAG in champion.tags,
+            ),
+            input_example=pd.DataFrame(
+                {modality.column: [base64.b64encode(modality.example()).decode()]}
+            ),
             # Given, because MLflow otherwise imports the model in a subprocess to find out what it
             # needs.
             pip_requirements=["taskpack"],
@@ -64,9 +69,9 @@ def write_front(champion: Champion, folder: Path) -> Path:
     return target
 
 
-def _signature(kind: str) -> Any:
-    """A column of images in, the columns of a kind out. An image is a path, the bytes of an image
-    file, or those bytes as base64.
+def _signature(kind: str, column: str = "image", has_sets: bool = False) -> Any:
+    """A column of samples in, the columns of a kind out. A sample is a path, the bytes of a file,
+    or those bytes as base64.
     """
     from mlflow.models import ModelSignature
     from mlflow.types import ColSpec, DataType, Schema
@@ -75,20 +80,12 @@ def _signature(kind: str) -> Any:
     types: dict[Any, Any] = {
         str: DataType.string,
         float: DataType.double,
+        bytes: DataType.binary,
         list[str]: Array(DataType.string),
         dict[str, float]: Map(DataType.double),
     }
     columns: list[Any] = [
         ColSpec(types[type_of], name) for name, type_of in kind_named(kind).columns
     ]
-    return ModelSignature(inputs=Schema([ColSpec(AnyType(), "image")]), outputs=Schema(columns))
-
-
-def _input_example() -> Any:
-    """One small image as base64: a grey ramp."""
-    import pandas as pd
-    from PIL import Image
-
-    buffer = io.BytesIO()
-    Image.linear_gradient("L").resize((_EXAMPLE_PX, _EXAMPLE_PX)).save(buffer, "PNG")
-    return pd.DataFrame({"image": [base64.b64encode(buffer.getvalue()).decode()]})
+    columns += [ColSpec(Array(DataType.string), "set")] if has_sets else []
+    return ModelSignature(inputs=Schema([ColSpec(AnyType(), column)]), outputs=Schema(columns))

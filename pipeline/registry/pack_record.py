@@ -8,13 +8,17 @@ them without importing it.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import RegistryError
+
+if TYPE_CHECKING:
+    from pipeline.data import Modality
 
 TASK_TAG = "task"
 DIGEST_TAG = "pack_digest"
@@ -23,7 +27,10 @@ BEGUN_TAG = "registration_begun_ms"
 WRITER_TAG = "registered_by"
 CHAMPION_ALIAS = "champion"
 DATA_TAG = "data_digest"
-KIND_TAG, METRIC_TAG = "kind", "metric"
+KIND_TAG, METRIC_TAG, MODALITY_TAG = "kind", "metric", "modality"
+COVERAGE_TAG = "coverage"
+"""The share of cases in which a pack's sets hold the right class, if it gives sets."""
+FINGERPRINT_TAG = "backbone_fingerprint"
 VALIDATION_TAG = "validation"
 """Which samples a pack's recipe was validated on, as a hash."""
 OWN_RUN_TAGS = (BEGUN_TAG, WRITER_TAG)
@@ -76,6 +83,13 @@ class Champion:
     outcomes: Path | None = None
     level: float = 0.5
     promote: bool = False
+
+    @property
+    def modality(self) -> type[Modality]:
+        """What the pack takes."""
+        from pipeline.data import MODALITIES
+
+        return MODALITIES[self.tags.get(MODALITY_TAG, "images")]
 
     def check(self) -> None:
         """Refuse a record that contradicts its file or itself. Raises RegistryError."""
@@ -190,3 +204,15 @@ class RegisteredPack:
             f"test {self.metric}": tested,
             "backbone": self.tags.get("backbone", ""),
         }
+
+
+def metrics_by_class(metric: str, values: Mapping[str, float]) -> dict[str, float]:
+    """Metrics of the registry, one per class: `test_mIoU/road`, with `_` for what MLflow's names
+    do not allow, and a number where two classes would share one.
+    """
+    named: dict[str, float] = {}
+    for name, value in values.items():
+        allowed = re.sub(r"[^\w. -]", "_", name, flags=re.ASCII)
+        key = f"test_{metric}/{allowed}"
+        named[f"{key}_{len(named)}" if key in named else key] = value
+    return named

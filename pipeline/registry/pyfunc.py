@@ -19,12 +19,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from pipeline.data import MODALITIES, Modality
 from pipeline.errors import DataError, PackForeign
-
-_EXPECTED = (
-    "expected image files' paths, bytes or base64 text as a list or a DataFrame's column 'image',"
-    " or a uint8 array [N, H, W, 3]"
-)
 
 
 def _load_pyfunc(path: str) -> PackModel:
@@ -62,7 +58,8 @@ class PackModel:
         """One row per image. Raises DataError for what is not an image input.
 
         The columns are the keys of `Predictor.predict`: `label` and `probability` (0 to 1) for
-        classification, `labels` and `probabilities` for multi-label.
+        classification, with `set` if the pack has a coverage; `labels` and `probabilities` for
+        multi-label; `areas` and `mask` (a PNG's bytes) for segmentation.
 
         A text is a path where such a file exists, otherwise base64.
         """
@@ -70,42 +67,52 @@ class PackModel:
             raise DataError(
                 f"params: given {', '.join(sorted(params))}; a pack takes none, leave them out"
             )
-        rows = self._predictor.predict(_images(model_input))
+        modality = MODALITIES[self._predictor.metadata.modality]
+        rows = self._predictor.predict(_samples(model_input, modality))
         return pd.DataFrame(
-            {name: [row[name] for row in rows] for name, _ in self._predictor.kind.columns}
+            {name: [row[name] for row in rows] for name, _ in self._predictor.columns}
         )
 
 
-def _images(model_input: Any) -> list[Any]:
+def _samples(model_input: Any, modality: type[Modality]) -> list[Any]:
+    column, expected = modality.column, _expected(modality)
     if isinstance(model_input, pd.DataFrame):
-        if "image" not in model_input.columns:
+        if column not in model_input.columns:
             raise DataError(
-                f"no column 'image', given columns: {', '.join(map(str, model_input.columns))};"
-                f" {_EXPECTED}"
+                f"no column {column!r}, given columns: {', '.join(map(str, model_input.columns))};"
+                f" {expected}"
             )
         model_input = [
             each
-            for cell in model_input["image"]
+            for cell in model_input[column]
             for each in (cell if isinstance(cell, list) else [cell])
         ]
     if isinstance(model_input, np.ndarray):
-        if model_input.ndim == 4 and model_input.dtype == np.uint8 and model_input.shape[-1] == 3:
+        if modality.is_batch(model_input):
             return list(model_input)
         if model_input.ndim != 1:
             raise DataError(
-                f"given an array of {model_input.dtype} {list(model_input.shape)}; {_EXPECTED}"
+                f"given an array of {model_input.dtype} {list(model_input.shape)}; {expected}"
             )
         model_input = model_input.tolist()
     if not isinstance(model_input, list):
-        raise DataError(f"given {type(model_input).__name__}; {_EXPECTED}")
-    return [_image(value, index) for index, value in enumerate(model_input)]
+        raise DataError(f"given {type(model_input).__name__}; {expected}")
+    return [_sample(value, index, modality) for index, value in enumerate(model_input)]
 
 
-def _image(value: Any, index: int) -> Any:
+def _expected(modality: type[Modality]) -> str:
+    return (
+        f"expected paths, bytes or base64 text of {modality.noun} files as a list or a DataFrame's"
+        f" column {modality.column!r}, or {modality.arrays}"
+    )
+
+
+def _sample(value: Any, index: int, modality: type[Modality]) -> Any:
+    where = f"{modality.column} {index}"
     if isinstance(value, (bytes, bytearray, Path)):
         return bytes(value) if isinstance(value, bytearray) else value
     if not isinstance(value, str):
-        raise DataError(f"image {index}: given {type(value).__name__}; {_EXPECTED}")
+        raise DataError(f"{where}: given {type(value).__name__}; {_expected(modality)}")
     if os.path.isfile(value):
         return Path(value)
     try:
@@ -113,5 +120,5 @@ def _image(value: Any, index: int) -> Any:
     except (binascii.Error, ValueError):
         text = value if len(value) <= 80 else value[:77] + "..."
         raise DataError(
-            f"image {index}: {text!r} is neither a file here nor base64; {_EXPECTED}"
+            f"{where}: {text!r} is neither a file here nor base64; {_expected(modality)}"
         ) from None

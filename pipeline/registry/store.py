@@ -11,6 +11,7 @@ import json
 import secrets
 import shutil
 import tempfile
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -101,15 +102,24 @@ class Registry:
         max_bytes: int | None = None,
         min_metric: float | None = None,
         metric: str | None = None,
+        fingerprint: str | None = None,
         limit: int = 50,
         after: str | None = None,
     ) -> list[RegisteredPack]:
         """See `LookUps.search`."""
-        return self._lookups.search(task, max_bytes, min_metric, metric, limit, after)
+        return self._lookups.search(task, max_bytes, min_metric, metric, fingerprint, limit, after)
+
+    def champions(self, fingerprint: str | None = None) -> Iterator[RegisteredPack]:
+        """See `LookUps.champions`."""
+        return self._lookups.champions(fingerprint)
 
     def get(self, reference: str) -> RegisteredPack:
         """See `LookUps.get`."""
         return self._lookups.get(reference)
+
+    def versions(self, references: list[str]) -> dict[str, int]:
+        """See `LookUps.versions`."""
+        return self._lookups.versions(references)
 
     def download(self, registered: RegisteredPack, folder: Path) -> Path:
         """Copy the pack file into `folder` as NAME-VERSION.safetensors. Raises RegistryError where

@@ -13,6 +13,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from pipeline.registry.pack_record import Champion
+from pipeline.search.trial_record import USAGE_FIELDS
 
 PARENT_TAG = "mlflow.parentRunId"
 TRIAL_TAG = "trial_id"
@@ -78,6 +79,11 @@ def _log_trial(
     metrics += [
         Metric("pack_bytes", float(row["size_bytes"]), ended_ms, 0),
         Metric("seconds", float(seconds), ended_ms, 0),
+    ]
+    metrics += [
+        Metric(name, float(row[name]), ended_ms, 0)
+        for name in USAGE_FIELDS
+        if row.get(name) is not None
     ]
     client.log_batch(
         run.info.run_id,

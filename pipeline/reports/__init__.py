@@ -1,4 +1,4 @@
 """Figures and tables of a study or a comparison, drawn from plain rows.
 
-Imports: errors, search, specs.
+Imports: errors, kinds, search, specs, utils.
 """

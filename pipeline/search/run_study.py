@@ -24,10 +24,16 @@ from pipeline.search.proposer import LAG, make_proposer
 from pipeline.search.study import OnRecord, Study
 from pipeline.search.time_limit import SearchTime, TimeLimit
 from pipeline.search.trial import opened, run_trial
-from pipeline.search.trial_record import TrialJournal, TrialRecord, failure_warnings
+from pipeline.search.trial_record import (
+    USAGE_FIELDS,
+    TrialJournal,
+    TrialRecord,
+    failure_warnings,
+)
 from pipeline.specs import Recipe, Task
 from pipeline.training import Ranks
 from pipeline.training.ranks import RanksLost
+from pipeline.training.usage import measured
 
 
 def check_budget(task: Task, size_of: Callable[[Recipe], int]) -> None:
@@ -201,14 +207,19 @@ def _trainable(config: dict[str, Any]) -> None:
 
     resources: TrialResources = config["resources"]
     try:
-        with group(_follow, (config,), resources) as ranks:
+        with (
+            group(_follow, (config,), resources) as ranks,
+            measured(resources.device()) as meter,
+        ):
             for epoch, (score, remark) in enumerate(_epochs(config, resources, ranks), start=1):
+                usage = meter.usage()
                 tune.report(
                     {
                         "epoch": epoch,
                         "metric": score.value,
                         "standard_error": score.standard_error,
-                        "remark": remark,
+                        "remark": "; ".join(filter(None, [remark, usage.warning()])),
+                        **{name: getattr(usage, name) for name in USAGE_FIELDS},
                     }
                 )
     except RanksLost:

@@ -7,7 +7,7 @@ records alone (see `proposer`).
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -89,10 +89,16 @@ class Study:
         return True
 
     def finish(
-        self, number: int, seconds: float, failure: TaskpackError | None, *, remark: str = ""
+        self,
+        number: int,
+        seconds: float,
+        failure: TaskpackError | None,
+        *,
+        remark: str = "",
+        usage: Mapping[str, Any] | None = None,
     ) -> None:
         """Record a trial's outcome. A transient failure is not written to disk, so that a later run
-        tries again.
+        tries again. `usage`: fields of the record about the trial's device.
         """
         curve, proposal = tuple(self._curves.get(number, ())), self.proposals[number]
         outcome: dict[str, Any]
@@ -110,6 +116,7 @@ class Study:
             errors=tuple(self._errors.get(number, ())),
             seconds=round(seconds, 2),
             ended=round(time.time(), 2),
+            **(usage or {}),
             **outcome,
         )
         self.records[number] = record

@@ -1,4 +1,4 @@
-"""One trial: one recipe trained on train and scored on validation after every epoch."""
+"""One trial: a recipe trained on train and scored on validation after every epoch."""
 
 from __future__ import annotations
 
@@ -8,14 +8,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pipeline.adaptation import SelectedIndex, attach
+import numpy as np
+
+from pipeline.adaptation import SelectedIndex
 from pipeline.inputs.learning_rate import with_learning_rate
 from pipeline.inputs.out_of_memory import named_out_of_memory
-from pipeline.kinds import Score, score
+from pipeline.kinds import Outcomes, Score, score
+from pipeline.search.folds import in_folds
 from pipeline.search.kept_outcomes import write_outcomes
 from pipeline.selection import read_selection
 from pipeline.specs import Recipe, Task
 from pipeline.training import ALONE, Inputs, Ranks, evaluate, open_inputs, train_epochs
+from pipeline.training.teacher import training_source
 
 
 def recipe_key(recipe: Recipe) -> str:
@@ -54,7 +58,10 @@ def run_trial(
     """Train on train; yield the validation score after every epoch, and finally a warning about the
     training, if any.
 
+    The models of several folds train in turn, an epoch each, and are scored together.
+
     Args:
+        selected: the connections of the first fold; those of the others are selected here.
         ranks: the processes that train together; all get the same scores.
         kept: file for the validation outputs of the last epoch, which the first rank writes.
 
@@ -63,29 +70,34 @@ def run_trial(
         ClusterError: The ranks no longer have the same values.
         StorageError: The outputs cannot be written.
     """
-    task, recipe = inputs.task, with_learning_rate(recipe, inputs.backbone)
-    model = attach(
-        inputs.backbone, recipe, len(inputs.index.classes), selected=selected, seed=task.seed
-    ).to(device)
-    options: dict[str, Any] = {
-        "seed": task.seed,
-        "flip": task.input.flip,
-        "device": device,
-        "ranks": ranks,
-    }
-    epochs = train_epochs(
-        model,
-        inputs.reader("train"),
-        inputs.splits["train"],
-        recipe.training,
-        inputs.kind,
-        **options,
-    )
+    recipe = with_learning_rate(recipe, inputs.backbone)
+    folds = [
+        _outcomes(fold, recipe, chosen, device, ranks)
+        for fold, chosen in in_folds(inputs, recipe, selected, device)
+    ]
+    for epoch, of_folds in enumerate(zip(*folds, strict=True), start=1):
+        outcomes = Outcomes(
+            np.concatenate([found.outputs for found, _ in of_folds]),
+            np.concatenate([found.targets for found, _ in of_folds]),
+        )
+        if epoch == recipe.training.epochs and kept is not None and ranks.is_first:
+            write_outcomes(kept, outcomes)
+        remarks = dict.fromkeys(remark for _, remark in of_folds if remark)
+        yield score(inputs.metric, outcomes), "; ".join(remarks)
+
+
+def _outcomes(
+    inputs: Inputs, recipe: Recipe, selected: SelectedIndex | None, device: str, ranks: Ranks
+) -> Iterator[tuple[Outcomes, str]]:
+    """Train in one fold; yield the validation outputs after every epoch, and finally a warning."""
+    task = inputs.task
+    model = inputs.adapted(recipe, selected).to(device)
+    source = training_source(inputs, "train", recipe, device=device, ranks=ranks)
+    data = source, inputs.splits["train"]
+    options: dict[str, Any] = {"flip": task.input.flip, "device": device, "ranks": ranks}
+    epochs = train_epochs(model, *data, recipe.training, inputs.kind, seed=task.seed, **options)
     reader, split = inputs.reader("val"), inputs.splits["val"]
     for epoch, _ in enumerate(epochs, start=1):
         is_last = epoch == recipe.training.epochs
         remark = model.idle_experts(ranks.total) if is_last else ""
-        outcomes = evaluate(model, reader, split, inputs.kind, device=device, ranks=ranks)
-        if is_last and kept is not None and ranks.is_first:
-            write_outcomes(kept, outcomes)
-        yield score(inputs.metric, outcomes), remark
+        yield evaluate(model, reader, split, inputs.kind, ranks=ranks), remark

@@ -13,6 +13,8 @@ from pipeline.search.kept_outcomes import read_outcomes
 from pipeline.utils.files import explained, read_json, write_json
 
 TrialState = Literal["complete", "stopped", "rejected", "failed"]
+USAGE_FIELDS = ("waiting", "gpu_busy", "gpu_memory_bytes")
+"""What a trial reports of its usage, by the names in its record."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,9 +23,10 @@ class TrialRecord:
 
     `id` is the key of its recipe; `curve` the validation metric after each epoch, and `errors`
     their standard errors; `val_metric` the last value of a complete trial's curve. A rejected trial
-    is over budget and never ran. `message` is the reason of a failure or rejection, or a warning
-    about a complete trial. `error` is the name of the error of a failure; `ended` the time of the
-    end, in seconds since 1970, 0 if unknown.
+    is over budget and never ran. `waiting`, `gpu_busy` and `gpu_memory_bytes` are those of `Usage`
+    (training/usage.py), of the trial's first rank. `message` is the reason of a failure or
+    rejection, or a warning about a complete trial. `error` is the name of the error of a failure;
+    `ended` the time of the end, in seconds since 1970, 0 if unknown.
     """
 
     id: str
@@ -35,6 +38,9 @@ class TrialRecord:
     errors: tuple[float, ...] = field(default=())
     seconds: float = 0.0
     ended: float = 0.0
+    waiting: float | None = None
+    gpu_busy: float | None = None
+    gpu_memory_bytes: int | None = None
     message: str = ""
     error: str = ""
 

@@ -14,6 +14,7 @@ from pipeline.cluster.rank_group import WORKER_DIED
 from pipeline.errors import TaskpackError, TrainingError, UnexpectedError, WorkerDied
 from pipeline.search.study import OnRecord, Study
 from pipeline.search.time_limit import SearchTime
+from pipeline.search.trial_record import USAGE_FIELDS
 
 
 class StudySearcher(Searcher):
@@ -87,7 +88,8 @@ class StudySearcher(Searcher):
                 self.fatal = self.fatal or fault
             self._study.finish(number, seconds, fault)
         else:
-            self._study.finish(number, seconds, None, remark=result.get("remark", ""))
+            usage = {name: result.get(name) for name in USAGE_FIELDS}
+            self._study.finish(number, seconds, None, remark=result.get("remark", ""), usage=usage)
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickle nothing: Tune would do so to resume, but a study resumes from its records."""

@@ -51,14 +51,13 @@ def activation_sums(
         )
         for name, layer in _layers(model)
     }
-    mean, std = (
-        torch.tensor(values, device=device).view(1, 3, 1, 1)
-        for values in (backbone.mean, backbone.std)
-    )
+    normalise = backbone.takes.normaliser().to(device)
     for _, images, _ in batches:
         means.clear()
-        with torch.autocast(mean.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
-            model((images.to(device).float() / 255 - mean) / std)
+        with torch.autocast(
+            torch.device(device).type, torch.bfloat16, enabled=dtype == torch.bfloat16
+        ):
+            model(normalise(images.to(device)))
         _check_all_called(model, means)
         for name, mean_GI in means.items():
             sums[name] += len(images) * mean_GI

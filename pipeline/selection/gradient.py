@@ -25,7 +25,7 @@ from pipeline.adaptation.sites import tunable_layers
 from pipeline.adaptation.watched import learnt_once
 from pipeline.adaptation.working import fuse_attention, slow_fused_attention
 from pipeline.backbones import LoadedBackbone
-from pipeline.data import numbered_generator, two_views
+from pipeline.data import numbered_generator
 from pipeline.selection.losses import Loss
 from pipeline.specs import Selection
 from pipeline.utils.devices import computing_dtype, exact_float32
@@ -35,7 +35,7 @@ SAVED_BYTES = {"cpu": 2 << 30}
 
 NumberedBatch = tuple[
     int, torch.Tensor, torch.Tensor
-]  # its number, images uint8 [B, 3, S, S], targets [B, ...]
+]  # its number, decoded samples [B, ...], targets [B, ...]
 
 
 @exact_float32()
@@ -55,24 +55,24 @@ def gradient_sums(
         For each Linear and Conv2d, float64 [O, I] on `device`: neurons by input connections.
     """
     model = backbone.fresh_model().to(device)
+    of_features = loss(model)
     dtype = computing_dtype(spec.precision, device)
     fuse_attention(slow_fused_attention(model, dtype), False)
     sums = _collect_gradients(model)
     piece = max(1, SAVED_BYTES.get(device, 4 * SAVED_BYTES["cpu"]) // max(1, saved_bytes(backbone)))
-    mean, std = (
-        torch.tensor(values, device=device).view(1, 3, 1, 1)
-        for values in (backbone.mean, backbone.std)
-    )
+    normalise = backbone.takes.normaliser().to(device)
 
     def features_of(views: torch.Tensor) -> torch.Tensor:
         with torch.autocast(views.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
-            features: torch.Tensor = model((views - mean) / std)
+            features: torch.Tensor = model(normalise(views))
         return features.float()
 
     for index, images, targets in batches:
-        views = two_views(images.to(device), numbered_generator(seed, index), flip, spec.views)
-        both = torch.cat([targets, targets]).to(device)
-        _backward(features_of, views, lambda features: loss(features, both), piece)  # noqa: B023 - called at once
+        generator = numbered_generator(seed, index)
+        views, both = backbone.takes.two_views(
+            images.to(device), targets.to(device), generator, flip, spec.views
+        )
+        _backward(features_of, views, lambda features: of_features(features, both), piece)  # noqa: B023 - called at once
     return sums
 
 
@@ -110,7 +110,7 @@ def saved_bytes(backbone: LoadedBackbone) -> int:
         return tensor
 
     device = next(model.parameters()).device
-    image = torch.zeros(1, 3, backbone.size_px, backbone.size_px, device=device)
+    image = torch.zeros(1, *backbone.takes.shape, device=device)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         features = model(image)
     del features

@@ -63,13 +63,8 @@ def selection_key(inputs: Inputs, top_k: int) -> str:
         "backbone": inputs.backbone.fingerprint,
         "data": inputs.index.digest,
         "kind": task.kind,
-        "input": [
-            inputs.backbone.size_px,
-            inputs.backbone.mean,
-            inputs.backbone.std,
-            task.input.flip,
-        ],
-        "split": [task.val_fraction, task.seed],
+        "input": [*inputs.backbone.takes.identity, task.input.flip],
+        "split": [task.val_fraction if task.folds == 1 else f"{task.folds} folds", task.seed],
         "selection": task.selection.model_dump(),
         "top_k": top_k,
     }
@@ -263,7 +258,7 @@ def _sums(
     )
     if spec.criterion == "activation":
         return activation_sums(inputs.backbone, read, spec, device=device)
-    loss = make_loss(spec, inputs.kind, inputs.backbone.width, len(inputs.index.classes), task.seed)
+    loss = make_loss(spec, inputs.kind, inputs.backbone, len(inputs.index.classes), task.seed)
     return gradient_sums(
         inputs.backbone, read, spec, loss, seed=task.seed, flip=task.input.flip, device=device
     )

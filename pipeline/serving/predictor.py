@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
+from torch.nn import functional
 
 from pipeline.adaptation import AdaptedModel
 from pipeline.adaptation.packing import from_pack
 from pipeline.backbones import LoadedBackbone, load_backbone
 from pipeline.backbones.known import recall
-from pipeline.data import decode_image
-from pipeline.errors import BackboneError, DataError, PackError
+from pipeline.data import open_image
+from pipeline.data.images import as_picture
+from pipeline.data.modality import Modality
+from pipeline.errors import BackboneError, PackError
 from pipeline.kinds import TaskKind, kind_named
 from pipeline.packs import Pack, PackMetadata, read_pack
+from pipeline.serving.answers import SET_COLUMN, answers
 from pipeline.specs import Backbone, Input
 from pipeline.specs.catalogue import catalogue_folder
 from pipeline.specs.yaml_files import load_spec
@@ -25,7 +29,7 @@ from pipeline.utils.devices import choose_device, exact_float32
 
 PREDICT_BATCH = 64
 """Images decoded and classified at a time: enough to fill a GPU, and few enough for any memory."""
-ImageSource = Path | str | bytes | Image.Image | np.ndarray
+Sample = Path | str | bytes | Image.Image | np.ndarray
 
 
 class Predictor:
@@ -35,39 +39,66 @@ class Predictor:
 
     def __init__(self, pack: Pack, backbone: LoadedBackbone, device: str | None = None) -> None:
         self.metadata: PackMetadata = pack.metadata
-        self.kind = kind_of(pack.metadata)
+        self.kind, self.calibration = kind_of(pack.metadata), pack.calibration
         self.backbone = backbone
         self.device = choose_device(device)
         self.model: AdaptedModel = from_pack(pack, backbone).to(self.device)
         self.model.merge()
 
-    def logits(self, images: Sequence[ImageSource]) -> torch.Tensor:
-        """Logits [N, C] of images given as paths, encoded bytes, PIL images or uint8 arrays [H, W,
-        3]. Raises DataError.
+    @property
+    def columns(self) -> tuple[tuple[str, Any], ...]:
+        """The keys of a prediction, each with the type of its value."""
+        return self.kind.columns + (() if self.calibration is None else (SET_COLUMN,))
+
+    def logits(self, images: Sequence[Sample]) -> torch.Tensor:
+        """Logits [N, C], of a dense kind [N, C, S, S], of images given as paths, encoded bytes, PIL
+        images or uint8 arrays [H, W, 3]; of point clouds given as paths, a file's bytes or arrays
+        [N, 3 or 6]. Raises DataError.
         """
-        numbered = list(enumerate(images))
-        logits = [
-            self._logits(numbered[start : start + PREDICT_BATCH])
-            for start in range(0, len(numbered), PREDICT_BATCH)
-        ]
+        logits = [self._logits(batch) for batch in _batches(images)]
         return torch.cat(logits) if logits else torch.zeros(0, len(self.metadata.classes))
 
     @exact_float32()
     @torch.inference_mode()
-    def _logits(self, batch: Sequence[tuple[int, ImageSource]]) -> torch.Tensor:
+    def _logits(self, batch: Sequence[tuple[int, Sample]]) -> torch.Tensor:
         """Logits [B, C], on the CPU, of one batch."""
-        decoded = [_decode(image, number, self.metadata.input.size_px) for number, image in batch]
-        return self.model(torch.from_numpy(np.stack(decoded)).to(self.device)).cpu()
+        arrays = [decoded(image, number, self.backbone.takes) for number, image in batch]
+        return self.model(torch.from_numpy(np.stack(arrays)).to(self.device)).cpu()
 
-    def predict(self, images: Sequence[ImageSource]) -> list[dict[str, Any]]:
+    def predict(self, images: Sequence[Sample]) -> list[dict[str, Any]]:
         """What the pack says of each image, by its kind. Raises DataError for what is not an image.
 
         Returns:
-            classification: the most probable class, `label` and `probability` (0 to 1). multilabel:
+            classification: the most probable class, `label` and `probability` (0 to 1), and of a
+                pack with a coverage `set`, the classes that are probable enough. multilabel:
                 `labels`, the classes whose probability is above 0.5, and `probabilities` of all
-                classes by name.
+                classes by name. segmentation: `areas`, the fraction of pixels of each class, and
+                `mask`, a PNG of class numbers in the image's own size.
         """
-        return self.kind.predictions(self.logits(images), self.metadata.classes)
+        if not self.kind.is_dense:
+            logits = self.logits(images)
+            return answers(self.kind, self.metadata.classes, self.calibration, logits)
+        return [
+            self._dense(logits, image, number)
+            for batch in _batches(images)
+            for logits, (number, image) in zip(self._logits(batch), batch, strict=True)
+        ]
+
+    def _dense(self, logits: torch.Tensor, image: Sample, number: int) -> dict[str, Any]:
+        """The prediction of an image from its logits [C, S, S], interpolated to its own size."""
+        name = _name(image, number, "image")
+        width, height = open_image(as_picture(image, name), name).size
+        logits = functional.interpolate(
+            logits[None], (height, width), mode="bilinear", align_corners=False
+        )
+        return self.kind.predictions(logits, self.metadata.classes)[0]
+
+
+def _batches(images: Sequence[Sample]) -> Iterator[list[tuple[int, Sample]]]:
+    """Images with their numbers, PREDICT_BATCH at a time."""
+    numbered = list(enumerate(images))
+    for start in range(0, len(numbered), PREDICT_BATCH):
+        yield numbered[start : start + PREDICT_BATCH]
 
 
 def kind_of(metadata: PackMetadata) -> TaskKind:
@@ -81,18 +112,17 @@ def kind_of(metadata: PackMetadata) -> TaskKind:
         ) from None
 
 
-def _decode(image: ImageSource, number: int, size_px: int) -> np.ndarray:
-    """The image as uint8 [3, size_px, size_px]; errors call one without a path by its number."""
-    if isinstance(image, np.ndarray):
-        try:
-            picture = Image.fromarray(image)
-        except (TypeError, ValueError):
-            raise DataError(
-                f"image {number}: given an array of {image.dtype} {list(image.shape)}; expected"
-                " uint8 [H, W, 3]"
-            ) from None
-        return decode_image(picture, size_px, f"image {number}")
-    return decode_image(image, size_px, "" if isinstance(image, (Path, str)) else f"image {number}")
+def decoded(image: Sample, number: int, takes: Modality, noun: str | None = None) -> np.ndarray:
+    """The sample as a network `takes` it; errors call one without a path `noun` and its number.
+    Raises DataError.
+    """
+    noun = noun or takes.noun
+    return takes.decode(image, _name(image, number, noun))
+
+
+def _name(sample: Sample, number: int, noun: str) -> str:
+    """What errors call a sample without a path."""
+    return "" if isinstance(sample, Path | str) else f"{noun} {number}"
 
 
 def load_predictor(
@@ -129,7 +159,10 @@ def load_backbone_of(metadata: PackMetadata, weights: str | None = None) -> Load
     )  # type: ignore[arg-type]
     return load_backbone(
         spec,
-        Input(size_px=metadata.input.size_px, mean=metadata.input.mean, std=metadata.input.std),
+        Input.model_validate(
+            {key: value for key, value in metadata.input if key in Input.model_fields}
+        ),
+        gives_maps=kind_of(metadata).is_dense,
     )
 
 

@@ -151,6 +151,12 @@ class Full(Spec):
     bits: Bits = 32
 
 
+class Decoder(Spec):
+    """Train every parameter of the backbone's mask decoder, as changes (SAM; GPS's recipe)."""
+
+    bits: Bits = 8
+
+
 class Quantiser(Spec):
     """How values below 16 bits are rounded (Binary Adapter, arXiv 2307.16867).
 
@@ -163,14 +169,23 @@ class Quantiser(Spec):
 
 
 class Head(Spec):
-    """A linear classifier on the pooled feature; weights at `bits`, bias at 16, or at 32 if
-    weights have 32.
+    """A linear classifier on the pooled feature, or on each place of a map; weights at `bits`,
+    bias at 16, or at 32 if weights have 32.
 
     `bits: 1, bias: false` is Binary Adapter's Bi-Head.
     """
 
     bits: Bits = 8
     bias: bool = True
+    fuse: int | None = Field(
+        None,
+        ge=1,
+        le=1024,
+        description=(
+            "of segmentation: a small decoder of this width on four maps of different depths;"
+            " default: the last map alone"
+        ),
+    )
     rank: int | None = Field(
         None,
         ge=1,

@@ -17,6 +17,7 @@ _DATA_PATHS = ("train", "val", "test", "root")
 _FOLDER_MODEL = "local-dir:"
 _NAMED_WEIGHTS = ("pretrained", "random")
 _ROOTED_FORMATS = ("lists", "json")  # whose splits are files inside `root`
+_IMAGES_FORMATS = ("coco",)  # whose `images` are folders that do not depend on another key
 
 
 def resolve_paths(section: str, content: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -78,6 +79,7 @@ def local_paths(task: Task) -> list[tuple[str, str]]:
 def _data_keys(content: dict[str, Any]) -> tuple[str, ...]:
     """The keys of a data section that hold paths."""
     keys: tuple[str, ...] = ("root",) if content["format"] in _ROOTED_FORMATS else _DATA_PATHS
+    keys = (*keys, "images") if content["format"] in _IMAGES_FORMATS else keys
     return (*keys, "classes") if isinstance(content.get("classes"), str) else keys
 
 
@@ -87,6 +89,8 @@ def _below_data_root(value: Any, key: str, task_file: Path) -> Any:
     """
     if isinstance(value, list):
         return [_below_data_root(item, key, task_file) for item in value]
+    if isinstance(value, dict):
+        return {name: _below_data_root(each, key, task_file) for name, each in value.items()}
     if not isinstance(value, str) or value.split("/")[0] != f"${DATA_ROOT}":
         return value
     root = os.environ.get(DATA_ROOT)
@@ -102,13 +106,17 @@ def _below_data_root(value: Any, key: str, task_file: Path) -> Any:
 
 
 def _as_list(value: Any) -> list[str]:
-    return [] if value is None else [value] if isinstance(value, str) else list(value)
+    if value is None or isinstance(value, str):
+        return [] if value is None else [value]
+    return list(value.values() if isinstance(value, dict) else value)
 
 
 def _resolved(value: Any, folder: Path, keep: str | None = None) -> Any:
     """Make paths absolute, except URLs and paths that begin with the folder `keep`."""
     if isinstance(value, list):
         return [_resolved(item, folder, keep) for item in value]
+    if isinstance(value, dict):
+        return {name: _resolved(each, folder, keep) for name, each in value.items()}
     if not isinstance(value, str) or _is_url(value) or value.split("/")[0] == keep:
         return value
     return str((folder / os.path.expanduser(value)).resolve())

@@ -16,6 +16,7 @@ from pipeline.specs.parts import (
     Biases,
     ClassToken,
     Connections,
+    Decoder,
     Fact,
     Full,
     Head,
@@ -54,7 +55,16 @@ class Recipe(Spec):
     ssf: Ssf | None = None
     prompts: Prompts | None = None
     class_token: ClassToken | None = None
+    decoder: Decoder | None = None
     full: Full | None = None
+    from_block: int | None = Field(
+        None,
+        ge=0,
+        description=(
+            "the first block to change, counted from 0; the blocks before it stay as they are, and"
+            " their outputs are computed once per image"
+        ),
+    )
     quantiser: Quantiser | None = Field(
         None, description="default: that of the paper, `median` and `matrix`"
     )
@@ -117,6 +127,12 @@ def slot_conflict(recipe: Recipe) -> str | None:
         return "lora and fact both change the weights of whole layers; leave out one or the other"
     if recipe.prompts is not None and smoa is not None and smoa.prompt_generator:
         return "prompts and smoa.prompt_generator both append tokens; leave out one or the other"
+    if recipe.from_block and recipe.head.fuse is not None:
+        return "head.fuse reads maps of blocks before from_block; leave out one or the other"
+    before = [name for name in ("prompts", "class_token") if getattr(recipe, name) is not None]
+    before += ["smoa.prompt_generator"] if smoa is not None and smoa.prompt_generator else []
+    if recipe.from_block and before:
+        return f"{before[0]} changes what the first block reads; leave out that or from_block"
     return None
 
 
@@ -127,7 +143,9 @@ _PLACES = {
     "after_both": ("after_mlp",),
 }
 PARTS = tuple(
-    name for name in Recipe.model_fields if name not in ("preset", "head", "training", "quantiser")
+    name
+    for name in Recipe.model_fields
+    if name not in ("preset", "head", "training", "quantiser", "from_block")
 )
 """The optional parts of a recipe."""
 ADAPTERS = ("smoa", "adapter", "lora", "fact")

@@ -81,10 +81,12 @@ class SearchSpace(Spec):
     norm_bits: _axis(Bits) = None  # type: ignore[valid-type]
     head_bits: _axis(Bits) = None  # type: ignore[valid-type]
     head_rank: _axis(Annotated[int, Field(ge=1)]) = None  # type: ignore[valid-type]
+    head_fuse: _axis(Annotated[int, Field(ge=1, le=1024)]) = None  # type: ignore[valid-type]
     experts: _axis(Annotated[int, Field(ge=0, le=64)]) = None  # type: ignore[valid-type]
     top_k: _axis(Annotated[int, Field(ge=0, le=64)]) = None  # type: ignore[valid-type]
     width: _axis(Annotated[int, Field(ge=1, le=1024)]) = None  # type: ignore[valid-type]
     scale: _axis(Positive) = None  # type: ignore[valid-type]
+    from_block: _axis(Annotated[int, Field(ge=0)]) = None  # type: ignore[valid-type]
     learning_rate: _axis(Positive) = None  # type: ignore[valid-type]
     configurations: tuple[dict[str, Any], ...] | None = Field(
         None, description="points to try, each with a value for some axes"
@@ -161,7 +163,9 @@ class SearchSpace(Spec):
         Raises:
             ValidationError: There is none; `fault` tells why.
         """
-        parts = self._parts(base, point)
+        parts: dict[str, Any] = self._parts(base, point)
+        if "from_block" in point:
+            parts["from_block"] = point["from_block"]
         connection_bits = point.get("connection_bits", point.get("bits"))
         adapter_bits = point.get("adapter_bits", point.get("bits"))
         changes: dict[str, dict[str, Any]] = {
@@ -184,7 +188,11 @@ class SearchSpace(Spec):
             },
             "biases": {"bits": point.get("bias_bits")},
             "norms": {"bits": point.get("norm_bits")},
-            "head": {"bits": point.get("head_bits"), "rank": point.get("head_rank")},
+            "head": {
+                "bits": point.get("head_bits"),
+                "rank": point.get("head_rank"),
+                "fuse": point.get("head_fuse"),
+            },
             "training": {"learning_rate": point.get("learning_rate")},
         }
         for name, part in parts.items():

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     AfterValidator,
     Field,
     ValidationInfo,
     field_validator,
+    model_validator,
 )
 
 from pipeline.specs.backbone import Backbone
-from pipeline.specs.data import CsvData, Data, Input
-from pipeline.specs.recipe import DEFAULT_RECIPE, WrittenRecipe, cools_down
+from pipeline.specs.data import CsvData, Data, DrawnData, Input
+from pipeline.specs.recipe import DEFAULT_RECIPE, Recipe, WrittenRecipe, cools_down
 from pipeline.specs.search_space import AXES, SearchSpace, default_space
 from pipeline.specs.section import Bytes, Spec
 from pipeline.specs.selection import Selection
@@ -39,6 +40,13 @@ class Budget(Spec):
     )
 
 
+Modality = Literal["images", "points"]
+_INPUTS = {
+    "images": ("size_px", "mean", "std", "flip"),
+    "points": ("points", "scale", "up", "turn", "flip"),
+}
+"""The settings of `input` that a modality uses."""
+_FORMATS_OF_POINTS = ("folder", "csv", "lists", "json", "drawn")
 Percent = Annotated[float, Field(ge=0, le=100)]
 
 
@@ -53,11 +61,42 @@ class About(Spec):
     )
 
 
+def _default_selection(validated: Mapping[str, Any]) -> dict[str, Any]:
+    """The loss that the kind ranks connections by, where the default would not do."""
+    return _with_loss_of_kind({}, validated)
+
+
+def _with_loss_of_kind(selection: dict[str, Any], validated: Mapping[str, Any]) -> dict[str, Any]:
+    from pipeline.kinds import kind_named
+
+    if "kind" not in validated or selection.get("criterion", "gradient") != "gradient":
+        return selection
+    loss = kind_named(validated["kind"]).selection_losses[0]
+    return selection if loss == Selection().loss else {"loss": loss, **selection}
+
+
 def _default_metric(validated: Mapping[str, Any]) -> str:
     """The kind's; empty where the kind is not valid, which is reported as such."""
     from pipeline.kinds import kind_named
 
     return kind_named(validated["kind"]).default_metric if "kind" in validated else ""
+
+
+def _misfit_of_points(task: Task) -> str | None:
+    """Why a task cannot be one of point clouds."""
+    training, data = task.recipe.training, task.data
+    if task.kind == "segmentation":
+        return "kind: a class per point is not supported yet; expected classification or multilabel"
+    if data.format not in _FORMATS_OF_POINTS:
+        formats = ", ".join(_FORMATS_OF_POINTS)
+        return f"data: format {data.format} holds images; for point clouds, expected {formats}"
+    if isinstance(data, DrawnData) and data.kind != "solids":
+        return f"data: drawn {data.kind} are images; expected `kind: solids`"
+    if training.mixup or training.cutmix:
+        return "recipe.training: mixup and cutmix mix images; leave them out"
+    if "crop" in (training.augment, task.selection.views):
+        return "augmentation `crop` is of images; expected none, light or strong"
+    return None
 
 
 class Task(Spec):
@@ -71,7 +110,13 @@ class Task(Spec):
     about: About = About()
     kind: str = Field(
         "classification",
-        description="classification: one class per image; multilabel: any number of them",
+        description=(
+            "classification: one class per image; multilabel: any number of them; segmentation: a"
+            " class per pixel"
+        ),
+    )
+    modality: Modality = Field(
+        "images", description="what a sample is: an image, or (`points`) a point cloud"
     )
     data: Data
     input: Input = Input()
@@ -81,17 +126,34 @@ class Task(Spec):
         lt=1,
         description="fraction of train held out for validation if the data has no `val`",
     )
+    folds: int = Field(
+        1,
+        ge=1,
+        description=(
+            "validate each trial on all of train: train it once per fold, on the others; costs as"
+            " many times as much"
+        ),
+    )
     metric: str = Field(
         default_factory=_default_metric,
         validate_default=True,
         description="what the study maximises; default: the kind's own",
+    )
+    coverage: float | None = Field(
+        None,
+        ge=0.5,
+        lt=1,
+        description=(
+            "classification: predictions also give the set of classes that are probable enough to"
+            " hold the right one in this share of cases, such as 0.9"
+        ),
     )
     backbone: Backbone
     recipe: Annotated[WrittenRecipe, AfterValidator(cools_down)] = DEFAULT_RECIPE
     search: SearchSpace = Field(
         default_factory=lambda validated: default_space(validated.get("recipe", DEFAULT_RECIPE))
     )
-    selection: Selection = Selection()
+    selection: Selection = Field(default_factory=_default_selection, validate_default=True)  # type: ignore[arg-type]
     budget: Budget = Budget()
     seed: int = Field(0, ge=0)
 
@@ -113,6 +175,80 @@ class Task(Spec):
 
         return kind_named(kind).name
 
+    @field_validator("folds")
+    @classmethod
+    def _holds_out_one_way(cls, folds: int, info: ValidationInfo) -> int:
+        default = cls.model_fields["val_fraction"].default
+        if folds > 1 and info.data.get("val_fraction", default) != default:
+            raise ValueError(
+                "val_fraction would change nothing, because each fold is held out in turn; leave"
+                " out one or the other"
+            )
+        return folds
+
+    @field_validator("data")
+    @classmethod
+    def _has_what_the_kind_needs(cls, data: Data, info: ValidationInfo) -> Data:
+        from pipeline.kinds import kind_named
+
+        if "kind" not in info.data or data.has_masks() is None:
+            return data
+        if data.has_masks() and not kind_named(info.data["kind"]).is_dense:
+            raise ValueError(
+                f"its samples have masks, which a task of kind {info.data['kind']} does not read;"
+                " write `kind: segmentation`"
+            )
+        if kind_named(info.data["kind"]).is_dense and not data.has_masks():
+            raise ValueError(
+                f"a task of kind {info.data['kind']} needs masks: expected format masks, coco or"
+                " shards, or drawn with kind shapes"
+            )
+        return data
+
+    @field_validator("input")
+    @classmethod
+    def _is_of_the_modality(cls, given: Input, info: ValidationInfo) -> Input:
+        modality = info.data.get("modality", "images")
+        foreign = [
+            name
+            for name, field in Input.model_fields.items()
+            if name not in _INPUTS[modality] and getattr(given, name) != field.default
+        ]
+        if foreign:
+            raise ValueError(
+                f"{', '.join(foreign)} would change nothing for modality {modality}; leave it out"
+            )
+        return given
+
+    @model_validator(mode="after")
+    def _suits_points(self) -> Self:
+        if self.modality == "points":
+            fault = _misfit_of_points(self)
+            if fault is not None:
+                raise ValueError(fault)
+        elif isinstance(self.data, DrawnData) and self.data.kind == "solids":
+            raise ValueError("data: drawn solids are point clouds; write `modality: points`")
+        return self
+
+    @field_validator("selection", mode="before")
+    @classmethod
+    def _with_loss(cls, selection: Any, info: ValidationInfo) -> Any:
+        is_mapping = isinstance(selection, Mapping)
+        return _with_loss_of_kind(dict(selection), info.data) if is_mapping else selection
+
+    @field_validator("selection")
+    @classmethod
+    def _has_a_loss_of_the_kind(cls, selection: Selection, info: ValidationInfo) -> Selection:
+        from pipeline.kinds import kind_named
+
+        losses = kind_named(info.data["kind"]).selection_losses if "kind" in info.data else ()
+        if losses and selection.criterion == "gradient" and selection.loss not in losses:
+            raise ValueError(
+                f"loss {selection.loss} is none of kind {info.data['kind']}; expected"
+                f" {' or '.join(losses)}"
+            )
+        return selection
+
     @field_validator("data")
     @classmethod
     def _has_no_idle_separator(cls, data: Data, info: ValidationInfo) -> Data:
@@ -133,6 +269,34 @@ class Task(Spec):
         from pipeline.kinds import metric_named
 
         return metric_named(metric, info.data["kind"]).name if "kind" in info.data else metric
+
+    @field_validator("recipe")
+    @classmethod
+    def _trains_by_a_loss_of_the_kind(cls, recipe: Recipe, info: ValidationInfo) -> Recipe:
+        from pipeline.kinds import kind_named
+
+        losses = kind_named(info.data["kind"]).losses if "kind" in info.data else ()
+        if losses and recipe.training.loss not in (None, *losses):
+            raise ValueError(
+                f"training.loss: given {recipe.training.loss!r}, which is none of kind"
+                f" {info.data['kind']}; expected {' or '.join(losses)}"
+            )
+        if recipe.training.distill and info.data.get("kind") not in (None, "classification"):
+            raise ValueError(
+                f"training.distill: given {recipe.training.distill}, but of kind"
+                f" {info.data['kind']}; only classification can be distilled yet"
+            )
+        return recipe
+
+    @field_validator("coverage")
+    @classmethod
+    def _is_of_one_class(cls, coverage: float | None, info: ValidationInfo) -> float | None:
+        if coverage is not None and info.data.get("kind", "classification") != "classification":
+            raise ValueError(
+                f"given {coverage}, but only a task of kind classification has sets of classes;"
+                " leave it out"
+            )
+        return coverage
 
     @field_validator("search", mode="before")
     @classmethod

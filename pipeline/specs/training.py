@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     BeforeValidator,
     Field,
+    model_validator,
 )
 
 from pipeline.specs.section import Spec
@@ -18,14 +19,22 @@ def _named_augmentation(value: Any) -> Any:
 
 
 Augmentation = Literal["none", "light", "crop", "strong"]
-"""Augmentation of images, see pipeline/data/augment.py."""
+"""Augmentation, see pipeline/data/augment.py for images, pipeline/data/points.py for clouds."""
 
 
 class Training(Spec):
-    """AdamW with cross-entropy; cosine decay of the learning rate after a linear warm-up."""
+    """AdamW; cosine decay of the learning rate after a linear warm-up."""
 
     epochs: int = Field(12, ge=1, description="passes over the training set")
     batch_size: int = Field(32, ge=1, description="images per step, over all ranks")
+    micro_batch: int | None = Field(
+        None,
+        ge=1,
+        description=(
+            "images per pass: the gradients of a step's passes add up, and memory is that of one;"
+            " default: the whole batch, halved as often as memory runs out"
+        ),
+    )
     learning_rate: float | None = Field(
         None,
         gt=0,
@@ -35,6 +44,13 @@ class Training(Spec):
         default_factory=lambda validated: min(1.0, validated.get("epochs", 1) / 2),
         ge=0,
         description="linear warm-up; default: 1, or half the epochs if there are fewer than two",
+    )
+    loss: str | None = Field(
+        None,
+        description=(
+            "default: the kind's own; of segmentation `cross_entropy_dice`, or `bce_iou`, that of"
+            " GPS's recipe for SAM"
+        ),
     )
     weight_decay: float = Field(0.0, ge=0, description="of AdamW")
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="of the cross-entropy")
@@ -52,9 +68,33 @@ class Training(Spec):
             " values"
         ),
     )
+    distill: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description=(
+            "share of the targets that comes from a teacher, the whole backbone fine-tuned on the"
+            " same images before; of kind classification"
+        ),
+    )
     augment: Annotated[Augmentation, BeforeValidator(_named_augmentation)] = Field(
         "none", description="augmentation of the training images"
     )
+
+    @model_validator(mode="after")
+    def _has_one_kind_of_targets(self) -> Self:
+        if self.distill is not None and (self.mixup or self.cutmix):
+            raise ValueError(
+                "distill has a teacher's outputs for whole images, which mixup and cutmix mix;"
+                " leave out one or the other"
+            )
+        return self
+
+    @property
+    def repeats_images(self) -> bool:
+        """Whether an image is the same in every epoch."""
+        return self.augment == "none" and not self.mixup and not self.cutmix
+
     precision: Literal["fp32", "bf16"] = Field(
         "bf16", description="of the passes; `bf16` becomes float32 on devices without units for it"
     )

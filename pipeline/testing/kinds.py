@@ -6,9 +6,20 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from pipeline.kinds import Label, Metric, Outcomes, TaskKind, classes_in, metric_named, metrics_of
+from pipeline.kinds import (
+    IGNORED,
+    Annotations,
+    Metric,
+    Outcomes,
+    TaskKind,
+    classes_in,
+    metric_named,
+    metrics_of,
+)
 
 _CLASSES, _SAMPLES = 4, 24
+_BLOCKS, _BLOCK_PX = 3, 6
+"""Drawn masks have as many blocks a side, each of one class."""
 
 
 def check_kind(kind: TaskKind) -> None:
@@ -16,10 +27,10 @@ def check_kind(kind: TaskKind) -> None:
 
     Its metrics are checked, too.
     """
-    labels, outputs = _drawn(kind)
-    _check_labels(kind, labels)
-    _check_losses(kind, labels, outputs)
-    _check_kept(kind, labels, outputs)
+    annotations, outputs = _drawn(kind)
+    _check_labels(kind)
+    _check_losses(kind, annotations, outputs)
+    _check_kept(kind, annotations, outputs)
     _check_predictions(kind, outputs)
     assert kind.default_metric in metrics_of(kind.name), "the default metric is not registered"
     for name in metrics_of(kind.name):
@@ -34,6 +45,9 @@ def check_metric(metric: Metric, kind: TaskKind) -> None:
     assert np.isfinite(error), f"{metric.name} has the standard error {error}"
     assert error >= 0, f"{metric.name} has the standard error {error}"
     assert error == metric.standard_error(outcomes), "another standard error for the same outcomes"
+    names = [f"class {number}" for number in range(_CLASSES)]
+    by_class = metric.values_by_class(outcomes, names)
+    assert all(0 <= each <= 1 for each in by_class.values()), f"by class: {by_class}"
     best = _outcomes(kind, noise=0.0)
     assert metric.value(best) > value, f"{metric.name} is not larger for better outputs"
     counts_N = np.random.default_rng(1).integers(0, 3, len(outcomes))
@@ -50,28 +64,44 @@ def check_metric(metric: Metric, kind: TaskKind) -> None:
     assert np.isfinite(metric.standard_error(single)), f"{metric.name} has no error for one sample"
 
 
-def _drawn(kind: TaskKind) -> tuple[list[Label], torch.Tensor]:
-    """Labels of every class, and outputs [N, C] without a relation to them."""
+def _drawn(kind: TaskKind) -> tuple[Annotations, torch.Tensor]:
+    """Labels of every class, or masks of them, and outputs without a relation to them."""
     rng = np.random.default_rng(0)
-    written = [[number % _CLASSES] for number in range(_SAMPLES)]
-    if kind.several_labels:
-        written = [[], *(sorted({*each, int(rng.integers(_CLASSES))}) for each in written[1:])]
+    if kind.is_dense:
+        return _drawn_masks(rng)
     outputs = torch.from_numpy(rng.normal(size=(_SAMPLES, _CLASSES)).astype(np.float32))
-    return [kind.label(each) for each in written], outputs
+    return [kind.label(each) for each in _written(kind)], outputs
+
+
+def _written(kind: TaskKind) -> list[list[int]]:
+    """The classes of each sample."""
+    written = [[number % _CLASSES] for number in range(_SAMPLES)]
+    if not kind.several_labels:
+        return written
+    rng = np.random.default_rng(0)
+    return [[], *(sorted({*each, int(rng.integers(_CLASSES))}) for each in written[1:])]
+
+
+def _drawn_masks(rng: np.random.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """Masks of blocks, some of them ignored, and outputs that are blocks too."""
+    block = np.ones((_BLOCK_PX, _BLOCK_PX), np.uint8)
+    numbers = rng.integers(_CLASSES + 1, size=(_SAMPLES, _BLOCKS, _BLOCKS)).astype(np.uint8)
+    masks = np.kron(np.where(numbers == _CLASSES, IGNORED, numbers).astype(np.uint8), block)
+    noise = rng.normal(size=(_SAMPLES, _CLASSES, _BLOCKS, _BLOCKS)).astype(np.float32)
+    return torch.from_numpy(masks), torch.from_numpy(np.kron(noise, block))
 
 
 def _outcomes(kind: TaskKind, noise: float = 1.5) -> Outcomes:
     """Outcomes of a model that is right but for `noise`."""
-    labels, drawn = _drawn(kind)
-    right = torch.zeros_like(drawn)
-    for row, label in zip(right, labels, strict=True):
-        row[list(classes_in(label))] = 1
-    outputs, targets = kind.kept(2 * right - 1 + noise * drawn, kind.targets(labels, _CLASSES))
+    annotations, drawn = _drawn(kind)
+    targets = kind.targets(annotations, _CLASSES)
+    right = kind.soft_targets(targets, _CLASSES)
+    outputs, targets = kind.kept(2 * right - 1 + noise * drawn, targets)
     return Outcomes(outputs.numpy(), targets.numpy())
 
 
-def _check_labels(kind: TaskKind, labels: list[Label]) -> None:
-    for label in labels:
+def _check_labels(kind: TaskKind) -> None:
+    for label in [kind.label(each) for each in _written(kind)]:
         assert kind.label(classes_in(label)) == label, "a label does not keep its classes"
     for wrong in [[0, 0]] if kind.several_labels else [[], [0, 1]]:
         try:
@@ -81,33 +111,42 @@ def _check_labels(kind: TaskKind, labels: list[Label]) -> None:
         raise AssertionError(f"the label {wrong} is accepted")
 
 
-def _check_losses(kind: TaskKind, labels: list[Label], outputs: torch.Tensor) -> None:
-    targets = kind.targets(labels, _CLASSES)
-    assert len(targets) == len(labels), "expected a target per label"
-    assert len(kind.targets([], _CLASSES)) == 0, "expected no targets for no labels"
+def _check_losses(kind: TaskKind, annotations: Annotations, outputs: torch.Tensor) -> None:
+    targets = kind.targets(annotations, _CLASSES)
+    assert len(targets) == len(annotations), "expected a target per label"
+    assert len(kind.targets(annotations[:0], _CLASSES)) == 0, "expected no targets for no labels"
     outputs = outputs.clone().requires_grad_()
     loss = kind.loss(outputs, targets)
     assert loss.ndim == 0, "expected a mean over the batch"
-    (gradient,) = torch.autograd.grad(loss, [outputs])
-    assert kind.loss(outputs - gradient, targets) < loss, "the loss falls along no gradient"
+    for name in kind.losses:
+        each = kind.loss(outputs, targets, name=name)
+        (gradient,) = torch.autograd.grad(each, [outputs])
+        fallen = kind.loss(outputs - gradient, targets, name=name)
+        assert fallen < each, f"the loss {name} falls along no gradient"
+    assert torch.equal(kind.loss(outputs, targets, name=kind.losses[0]), loss), "no default loss"
     soft = kind.soft_targets(targets, _CLASSES)
     torch.testing.assert_close(kind.loss(outputs, soft), loss)
     smoothed, exact = kind.loss(40 * soft, targets, 0.1), kind.loss(40 * soft, targets)
     assert smoothed > exact, "label smoothing changes nothing"
-    positives = kind.positives(targets)
+    assert kind.selection_losses, "expected a loss to rank connections by"
+    if "contrastive" in kind.selection_losses:
+        _check_positives(kind.positives(targets))
+
+
+def _check_positives(positives: torch.Tensor) -> None:
     assert positives.dtype == torch.bool, "expected bool [B, B]"
     assert torch.equal(positives, positives.T), "a pair is positive one way only"
     assert positives.diagonal().all(), "a sample's other view must be a positive"
 
 
-def _check_kept(kind: TaskKind, labels: list[Label], outputs: torch.Tensor) -> None:
-    whole = kind.kept(outputs, kind.targets(labels, _CLASSES))
+def _check_kept(kind: TaskKind, annotations: Annotations, outputs: torch.Tensor) -> None:
+    whole = kind.kept(outputs, kind.targets(annotations, _CLASSES))
     halves = [
-        kind.kept(outputs[part], kind.targets(labels[part], _CLASSES))
+        kind.kept(outputs[part], kind.targets(annotations[part], _CLASSES))
         for part in (slice(None, 10), slice(10, None))
     ]
     for kept, parts in zip(whole, zip(*halves, strict=True), strict=True):
-        assert len(kept) == len(labels), "expected a row per sample"
+        assert len(kept) == len(annotations), "expected a row per sample"
         assert torch.equal(kept, torch.cat(parts)), "what is kept depends on the batch"
 
 

@@ -3,14 +3,17 @@ refused. Each function raises AssertionError where a promise is broken."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
 from pipeline.adaptation import AdaptedModel, SelectedIndex, attach, plan
+from pipeline.adaptation.flat import flatten
+from pipeline.adaptation.mixed import MixedNetwork
 from pipeline.adaptation.packing import SizePlanner, describe, from_pack, to_pack
+from pipeline.adaptation.unpacking import decode
 from pipeline.backbones import LoadedBackbone
 from pipeline.errors import BackboneError
 from pipeline.packs import ledger, pack_to_bytes, read_pack
@@ -18,7 +21,7 @@ from pipeline.specs import DrawnData, Recipe, Task
 
 _CLASSES = ("one", "two", "three")
 _IMAGES, _STEPS = 6, 2
-_WIDTHS_BITS = (1, 3, 16, 32)
+_ALL_WIDTHS_BITS = (1, 3, 16, 32)
 
 
 def check_part(
@@ -27,18 +30,23 @@ def check_part(
     *,
     selected: SelectedIndex | None = None,
     starts_silent: bool = False,
+    widths_bits: Sequence[int] = _ALL_WIDTHS_BITS,
 ) -> None:
     """Check a part, alone or with others, on a backbone: plan, training, pack, checkpoint, seed.
 
     What is planned is what trains, and every value of it matters. Training leaves the backbone
     untouched, is repeated by its seed and works in bfloat16. The pack has the announced bytes and
-    gives the same logits at every width of its values. Backbones of a few layers and 32 px images
+    gives the same logits at every width of its values, alone and, if the part can be mixed, in one
+    batch with another pack. Backbones of a few layers and 32 px images
     are enough, and keep a check below a second.
 
     Args:
         recipe: what trains; settings that draw random numbers, such as dropout, may be on.
         selected: the selection; required if the recipe trains connections.
         starts_silent: whether the untrained part must leave the backbone's features unchanged.
+        widths_bits: the widths of its values to write packs at, besides the recipe's own. How a
+            value is stored does not depend on the backbone, so one backbone at all of them is
+            enough.
     """
     case = _Case(recipe, backbone, selected)
     before = {name: tensor.clone() for name, tensor in backbone.model.state_dict().items()}
@@ -48,10 +56,11 @@ def check_part(
     _check_planned(case, model)
     _check_every_value_matters(case)
     _check_pack(case, model)
-    for bits in _WIDTHS_BITS:
+    for bits in widths_bits:
         wider = _Case(_at_width(recipe, bits), backbone, selected)
         _check_pack(wider, _moved(wider))
     _check_merged(case, model)
+    _check_mixed(case, [model, _moved(case)])
     _check_checkpoint(case, model)
     _check_seed(case, model)
     _check_bfloat16(case)
@@ -115,10 +124,8 @@ def _at_width(recipe: Recipe, bits: int) -> Recipe:
 
 
 def _images(backbone: LoadedBackbone) -> torch.Tensor:
-    """Drawn images, uint8 [B, 3, S, S]."""
-    shape = (_IMAGES, 3, backbone.size_px, backbone.size_px)
-    generator = torch.Generator().manual_seed(0)
-    return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+    """Noise in place of images or other samples."""
+    return torch.from_numpy(backbone.takes.probe(_IMAGES))
 
 
 def _logits(model: AdaptedModel, images: torch.Tensor) -> torch.Tensor:
@@ -138,6 +145,8 @@ def _are_equal(model: AdaptedModel, other: AdaptedModel) -> bool:
 
 def _loss(model: AdaptedModel, outputs: torch.Tensor) -> torch.Tensor:
     labels = torch.arange(_IMAGES) % len(_CLASSES)
+    if outputs.ndim > 2:  # a class for every pixel
+        labels = labels.view(-1, 1, 1).expand(outputs[:, 0].shape)
     return F.cross_entropy(outputs.float(), labels) + model.auxiliary_loss()
 
 
@@ -230,6 +239,22 @@ def _check_merged(case: _Case, model: AdaptedModel) -> None:
         merged = model(images)
     _assert_close(merged, expected, 1e-4, "merged for inference, the model gives other logits")
     assert torch.equal(_logits(model, images), expected), "merging cannot be undone"
+
+
+def _check_mixed(case: _Case, models: Sequence[AdaptedModel]) -> None:
+    """Samples of two packs in one pass get the logits of their own packs."""
+    network = MixedNetwork(case.backbone)
+    if not network.can_mix(case.recipe):
+        return
+    described = describe(case.task, case.recipe, case.backbone, _CLASSES)
+    packs = [to_pack(model, described) for model in models]
+    flat = [flatten(decode(pack, case.backbone)) for pack in packs]
+    images, owners = _images(case.backbone), [number % len(models) for number in range(_IMAGES)]
+    found = network.logits(images, flat, owners)
+    alone = [_logits(model, images) for model in models]
+    expected = torch.stack([alone[owner][sample] for sample, owner in enumerate(owners)])
+    fault = "mixed with samples of another pack, a sample gets other logits"
+    _assert_close(torch.stack(found), expected, 1e-4, fault)
 
 
 def _check_checkpoint(case: _Case, model: AdaptedModel) -> None:

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 import torch
 
 from pipeline.adaptation import AdaptedModel
 from pipeline.data import Reader, Split, deal_shards, evaluation_batches
 from pipeline.kinds import Outcomes, TaskKind
+from pipeline.training.passes import Passes
 from pipeline.training.ranks import ALONE, Ranks
 from pipeline.utils.devices import exact_float32
 
 EVALUATION_BATCH = 128
+
+
+def _logits(model: AdaptedModel, images: torch.Tensor, size: int) -> torch.Tensor:
+    """The logits of images, on the CPU, `size` at a time."""
+    return torch.cat([model.logits_of(model.inputs_of(some)).cpu() for some in images.split(size)])
 
 
 @exact_float32()
@@ -22,7 +30,6 @@ def evaluate(
     split: Split,
     kind: TaskKind,
     *,
-    device: str = "cpu",
     ranks: Ranks = ALONE,
 ) -> Outcomes:
     """The model's outputs for every sample of `split`, in its order, on all ranks.
@@ -32,8 +39,10 @@ def evaluate(
     rows: list[tuple[np.ndarray, np.ndarray]] = []
     with model.merged():
         plan = evaluation_batches(split, EVALUATION_BATCH, ranks.rank, ranks.world)
+        passes = Passes(EVALUATION_BATCH, str(model.device))
         for images, targets in reader.batches(plan):
-            kept = kind.kept(model(images.to(device)).cpu(), targets)
+            logits = passes.fit(functools.partial(_logits, model, images), len(images))
+            kept = kind.kept(logits, targets)
             rows.append((kept[0].numpy(), kept[1].numpy()))
     outputs, targets_N = (np.concatenate(each) for each in zip(*ranks.rows(rows), strict=True))
     rank_of_sample = deal_shards(split, ranks.world)[split.samples[:, 0]]

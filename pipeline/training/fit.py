@@ -10,11 +10,11 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipeline.adaptation import SelectedIndex, attach
+from pipeline.adaptation import SelectedIndex
 from pipeline.adaptation.packing import describe, from_pack, to_pack
 from pipeline.backbones import fingerprint
 from pipeline.inputs.learning_rate import with_learning_rate
@@ -26,6 +26,7 @@ from pipeline.training.evaluate import evaluate
 from pipeline.training.loop import train_epochs
 from pipeline.training.ranks import ALONE, Ranks
 from pipeline.training.run_checkpoint import Checkpoint
+from pipeline.training.teacher import training_source
 from pipeline.utils.devices import device_name
 from pipeline.utils.files import read_json, write_json
 
@@ -41,7 +42,7 @@ class FitResult:
     `metric`, in [0, 1], for the reloaded pack.
 
     `device` is what trained it, and how many of them where there were several: another device or
-    number may round otherwise.
+    number may round otherwise. `test_by_class` is the metric of each class alone, where it has one.
     """
 
     pack_digest: str
@@ -54,6 +55,7 @@ class FitResult:
     test_metric_stderr: float
     train_seconds: float
     device: str
+    test_by_class: dict[str, float] = field(default_factory=dict)
 
     def line(self) -> str:
         """Summary for a log: `test accuracy 0.8125, 3046 bytes, 12.3 s`."""
@@ -130,9 +132,7 @@ def _train_and_pack(
         with_learning_rate(recipe, inputs.backbone),
         Checkpoint(folder / CHECKPOINT_FILE),
     )
-    model = attach(
-        inputs.backbone, recipe, len(inputs.index.classes), selected=selected, seed=task.seed
-    ).to(device)
+    model = inputs.adapted(recipe, selected).to(device)
     before = fingerprint(model.backbone.state_dict())
     options: dict[str, Any] = {
         "seed": task.seed,
@@ -143,7 +143,7 @@ def _train_and_pack(
     }
     for _ in train_epochs(
         model,
-        inputs.reader("trainval"),
+        training_source(inputs, "trainval", recipe, device=device, ranks=ranks),
         inputs.splits["trainval"],
         recipe.training,
         inputs.kind,
@@ -168,9 +168,7 @@ def _test(inputs: Inputs, folder: Path, device: str, ranks: Ranks) -> FitResult:
     pack = read_pack(content)
     model = from_pack(pack, inputs.backbone).to(device)
     split = inputs.splits["test"]
-    outcomes = evaluate(
-        model, inputs.reader("test"), split, inputs.kind, device=device, ranks=ranks
-    )
+    outcomes = evaluate(model, inputs.reader("test"), split, inputs.kind, ranks=ranks)
     tested = score(inputs.metric, outcomes)
     return FitResult(
         pack_digest=hashlib.sha256(content).hexdigest(),
@@ -181,6 +179,7 @@ def _test(inputs: Inputs, folder: Path, device: str, ranks: Ranks) -> FitResult:
         metric=tested.metric,
         test_metric=tested.value,
         test_metric_stderr=tested.standard_error,
+        test_by_class=inputs.metric.values_by_class(outcomes, inputs.index.classes),
         train_seconds=json.loads(_read(folder / TRAINING_FILE, ranks))["seconds"],
         device=f"{ranks.world} x {device_name(device)}" if ranks.world > 1 else device_name(device),
     )

@@ -8,20 +8,27 @@ trained values) is off by default.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 import torch
 
 from pipeline.adaptation import AdaptedModel
-from pipeline.data import Reader, Split, augment, deal_shards, numbered_generator, training_batches
+from pipeline.data import (
+    Split,
+    deal_shards,
+    numbered_generator,
+    training_batches,
+)
 from pipeline.data.batch_plan import Batches
 from pipeline.errors import TrainingError
 from pipeline.kinds import TaskKind
 from pipeline.specs import Training
 from pipeline.training.averaging import MovingAverage
 from pipeline.training.mixing import mix
+from pipeline.training.passes import Passes
 from pipeline.training.ranks import ALONE, Ranks
 from pipeline.training.recorded import RecordedStep, Step
 from pipeline.training.run_checkpoint import Checkpoint, Progress
@@ -29,6 +36,16 @@ from pipeline.utils.devices import can_record, computing_dtype, exact_float32, t
 
 READ_EVERY = 20
 """Steps after which their losses are read, for which a GPU is waited for."""
+
+
+class BatchSource(Protocol):
+    """What is trained on: a `Reader` of a split, or one with other targets than labels."""
+
+    def window(self, numbers: Iterable[int] | None = None) -> int | None: ...
+
+    def batches(
+        self, plan: Sequence[np.ndarray]
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]: ...
 
 
 def learning_rate_factor(step: int, steps: int, warmup_steps: int) -> float:
@@ -40,7 +57,7 @@ def learning_rate_factor(step: int, steps: int, warmup_steps: int) -> float:
 
 def train_epochs(
     model: AdaptedModel,
-    reader: Reader,
+    reader: BatchSource,
     split: Split,
     spec: Training,
     kind: TaskKind,
@@ -89,7 +106,7 @@ def train_epochs(
 
 
 def _batches_of_rank(
-    reader: Reader, split: Split, batch_size: int, seed: int, epoch: int, ranks: Ranks
+    reader: BatchSource, split: Split, batch_size: int, seed: int, epoch: int, ranks: Ranks
 ) -> Batches:
     """This rank's part of every batch of an epoch."""
     shards = np.flatnonzero(deal_shards(split, ranks.world) == ranks.rank)
@@ -125,21 +142,34 @@ class _Trainer:
             fused=True,
             capturable=is_recorded,
         )
-        self._step = self._plain_step()
-        if is_recorded:
-            self._step = RecordedStep(self._step, self.device, self.model.generators)
-        self._losses: list[torch.Tensor] = []
+        self._is_recorded, self._losses = is_recorded, list[torch.Tensor]()
+        self._passes = Passes(self.spec.micro_batch or self.spec.batch_size, self.device)
+        self._step = self._step_of(self._passes.size)
 
-    def _plain_step(self) -> Step:
-        """A step that is not recorded. It does not refer to the trainer, so that the model's memory
-        is freed with the trainer.
+    def _step_of(self, size: int) -> Step:
+        """A step in passes of `size` images. It does not refer to the trainer, so that the model's
+        memory is freed with the trainer.
         """
-        model, optimiser, settings = (
-            self.model,
-            self.optimiser,
-            (self.spec, self.kind, self._dtype, self.ranks),
-        )
-        return lambda images, targets: _step(model, optimiser, images, targets, *settings)
+        self._step_size, model, optimiser = size, self.model, self.optimiser
+        settings = self.spec, self.kind, self._dtype, self.ranks, size
+
+        def step(images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+            return _step(model, optimiser, images, targets, *settings)
+
+        return RecordedStep(step, self.device, model.generators) if self._is_recorded else step
+
+    def _step_in_passes(self, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """The loss of a step. Several ranks wait for each other in a step, so that none of them can
+        try it again.
+        """
+
+        def step(size: int) -> torch.Tensor:
+            if size != self._step_size:
+                self._step = self._step_of(size)
+            return self._step(inputs, targets)
+
+        is_alone = self.ranks.world == 1
+        return self._passes.fit(step, len(inputs)) if is_alone else step(self._passes.size)
 
     def save_if_due(self, progress: Progress, checkpoint: Checkpoint | None) -> None:
         """Read the losses from time to time, and before the checkpoint is saved. Several ranks read
@@ -156,9 +186,10 @@ class _Trainer:
         self._set_learning_rate(step)
         generator = numbered_generator(self.ranks.seed(self.seed), step)
         self.model.reseed(generator)
-        images, targets = to_device(images, self.device), to_device(targets, self.device)
-        images, targets = self._varied(images, targets, generator)
-        self._losses.append(self._step(images, targets))
+        with _autocast(self.device, self._dtype):
+            inputs = self.model.inputs_of(images)
+        inputs, targets = self._varied(inputs, to_device(targets, self.device), generator)
+        self._losses.append(self._step_in_passes(inputs, targets))
 
     def read_losses(self, next_step: int) -> list[float]:
         """The mean losses, over all ranks, of the steps before `next_step` that are not read yet.
@@ -193,32 +224,50 @@ class _Trainer:
         """The batch augmented and mixed as the recipe says."""
         spec = self.spec
         if spec.augment != "none":
-            images = augment(images, generator, self.flip, spec.augment)
+            images, targets = self.model.takes.augment(
+                images, targets, generator, self.flip, spec.augment
+            )
         if (spec.mixup or spec.cutmix) and len(images):
             soft_targets = self.kind.soft_targets(targets, self.model.class_count)
             return mix(images, soft_targets, spec, generator)
         return images, targets
 
 
+def _autocast(device: str, dtype: torch.dtype) -> torch.autocast:
+    kind = torch.device(device).type
+    return torch.autocast(kind, torch.bfloat16, enabled=dtype == torch.bfloat16)
+
+
 @exact_float32()
 def _step(
     model: AdaptedModel,
     optimiser: torch.optim.Optimizer,
-    images: torch.Tensor,
+    inputs: torch.Tensor,
     targets: torch.Tensor,
     spec: Training,
     kind: TaskKind,
     dtype: torch.dtype,
     ranks: Ranks,
+    micro_batch: int,
 ) -> torch.Tensor:
-    """Train on a batch; the mean loss [] over all ranks. A rank may have no images."""
+    """Train on a batch, in passes of `micro_batch` images; the mean loss [] over all ranks. A rank
+    may have no images.
+    """
     optimiser.zero_grad(set_to_none=True)
-    loss = torch.zeros((), device=images.device)
-    if len(images):
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
-            logits = model(images)
-        loss = kind.loss(logits.float(), targets, spec.label_smoothing)
-        (loss + model.auxiliary_loss()).backward()
-    loss = ranks.mean_gradients(list(model.values.parameters()), loss, len(images))
+    loss = torch.zeros((), device=inputs.device)
+    for some, wanted in zip(inputs.split(micro_batch), targets.split(micro_batch), strict=True):
+        if not len(some):
+            break
+        with _autocast(inputs.device.type, dtype):
+            logits = model.logits_of(some)
+        mean = kind.loss(logits.float(), wanted, spec.label_smoothing, spec.loss)
+        total = mean + model.auxiliary_loss()
+        if len(some) == len(inputs):
+            loss = mean
+        else:
+            share = len(some) / len(inputs)
+            loss, total = loss + mean.detach() * share, total * share
+        total.backward()
+    loss = ranks.mean_gradients(list(model.values.parameters()), loss, len(inputs))
     optimiser.step()
     return loss.detach()

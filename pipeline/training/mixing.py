@@ -20,7 +20,10 @@ from pipeline.specs import Training
 def mix(
     images: torch.Tensor, targets: torch.Tensor, spec: Training, generator: torch.Generator
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mixed images, float32 [B, 3, S, S] in [0, 1], and their soft targets, float32 [B, ...]."""
+    """Mixed images, float32 [B, 3, S, S] in [0, 1], and their soft targets, float32 [B, ...].
+
+    Soft masks [B, C, S, S] are mixed, or cut, as their images are.
+    """
     draws = np.random.default_rng(int(torch.randint(2**62, (), generator=generator)))
     pixels = images.float() / 255 if images.dtype == torch.uint8 else images
     other = pixels.flip(0)
@@ -31,6 +34,10 @@ def mix(
         top, bottom, left, right = _box(share, pixels.shape[-2], pixels.shape[-1], draws)
         pixels = pixels.clone()
         pixels[..., top:bottom, left:right] = other[..., top:bottom, left:right]
+        if targets.ndim == pixels.ndim:
+            cut = targets.clone()
+            cut[..., top:bottom, left:right] = targets.flip(0)[..., top:bottom, left:right]
+            return pixels, cut
         share = 1 - (bottom - top) * (right - left) / (pixels.shape[-2] * pixels.shape[-1])
     else:
         pixels = other.lerp(pixels, share)

@@ -9,17 +9,20 @@ from __future__ import annotations
 
 import torch
 
-from pipeline.adaptation import RankedIndices, SelectedIndex, attach
-from pipeline.adaptation.packing import describe, from_pack, probe_images, to_pack
+from pipeline.adaptation import AdaptedModel, RankedIndices, SelectedIndex, attach
+from pipeline.adaptation.packing import PROBES, describe, from_pack, to_pack
 from pipeline.adaptation.sites import weight_shapes
 from pipeline.backbones import LoadedBackbone
 from pipeline.errors import BackboneError
 from pipeline.inputs.task_inputs import Inputs
-from pipeline.kinds import kind_named
+from pipeline.kinds import TaskKind, kind_named
 from pipeline.specs import PARTS, Recipe, Selection, Task
 from pipeline.utils.devices import computing_dtype
 
 CLASSES = ("a", "b")
+_TRUNK_TOLERANCE = 0.02
+"""Of the largest logit; several images at a time round otherwise than one, above all in bfloat16.
+"""
 _rehearsed: set[str] = set()
 """What this process has rehearsed: tasks of a batch often differ only in their data."""
 
@@ -36,7 +39,7 @@ def rehearse(inputs: Inputs, recipe: Recipe) -> None:
             inputs.backbone.fingerprint,
             task.backbone.model,
             task.backbone.arguments,
-            inputs.backbone.size_px,
+            inputs.backbone.takes,
             precision,
             task.kind,
         )
@@ -83,24 +86,52 @@ def _failure(backbone: LoadedBackbone, task: Task, recipe: Recipe) -> Exception 
 
 def _train_and_pack(backbone: LoadedBackbone, task: Task, recipe: Recipe) -> None:
     """Train one step and pack, as a fit does. Packing the whole network is not worth the time."""
-    model = attach(backbone, recipe, len(CLASSES), selected=_first_indices(backbone, recipe))
+    model = attach(
+        backbone,
+        recipe,
+        len(CLASSES),
+        selected=_first_indices(backbone, recipe),
+        keeps_trunk=recipe.training.repeats_images,
+    )
     dtype = computing_dtype(recipe.training.precision, "cpu")
     model.compute_in(dtype)
     model.train()
-    images = torch.from_numpy(probe_images(backbone.size_px))
+    images = torch.from_numpy(backbone.takes.probe(PROBES))
+    if model.keeps_trunk:
+        _check_trunk(model, images)
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
         logits = model(images)
     kind = kind_named(task.kind)
-    targets = kind.targets(
-        [kind.label([number % len(CLASSES)]) for number in range(len(images))], len(CLASSES)
-    )
-    loss = kind.loss(logits.float(), targets)
+    targets = _targets(kind, backbone)
+    loss = kind.loss(logits.float(), targets, name=recipe.training.loss)
     (loss + model.auxiliary_loss()).backward()
     if recipe.full is None:
         selected_anyhow = task.model_copy(
             update={"selection": Selection()}
         )  # the pack stores the indices, whichever criterion the task selects by
         from_pack(to_pack(model, describe(selected_anyhow, recipe, backbone, CLASSES)), backbone)
+
+
+def _targets(kind: TaskKind, backbone: LoadedBackbone) -> torch.Tensor:
+    """Targets of the images: one class after another."""
+    numbers = torch.arange(PROBES) % len(CLASSES)
+    if kind.is_dense:
+        masks = numbers.to(torch.uint8).view(-1, 1, 1).repeat(1, *backbone.takes.shape[1:])
+        return kind.targets(masks, len(CLASSES))
+    return kind.targets([kind.label([number]) for number in numbers.tolist()], len(CLASSES))
+
+
+@torch.no_grad()
+def _check_trunk(model: AdaptedModel, images: torch.Tensor) -> None:
+    """Raise BackboneError if a pass that goes on from the trunk's outputs differs from a whole one:
+    then something else reaches the later blocks, too.
+    """
+    whole, resumed = model(images), model.logits_of(model.inputs_of(images))
+    if not torch.allclose(whole, resumed, rtol=0, atol=_TRUNK_TOLERANCE * float(whole.abs().max())):
+        raise BackboneError(
+            "recipe.from_block: later blocks read more of the earlier ones than the output of the"
+            " one before them; choose another block, or leave it out"
+        )
 
 
 def _first_indices(backbone: LoadedBackbone, recipe: Recipe) -> SelectedIndex | None:

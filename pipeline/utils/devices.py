@@ -11,6 +11,7 @@ import contextlib
 import os
 import platform
 import re
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -121,6 +122,29 @@ def memory_bytes(device: str | torch.device) -> tuple[int, int]:
     return int(free), int(total)
 
 
+def busy_share(device: str | torch.device) -> float | None:
+    """The share of the last moments in which an accelerator computed, for whichever process; None
+    where its driver's library (NVML) is missing or does not tell.
+    """
+    try:
+        return float(_module(device).utilization(torch.device(device))) / 100
+    except (ImportError, AttributeError, RuntimeError, NotImplementedError):
+        return None
+
+
+def release_memory(device: str | torch.device) -> None:
+    """Give memory that torch holds and does not use back to a GPU, in whole blocks."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def largest_memory_bytes(device: str | torch.device) -> int | None:
+    """The most bytes that tensors of this process took on an accelerator; None on a CPU."""
+    if not is_accelerator(device):
+        return None
+    return int(_module(device).max_memory_allocated(torch.device(device)))
+
+
 def has_bf16_units(device: str | torch.device) -> bool:
     """Whether a device computes bfloat16 in hardware; emulation takes up to ten times as long as
     float32.
@@ -145,14 +169,40 @@ def exact_float32() -> Iterator[None]:
     By default, cuDNN rounds their inputs to TF32 (10 bits) and may use atomic additions, so a GPU
     would neither count the same errors as a CPU nor select the same connections. Matrix products
     are in full precision by torch's own default.
+
+    These settings are the whole process's. They hold from the first thread that enters to the last
+    that leaves, and are then what they were before.
     """
-    cudnn: Any = torch.backends.cudnn
-    before = cudnn.conv.fp32_precision, cudnn.deterministic
-    cudnn.conv.fp32_precision, cudnn.deterministic = "ieee", True
+    _ExactFloat32.enter()
     try:
         yield
     finally:
-        cudnn.conv.fp32_precision, cudnn.deterministic = before
+        _ExactFloat32.leave()
+
+
+class _ExactFloat32:
+    """How many computations need exact settings now, and the settings before the first."""
+
+    _lock = threading.Lock()
+    _users = 0
+    _before: tuple[Any, Any]
+
+    @classmethod
+    def enter(cls) -> None:
+        cudnn: Any = torch.backends.cudnn
+        with cls._lock:
+            if cls._users == 0:
+                cls._before = cudnn.conv.fp32_precision, cudnn.deterministic
+                cudnn.conv.fp32_precision, cudnn.deterministic = "ieee", True
+            cls._users += 1
+
+    @classmethod
+    def leave(cls) -> None:
+        cudnn: Any = torch.backends.cudnn
+        with cls._lock:
+            cls._users -= 1
+            if cls._users == 0:
+                cudnn.conv.fp32_precision, cudnn.deterministic = cls._before
 
 
 def _module(device: str | torch.device) -> Any:

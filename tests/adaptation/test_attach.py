@@ -291,7 +291,11 @@ def test_images_are_normalised_once(family: str, families: dict[str, Backbone]) 
     backbone = load(families[family])
     model, x = attach(backbone, PARTS["head"], CLASSES), images()
     by_hand = torch.stack(
-        [(x[:, c].float() / 255 - backbone.mean[c]) / backbone.std[c] for c in range(3)], dim=1
+        [
+            (x[:, c].float() / 255 - backbone.images.mean[c]) / backbone.images.std[c]
+            for c in range(3)
+        ],
+        dim=1,
     )
     with torch.inference_mode():
         head = {tensor.name: value for tensor, value in model.values().items()}

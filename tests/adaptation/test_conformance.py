@@ -22,6 +22,8 @@ from pipeline.specs import Backbone, Input, Recipe
 from pipeline.testing import check_part, check_refused
 
 FAMILIES = ("vit", "swin", "convnext", "convnext_linear")
+WIDTHS_BITS = {"vit": (1, 3, 16, 32), "swin": (1,), "convnext": (1, 32), "convnext_linear": ()}
+"""How values are stored depends on their part, not on the backbone: all widths on one of them."""
 SELECTED = 4
 Select = Callable[..., SelectedIndex]
 Load = Callable[[str], LoadedBackbone]
@@ -144,6 +146,7 @@ def test_a_part_keeps_its_promises(
         backbone,
         selected=random_selection(backbone, SELECTED),
         starts_silent=set(PARTS[part]) <= set(SILENT_AT_START),
+        widths_bits=WIDTHS_BITS[family],
     )
 
 
@@ -235,3 +238,29 @@ def test_a_recipe_that_fits_fails_the_check_of_refusals(tiny_backbone: Backbone)
     backbone = load_backbone(tiny_backbone, Input(size_px=32))
     with pytest.raises(AssertionError, match="accepts a recipe that does not fit"):
         check_refused(Recipe.model_validate({"biases": {}}), backbone)
+
+
+@pytest.mark.parametrize(
+    ("family", "recipe"),
+    [
+        (
+            "vit",
+            {
+                "connections": {"top_k": 2},
+                "biases": {},
+                "prompts": {"count": 2, "deep": True},
+                "class_token": {},
+            },
+        ),
+        ("convnext", {"smoa": {"experts": 3, "width": 4}, "head": {"bits": 2, "rank": 8}}),
+    ],
+)
+def test_parts_keep_their_promises_on_backbones_that_give_maps(
+    family: str,
+    recipe: dict[str, Any],
+    families: Mapping[str, Backbone],
+    random_selection: Select,
+) -> None:
+    backbone = load_backbone(families[family], Input(size_px=32), gives_maps=True)
+    selected = random_selection(backbone, SELECTED)
+    check_part(Recipe.model_validate(recipe), backbone, selected=selected)

@@ -7,6 +7,7 @@ from __future__ import annotations
 import hashlib
 import pickle
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -135,7 +136,7 @@ def test_normalisation_is_the_tasks_else_the_backbones_else_timms(tiny_backbone:
     cases = [(own, task_input, task_input), (own, SIZE, own), (tiny_backbone, SIZE, config)]
     for spec, size, expected in cases:
         backbone = load_backbone(spec, size)
-        assert (backbone.mean, backbone.std) == (expected.mean, expected.std)
+        assert (backbone.images.mean, backbone.images.std) == (expected.mean, expected.std)
 
 
 @for_every("family", FAMILIES)
@@ -361,3 +362,13 @@ def test_weights_are_remembered_by_fingerprint_while_they_are_there(
     )
     checkpoint.unlink()
     assert known.recall("a") is None
+
+
+def test_runs_beside_each_other_keep_what_the_others_recorded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    fingerprints = [f"{number:064x}" for number in range(40)]
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(known.remember, fingerprints, ["random"] * 40))
+    assert [known.recall(fingerprint) for fingerprint in fingerprints] == ["random"] * 40

@@ -297,7 +297,11 @@ def cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> State:
 def test_a_folder_that_timm_saved_is_a_backbone_by_its_registry_name(tmp_path: Path) -> None:
     state = saved_by_timm(tmp_path / "model")
     backbone = load_backbone(Backbone(model=f"local-dir:{tmp_path / 'model'}"), Input())
-    assert (backbone.size_px, backbone.mean, backbone.std) == (64, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    assert (backbone.size_px, backbone.images.mean, backbone.images.std) == (
+        64,
+        (0.1, 0.2, 0.3),
+        (0.4, 0.5, 0.6),
+    )
     assert all(torch.equal(tensor, state[name]) for name, tensor in backbone.state.items())
     assert (backbone.spec.model, backbone.spec.arguments) == (
         "test_vit",

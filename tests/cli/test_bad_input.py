@@ -165,6 +165,19 @@ def test_data_that_cannot_be_used(
     refused(taskpack("run", task, "--workdir", workdir), 3, "bars failed in prepare:", *words)
 
 
+def test_more_folds_than_a_class_has_samples(workdir: Path, tmp_path: Path) -> None:
+    sound_shards(tmp_path)
+    data = {"train": "train-*.tar", "test": "test-*.tar", "classes": ["left", "right"]}
+    task = write_task(tmp_path, data=data, folds=500)
+    refused(
+        taskpack("run", task, "--workdir", workdir),
+        3,
+        "bars failed in prepare:",
+        "folds: given 500, but",
+        "give at most",
+    )
+
+
 def test_a_class_that_train_lacks(workdir: Path, tmp_path: Path) -> None:
     sound_shards(tmp_path)
     class_missing_from_train(tmp_path)

@@ -4,6 +4,7 @@ hold.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -21,7 +22,8 @@ from helpers_cli import (
 )
 
 from pipeline.data import save_samples
-from pipeline.packs import LEDGER_KEYS
+from pipeline.errors import SpecError
+from pipeline.packs import LEDGER_KEYS, Calibration, read_pack, write_pack
 from pipeline.registry.connection import import_pyfunc
 
 
@@ -191,6 +193,21 @@ def test_evaluate_gives_the_registered_accuracy_to_the_digit(finished: FinishedR
     assert "the same" in ask("evaluate", "bars@champion").out
     from_file = ask("evaluate", finished.pack, "--json").json()
     assert (from_file["test_metric"], from_file["registered_test_metric"]) == (registered, None)
+    assert from_file["sets"] is None
+
+
+def test_evaluate_says_how_often_a_set_holds_the_right_class(
+    finished: FinishedRun, ask, tmp_path: Path
+) -> None:
+    whole = dataclasses.replace(read_pack(finished.pack), calibration=Calibration(0.9, 400))
+    path = tmp_path / "calibrated.safetensors"
+    write_pack(path, whole)
+    sets = ask("evaluate", path, "--json").json()["sets"]
+    assert sets == {"stated": 0.9, "found": 1.0, "standard_error": 0.0, "mean_size": 8.0}
+    assert (
+        "sets hold the right class in 100.0 ± 0.0 % of the samples, stated 90 %; 8.00 classes"
+        in ask("evaluate", path).words
+    )
 
 
 def test_evaluate_refuses_other_data_than_the_pack_was_tested_on(
@@ -296,6 +313,30 @@ def test_export_says_what_a_format_has_no_place_for(
     assert "cannot hold the part smoa" in answer.words
     assert ask("export", "bars", "--to", "tflite", "--out", tmp_path / "bars").code == 2
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_time_limit_reaches_the_run_of_a_demo_and_of_a_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits: list[object] = []
+
+    def record(*_: object, **options: object) -> None:
+        limits.append(options.get("time_limit_seconds", options.get("options")))
+        raise SpecError("no more is needed")
+
+    monkeypatch.setattr("pipeline.api.run", record)
+    monkeypatch.setattr("pipeline.driver.jobs.describe", record)
+    limited = ("--workdir", tmp_path, "--time-limit", "30m")
+    task = write_task(tmp_path)
+    assert "no more is needed" in taskpack("demo", *limited).err
+    assert "no more is needed" in taskpack("submit", task, *limited).err
+    assert limits == [1800.0, ["--time-limit", "1800"]]
+    for command in (("demo",), ("submit", task)):
+        answer = taskpack(*command, "--workdir", tmp_path, "--time-limit", "soon")
+        assert (answer.code, "--time-limit: given 'soon'" in answer.err) == (
+            SpecError.exit_code,
+            True,
+        )
 
 
 # --- as a process ---------------------------------------------------------------------------------

@@ -158,7 +158,7 @@ def test_an_error_with_a_name_on_any_rank_is_that_of_the_group(tmp_path: Path) -
     (error,) = on_pairs(fail, tmp_path)
     assert isinstance(error, DataError)
     assert str(error) == "a shard is missing"
-    assert time.monotonic() - started < 60
+    assert time.monotonic() - started < 200, "no rank waits half an hour for the others"
     assert all_is_given_back()
 
 
@@ -168,7 +168,7 @@ def test_an_error_of_the_first_rank_alone_is_not_blamed_on_the_others(tmp_path: 
     assert isinstance(error, UnexpectedError)
     assert str(error) == "RuntimeError: a mistake of its own"
     assert "in err" in error.details
-    assert time.monotonic() - started < 60
+    assert time.monotonic() - started < 200, "no rank waits half an hour for the others"
     assert all_is_given_back()
 
 
@@ -270,7 +270,11 @@ def other_ranks() -> list[int]:
     ]
 
 
+@pytest.mark.parametrize(
+    "kind", ["classification", pytest.param("segmentation", marks=pytest.mark.slow)]
+)
 def test_two_ranks_take_a_task_from_data_to_pack(
+    kind: str,
     tiny_task: Task,
     tmp_path: Path,
     tmp_path_factory: pytest.TempPathFactory,
@@ -281,6 +285,10 @@ def test_two_ranks_take_a_task_from_data_to_pack(
     monkeypatch.setattr(shards, "SHARD_SIZE_BYTES", 200_000)
     recipe = tiny_task.recipe.model_copy(update={"smoa": Smoa(experts=2, width=4, bits=4)})
     task = tiny_task.model_copy(update={"recipe": recipe, "search": SearchSpace(bits=(4, 8))})
+    if kind == "segmentation":
+        masks = {"data": {**task.data.model_dump(), "kind": "shapes"}, "metric": "mIoU"}
+        content = task.model_dump(exclude={"selection"}) | masks | {"kind": kind}
+        task = Task.model_validate({**content, "selection": {"batch_size": 16}})
     remarks: list[str] = []
     (outcome,) = api.run(
         [task],

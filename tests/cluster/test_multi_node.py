@@ -57,12 +57,12 @@ pytestmark = [
 
 TRAINING = {"epochs": 3, "batch_size": 16, "precision": "fp32"}
 OBJECT_STORE_BYTES = 80 << 20  # the least that Ray allows is 75 MiB
-TRIALS = 6  # four of bars, two of dots
+TRIALS = 6  # four of bars, two of shapes
 
 
 @pytest.fixture(scope="module")
 def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two tasks, one of which trains connections."""
+    """A classification that trains connections, and a segmentation."""
     folder = tmp_path_factory.mktemp("tasks")
     write_task(
         folder,
@@ -73,8 +73,9 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     linear = {"connections": None, "training": TRAINING}
     write_task(
         folder,
-        name="dots",
-        data={**TASK["data"], "kind": "counting"},
+        name="shapes",
+        kind="segmentation",
+        data={**TASK["data"], "kind": "shapes"},
         recipe=linear,
         search={"head_bits": [4, 8]},
     )
@@ -148,7 +149,7 @@ def test_a_node_that_is_lost_changes_nothing(
     assert answer.code == 0, command.said()
     assert [(task["task"], task["stage"]) for task in answer.json()] == [
         ("bars", "done"),
-        ("dots", "done"),
+        ("shapes", "done"),
     ]
     assert results(workdir) == expected
     undisturbed = {"select": 1, "trial": TRIALS, "fit": 2}
@@ -251,7 +252,7 @@ def test_a_head_that_is_lost_ends_the_run_and_another_cluster_goes_on(
         command = run(cluster)
         assert command.end().code == 0, command.said()
         assert cluster.counts() == {"select": 1, "trial": TRIALS - 2, "fit": 2}, (
-            "the trials of dots were not run again"
+            "the trials of shapes were not run again"
         )
     assert {
         path: time for path, time in written(workdir).items() if path in finished
@@ -431,4 +432,4 @@ def test_a_killed_driver_and_a_registry_that_goes_and_comes_back(
     )
     assert results(workdir) == expected
     packs = taskpack_process("ls", "--json", MLFLOW_TRACKING_URI=server.address).json()
-    assert sorted((pack["name"], pack["version"]) for pack in packs) == [("bars", 1), ("dots", 1)]
+    assert sorted((pack["name"], pack["version"]) for pack in packs) == [("bars", 1), ("shapes", 1)]

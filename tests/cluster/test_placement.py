@@ -7,6 +7,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from helpers_cases import for_every
 
 from pipeline.cluster import capacity as cluster
 from pipeline.cluster.capacity import Node, check_holds_group
@@ -89,6 +90,29 @@ def test_as_many_tasks_run_as_their_trials_fill_the_cluster_and_one_more(
         ).tasks_at_once()
         == 3
     )
+
+
+@for_every(
+    ("nodes", "per_trial", "expected"),
+    [
+        ([Node(64, 0)], (None, None), (1, 0)),  # it computes on its CPU: two trials beat one
+        ([Node(64, 8)], (None, None), (8, 1)),
+        ([Node(64, 8)], (None, 0.25), (2, 0.25)),
+        ([Node(64, 8)], (None, 0), (1, 0)),
+        ([Node(64, 8)], (3, None), (3, 1)),
+        ([Node(64, 8), Node(16, 4), Node(32, 0)], (None, None), (4, 1)),  # it fits the smallest
+        ([Node(4, 8)], (None, None), (1, 1)),
+        ([], (None, 1), (1, 1)),  # a cluster that has yet to start its nodes
+    ],
+)
+def test_a_trial_takes_its_share_of_the_cpus_of_a_node_with_gpus(
+    nodes: list[Node],
+    per_trial: tuple[float | None, float | None],
+    expected: tuple[float, float],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    driver = stages_on(nodes, Placement(per_trial=per_trial), monkeypatch)
+    assert driver._per_trial() == expected
 
 
 def test_one_task_runs_until_ray_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,10 +19,12 @@ from pipeline.data import (
     evaluation_batches,
     shard_batches,
     split_samples,
+    splits_of,
     training_batches,
 )
 from pipeline.data.splits import choose_by_class, class_quotas
 from pipeline.errors import DataError
+from pipeline.specs import Task
 
 quick = settings(max_examples=60, derandomize=True, deadline=None)
 
@@ -101,6 +103,63 @@ def test_held_out_total_and_seeds() -> None:
     assert not np.array_equal(first["val"].samples, other["val"].samples)
     assert first["train"].samples.dtype == np.int32
     assert first["train"].labels.dtype == np.int64
+
+
+def in_folds(task: Task, folds: int, index: DataIndex, seed: int = 0) -> list[dict[str, Split]]:
+    return splits_of(task.model_copy(update={"folds": folds, "seed": seed}), index)
+
+
+@quick
+@given(st.lists(st.integers(4, 40), min_size=2, max_size=5), st.integers(2, 4), st.integers(0, 5))
+def test_every_sample_is_validated_in_one_fold(
+    tiny_task: Task, counts: list[int], folds: int, seed: int
+) -> None:
+    labels = np.random.default_rng(seed).permutation(np.repeat(np.arange(len(counts)), counts))
+    index = DataIndex(
+        classes=[str(label) for label in range(len(counts))],
+        splits={"train": [shard(0, labels[:3].tolist()), shard(1, labels[3:].tolist())]},
+    )
+    splits = in_folds(tiny_task, folds, index, seed)
+    whole = everything(splits[0]["trainval"])
+    assert sorted(rows([each["val"].samples for each in splits])) == whole
+    for each in splits:
+        assert sorted(rows([each["train"].samples, each["val"].samples])) == whole
+        held = np.bincount(each["val"].labels, minlength=len(counts))
+        assert (np.abs(held - np.array(counts) / folds) < 1).all(), "as many of each class, to one"
+        assert abs(len(each["val"]) - sum(counts) / folds) < 1
+
+
+def test_folds_of_samples_with_several_classes(tiny_task: Task) -> None:
+    rng = np.random.default_rng(0)
+    labels = [tuple(np.flatnonzero(rng.random(4) < 0.4).tolist()) for _ in range(90)]
+    entry = shard(0, [0] * 90).model_copy(update={"labels": labels})
+    index = DataIndex(classes=list("abcd"), splits={"train": [entry]})
+    splits = in_folds(tiny_task, 3, index)
+    assert sorted(rows([each["val"].samples for each in splits])) == everything(
+        splits[0]["trainval"]
+    )
+    for label in range(4):
+        held = [sum(label in found for found in each["val"].labels) for each in splits]
+        assert max(held) - min(held) <= 3
+
+
+def test_folds_follow_the_seed(tiny_task: Task) -> None:
+    index = make_index([70, 30])
+    first, again, other = (in_folds(tiny_task, 3, index, seed)[1]["val"] for seed in (1, 1, 2))
+    assert np.array_equal(first.samples, again.samples)
+    assert not np.array_equal(first.samples, other.samples)
+
+
+def test_folds_that_the_data_does_not_allow(tiny_task: Task) -> None:
+    index = DataIndex(
+        classes=["cat", "dog", "none"], splits={"train": [shard(0, [0] * 9 + [1] * 4)]}
+    )
+    assert len(in_folds(tiny_task, 4, index)) == 4
+    said = "folds: given 5, but 'dog' has 4 training samples: give at most 4"
+    with pytest.raises(DataError, match=said):
+        in_folds(tiny_task, 5, index)
+    with pytest.raises(DataError, match="folds: given 2, but the data has its own validation"):
+        in_folds(tiny_task, 2, make_index([9], val=[0, 1]))
 
 
 def test_a_given_val_split_is_used() -> None:

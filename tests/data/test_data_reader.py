@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-import threading
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +13,7 @@ import torch
 
 from pipeline.data import (
     DataIndex,
+    Images,
     Reader,
     augment,
     decode_image,
@@ -21,13 +22,14 @@ from pipeline.data import (
     two_views,
     write_shards,
 )
-from pipeline.data.reader import CACHE, ShardCache
+from pipeline.data import reader as reader_module
+from pipeline.data.reader import CACHE
 from pipeline.data.sources import encode_png
 from pipeline.errors import DataError
 from pipeline.specs import Augmentation
 
 SIZE_PX = 8
-SHARD_BYTES = 10 * 3 * SIZE_PX * SIZE_PX
+SHARD_BYTES = 10 * (3 * SIZE_PX * SIZE_PX + 1)
 
 
 @pytest.fixture(autouse=True)
@@ -57,7 +59,7 @@ def dataset(folder: Path, shards: int = 3, seed: int = 0) -> DataIndex:
 def test_batches_are_the_decoded_samples(tmp_path: Path) -> None:
     split = split_samples(dataset(tmp_path), 0.3, 0)["train"]
     chosen = np.random.default_rng(1).permutation(split.samples)[:13]
-    images, labels = Reader(tmp_path, split, SIZE_PX).read(chosen)
+    images, labels = Reader(tmp_path, split, Images(SIZE_PX)).read(chosen)
     assert (images.dtype, images.shape, labels.dtype) == (
         torch.uint8,
         (13, 3, SIZE_PX, SIZE_PX),
@@ -74,26 +76,23 @@ def test_the_cache_is_bounded_and_drops_the_least_recently_used(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     index = dataset(tmp_path)
-    loaded: list[int] = []
-    reader = Reader(tmp_path, index.splits["train"], SIZE_PX, cache_bytes=2 * SHARD_BYTES)
-    decode = reader._decode
+    opened: list[str] = []
+    reader = Reader(tmp_path, index.splits["train"], Images(SIZE_PX), cache_bytes=2 * SHARD_BYTES)
+    find = reader_module.open_shard
     monkeypatch.setattr(
-        reader,
-        "_decode",
-        lambda shard, content: (
-            loaded.append(index.splits["train"].index(shard)),
-            decode(shard, content),
-        )[1],
+        reader_module,
+        "open_shard",
+        lambda folder, entry, *rest: (opened.append(entry.path[-5]), find(folder, entry, *rest))[1],
     )
     for number in (0, 1, 0, 2, 0, 1):
         reader.read(np.array([[number, 0]]))
         assert CACHE.size_bytes() <= 2 * SHARD_BYTES
-    assert loaded == [0, 1, 2, 1]
+    assert opened == ["0", "1", "2", "1"]
 
 
 def test_a_shard_larger_than_the_bound_is_still_read(tmp_path: Path) -> None:
     index = dataset(tmp_path)
-    reader = Reader(tmp_path, index.splits["train"], SIZE_PX, cache_bytes=1)
+    reader = Reader(tmp_path, index.splits["train"], Images(SIZE_PX), cache_bytes=1)
     assert len(reader.read(np.array([[0, 0], [1, 0], [2, 9]]))[0]) == 3
     assert CACHE.size_bytes() == SHARD_BYTES
 
@@ -108,17 +107,18 @@ def test_same_names_in_two_folders_are_not_confused_and_same_content_is_shared(
         dataset(tmp_path / "c"),
     )
     images = [
-        Reader(tmp_path / name, index.splits["train"], SIZE_PX).read(chosen)[0]
+        Reader(tmp_path / name, index.splits["train"], Images(SIZE_PX)).read(chosen)[0]
         for name, index in zip("abc", (first, second, copy), strict=True)
     ]
     assert not torch.equal(images[0], images[1])
     assert torch.equal(images[0], images[2])
     assert CACHE.size_bytes() == 2 * SHARD_BYTES
-    assert Reader(tmp_path / "a", first.splits["train"], 4).read(chosen)[0].shape == (1, 3, 4, 4)
+    reader = Reader(tmp_path / "a", first.splits["train"], Images(4))
+    assert reader.read(chosen)[0].shape == (1, 3, 4, 4)
 
 
 def test_what_a_batch_holds_is_its_own(tmp_path: Path) -> None:
-    reader = Reader(tmp_path, dataset(tmp_path).splits["train"], SIZE_PX)
+    reader = Reader(tmp_path, dataset(tmp_path).splits["train"], Images(SIZE_PX))
     chosen = np.array([[0, 0], [0, 1]])
     before = reader.read(chosen)[0].clone()
     reader.read(chosen)[0].zero_()
@@ -127,7 +127,7 @@ def test_what_a_batch_holds_is_its_own(tmp_path: Path) -> None:
 
 def test_changed_and_missing_shards_are_refused(tmp_path: Path) -> None:
     index = dataset(tmp_path)
-    reader = Reader(tmp_path, index.splits["train"], SIZE_PX)
+    reader = Reader(tmp_path, index.splits["train"], Images(SIZE_PX))
     path = tmp_path / index.splits["train"][0].path
     content = bytearray(path.read_bytes())
     content[700] ^= 1
@@ -139,30 +139,40 @@ def test_changed_and_missing_shards_are_refused(tmp_path: Path) -> None:
         reader.read(np.array([[0, 0]]))
 
 
-def test_a_failed_load_leaves_the_cache_usable() -> None:
-    cache = ShardCache()
+def test_a_shard_that_cannot_be_read_is_read_again_when_it_can(tmp_path: Path) -> None:
+    index = dataset(tmp_path)
+    reader = Reader(tmp_path, index.splits["train"], Images(SIZE_PX))
+    path = tmp_path / index.splits["train"][0].path
+    path.rename(tmp_path / "elsewhere")
+    with pytest.raises(DataError, match="no such file"):
+        reader.read(np.array([[0, 0]]))
+    (tmp_path / "elsewhere").rename(path)
+    assert len(reader.read(np.array([[0, 0]]))[0]) == 1
 
-    def fail() -> torch.Tensor:
-        raise DataError("damaged")
 
-    with pytest.raises(DataError):
-        cache.get(("x", 8), fail, 100)
-    assert cache.get(("x", 8), lambda: torch.zeros(5, dtype=torch.uint8), 100).shape == (5,)
+def test_the_same_content_is_read_from_where_this_reader_has_it(tmp_path: Path) -> None:
+    chosen = np.array([[0, 0]])
+    index = dataset(tmp_path / "first")
+    shutil.copytree(tmp_path / "first", tmp_path / "second")
+    takes = Images(SIZE_PX)
+    Reader(tmp_path / "first", index.splits["train"], takes).read(chosen)
+    shutil.rmtree(tmp_path / "first")
+    second = Reader(tmp_path / "second", index.splits["train"], takes)
+    assert len(second.read(np.array([[0, 1], [0, 0]]))[0]) == 2
 
 
-def test_threads_share_one_load() -> None:
-    cache, loads = ShardCache(), []
-    threads = [
-        threading.Thread(
-            target=cache.get, args=(("x", 8), lambda: (loads.append(1), torch.zeros(3))[1], 100)
-        )
-        for _ in range(4)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(loads) == 1
+def test_a_shard_that_changes_while_it_is_in_use_is_refused(tmp_path: Path) -> None:
+    index = dataset(tmp_path)
+    reader = Reader(tmp_path, index.splits["train"], Images(SIZE_PX))
+    first = reader.read(np.array([[0, 0]]))[0]
+    path = tmp_path / index.splits["train"][0].path
+    path.write_bytes(bytes(reversed(path.read_bytes())))
+    assert torch.equal(reader.read(np.array([[0, 0]]))[0], first)
+    with pytest.raises(DataError, match="has changed while it was in use; prepare the dataset"):
+        reader.read(np.array([[0, 1]]))
+    path.unlink()
+    with pytest.raises(DataError, match=r"cannot be read \(No such file"):
+        reader.read(np.array([[0, 1]]))
 
 
 # --- augmentation ---------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from helpers_datasets import labels_of, task_of
 from helpers_paths import PROJECT_ROOT
 
 from pipeline.data import (
+    Images,
     Reader,
     evaluation_batches,
     prepare,
@@ -48,7 +49,7 @@ def test_real_shards(name: str, tmp_path: Path) -> None:
         2000,
     ]
     assert np.bincount(splits["val"].labels).tolist() == [20] * 10
-    reader = Reader(tmp_path / "p", splits["val"], 32)
+    reader = Reader(tmp_path / "p", splits["val"], Images(32))
     images = torch.cat([reader.read(batch)[0] for batch in evaluation_batches(splits["val"], 64)])
     assert images.shape == (200, 3, 32, 32)
     assert images.float().std() > 30

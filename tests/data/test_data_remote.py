@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.data import DataIndex, Reader, split_samples, training_batches, write_shards
+from pipeline.data import DataIndex, Images, Reader, split_samples, training_batches, write_shards
 from pipeline.data.inspection import Inspection
 from pipeline.data.prepare import _scan
-from pipeline.data.reader import CACHE, SHARDS_AHEAD
+from pipeline.data.reader import BATCHES_AHEAD, CACHE, SHARDS_AHEAD
 from pipeline.data.remote import FOLDER_VARIABLE, LIMIT_VARIABLE, ShardStore, shard_store
 from pipeline.data.sources import encode_png
 from pipeline.data.urls import sha256_hex
@@ -26,7 +26,7 @@ from pipeline.errors import DataError
 from pipeline.kinds.registry import kind_named
 
 SIZE_PX = 8
-SHARDS = 7
+SHARDS = 9
 
 
 @pytest.fixture(autouse=True)
@@ -85,10 +85,10 @@ def test_two_epochs_of_two_readers_ask_for_each_shard_once(
     local = Reader(
         folder,
         [shard.model_copy(update={"path": Path(shard.path).name}) for shard in split.shards],
-        SIZE_PX,
+        Images(SIZE_PX),
     )
     for cache_bytes in (1 << 30, 1):  # all in memory; one shard in memory
-        reader = Reader(tmp_path, split, SIZE_PX, cache_bytes)
+        reader = Reader(tmp_path, split, Images(SIZE_PX), cache_bytes)
         for epoch in range(2):
             plan = training_batches(split, 8, seed=0, epoch=epoch, window=reader.window())
             CACHE.clear()
@@ -111,10 +111,10 @@ def test_the_next_shards_are_on_their_way_while_one_is_used(
     folder, url, asked = served
     split = split_samples(dataset(folder, url), 0.3, 0)["train"]
     by_shard = [split.samples[split.samples[:, 0] == number] for number in range(SHARDS)]
-    batches = Reader(tmp_path, split, SIZE_PX).batches(by_shard)
+    batches = Reader(tmp_path, split, Images(SIZE_PX)).batches(by_shard)
     next(batches)
     batches.close()  # waits for those that had started
-    assert 1 <= len(asked) <= 1 + SHARDS_AHEAD
+    assert 1 <= len(asked) <= 1 + BATCHES_AHEAD + SHARDS_AHEAD < SHARDS
     assert "/train-000001.tar" in asked
 
 
@@ -126,7 +126,7 @@ def test_a_shard_that_fails_ends_the_epoch_when_its_turn_comes(
     (folder / "train-000002.tar").write_bytes(b"something else")
     (folder / "train-000004.tar").unlink()
     by_shard = [split.samples[split.samples[:, 0] == number] for number in range(SHARDS)]
-    reader = Reader(tmp_path, split, SIZE_PX)
+    reader = Reader(tmp_path, split, Images(SIZE_PX))
     seen = reader.batches(by_shard)
     assert [len(next(seen)[1]) for _ in range(2)] == [len(rows) for rows in by_shard[:2]]
     with pytest.raises(DataError, match=r"train-000002\.tar: damaged, or changed"):
@@ -143,7 +143,9 @@ def test_training_does_not_fetch_what_preparing_has_read(
         _scan(shard.path, ["a", "b"], "train", Inspection(), None, kind_named("classification"))
         for shard in dataset(folder, url).splits["train"]
     ]
-    Reader(tmp_path, entries, SIZE_PX).read(np.array([[number, 0] for number in range(SHARDS)]))
+    Reader(tmp_path, entries, Images(SIZE_PX)).read(
+        np.array([[number, 0] for number in range(SHARDS)])
+    )
     assert set(asked.values()) == {1}
 
 

@@ -18,6 +18,7 @@ from helpers_datasets import DIGITS, contents, labels_of, task_of
 from PIL import Image
 
 from pipeline.data import (
+    Images,
     Reader,
     decode_image,
     prepare,
@@ -121,7 +122,7 @@ def test_shards_in_an_object_store(tmp_path: Path) -> None:
     assert index.digest == local.digest
     assert prepare(task_of(data), tmp_path / "p") == index
     split = split_samples(index, 0.25, 0)["train"]
-    assert Reader(tmp_path / "p", split, 8).read(split.samples)[0].shape == (12, 3, 8, 8)
+    assert Reader(tmp_path / "p", split, Images(8)).read(split.samples)[0].shape == (12, 3, 8, 8)
 
 
 @for_every(

@@ -10,6 +10,7 @@ import struct
 import sys
 import warnings
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,7 +21,7 @@ from helpers_images import encode, pixels_of, task_of, write_folders
 from PIL import Image, ImageOps
 from pydantic import ValidationError
 
-from pipeline.data import decode_image, prepare, read_shard
+from pipeline.data import Images, decode_image, prepare, read_shard
 from pipeline.data.formats import IMAGE_EXTENSIONS, explain, extension_of, readable_formats
 from pipeline.data.sources import encode_png
 from pipeline.errors import DataError
@@ -226,6 +227,31 @@ def test_a_hundred_megapixels_are_read_without_a_warning(monkeypatch: pytest.Mon
         decode_image(encode_png(np.zeros((100, 100, 3), np.uint8)), 8, "big")
 
 
+def test_no_thread_that_decodes_takes_away_the_filters_of_another() -> None:
+    content = encode_png(np.zeros((8, 8, 3), np.uint8))
+    with ThreadPoolExecutor(4) as pool:
+        decoding = [pool.submit(decode_image, content, 8) for _ in range(200)]
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            given = 0
+            while not all(each.done() for each in decoding):
+                warnings.warn("mine", UserWarning, stacklevel=1)
+                given += 1
+    assert [str(each.message) for each in caught] == ["mine"] * given
+
+
+def test_a_large_jpeg_is_decoded_at_a_fraction_of_its_size_and_looks_the_same() -> None:
+    smooth = np.asarray(Image.fromarray(pixels_of(5, (12, 16))).resize((640, 480)))
+    content = encode(Image.fromarray(smooth), "JPEG", quality=95)
+    whole = np.asarray(Image.open(io.BytesIO(content)).resize((40, 40), Image.Resampling.BICUBIC))
+    found = decode_image(content, 40).transpose(1, 2, 0)
+    assert np.abs(found.astype(int) - whole).max() <= 3
+    assert not np.array_equal(found, whole)  # 480 px are more than four times 40
+    fitting = decode_image(content, 130).transpose(1, 2, 0)
+    exact = np.asarray(Image.open(io.BytesIO(content)).resize((130, 130), Image.Resampling.BICUBIC))
+    assert np.array_equal(fitting, exact)
+
+
 # --- mean, std ------------------------------------------------------------------------------------
 
 
@@ -250,7 +276,8 @@ def predictor() -> Predictor:
     """A predictor that gets as far as decoding."""
     predictor = object.__new__(Predictor)
     predictor.kind = kind_named("classification")
-    predictor.metadata = SimpleNamespace(input=SimpleNamespace(size_px=8), classes=["a", "b"])  # type: ignore[assignment]
+    predictor.metadata = SimpleNamespace(classes=["a", "b"], modality="images")  # type: ignore[assignment]
+    predictor.backbone = SimpleNamespace(takes=Images(8))  # type: ignore[assignment]
     return predictor
 
 

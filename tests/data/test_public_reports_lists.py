@@ -27,7 +27,7 @@ from helpers_tables import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.data import Reader, prepare, read_index, save_samples, split_samples
+from pipeline.data import Images, Reader, prepare, read_index, save_samples, split_samples
 from pipeline.data.labels import class_number
 from pipeline.data.listed import json_source, lists_source
 from pipeline.data.shards import images_in, samples_in
@@ -389,7 +389,7 @@ def test_compressed_shards_in_a_brace_pattern_with_named_labels_are_trained_on(
     ]
     assert [shard.labels for shard in index.splits["train"]] == [[0, 1, 0, 1]] * 3
     split = split_samples(index, 0.5, 0)["trainval"]
-    images, labels = Reader(tmp_path / "p", split, 8).read(split.samples)
+    images, labels = Reader(tmp_path / "p", split, Images(8)).read(split.samples)
     assert images.shape == (12, 3, 8, 8)
     assert labels.tolist() == [0, 1] * 6
     saved = save_samples(tmp_path / "p", tmp_path / "out" / "samples", 2)

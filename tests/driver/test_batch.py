@@ -131,6 +131,7 @@ def test_the_log_tells_every_stage_and_trial(batch: tuple[Path, Answer]) -> None
         name: record["size_bytes"] for name, record in journal.items()
     }
     assert all(trial["images_per_second"] > 0 for trial in trials.values())
+    assert all(0 <= trial["waiting"] <= 1 for trial in trials.values())
     (registered,) = [
         event for event in events if event["event"] == "registered" and event["task"] == "dots"
     ]

@@ -119,6 +119,37 @@ def test_methods_are_tuned_alike_tested_once_a_seed_and_resumed(
     assert again == [linear, gps]
 
 
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::DeprecationWarning")
+@pytest.mark.usefixtures("local_ray")
+def test_a_time_limit_leaves_out_trials_of_every_method(
+    compared: tuple[Path, Task], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After half of 6 and of 4 points, one more of each; the fits run."""
+    workdir, task = compared
+    methods = {name: METHODS[name] for name in ("linear", "gps")}
+    counts = iter([2, 0])
+    monkeypatch.setattr(
+        compare_module.ComparisonTime, "startable", lambda *args, **options: next(counts)
+    )
+    rows = compare_methods([task], methods, workdir, seeds=1, time_limit_seconds=3600)
+    assert sum(row.trials for row in rows) == 3 + 2 + 2
+    for row, planned in zip(rows, (6, 4), strict=True):
+        assert planned // 2 <= row.trials < planned
+        assert row.warning == f"{row.trials} of {planned} trials ran in the time limit"
+        assert len(row.test_metrics) == 1
+
+
+def test_what_a_time_limit_leaves_no_time_for_is_a_row_that_says_so(
+    compared: tuple[Path, Task],
+) -> None:
+    workdir, task = compared
+    rows = compare_methods([task], METHODS, workdir, time_limit_seconds=1e-6)
+    assert [row.method for row in rows] == list(METHODS)
+    assert all("tiny: not begun within the time limit" in row.error for row in rows)
+    with pytest.raises(SpecError, match="time_limit_seconds: given -1"):
+        compare_methods([task], METHODS, workdir, time_limit_seconds=-1)
+
+
 @for_every("fraction", [0.0, -0.5, 1.5, float("nan"), float("inf")])
 def test_a_share_out_of_range_is_refused(compared: tuple[Path, Task], fraction: float) -> None:
     with pytest.raises(SpecError, match=r"--fraction: given .*, expected .* above 0 and at most 1"):

@@ -25,7 +25,6 @@ from helpers_cli import (
     finished_run,
     one,
     taskpack,
-    taskpack_process,
     wait_until,
 )
 
@@ -153,7 +152,7 @@ def journey(finished: FinishedRun, tmp_path_factory: pytest.TempPathFactory) -> 
     trip.interrupt(
         "killed in register", lambda out: "bars: register" in out, signal.SIGKILL, **ONE_CPU
     )
-    trip.answers["last"] = taskpack_process("run", trip.task_file, "--workdir", trip.workdir)
+    trip.answers["last"] = taskpack("run", trip.task_file, "--workdir", trip.workdir)
     trip.snapshots["last"] = trip.snapshot()
     return trip
 

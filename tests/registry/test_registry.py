@@ -16,7 +16,6 @@ from helpers_registry_faults import Crash, CrashingClient, counts
 from pipeline.errors import RegistryError
 from pipeline.registry import registration
 from pipeline.registry.store import open_registry
-from pipeline.registry.tracking import EXPERIMENT
 
 # --- packs of earlier releases --------------------------------------------------------------------
 
@@ -61,6 +60,14 @@ def test_packs_are_found_by_the_metric_that_chose_them(registry, tmp_path) -> No
     assert "test mAP" in registry.store.client.get_registered_model("scenes").tags
     with pytest.raises(RegistryError, match="no metric is called"):
         registry.search(metric="mAP' OR '1")
+
+
+def test_packs_are_found_by_their_backbone(registry, tmp_path) -> None:
+    tags = {"backbone_fingerprint": "a" * 64}
+    found = registry.register(replace(champion(tmp_path, task="scenes"), tags=tags))
+    registry.register(champion(tmp_path))
+    assert registry.search(fingerprint="a" * 64) == [found]
+    assert registry.search(fingerprint="b" * 64) == []
 
 
 # --- round trips ----------------------------------------------------------------------------------
@@ -122,9 +129,7 @@ def test_what_is_stored_holds_neither_code_nor_pickle_nor_the_users_paths(
     }
     for name in ("MLmodel", "conda.yaml", "python_env.yaml", "requirements.txt", "front.json"):
         assert str(tmp_path) not in stored[name].read_text()
-    run = registry.client.search_runs(
-        [registry.client.get_experiment_by_name(EXPERIMENT).experiment_id]
-    )[0]
+    run = registry.client.get_run(registry.client.get_model_version("digits", "1").run_id)
     assert run.info.status == "FINISHED"
     assert "mlflow.source.name" not in run.data.tags
     assert run.data.params == {"smoa.bits": "4", "connections.top_k": "3"}

@@ -7,7 +7,7 @@ import io
 import shutil
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -29,6 +29,8 @@ class RecordingPredictor:
     """
 
     kind = kind_named("classification")
+    columns = kind.columns
+    metadata = SimpleNamespace(modality="images")
 
     def predict(self, images: list[Any]) -> list[dict[str, Any]]:
         return [
@@ -118,6 +120,8 @@ def test_the_pack_is_found_in_a_file_or_a_folder(loaded, tmp_path) -> None:
 
 class EchoPredictor:
     kind = kind_named("classification")
+    columns = kind.columns
+    metadata = SimpleNamespace(modality="images")
 
     def __init__(self) -> None:
         self.images: list[Any] = []

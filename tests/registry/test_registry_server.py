@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers_cli import Answer, environment, taskpack, taskpack_process, write_task
+from helpers_cli import ONE_CPU, Answer, environment, taskpack, write_task
 from helpers_registry import champion
 from helpers_servers import ADMIN, TrackingServer, tracking_server, why_not
 
@@ -25,6 +25,11 @@ from pipeline.registry.store import Registry, open_registry
 if reason := why_not():
     pytest.skip(reason, allow_module_level=True)
 
+# Ray's own processes and files are closed by Ray, some of them late.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+]
 TASKS = ("bars", "spokes")
 
 
@@ -46,9 +51,10 @@ def batch(server: TrackingServer, tmp_path_factory: pytest.TempPathFactory) -> A
         write_task(folder, name=name, seed=seed, recipe=recipe, search={"bits": [2, 8]})
         for seed, name in enumerate(TASKS)
     ]
-    return taskpack_process(
-        "run", *files, "--workdir", folder / "work", "--json", **server.as_user("writer")
-    )
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {**server.as_user("writer"), **ONE_CPU}.items():
+            patch.setenv(name, value)
+        return taskpack("run", *files, "--workdir", folder / "work", "--json")
 
 
 @pytest.fixture

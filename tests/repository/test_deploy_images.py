@@ -213,7 +213,8 @@ def test_the_images_requirements_are_the_projects() -> None:
             "print": lambda *words, sep: printed.extend(words),
         },
     )
-    assert printed == [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["cluster"]]
+    extras = PROJECT["optional-dependencies"]
+    assert printed == [*PROJECT["dependencies"], *extras["cluster"], *extras["serving"]]
 
 
 def test_the_servers_requirements_are_pinned_once() -> None:

@@ -3,10 +3,12 @@ other."""
 
 from __future__ import annotations
 
+import importlib
 import re
 from typing import Annotated, Any, Literal
 
 import pytest
+import yaml
 from helpers_deploy import (
     DEPLOY,
     SHARED,
@@ -26,6 +28,8 @@ from pydantic import (
     ValidationError,
     create_model,
 )
+
+from pipeline.errors import SpecError
 
 
 def quantity(text: str) -> str:
@@ -146,6 +150,7 @@ JobSpec = record(
     ttlSecondsAfterFinished=Count,
     rayClusterSpec=ClusterSpec,
 )
+ServiceSpec = record("RayServiceSpec", serveConfigV2=StrictStr, rayClusterConfig=ClusterSpec)
 ClaimSpec = record(
     "PersistentVolumeClaimSpec",
     accessModes=list[Literal["ReadWriteOnce", "ReadOnlyMany", "ReadWriteMany", "ReadWriteOncePod"]],
@@ -158,10 +163,13 @@ KINDS = {
     for kind, version, spec in (
         ("RayCluster", "ray.io/v1", ClusterSpec),
         ("RayJob", "ray.io/v1", JobSpec),
+        ("RayService", "ray.io/v1", ServiceSpec),
         ("PersistentVolumeClaim", "v1", ClaimSpec),
     )
 }
-MANIFESTS = ("kubernetes/raycluster.yaml", "kubernetes/rayjob.yaml", "kubernetes/storage.yaml")
+MANIFESTS = tuple(
+    f"kubernetes/{name}.yaml" for name in ("raycluster", "rayjob", "rayservice", "storage")
+)
 
 
 def check_manifest(manifest: dict[str, Any]) -> None:
@@ -215,6 +223,55 @@ def test_a_wrong_field_is_noticed(path: tuple[str | int, ...], value: object) ->
 
 def test_both_clusters_are_the_same() -> None:
     assert load("kubernetes/rayjob.yaml")["spec"]["rayClusterSpec"] == cluster()
+
+
+def service() -> dict[str, Any]:
+    return load("kubernetes/rayservice.yaml")["spec"]
+
+
+def test_the_servers_cluster_is_the_same_but_for_what_serving_needs() -> None:
+    plain, own = cluster(), service()["rayClusterConfig"]
+    sources = [{"secretRef": {"name": name}} for name in ("taskpack-mlflow", "taskpack-serve")]
+    for pod in pods(own):
+        assert pod["containers"][0].pop("envFrom") == sources
+    for pod in pods(plain):
+        pod["containers"][0].pop("envFrom", None)
+    head = own["headGroupSpec"]["template"]["spec"]["containers"][0]
+    assert head["ports"].pop() == {"name": "serve", "containerPort": 8000}
+    [group] = own["workerGroupSpecs"]
+    assert (group["replicas"], group["minReplicas"]) == (1, 1)
+    group["replicas"] = group["minReplicas"] = 0
+    assert own == plain
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of Ray's own fields
+def test_ray_serve_builds_the_application_of_the_config(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("grpc_reflection", reason="the extra serving (ray[serve]) is not installed")
+    from ray.serve.schema import ServeDeploySchema
+
+    config = ServeDeploySchema.model_validate(yaml.safe_load(service()["serveConfigV2"]))
+    [given] = config.applications
+    module, _, name = given.import_path.partition(":")
+    build = getattr(importlib.import_module(module), name)
+    monkeypatch.setenv("TASKPACK_TOKEN", "let me in")
+    deployment = build(given.args)._bound_deployment
+    assert [each.name for each in given.deployments] == [deployment.name]
+    assert given.args["workdir"].startswith(f"{SHARED}/")
+    [worker] = list(pods(service()["rayClusterConfig"]))[1:]
+    limits = worker["containers"][0]["resources"]["limits"]
+    needed = given.deployments[0].ray_actor_options
+    assert needed.num_gpus == int(limits["nvidia.com/gpu"])
+    assert needed.num_cpus <= int(limits["cpu"])
+    for args, said in (
+        ({}, "args: workdir: Field required"),
+        ({**given.args, "task": "x"}, "args: task: Extra inputs"),
+        ({**given.args, "memory_bytes": 0}, "args: memory_bytes: "),
+    ):
+        with pytest.raises(SpecError, match=said):
+            build(args)
+    monkeypatch.delenv("TASKPACK_TOKEN")
+    with pytest.raises(SpecError, match="set TASKPACK_TOKEN for its replicas"):
+        build(given.args)
 
 
 def test_ray_reads_the_cluster_as_it_is_meant() -> None:
@@ -283,7 +340,7 @@ def test_secrets_are_made_by_the_readme_with_the_keys_that_are_used() -> None:
     }
     used = {
         source["secretRef"]["name"]
-        for pod in pods(cluster())
+        for pod in pods(service()["rayClusterConfig"])
         for container in pod["containers"]
         for source in container.get("envFrom", [])
     }
@@ -291,9 +348,11 @@ def test_secrets_are_made_by_the_readme_with_the_keys_that_are_used() -> None:
     assert made[cluster()["authOptions"]["secretName"]] == {
         "auth_token"
     }  # KubeRay asks for this key
-    assert [made[name] for name in used] == [
-        {"MLFLOW_TRACKING_URI", "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"}
-    ]
+    mlflow = {"MLFLOW_TRACKING_URI", "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"}
+    assert {name: made[name] for name in used} == {
+        "taskpack-mlflow": mlflow,
+        "taskpack-serve": {"TASKPACK_TOKEN"},
+    }
     assert not any(
         "kind: Secret" in (DEPLOY / name).read_text(encoding="utf-8") for name in MANIFESTS
     )
@@ -302,12 +361,12 @@ def test_secrets_are_made_by_the_readme_with_the_keys_that_are_used() -> None:
 def test_what_the_readme_asks_kubernetes_for_is_there() -> None:
     names = {
         f"{load(name)['kind'].lower()}/{load(name)['metadata']['name']}" for name in MANIFESTS
-    } | {"service/taskpack-head-svc"}
+    } | {"service/taskpack-head-svc", "service/taskpack-serve-serve-svc"}
     asked = {
         word
         for words in command_lines("kubectl")
         for word in words
-        if re.fullmatch(r"(raycluster|rayjob|service|persistentvolumeclaim)/.+", word)
+        if re.fullmatch(r"(raycluster|rayjob|rayservice|service|persistentvolumeclaim)/.+", word)
     }
     assert asked
     assert asked <= names

@@ -21,6 +21,7 @@ from pipeline.driver.workspace import Workspace
 from pipeline.registry.connection import import_mlflow
 from pipeline.registry.pack_record import Champion
 from pipeline.registry.store import open_registry
+from pipeline.server.client import Client
 from pipeline.specs import (
     DEFAULT_PARTS,
     Backbone,
@@ -129,7 +130,7 @@ def test_what_the_recipe_text_says_of_missing_parts_holds() -> None:
 
 RUN = ("ls", "show", "predict", "evaluate", "verify", "plan", "prepare")
 """The commands that are run. The others train, need a cluster, or need files that are not here."""
-NEEDED = ("--backbone", "--search", "MLFLOW", "$")
+NEEDED = ("--backbone", "--full-size", "--search", "MLFLOW", "$")
 
 
 @pytest.fixture(scope="module")
@@ -208,6 +209,7 @@ def test_a_python_block_runs(
 ) -> None:
     outcome = TaskOutcome(task="bars", registered=pipeline.find("bars")[0])
     monkeypatch.setattr(pipeline, "run", create_autospec(pipeline.run, return_value=[outcome]))
+    monkeypatch.setattr(Client, "predict", lambda *_: [{"task": "bars"}])
     try:
         exec(compile(adapted(block), "example", "exec"), {})
     finally:

@@ -186,3 +186,11 @@ def test_no_file_and_no_function_of_the_package_is_too_long() -> None:
     paths = sorted((PROJECT_ROOT / "pipeline").rglob("*.py"))
     assert len(paths) > 100
     assert [offender for path in paths for offender in too_long(path)] == []
+
+
+def test_every_folder_of_the_catalogue_is_installed() -> None:
+    content = tomllib.loads((PROJECT_ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    folders = [path.name for path in (PROJECT_ROOT / "tasks").iterdir() if path.is_dir()]
+    expected = {"share/taskpack": ["tasks/*.yaml"]}
+    expected |= {f"share/taskpack/{name}": [f"tasks/{name}/*"] for name in sorted(folders)}
+    assert content["tool"]["setuptools"]["data-files"] == expected

@@ -95,7 +95,7 @@ def test_an_exception_in_a_worker_is_told_as_a_value_with_its_traceback(
         ),
     ],
 )
-def test_memory_that_ends_is_named_with_batch_model_and_what_is_free(
+def test_memory_that_ends_is_named_with_what_is_free(
     error: Exception, tiny_inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def no_memory(*arguments: Any, **options: Any) -> Any:
@@ -106,9 +106,8 @@ def test_memory_that_ends_is_named_with_batch_model_and_what_is_free(
     for fault in outcomes_of_workers(tiny_inputs, recipe, tmp_path, monkeypatch):
         assert isinstance(fault, OutOfMemory)
         assert re.fullmatch(
-            r"out of memory with batches of 48 images of 32 px in vit_tiny_patch16_224: [0-9.]+ of"
-            r" [0-9.]+ GiB are free on the CPU; "
-            r"lower training\.batch_size, or use a device with more memory",
+            r"out of memory with one image at a time: [0-9.]+ of [0-9.]+ GiB are free on the CPU;"
+            r" lower input\.size_px, or use a device with more memory",
             str(fault),
         )
 

@@ -71,8 +71,8 @@ def _slow_gradients(inputs: Inputs) -> Importance:
         views = two_views(images, numbered_generator(task.seed, number), flip=task.input.flip)
         logits = (
             model(
-                (views - torch.tensor(loaded.mean)[:, None, None])
-                / torch.tensor(loaded.std)[:, None, None]
+                (views - torch.tensor(loaded.images.mean)[:, None, None])
+                / torch.tensor(loaded.images.std)[:, None, None]
             )
             @ head.T
         )
@@ -121,8 +121,8 @@ def _slow_activations(inputs: Inputs) -> Importance:
         images, _ = inputs.reader("train").read(sample[None])
         with torch.inference_mode():
             model(
-                (images.float() / 255 - torch.tensor(loaded.mean)[:, None, None])
-                / torch.tensor(loaded.std)[:, None, None]
+                (images.float() / 255 - torch.tensor(loaded.images.mean)[:, None, None])
+                / torch.tensor(loaded.images.std)[:, None, None]
             )
     return {
         name: np.abs(layer.weight.detach().flatten(1).numpy()) * total[name]

@@ -24,7 +24,7 @@ from pipeline.adaptation.selected import topk
 from pipeline.adaptation.selected.topk import top_connections
 from pipeline.adaptation.sites import weight_shapes
 from pipeline.backbones import LoadedBackbone, load_backbone
-from pipeline.data import numbered_generator, shard_batches, two_views
+from pipeline.data import Images, numbered_generator, shard_batches, two_views
 from pipeline.selection import select_here, selection_key, supervised_contrastive_loss
 from pipeline.selection.gradient import SAVED_BYTES, _collect_gradients, gradient_sums, saved_bytes
 from pipeline.selection.losses import make_loss
@@ -208,9 +208,9 @@ def slow_sums(inputs: Inputs, *, absolute: bool = False) -> dict[str, np.ndarray
     ):
         images, labels = inputs.reader("train").read(samples)
         views = two_views(images, numbered_generator(task.seed, number), flip=task.input.flip)
-        pixels = (views - torch.tensor(loaded.mean)[:, None, None]) / torch.tensor(loaded.std)[
-            :, None, None
-        ]
+        pixels = (views - torch.tensor(loaded.images.mean)[:, None, None]) / torch.tensor(
+            loaded.images.std
+        )[:, None, None]
         loss = supervised_contrastive_loss(
             model(pixels), torch.cat([labels, labels]), task.selection.temperature
         )
@@ -327,6 +327,7 @@ def test_the_key_names_everything_a_selection_depends_on(
         for update in (
             {"seed": 1},
             {"val_fraction": 0.3},
+            {"folds": 5},
             {"selection": Selection(batch_size=8)},
             {"selection": task.selection.model_copy(update={"precision": "bf16"})},
             {"selection": task.selection.model_copy(update={"level": "layer"})},
@@ -402,5 +403,5 @@ def test_saved_bytes_are_those_of_the_formula() -> None:
             return self.layer(x.flatten(1)).relu()
 
     model = Flat()
-    backbone = SimpleNamespace(model=model, fresh_model=lambda: model, size_px=8)
+    backbone = SimpleNamespace(model=model, fresh_model=lambda: model, takes=Images(8))
     assert saved_bytes(backbone) == 4 * (3 * 8 * 8 + 5)  # type: ignore[arg-type]

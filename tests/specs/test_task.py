@@ -207,6 +207,8 @@ def test_a_long_value_is_cut_in_the_message(tmp_path: Path) -> None:
         ({"seed": -1}, "seed"),
         ({"val_fraction": 0}, "val_fraction"),
         ({"val_fraction": 1}, "val_fraction"),
+        ({"folds": 0}, "folds"),
+        ({"folds": 5, "val_fraction": 0.3}, "folds"),
         ({"metric": "bleu"}, "metric"),
         ({"input": {"size_px": 4}}, "input.size_px"),
         ({"input": {"mean": [0.5, "x", 0.5]}}, "input.mean.1"),

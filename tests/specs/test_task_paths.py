@@ -14,6 +14,7 @@ from pipeline.errors import SpecError
 from pipeline.specs import (
     Backbone,
     Budget,
+    CocoData,
     Connections,
     DigitsData,
     Input,
@@ -23,7 +24,7 @@ from pipeline.specs import (
     Smoa,
     Training,
 )
-from pipeline.specs.paths import DATA_ROOT
+from pipeline.specs.paths import DATA_ROOT, local_paths
 from pipeline.specs.task_files import load_task
 from pipeline.specs.yaml_files import load_spec
 
@@ -46,6 +47,25 @@ def test_relative_data_paths_start_at_the_task_file(
     assert read.train == (str(tmp_path / "tasks/a-{0}.tar"), "/abs/b.tar")
     assert (read.val, read.test) == (str(tmp_path / "val.tar"), "s3://bucket/test.tar")
     assert read.classes == str(tmp_path / "tasks/classes.txt")
+
+
+def test_folders_of_annotated_images_start_at_the_task_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(DATA_ROOT, str(tmp_path / "store"))
+    data = {"format": "coco", "train": "a.json", "test": "b.json"}
+    for images, expected in (
+        ("photos", str(tmp_path / "photos")),
+        (
+            {"train": "photos", "test": f"${DATA_ROOT}/b"},
+            {"train": str(tmp_path / "photos"), "test": str(tmp_path / "store/b")},
+        ),
+    ):
+        content = MINIMAL | {"kind": "segmentation", "data": {**data, "images": images}}
+        task = load_task(write(tmp_path, content))
+        assert isinstance(task.data, CocoData)
+        assert task.data.images == expected
+        assert str(tmp_path / "photos") in dict.fromkeys(path for _, path in local_paths(task))
 
 
 def test_class_names_are_not_taken_for_paths(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import math
 import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -238,21 +239,13 @@ def test_a_selection_keeps_the_connections_of_the_cpu(
 ) -> None:
     levels: tuple[Level, ...] = ("neuron", "layer", "network")
     spec = tiny_inputs.task.selection.model_copy(update=CRITERIA[criterion])
-    inputs = Inputs(
-        **{**vars(tiny_inputs), "task": tiny_inputs.task.model_copy(update={"selection": spec})}
-    )
+    inputs = replace(tiny_inputs, task=tiny_inputs.task.model_copy(update={"selection": spec}))
     batches = stage._numbered_batches(inputs)
     here, there = (stage._sums(inputs, batches, where) for where in ("cpu", device))
     assert {total.device.type for total in there.values()} <= {device}
     for level in levels:
-        at_level = Inputs(
-            **{
-                **vars(inputs),
-                "task": inputs.task.model_copy(
-                    update={"selection": spec.model_copy(update={"level": level})}
-                ),
-            }
-        )
+        selection = spec.model_copy(update={"level": level})
+        at_level = replace(inputs, task=inputs.task.model_copy(update={"selection": selection}))
         expected, found = (stage._ranked(at_level, dict(sums), 3) for sums in (here, there))
         same = [
             np.isin(found[name].index_M.numpy(), ranked.index_M.numpy())
@@ -269,7 +262,7 @@ def test_evaluation_counts_what_the_cpu_counts(
 ) -> None:
     model = from_pack(pack_in(on_cpu("default")), tiny_inputs.backbone)
     given = tiny_inputs.reader("test"), tiny_inputs.splits["test"], tiny_inputs.kind
-    expected, there = evaluate(model, *given), evaluate(model.to(device), *given, device=device)
+    expected, there = evaluate(model, *given), evaluate(model.to(device), *given)
     value, metric = tiny_inputs.metric.value(expected), tiny_inputs.metric
     assert abs(metric.value(there) - value) <= 1.01 / len(expected)
     assert (evaluate(model.to("cpu"), *given).outputs == expected.outputs).all()
@@ -337,7 +330,6 @@ def test_recorded_steps_train_what_plain_steps_train(
                 tiny_inputs.reader("val"),
                 tiny_inputs.splits["val"],
                 tiny_inputs.kind,
-                device="cuda",
             )
         return losses, torch.cat([values.detach() for values in model.values.parameters()]).cpu()
 

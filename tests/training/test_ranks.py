@@ -119,6 +119,7 @@ def gradients(
             inputs.kind,
             torch.float32,
             ranks,
+            recipe.training.batch_size,
         )
         steps.append(
             (
@@ -267,13 +268,13 @@ def scored(
     scores = [found for found, _ in run_trial(inputs, recipe, None, ranks=ranks)]
     model = attach(inputs.backbone, recipe, len(inputs.index.classes), seed=1)
     reader, read = inputs.reader("val"), set()
-    shard_of = reader._shard
+    decoded = reader._decoded
 
-    def noted(shard: Any, content: Any) -> torch.Tensor:
-        read.add(reader.shards.index(shard))
-        return shard_of(shard, content)
+    def noted(samples: np.ndarray, content: Any) -> Any:
+        read.update(samples[:, 0].tolist())
+        return decoded(samples, content)
 
-    reader._shard = noted  # type: ignore[method-assign]
+    reader._decoded = noted  # type: ignore[method-assign]
     outcomes = evaluate(model, reader, inputs.splits["val"], inputs.kind, ranks=ranks)
     rows = np.column_stack([outcomes.outputs, outcomes.targets]).tolist()
     return scores, rows, sorted(read), fingerprint(model.values.state_dict())

@@ -4,6 +4,7 @@ memory to the byte.
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from typing import Any
 
@@ -88,7 +89,6 @@ def test_an_evaluation_copies_each_batch_once_there_and_its_answers_back(
             tiny_inputs.reader("test"),
             tiny_inputs.splits["test"],
             tiny_inputs.kind,
-            device=standin,
         )
     assert {name: counts[name] for name in TRANSFERS} == {
         "copy to device": 1,
@@ -98,30 +98,31 @@ def test_an_evaluation_copies_each_batch_once_there_and_its_answers_back(
 
 
 def test_a_trial_gives_all_its_memory_back(standin: str, tiny_inputs: Inputs) -> None:
-    selected = select_here(tiny_inputs, 2)
+    selected, recipe = select_here(tiny_inputs, 2), Recipe.model_validate(RECIPE)
+    list(run_trial(tiny_inputs, recipe, selected, device=standin))  # tables of levels are kept
     before = standin_device.allocated_bytes()
-    for _ in run_trial(tiny_inputs, Recipe.model_validate(RECIPE), selected, device=standin):
+    for _ in run_trial(tiny_inputs, recipe, selected, device=standin):
         assert standin_device.allocated_bytes() > before
     assert standin_device.allocated_bytes() == before
 
 
-def test_memory_that_does_not_suffice_is_named_with_what_was_free(
-    standin: str, tiny_inputs: Inputs
+def test_passes_are_halved_to_the_memory_there_is_and_what_does_not_suffice_is_named(
+    standin: str, tiny_inputs: Inputs, caplog: pytest.LogCaptureFixture
 ) -> None:
-    selected, message = (
-        select_here(tiny_inputs, 2),
-        (
-            "batches of 32 images of 32 px in vit_tiny.* GiB are free on stand-in; lower"
-            " training.batch_size"
-        ),
-    )
-    with (
-        standin_device.memory_left(1 << 20),
-        pytest.raises(OutOfMemory, match=message),
-        named_out_of_memory(tiny_inputs.task, 32, standin),
-    ):
-        for _ in run_trial(tiny_inputs, Recipe.model_validate(RECIPE), selected, device=standin):
-            pass
+    selected = select_here(tiny_inputs, 2)
+
+    def train() -> None:
+        with named_out_of_memory(tiny_inputs.task, 32, standin):
+            recipe = Recipe.model_validate(RECIPE)
+            for _ in run_trial(tiny_inputs, recipe, selected, device=standin):
+                pass
+
+    with standin_device.memory_left(1 << 21), caplog.at_level(logging.WARNING):
+        train()
+    assert "passes of 16 images take too much memory: each is now of 8" in caplog.text
+    message = r"out of memory with one image at a time: .* GiB are free on stand-in; lower input"
+    with standin_device.memory_left(1 << 20), pytest.raises(OutOfMemory, match=message):
+        train()
 
 
 def test_mixed_devices_are_refused_as_cuda_refuses_them(standin: str) -> None:

@@ -136,3 +136,16 @@ def test_float32_is_exact_where_it_is_asked_for_and_as_before_elsewhere(
     with exact_float32():
         assert flags() == ("ieee", True)
     assert flags() == before
+
+
+def test_exact_settings_hold_until_the_last_thread_leaves() -> None:
+    """A server loads a pack in one thread while another predicts."""
+    conv = torch.backends.cudnn.conv
+    before = conv.fp32_precision
+    first, second = exact_float32(), exact_float32()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert conv.fp32_precision == "ieee", "the second still computes"
+    second.__exit__(None, None, None)
+    assert conv.fp32_precision == before

@@ -9,17 +9,32 @@ LayerScale's gammas train. Biases of Linear and Conv2d layers are added in conne
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
+from timm.layers import LayerScale
 from torch import nn
 from torch.nn.utils import parametrize
 
-from pipeline.adaptation.part import Assembly, Part, Site, Stage, WeightChange, register
+from pipeline.adaptation.channels import channel_dims
+from pipeline.adaptation.part import (
+    Assembly,
+    Mixing,
+    Part,
+    SharedNetwork,
+    Site,
+    Stage,
+    WeightChange,
+    register,
+)
 from pipeline.adaptation.parts.connections import tune_layers
 from pipeline.adaptation.sites import norms_of, tunable_layers
 from pipeline.adaptation.tensors import PlannedTensor
 from pipeline.specs import Biases
+
+if TYPE_CHECKING:
+    from pipeline.adaptation.lanes import Lane
 
 _TRAINS = ("bias", "gamma")
 _FROZEN = ("norm", "pos_embed", "cls_token")
@@ -75,6 +90,11 @@ def other_biases(model: nn.Module) -> dict[str, nn.Parameter]:
     }
 
 
+def _others(site: Site) -> dict[str, nn.Parameter]:
+    found = other_biases(site.model)
+    return {name: parameter for name, parameter in found.items() if site.may_change(name)}
+
+
 def changed_parameters(module: nn.Module) -> dict[str, torch.Tensor]:
     """The parameters of a module that are sums of a frozen one and its change."""
     parametrised = getattr(module, "parametrizations", nn.ModuleDict())
@@ -86,6 +106,16 @@ def _forget(module: nn.Module, inputs: Any) -> None:
     module.train(False)
 
 
+def _add(name: str, dim: int, lane: Lane, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """A layer's output, a tensor of its own, with the changes of its bias."""
+    return y.add_(lane.along(lane.values(name), y, dim))
+
+
+def _add_scaled(name: str, lane: Lane, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """A LayerScale's output with the changes of its gamma."""
+    return y.addcmul_(x, lane.along(lane.values(name), x))
+
+
 @register
 class BiasesPart(Part):
     """The biases, as changes."""
@@ -95,23 +125,48 @@ class BiasesPart(Part):
 
     def plan(self, spec: Biases, site: Site) -> list[PlannedTensor]:
         """A vector per layer with a bias, by the layer's name; then the others, by their own."""
-        layers = {name: layer.bias for name, layer in tunable_layers(site.model).items()}
+        layers = {name: layer.bias for name, layer in site.layers.items()}
         return [
             PlannedTensor("biases", name, tuple(bias.shape), spec.bits)
-            for name, bias in {**layers, **other_biases(site.model)}.items()
+            for name, bias in {**layers, **_others(site)}.items()
             if bias is not None
         ]
 
     def attach(self, spec: Biases, assembly: Assembly) -> None:
         """Change the parameters where they are, and replace the layers, if connections will not."""
-        for name, parameter in other_biases(assembly.model).items():
+        own = dict(assembly.model.named_parameters())
+        for name in _others(assembly.site):
             owner_name, _, own_name = name.rpartition(".")
             owner = assembly.model.get_submodule(owner_name)
-            tuned = assembly.modules[f"bias:{name}"] = TunedParameter(parameter)
+            tuned = assembly.modules[f"bias:{name}"] = TunedParameter(own[name])
             parametrize.register_parametrization(owner, own_name, tuned, unsafe=True)
             owner.register_forward_pre_hook(_forget)
         if assembly.site.recipe.connections is None:
             tune_layers(assembly, {})
+
+    def mix(self, network: SharedNetwork) -> Mixing:
+        """Add to the outputs of the layers, and of LayerScales; other parameters would need a copy
+        per sample.
+        """
+        model, dims = network.model, channel_dims(network.site.backbone)
+        others = other_biases(network.site.model)
+        scales = {
+            name: model.get_submodule(name.rpartition(".")[0])
+            for name in others
+            if name.endswith(".gamma")
+        }
+        is_other = len(scales) < len(others) or any(
+            not isinstance(scale, LayerScale) for scale in scales.values()
+        )
+        biased = [name for name, layer in network.site.layers.items() if layer.bias is not None]
+        if is_other or any(name not in dims for name in biased):
+            return Mixing.APART
+        for name, scale in scales.items():
+            scale.inplace = False  # type: ignore[assignment]
+            network.after(self, name, scale, partial(_add_scaled, name))
+        for name in biased:
+            network.after(self, name, model.get_submodule(name), partial(_add, name, dims[name]))
+        return Mixing.FREELY
 
     def address(self, tensor: PlannedTensor, modules: Mapping[str, Any]) -> tuple[str, str]:
         """The parameter of the tensor's name, or the bias of the layer."""

@@ -15,19 +15,33 @@ block's own code and names stay as they are. Their low-bit form is Binary Adapte
 
 from __future__ import annotations
 
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from pipeline.adaptation.blocks import Branch, MlpSlot
-from pipeline.adaptation.branch_ends import BranchEnd
+from pipeline.adaptation.branch_ends import BranchEnd, BranchStream
 from pipeline.adaptation.dropout import SeededDropout
-from pipeline.adaptation.part import MLP_BLOCKS, Assembly, Part, Site, Stage, register
+from pipeline.adaptation.part import (
+    MLP_BLOCKS,
+    PARTS,
+    Assembly,
+    Mixing,
+    Part,
+    SharedNetwork,
+    Site,
+    Stage,
+    register,
+)
 from pipeline.adaptation.tensors import PlannedTensor
 from pipeline.errors import BackboneError
 from pipeline.specs import Adapter
+
+if TYPE_CHECKING:
+    from pipeline.adaptation.lanes import Lane
 
 
 class Bottleneck(nn.Module):
@@ -38,13 +52,9 @@ class Bottleneck(nn.Module):
     ) -> None:
         super().__init__()
         self.scale, self.channels_first = spec.scale, branch.channels_first
-        self.reads_stream = spec.placement == "parallel"
         self.dropout = [dropout]  # in a list: its mode is set in one place, for all adapters
         self.current: dict[str, torch.Tensor] = {}
-        self._stream: torch.Tensor | None = None
-        if self.reads_stream:
-            reader = block.get_submodule(branch.stream) if branch.stream else block
-            reader.register_forward_pre_hook(self._keep_stream)
+        self._stream = BranchStream(block, branch) if spec.placement == "parallel" else None
         BranchEnd(block, branch, self._add_to_branch)
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
@@ -64,13 +74,40 @@ class Bottleneck(nn.Module):
             residual.shape
         )
 
-    def _keep_stream(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        """Pre-hook of the module that reads the residual stream."""
-        self._stream = inputs[0]
-
     def _add_to_branch(self, output: torch.Tensor) -> torch.Tensor:
-        stream, self._stream = self._stream, None
+        stream = self._stream.take() if self._stream is not None else None
         return self(output if stream is None else stream.reshape(output.shape), output)
+
+
+class MixedBottleneck:
+    """The adapters of all packs at the end of one branch."""
+
+    def __init__(
+        self, prefix: str, network: SharedNetwork, block: nn.Module, branch: Branch
+    ) -> None:
+        self.prefix, self.network, self.channels_first = prefix, network, branch.channels_first
+        self._stream = BranchStream(block, branch)
+        BranchEnd(block, branch, self._change)
+
+    def _change(self, output: torch.Tensor) -> torch.Tensor:
+        stream, added = self._stream.take(), output
+        for lane in self.network.lanes(PARTS[AdapterPart.name]):
+            if lane.has(f"{self.prefix}.down"):
+                reads_stream = lane.spec.placement == "parallel" and stream is not None
+                x = stream.reshape(output.shape) if reads_stream else output  # type: ignore[union-attr]
+                added = lane.change(added, partial(self._add, lane), x)
+        return added
+
+    def _add(self, lane: Lane, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        down_SHD, up_SDH = (lane.values(f"{self.prefix}.{key}") for key in ("down", "up"))
+        if self.channels_first:
+            x = x.movedim(1, -1)
+        hidden_STH = F.relu(x.reshape(len(down_SHD), -1, x.shape[-1]) @ down_SHD.mT)
+        if self.channels_first:
+            y = y.movedim(1, -1)
+        y_STD = y.reshape(len(down_SHD), -1, y.shape[-1])
+        y = torch.baddbmm(y_STD, hidden_STH, up_SDH.mT, alpha=lane.spec.scale).view(y.shape)
+        return y.movedim(-1, 1) if self.channels_first else y
 
 
 def _branches(slot: MlpSlot, spec: Adapter) -> dict[str, Branch]:
@@ -124,6 +161,15 @@ class AdapterPart(Part):
                 block = assembly.model.get_submodule(slot.block)
                 adapter = Bottleneck(spec, dropout, block, branch)
                 assembly.modules[f"adapter.{slot.block}.{name}"] = adapter
+
+    def mix(self, network: SharedNetwork) -> Mixing:
+        """Hook into both branches of every block."""
+        for slot in network.site.slots:
+            for name, branch in {"mlp": slot.mlp, "attention": slot.attention}.items():
+                if branch is not None:
+                    block = network.model.get_submodule(slot.block)
+                    MixedBottleneck(f"adapter.{slot.block}.{name}", network, block, branch)
+        return Mixing.FREELY
 
 
 def _check_branches(found: set[str], spec: Adapter, site: Site) -> None:

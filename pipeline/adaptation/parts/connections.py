@@ -17,25 +17,49 @@ seen as one row-major [O, I] matrix.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+import contextlib
+import functools
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn import grad as nn_grad
 
-from pipeline.adaptation.part import Assembly, Part, Site, Stage, WeightChange, register
+from pipeline.adaptation.part import (
+    Assembly,
+    Mixing,
+    Part,
+    SharedNetwork,
+    Site,
+    Stage,
+    WeightChange,
+    register,
+)
 from pipeline.adaptation.selected.ranking import kept_at, kept_indices
-from pipeline.adaptation.sites import TunableLayer, tunable_layers, weight_shapes
+from pipeline.adaptation.sites import (
+    TunableLayer,
+    tunable_layers,
+    weight_reader,
+    weight_shapes,
+)
 from pipeline.adaptation.tensors import PlannedTensor
 from pipeline.adaptation.wrapper import Wrapper
 from pipeline.specs import Connections
+
+if TYPE_CHECKING:
+    from pipeline.adaptation.flat import FlatPart
+    from pipeline.adaptation.lanes import Lane, MixedBatch
 
 FEW_COLUMNS = 0.5
 """Fraction of a layer's columns up to which gathering them is faster than the dense product, as
 measured on a CPU. The product over the gathered columns is then indexed. A kernel that fuses the
 two saved 1 % of a step on a CPU, and took 4 to 11 times as long on an H200.
+"""
+ROWS_PER_PRODUCT = 400
+"""Rows per pack of a mixed batch, times K, from which on a product for each pack is faster than
+adding K inputs per output of all rows, as measured on a CPU.
 """
 
 
@@ -304,9 +328,100 @@ class TunedLayer(Wrapper, WeightChange):
         return {"weight": self.weight} if bias is None else {"weight": self.weight, "bias": bias}
 
 
+class MixedLayer(Wrapper):
+    """A layer in which the samples of each pack pass the weight with its connections.
+
+    Samples of few packs: the connections of each pack are written into the one weight in memory for
+    the product of its samples, and what they overwrote is then written back, bit for bit.
+
+    Samples of many packs: one product with the backbone's weight, to which each row adds its
+    selected inputs times its pack's values, K per output.
+    """
+
+    base: TunableLayer
+
+    def __init__(self, base: TunableLayer, name: str, network: SharedNetwork) -> None:
+        super().__init__(base)
+        self.name, self.network = name, network
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        batch, layer = self.network.batch, self.base
+        if batch is None or not batch.lanes("connections"):
+            return apply_layer(layer, x, layer.weight, layer.bias)
+        if isinstance(layer, nn.Linear) and self._are_many(batch, x.numel() // x.shape[-1]):
+            return self._corrected(F.linear(x, layer.weight, layer.bias), x, batch)
+        return self._product_per_pack(x, batch)
+
+    def _are_many(self, batch: MixedBatch, rows: int) -> bool:
+        """Whether rows change packs so often that reading K inputs per output is faster than a
+        product and a change of weights per pack.
+        """
+        lanes = batch.lanes("connections")
+        top_k = max(lane.spec.top_k for lane in lanes)
+        packs = sum(lane.packs for lane in lanes)
+        return rows * top_k < ROWS_PER_PRODUCT * packs and all(lane.is_per_neuron for lane in lanes)
+
+    def _corrected(self, y: torch.Tensor, x: torch.Tensor, batch: MixedBatch) -> torch.Tensor:
+        """`y` = W x with what the connections of each sample's pack add."""
+        for lane in batch.lanes("connections"):
+            if lane.has(self.name):
+                y = lane.change(y, functools.partial(self._with_connections, lane), x)
+        return y
+
+    def _with_connections(self, lane: Lane, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        inputs, outputs = x.shape[-1], y.shape[-1]
+        columns_SN, values_SN = lane.indices(self.name) % inputs, lane.values(self.name)
+        samples = len(columns_SN)
+        x_SRI, y_SRO = x.reshape(samples, -1, inputs), y.reshape(samples, -1, outputs)
+        columns_SOK = columns_SN.view(samples, outputs, -1)
+        values_SOK = values_SN.view(columns_SOK.shape).to(y.dtype)
+        for k in range(columns_SOK.shape[-1]):
+            columns_SRO = columns_SOK[:, None, :, k].expand(y_SRO.shape)
+            y_SRO = y_SRO.addcmul_(x_SRI.gather(2, columns_SRO), values_SOK[:, None, :, k])
+        return y_SRO.view(y.shape)
+
+    def _product_per_pack(self, x: torch.Tensor, batch: MixedBatch) -> torch.Tensor:
+        layer, repeats, y = self.base, len(x) // len(batch.owners), None
+        for start, end, part in batch.runs("connections"):
+            rows = slice(start * repeats, end * repeats)
+            with self._connected(part):
+                if isinstance(layer, nn.Linear):  # into its place: a copy takes a tenth as long
+                    y = x.new_empty(*x.shape[:-1], layer.out_features) if y is None else y
+                    into = y[rows].flatten(0, -2)
+                    inputs, weight_IO = x[rows].reshape(-1, layer.in_features), layer.weight.T
+                    if layer.bias is None:
+                        torch.mm(inputs, weight_IO, out=into)
+                    else:
+                        torch.addmm(layer.bias, inputs, weight_IO, out=into)
+                else:
+                    changed = apply_layer(layer, x[rows], layer.weight, layer.bias)
+                    y = changed.new_empty(len(x), *changed.shape[1:]) if y is None else y
+                    y[rows] = changed
+        assert y is not None, "a batch has samples"
+        return y
+
+    @contextlib.contextmanager
+    def _connected(self, part: FlatPart | None) -> Iterator[None]:
+        """Context manager: the weight has the connections of a pack, if it has any here."""
+        if part is None or self.name not in part.structure.places:
+            yield
+            return
+        entries, index_N = self.base.weight.view(-1), part.index(self.name)
+        frozen_N = entries.take(index_N)
+        try:
+            entries.index_copy_(0, index_N, frozen_N + part.value(self.name))
+            yield
+        finally:
+            entries.index_copy_(0, index_N, frozen_N)
+
+
 def tune_layers(assembly: Assembly, indices: Mapping[str, torch.Tensor]) -> None:
-    """Replace every layer by a `TunedLayer`, with connections where `indices` [N] has some."""
-    for name, layer in tunable_layers(assembly.model).items():
+    """Replace every layer that may change by a `TunedLayer`, with connections where `indices` [N]
+    has some.
+    """
+    for name in assembly.site.layers:
+        layer = assembly.model.get_submodule(name)
+        assert isinstance(layer, nn.Linear | nn.Conv2d)
         tuned = assembly.modules[f"layer:{name}"] = TunedLayer(layer, indices.get(name))
         assembly.model.set_submodule(name, tuned)
 
@@ -322,7 +437,8 @@ class ConnectionsPart(Part):
         """A vector per layer: as many values as the selection keeps or, without one, K per
         neuron.
         """
-        shapes = weight_shapes(site.model)
+        all_shapes = weight_shapes(site.model)
+        shapes = {name: all_shapes[name] for name in site.layers}
         counts = {name: kept_at(shape, spec.top_k) for name, shape in shapes.items()}
         if site.selected is not None:
             kept = kept_indices(site.selected, spec.top_k)
@@ -338,6 +454,14 @@ class ConnectionsPart(Part):
         selected = assembly.site.selected
         assert selected is not None, "a recipe with connections needs a selection"
         tune_layers(assembly, kept_indices(selected, spec.top_k))
+
+    def mix(self, network: SharedNetwork) -> Mixing:
+        """Replace every layer, where all are called as layers."""
+        if weight_reader(network.model) is not None:
+            return Mixing.APART
+        for name, layer in tunable_layers(network.model).items():
+            network.model.set_submodule(name, MixedLayer(layer, name, network))
+        return Mixing.FREELY
 
     def address(self, tensor: PlannedTensor, modules: Mapping[str, Any]) -> tuple[str, str]:
         """The layer of the tensor's name."""

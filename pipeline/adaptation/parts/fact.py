@@ -13,18 +13,33 @@ Shapes: D width, R rank, T tokens.
 
 from __future__ import annotations
 
+from functools import partial
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from pipeline.adaptation.dropout import SeededDropout
-from pipeline.adaptation.part import Assembly, Part, Site, Stage, WeightChange, register
+from pipeline.adaptation.part import (
+    Assembly,
+    Mixing,
+    Part,
+    SharedNetwork,
+    Site,
+    Stage,
+    WeightChange,
+    register,
+)
 from pipeline.adaptation.parts.connections import TunedLayer, apply_layer
-from pipeline.adaptation.sites import tunable_layers
+from pipeline.adaptation.sites import weight_reader
 from pipeline.adaptation.tensors import PlannedTensor
 from pipeline.adaptation.wrapper import Wrapper
 from pipeline.errors import BackboneError
 from pipeline.specs import Fact
+
+if TYPE_CHECKING:
+    from pipeline.adaptation.lanes import Lane
 
 
 class SharedFactors(nn.Module):
@@ -82,18 +97,16 @@ class FactorisedLayer(Wrapper, WeightChange):
         return y + wide.flatten(-2)
 
 
-def _sites(model: nn.Module, spec: Fact) -> dict[str, nn.Linear]:
+def _sites(site: Site, spec: Fact) -> dict[str, nn.Linear]:
     """The layers that change, in the model's order. Raises BackboneError."""
-    linear = {
-        name: layer for name, layer in tunable_layers(model).items() if isinstance(layer, nn.Linear)
-    }
+    linear = {name: layer for name, layer in site.layers.items() if isinstance(layer, nn.Linear)}
     leaves = {name: name.rpartition(".")[2] for name in linear}
     unknown = [target for target in spec.targets if target not in leaves.values()]
     if unknown:
         known = ", ".join(sorted(set(leaves.values()))) or "no Linear layers"
         raise BackboneError(
             f"recipe.fact.targets: given {unknown[0]!r}, which matches no Linear layer of"
-            f" {type(model).__name__}; it has {known}"
+            f" {type(site.model).__name__}; it has {known}"
         )
     chosen = {name: layer for name, layer in linear.items() if leaves[name] in spec.targets}
     for name, layer in chosen.items():
@@ -118,7 +131,7 @@ class FactPart(Part):
 
     def plan(self, spec: Fact, site: Site) -> list[PlannedTensor]:
         """Two factors per width, a core per layer. Raises BackboneError as `_sites`."""
-        sites, rank = _sites(site.model, spec), spec.rank
+        sites, rank = _sites(site, spec), spec.rank
         planned = []
         for width in sorted({width_of(layer) for layer in sites.values()}):
             prefix = f"fact.width{width}"
@@ -137,7 +150,7 @@ class FactPart(Part):
     def attach(self, spec: Fact, assembly: Assembly) -> None:
         """Wrap the layers, which may be wrapped already."""
         dropout = assembly.dropout(self.name, spec.dropout)
-        for name, layer in _sites(assembly.site.model, spec).items():
+        for name, layer in _sites(assembly.site, spec).items():
             address = f"fact.width{width_of(layer)}"
             factors = assembly.modules.setdefault(address, SharedFactors())
             assert isinstance(factors, SharedFactors)
@@ -146,3 +159,24 @@ class FactPart(Part):
             changed = FactorisedLayer(base, factors, spec, dropout)
             assembly.modules[f"fact.{name}"] = changed
             assembly.model.set_submodule(name, changed)
+
+    def mix(self, network: SharedNetwork) -> Mixing:
+        """Add the changes to the outputs of the layers, where all are called as layers."""
+        if weight_reader(network.site.model) is not None:
+            return Mixing.APART
+        for name, layer in network.site.layers.items():
+            if isinstance(layer, nn.Linear):
+                add = partial(_add, name, f"fact.width{width_of(layer)}")
+                network.after(self, f"fact.{name}.core", network.model.get_submodule(name), add)
+        return Mixing.FREELY
+
+
+def _add(name: str, shared: str, lane: Lane, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """A layer's output, a tensor of its own, with its change in factors."""
+    in_SRD, out_SDR = lane.values(f"{shared}.in"), lane.values(f"{shared}.out")
+    core_S, rank = lane.values(f"fact.{name}.core"), lane.spec.rank
+    samples, width = len(in_SRD), in_SRD.shape[2]
+    narrow = x.reshape(samples, -1, width) @ in_SRD.mT
+    narrow = narrow.reshape(samples, -1, core_S.shape[2]) @ core_S.mT
+    wide = narrow.reshape(samples, -1, rank) @ out_SDR.mT
+    return y.add_(wide.reshape(y.shape), alpha=lane.spec.scale)

@@ -4,12 +4,14 @@ baseline, at the size of the backbone.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import nn
 
 from pipeline.adaptation.part import Assembly, Part, Site, Stage, WeightChange, register
 from pipeline.adaptation.tensors import PlannedTensor
-from pipeline.specs import Full
+from pipeline.specs import Bits, Full
 
 
 class TunedNetwork(nn.Module, WeightChange):
@@ -37,6 +39,7 @@ class TunedNetwork(nn.Module, WeightChange):
         return {
             name: frozen + self.current[name].view(frozen.shape)
             for name, frozen in self.base.named_parameters()
+            if name in self.current
         }
 
     def _forget(self) -> None:
@@ -53,25 +56,31 @@ class TunedNetwork(nn.Module, WeightChange):
         )
 
 
+def changes(parameters: Mapping[str, nn.Parameter], owner: str, bits: Bits) -> list[PlannedTensor]:
+    """A tensor per parameter, by name within its owner: a kernel is one matrix
+    [out, in * kh * kw], with one mean and one sd below 16 bits.
+    """
+    shapes = {
+        name: (parameter.flatten(1) if parameter.ndim > 2 else parameter).shape
+        for name, parameter in parameters.items()
+    }
+    return [
+        PlannedTensor("full", f"{owner}.{name}", tuple(shape), bits)
+        for name, shape in shapes.items()
+    ]
+
+
 @register
 class FullPart(Part):
-    """Every parameter of the backbone."""
+    """Every parameter of the backbone that may change."""
 
     name, pack_order, stage = "full", 12, Stage.NETWORK
 
     def plan(self, spec: Full, site: Site) -> list[PlannedTensor]:
-        """A tensor per parameter.
-
-        A kernel is one matrix [out, in * kh * kw], with one mean and one sd below 16 bits.
-        """
-        shapes = {
-            name: (tensor.flatten(1) if tensor.ndim > 2 else tensor).shape
-            for name, tensor in site.model.named_parameters()
-        }
-        return [
-            PlannedTensor("full", f"full.{name}", tuple(shape), spec.bits)
-            for name, shape in shapes.items()
-        ]
+        """A tensor per parameter, see `changes`."""
+        parameters = dict(site.model.named_parameters())
+        may_change = {name: each for name, each in parameters.items() if site.may_change(name)}
+        return changes(may_change, "full", spec.bits)
 
     def attach(self, spec: Full, assembly: Assembly) -> None:
         """Wrap the whole network."""

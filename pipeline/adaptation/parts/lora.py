@@ -14,6 +14,8 @@ Shapes: I inputs, O outputs, R rank, S ranks of all the layer's changes together
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -21,14 +23,25 @@ from torch import nn
 
 from pipeline.adaptation.dropout import SeededDropout
 from pipeline.adaptation.fused import in_thirds
-from pipeline.adaptation.part import Assembly, Part, Site, Stage, WeightChange, register
+from pipeline.adaptation.part import (
+    Assembly,
+    Mixing,
+    Part,
+    SharedNetwork,
+    Site,
+    Stage,
+    WeightChange,
+    register,
+)
 from pipeline.adaptation.parts.connections import TunedLayer, apply_layer
-from pipeline.adaptation.sites import TunableLayer, tunable_layers
+from pipeline.adaptation.sites import TunableLayer, weight_reader
 from pipeline.adaptation.tensors import PlannedTensor
 from pipeline.adaptation.wrapper import Wrapper
-from pipeline.backbones import LoadedBackbone
 from pipeline.errors import BackboneError
 from pipeline.specs import Lora
+
+if TYPE_CHECKING:
+    from pipeline.adaptation.lanes import Lane
 
 Rows = tuple[int, int]
 """First row, and the one after the last."""
@@ -99,20 +112,29 @@ class LowRankLayer(Wrapper, WeightChange):
         return y.movedim(-1, 1) if is_convolution else y
 
 
-def _possible_targets(backbone: LoadedBackbone) -> dict[str, list[tuple[str, TunableLayer, Rows]]]:
+def convolution_targets(model: nn.Module) -> tuple[str, ...]:
+    """The targets that are 1x1 convolutions of a model, sorted."""
+    layers = [(name, layer) for name, layer in model.named_modules() if _is_pointwise(layer)]
+    return tuple(sorted({name.rpartition(".")[2] for name, _ in layers}))
+
+
+def _is_pointwise(layer: nn.Module) -> bool:
+    """Whether a layer is a 1x1 convolution that is one matrix for all places."""
+    return isinstance(layer, nn.Conv2d) and (
+        (layer.kernel_size, layer.stride) == ((1, 1), (1, 1))
+        and (layer.groups, layer.padding) == (1, (0, 0))
+    )
+
+
+def _possible_targets(site: Site) -> dict[str, list[tuple[str, TunableLayer, Rows]]]:
     """For each name a target can have: the layers it matches, and which of their rows."""
     found: dict[str, list[tuple[str, TunableLayer, Rows]]] = {}
-    for name, layer in tunable_layers(backbone.model).items():
-        if isinstance(layer, nn.Conv2d) and (
-            layer.kernel_size != (1, 1)
-            or layer.stride != (1, 1)
-            or layer.groups != 1
-            or layer.padding != (0, 0)
-        ):
+    for name, layer in site.layers.items():
+        if isinstance(layer, nn.Conv2d) and not _is_pointwise(layer):
             continue
         leaf, outputs = name.rpartition(".")[2], layer.weight.shape[0]
         found.setdefault(leaf, []).append((name, layer, (0, outputs)))
-        if in_thirds(backbone).get(name):
+        if in_thirds(site.backbone).get(name):
             for index, third in enumerate("qkv"):
                 found.setdefault(third, []).append(
                     (name, layer, (index * outputs // 3, (index + 1) * outputs // 3))
@@ -120,15 +142,15 @@ def _possible_targets(backbone: LoadedBackbone) -> dict[str, list[tuple[str, Tun
     return found
 
 
-def _sites(backbone: LoadedBackbone, spec: Lora) -> dict[str, tuple[TunableLayer, dict[str, Rows]]]:
+def _sites(site: Site, spec: Lora) -> dict[str, tuple[TunableLayer, dict[str, Rows]]]:
     """The layers that change, in the model's order, each with the rows of its targets."""
-    model, possible = backbone.model, _possible_targets(backbone)
-    mixed = [name for name, is_in_thirds in in_thirds(backbone).items() if not is_in_thirds]
+    possible = _possible_targets(site)
+    mixed = [name for name, is_in_thirds in in_thirds(site.backbone).items() if not is_in_thirds]
     thirds = [target for target in spec.targets if target in ("q", "k", "v")]
     if mixed and thirds:
         raise BackboneError(
             f"recipe.lora.targets: given {thirds[0]!r}; the rows of {mixed[0]!r} in"
-            f" {type(model).__name__} are not laid out as q, k and v in thirds; name the whole"
+            f" {type(site.model).__name__} are not laid out as q, k and v in thirds; name the whole"
             " layer, qkv"
         )
     unknown = [target for target in spec.targets if target not in possible]
@@ -136,13 +158,13 @@ def _sites(backbone: LoadedBackbone, spec: Lora) -> dict[str, tuple[TunableLayer
         known = ", ".join(sorted(possible)) or "no Linear and no 1x1 convolution"
         raise BackboneError(
             f"recipe.lora.targets: given {unknown[0]!r}, which matches no layer of"
-            f" {type(model).__name__}; it has {known}"
+            f" {type(site.model).__name__}; it has {known}"
         )
     chosen: dict[str, tuple[TunableLayer, dict[str, Rows]]] = {}
     for target in spec.targets:
         for name, layer, rows in possible[target]:
             chosen.setdefault(name, (layer, {}))[1][target] = rows
-    return {name: chosen[name] for name in tunable_layers(model) if name in chosen}
+    return {name: chosen[name] for name in site.layers if name in chosen}
 
 
 def _wrapped(layer: nn.Module) -> TunableLayer | TunedLayer:
@@ -159,7 +181,7 @@ class LoraPart(Part):
     def plan(self, spec: Lora, site: Site) -> list[PlannedTensor]:
         """Two matrices per target and layer. Raises BackboneError as `_sites`."""
         planned = []
-        for name, (layer, targets) in _sites(site.backbone, spec).items():
+        for name, (layer, targets) in _sites(site, spec).items():
             down = (spec.rank, layer.weight.shape[1])
             for target, (first, end) in targets.items():
                 prefix, up = f"lora.{name}.{target}", (end - first, spec.rank)
@@ -172,8 +194,33 @@ class LoraPart(Part):
     def attach(self, spec: Lora, assembly: Assembly) -> None:
         """Wrap the layers, which may be wrapped already."""
         dropout = assembly.dropout(self.name, spec.dropout)
-        for name, (layer, rows) in _sites(assembly.site.backbone, spec).items():
+        for name, (layer, rows) in _sites(assembly.site, spec).items():
             base = _wrapped(assembly.model.get_submodule(name))
             changed = LowRankLayer(base, layer.weight.shape[0], rows, spec, dropout)
             assembly.modules[f"lora.{name}"] = changed
             assembly.model.set_submodule(name, changed)
+
+    def mix(self, network: SharedNetwork) -> Mixing:
+        """Add the changes to the outputs of the layers, where all are called as layers."""
+        if weight_reader(network.site.model) is not None:
+            return Mixing.APART
+        for target, layers in _possible_targets(network.site).items():
+            for name, layer, rows in layers:
+                prefix, module = f"lora.{name}.{target}", network.model.get_submodule(name)
+                add = partial(_add, prefix, rows, isinstance(layer, nn.Conv2d))
+                network.after(self, f"{prefix}.down", module, add)
+        return Mixing.FREELY
+
+
+def _add(
+    prefix: str, rows: Rows, is_convolution: bool, lane: Lane, y: torch.Tensor, x: torch.Tensor
+) -> torch.Tensor:
+    """A layer's output, a tensor of its own, with the low-rank changes of some of its rows."""
+    down_SRI, up_SOR = lane.values(f"{prefix}.down"), lane.values(f"{prefix}.up")
+    changed = y
+    if is_convolution:
+        x, y = x.movedim(1, -1), y.movedim(1, -1)
+    x_STI = x.reshape(len(down_SRI), -1, x.shape[-1])
+    change_STO = lane.spec.scale * (x_STI @ down_SRI.mT @ up_SOR.mT)
+    y[..., slice(*rows)] += change_STO.view(*y.shape[:-1], -1)
+    return changed

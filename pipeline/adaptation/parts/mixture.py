@@ -58,6 +58,27 @@ def route(
     return Routes(probabilities_ET, gates_ET, directions_RT, norms_1T, scaled_experts_ER)
 
 
+def mixed_output(
+    x_STD: torch.Tensor,
+    down_SEHD: torch.Tensor,
+    up_SEDH: torch.Tensor,
+    router_SRD: torch.Tensor | None,
+    embeddings_SER: torch.Tensor | None,
+    temperature: float,
+    top_k: int,
+) -> torch.Tensor:
+    """What `Mixture` adds to the residual, [S, T, D], where each sample has a bank of its own."""
+    hidden_SXT = (down_SEHD.flatten(1, 2) @ x_STD.mT).relu_()
+    if router_SRD is not None and embeddings_SER is not None:
+        directions_SRT = F.normalize(router_SRD @ x_STD.mT, dim=1, eps=SMALLEST_NORM)
+        scaled_SER = F.normalize(embeddings_SER, dim=2, eps=SMALLEST_NORM) / temperature
+        probabilities_SET = torch.softmax(scaled_SER @ directions_SRT, dim=1)
+        gate_SKT, choice_SKT = probabilities_SET.topk(top_k, dim=1)
+        gates_SET = torch.zeros_like(probabilities_SET).scatter_(1, choice_SKT, gate_SKT)
+        hidden_SXT *= gates_SET.repeat_interleave(down_SEHD.shape[2], dim=1)
+    return hidden_SXT.mT @ up_SEDH.transpose(2, 3).flatten(1, 2)
+
+
 def _through_normalisation(
     gradient: torch.Tensor, direction: torch.Tensor, norm: torch.Tensor, dim: int
 ) -> torch.Tensor:

@@ -3,16 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from pipeline.adaptation.part import MLP_BLOCKS, Assembly, Part, Site, Stage, WeightChange, register
+from pipeline.adaptation.channels import channel_dims
+from pipeline.adaptation.part import (
+    MLP_BLOCKS,
+    PARTS,
+    Assembly,
+    Mixing,
+    Part,
+    SharedNetwork,
+    Site,
+    Stage,
+    WeightChange,
+    register,
+)
 from pipeline.adaptation.sites import norms_of
 from pipeline.adaptation.tensors import PlannedTensor
 from pipeline.adaptation.wrapper import Wrapper
 from pipeline.specs import Norms
+
+if TYPE_CHECKING:
+    from pipeline.adaptation.lanes import Lane
 
 
 class TunedNorm(Wrapper, WeightChange):
@@ -46,6 +62,43 @@ class TunedNorm(Wrapper, WeightChange):
         return torch.func.functional_call(self.base, tensors, (x,))
 
 
+class MixedNorm(Wrapper):
+    """A norm whose scale and shift are those of each sample's pack."""
+
+    def __init__(self, base: nn.Module, name: str, dim: int, network: SharedNetwork) -> None:
+        super().__init__(base)
+        self.name, self.dim, self.network = name, dim, network
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        lanes = [
+            lane
+            for lane in self.network.lanes(PARTS[NormsPart.name])
+            if lane.has(f"{self.name}.weight") or lane.has(f"{self.name}.bias")
+        ]
+        y: torch.Tensor = self.base(x) if not any(lane.is_whole for lane in lanes) else x
+        for lane in lanes:
+            y = lane.change(y, lambda _, x, lane=lane: self._normalised(lane, x), x)
+        return y
+
+    def _normalised(self, lane: Lane, x: torch.Tensor) -> torch.Tensor:
+        frozen = dict(self.base.named_parameters())
+        plain = {
+            name: torch.ones_like(tensor) if name == "weight" else torch.zeros_like(tensor)
+            for name, tensor in frozen.items()
+        }
+        own = {
+            name: lane.along(lane.values(f"{self.name}.{name}") + tensor, x, self.dim)
+            if lane.has(f"{self.name}.{name}")
+            else self._along_channels(tensor)
+            for name, tensor in frozen.items()
+        }
+        normal = torch.func.functional_call(self.base, plain, (x,)) * own["weight"]
+        return normal.add_(own["bias"]) if "bias" in own else normal
+
+    def _along_channels(self, tensor_C: torch.Tensor) -> torch.Tensor:
+        return tensor_C.view(-1, *[1] * (-1 - self.dim))
+
+
 def _parameters(norm: nn.Module, spec: Norms) -> dict[str, nn.Parameter]:
     """Those of a norm's parameters that train."""
     return {
@@ -56,7 +109,7 @@ def _parameters(norm: nn.Module, spec: Norms) -> dict[str, nn.Parameter]:
 def _norms(site: Site, spec: Norms) -> list[str]:
     """The names of the norms that train."""
     if spec.which == "all":
-        return list(norms_of(site.model))
+        return list(site.norms)
     return [f"{slot.block}.{slot.norm}" for slot in site.slots]
 
 
@@ -82,3 +135,12 @@ class NormsPart(Part):
         for name, base in bases.items():
             norm = assembly.modules[name] = TunedNorm(base, _parameters(base, spec))
             assembly.model.set_submodule(name, norm)
+
+    def mix(self, network: SharedNetwork) -> Mixing:
+        """Replace the norms, where the network calls all of them."""
+        norms, dims = norms_of(network.model), channel_dims(network.site.backbone)
+        if not norms.keys() <= dims.keys():
+            return Mixing.APART
+        for name, norm in norms.items():
+            network.model.set_submodule(name, MixedNorm(norm, name, dims[name], network))
+        return Mixing.FREELY

@@ -1,5 +1,5 @@
 """Trained tokens: visual prompts, the class token, and prompts made by Adapter-X's generator. For
-timm's VisionTransformer.
+timm's VisionTransformer and for point transformers.
 
     VPT, shallow (arXiv 2203.12119)     P tokens are appended to the first block's input
     VPT, deep                           every block gets its own P tokens, which replace those of
@@ -9,8 +9,8 @@ timm's VisionTransformer.
     generator (arXiv 2406.03051)        scale * mean_tokens(bank's output) + shift: one token per
                                         block, appended for the next; they accumulate
 
-Blocks see a set of tokens (positions are added before the first one), so where they are appended
-does not matter. Appended tokens are removed after the last block, so pooling covers the
+Blocks see a set of tokens (appended ones have no position), so where they are appended does not
+matter. Appended tokens are removed after the last block, so pooling covers the
 backbone's own tokens only. Shapes: B images, T tokens, P prompts, D width.
 """
 
@@ -18,23 +18,40 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from pipeline.adaptation.part import Assembly, Part, Site, Stage, register
+from pipeline.adaptation.part import (
+    PARTS,
+    Assembly,
+    Mixing,
+    Part,
+    SharedNetwork,
+    Site,
+    Stage,
+    register,
+)
 from pipeline.adaptation.tensors import PlannedTensor
+from pipeline.backbones.point_transformer import PointTransformer
 from pipeline.errors import BackboneError
 from pipeline.specs import ClassToken, Prompts, Recipe, Smoa
+
+if TYPE_CHECKING:
+    from pipeline.adaptation.lanes import Lane
+
+
+TokenNetwork = VisionTransformer | PointTransformer
+"""Networks whose blocks pass tokens [B, T, D] on, the class token first."""
 
 
 def token_blocks(model: nn.Module, part: str) -> list[nn.Module]:
     """The blocks that pass tokens [B, T, D] on. Raises BackboneError for a network that is no
-    VisionTransformer.
+    TokenNetwork.
     """
-    if not isinstance(model, VisionTransformer):
+    if not isinstance(model, TokenNetwork):
         raise BackboneError(
             f"recipe.{part}: given {type(model).__name__}; expected a VisionTransformer, whose"
             " blocks take a set of tokens; leave this part out"
@@ -132,6 +149,36 @@ class PromptsPart(Part):
             block.register_forward_pre_hook(partial(prompts.enter, number))
         blocks[-1].register_forward_hook(prompts.leave)
 
+    def mix(self, network: SharedNetwork) -> Mixing:
+        """Hook into all blocks of a VisionTransformer: packs with as many tokens pass together."""
+        if not isinstance(network.model, TokenNetwork):
+            return Mixing.APART
+        for number, block in enumerate(network.model.blocks):
+            block.register_forward_pre_hook(partial(_enter_mixed, network, number))
+        network.model.blocks[-1].register_forward_hook(partial(_leave_mixed, network))
+        return Mixing.ALIKE
+
+
+def _enter_mixed(
+    network: SharedNetwork, number: int, module: nn.Module, inputs: tuple[Any, ...]
+) -> tuple[Any, ...]:
+    """Pre-hook of block `number`: append each sample's tokens."""
+    x_BTD = inputs[0]
+    for lane in network.lanes(PARTS[PromptsPart.name]):
+        if lane.has(f"prompts.{number}"):
+            kept_BTD = x_BTD if number == 0 else x_BTD[:, : -lane.spec.count]
+            x_BTD = torch.cat([kept_BTD, lane.values(f"prompts.{number}").to(x_BTD.dtype)], dim=1)
+    return (x_BTD, *inputs[1:])
+
+
+def _leave_mixed(
+    network: SharedNetwork, module: nn.Module, inputs: tuple[Any, ...], output: torch.Tensor
+) -> torch.Tensor:
+    """Hook of the last block."""
+    for lane in network.lanes(PARTS[PromptsPart.name]):
+        output = output[:, : -lane.spec.count]
+    return output
+
 
 @register
 class ClassTokenPart(Part):
@@ -152,8 +199,26 @@ class ClassTokenPart(Part):
     def attach(self, spec: ClassToken, assembly: Assembly) -> None:
         """Hook the change in where the class token has its position."""
         token = assembly.modules["class_token"] = ChangedClassToken()
-        assert isinstance(assembly.model, VisionTransformer), "planned first"
+        assert isinstance(assembly.model, TokenNetwork), "planned first"
         assembly.model.norm_pre.register_forward_pre_hook(token.enter)
+
+    def mix(self, network: SharedNetwork) -> Mixing:
+        """Hook into what reads a VisionTransformer's tokens."""
+        if not isinstance(network.model, TokenNetwork):
+            return Mixing.APART
+        network.model.norm_pre.register_forward_pre_hook(partial(self._enter_mixed, network))
+        return Mixing.FREELY
+
+    def _enter_mixed(
+        self, network: SharedNetwork, module: nn.Module, inputs: tuple[Any, ...]
+    ) -> tuple[Any, ...]:
+        x_BTD = inputs[0]
+        for lane in network.lanes(self):
+            change_S1D = lane.values("class_token.change")
+            x_BTD = lane.change(
+                x_BTD, lambda x, change=change_S1D: torch.cat([x[:, :1] + change, x[:, 1:]], dim=1)
+            )
+        return (x_BTD, *inputs[1:])
 
     def write(self, state: dict[str, torch.Tensor], values: Mapping[str, torch.Tensor]) -> None:
         """Add the change to the token."""
@@ -190,6 +255,37 @@ class GeneratorPart(Part):
         last.register_forward_hook(
             lambda module, inputs, output: output[:, : output.shape[1] - len(names)]
         )
+
+    def mix(self, network: SharedNetwork) -> Mixing:
+        """Hook into the blocks of a VisionTransformer; its packs have the same tokens."""
+        if not isinstance(network.model, TokenNetwork):
+            return Mixing.APART
+        for name in _generating(network.model):
+            append = partial(self._append_mixed, network, name)
+            network.after(
+                self, f"generator.{name}.scale", network.model.get_submodule(name), append
+            )
+        network.model.blocks[-1].register_forward_hook(partial(self._leave_mixed, network))
+        return Mixing.ALIKE
+
+    def _append_mixed(
+        self, network: SharedNetwork, name: str, lane: Lane, y: torch.Tensor, x: torch.Tensor
+    ) -> torch.Tensor:
+        scale_SD, shift_SD = (lane.values(f"generator.{name}.{key}") for key in ("scale", "shift"))
+        token_SD = torch.addcmul(shift_SD, network.noted.pop(name), 1 + scale_SD)
+        return torch.cat([y, token_SD[:, None].to(y.dtype)], dim=1)
+
+    def _leave_mixed(
+        self,
+        network: SharedNetwork,
+        module: nn.Module,
+        inputs: tuple[Any, ...],
+        output: torch.Tensor,
+    ) -> torch.Tensor:
+        """Hook of the last block."""
+        if not network.lanes(self):
+            return output
+        return output[:, : output.shape[1] - len(_generating(network.model))]
 
 
 def _generating(model: nn.Module) -> list[str]:

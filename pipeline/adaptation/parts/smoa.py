@@ -16,28 +16,36 @@ mixture.py. Shapes: T sub-tokens, D their width, R router width, E experts.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from pipeline.adaptation.blocks import MlpSlot
 from pipeline.adaptation.dropout import SeededDropout
 from pipeline.adaptation.part import (
     MLP_BLOCKS,
     Assembly,
     AuxiliaryTerm,
+    Mixing,
     Part,
+    SharedNetwork,
     Site,
     Stage,
     register,
 )
-from pipeline.adaptation.parts.mixture import Mixture
+from pipeline.adaptation.parts.mixture import Mixture, mixed_output
 from pipeline.adaptation.parts.prompts import GeneratedPrompt
 from pipeline.adaptation.tensors import PlannedTensor, Start
 from pipeline.adaptation.wrapper import Wrapper
 from pipeline.errors import BackboneError
-from pipeline.specs import Smoa
+from pipeline.specs import Recipe, Smoa
+
+if TYPE_CHECKING:
+    from pipeline.adaptation.lanes import Lane
 
 
 def bank_shapes(width: int, spec: Smoa) -> dict[str, tuple[int, ...]]:
@@ -208,6 +216,52 @@ class SmoaPart(Part):
             parallel = ParallelToMlp(mlp, banks[slot.width], slot.channels_first, generator)
             assembly.model.set_submodule(name, parallel)
         assembly.modules |= {f"smoa.{width}": bank for width, bank in banks.items()}
+
+    def mix(self, network: SharedNetwork) -> Mixing:
+        """Add the banks' outputs to those of the MLPs; a generator is told its block's."""
+
+        @functools.cache
+        def blocks(from_block: int) -> set[str]:
+            site = Site(network.site.backbone, Recipe(from_block=from_block))
+            return {slot.block for slot in site.slots}
+
+        for slot in network.site.slots:
+            mlp = network.model.get_submodule(f"{slot.block}.mlp")
+            add = partial(_add, network, slot, blocks)
+            network.after(self, f"smoa.{slot.width}.down", mlp, add)
+        return Mixing.FREELY
+
+
+def _add(
+    network: SharedNetwork,
+    slot: MlpSlot,
+    blocks: Callable[[int], set[str]],
+    lane: Lane,
+    y: torch.Tensor,
+    x: torch.Tensor,
+) -> torch.Tensor:
+    """An MLP's output with the bank's, unless the pack leaves its block as it is. `blocks` says
+    which blocks change from a first one on.
+    """
+    if lane.from_block and slot.block not in blocks(lane.from_block):
+        return y
+    spec, prefix = lane.spec, f"smoa.{slot.width}"
+    x = y if spec.placement == "after_mlp" else x
+    if slot.channels_first:
+        x = x.movedim(1, -1)
+    down_SEHD, up_SEDH = lane.values(f"{prefix}.down"), lane.values(f"{prefix}.up")
+    router, embeddings = (
+        lane.values(f"{prefix}.{key}") if lane.has(f"{prefix}.{key}") else None
+        for key in ("router", "embeddings")
+    )
+    x_STD = x.reshape(len(down_SEHD), -1, down_SEHD.shape[-1])
+    output = mixed_output(
+        x_STD, down_SEHD, up_SEDH, router, embeddings, spec.temperature, spec.top_k
+    )
+    output = (spec.scale * output).view(x.shape)
+    if spec.prompt_generator:
+        network.noted[slot.block] = output.mean(dim=1)
+    return y + (output.movedim(-1, 1) if slot.channels_first else output)
 
 
 def _widths(site: Site) -> list[int]:

@@ -9,18 +9,29 @@ Layers and norms that the network does not call have no output and are left out.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from pipeline.adaptation.channels import channel_dims
-from pipeline.adaptation.part import Assembly, Part, Site, Stage, register
-from pipeline.adaptation.sites import norms_of, tunable_layers, weight_reader
+from pipeline.adaptation.part import (
+    Assembly,
+    Mixing,
+    Part,
+    SharedNetwork,
+    Site,
+    Stage,
+    register,
+)
+from pipeline.adaptation.sites import weight_reader
 from pipeline.adaptation.tensors import PlannedTensor
-from pipeline.backbones import LoadedBackbone
 from pipeline.errors import BackboneError, ExportError
 from pipeline.specs import Ssf
+
+if TYPE_CHECKING:
+    from pipeline.adaptation.lanes import Lane
 
 
 class ScaleShift(nn.Module):
@@ -42,23 +53,28 @@ class ScaleShift(nn.Module):
         return torch.addcmul(shift, output, 1 + scale).to(output.dtype)
 
 
-def _sites(backbone: LoadedBackbone) -> dict[str, nn.Module]:
+def _sites(site: Site) -> dict[str, nn.Module]:
     """Layers and norms by name. Raises BackboneError where a block uses a layer's weight without
     calling it, so that no output could be changed.
     """
-    model = backbone.model
+    model = site.model
     read = weight_reader(model)
     if read is not None:
         raise BackboneError(
             f"recipe.ssf: {type(model).__name__}'s {read!r} uses the weight of its qkv without"
             " calling the layer; leave this part out"
         )
-    dims = channel_dims(backbone)
-    return {
-        name: module
-        for name, module in {**tunable_layers(model), **norms_of(model)}.items()
-        if name in dims
-    }
+    dims = channel_dims(site.backbone)
+    return {name: module for name, module in {**site.layers, **site.norms}.items() if name in dims}
+
+
+def _scale_and_shift(
+    prefix: str, dim: int, lane: Lane, y: torch.Tensor, x: torch.Tensor
+) -> torch.Tensor:
+    scale, shift = (
+        lane.along(lane.values(f"{prefix}.{key}"), y, dim) for key in ("scale", "shift")
+    )
+    return torch.addcmul(shift, y, 1 + scale)
 
 
 @register
@@ -70,7 +86,7 @@ class SsfPart(Part):
 
     def plan(self, spec: Ssf, site: Site) -> list[PlannedTensor]:
         """Two vectors per layer and norm. Raises BackboneError as `_sites`."""
-        modules = _sites(site.backbone)
+        modules = _sites(site)
         channels = {name: len(module.weight) for name, module in modules.items()}  # type: ignore[arg-type]
         return [
             PlannedTensor("adapters", f"ssf.{name}.{key}", (count,), spec.bits, start="ssf")
@@ -81,9 +97,19 @@ class SsfPart(Part):
     def attach(self, spec: Ssf, assembly: Assembly) -> None:
         """Hook a scale and a shift onto the layers and norms."""
         backbone = assembly.site.backbone
-        for name in _sites(backbone):
+        for name in _sites(assembly.site):
             change = assembly.modules[f"ssf.{name}"] = ScaleShift(channel_dims(backbone)[name])
             assembly.model.get_submodule(name).register_forward_hook(change.change_output)
+
+    def mix(self, network: SharedNetwork) -> Mixing:
+        """Scale and shift the outputs of the layers and norms, where all are called."""
+        backbone = network.site.backbone
+        if weight_reader(backbone.model) is not None:
+            return Mixing.APART
+        for name in _sites(network.site):
+            change = partial(_scale_and_shift, f"ssf.{name}", channel_dims(backbone)[name])
+            network.after(self, f"ssf.{name}.scale", network.model.get_submodule(name), change)
+        return Mixing.FREELY
 
     def write(self, state: dict[str, torch.Tensor], values: Mapping[str, torch.Tensor]) -> None:
         """W becomes (1 + scale) W, and b becomes (1 + scale) b + shift."""

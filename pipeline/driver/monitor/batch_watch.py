@@ -146,11 +146,20 @@ class BatchWatch:
             epochs=len(record.curve),
             seconds=record.seconds,
             images_per_second=images_per_second,
+            waiting=record.waiting,
+            gpu_busy=record.gpu_busy,
+            gpu_memory_bytes=record.gpu_memory_bytes,
             remark=record.message or None,
         )
         if (metrics := self._ray()) is not None:
             metrics.count_trial(task, record.state, record.seconds)
-            metrics.set(task, images_per_second=images_per_second)
+            metrics.set(
+                task,
+                images_per_second=images_per_second,
+                waiting=record.waiting,
+                gpu_busy=record.gpu_busy,
+                gpu_memory_bytes=record.gpu_memory_bytes,
+            )
             self._show_best(task, metrics)
 
     def searched(

@@ -19,6 +19,9 @@ GAUGES = {
     "images_per_second": (
         "training images a second of the task's last trial, its validation included"
     ),
+    "waiting": "share of the time in which the task's last trial waited for images",
+    "gpu_busy": "share of the time in which the GPU of the task's last trial computed",
+    "gpu_memory_bytes": "the most of the GPU's memory that the task's last trial took",
     "champion_bytes": "size of the pack of the task's best trial so far",
     "champion_val_metric": "validation metric of the task's best trial so far",
 }

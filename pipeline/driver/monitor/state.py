@@ -39,6 +39,8 @@ class TaskState:
         val_metric: best validation metric so far, then the champion's, and `size_bytes` the size of
             that trial's pack.
         seconds_left: estimated seconds to the end of the task; None until a trial is complete.
+        waiting: share of the time in which the trial that ended last waited for images, and
+            `gpu_busy` that in which its GPU computed; None where it is unknown.
     """
 
     task: str
@@ -50,6 +52,8 @@ class TaskState:
     val_metric: float | None = None
     size_bytes: int | None = None
     seconds_left: float | None = None
+    waiting: float | None = None
+    gpu_busy: float | None = None
     remark: str = ""
 
 

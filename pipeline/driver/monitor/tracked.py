@@ -39,6 +39,8 @@ class TrackedTask:
     units_left: float = 0.0
     trial_seconds: float | None = None
     fit_ratio: float = 1.0
+    waiting: float | None = None
+    gpu_busy: float | None = None
 
     def enter(self, stage: str, now: float, remark: str) -> None:
         """Enter a stage, or update its remark."""
@@ -56,6 +58,9 @@ class TrackedTask:
             self.trials - study.epochs_done(),
         )
         self.take(list(study.records.values()))
+        if study.ended:
+            last = study.records[study.ended[-1]]
+            self.waiting, self.gpu_busy = last.waiting, last.gpu_busy
 
     def take(self, records: Sequence[TrialRecord], champion: TrialRecord | None = None) -> None:
         """Update from the results of trials. The best is shown until the champion is chosen."""
@@ -95,5 +100,7 @@ class TrackedTask:
             val_metric=self.best.val_metric if self.best is not None else None,
             size_bytes=self.best.size_bytes if self.best is not None else None,
             seconds_left=None if left is None else round(left, 1),
+            waiting=self.waiting,
+            gpu_busy=self.gpu_busy,
             remark=self.remark,
         )

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import math
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +30,8 @@ class Metric:
         values: see `Values`.
         exact_error: its standard error where there is a formula; None takes the bootstrap.
         is_mean_over_classes: whether classes that do not occur are left out of it.
+        by_class: the metric of each class alone, [C], NaN where it is not defined; None where
+            there is no such thing.
     """
 
     name: str
@@ -36,10 +39,20 @@ class Metric:
     values: Values
     exact_error: Callable[[Outcomes], float] | None = None
     is_mean_over_classes: bool = False
+    by_class: Callable[[Outcomes], np.ndarray] | None = None
 
     def value(self, outcomes: Outcomes) -> float:
         """The metric itself."""
         return float(self.values(outcomes, np.ones((1, len(outcomes))))[0])
+
+    def values_by_class(self, outcomes: Outcomes, classes: Sequence[str]) -> dict[str, float]:
+        """The metric of each class alone, of those for which it is defined; empty for a metric
+        that has none.
+        """
+        if self.by_class is None:
+            return {}
+        values = zip(classes, self.by_class(outcomes).tolist(), strict=True)
+        return {name: value for name, value in values if not math.isnan(value)}
 
     def standard_error(self, outcomes: Outcomes) -> float:
         """Standard error over draws of as many samples; the same for the same outcomes."""
@@ -90,6 +103,7 @@ def metric(
     *,
     exact_error: Callable[[Outcomes], float] | None = None,
     is_mean_over_classes: bool = False,
+    by_class: Callable[[Outcomes], np.ndarray] | None = None,
 ) -> Callable[[Values], Values]:
     """Decorator: register a function as the metric `name` of a kind. Arguments as `Metric`'s.
 
@@ -99,7 +113,9 @@ def metric(
     def register(values: Values) -> Values:
         if (kind, name) in _METRICS:
             raise ValueError(f"the metric {name!r} of {kind} is registered twice; rename one")
-        _METRICS[kind, name] = Metric(name, kind, values, exact_error, is_mean_over_classes)
+        _METRICS[kind, name] = Metric(
+            name, kind, values, exact_error, is_mean_over_classes, by_class
+        )
         return values
 
     return register

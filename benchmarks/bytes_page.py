@@ -1,0 +1,256 @@
+"""The page of benchmarks/bytes.py: the goals and whether they are met, and a table per task."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results" / "bytes.json"
+BUDGETS = tuple(1024 * kib for kib in (2, 4, 8, 16, 32, 64))
+Cell = Mapping[str, Any]
+
+NAMES = {
+    "embedded": "Embedded ViT (width 192, depth 6)",
+    "vit_small": "ViT-S (`vit_small_patch14_dinov2`, further trained by others on saliency)",
+    "efficientnet": "EfficientNet-lite0",
+}
+WHOLE = "python benchmarks/bytes.py --seeds 0 1 2"
+SHARE_OF_32_BITS = 20
+POINTS_TO_32_BITS = 1.0
+BD_GOAL = -0.6
+TASKS_GOAL = 5 / 6
+RULES = ("default", "best")
+"""What is chosen of the default search: its champion, or the best trial by validation."""
+
+
+def accuracy(cell: Cell, key: str | None) -> tuple[float, float] | None:
+    """Test accuracy of a pack and its standard error, in points."""
+    if key is None:
+        return None
+    test = cell["tested"][key]
+    share = test["correct"] / test["samples"]
+    return 100 * share, 100 * math.sqrt(share * (1 - share) / test["samples"])
+
+
+def difference(cell: Cell, one: str | None, other: str | None) -> float | None:
+    """Points of test accuracy between two packs."""
+    first, second = accuracy(cell, one), accuracy(cell, other)
+    return None if first is None or second is None else first[0] - second[0]
+
+
+def at_share_of_32_bits(cell: Cell, rule: str) -> str | None:
+    """What a rule chooses at the largest budget that is at most a 20th of the best 32-bit method;
+    None where nothing fits.
+    """
+    best = cell["methods"]["32 bits"]["id"]
+    most = cell["tested"][best]["bytes"] / SHARE_OF_32_BITS if best else 0.0
+    found = [cell[rule][str(each)]["id"] for each in BUDGETS if each <= most]
+    return next((key for key in reversed(found) if key), None)
+
+
+def page(cells: Sequence[Cell]) -> str:
+    """The whole page."""
+    lines = [
+        "# Accuracy at every size",
+        "",
+        "The default search at six budgets, against the space that was the default before it",
+        "(eight points of connections, biases, norms and an SMoA bank at 1 and 4 bits) and the",
+        "catalogue's methods. The champion is that of the product's rule. A method's recipe is",
+        "that of its best trial; at each budget the method with the best validation accuracy among",
+        "those that fit is shown, and of 32-bit methods the best of all. The best trial, by",
+        "validation, stands beside the champion: what lies between them is the price of the rule.",
+        "The BD-rate is between the fronts on the validation images, as in `taskpack compare`.",
+        "Test accuracies, with their standard errors, are in percent, of reloaded packs that read",
+        "the test set once.",
+        "",
+        f"`{WHOLE}` runs it whole: 15 epochs, all images,",
+        "16 trials per budget, all points of all methods, three seeds. What was run is smaller,",
+        "see the last section: few epochs favour recipes that learn fast, and a small validation",
+        "set makes every choice noisier, that of a champion in particular.",
+    ]
+    for backbone in dict.fromkeys(cell["backbone"] for cell in cells):
+        own = [cell for cell in cells if cell["backbone"] == backbone]
+        lines += ["", f"## {NAMES[backbone]}", "", *goals(own)]
+        for cell in own:
+            lines += ["", f"### {cell['task']}{_seed(cell)}", "", *table(cell)]
+    return "\n".join([*lines, "", "## What was run", "", *runs(cells)]) + "\n"
+
+
+def goals(cells: Sequence[Cell]) -> list[str]:
+    """The goals as a table, on the tasks that ran, for the champion and the best trial."""
+    lines = [
+        "| goal | tasks | champion | met | best trial | met |",
+        "|---|---|---|---|---|---|",
+    ]
+    for max_bytes in BUDGETS:
+        key = str(max_bytes)
+        able = [cell for cell in cells if cell["methods"][key]["id"]]
+        found = [
+            [difference(cell, cell[rule][key]["id"], cell["methods"][key]["id"]) for cell in able]
+            for rule in RULES
+        ]
+        shown = " | ".join(_wins([each for each in points if each is not None]) for points in found)
+        lines.append(
+            f"| at {max_bytes // 1024} KiB at or above the best method that fits on 5 of 6 tasks |"
+            f" {len(able)} | {shown} |"
+        )
+    return [*lines, _goal_of_32_bits(cells), _goal_of_bd_rate(cells)]
+
+
+def _wins(points: Sequence[float]) -> str:
+    """On how many tasks a rule's choice is at or above the method, and whether that is enough."""
+    if not points:
+        return "no method fits | -"
+    wins = sum(each >= 0 for each in points)
+    is_met = wins >= TASKS_GOAL * len(points)
+    return f"{wins} of {len(points)}, mean {fmean(points):+.1f} points | {_met(is_met)}"
+
+
+def _goal_of_32_bits(cells: Sequence[Cell]) -> str:
+    found = [
+        [
+            difference(cell, at_share_of_32_bits(cell, rule), cell["methods"]["32 bits"]["id"])
+            for cell in cells
+        ]
+        for rule in RULES
+    ]
+    rows = [[each for each in points if each is not None] for points in found]
+    shown = " | ".join(
+        f"mean {fmean(points):+.1f} points | {_met(fmean(points) >= -POINTS_TO_32_BITS)}"
+        if points
+        else "- | -"
+        for points in rows
+    )
+    return (
+        f"| within {POINTS_TO_32_BITS:g} point of the best 32-bit method at 1/{SHARE_OF_32_BITS} of"
+        f" its bytes, on average; where there is a pack as small | {len(rows[0])} | {shown} |"
+    )
+
+
+def _goal_of_bd_rate(cells: Sequence[Cell]) -> str:
+    """The geometric mean of the ratios of bytes; its error from those of the tasks."""
+    rates = [cell["bd_rate"] for cell in cells if cell["bd_rate"] is not None]
+    if not rates:
+        return f"| BD-rate at most {BD_GOAL:.0%} | 0 | the fronts do not overlap | - | | |"
+    mean = math.exp(fmean(math.log(1 + value) for value, _ in rates)) - 1
+    error = math.sqrt(sum((error / (1 + value)) ** 2 for value, error in rates)) / len(rates)
+    measured = _rate([mean, (1 + mean) * error])
+    return (
+        f"| BD-rate to the space of before at most {BD_GOAL:.0%}, by validation | {len(rates)} |"
+        f" {measured}, all trials | {_met(mean <= BD_GOAL)} | | |"
+    )
+
+
+def table(cell: Cell) -> list[str]:
+    """A row per budget, and what the best 32-bit method reaches."""
+    points = {row["id"]: row["point"] for row in cell["trials"]}
+    lines = [
+        "| budget | champion's recipe | bytes | test % | best trial: bytes | test % |"
+        " before: bytes | test % | method | bytes | test % | champion - method | best - method |",
+        "|---|---|---:|---|---:|---|---:|---|---|---:|---|---:|---:|",
+    ]
+    for max_bytes in BUDGETS:
+        default, best, house, method = (
+            cell[name][str(max_bytes)] for name in ("default", "best", "house", "methods")
+        )
+        recipe = _recipe(points[default["id"]]) if default["id"] else _nothing(default)
+        cells = [
+            f"{max_bytes // 1024} KiB",
+            recipe,
+            *_tested(cell, default["id"]),
+            *_tested(cell, best["id"]),
+            *_tested(cell, house["id"]),
+            method["name"] or "nothing fits",
+            *_tested(cell, method["id"]),
+            _points(difference(cell, default["id"], method["id"])),
+            _points(difference(cell, best["id"], method["id"])),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return [*lines, "", *remarks(cell)]
+
+
+def remarks(cell: Cell) -> list[str]:
+    """The best 32-bit method, and the BD-rate."""
+    lines = []
+    best = cell["methods"]["32 bits"]
+    if best["id"]:
+        size, test = _tested(cell, best["id"])
+        lines.append(f"Best 32-bit method: {best['name']}, {size} bytes, {test} %.")
+        small = at_share_of_32_bits(cell, "default")
+        if small:
+            size, test = _tested(cell, small)
+            apart = difference(cell, small, best["id"])
+            lines.append(
+                f"The champion at 1/{SHARE_OF_32_BITS} of these bytes: {size} bytes, {test} %,"
+                f" {apart:+.1f} points."
+            )
+    rate = cell["bd_rate"]
+    shown = "the fronts do not overlap" if rate is None else _rate(rate)
+    return [*lines, f"BD-rate to the space of before, by validation: {shown}."]
+
+
+def runs(cells: Sequence[Cell]) -> list[str]:
+    """What ran, and what it was shrunk to."""
+    lines = [
+        "| backbone | task | px | seed | classes | train + val | test | epochs | trials per budget"
+        " | points per method | commit |",
+        "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---|",
+    ]
+    for cell in cells:
+        samples = cell["samples"]
+        lines.append(
+            f"| {cell['backbone']} | {cell['task']} | {cell['size_px']} | {cell['seed']} |"
+            f" {cell['classes']} | {samples['train']} + {samples['val']} | {samples['test']} |"
+            f" {cell['epochs']} | {cell['trials_per_budget']} | {cell['points_per_method']} |"
+            f" {cell['machine']['commit']} |"
+        )
+    tried: dict[str, list[str]] = {}
+    for cell in cells:
+        families = {row["family"] for row in cell["trials"]} - {"default", "house"}
+        names = ", ".join(sorted(families))
+        tried.setdefault(names, []).append(f"{cell['task']} ({cell['backbone']})")
+    lines += ["", *(f"Methods on {', '.join(found)}: {names}." for names, found in tried.items())]
+    lines += ["", "Commands:", ""]
+    for cell in cells:
+        machine = cell["machine"]
+        line = f"- `{cell['command']}` on {machine['cpu']}, torch {machine['torch']}"
+        lines += [] if line in lines else [line]
+    return lines
+
+
+def _points(difference: float | None) -> str:
+    return "" if difference is None else f"{difference:+.1f}"
+
+
+def _seed(cell: Cell) -> str:
+    return f", seed {cell['seed']}" if cell["seed"] else ""
+
+
+def _met(is_met: bool | None) -> str:
+    return "-" if is_met is None else "yes" if is_met else "**no**"
+
+
+def _rate(rate: Sequence[float]) -> str:
+    value, error = (100 * each for each in rate)
+    return f"{value:+.0f} %" + ("" if math.isnan(error) else f" ± {error:.0f}")
+
+
+def _recipe(point: Mapping[str, Any]) -> str:
+    return ", ".join(
+        str(value) if axis == "parts" else f"{axis} {value:g}" for axis, value in point.items()
+    )
+
+
+def _nothing(entry: Mapping[str, Any]) -> str:
+    return f"nothing fits, the smallest takes {entry['smallest']:,}"
+
+
+def _tested(cell: Cell, key: str | None) -> tuple[str, str]:
+    """Bytes and test accuracy of a pack, as cells of a table."""
+    found = accuracy(cell, key)
+    if found is None or key is None:
+        return "", ""
+    return f"{cell['tested'][key]['bytes']:,}", f"{found[0]:.1f} ± {found[1]:.1f}"

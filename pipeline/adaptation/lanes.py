@@ -1,0 +1,161 @@
+"""A batch whose samples belong to different packs, part by part.
+
+Packs that have a part in the same structure form a lane of it: their values are stacked, so that
+the part takes the same few operations for any number of packs. Where values differ in shape
+(another width, more experts), there is a lane for each structure. Legend: B samples of a batch, P
+packs of a lane, S samples of a lane, C channels.
+
+In every layer, the samples of an image are consecutive rows of the first dimension: B, or B times
+the image's windows.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+
+from pipeline.adaptation.flat import FlatPack, FlatPart, Structure
+
+
+class Lane:
+    """The samples of a batch whose packs have a part in one structure.
+
+    Args:
+        samples: of the batch, ascending; None for all.
+        owners: which of `parts` each of these samples belongs to.
+        batch: number of samples of the batch.
+    """
+
+    def __init__(
+        self,
+        structure: Structure,
+        parts: Sequence[FlatPart],
+        samples: Sequence[int] | None,
+        owners: Sequence[int],
+        batch: int,
+    ) -> None:
+        device = parts[0].values_N.device
+        self.spec: Any = structure.spec
+        self.from_block = structure.from_block
+        self._places, self._parts, self._batch = structure.places, parts, batch
+        self._samples_S = None if samples is None else torch.tensor(samples, device=device)
+        in_order = list(owners) == list(range(len(parts)))
+        self._owner_S = None if in_order else torch.tensor(owners, device=device)
+
+    @functools.cached_property
+    def _stacked(self) -> torch.Tensor:
+        return torch.stack([part.values_N for part in self._parts])
+
+    @functools.cached_property
+    def is_per_neuron(self) -> bool:
+        """Whether in all its packs each neuron of a layer has as many connections."""
+        return all(part.is_per_neuron for part in self._parts)
+
+    @property
+    def packs(self) -> int:
+        """How many packs have the part in this structure."""
+        return len(self._parts)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all samples of the batch are the lane's."""
+        return self._samples_S is None
+
+    def has(self, name: str) -> bool:
+        """Whether the part has this tensor."""
+        return name in self._places
+
+    def values(self, name: str) -> torch.Tensor:
+        """The tensor of each sample's pack, [S, ...]."""
+        start, shape = self._places[name]
+        return self._by_sample(
+            self._stacked[:, start : start + math.prod(shape)].unflatten(1, shape)
+        )
+
+    def indices(self, name: str) -> torch.Tensor:
+        """The indices of a layer's connections of each sample's pack, int64 [S, N]."""
+        return self._by_sample(torch.stack([part.index(name) for part in self._parts]))
+
+    def _by_sample(self, each_P: torch.Tensor) -> torch.Tensor:
+        return each_P if self._owner_S is None else each_P.index_select(0, self._owner_S)
+
+    def along(self, values_SC: torch.Tensor, y: torch.Tensor, dim: int = -1) -> torch.Tensor:
+        """Numbers per channel as a factor or term of `y`, the lane's rows of an activation whose
+        channels are at `dim`, counted from the last.
+        """
+        repeats = len(y) // len(values_SC)
+        if repeats > 1:
+            values_SC = values_SC.repeat_interleave(repeats, dim=0)
+        channels = values_SC.shape[1]
+        return values_SC.view(len(y), *[1] * (y.ndim - 1 + dim), channels, *[1] * (-1 - dim))
+
+    def rows(self, x: torch.Tensor) -> torch.Tensor:
+        """The rows of the lane's samples."""
+        if self._samples_S is None:
+            return x
+        return x.index_select(0, self._rows_of(x))
+
+    def change(
+        self, y: torch.Tensor, function: Callable[..., torch.Tensor], *others: torch.Tensor
+    ) -> torch.Tensor:
+        """`y` with the lane's rows replaced by `function` of them, and of the same rows of
+        `others`.
+        """
+        changed = function(self.rows(y), *(self.rows(other) for other in others))
+        if self._samples_S is None:
+            return changed
+        return y.index_copy(0, self._rows_of(y), changed.to(y.dtype))
+
+    def _rows_of(self, x: torch.Tensor) -> torch.Tensor:
+        assert self._samples_S is not None
+        repeats = len(x) // self._batch
+        if repeats == 1:
+            return self._samples_S
+        first_S1 = self._samples_S[:, None] * repeats
+        return (first_S1 + torch.arange(repeats, device=x.device)).flatten()
+
+
+class MixedBatch:
+    """Samples of several packs in one pass: `owners` says which of `packs` each belongs to, in
+    ascending order.
+    """
+
+    def __init__(self, packs: Sequence[FlatPack], owners: Sequence[int]) -> None:
+        assert list(owners) == sorted(owners)
+        self.packs, self.owners = packs, owners
+        members: dict[str, dict[Structure, list[int]]] = defaultdict(lambda: defaultdict(list))
+        for number, pack in enumerate(packs):
+            for name, part in pack.parts.items():
+                members[name][part.structure].append(number)
+        self._lanes = {
+            name: [self._lane(name, structure, numbers) for structure, numbers in lanes.items()]
+            for name, lanes in members.items()
+        }
+
+    def lanes(self, name: str) -> list[Lane]:
+        """The lanes of a part; none where no pack has it."""
+        return self._lanes.get(name, [])
+
+    def runs(self, name: str) -> Iterator[tuple[int, int, FlatPart | None]]:
+        """Consecutive samples by their pack's part: the first, the one after the last, the part.
+        Packs that lack the part are one run where they are neighbours.
+        """
+        start = 0
+        parts = [self.packs[owner].parts.get(name) for owner in self.owners]
+        for end in range(1, len(parts) + 1):
+            if end == len(parts) or parts[end] is not parts[start]:
+                yield start, end, parts[start]
+                start = end
+
+    def _lane(self, name: str, structure: Structure, numbers: Sequence[int]) -> Lane:
+        place = {number: place for place, number in enumerate(numbers)}
+        samples = [sample for sample, owner in enumerate(self.owners) if owner in place]
+        owners = [place[self.owners[sample]] for sample in samples]
+        count = len(self.owners)
+        parts = [self.packs[number].parts[name] for number in numbers]
+        return Lane(structure, parts, None if len(samples) == count else samples, owners, count)

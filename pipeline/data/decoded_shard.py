@@ -1,0 +1,101 @@
+"""A shard's samples in memory, each decoded when it is first asked for."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from pipeline.data.encoded_shard import EncodedShard
+from pipeline.data.masks import decode_mask
+from pipeline.data.modality import Modality
+from pipeline.data.quoting import shortened
+
+COLOURS = 3
+"""Channels of an image; a mask is a fourth."""
+
+
+@dataclass(frozen=True)
+class Form:
+    """How a shard's samples are decoded: as what a network `takes`, with a mask as a fourth channel
+    where `has_masks`.
+    """
+
+    takes: Modality
+    has_masks: bool = False
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of a sample in memory."""
+        shape = self.takes.shape
+        return (COLOURS + 1, *shape[1:]) if self.has_masks else shape
+
+    @property
+    def key(self) -> str:
+        """Differs where the same content decodes to other bytes."""
+        return f"{self.takes.key}-{self.shape[0]}"
+
+    def size_bytes(self, samples: int) -> int:
+        """Bytes of the memory that a shard needs."""
+        return samples * (math.prod(self.shape) * self.takes.dtype.itemsize + 1)
+
+
+class DecodedShard:
+    """The samples of a shard. Safe to share between threads, and its memory between processes:
+    whoever decodes a sample twice writes the same bytes.
+
+    Args:
+        memory: uint8 [bytes of N samples + N], the samples and for each whether it is decoded;
+            zeros at first.
+    """
+
+    def __init__(self, memory: np.ndarray, samples: int, form: Form) -> None:
+        content, self._is_decoded = memory[:-samples], memory[-samples:]
+        self._samples = content.view(form.takes.dtype).reshape(samples, *form.shape)
+        self._form = form
+        self._encoded: EncodedShard | None = None
+        self._lock = threading.Lock()
+
+    @property
+    def is_decoded(self) -> bool:
+        """Whether all samples are decoded."""
+        return bool(self._is_decoded.all())
+
+    def missing(self, positions: np.ndarray) -> np.ndarray:
+        """Those of the positions whose samples are not decoded."""
+        return positions[self._is_decoded[positions] == 0]
+
+    def samples(self, positions: np.ndarray) -> np.ndarray:
+        """Decoded samples [B, ...]."""
+        return self._samples[positions]
+
+    def open(self, url: str, load: Callable[[], EncodedShard]) -> None:
+        """Have the samples at hand to decode them: those at `url`, because the place where the same
+        content was found before may be gone. Raises DataError.
+        """
+        with self._lock:
+            if self._encoded is None or self._encoded.url != url:
+                self._encoded = load()
+
+    def decode(self, position: int) -> None:
+        """Decode one sample, and its mask. Raises DataError."""
+        encoded = self._encoded
+        assert encoded is not None, "the shard is opened before its samples are decoded"
+        name = f"{encoded.url}: {shortened(encoded.keys[position])}"
+        content, *mask = encoded.sample(position)
+        decoded = self._form.takes.decode_stored(content, name)
+        if not mask:
+            self._samples[position] = decoded
+        for part in mask:
+            self._samples[position, :COLOURS] = decoded
+            self._samples[position, COLOURS] = decode_mask(part, self._form.shape[-1], name)
+        self._is_decoded[position] = 1
+
+    def close_if_decoded(self) -> None:
+        """Forget the samples as they are stored, once all of them are decoded."""
+        if self.is_decoded:
+            with self._lock:
+                self._encoded = None

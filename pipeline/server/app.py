@@ -1,0 +1,170 @@
+"""The HTTP interface: an ASGI app over an engine."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse, Response
+
+from pipeline.errors import (
+    PackError,
+    RegistryError,
+    RegistryRefused,
+    RegistryUnreachable,
+    SpecError,
+    TaskpackError,
+)
+from pipeline.registry.pack_record import RegisteredPack
+from pipeline.server.batcher import Busy, Closed
+from pipeline.server.bodies import decode_images, read_requests
+from pipeline.server.engine import Engine
+from pipeline.server.guard import Guard, Refused, refusal
+from pipeline.server.image_urls import ImageUrls
+from pipeline.server.openapi import ANSWER, MANY_BODY, ONE_BODY
+from pipeline.server.page import add_page
+
+_NAME = re.compile(r"[^/@:'\"`%\\\x00-\x1f]{1,200}(?:@[\w.-]{1,100})?")
+_STATUSES: tuple[tuple[type[TaskpackError], int], ...] = (
+    (Busy, 429),
+    (Closed, 503),
+    (RegistryUnreachable, 503),
+    (RegistryRefused, 502),
+    (RegistryError, 404),
+    (PackError, 409),
+    (SpecError, 400),
+)
+_MOST_LISTED = 200
+
+
+def build_app(open_engine: Callable[[], Engine]) -> Guard:
+    """The app; the engine is opened when the server starts it, and closed, after predicting what
+    waits, when the server ends it.
+    """
+    engine = open_engine()
+
+    @asynccontextmanager
+    async def life(app: FastAPI) -> AsyncIterator[None]:
+        yield
+        await asyncio.to_thread(engine.close)
+
+    app = FastAPI(title="taskpack", docs_url=None, redoc_url=None, lifespan=life)
+    app.add_exception_handler(Refused, lambda _, error: refusal(error))  # type: ignore[arg-type]
+    app.add_exception_handler(TaskpackError, lambda _, error: refusal(_named(error)))  # type: ignore[arg-type]
+    app.add_exception_handler(HTTPException, _http_error)  # type: ignore[arg-type]
+    app.add_exception_handler(RequestValidationError, _invalid)  # type: ignore[arg-type]
+    _add_predictions(app, engine)
+    _add_tasks(app, engine)
+    _add_operations(app, engine)
+    add_page(app)
+    return Guard(app, engine.settings.limits, engine.settings.token, engine.metrics)
+
+
+def _add_predictions(app: FastAPI, engine: Engine) -> None:
+    urls = ImageUrls(engine.settings.images_from, engine.settings.limits)
+
+    async def answer(request: Request, task: str | None) -> Response:
+        began = time.monotonic()
+        asked = await read_requests(request, task, engine.settings.limits)
+        for name in {name for name, _ in asked}:
+            _check_name(name)
+        images = await asyncio.to_thread(
+            decode_images, asked, engine.images, engine.settings.limits, urls
+        )
+        names = [name for name, _ in asked]
+        futures = await asyncio.to_thread(engine.submit, list(zip(names, images, strict=True)))
+        rows = await asyncio.gather(*map(asyncio.wrap_future, futures))
+        for name in dict.fromkeys(names):
+            engine.metrics.observe_images(name, names.count(name))
+        predictions = [{"task": name, **row} for name, row in zip(names, rows, strict=True)]
+        return JSONResponse({"predictions": predictions, "seconds": time.monotonic() - began})
+
+    @app.post("/v1/tasks/{name}:predict", openapi_extra=ONE_BODY, responses=ANSWER)
+    async def predict_task(name: str, request: Request) -> Response:
+        """Predict images of one task."""
+        return await answer(request, name)
+
+    @app.post("/v1/predict", openapi_extra=MANY_BODY, responses=ANSWER)
+    async def predict(request: Request) -> Response:
+        """Predict images of several tasks."""
+        return await answer(request, None)
+
+
+def _add_tasks(app: FastAPI, engine: Engine) -> None:
+    @app.get("/v1/tasks")
+    def tasks(limit: int = 50, after: str | None = None) -> dict[str, Any]:
+        """List the champions on this server's backbone, best first; `next` continues."""
+        if not 1 <= limit <= _MOST_LISTED:
+            raise Refused(400, f"limit: given {limit}; expected 1 to {_MOST_LISTED}")
+        found = engine.catalogue.registry.search(
+            fingerprint=engine.host.backbone.fingerprint, limit=limit, after=after
+        )
+        return {
+            "tasks": [_summary(pack) for pack in found if "champion" in pack.aliases],
+            "next": found[-1].reference if len(found) == limit else None,
+        }
+
+    @app.get("/v1/tasks/{name}")
+    def task(name: str) -> dict[str, Any]:
+        """Show the pack that is served for a task: its numbers, and its bytes by part."""
+        _check_name(name)
+        pack = engine.served(name)
+        parts = {
+            key.removeprefix("bytes_"): int(value)
+            for key, value in pack.metrics.items()
+            if key.startswith("bytes_")
+        }
+        metrics = {key: value for key, value in pack.metrics.items() if "bytes" not in key}
+        return {**_summary(pack), "metrics": metrics, "bytes": parts, "recipe": pack.params}
+
+
+def _add_operations(app: FastAPI, engine: Engine) -> None:
+    @app.get("/healthz")
+    @app.get("/readyz")
+    def health() -> dict[str, str]:
+        """Say that the server runs, and its backbone and first packs are loaded."""
+        return {"status": "ok"}
+
+    @app.get("/metrics")
+    def metrics() -> Response:
+        """Prometheus metrics."""
+        return Response(engine.describe(), media_type="text/plain; version=0.0.4")
+
+
+def _summary(pack: RegisteredPack) -> dict[str, Any]:
+    return {
+        "name": pack.name,
+        "version": pack.version,
+        "aliases": pack.aliases,
+        "metric": pack.metric,
+        "test_metric": pack.metrics.get("test_metric"),
+        "size_bytes": pack.size_bytes,
+        "digest": pack.pack_digest,
+        "backbone": pack.tags.get("backbone"),
+    }
+
+
+def _check_name(name: str) -> None:
+    if _NAME.fullmatch(name) is None:
+        raise Refused(400, f"{name[:80]!r}: no name of a task; expected NAME or NAME@ALIAS")
+
+
+def _named(error: TaskpackError) -> Refused:
+    status = next((status for kind, status in _STATUSES if isinstance(error, kind)), 500)
+    return Refused(status, str(error), {"Retry-After": "1"} if status in (429, 503) else {})
+
+
+def _http_error(_: Request, error: HTTPException) -> Response:
+    return refusal(Refused(error.status_code, f"{error.detail}; see /openapi.json"))
+
+
+def _invalid(_: Request, error: RequestValidationError) -> Response:
+    fault = error.errors()[0]
+    return refusal(Refused(400, f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}"))

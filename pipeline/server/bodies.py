@@ -1,0 +1,161 @@
+"""Request bodies: which image is for which task, decoded within the limits.
+
+Images come as multipart files or as base64 in JSON, or JSON has their URLs. No path is read.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+import json
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from starlette.datastructures import UploadFile
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+
+from pipeline.data.images import Images
+from pipeline.errors import DataError
+from pipeline.server.guard import Refused
+from pipeline.server.image_urls import ImageUrl, ImageUrls
+from pipeline.server.settings import Limits
+from pipeline.serving.predictor import decoded
+
+Asked = tuple[str, bytes | ImageUrl]
+"""A task's reference and an encoded image."""
+_JSON_FORMS = (
+    'expected {"image": IMAGE}, {"images": [IMAGE, ...]}, each with "tasks": [NAME, ...] if the'
+    ' address names no task, or {"requests": [{"task": NAME, "image": IMAGE}, ...]}; IMAGE is'
+    ' base64 or {"url": URL}'
+)
+_MOST_FIELDS = 16
+
+
+async def read_requests(request: Request, task: str | None, limits: Limits) -> list[Asked]:
+    """Every image of a request with the task it is for. Raises Refused."""
+    kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
+    if kind == "multipart/form-data":
+        asked = await _from_form(request, task, limits)
+    elif kind == "application/json":
+        asked = _from_json(await _json(request), task)
+    else:
+        raise Refused(
+            415,
+            f"Content-Type: given {kind[:80]!r}; expected application/json or multipart/form-data",
+        )
+    if not asked:
+        raise Refused(400, "no image; send one or more")
+    if len(asked) > limits.images:
+        raise Refused(413, f"{len(asked)} predictions asked for; at most {limits.images} at once")
+    return asked
+
+
+async def _from_form(request: Request, task: str | None, limits: Limits) -> list[Asked]:
+    """The files named `image`, for each of the fields named `task`."""
+    try:
+        async with request.form(
+            max_files=limits.images, max_fields=_MOST_FIELDS, max_part_size=limits.request_bytes
+        ) as form:
+            files = form.getlist("image")
+            tasks = [task] if task is not None else [str(each) for each in form.getlist("task")]
+            images = [await each.read() for each in files if isinstance(each, UploadFile)]
+    except HTTPException as error:
+        raise Refused(400, f"the form cannot be read: {error.detail}") from None
+    if len(images) < len(files):
+        raise Refused(400, "the field image: expected a file")
+    return _products(tasks, images)
+
+
+async def _json(request: Request) -> Any:
+    try:
+        return json.loads(await request.body())
+    except (ValueError, RecursionError):
+        raise Refused(400, f"the body is not JSON; {_JSON_FORMS}") from None
+
+
+def _from_json(content: Any, task: str | None) -> list[Asked]:
+    match content:
+        case {"requests": [*requests], **rest} if task is None and not rest:
+            return [_one(each) for each in requests]
+        case {"image": image, **rest}:
+            images = [image]
+        case {"images": [*images], **rest}:
+            pass
+        case _:
+            raise Refused(400, _JSON_FORMS)
+    tasks = [task] if task is not None else rest.pop("tasks", None)
+    if rest or not isinstance(tasks, list) or not all(isinstance(each, str) for each in tasks):
+        raise Refused(400, _JSON_FORMS)
+    return _products(tasks, [_image(image) for image in images])
+
+
+def _one(content: Any) -> Asked:
+    match content:
+        case {"task": str(task), "image": image, **rest} if not rest:
+            return task, _image(image)
+    raise Refused(400, _JSON_FORMS)
+
+
+def _products(tasks: list[str], images: Sequence[bytes | ImageUrl]) -> list[Asked]:
+    if not tasks:
+        raise Refused(400, "no task; name one or more")
+    return [(task, image) for image in images for task in tasks]
+
+
+def _image(content: Any) -> bytes | ImageUrl:
+    match content:
+        case {"url": str(url), **rest} if not rest:
+            return ImageUrl(url)
+        case str(text):
+            return _decoded_base64(text)
+    raise Refused(400, f"an image is not text but {type(content).__name__}; {_JSON_FORMS}")
+
+
+def _decoded_base64(text: str) -> bytes:
+    try:
+        return base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError):
+        raise Refused(400, "an image is not base64 (RFC 4648, without line breaks)") from None
+
+
+def decode_images(
+    asked: list[Asked], takes: Images, limits: Limits, urls: ImageUrls
+) -> list[np.ndarray]:
+    """The images as uint8 [3, S, S]; the same image is read and decoded once. Raises Refused."""
+    known: dict[int | ImageUrl, np.ndarray] = {}
+    deadline = time.monotonic() + limits.body_seconds
+    for number, (_, content) in enumerate(asked):
+        if _key(content) not in known:
+            if isinstance(content, ImageUrl):
+                encoded = urls.read(content, number, deadline)
+            else:
+                encoded = content
+            known[_key(content)] = _decode(encoded, number, takes, limits)
+    return [known[_key(content)] for _, content in asked]
+
+
+def _key(content: bytes | ImageUrl) -> int | ImageUrl:
+    return content if isinstance(content, ImageUrl) else id(content)
+
+
+def _decode(content: bytes, number: int, takes: Images, limits: Limits) -> np.ndarray:
+    try:
+        with Image.open(io.BytesIO(content)) as image:
+            is_too_large = image.width * image.height > limits.image_pixels
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        is_too_large = True
+    except Exception:  # `decoded` says what is wrong with it
+        is_too_large = False
+    if is_too_large:
+        raise Refused(
+            413, f"image {number}: more than {limits.image_pixels:,} pixels; scale it down"
+        )
+    try:
+        return decoded(content, number, takes)
+    except DataError as error:
+        raise Refused(422, str(error)) from None

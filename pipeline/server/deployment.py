@@ -1,0 +1,122 @@
+"""The server on Ray Serve: replicas of the app, each with its own engine."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from pipeline.errors import SpecError
+from pipeline.server.image_urls import check_place
+from pipeline.server.settings import Settings
+from pipeline.serving.host import CAPACITY_BYTES
+
+TOKEN_VARIABLE = "TASKPACK_TOKEN"
+APPLICATION = "taskpack"
+_DRAIN_SECONDS = 30
+_ONGOING = 256
+_LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+def application(settings: Settings, *, replicas: int, cpus: float, gpus: float) -> Any:
+    """The Ray Serve application of a server."""
+    from ray import serve
+
+    def open_app() -> Any:
+        from pipeline.server.app import build_app
+        from pipeline.server.engine import Engine
+
+        return build_app(lambda: Engine(settings))
+
+    deployment = serve.deployment(
+        serve.ingress(open_app)(),  # type: ignore[arg-type]
+        name="packs",
+        num_replicas=replicas,
+        ray_actor_options={"num_cpus": cpus, "num_gpus": gpus},
+        max_ongoing_requests=_ONGOING,
+        graceful_shutdown_timeout_s=_DRAIN_SECONDS,
+        health_check_period_s=5,
+        max_constructor_retry_count=1,
+    )
+    return deployment.bind()
+
+
+def configured(args: dict[str, Any]) -> Any:
+    """The application from the `args` of a Serve config file, which `deploy/` has for a cluster.
+
+    Args:
+        args: `workdir`, and optionally `tasks` to load at the start, `backbone` (its checkpoint),
+            `device`, `memory_bytes` for packs per replica, and `images_from`, the places that
+            requests may name images in. The config's `deployments` say how many replicas there
+            are, and what each needs.
+
+    Raises:
+        SpecError: an argument is missing, unknown or of the wrong type, or there is no token.
+    """
+    try:
+        given = _Arguments.model_validate(args)
+    except ValidationError as error:
+        fault = error.errors(include_url=False)[0]
+        raise SpecError(f"args: {'.'.join(map(str, fault['loc']))}: {fault['msg']}") from None
+    token = os.environ.get(TOKEN_VARIABLE)
+    if not token:
+        raise SpecError(
+            f"a server on a cluster is open to its network; set {TOKEN_VARIABLE} for its replicas"
+        )
+    settings = Settings(
+        given.workdir,
+        given.tasks,
+        registry=os.environ.get("MLFLOW_TRACKING_URI"),
+        weights=given.backbone,
+        device=given.device,
+        token=token,
+        images_from=tuple(check_place(place) for place in given.images_from),
+        capacity_bytes=given.memory_bytes,
+    )
+    return application(settings, replicas=1, cpus=1, gpus=0)
+
+
+class _Arguments(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    workdir: Path
+    tasks: tuple[str, ...] = ()
+    backbone: str | None = None
+    device: str | None = None
+    memory_bytes: int = Field(CAPACITY_BYTES, gt=0)
+    images_from: tuple[str, ...] = ()
+
+
+@contextmanager
+def running(
+    settings: Settings, *, host: str, port: int, replicas: int, cpus: float, gpus: float
+) -> Iterator[None]:
+    """A context in which the server answers at `host` and `port`; Ray must be running. At its end,
+    requests under way are answered.
+
+    Raises:
+        SpecError: the server would be open to a network without a token.
+    """
+    if settings.token is None and host not in _LOOPBACK:
+        raise SpecError(
+            f"--host: given {host!r}, which other machines reach, without a token; set"
+            f" {TOKEN_VARIABLE} to one, or leave --host out"
+        )
+    from ray import serve
+
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)
+    serve.start(http_options={"host": host, "port": port})
+    try:
+        serve.run(
+            application(settings, replicas=replicas, cpus=cpus, gpus=gpus),
+            name=APPLICATION,
+            route_prefix="/",
+        )
+        yield
+    finally:
+        serve.shutdown()

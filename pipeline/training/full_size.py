@@ -1,0 +1,61 @@
+"""Evaluation of dense outputs in the sizes of the stored masks, rather than that of the input."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.nn import functional
+
+from pipeline.adaptation import AdaptedModel
+from pipeline.data import Modality, Split, rgb_image
+from pipeline.data.stored import stored_samples
+from pipeline.kinds import Outcomes, TaskKind
+from pipeline.utils.devices import exact_float32
+
+
+@exact_float32()
+@torch.inference_mode()
+def evaluate_at_full_size(
+    model: AdaptedModel, index_folder: Path, split: Split, kind: TaskKind, takes: Modality
+) -> Outcomes:
+    """The outputs of a dense kind for every sample of `split`, in its order: logits are
+    interpolated to the size of the stored mask.
+    """
+    with model.merged():
+        kept = [
+            kind.kept(logits, torch.from_numpy(mask)[None])
+            for _, mask, logits in _outputs(model, index_folder, split, takes)
+        ]
+    outputs, targets = (torch.cat(each).numpy() for each in zip(*kept, strict=True))
+    return Outcomes(outputs, targets)
+
+
+@exact_float32()
+@torch.inference_mode()
+def predicted_masks(
+    model: AdaptedModel, index_folder: Path, split: Split, takes: Modality
+) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Each sample's image, uint8 [H, W, 3], its mask and its predicted mask, uint8 [H, W]."""
+    with model.merged():
+        return [
+            (
+                np.asarray(rgb_image(image)),
+                mask,
+                logits[0].argmax(dim=0).numpy().astype(np.uint8),
+            )
+            for image, mask, logits in _outputs(model, index_folder, split, takes)
+        ]
+
+
+def _outputs(
+    model: AdaptedModel, index_folder: Path, split: Split, takes: Modality
+) -> Iterator[tuple[bytes, np.ndarray, torch.Tensor]]:
+    """Each sample's encoded image, its mask [H, W], and its logits [1, C, H, W] on the CPU."""
+    for image, mask in stored_samples(index_folder, split):
+        pixels = torch.from_numpy(takes.decode(image))[None]
+        logits = model.logits_of(model.inputs_of(pixels)).float()
+        whole = functional.interpolate(logits, mask.shape, mode="bilinear", align_corners=False)
+        yield image, mask, whole.cpu()

@@ -1,0 +1,292 @@
+"""Samples of many packs in one pass: each gets the logits that its pack gives alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from helpers_backbones import SWIN_V2
+from helpers_mixed import moved_pack
+
+from pipeline.adaptation import SelectedIndex
+from pipeline.adaptation.flat import FlatPack, flatten
+from pipeline.adaptation.mixed import MixedNetwork, keeps_samples_together
+from pipeline.adaptation.packing import from_pack
+from pipeline.adaptation.part import PARTS, Part, SharedNetwork
+from pipeline.adaptation.parts import connections
+from pipeline.adaptation.sites import tunable_layers
+from pipeline.adaptation.unpacking import decode
+from pipeline.backbones import LoadedBackbone, load_backbone
+from pipeline.packs import Pack
+from pipeline.specs import Backbone, Recipe, Selection, Task
+
+Select = Callable[..., SelectedIndex]
+Mix = Callable[..., None]
+
+FREE: list[dict[str, Any]] = [
+    {},
+    {"head": {"bits": 1, "bias": False}},
+    {"head": {"bits": 2, "rank": 8}},
+    {"lora": {"rank": 3, "targets": ["fc1"]}, "head": {"rank": 5}},
+    {"connections": {"top_k": 1, "bits": 1}},
+    {"connections": {"top_k": 3, "bits": 16}, "biases": {"bits": 2}, "norms": {}},
+    {"biases": {"bits": 32}, "norms": {"which": "all", "parameters": "bias"}},
+    {"norms": {"which": "all", "bits": 4}},
+    {"smoa": {"experts": 3, "width": 4}},
+    {"smoa": {"experts": 1, "width": 6, "bits": 1}},
+    {"smoa": {"experts": 5, "width": 2, "placement": "after_mlp", "scale": 2.0}},
+    {"smoa": {"experts": 4, "width": 4, "heads": 2, "top_k": 2}, "connections": {"top_k": 2}},
+    {"adapter": {"width": 4, "bits": 1}, "biases": {"bits": 3}},
+    {"adapter": {"width": 7, "placement": "after_mlp"}},
+    {"adapter": {"width": 4, "placement": "after_attention", "scale": 0.5}},
+    {"adapter": {"width": 2, "placement": "after_both"}, "smoa": {"experts": 2}},
+    {"lora": {"rank": 3}},
+    {"lora": {"rank": 2, "targets": ["qkv", "proj", "fc1", "fc2"], "bits": 8}},
+    {"fact": {"rank": 3}},
+    {"fact": {"rank": 2, "targets": ["fc1", "fc2"], "bits": 1}},
+    {"ssf": {}, "lora": {"rank": 2}},
+    {"smoa": {"experts": 3, "width": 4}, "from_block": 1},
+    {"connections": {"top_k": 2}, "adapter": {}, "biases": {}, "from_block": 1},
+    {"fact": {"rank": 3}, "norms": {"which": "all"}, "from_block": 1},
+]
+"""Recipes that pass a ViT together, whatever they are."""
+TOKENS: list[dict[str, Any]] = [
+    {"class_token": {}},
+    {"prompts": {"count": 2}},
+    {"prompts": {"count": 2, "bits": 1}, "connections": {}},
+    {"prompts": {"count": 3, "deep": True}, "class_token": {"bits": 2}},
+    {"smoa": {"experts": 2, "width": 4, "prompt_generator": True}},
+    {"smoa": {"experts": 2, "width": 4, "prompt_generator": True, "bits": 1}, "norms": {}},
+    {"smoa": {"experts": 3, "width": 4, "prompt_generator": True}},
+]
+"""Recipes of which those with as many tokens pass a ViT together."""
+
+
+def packs_of(
+    recipes: Sequence[dict[str, Any]], backbone: LoadedBackbone, task: Task, select: Select
+) -> list[Pack]:
+    """One pack a recipe, each with its own selection, classes and values."""
+    return [
+        moved_pack(
+            backbone,
+            task,
+            recipe,
+            classes=2 + seed % 5,
+            seed=seed,
+            selected=select(backbone, 3, seed) if "connections" in recipe else None,
+        )
+        for seed, recipe in enumerate(recipes)
+    ]
+
+
+def images_of(backbone: LoadedBackbone, count: int) -> torch.Tensor:
+    shape = (count, 3, backbone.size_px, backbone.size_px)
+    generator = torch.Generator().manual_seed(7)
+    return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+
+
+def flat(packs: Sequence[Pack], backbone: LoadedBackbone) -> list[FlatPack]:
+    return [flatten(decode(pack, backbone)) for pack in packs]
+
+
+def assert_as_alone(
+    network: MixedNetwork, packs: Sequence[Pack], backbone: LoadedBackbone, owners: Sequence[int]
+) -> None:
+    """The mixed logits of images are those that each one's pack gives alone."""
+    images = images_of(backbone, len(owners))
+    found = network.logits(images, flat(packs, backbone), owners)
+    for number, pack in enumerate(packs):
+        mine = [sample for sample, owner in enumerate(owners) if owner == number]
+        with torch.inference_mode():
+            expected = from_pack(pack, backbone)(images[mine])
+        largest = max(1.0, float(expected.abs().max()))
+        torch.testing.assert_close(
+            torch.stack([found[sample] for sample in mine]),
+            expected,
+            rtol=1e-5,
+            atol=1e-5 * largest,
+            msg=lambda details, pack=pack: f"{pack.metadata.recipe}\n{details}",
+        )
+
+
+def shuffled(packs: int, samples: int) -> list[int]:
+    """An owner for each of `samples`, at least one a pack, in random order."""
+    generator = torch.Generator().manual_seed(1)
+    owners = [
+        *range(packs),
+        *torch.randint(packs, (samples - packs,), generator=generator).tolist(),
+    ]
+    return [owners[at] for at in torch.randperm(samples, generator=generator).tolist()]
+
+
+def test_packs_of_every_part_pass_a_vit_once(
+    families: dict[str, Backbone], tiny_task: Task, random_selection: Select
+) -> None:
+    backbone = load_backbone(families["vit"], tiny_task.input)
+    network, passes = MixedNetwork(backbone), []
+    packs = packs_of(FREE, backbone, tiny_task, random_selection)
+    before = {name: each.clone() for name, each in network._network.model.state_dict().items()}
+    network._network.model.register_forward_pre_hook(lambda *_: passes.append(1))
+    assert_as_alone(network, packs, backbone, shuffled(len(packs), 2 * len(packs)))
+    assert len(passes) == 1
+    after = network._network.model.state_dict()
+    assert [name for name, each in before.items() if not torch.equal(after[name], each)] == []
+
+
+@pytest.mark.parametrize("family", ["vit", "swin"])
+def test_connections_are_added_to_rows_or_written_into_the_weight(
+    family: str,
+    families: dict[str, Backbone],
+    tiny_task: Task,
+    random_selection: Select,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Both ways give what each pack gives alone, beside packs without connections and packs that
+    have another number of them in each neuron.
+    """
+    backbone = load_backbone(families[family], tiny_task.input)
+    network, products = MixedNetwork(backbone), []
+    recipes = [FREE[4], {"connections": {"top_k": 3, "bits": 16}}, {"adapter": {"width": 4}}]
+    packs = packs_of([*recipes, FREE[4]], backbone, tiny_task, random_selection)
+    task = tiny_task.model_copy(update={"selection": Selection(level="network")})
+    anywhere = random_selection(backbone, 2, 9, "network")
+    uneven = moved_pack(backbone, task, FREE[4], selected=anywhere)
+    plain = connections.MixedLayer._product_per_pack
+
+    def counted(layer: connections.MixedLayer, *given: Any) -> torch.Tensor:
+        products.append(layer.name)
+        return plain(layer, *given)
+
+    monkeypatch.setattr(connections.MixedLayer, "_product_per_pack", counted)
+    linear = [name for name, each in tunable_layers(backbone.model).items() if each.weight.ndim < 3]
+    for rows, mixed, is_written in (
+        (0, packs, True),
+        (1_000_000, packs, False),
+        (1_000_000, [*packs, uneven], True),
+    ):
+        monkeypatch.setattr(connections, "ROWS_PER_PRODUCT", rows)
+        products.clear()
+        assert_as_alone(network, mixed, backbone, shuffled(len(mixed), 9))
+        assert ({*linear} <= {*products}) is is_written
+        assert bool({*linear} & {*products}) is is_written
+
+
+def test_packs_of_one_recipe_pass_together(
+    families: dict[str, Backbone], tiny_task: Task, random_selection: Select
+) -> None:
+    backbone = load_backbone(families["vit"], tiny_task.input)
+    network = MixedNetwork(backbone)
+    for recipe in (FREE[5], FREE[8], TOKENS[3], TOKENS[5]):
+        packs = packs_of([recipe] * 4, backbone, tiny_task, random_selection)
+        assert_as_alone(network, packs, backbone, shuffled(4, 9))
+
+
+def test_packs_with_the_same_tokens_pass_together(
+    families: dict[str, Backbone], tiny_task: Task, random_selection: Select
+) -> None:
+    backbone = load_backbone(families["vit"], tiny_task.input)
+    network, passes = MixedNetwork(backbone), []
+    packs = packs_of([*TOKENS, FREE[4], FREE[8]], backbone, tiny_task, random_selection)
+    network._network.model.register_forward_pre_hook(lambda *_: passes.append(1))
+    assert_as_alone(network, packs, backbone, shuffled(len(packs), 2 * len(packs)))
+    # none; two prompts; three of each block; two banks with generators of another shape
+    assert len(passes) == 5
+
+
+@pytest.mark.parametrize("family", ["swin", "convnext", "convnext_linear"])
+def test_packs_pass_other_families_together(
+    family: str, families: dict[str, Backbone], tiny_task: Task, random_selection: Select
+) -> None:
+    backbone = load_backbone(families[family], tiny_task.input)
+    network = MixedNetwork(backbone)
+    recipes = [
+        {"connections": {"top_k": 1}},
+        {"connections": {"top_k": 3, "bits": 2}, "norms": {"which": "all"}},
+        {"smoa": {"experts": 3, "width": 4}},
+        {"adapter": {"width": 4}, "norms": {}},
+        {"adapter": {"width": 4, "placement": "after_mlp"}},
+        {"lora": {"rank": 3, "targets": ["fc1", "fc2"]}},
+        {"ssf": {}},
+    ]
+    packs = packs_of(recipes, backbone, tiny_task, random_selection)
+    assert all(network.can_mix(Recipe.model_validate(recipe)) for recipe in recipes)
+    assert not network.can_mix(Recipe.model_validate({"biases": {}}))
+    assert_as_alone(network, packs, backbone, shuffled(len(packs), 2 * len(packs)))
+
+
+def test_parts_that_cannot_mix_say_so(families: dict[str, Backbone], tiny_task: Task) -> None:
+    network = MixedNetwork(load_backbone(families["vit"], tiny_task.input))
+    assert not network.can_mix(Recipe.model_validate({"full": {}}))
+    swin_v2 = MixedNetwork(load_backbone(SWIN_V2, tiny_task.input))
+    assert not swin_v2.can_mix(Recipe.model_validate({"adapter": {}}))
+    assert swin_v2.can_mix(Recipe())
+
+
+def test_a_part_without_mix_is_run_apart(
+    families: dict[str, Backbone], tiny_task: Task, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Foreign(type(PARTS["lora"])):  # type: ignore[misc]
+        def mix(self, network: SharedNetwork) -> Any:
+            return Part.mix(self, network)
+
+    monkeypatch.setitem(PARTS, "lora", Foreign())
+    network = MixedNetwork(load_backbone(families["vit"], tiny_task.input))
+    assert not network.can_mix(Recipe.model_validate({"lora": {}}))
+    assert network.can_mix(Recipe.model_validate({"adapter": {}}))
+
+
+def test_samples_are_found_apart_in_a_network_that_shuffles_them(
+    families: dict[str, Backbone], tiny_task: Task, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert keeps_samples_together(load_backbone(families["swin"], tiny_task.input))
+    backbone = load_backbone(families["vit"], tiny_task.input)
+    plain = type(backbone.model.blocks[1]).forward  # type: ignore[index, union-attr]
+
+    def swapped(self: torch.nn.Module, x: torch.Tensor, *rest: Any) -> torch.Tensor:
+        return plain(self, x.transpose(0, 1).contiguous(), *rest).transpose(0, 1)
+
+    monkeypatch.setattr(type(backbone.model.blocks[1]), "forward", swapped)  # type: ignore[index, union-attr]
+    assert not keeps_samples_together.__wrapped__(backbone)  # type: ignore[attr-defined]
+
+
+def test_a_failed_pass_leaves_the_weights_as_they_were(
+    families: dict[str, Backbone], tiny_task: Task, random_selection: Select
+) -> None:
+    backbone = load_backbone(families["vit"], tiny_task.input)
+    network = MixedNetwork(backbone)
+    packs = packs_of([FREE[4]] * 2, backbone, tiny_task, random_selection)
+    images = images_of(backbone, 2)
+    before = network.logits(images, flat(packs, backbone), [0, 1])
+    with pytest.raises((RuntimeError, AssertionError)):
+        network.logits(images[:, :, :16], flat(packs, backbone), [0, 1])
+    after = network.logits(images, flat(packs, backbone), [0, 1])
+    assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
+
+
+def test_late_packs_of_one_image_share_the_blocks_before(
+    tiny_backbone: Backbone, tiny_task: Task, random_selection: Select
+) -> None:
+    backbone = load_backbone(tiny_backbone, tiny_task.input)
+    late = [recipe for recipe in FREE if recipe.get("from_block")]
+    packs = packs_of([*late, {"norms": {}}, {}], backbone, tiny_task, random_selection)
+    images, network = images_of(backbone, 3), MixedNetwork(backbone)
+    rows: list[int] = []
+    model = network._network.model
+    model.get_submodule("blocks.0.attn.qkv").register_forward_hook(
+        lambda module, inputs, output: rows.append(len(output))
+    )
+    owners = [owner for owner in range(len(packs)) for _ in images]
+    sources = list(range(len(images))) * len(packs)
+    for _ in range(2):  # the second time, the trunk is known
+        rows.clear()
+        found = network.logits(images, flat(packs, backbone), owners, sources)
+        assert sorted(rows) == [3, 2 * len(images)], "three images for all late packs, others each"
+        for owner, pack in enumerate(packs):
+            with torch.inference_mode():
+                expected = from_pack(pack, backbone)(images)
+            mine = [at for at, each in enumerate(owners) if each == owner]
+            torch.testing.assert_close(
+                torch.stack([found[at] for at in mine]), expected, rtol=1e-5, atol=1e-4
+            )

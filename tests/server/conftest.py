@@ -1,0 +1,80 @@
+"""A registry with packs of one tiny backbone, and a server on it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from helpers_mixed import moved_pack
+from helpers_server import TOKEN, Shop, listening, register_pack
+
+from pipeline.adaptation import SelectedIndex
+from pipeline.backbones import load_backbone
+from pipeline.backbones.known import remember
+from pipeline.registry.store import open_registry
+from pipeline.specs import Backbone, Task
+
+RECIPES: dict[str, dict[str, Any]] = {
+    "birds": {"connections": {"top_k": 2, "bits": 1}},
+    "flowers": {"smoa": {"experts": 2, "width": 4}, "norms": {}},
+    "tools": {"adapter": {"width": 3, "bits": 1}},
+}
+
+
+@pytest.fixture(scope="session")
+def shop(
+    tiny_backbone: Backbone,
+    tiny_task: Task,
+    random_selection: Callable[..., SelectedIndex],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Shop:
+    folder = tmp_path_factory.mktemp("shop")
+    backbone = load_backbone(tiny_backbone, tiny_task.input)
+    remember(backbone.fingerprint, "random")
+    packs = {
+        name: moved_pack(
+            backbone,
+            tiny_task,
+            recipe,
+            classes=3 + seed,
+            seed=seed,
+            selected=random_selection(backbone, 2, seed),
+        )
+        for seed, (name, recipe) in enumerate(RECIPES.items())
+    }
+    registry = open_registry(None, folder)
+    for name, pack in packs.items():
+        register_pack(registry, folder, name, pack)
+    register_pack(registry, folder, "foreign", packs["tools"], fingerprint="f" * 64)
+    return Shop(folder, registry, backbone, packs)
+
+
+@pytest.fixture
+def settings(shop: Shop) -> Any:
+    from pipeline.server.settings import Settings
+
+    return Settings(shop.workdir, ("birds",), token=TOKEN, poll_seconds=0.2, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def served(shop: Shop) -> Iterator[Any]:
+    """The address of a server and its engine, which end with the file's tests."""
+    from pipeline.server.app import build_app
+    from pipeline.server.engine import Engine
+    from pipeline.server.settings import Limits, Settings
+
+    limits = Limits(
+        request_bytes=200_000,
+        image_pixels=1_000_000,
+        images=32,
+        body_seconds=0.5,
+        header_bytes=8192,
+    )
+    engine = Engine(
+        Settings(
+            shop.workdir, ("birds",), token=TOKEN, poll_seconds=0.2, device="cpu", limits=limits
+        )
+    )
+    with listening(build_app(lambda: engine)) as port:
+        yield f"http://127.0.0.1:{port}", engine

@@ -1,0 +1,50 @@
+"""`taskpack serve`, as a user starts it, on a Ray of its own."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+from helpers_cli import COMMAND, environment, free_port
+from helpers_server import TOKEN, Shop, ask, png
+
+from pipeline.server.client import Client
+
+pytest.importorskip("grpc_reflection", reason="the extra serving (ray[serve]) is not installed")
+
+
+def test_serve_answers_from_a_replica_and_ends_in_order(shop: Shop, tmp_path: Path) -> None:
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    command = [str(COMMAND), "serve", "birds", "--port", str(port)]
+    process = subprocess.Popen(
+        [*command, "--workdir", str(shop.workdir), "--cpus", "0.5", "--device", "cpu"],
+        env=environment(TASKPACK_TOKEN=TOKEN),
+        stdout=subprocess.PIPE,
+        stderr=(log := open(tmp_path / "stderr", "w+")),  # noqa: SIM115 - closed below
+        text=True,
+        start_new_session=True,
+    )
+
+    try:
+        assert process.stdout is not None
+        first = process.stdout.readline()
+        assert first == f"serving at {url}; Ctrl-C ends it\n", (tmp_path / "stderr").read_text()
+        assert ask(f"{url}/readyz", token=None)[0] == 200
+        client, image = Client(url, TOKEN), png()
+        rows = client.predict(list(shop.packs), [image])
+        assert [row["task"] for row in rows] == list(shop.packs)
+        assert all(row["label"] in shop.packs[row["task"]].metadata.classes for row in rows)
+        assert ask(f"{url}/v1/tasks", token="guess")[0] == 401
+        process.send_signal(signal.SIGTERM)
+        assert process.communicate(timeout=90)[0] == ""
+        said = (tmp_path / "stderr").read_text()
+        assert said.endswith("terminated; run the same command to start again\n")
+    finally:
+        log.close()
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
