@@ -33,7 +33,7 @@ _CONVERT = (
 )
 _OTHER = (
     (rb"\x80[\x00-\x05]", f"a Python pickle, which may run code when it is read; {_CONVERT}"),
-    (rb"\x89HDF", "an HDF5 file; write each of its clouds as .npy"),
+    (rb"\x89HDF", "an HDF5 file, which holds many clouds; give it as data of format hdf5"),
     (rb"# \.PCD", "a PCD file; convert it to .ply"),
     (rb"LASF", "a LAS file; convert it to .ply"),
     (rb"solid |\s*<\?xml|v [-0-9]|# *Blender", "a mesh in a format that is not read; save as .off"),

@@ -21,6 +21,7 @@ from pipeline.data.coco import coco_source
 from pipeline.data.drawn import drawn_source
 from pipeline.data.drawn_shapes import shapes_source
 from pipeline.data.drawn_solids import solids_source
+from pipeline.data.hdf5 import hdf5_source
 from pipeline.data.held_out import hold_out_test
 from pipeline.data.images import Images
 from pipeline.data.index import (
@@ -53,6 +54,7 @@ from pipeline.specs import (
     DigitsData,
     DrawnData,
     FolderData,
+    Hdf5Data,
     JsonData,
     ListsData,
     MasksData,
@@ -108,7 +110,15 @@ def prepare(task: Task, folder: Path) -> DataIndex:
 
 
 _WrittenData = (
-    FolderData | CsvData | ListsData | JsonData | MasksData | CocoData | DigitsData | DrawnData
+    FolderData
+    | CsvData
+    | ListsData
+    | JsonData
+    | MasksData
+    | CocoData
+    | Hdf5Data
+    | DigitsData
+    | DrawnData
 )
 
 
@@ -124,6 +134,8 @@ def _source(data: _WrittenData, kind: TaskKind, modality: type[Modality]) -> Sou
         case DrawnData():
             draw = {"shapes": shapes_source, "solids": solids_source}.get(data.kind, drawn_source)
             return draw(data).labelled_as(kind)
+        case Hdf5Data():
+            return hdf5_source(data).labelled_as(kind)
         case FolderData():
             source = folder_source(data, modality).labelled_as(kind)
         case CsvData():

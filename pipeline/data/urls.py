@@ -175,21 +175,30 @@ def sha256_hex(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def expand(patterns: tuple[str, ...] | str) -> list[str]:
+def expand(patterns: tuple[str, ...] | str, noun: str = "shard", form: str = "tar") -> list[str]:
     """Expand paths, globs and brace patterns to a list of shards, each glob in sorted order.
 
-    Raises DataError if one matches nothing, or a shard is repeated.
+    Args:
+        noun, form: what the files are, for error messages.
+
+    Raises DataError if one matches nothing, or a file is repeated.
     """
-    shards: list[str] = []
+    files: list[str] = []
     for written in (patterns,) if isinstance(patterns, str) else patterns:
         for pattern in _without_braces(written):
-            shards += _expand_url(pattern) if is_url(pattern) else _expand_local(pattern)
-    if not shards:
-        raise DataError("no shards given; expected the path of at least one tar file")
-    most_given, times = Counter(shards).most_common(1)[0]
+            found = _expand_url(pattern) if is_url(pattern) else _expand_local(pattern)
+            if not found:
+                raise DataError(
+                    f"{pattern}: no such {noun}; expected a {form} file, or a glob (*, ?, [..])"
+                    " that matches some"
+                )
+            files += found
+    if not files:
+        raise DataError(f"no {noun}s given; expected the path of at least one {form} file")
+    most_given, times = Counter(files).most_common(1)[0]
     if times > 1:
-        raise DataError(f"{most_given}: this shard is given more than once; list each shard once")
-    return shards
+        raise DataError(f"{most_given}: this {noun} is given more than once; list each {noun} once")
+    return files
 
 
 def _without_braces(pattern: str) -> list[str]:
@@ -215,13 +224,7 @@ def _without_braces(pattern: str) -> list[str]:
 def _expand_local(pattern: str) -> list[str]:
     path = os.path.abspath(pattern)
     # A file that exists is taken by its name even where the name holds glob characters.
-    found = [path] if os.path.exists(path) else sorted(glob.glob(path))
-    if not found:
-        raise DataError(
-            f"{pattern}: no such shard; expected a tar file, or a glob (*, ?, [..]) that matches"
-            " some"
-        )
-    return found
+    return [path] if os.path.exists(path) else sorted(glob.glob(path))
 
 
 def _expand_url(pattern: str) -> list[str]:
@@ -229,16 +232,10 @@ def _expand_url(pattern: str) -> list[str]:
         return [pattern]
     with _named_errors(pattern):
         filesystem, path = _filesystem(pattern)
-        found = sorted(
+        return sorted(
             str(filesystem.unstrip_protocol(match))
             for match in _patiently(lambda: filesystem.glob(path))
         )
-    if not found:
-        raise DataError(
-            f"{pattern}: no such shard; expected a tar file, or a glob (*, ?, [..]) that matches"
-            " some"
-        )
-    return found
 
 
 def stamp(url: str) -> str:

@@ -245,6 +245,24 @@ class CocoData(_ImagesData):
         return True
 
 
+class Hdf5Data(_DataSection):
+    """HDF5 files that hold many point clouds each, in the layout of ModelNet40 and ScanObjectNN:
+    `data` [clouds, points, 3], `label` [clouds] or [clouds, 1] and, if the files have it, `normal`
+    like `data`.
+
+    Globs and braces are expanded as those of shards are.
+    """
+
+    format: Literal["hdf5"]
+    train: Paths
+    val: Paths | None = Field(None, description="default: a fraction of train, see `val_fraction`")
+    test: Paths
+    classes: ClassNames | str | None = Field(
+        None,
+        description="names, or a file with one name per line; default: the numbers of the labels",
+    )
+
+
 class DigitsData(_DataSection):
     """scikit-learn's 1,797 handwritten digits (8x8), split by `seed`."""
 
@@ -284,6 +302,7 @@ _AnyFormat = Annotated[
     | JsonData
     | MasksData
     | CocoData
+    | Hdf5Data
     | DigitsData
     | DrawnData,
     Field(discriminator="format"),

@@ -15,7 +15,7 @@ from pydantic import (
 )
 
 from pipeline.specs.backbone import Backbone
-from pipeline.specs.data import CsvData, Data, DrawnData, Input
+from pipeline.specs.data import CsvData, Data, DrawnData, Hdf5Data, Input
 from pipeline.specs.recipe import DEFAULT_RECIPE, Recipe, WrittenRecipe, cools_down
 from pipeline.specs.search_space import AXES, SearchSpace, default_space
 from pipeline.specs.section import Bytes, Spec
@@ -46,7 +46,7 @@ _INPUTS = {
     "points": ("points", "scale", "up", "turn", "flip"),
 }
 """The settings of `input` that a modality uses."""
-_FORMATS_OF_POINTS = ("folder", "csv", "lists", "json", "drawn")
+_FORMATS_OF_POINTS = ("folder", "csv", "lists", "json", "hdf5", "drawn")
 Percent = Annotated[float, Field(ge=0, le=100)]
 
 
@@ -228,6 +228,8 @@ class Task(Spec):
                 raise ValueError(fault)
         elif isinstance(self.data, DrawnData) and self.data.kind == "solids":
             raise ValueError("data: drawn solids are point clouds; write `modality: points`")
+        elif isinstance(self.data, Hdf5Data):
+            raise ValueError("data: format hdf5 holds point clouds; write `modality: points`")
         return self
 
     @field_validator("selection", mode="before")

@@ -18,6 +18,7 @@ from pipeline.reports.suite import suite_averages
 from pipeline.specs import (
     Backbone,
     FolderData,
+    Hdf5Data,
     JsonData,
     ListsData,
     Recipe,
@@ -41,7 +42,7 @@ PUBLISHED = [
     for path in FILES
     if path.parent not in UNPUBLISHED and path.name not in (SUITE_FILE, "base.yaml")
 ]
-DOWNLOADED = ("sam_vit_b_01ec64.safetensors",)
+DOWNLOADED = ("sam_vit_b_01ec64.safetensors", "point_mae.safetensors")
 """Weights that a file names and that its reader downloads."""
 SUITES = sorted(path.parent.name for path in FILES if path.name == SUITE_FILE)
 
@@ -87,7 +88,10 @@ def read_any(path: Path, folder: Path) -> Any:
         return load_spec(Recipe if path.stem == "recipe" else SearchSpace, path)
     if "name" in content:
         return load_task(path)
-    own: dict[str, Any] = {"base": str(path), "name": "any", "data": {"format": "digits"}}
+    data = {"format": "digits"}
+    if content.get("modality") == "points":
+        data = {"format": "drawn", "kind": "solids"}
+    own: dict[str, Any] = {"base": str(path), "name": "any", "data": data}
     (folder / "any.yaml").write_text(yaml.safe_dump(own))
     return load_task(folder / "any.yaml")
 
@@ -118,6 +122,19 @@ def test_a_published_dataset_says_where_it_comes_from_and_fits_its_backbone(path
     )  # the published recipe is a point that is tried, whatever else is
     assert task.recipe.connections is not None
     assert task.recipe.norms is task.recipe.smoa is None
+
+
+def test_benchmarks_of_point_clouds_say_where_they_come_from_and_have_their_papers_shapes() -> None:
+    paths = [path for path in FILES if path.parent.name == "points"]
+    tasks = [load_task(path) for path in paths if "published_percent" in path.read_text()]
+    assert len(tasks) == 1 + 3 + 4
+    for task in tasks:
+        about = task.about
+        assert about.source and about.licence and about.paper and task.description  # noqa: PT018
+        assert isinstance(task.data, Hdf5Data)
+        groups = task.backbone.arguments.get("num_groups", 64)
+        assert (task.input.points, groups) in ((1024, 64), (2048, 128))
+    assert published(tasks, "full fine-tuning")["scanobjectnn-pb-t50-rs"] == 85.18
 
 
 def test_one_line_changes_the_backbone_of_all_but_the_demo() -> None:
