@@ -50,7 +50,7 @@ COMMANDS = {
 
 def text_files() -> Iterator[tuple[Path, str]]:
     """Every text file of the working tree, whether git knows it yet or not; environments and caches
-    are left out.
+    are left out, and so is the file `.git` of a worktree.
     """
     for root, folders, names in os.walk(PROJECT_ROOT):
         folders[:] = [
@@ -60,7 +60,7 @@ def text_files() -> Iterator[tuple[Path, str]]:
             and not name.endswith(".egg-info")
             and not Path(root, name, "pyvenv.cfg").exists()
         ]
-        for path in (Path(root, name) for name in names):
+        for path in (Path(root, name) for name in names if name not in CACHES):
             content = path.read_bytes() if path.is_file() else b""
             if b"\0" not in content[:4096]:
                 yield path.relative_to(PROJECT_ROOT), content.decode("utf-8", errors="replace")
