@@ -24,6 +24,7 @@ from pipeline.adaptation.part import (
 from pipeline.adaptation.parts.connections import TunedLayer
 from pipeline.adaptation.recipe_plan import plan_head, plan_parts
 from pipeline.adaptation.selected.ranking import SelectedIndex
+from pipeline.adaptation.sums import Sums
 from pipeline.adaptation.tensors import PlannedTensor, initial_values
 from pipeline.adaptation.trunk import Trunk
 from pipeline.adaptation.values import TrainedValues
@@ -38,8 +39,8 @@ class AdaptedModel(nn.Module):
     """Frozen backbone, trained parts, head. `takes` samples as they are decoded (uint8 images [B,
     3, S, S]) or augmented, gives logits [B, C], or [B, C, S, S] of a backbone that gives maps.
 
-    `values` are the trained values; before each forward pass they are quantised once and handed to
-    the modules that use them.
+    `values` are the trained values; before each forward pass they are quantised once, added to the
+    frozen ones that they change, and handed to the modules that use them.
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class AdaptedModel(nn.Module):
         self.dropouts = nn.ModuleList(dropouts)
         self.takes, self.normalise = takes, takes.normaliser()
         self._receivers = dict(receivers)
+        self.sums = Sums(values, receivers)
         self._changes = [module for module in modules if isinstance(module, WeightChange)]
         self._own = [parameter for change in self._changes for parameter in change.own_parameters()]
         self._trunk = trunk
@@ -108,7 +110,7 @@ class AdaptedModel(nn.Module):
         """Give every module its values, quantised once for this forward pass."""
         for term in self._terms():
             term.begin_pass()
-        for tensor, value in self.values().items():
+        for tensor, value in self.sums().items():
             module, key = self._receivers[tensor]
             module.current[key] = value
 

@@ -33,13 +33,26 @@ MLP_BLOCKS = "it needs blocks with a norm next to an MLP (a child named mlp)"
 
 
 class Receiver(Protocol):
-    """A module that trained values are handed to: before each forward pass, `current` is filled."""
+    """A module that trained values are handed to: before each forward pass, `current` is filled
+    with them or, for a key that has `frozen` values, with the sums of both.
+    """
 
     current: dict[str, torch.Tensor]
 
 
 class WeightChange:
-    """A receiver whose values change frozen weights."""
+    """A receiver whose values change frozen weights.
+
+    `is_rounded`: whether autocast rounds the sums of frozen and trained values.
+    """
+
+    is_rounded = False
+
+    def frozen(self, key: str) -> torch.Tensor | None:
+        """The frozen values [...] that a trained tensor of the same number of values is added to
+        before it is handed out; None where the module does that itself.
+        """
+        return None
 
     def own_parameters(self) -> list[nn.Parameter]:
         """The frozen parameters that trained changes are added to."""

@@ -31,14 +31,15 @@ class FlatValues(nn.Module):
         self.register_buffer("lengths_G", torch.tensor(runs), persistent=False)
         self.is_stored = False
 
+    def flat(self) -> torch.Tensor:
+        """All values [N] as they are, or will be, stored."""
+        if self.is_stored:
+            return self.latent_N
+        return quantise(self.latent_N, self.lengths_G, self.bits, self.codebook, self.has_mean)
+
     def forward(self) -> list[torch.Tensor]:
         """Each tensor's values as they are, or will be, stored."""
-        values_N = (
-            self.latent_N
-            if self.is_stored
-            else quantise(self.latent_N, self.lengths_G, self.bits, self.codebook, self.has_mean)
-        )
-        pieces = values_N.split([tensor.values for tensor in self.tensors])
+        pieces = self.flat().split([tensor.values for tensor in self.tensors])
         return [
             piece.view(tensor.shape) for piece, tensor in zip(pieces, self.tensors, strict=True)
         ]
@@ -82,20 +83,21 @@ class TrainedValues(nn.Module):
         """The values of every tensor, quantised."""
         return {
             tensor: values
-            for group in self._groups()
+            for group in self.groups()
             for tensor, values in zip(group.tensors, group(), strict=True)
         }
 
     def encode(self) -> dict[PlannedTensor, tuple[np.ndarray, np.ndarray | None]]:
         """The codes and scales of every tensor, as a pack stores them."""
         return {
-            tensor: codes for group in self._groups() for tensor, codes in group.encode().items()
+            tensor: codes for group in self.groups() for tensor, codes in group.encode().items()
         }
 
     def load_stored(self, values: Mapping[PlannedTensor, torch.Tensor]) -> None:
         """Load every tensor's values from a pack."""
-        for group in self._groups():
+        for group in self.groups():
             group.load_stored(values)
 
-    def _groups(self) -> list[FlatValues]:
+    def groups(self) -> list[FlatValues]:
+        """The flat parameters."""
         return [group for group in self.flat if isinstance(group, FlatValues)]

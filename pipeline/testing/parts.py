@@ -202,7 +202,7 @@ def _check_planned(case: _Case, model: AdaptedModel) -> None:
 def _check_every_value_matters(case: _Case) -> None:
     """No tensor is stored without being used: away from the start, its gradient is not zero."""
     model = _moved(case)
-    values = model.values()
+    values = model.sums()
     for tensor, value in values.items():
         value.retain_grad()
         module, key = model._receivers[tensor]

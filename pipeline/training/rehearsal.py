@@ -97,9 +97,9 @@ def _train_and_pack(backbone: LoadedBackbone, task: Task, recipe: Recipe) -> Non
     model.compute_in(dtype)
     model.train()
     images = torch.from_numpy(backbone.takes.probe(PROBES))
-    if model.keeps_trunk:
-        _check_trunk(model, images)
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        if model.keeps_trunk:
+            _check_trunk(model, images)
         logits = model(images)
     kind = kind_named(task.kind)
     targets = _targets(kind, backbone)

@@ -13,6 +13,7 @@ from helpers_backbones import SWIN_V2
 from helpers_cases import for_every
 
 from pipeline.adaptation import AdaptedModel, PlannedTensor, SelectedIndex, attach, plan
+from pipeline.adaptation.parts.connections import TunedLayer
 from pipeline.adaptation.parts.smoa import ParallelToMlp
 from pipeline.adaptation.values import FlatValues
 from pipeline.backbones import LoadedBackbone, fingerprint, load_backbone
@@ -162,18 +163,25 @@ def test_changes_are_where_their_names_say(
     for parameter in model.values.parameters():  # no two tensors alike
         parameter.data.normal_(0, 0.01, generator=generator)
     model(images(1))
+    original = load(families[family]).model
     for tensor, value in model.values().items():
         owner, _, leaf = tensor.name.rpartition(".")
         if tensor.part == "norms":
-            assert torch.equal(model.backbone.get_submodule(owner).current[leaf], value)
+            changed = original.get_parameter(tensor.name) + value
+            assert torch.equal(model.backbone.get_submodule(owner).current[leaf], changed)
         elif leaf in ("gamma", "relative_position_bias_table"):
-            frozen = load(families[family]).model.get_parameter(tensor.name)
+            frozen = original.get_parameter(tensor.name)
             assert torch.equal(getattr(model.backbone.get_submodule(owner), leaf), frozen + value)
         elif tensor.part in ("connections", "biases"):
-            layer = model.backbone.get_submodule(tensor.name)
-            assert torch.equal(
-                layer.current["connections" if tensor.part == "connections" else "bias"], value
+            layer, frozen = (
+                network.get_submodule(tensor.name) for network in (model.backbone, original)
             )
+            if tensor.part == "connections":
+                entries = frozen.weight.take(layer.index_N)
+                assert torch.equal(layer.current["connections"], entries + value)
+                assert torch.equal(layer.weight.take(layer.index_N), entries + value)
+            else:
+                assert torch.equal(layer.current["bias"], frozen.bias + value)
             assert torch.equal(model.positions()[tensor.name], layer.index_N)
         else:
             assert torch.equal(model.head.current[leaf], value)
@@ -451,3 +459,28 @@ def test_experts_without_a_single_token_are_named_with_the_load(
         "bank 0: 1 of 3 experts were never used (tokens: 5, 0, 7); try fewer experts, or"
     )
     assert "bank 1" not in model.idle_experts()
+
+
+@every_family
+@for_every("low", [False, True])
+def test_a_training_pass_multiplies_with_the_frozen_weights_and_the_connections(
+    family: str, low: bool, families: dict[str, Backbone], random_selection: Select
+) -> None:
+    model = attached(load(families[family]), PARTS["connections"], random_selection)
+    generator = torch.Generator().manual_seed(3)
+    for _ in range(2):  # what the second writes is in the place of what the first wrote
+        for parameter in model.values.parameters():
+            parameter.data.normal_(0, 0.1, generator=generator)
+        with torch.autocast("cpu", torch.bfloat16, enabled=low):
+            model(images(1))
+    layers = [
+        layer
+        for layer in model.backbone.modules()
+        if isinstance(layer, TunedLayer) and layer.index_N is not None
+    ]
+    assert layers
+    for layer in layers:
+        assert layer.written is not None
+        assert layer.written.dtype == (torch.bfloat16 if low else torch.float32)
+        assert torch.equal(layer.written, layer.weight.to(layer.written.dtype))
+        assert not torch.equal(layer.weight, layer.base.weight)

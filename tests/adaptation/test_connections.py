@@ -13,6 +13,7 @@ from torch import nn
 
 from pipeline.adaptation.parts.connections import TunableLayer, TunedLayer, _ConnectedProduct
 from pipeline.adaptation.recipe_plan import PlannedTensor
+from pipeline.adaptation.sums import Sums
 from pipeline.adaptation.values import TrainedValues
 from pipeline.specs import Bits
 
@@ -50,9 +51,10 @@ def build(kind: str, top_k: int = 2) -> tuple[TunableLayer, TunedLayer, torch.Te
         else {"connections": index_N.shape, "bias": base.bias.shape}
     )
     for name, size in shapes.items():
-        tuned.current[name] = (
-            torch.empty(size).normal_(0, 0.5, generator=generator).requires_grad_()
-        )
+        frozen = tuned.frozen(name)
+        assert frozen is not None
+        change = torch.empty(size).normal_(0, 0.5, generator=generator)
+        tuned.current[name] = (frozen + change).requires_grad_()
     return base, tuned, torch.randn(shape, generator=generator)
 
 
@@ -63,7 +65,7 @@ def slow_weight(base: TunableLayer, tuned: TunedLayer) -> torch.Tensor:
     for place, value in zip(
         tuned.index_N.tolist(), tuned.current["connections"].detach(), strict=True
     ):
-        weight_OI[divmod(place, weight_OI.shape[1])] += value
+        weight_OI[divmod(place, weight_OI.shape[1])] = value
     return weight_OI.reshape(base.weight.shape)
 
 
@@ -83,11 +85,7 @@ def dense_gradients(
     """
     assert tuned.index_N is not None
     weight, inputs = slow_weight(base, tuned).requires_grad_(), x.clone().requires_grad_()
-    bias = (
-        None
-        if base.bias is None
-        else (base.bias.detach() + tuned.current["bias"].detach()).requires_grad_()
-    )
+    bias = None if base.bias is None else tuned.current["bias"].detach().requires_grad_()
     y = plain(base, inputs, weight, bias)
     y.backward(outer)
     assert weight.grad is not None
@@ -175,14 +173,17 @@ def test_training_leaves_every_other_weight_as_it_was_bit_for_bit(kind: str, bit
     base, tuned, x = build(kind)
     assert tuned.index_N is not None
     planned = {
-        PlannedTensor("connections", name, tuple(value.shape), bits): value.detach()
-        for name, value in tuned.current.items()
+        PlannedTensor(part, name, tuple(value.shape), bits): value.detach() - tuned.frozen(name)
+        for part, (name, value) in zip(
+            ("connections", "biases"), tuned.current.items(), strict=False
+        )
     }
     trained = TrainedValues(planned)
+    sums = Sums(trained, {tensor: (tuned, tensor.name) for tensor in planned})
 
     def hand_over() -> torch.Tensor:
         """As the model does before each forward pass; gives the connections."""
-        tuned.current = {tensor.name: value for tensor, value in trained().items()}
+        tuned.current = {tensor.name: value for tensor, value in sums().items()}
         return tuned.current["connections"].detach().clone()
 
     before = {name: tensor.clone() for name, tensor in base.named_parameters()}
@@ -212,7 +213,7 @@ def test_training_leaves_every_other_weight_as_it_was_bit_for_bit(kind: str, bit
 def test_a_layer_may_train_its_bias_alone() -> None:
     base = nn.Linear(5, 7).requires_grad_(False)
     tuned = TunedLayer(base, None)
-    bias = tuned.current["bias"] = torch.full((7,), 0.25, requires_grad=True)
+    bias = tuned.current["bias"] = (base.bias + 0.25).requires_grad_()
     assert tuned.weight is base.weight
     x = torch.randn(3, 5)
     torch.testing.assert_close(tuned(x), base(x) + 0.25)

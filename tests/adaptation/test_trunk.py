@@ -181,8 +181,9 @@ def test_a_network_that_cannot_be_cut_is_refused_before_a_study(
 ) -> None:
     """As if another tensor crossed the cut."""
     recipe = late(tiny_inputs.backbone, 1, {"adapter": {}})
+    reached = AdaptedModel.inputs_of
     monkeypatch.setattr(
-        AdaptedModel, "inputs_of", lambda model, images: torch.zeros(len(images), 17, 64)
+        AdaptedModel, "inputs_of", lambda model, images: torch.zeros_like(reached(model, images))
     )
     with pytest.raises(BackboneError, match=r"from_block: later blocks read more of the earlier"):
         rehearse(tiny_inputs, recipe)

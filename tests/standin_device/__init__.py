@@ -109,8 +109,9 @@ def limit_bytes() -> int:
 
 @contextlib.contextmanager
 def counted() -> Iterator[Counter[str]]:
-    """How often each operator, `copy to device`, `copy to host` and `synchronisation` happens in
-    the context; filled when it ends.
+    """How often each operator, `copy to device`, `copy to host`, `copy on device` and
+    `synchronisation` happens in the context; filled when it ends. Views and allocations are not
+    counted.
     """
     counts: Counter[str] = Counter()
     torch.ops.standin.start_counting()

@@ -7,11 +7,13 @@
 #include <ATen/ATen.h>
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/EmptyTensor.h>
+#include <ATen/SDPBackend.h>
 #include <ATen/NativeFunctions.h>
 #include <ATen/detail/MTIAHooksInterface.h>
 #include <ATen/native/CPUFallback.h>
 #include <ATen/native/Resize.h>
 #include <ATen/native/TensorFactories.h>
+#include <ATen/native/transformers/attention.h>
 #include <c10/core/Allocator.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 #include <c10/util/ScopeExit.h>
@@ -148,6 +150,7 @@ Tensor copy_from(const Tensor& source, const Tensor& target, bool) {
   const bool is_from_device = source.is_mtia(), is_to_device = target.is_mtia();
   if (is_from_device && !is_to_device) count("copy to host");
   if (!is_from_device && is_to_device) count("copy to device");
+  if (is_from_device && is_to_device) count("copy on device");
   auto here = is_to_device ? on_cpu(target) : target;
   here.copy_(is_from_device ? on_cpu(source) : source);
   return target;
@@ -209,6 +212,50 @@ std::tuple<Tensor, Tensor, Tensor> convolution_backward(const Tensor& gradient, 
   return {placed(std::get<0>(found)), placed(std::get<1>(found)), placed(std::get<2>(found))};
 }
 
+// As on CUDA, a norm and an attention are one operator each, where torch would otherwise compose them of a dozen.
+Tensor placed(const Tensor& here, const Tensor& like) {
+  auto result = at::empty_strided(here.sizes(), here.strides(), here.options().device(like.device()));
+  on_cpu(result).copy_(here);
+  return result;
+}
+
+std::tuple<Tensor, Tensor, Tensor> layer_norm(const Tensor& x, c10::SymIntArrayRef shape, const std::optional<Tensor>& weight,
+                                              const std::optional<Tensor>& bias, double eps) {
+  count("aten::native_layer_norm");
+  const auto here = [](const std::optional<Tensor>& each) { return each && each->defined() ? std::optional<Tensor>(on_cpu(*each)) : std::nullopt; };
+  const auto found = at::native_layer_norm_symint(on_cpu(x), shape, here(weight), here(bias), eps);
+  return {placed(std::get<0>(found), x), placed(std::get<1>(found), x), placed(std::get<2>(found), x)};
+}
+
+int64_t attention_choice(const Tensor&, const Tensor&, const Tensor&, const std::optional<Tensor>& mask, double dropout, bool,
+                         std::optional<double>, bool) {
+  return mask || dropout ? int64_t(at::SDPBackend::math) : int64_t(at::SDPBackend::overrideable);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, c10::SymInt, c10::SymInt, Tensor, Tensor, Tensor> attention(
+    const Tensor& query, const Tensor& key, const Tensor& value, const std::optional<Tensor>&, double, bool is_causal, bool,
+    std::optional<double> scale) {
+  count("aten::attention");
+  const auto found = at::_scaled_dot_product_flash_attention_for_cpu(on_cpu(query), on_cpu(key), on_cpu(value), 0.0, is_causal, std::nullopt, scale);
+  const auto none = at::empty({0}, query.options().dtype(at::kLong));
+  return {placed(std::get<0>(found), query), placed(std::get<1>(found), query), none, none, query.sym_size(2), key.sym_size(2), none, none, none};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
+    const Tensor& gradient, const Tensor& query, const Tensor& key, const Tensor& value, const Tensor&, std::array<bool, 4>, const Tensor& output,
+    const Tensor& logsumexp, const Tensor&, const Tensor&, c10::SymInt, c10::SymInt, double, bool is_causal, const Tensor&, const Tensor&,
+    std::optional<double> scale) {
+  count("aten::attention_backward");
+  const auto found = at::_scaled_dot_product_flash_attention_for_cpu_backward(on_cpu(gradient), on_cpu(query), on_cpu(key), on_cpu(value),
+                                                                              on_cpu(output), on_cpu(logsumexp), 0.0, is_causal, std::nullopt, scale);
+  return {placed(std::get<0>(found), query), placed(std::get<1>(found), query), placed(std::get<2>(found), query), Tensor()};
+}
+
+const auto registered_choice = [] {
+  at::native::_fused_sdp_choice_stub.set_mtia_dispatch_ptr(&attention_choice);
+  return true;
+}();
+
 // Every other operator. Where CUDA would wait for the device to know a result's size, that counts as a synchronisation.
 void fallback(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   static const std::set<std::string> waiting{"aten::nonzero", "aten::masked_select", "aten::unique_dim", "aten::_unique2", "aten::equal"};
@@ -261,4 +308,7 @@ TORCH_LIBRARY_IMPL(aten, MTIA, m) {
   m.impl("set_.source_Storage_storage_offset", TORCH_FN(set_storage));
   m.impl("convolution_overrideable", TORCH_FN(convolution));
   m.impl("convolution_backward_overrideable", TORCH_FN(convolution_backward));
+  m.impl("native_layer_norm", TORCH_FN(layer_norm));
+  m.impl("_scaled_dot_product_fused_attention_overrideable", TORCH_FN(attention));
+  m.impl("_scaled_dot_product_fused_attention_overrideable_backward", TORCH_FN(attention_backward));
 }

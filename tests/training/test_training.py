@@ -153,7 +153,7 @@ def test_it_learns_and_leaves_the_backbone_alone(tiny_inputs: Inputs, selected: 
     model = attached(tiny_inputs, selected)
     losses = run(model, tiny_inputs, epochs=25, learning_rate=0.02)
     assert len(losses) == 25
-    assert losses[-1] < 0.7 * losses[0]
+    assert losses[-1] < 0.75 * losses[0]
     assert scored(model, tiny_inputs, "train").value > 0.35, "chance is 1/8"
     assert fingerprint(state) == before
     assert torch.equal(torch.get_rng_state(), random_state)

@@ -41,11 +41,13 @@ _FROZEN = ("norm", "pos_embed", "cls_token")
 
 
 class TunedParameter(nn.Module, WeightChange):
-    """A frozen parameter of any module, with the change `current["change"]` of its shape added.
+    """A frozen parameter of any module with a change: `current["change"]` is the sum of both.
 
     The module that owns the parameter reads the sum under the parameter's name. Under autocast the
     sum is rounded, so that it does not widen the residual stream.
     """
+
+    is_rounded = True
 
     def __init__(self, frozen: nn.Parameter) -> None:
         super().__init__()
@@ -53,20 +55,20 @@ class TunedParameter(nn.Module, WeightChange):
         self._frozen = [frozen]  # in a list: the owner has it registered
         self._merged: torch.Tensor | None = None
 
+    def frozen(self, key: str) -> torch.Tensor | None:
+        """The parameter."""
+        return self._frozen[0].detach()
+
     def own_parameters(self) -> list[nn.Parameter]:
         """The parameter that the change is added to."""
         return self._frozen
 
     def merge(self, is_merged: bool) -> None:
         """Keep the sum for all further passes, or compute it in each."""
-        self._merged = self._frozen[0] + self.current["change"] if is_merged else None
+        self._merged = self.current["change"] if is_merged else None
 
     def forward(self, frozen: torch.Tensor) -> torch.Tensor:
-        changed = frozen + self.current["change"] if self._merged is None else self._merged
-        device = changed.device.type
-        if torch.is_autocast_enabled(device):
-            return changed.to(torch.get_autocast_dtype(device))
-        return changed
+        return self.current["change"] if self._merged is None else self._merged
 
 
 def other_biases(model: nn.Module) -> dict[str, nn.Parameter]:

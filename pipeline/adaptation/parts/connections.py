@@ -199,8 +199,9 @@ class _ConnectedProduct(torch.autograd.Function):
 class TunedLayer(Wrapper, WeightChange):
     """A frozen Linear or Conv2d with trained connections, a trained bias, or both.
 
-    `current` holds what this forward pass uses: `connections` [N] is added to the weight's entries
-    at the indices `index_N`, `bias` [O] to the bias.
+    `current` holds what this forward pass uses: `connections` [N] are the weight's entries at the
+    indices `index_N`, `bias` [O] is the bias. `written` is a copy of the weight with these entries
+    in it, kept by `WrittenWeights`; a layer by itself has none.
 
     Args:
         base: the backbone's layer; never written to.
@@ -208,8 +209,8 @@ class TunedLayer(Wrapper, WeightChange):
     """
 
     base: TunableLayer
+    is_rounded = True
     index_N: torch.Tensor | None
-    frozen_N: torch.Tensor
     columns_U: torch.Tensor
     sampled_index: torch.Tensor
 
@@ -218,13 +219,12 @@ class TunedLayer(Wrapper, WeightChange):
         self.current: dict[str, torch.Tensor] = {}
         self.register_buffer("index_N", index_N, persistent=False)
         self.has_few_columns = False
-        self._written: torch.Tensor | None = None
+        self.written: torch.Tensor | None = None
         self._merged: tuple[torch.Tensor, torch.Tensor | None] | None = None
         if index_N is not None:
             columns = base.weight[0].numel()
             columns_U, column_of_N = (index_N % columns).unique(return_inverse=True)
             self.has_few_columns = len(columns_U) <= FEW_COLUMNS * columns
-            self.register_buffer("frozen_N", base.weight.detach().take(index_N), persistent=False)
             # One more column of ones makes the bias gradient part of the same product: its sums are
             # the last row.
             outputs, chosen = base.weight.shape[0], len(columns_U)
@@ -246,7 +246,7 @@ class TunedLayer(Wrapper, WeightChange):
             return self.base.weight
         return (
             self.base.weight.flatten()
-            .scatter_add(0, self.index_N, self.current["connections"])
+            .scatter(0, self.index_N, self.current["connections"].to(self.base.weight.dtype))
             .view(self.base.weight.shape)
         )
 
@@ -258,9 +258,16 @@ class TunedLayer(Wrapper, WeightChange):
         return (
             self.base.weight.detach()
             .flatten()
-            .scatter(0, self.index_N, self.frozen_N + values_N.detach())
+            .scatter(0, self.index_N, values_N.detach().to(self.base.weight.dtype))
             .view(self.base.weight.shape)
         )
+
+    def frozen(self, key: str) -> torch.Tensor | None:
+        """The selected entries, or the bias."""
+        if key == "connections":
+            assert self.index_N is not None
+            return self.base.weight.detach().take(self.index_N)
+        return None if key != "bias" or self.base.bias is None else self.base.bias.detach()
 
     def own_parameters(self) -> list[nn.Parameter]:
         """The base layer's parameters that trained changes are added to."""
@@ -288,22 +295,7 @@ class TunedLayer(Wrapper, WeightChange):
     @property
     def bias(self) -> torch.Tensor | None:
         """The effective bias with its gradient."""
-        bias = self.base.bias
-        return bias + self.current["bias"] if bias is not None and "bias" in self.current else bias
-
-    def _write(self, values_N: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """The effective weight in `dtype`, written into a copy that is made once and kept, also
-        through evaluations: a recorded step writes to its address.
-        """
-        assert self.index_N is not None
-        if (
-            self._written is None
-            or self._written.dtype != dtype
-            or self._written.device != self.base.weight.device
-        ):
-            self._written = self.base.weight.detach().flatten().to(dtype, copy=True)
-        self._written.scatter_(0, self.index_N, (self.frozen_N + values_N.detach()).to(dtype))
-        return self._written.view(self.base.weight.shape)
+        return self.current.get("bias", self.base.bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self._merged is not None:
@@ -318,9 +310,8 @@ class TunedLayer(Wrapper, WeightChange):
             if torch.is_autocast_enabled(x.device.type)
             else x.dtype
         )
-        return _ConnectedProduct.apply(
-            x.to(dtype), values_N, self.bias, self._write(values_N, dtype), self
-        )
+        weight = self.weight_with(values_N).to(dtype) if self.written is None else self.written
+        return _ConnectedProduct.apply(x.to(dtype), values_N, self.bias, weight, self)
 
     def plain_tensors(self) -> dict[str, torch.Tensor]:
         """The effective weight and bias."""

@@ -32,32 +32,30 @@ if TYPE_CHECKING:
 
 
 class TunedNorm(Wrapper, WeightChange):
-    """Any norm with a weight and a bias; `current` holds what this forward pass adds to each of its
-    `trained` parameters.
-    """
+    """Any norm with a weight and a bias; `current` holds the `trained` ones of this pass."""
 
     def __init__(self, base: nn.Module, trained: Collection[str]) -> None:
         super().__init__(base)
         self.trained = frozenset(trained)
         self.current: dict[str, torch.Tensor] = {}
+        # Running statistics stay float32, and a batch norm's parameters must be of their type.
+        self.is_rounded = not isinstance(base, _BatchNorm)
+
+    def frozen(self, key: str) -> torch.Tensor | None:
+        """The norm's own parameter."""
+        return self.base.get_parameter(key).detach()
 
     def own_parameters(self) -> list[nn.Parameter]:
         """The norm's parameters that trained changes are added to."""
         return [tensor for name, tensor in self.base.named_parameters() if name in self.trained]
 
     def plain_tensors(self) -> dict[str, torch.Tensor]:
-        """Its trained parameters with the current changes added."""
-        return {
-            name: tensor + self.current[name]
-            for name, tensor in self.base.named_parameters()
-            if name in self.trained
-        }
+        """Its trained parameters with the current changes."""
+        return {name: self.current[name] for name in sorted(self.trained)}
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         tensors = {**dict(self.base.named_parameters()), **self.plain_tensors()}
-        if not isinstance(
-            self.base, _BatchNorm
-        ):  # whose running statistics stay float32, and its parameters must be of their type
+        if self.is_rounded:
             tensors = {name: tensor.to(x.dtype) for name, tensor in tensors.items()}
         return torch.func.functional_call(self.base, tensors, (x,))
 
