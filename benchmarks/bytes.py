@@ -57,7 +57,7 @@ from pipeline.search.proposer import Enumerated, Proposer, make_proposer
 from pipeline.search.study import Study
 from pipeline.search.trial import recipe_key, run_trial
 from pipeline.search.trial_record import TrialJournal, TrialRecord
-from pipeline.selection import read_selection, select_here, write_selection
+from pipeline.selection import read_selection, select_locally, write_selection
 from pipeline.specs import Recipe, SearchSpace, Task
 from pipeline.specs.catalogue import known_methods, load_methods
 from pipeline.training import Inputs
@@ -104,7 +104,7 @@ def open_cell(name: str, backbone: str, seed: int, options: argparse.Namespace) 
     path = folder / "selection.safetensors"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        write_selection(select_here(inputs, TOP_K, device=options.device), path)
+        write_selection(select_locally(inputs, TOP_K, device=options.device), path)
     return Cell(
         written=written,
         inputs=inputs,

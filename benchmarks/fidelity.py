@@ -24,7 +24,7 @@ from runs import Place, Run, figures, measure_missing, origins, parse_arguments,
 
 from pipeline.adaptation import SelectedIndex
 from pipeline.data import prepare
-from pipeline.selection import read_selection, select_here, write_selection
+from pipeline.selection import read_selection, select_locally, write_selection
 from pipeline.specs import Backbone, CsvData, FolderData, Input, ListsData, Recipe, Selection, Task
 from pipeline.training import Inputs, open_inputs
 from pipeline.training.fit import fit
@@ -117,7 +117,7 @@ def select_once(inputs: Inputs, place: Place) -> SelectedIndex:
         / f"{inputs.task.name}-{settings.criterion}-{settings.loss}-{settings.views}.safetensors"
     )
     if not path.exists():
-        write_selection(select_here(inputs, 1, device=place.device), path)
+        write_selection(select_locally(inputs, 1, device=place.device), path)
     return read_selection(path)
 
 

@@ -27,7 +27,7 @@ from machine import describe_machine
 from pipeline.adaptation import SelectedIndex, attach
 from pipeline.data import prepare
 from pipeline.inputs.learning_rate import default_learning_rate
-from pipeline.selection import read_selection, select_here, write_selection
+from pipeline.selection import read_selection, select_locally, write_selection
 from pipeline.specs import Backbone, CsvData, Input, Recipe, Task
 from pipeline.specs.task_files import load_task
 from pipeline.training import Inputs, evaluate, open_inputs, train_epochs
@@ -101,7 +101,7 @@ def open_case(case: str, workdir: Path) -> tuple[Inputs, SelectedIndex]:
     inputs = open_inputs(task, workdir / task.name)
     selection = workdir / f"{case.replace(':', '-')}.safetensors"
     if not selection.exists():
-        write_selection(select_here(inputs, 1), selection)
+        write_selection(select_locally(inputs, 1), selection)
     return inputs, read_selection(selection)
 
 

@@ -12,7 +12,7 @@ from pipeline.adaptation.selected.ranking import kept_indices
 from pipeline.adaptation.sites import weight_shapes
 from pipeline.data import prepare
 from pipeline.packs import LayerShape
-from pipeline.selection import read_selection, select_here, write_selection
+from pipeline.selection import read_selection, select_locally, write_selection
 from pipeline.specs.task_files import load_task
 from pipeline.training import Inputs, open_inputs
 
@@ -66,5 +66,5 @@ def open_task(path: Path, workdir: Path) -> tuple[Inputs, dict[str, RankedIndice
     inputs = open_inputs(task, folder)
     selection = workdir / f"{task.name}.safetensors"
     if not selection.exists():
-        write_selection(select_here(inputs, 3), selection)
+        write_selection(select_locally(inputs, 3), selection)
     return inputs, read_selection(selection)

@@ -37,7 +37,7 @@ from runs import (
 from pipeline.backbones.neighbours import farthest_points, gather_points, nearest_points
 from pipeline.data import prepare
 from pipeline.inputs.task_inputs import Inputs, open_inputs
-from pipeline.selection import select_here
+from pipeline.selection import select_locally
 from pipeline.specs import Recipe, Task
 from pipeline.specs.catalogue import catalogue_folder
 from pipeline.specs.task_files import load_task
@@ -85,7 +85,7 @@ def measure(run: Run, place: Place) -> Run:
     rate = FULL_RATE if "full" in content else None
     training = {"learning_rate": rate, "epochs": run["epochs"], "augment": "light"}
     recipe = Recipe.model_validate({**content, "training": training})
-    selected = select_here(inputs, 1) if recipe.connections else None
+    selected = select_locally(inputs, 1) if recipe.connections else None
     with tempfile.TemporaryDirectory() as folder:
         return {**run, **figures(fit(inputs, recipe, selected, Path(folder), device=place.device))}
 

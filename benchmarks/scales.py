@@ -25,7 +25,7 @@ from machine import describe_machine
 from pipeline.adaptation import SelectedIndex, quantiser, values
 from pipeline.data import prepare
 from pipeline.search.trial import run_trial
-from pipeline.selection import read_selection, select_here, write_selection
+from pipeline.selection import read_selection, select_locally, write_selection
 from pipeline.specs import Recipe
 from pipeline.specs.task_files import load_task
 from pipeline.training import Inputs, open_inputs
@@ -84,7 +84,7 @@ def rows_of(
     inputs = open_inputs(task, workdir / task_name)
     selection = workdir / f"{task_name}-{size_px}.safetensors"
     if not selection.exists():
-        write_selection(select_here(inputs, 1), selection)
+        write_selection(select_locally(inputs, 1), selection)
     rows = []
     for name, parts in RECIPES.items():
         recipe = Recipe.model_validate(

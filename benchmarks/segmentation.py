@@ -39,7 +39,7 @@ from pipeline.search.champion import choose_champion
 from pipeline.search.kept_outcomes import write_outcomes
 from pipeline.search.trial import recipe_key
 from pipeline.search.trial_record import TrialJournal, TrialRecord
-from pipeline.selection import read_selection, select_here, write_selection
+from pipeline.selection import read_selection, select_locally, write_selection
 from pipeline.specs import Budget, Recipe, Task
 from pipeline.training import Inputs, evaluate, open_inputs, train_epochs
 from pipeline.training.fit import fit
@@ -149,7 +149,7 @@ def selection_of(inputs: Inputs, recipes: Sequence[Recipe], folder: Path) -> Sel
         return None
     path = folder / f"selection-{top_k}.safetensors"
     if not path.exists():
-        write_selection(select_here(inputs, top_k), path)
+        write_selection(select_locally(inputs, top_k), path)
     return read_selection(path)
 
 

@@ -177,11 +177,11 @@ def run_scripts(seed: int, folder: Path) -> dict[str, Any]:
 def script(seed: int, folder: Path, number: str) -> dict[str, Any]:
     """One trial from scratch, as a training script does it."""
     from pipeline.search.trial import run_trial
-    from pipeline.selection import select_here
+    from pipeline.selection import select_locally
 
     inputs = open_task(seed, folder)
     loaded = time.time()
-    selected = select_here(inputs, 1)
+    selected = select_locally(inputs, 1)
     chosen = time.time()
     recipe = all_recipes(inputs.task)[int(number)]
     curve = [score.value for score, _ in run_trial(inputs, recipe, selected)]
@@ -199,11 +199,11 @@ def script(seed: int, folder: Path, number: str) -> dict[str, Any]:
 def loop(seed: int, folder: Path) -> dict[str, Any]:
     """All trials in one process, nothing loaded or selected twice."""
     from pipeline.search.trial import run_trial
-    from pipeline.selection import select_here
+    from pipeline.selection import select_locally
 
     inputs = open_task(seed, folder)
     loaded = time.time()
-    selected = select_here(inputs, 1)
+    selected = select_locally(inputs, 1)
     chosen = time.time()
     curves = {
         key_of(recipe): [score.value for score, _ in run_trial(inputs, recipe, selected)]
@@ -226,7 +226,7 @@ def study(seed: int, folder: Path) -> dict[str, Any]:
     from pipeline.cluster.session import ray_session
     from pipeline.search import run_study as module
     from pipeline.search.trial_record import TrialJournal
-    from pipeline.selection import read_selection, select, select_if_sooner
+    from pipeline.selection import read_selection, select, select_locally_if_faster
 
     inputs = open_task(seed, folder)
     marks = {"start, imports, loading": time.time()}
@@ -235,7 +235,7 @@ def study(seed: int, folder: Path) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as kept, ray_session():
         marks["Ray starts"] = time.time()
         path, workers = Path(kept) / "selection", places(1, 0)
-        if not select_if_sooner(inputs, 1, path, workers=workers):
+        if not select_locally_if_faster(inputs, 1, path, workers=workers):
             select(inputs.task, folder / "data", 1, path, workers=workers)
         marks["selection"] = time.time()
         journal = TrialJournal(Path(kept) / "trials")
@@ -306,10 +306,10 @@ def warm(seed: int, folder: Path) -> dict[str, Any]:
     """Final accuracies: cold, cold in half the epochs, and half the epochs from the values of the
     trial with the first learning rate.
     """
-    from pipeline.selection import select_here
+    from pipeline.selection import select_locally
 
     inputs = open_task(seed, folder)
-    selected = select_here(inputs, 1)
+    selected = select_locally(inputs, 1)
     rows = []
     for recipe in all_recipes(inputs.task):
         if recipe.training.learning_rate != FIRST_RATE:

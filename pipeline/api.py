@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pipeline.driver.registrar import PATIENCE_SECONDS
+from pipeline.driver.retrying_registry import PATIENCE_SECONDS
 from pipeline.errors import SpecError
 from pipeline.specs import Task
 from pipeline.specs.task_files import load_tasks

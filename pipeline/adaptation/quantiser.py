@@ -1,9 +1,9 @@
 """The b-bit quantiser: parameters train as latent floats and are used exactly as they will be
 stored.
 
-Per matrix, z = (w - mean) / (sd + 1e-5) is replaced by the nearest level of a fixed codebook for
-N(0, 1), and w_hat = Q(z) * sd + mean. Gradients pass Q unchanged (straight-through) and also flow
-through mean and sd, which are used as a pack keeps them: in half precision. 16 bits round to half
+Per matrix, z = (w - mean) / (std + 1e-5) is replaced by the nearest level of a fixed codebook for
+N(0, 1), and w_hat = Q(z) * std + mean. Gradients pass Q unchanged (straight-through) and also flow
+through mean and std, which are used as a pack keeps them: in half precision. 16 bits round to half
 precision, 32 bits are plain floats. Without a mean, z = w / (rms + 1e-5) and w_hat = Q(z) * rms.
 Source: Binary Adapter (arXiv 2307.16867), section 3; see `pipeline.packs.codebook` for the levels.
 
@@ -23,7 +23,7 @@ from pipeline.packs.codebook import Codebook, levels, thresholds
 from pipeline.specs import Bits
 
 EPSILON = 1e-5
-SMALLEST_VARIANCE = 1e-20  # keeps the gradient of sd finite where all values are equal
+SMALLEST_VARIANCE = 1e-20  # keeps the gradient of std finite where all values are equal
 
 
 @functools.cache
@@ -64,7 +64,7 @@ def _as_stored(statistic_G: torch.Tensor) -> torch.Tensor:
 def _standardise(
     values_N: torch.Tensor, lengths_G: torch.Tensor, has_mean: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """z [N], mean [G] and sd [G]."""
+    """z [N], mean [G] and std [G]."""
     mean_G, sd_G = statistics(values_N, lengths_G, has_mean)
     mean_N, scale_N = (
         each.repeat_interleave(lengths_G, output_size=len(values_N))
@@ -86,8 +86,8 @@ class _RoundToHalf(torch.autograd.Function):
 
 
 class _Quantise(torch.autograd.Function):
-    """w_hat = Q(z) sd + mean, with dQ/dz = 1 and everything else differentiated; written out, since
-    it runs in every step.
+    """w_hat = Q(z) std + mean, with dQ/dz = 1 and everything else differentiated; written out,
+    since it runs in every step.
     """
 
     @staticmethod
@@ -116,7 +116,7 @@ class _Quantise(torch.autograd.Function):
         shrink_G = sd_G / (sd_G + EPSILON)
         shrink_N = shrink_G.repeat_interleave(lengths_G, output_size=len(z_N))
         mean_term_G = (1 - shrink_G) * run_sums(gradient_N, lengths_G) / lengths_G * ctx.has_mean
-        # d sd / d w = (w - mean) / (f sd) = z / (f shrink), with f degrees of freedom
+        # d std / d w = (w - mean) / (f std) = z / (f shrink), with f degrees of freedom
         sd_term_G = run_sums(gradient_N * (rounded_N - shrink_N * z_N), lengths_G) / (
             _degrees_of_freedom(lengths_G, ctx.has_mean) * shrink_G
         )
@@ -153,7 +153,7 @@ def encode(
     has_mean: bool = True,
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """What a pack stores: codes [N] (uint8, float16 or float32) and, below 16 bits, scales float32
-    [G, 2] of (mean, sd), as rounded.
+    [G, 2] of (mean, std), as rounded.
     """
     latent_N, lengths_G = latent_N.detach().cpu(), lengths_G.cpu()
     if bits >= 16:

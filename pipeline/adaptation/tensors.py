@@ -54,7 +54,7 @@ class PlannedTensor:
 
     @property
     def runs(self) -> int:
-        """Number of runs of values with their own mean and sd: trailing 2-D matrices, or their
+        """Number of runs of values with their own mean and std: trailing 2-D matrices, or their
         rows; a vector is one run.
         """
         return math.prod(self.shape[:-1] if self.by_row else self.shape[:-2])

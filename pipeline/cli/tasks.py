@@ -36,7 +36,7 @@ from pipeline.cli.options import (
     overrides,
     time_limit_seconds,
 )
-from pipeline.driver.registrar import PATIENCE_SECONDS
+from pipeline.driver.retrying_registry import PATIENCE_SECONDS
 
 if TYPE_CHECKING:
     from pipeline.driver.batch import TaskOutcome

@@ -26,7 +26,7 @@ from pipeline.cluster.task_pool import Interrupted, TaskPool
 from pipeline.driver.calibrated import with_calibration
 from pipeline.driver.monitor.batch_watch import BatchWatch, batch_name
 from pipeline.driver.monitor.state import state_file_name
-from pipeline.driver.registrar import PATIENCE_SECONDS, Registrar
+from pipeline.driver.retrying_registry import PATIENCE_SECONDS, RetryingRegistry
 from pipeline.driver.stages import (
     LOG,
     OnProgress,
@@ -186,12 +186,12 @@ class _Driver(Stages):
     registry_patience_seconds: float
     log_trials: bool
     promote: bool
-    registrar: Registrar = field(init=False)
+    retrying_registry: RetryingRegistry = field(init=False)
     started: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.registrar = Registrar(
+        self.retrying_registry = RetryingRegistry(
             self.registry,
             self.pool,
             self.registry_patience_seconds,
@@ -291,7 +291,7 @@ class _Driver(Stages):
             _describe(inputs, champion, trials, fitted, pack_path, folder, self.started[task.name]),
             promote=self.promote,
         )
-        registered = self.registrar.register(
+        registered = self.retrying_registry.register(
             finished, lambda reason: self.on_progress(task.name, "register", 0.0, reason)
         )
         self.watch.registered(task.name, champion.id, registered)

@@ -12,7 +12,7 @@ from pipeline.adaptation.packing import SizePlanner
 from pipeline.data import prepare
 from pipeline.driver.workspace import Workspace
 from pipeline.search.proposer import distinct_proposals, smallest_first
-from pipeline.selection import read_selection, select_here, write_selection
+from pipeline.selection import read_selection, select_locally, write_selection
 from pipeline.specs import Task
 from pipeline.training import Inputs, open_inputs
 from pipeline.training.rehearsal import rehearse
@@ -71,7 +71,7 @@ def plan_task(
         kept = workspace.selection(inputs, top_k)
         if select and top_k and not kept.exists():
             write_selection(
-                select_here(
+                select_locally(
                     inputs, top_k, lambda done, total: on_step("selecting connections", done, total)
                 ),
                 kept,

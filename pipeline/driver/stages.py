@@ -34,7 +34,7 @@ from pipeline.driver.workspace import Workspace
 from pipeline.errors import ClusterError, SpecError, UnexpectedError, named
 from pipeline.search.proposer import LAG
 from pipeline.search.trial import opened
-from pipeline.selection import select, select_if_sooner
+from pipeline.selection import select, select_locally_if_faster
 from pipeline.specs import Task
 from pipeline.training import Inputs, Ranks, open_inputs
 from pipeline.training.fit import FitResult, fit, steps_kept
@@ -234,7 +234,7 @@ class Stages:
             )
             if may_be_here or is_recomputable(inputs.task.selection):
                 with self.here:
-                    if select_if_sooner(inputs, top_k, path, workers=workers):
+                    if select_locally_if_faster(inputs, top_k, path, workers=workers):
                         return path
             check_holds_group(workers, 1, use_gpu)
             interruptible(

@@ -2,12 +2,12 @@
 without a header, and a YAML file.
 
     each low-bit matrix    codes, one bit each: 8 a byte, the first in the lowest bit, row by row of
-    [out, in]; float32 mean, float32 sd
+    [out, in]; float32 mean, float32 std
     a float head, last     float32 weight [C, D], float32 bias [C]
 
 Matrices come in the order of the modules: of each block `down`, `up` (AdaptFormer), or q's `down`,
 `up` and then v's (LoRA); the head is last. A code is the number of a level of `levels(1)`, and
-w_hat = level * sd + mean: parts hold such a file exactly, with the same codes and float32 scales.
+w_hat = level * std + mean: parts hold such a file exactly, with the same codes and float32 scales.
 The text says what the bytes cannot: method, width, classes, and the scale by which the adapters'
 output is multiplied. All numbers are little-endian. Files of more bits were never published and are
 refused.
@@ -108,7 +108,7 @@ def write_parts(parts: Sequence[Part]) -> bytes:
             or any(spec.groups(False) != 1 for spec in part.tensors)
         ):
             raise ExportError(
-                "Binary Adapter's files hold matrices of 1 bit with one mean and sd, and a float"
+                "Binary Adapter's files hold matrices of 1 bit with one mean and std, and a float"
                 f" head; the part {part.name} has {part.bits} bits, codebook {part.codebook},"
                 f" statistics {'by row' if part.by_row else 'by matrix'}"
             )

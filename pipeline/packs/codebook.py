@@ -1,8 +1,8 @@
 """The fixed codebooks of low-bit weights: the levels that codes of 1 to 8 bits denote.
 
-A matrix is normalised by its own mean and standard deviation, `z = (w - mu) / sd`, and every z is
+A matrix is normalised by its own mean and standard deviation, `z = (w - mu) / std`, and every z is
 replaced by the nearest of 2^b levels; the file keeps the level's number and the two scales, and
-`w_hat = levels[code] * sd + mu`. The levels minimise the expected L1 error for z ~ N(0, 1) (Binary
+`w_hat = levels[code] * std + mu`. The levels minimise the expected L1 error for z ~ N(0, 1) (Binary
 Adapter, arXiv 2307.16867): each threshold is the midpoint of its neighbouring levels and each level
 is the median of its bin,
 
@@ -55,7 +55,7 @@ def thresholds(bits: int, codebook: Codebook = "median") -> NDArray[np.float32]:
 def dequantise(
     codes: NDArray[np.uint8], scales: NDArray[np.float32], bits: int, codebook: Codebook = "median"
 ) -> NDArray[np.float32]:
-    """Weights in float32, in the shape of `codes`. `scales` [G, 2] holds (mean, sd); codes are G
+    """Weights in float32, in the shape of `codes`. `scales` [G, 2] holds (mean, std); codes are G
     equal runs in order.
     """
     codes_GX = codes.reshape(len(scales), -1)

@@ -9,8 +9,8 @@ The content of the container (container.py):
               positions (positions.py), for connections
               codes: bits a code, end to end, the last byte filled with zeros (bits.py); or the
                   values in float16 or float32, little-endian
-              scales: float16 or float32 (mean, sd) of each matrix, or its sd alone, for codes of up
-                  to 8 bits
+              scales: float16 or float32 (mean, std) of each matrix, or its std alone, for codes of
+                  up to 8 bits
     the rest  float16 [P, C]: logits of the probe images, by which a reloaded model is verified
 
 Legend: P probe images, C classes.

@@ -1,10 +1,10 @@
 """A part: the trained tensors of one kind that share a bit width, as the codes that the file
 stores.
 
-Up to 8 bits a tensor is codes of a fixed codebook with one (mean, sd) for each trailing 2-D matrix:
-a bank of experts [E, h, D] has E pairs, a matrix or a vector one; `by_row`, every row of a matrix
-has its own. Scales are floats of 16 bits, or of 32 where another program wrote them. A part without
-`has_mean` keeps each sd alone: its means are 0. At 16 and 32 bits the codes are the values
+Up to 8 bits a tensor is codes of a fixed codebook with one (mean, std) for each trailing 2-D
+matrix: a bank of experts [E, h, D] has E pairs, a matrix or a vector one; `by_row`, every row of a
+matrix has its own. Scales are floats of 16 bits, or of 32 where another program wrote them. A part
+without `has_mean` keeps each std alone: its means are 0. At 16 and 32 bits the codes are the values
 themselves.
 
 Connections also carry their positions: tensor n, of shape [N], holds the values at the ascending
@@ -55,7 +55,7 @@ class TensorSpec:
         return math.prod(self.shape)
 
     def groups(self, by_row: bool) -> int:
-        """Number of (mean, sd) pairs: one for each trailing 2-D matrix, or for each row of it; a
+        """Number of (mean, std) pairs: one for each trailing 2-D matrix, or for each row of it; a
         vector has one.
         """
         return math.prod(self.shape[:-1] if by_row else self.shape[:-2])
@@ -67,7 +67,7 @@ class Part:
     that contradicts itself.
 
     codes: uint8 below 2^bits for bits <= 8, float16 for 16, float32 for 32. scales: float32 [G, 2]
-    of (mean, sd) for bits <= 8, otherwise None; numbers that `scale_bits` hold. layers: (O, I) of
+    of (mean, std) for bits <= 8, otherwise None; numbers that `scale_bits` hold. layers: (O, I) of
     each tensor's layer, and positions: int64 [N] each unless `recomputed`; for connections only.
     """
 
@@ -101,7 +101,7 @@ class Part:
 
     @property
     def groups(self) -> int:
-        """Number of (mean, sd) pairs of all tensors: G."""
+        """Number of (mean, std) pairs of all tensors: G."""
         return sum(tensor.groups(self.by_row) for tensor in self.tensors)
 
     @property
@@ -184,7 +184,7 @@ class Part:
         assert self.scales is not None
         self._require(
             bool(np.isfinite(self.scales).all() and (self.scales[:, 1] >= 0).all()),
-            "scales must be finite, and each sd at least 0",
+            "scales must be finite, and each std at least 0",
         )
         self._require(
             self.has_mean or not self.scales[:, 0].any(),

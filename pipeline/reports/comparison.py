@@ -149,7 +149,7 @@ def comparison_markdown(
 
 
 COLUMNS = (
-    *("method", "test %", "seeds' sd", "bytes", "trained values", "validation %", "BD-rate %"),
+    *("method", "test %", "std of seeds", "bytes", "trained values", "validation %", "BD-rate %"),
     *("tuned", "trials", "tune s", "fit s"),
 )
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from pipeline.adaptation import SelectedIndex, is_recomputable
-from pipeline.selection import select_here
+from pipeline.selection import select_locally
 from pipeline.specs import Recipe, Task
 from pipeline.training import Inputs, open_inputs
 
@@ -39,4 +39,4 @@ def _selected(
 ) -> SelectedIndex:
     """The selection in one fold, which this process keeps for its next trials."""
     inputs = open_inputs(Task.model_validate_json(task_json), data_folder)
-    return select_here(inputs.folds[fold], top_k, device=device)
+    return select_locally(inputs.folds[fold], top_k, device=device)

@@ -8,8 +8,8 @@ from pipeline.selection.contrastive import supervised_contrastive_loss
 from pipeline.selection.stage import (
     read_selection,
     select,
-    select_here,
-    select_if_sooner,
+    select_locally,
+    select_locally_if_faster,
     selection_key,
     write_selection,
 )
@@ -17,8 +17,8 @@ from pipeline.selection.stage import (
 __all__ = [
     "read_selection",
     "select",
-    "select_here",
-    "select_if_sooner",
+    "select_locally",
+    "select_locally_if_faster",
     "selection_key",
     "supervised_contrastive_loss",
     "write_selection",

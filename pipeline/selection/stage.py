@@ -151,7 +151,7 @@ def died_each_time(task: Task, failure: str) -> ClusterError:
     return ClusterError(f"{task.name}: the selection's workers died three times; last: {last}")
 
 
-def select_here(
+def select_locally(
     inputs: Inputs,
     top_k: int,
     on_batch: OnBatch = lambda done, batches: None,
@@ -182,7 +182,7 @@ def _counted(batches: Sequence[PlannedBatch], on_batch: OnBatch) -> Iterator[Pla
     on_batch(len(batches), len(batches))
 
 
-def select_if_sooner(inputs: Inputs, top_k: int, path: Path, *, workers: int) -> bool:
+def select_locally_if_faster(inputs: Inputs, top_k: int, path: Path, *, workers: int) -> bool:
     """Write the selection to `path` from this process, unless `workers` on this machine would be
     done before; whether it was written.
 

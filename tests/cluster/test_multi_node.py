@@ -44,7 +44,7 @@ from pipeline.search.proposer import make_proposer
 from pipeline.search.study import Study
 from pipeline.search.trial import run_trial
 from pipeline.search.trial_record import TrialJournal
-from pipeline.selection import read_selection, select_here, write_selection
+from pipeline.selection import read_selection, select_locally, write_selection
 from pipeline.specs import Task
 from pipeline.specs.task_files import load_tasks
 from pipeline.training import open_inputs
@@ -90,7 +90,7 @@ def run_plainly(task: Task, workspace: Workspace) -> None:
     top_k = task.search.max_top_k(task.recipe)
     folder, selected = workspace.study(inputs, top_k), None
     if top_k:
-        write_selection(select_here(inputs, top_k), path := workspace.selection(inputs, top_k))
+        write_selection(select_locally(inputs, top_k), path := workspace.selection(inputs, top_k))
         selected = read_selection(path)
     planner = SizePlanner(task, inputs.backbone, inputs.index.classes, selected)
     journal = TrialJournal(folder.root / "trials")

@@ -20,7 +20,7 @@ from pipeline.data.drawn_solids import draw_solid
 from pipeline.errors import BackboneError, DataError, PackBackboneMismatch
 from pipeline.packs import read_pack
 from pipeline.registry.pyfunc import PackModel
-from pipeline.selection import select_here
+from pipeline.selection import select_locally
 from pipeline.serving.host import PackHost
 from pipeline.serving.predictor import Predictor, load_backbone_of
 from pipeline.specs import Input, Task
@@ -41,7 +41,7 @@ def fitted(inputs: Inputs, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pa
     """A finished fit, and its folder."""
     folder, recipe = tmp_path_factory.mktemp("fit"), inputs.task.recipe
     rehearse(inputs, recipe)
-    selected = select_here(inputs, 2)
+    selected = select_locally(inputs, 2)
     result = fit(inputs, recipe, selected, folder)
     planner = SizePlanner(inputs.task, inputs.backbone, NAMES, selected)
     assert planner.size_bytes(recipe) == result.size_bytes

@@ -14,7 +14,7 @@ from pipeline.data.drawn_shapes import SHAPES
 from pipeline.errors import SpecError
 from pipeline.exchange.onnx import export_onnx
 from pipeline.packs import read_pack
-from pipeline.selection import select_here
+from pipeline.selection import select_locally
 from pipeline.serving.predictor import Predictor, load_backbone_of
 from pipeline.specs import Recipe, Task
 from pipeline.specs.task_files import load_task
@@ -60,7 +60,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
 @pytest.fixture(scope="module")
 def fitted(inputs: Inputs, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, FitResult]:
     folder = tmp_path_factory.mktemp("fit")
-    return folder, fit(inputs, inputs.task.recipe, select_here(inputs, 1), folder)
+    return folder, fit(inputs, inputs.task.recipe, select_locally(inputs, 1), folder)
 
 
 def test_it_trains_encoder_neck_and_decoder(fitted: tuple[Path, FitResult]) -> None:
@@ -81,7 +81,7 @@ def test_it_trains_encoder_neck_and_decoder(fitted: tuple[Path, FitResult]) -> N
 def test_it_learns(inputs: Inputs, tmp_path: Path) -> None:
     training = {**RECIPE["training"], "epochs": 15}
     recipe = Recipe.model_validate({**RECIPE, "decoder": {"bits": 16}, "training": training})
-    result = fit(inputs, recipe, select_here(inputs, 1), tmp_path)
+    result = fit(inputs, recipe, select_locally(inputs, 1), tmp_path)
     batches = evaluation_batches(inputs.splits["test"], 8)
     truth = torch.cat([inputs.reader("test").read(batch)[1] for batch in batches])
     background_alone = float((truth == 0).float().mean()) / len(SHAPES)
@@ -104,7 +104,7 @@ def test_a_reloaded_pack_gives_the_same_again(
 
 def test_a_selection_looks_at_the_decoder_through_class_tokens(inputs: Inputs) -> None:
     """Gradients reach every layer, also those that only class tokens pass."""
-    selected = select_here(inputs, 1)
+    selected = select_locally(inputs, 1)
     assert {"decoder.hypernetwork.layers.2", "decoder.transformer.layers.0.mlp.lin1"} <= set(
         selected
     )

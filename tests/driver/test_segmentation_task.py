@@ -25,7 +25,7 @@ from pipeline.kinds import kind_named, metric_named
 from pipeline.packs import read_pack
 from pipeline.registry.model_files import _signature
 from pipeline.registry.pyfunc import PackModel
-from pipeline.selection import select_here
+from pipeline.selection import select_locally
 from pipeline.serving.host import PackHost
 from pipeline.serving.predictor import Predictor, load_backbone_of
 from pipeline.specs import Backbone, Recipe, Task
@@ -81,7 +81,7 @@ def inputs(task: Task, tmp_path_factory: pytest.TempPathFactory) -> Inputs:
 def fitted(inputs: Inputs, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, FitResult]:
     """A finished fit, and its folder."""
     folder = tmp_path_factory.mktemp("fit")
-    selected = select_here(inputs, 2)
+    selected = select_locally(inputs, 2)
     result = fit(inputs, inputs.task.recipe, selected, folder)
     announced = SizePlanner(inputs.task, inputs.backbone, SHAPES, selected)
     assert announced.size_bytes(inputs.task.recipe) == result.size_bytes

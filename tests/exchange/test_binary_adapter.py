@@ -73,14 +73,14 @@ def write_slowly(description: Description, seed: int = 0) -> Written:
     matrices, data = [], b""
     for shape in shapes:
         codes = draw.integers(0, 2, shape)
-        mean, sd = np.float32(draw.normal(0, 0.01)), np.float32(draw.uniform(0.05, 0.2))
-        matrices.append((codes, mean, sd))
+        mean, std = np.float32(draw.normal(0, 0.01)), np.float32(draw.uniform(0.05, 0.2))
+        matrices.append((codes, mean, std))
         flat = codes.ravel().tolist()
         data += bytes(
             sum(bit << place for place, bit in enumerate(flat[start : start + 8]))
             for start in range(0, len(flat), 8)
         )
-        data += mean.tobytes() + sd.tobytes()
+        data += mean.tobytes() + std.tobytes()
     head = None
     if not is_bihead:
         head = (
@@ -116,8 +116,8 @@ def import_tiny(
 def weights_of(written: Written) -> list[torch.Tensor]:
     """Code 1 is the level above the mean."""
     return [
-        torch.from_numpy((np.where(codes == 1, LEVEL, -LEVEL) * sd + mean).astype(np.float32))
-        for codes, mean, sd in written.matrices
+        torch.from_numpy((np.where(codes == 1, LEVEL, -LEVEL) * std + mean).astype(np.float32))
+        for codes, mean, std in written.matrices
     ]
 
 

@@ -20,7 +20,7 @@ from pipeline.backbones import load_backbone
 from pipeline.data import prepare
 from pipeline.inputs.learning_rate import default_learning_rate, with_learning_rate
 from pipeline.search.trial import run_trial
-from pipeline.selection import select_here
+from pipeline.selection import select_locally
 from pipeline.specs import Backbone, CsvData, Input, Recipe, SearchSpace, Selection, Task, Training
 from pipeline.specs.catalogue import catalogue_folder
 from pipeline.specs.task_files import load_task
@@ -129,7 +129,7 @@ def test_a_vit_with_layer_scale_learns_with_the_default(
     )
     prepare(task, tmp_path)
     inputs = open_inputs(task, tmp_path)
-    model = attach(inputs.backbone, inputs.task.recipe, 10, selected=select_here(inputs, 1))
+    model = attach(inputs.backbone, inputs.task.recipe, 10, selected=select_locally(inputs, 1))
     epochs = train_epochs(
         model,
         inputs.reader("train"),

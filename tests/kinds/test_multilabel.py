@@ -30,7 +30,7 @@ from pipeline.kinds import Label, Outcomes, kind_named, metric_named, score
 from pipeline.packs import read_pack
 from pipeline.registry.connection import import_pyfunc
 from pipeline.search.trial import run_trial
-from pipeline.selection import select_here, selection_key
+from pipeline.selection import select_locally, selection_key
 from pipeline.serving.predictor import Predictor, kind_of
 from pipeline.specs import Task
 from pipeline.specs.task_files import load_task
@@ -363,7 +363,7 @@ def test_a_trial_learns_the_squares(inputs: Inputs, loss: str, changes: dict[str
     training = task.recipe.training.changed(**changes)
     chosen = inputs.with_task(task)
     recipe = chosen.task.recipe.model_copy(update={"training": training})
-    scores = [found for found, _ in run_trial(chosen, recipe, select_here(chosen, 1))]
+    scores = [found for found, _ in run_trial(chosen, recipe, select_locally(chosen, 1))]
     assert {found.metric for found in scores} == {"mAP"}
     val = np.array(
         [[number in label for number in range(3)] for label in inputs.splits["val"].labels]
@@ -375,7 +375,7 @@ def test_a_trial_learns_the_squares(inputs: Inputs, loss: str, changes: dict[str
 @pytest.fixture(scope="module")
 def fitted(inputs: Inputs, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("fit")
-    fit(inputs, inputs.task.recipe, select_here(inputs, 1), folder)
+    fit(inputs, inputs.task.recipe, select_locally(inputs, 1), folder)
     return folder
 
 

@@ -99,7 +99,7 @@ def test_zero_parts_are_valid(bits: int) -> None:
         ({"scales": np.ones((2, 2), np.float32)}, "expected float32 scales"),
         ({"scales": np.ones((1, 2))}, "expected float32 scales"),
         ({"scales": np.array([[0, np.nan]], np.float32)}, "finite"),
-        ({"scales": np.array([[0, -1]], np.float32)}, "sd at least 0"),
+        ({"scales": np.array([[0, -1]], np.float32)}, "std at least 0"),
         ({"scales": np.full((1, 2), 1.0001, np.float32)}, "float16 numbers"),
         ({"bits": 16, "codes": np.zeros(6, np.float16)}, "no scales"),
         ({"bits": 16, "codes": np.zeros(6, np.float32), "scales": None}, "float16; given float32"),

@@ -11,7 +11,7 @@ import pytest
 from pipeline.driver.workspace import Workspace
 from pipeline.search.kept_outcomes import read_outcomes
 from pipeline.search.trial import run_trial
-from pipeline.selection import select_here
+from pipeline.selection import select_locally
 from pipeline.specs import Connections, Recipe, Training
 from pipeline.training import Inputs
 
@@ -33,13 +33,13 @@ def in_folds(tiny_inputs: Inputs) -> Inputs:
 def test_a_trial_joins_the_outputs_of_its_folds(in_folds: Inputs, tmp_path: Path) -> None:
     """Each fold is a trial of its own, whose connections are selected on what it trains on."""
     kept = tmp_path / "kept"
-    selected = select_here(in_folds, 1)
+    selected = select_locally(in_folds, 1)
     scores = [score for score, _ in run_trial(in_folds, RECIPE, selected, kept=kept)]
     alone = []
     for number, fold in enumerate(in_folds.folds):
         whole = replace(fold, task=fold.task.model_copy(update={"folds": 1}))
         path = tmp_path / str(number)
-        found = [score for score, _ in run_trial(whole, RECIPE, select_here(fold, 1), kept=path)]
+        found = [score for score, _ in run_trial(whole, RECIPE, select_locally(fold, 1), kept=path)]
         alone.append((found, read_outcomes(path)))
     joined = read_outcomes(kept)
     assert joined is not None
@@ -57,7 +57,7 @@ def test_a_trial_joins_the_outputs_of_its_folds(in_folds: Inputs, tmp_path: Path
 
 def test_each_fold_has_its_own_connections(in_folds: Inputs) -> None:
     """The first fold's selection has seen what the others are validated on."""
-    first, second, _ = (select_here(fold, 1) for fold in in_folds.folds)
+    first, second, _ = (select_locally(fold, 1) for fold in in_folds.folds)
     assert any(not np.array_equal(first[name].index_M, second[name].index_M) for name in first)
 
 

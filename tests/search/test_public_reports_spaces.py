@@ -218,7 +218,7 @@ def test_plan_and_run_select_with_one_thread_and_write_the_same_file(
     try:
         plan_task(tiny_task, tmp_path)
         inputs = open_inputs(tiny_task, tmp_path / "data" / tiny_task.name)
-        assert selection_stage.select_if_sooner(inputs, 3, tmp_path / "run", workers=1)
+        assert selection_stage.select_locally_if_faster(inputs, 3, tmp_path / "run", workers=1)
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)

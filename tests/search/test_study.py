@@ -36,7 +36,7 @@ from pipeline.search.study import Study
 from pipeline.search.time_limit import SearchTime, TimeLimit
 from pipeline.search.trial import recipe_key, run_trial
 from pipeline.search.trial_record import TrialJournal, TrialRecord
-from pipeline.selection import read_selection, select_here, write_selection
+from pipeline.selection import read_selection, select_locally, write_selection
 from pipeline.specs import (
     Recipe,
     SearchSpace,
@@ -207,7 +207,7 @@ def test_a_trial_leaves_the_backbone_it_shares_with_others_as_it_was(
     before = path.read_bytes()
     spec = tiny_inputs.task.backbone.model_copy(update={"weights": str(path)})
     inputs = replace(tiny_inputs, backbone=load_backbone(spec, tiny_inputs.task.input))
-    selected = select_here(inputs, 2)
+    selected = select_locally(inputs, 2)
     list(run_trial(inputs, tiny_inputs.task.recipe, selected))
     assert path.read_bytes() == before
     assert (
@@ -259,7 +259,7 @@ def test_a_study_runs_on_ray_tune(
     task = tiny_task.model_copy(update={"search": space})
     journal = TrialJournal(tmp_path / "trials")
     selection = tmp_path / "selection"
-    write_selection(select_here(tiny_inputs, 2), selection)
+    write_selection(select_locally(tiny_inputs, 2), selection)
 
     planner = SizePlanner(
         task, tiny_inputs.backbone, tiny_inputs.index.classes, read_selection(selection)

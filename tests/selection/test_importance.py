@@ -28,7 +28,7 @@ from pipeline.backbones import load_backbone
 from pipeline.data import numbered_generator, shard_batches, two_views
 from pipeline.errors import BackboneError, PackDamaged
 from pipeline.packs import Pack
-from pipeline.selection import read_selection, select_here, stage, write_selection
+from pipeline.selection import read_selection, select_locally, stage, write_selection
 from pipeline.specs import Backbone, Connections, Level, Recipe, Selection
 from pipeline.training import Inputs
 
@@ -195,7 +195,7 @@ def test_a_layer_whose_input_cannot_be_seen_is_refused(model: str, tiny_inputs: 
         BackboneError,
         match=r"cannot see the inputs of .*attn\.qkv.*choose criterion gradient or magnitude",
     ):
-        select_here(
+        select_locally(
             dataclasses.replace(
                 tiny_inputs, task=task, backbone=load_backbone(backbone, task.input)
             ),

@@ -25,7 +25,7 @@ from pipeline.adaptation.selected.topk import top_connections
 from pipeline.adaptation.sites import weight_shapes
 from pipeline.backbones import LoadedBackbone, load_backbone
 from pipeline.data import Images, numbered_generator, shard_batches, two_views
-from pipeline.selection import select_here, selection_key, supervised_contrastive_loss
+from pipeline.selection import select_locally, selection_key, supervised_contrastive_loss
 from pipeline.selection.gradient import SAVED_BYTES, _collect_gradients, gradient_sums, saved_bytes
 from pipeline.selection.losses import make_loss
 from pipeline.specs import Backbone, Input, Selection
@@ -228,7 +228,7 @@ def test_a_selection_is_the_sorted_sum_of_plain_gradients(
 ) -> None:
     inputs = inputs_with(tiny_inputs, families[family])
     expected = {name: slow_top(sums_OI.tolist(), 3) for name, sums_OI in slow_sums(inputs).items()}
-    assert ranked_columns(inputs, select_here(inputs, 3)) == expected
+    assert ranked_columns(inputs, select_locally(inputs, 3)) == expected
     assert len(expected) > 5
 
 
@@ -236,7 +236,7 @@ def test_signs_matter(tiny_inputs: Inputs) -> None:
     """Importance is |sum of g|: with the sum of |g| other connections would be chosen, so the test
     above can tell.
     """
-    assert ranked_columns(tiny_inputs, select_here(tiny_inputs, 3)) != {
+    assert ranked_columns(tiny_inputs, select_locally(tiny_inputs, 3)) != {
         name: slow_top(sums_OI.tolist(), 3)
         for name, sums_OI in slow_sums(tiny_inputs, absolute=True).items()
     }
@@ -295,8 +295,8 @@ def test_half_precision_selects_nearly_the_same(
         update={"selection": tiny_inputs.task.selection.model_copy(update={"precision": "bf16"})}
     )
     full, found = (
-        select_here(tiny_inputs, 1),
-        select_here(dataclasses.replace(tiny_inputs, task=half), 1),
+        select_locally(tiny_inputs, 1),
+        select_locally(dataclasses.replace(tiny_inputs, task=half), 1),
     )
     same = (
         torch.cat([full[name].index_M == ranked.index_M for name, ranked in found.items()])
@@ -308,7 +308,7 @@ def test_half_precision_selects_nearly_the_same(
 
 def test_the_backbone_is_left_as_it_was(tiny_inputs: Inputs) -> None:
     state = torch.get_rng_state()
-    select_here(tiny_inputs, 1)
+    select_locally(tiny_inputs, 1)
     assert torch.equal(torch.get_rng_state(), state)
     assert all(
         parameter.grad is None and not parameter.requires_grad

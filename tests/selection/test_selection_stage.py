@@ -13,7 +13,13 @@ import pytest
 import torch
 
 from pipeline.errors import DataError
-from pipeline.selection import read_selection, select, select_here, select_if_sooner, stage
+from pipeline.selection import (
+    read_selection,
+    select,
+    select_locally,
+    select_locally_if_faster,
+    stage,
+)
 from pipeline.selection.stage import died_each_time
 from pipeline.specs import Selection, Task
 from pipeline.training import Inputs
@@ -33,11 +39,11 @@ def test_three_workers_write_the_file_that_one_process_writes(
 ) -> None:
     path = select(tiny_task, tiny_data, TOP_K, tmp_path / "three" / "selection", workers=3)
     here = tmp_path / "here" / "selection"
-    assert select_if_sooner(tiny_inputs, TOP_K, here, workers=1)
+    assert select_locally_if_faster(tiny_inputs, TOP_K, here, workers=1)
     assert path.read_bytes() == here.read_bytes()
     for each in (path, here):
         assert list(each.parent.iterdir()) == [each], "nothing is left beside the file"
-    expected, found = select_here(tiny_inputs, TOP_K), read_selection(path)
+    expected, found = select_locally(tiny_inputs, TOP_K), read_selection(path)
     assert expected.keys() == found.keys()
     assert all(
         torch.equal(a, b)
@@ -54,7 +60,7 @@ def test_workers_select_by_activation_over_the_network(
         update={"selection": Selection(criterion="activation", level="network")}
     )
     path = select(task, tiny_data, TOP_K, tmp_path / "selection", workers=2)
-    assert select_if_sooner(
+    assert select_locally_if_faster(
         dataclasses.replace(tiny_inputs, task=task), TOP_K, tmp_path / "here", workers=1
     )
     assert path.read_bytes() == (tmp_path / "here").read_bytes()
@@ -68,13 +74,13 @@ def test_a_small_selection_is_made_here_and_a_large_one_is_left_to_workers(
     torch.set_num_threads(2)
     try:
         monkeypatch.setattr(stage, "GROUP_SECONDS", 0)
-        assert not select_if_sooner(tiny_inputs, TOP_K, path, workers=2)
+        assert not select_locally_if_faster(tiny_inputs, TOP_K, path, workers=2)
         assert not path.exists()
-        assert select_if_sooner(tiny_inputs, TOP_K, path, workers=1), "one worker is never sooner"
+        assert select_locally_if_faster(tiny_inputs, TOP_K, path, workers=1), "never slower"
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(threads)
-    expected, found = select_here(tiny_inputs, TOP_K), read_selection(path)
+    expected, found = select_locally(tiny_inputs, TOP_K), read_selection(path)
     assert all(
         torch.equal(a, b)
         for name in expected
@@ -82,7 +88,7 @@ def test_a_small_selection_is_made_here_and_a_large_one_is_left_to_workers(
     )
     assert [entry.name for entry in path.parent.iterdir()] == ["selection"]
     monkeypatch.setattr(stage, "GROUP_SECONDS", 60)
-    assert select_if_sooner(tiny_inputs, TOP_K, path, workers=2)
+    assert select_locally_if_faster(tiny_inputs, TOP_K, path, workers=2)
 
 
 @pytest.mark.usefixtures("local_ray")

@@ -19,7 +19,7 @@ from pipeline.adaptation.packing import SizePlanner, from_pack
 from pipeline.adaptation.selected.ranking import kept_at, kept_indices
 from pipeline.adaptation.sites import weight_shapes
 from pipeline.packs import ledger, pack_to_bytes, read_pack
-from pipeline.selection import select_here, stage
+from pipeline.selection import select_locally, stage
 from pipeline.specs import Connections, Level, Recipe
 
 every_criterion = pytest.mark.parametrize("criterion", CRITERIA)
@@ -86,7 +86,7 @@ def test_it_repeats_whatever_was_drawn_before(
     torch.manual_seed(99)
     state = torch.get_rng_state()
     assert same(
-        select_here(open_with(family, criterion, "network"), TOP_K),
+        select_locally(open_with(family, criterion, "network"), TOP_K),
         selected(family, criterion, "network"),
     )
     assert torch.equal(torch.get_rng_state(), state)

@@ -28,7 +28,7 @@ pytest.importorskip("webdataset", reason="shards are written with webdataset")
 from pipeline.adaptation import RankedIndices, SelectedIndex, attach
 from pipeline.adaptation.packing import from_pack
 from pipeline.packs import Pack, read_pack
-from pipeline.selection import select_here, stage
+from pipeline.selection import select_locally, stage
 from pipeline.serving.predictor import Predictor
 from pipeline.specs import Level, Recipe, Task
 from pipeline.training import Inputs, Ranks, evaluate, loop, open_inputs
@@ -72,7 +72,7 @@ def device(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="module")
 def selected(tiny_inputs: Inputs) -> dict[str, RankedIndices]:
-    return select_here(tiny_inputs, 2)
+    return select_locally(tiny_inputs, 2)
 
 
 @pytest.fixture(scope="module")
@@ -384,7 +384,7 @@ def fit_on_rank(
         result = fit(
             inputs,
             make_recipe("default", precision="bf16"),
-            select_here(inputs, 2),
+            select_locally(inputs, 2),
             folder,
             device=device,
             ranks=ranks,

@@ -13,7 +13,7 @@ import torch
 
 from pipeline.adaptation import RankedIndices
 from pipeline.errors import StorageError
-from pipeline.selection import select_here
+from pipeline.selection import select_locally
 from pipeline.specs import Recipe
 from pipeline.training import Inputs, loop
 from pipeline.training import fit as fit_module
@@ -40,7 +40,7 @@ class Killed(Exception):
 
 @pytest.fixture(scope="module")
 def selected(tiny_inputs: Inputs) -> dict[str, RankedIndices]:
-    return select_here(tiny_inputs, 2)
+    return select_locally(tiny_inputs, 2)
 
 
 @pytest.fixture

@@ -25,7 +25,7 @@ from pipeline.data import prepare, shards
 from pipeline.errors import ClusterError
 from pipeline.kinds import Score
 from pipeline.search.trial import run_trial
-from pipeline.selection import select_here
+from pipeline.selection import select_locally
 from pipeline.specs import Recipe, Task
 from pipeline.training import ALONE, Inputs, Ranks, evaluate, loop, open_inputs
 from pipeline.training import fit as fit_module
@@ -99,8 +99,9 @@ def gradients(
             "training": {"precision": "fp32"},
         }
     )
+    selected = select_locally(inputs, 2)
     model = attach(
-        inputs.backbone, recipe, len(inputs.index.classes), selected=select_here(inputs, 2), seed=3
+        inputs.backbone, recipe, len(inputs.index.classes), selected=selected, seed=3
     ).train()
     optimiser = torch.optim.SGD(model.values.parameters(), lr=0.01)
     reader, samples, steps = inputs.reader("train"), inputs.splits["train"].samples, []
@@ -215,7 +216,7 @@ def counted_fit(
             "Checkpoint",
             functools.partial(Checkpoint, every_seconds=0, cost_share=math.inf),
         )
-        fit(inputs, Recipe.model_validate(RECIPE), select_here(inputs, 2), folder, ranks=ranks)
+        fit(inputs, Recipe.model_validate(RECIPE), select_locally(inputs, 2), folder, ranks=ranks)
     return taken
 
 

@@ -16,7 +16,7 @@ from pipeline.adaptation import attach
 from pipeline.errors import OutOfMemory
 from pipeline.inputs.out_of_memory import named_out_of_memory
 from pipeline.search.trial import run_trial
-from pipeline.selection import select_here
+from pipeline.selection import select_locally
 from pipeline.specs import Recipe
 from pipeline.training import Inputs, evaluate, loop, train_epochs
 
@@ -36,7 +36,7 @@ def trained(inputs: Inputs, device: str, epochs: int, **changes: Any) -> Counter
         {**RECIPE, "training": {**RECIPE["training"], "epochs": epochs, **changes}}
     )  # type: ignore[dict-item]
     model = attach(
-        inputs.backbone, recipe, len(inputs.index.classes), selected=select_here(inputs, 2)
+        inputs.backbone, recipe, len(inputs.index.classes), selected=select_locally(inputs, 2)
     ).to(device)
     with standin_device.counted() as counts:
         for _ in train_epochs(
@@ -81,7 +81,7 @@ def test_an_evaluation_copies_each_batch_once_there_and_its_answers_back(
         tiny_inputs.backbone,
         recipe,
         len(tiny_inputs.index.classes),
-        selected=select_here(tiny_inputs, 2),
+        selected=select_locally(tiny_inputs, 2),
     ).to(standin)
     with standin_device.counted() as counts:
         evaluate(
@@ -98,7 +98,7 @@ def test_an_evaluation_copies_each_batch_once_there_and_its_answers_back(
 
 
 def test_a_trial_gives_all_its_memory_back(standin: str, tiny_inputs: Inputs) -> None:
-    selected, recipe = select_here(tiny_inputs, 2), Recipe.model_validate(RECIPE)
+    selected, recipe = select_locally(tiny_inputs, 2), Recipe.model_validate(RECIPE)
     list(run_trial(tiny_inputs, recipe, selected, device=standin))  # tables of levels are kept
     before = standin_device.allocated_bytes()
     for _ in run_trial(tiny_inputs, recipe, selected, device=standin):
@@ -109,7 +109,7 @@ def test_a_trial_gives_all_its_memory_back(standin: str, tiny_inputs: Inputs) ->
 def test_passes_are_halved_to_the_memory_there_is_and_what_does_not_suffice_is_named(
     standin: str, tiny_inputs: Inputs, caplog: pytest.LogCaptureFixture
 ) -> None:
-    selected = select_here(tiny_inputs, 2)
+    selected = select_locally(tiny_inputs, 2)
 
     def train() -> None:
         with named_out_of_memory(tiny_inputs.task, 32, standin):

@@ -24,7 +24,7 @@ from pipeline.backbones import fingerprint
 from pipeline.errors import TrainingError
 from pipeline.kinds import Outcomes, Score, metric_named, score
 from pipeline.packs import pack_to_bytes, read_pack
-from pipeline.selection import select_here
+from pipeline.selection import select_locally
 from pipeline.specs import Connections, Recipe, Training
 from pipeline.training import Inputs, evaluate, train_epochs
 from pipeline.training import fit as fit_module
@@ -36,7 +36,7 @@ Selected = dict[str, RankedIndices]
 
 @pytest.fixture(scope="module")
 def selected(tiny_inputs: Inputs) -> Selected:
-    return select_here(tiny_inputs, 2)
+    return select_locally(tiny_inputs, 2)
 
 
 def attached(

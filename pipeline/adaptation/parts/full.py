@@ -58,7 +58,7 @@ class TunedNetwork(nn.Module, WeightChange):
 
 def changes(parameters: Mapping[str, nn.Parameter], owner: str, bits: Bits) -> list[PlannedTensor]:
     """A tensor per parameter, by name within its owner: a kernel is one matrix
-    [out, in * kh * kw], with one mean and one sd below 16 bits.
+    [out, in * kh * kw], with one mean and one std below 16 bits.
     """
     shapes = {
         name: (parameter.flatten(1) if parameter.ndim > 2 else parameter).shape

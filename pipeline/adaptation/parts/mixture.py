@@ -166,10 +166,11 @@ class Mixture(torch.autograd.Function):
             )
             # Each probability times its gradient: hidden_EHT has the gates in it, which are the
             # probabilities of the chosen and zero for the others.
-            worth_ET = (hidden_gradient * hidden_EHT).sum(dim=1, dtype=routes.gates_ET.dtype)
-            worth_ET.addcmul_(routes.probabilities_ET, gradient_E[:, None] / len(x_TD))
+            grads_EHT = hidden_gradient * hidden_EHT
+            weighted_grad_ET = grads_EHT.sum(dim=1, dtype=routes.gates_ET.dtype)
+            weighted_grad_ET.addcmul_(routes.probabilities_ET, gradient_E[:, None] / len(x_TD))
             read_gradient[len(up_XD) :], embeddings_gradient = _through_router(
-                worth_ET, routes, embeddings_ER, ctx.temperature
+                weighted_grad_ET, routes, embeddings_ER, ctx.temperature
             )
         rows_gradient = read_gradient @ x_TD
         down_gradient = rows_gradient[: len(up_XD)].view(*hidden_EHT.shape[:2], -1)
@@ -190,14 +191,13 @@ class Mixture(torch.autograd.Function):
 
 
 def _through_router(
-    worth_ET: torch.Tensor, routes: Routes, embeddings_ER: torch.Tensor, temperature: float
+    weighted_grad_ET: torch.Tensor, routes: Routes, embeddings_ER: torch.Tensor, temperature: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Gradients of the projected tokens [R, T] and of the embeddings [E, R], from each probability
     times its gradient.
     """
-    score_ET = torch.addcmul(
-        worth_ET, routes.probabilities_ET, worth_ET.sum(dim=0, keepdim=True), value=-1
-    )
+    total_T = weighted_grad_ET.sum(dim=0, keepdim=True)
+    score_ET = torch.addcmul(weighted_grad_ET, routes.probabilities_ET, total_T, value=-1)
     token_gradient = _through_normalisation(
         routes.scaled_experts_ER.T @ score_ET, routes.directions_RT, routes.norms_1T, dim=0
     )

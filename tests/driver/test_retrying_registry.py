@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from pipeline.cluster.task_pool import TaskPool
-from pipeline.driver import registrar as registrar_module
-from pipeline.driver.registrar import Registrar
+from pipeline.driver import retrying_registry as retrying_module
+from pipeline.driver.retrying_registry import RetryingRegistry
 from pipeline.errors import RegistryError, RegistryUnreachable
 from pipeline.registry.pack_record import Champion
 
@@ -55,9 +55,9 @@ class Server:
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registrar_module, "_LOOK_SECONDS", 0.01)
-    monkeypatch.setattr(registrar_module, "FIRST_PAUSE_SECONDS", 0.01)
-    monkeypatch.setattr(registrar_module, "LONGEST_PAUSE_SECONDS", 0.05)
+    monkeypatch.setattr(retrying_module, "_LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(retrying_module, "FIRST_PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr(retrying_module, "LONGEST_PAUSE_SECONDS", 0.05)
 
 
 def run(
@@ -67,13 +67,13 @@ def run(
     something before it registers.
     """
     pool, remarks = TaskPool(lambda: 1), []
-    registrar = Registrar(server, pool, patience_seconds)  # type: ignore[arg-type]
+    registry = RetryingRegistry(server, pool, patience_seconds)  # type: ignore[arg-type]
 
     def work(task: str) -> Any:
         if task == "last":
             last()
         try:
-            return registrar.register(champion(task), remarks.append)
+            return registry.register(champion(task), remarks.append)
         except RegistryError as error:
             return error
 

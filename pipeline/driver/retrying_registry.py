@@ -27,7 +27,7 @@ LONGEST_PAUSE_SECONDS = 60
 _LOOK_SECONDS = 0.5
 
 
-class Registrar:
+class RetryingRegistry:
     """The only caller of `registry.register`, from any thread."""
 
     def __init__(
