@@ -23,7 +23,7 @@ from machine import describe_machine
 from pages import table
 
 from pipeline.packs import Pack, PackInput, ledger, pack_to_bytes, read_pack
-from pipeline.serving import load_predictor
+from pipeline.serving.predictor import load_predictor
 
 RESULTS = Path(__file__).parent / "results"
 PROJECT = Path(__file__).parent.parent

@@ -156,24 +156,11 @@ def tracking_server(folder: Path, *, auth_cache_seconds: int = 60) -> Iterator[T
         )
         settings.write_text(auth)
         port = free_port()
-        options = [
-            "--host",
-            "127.0.0.1",
-            "--port",
-            str(port),
-            "--workers",
-            "1",
-            "--app-name",
-            "basic-auth",
-            "--allowed-hosts",
-            f"127.0.0.1:{port}",
-        ]
-        stores = [
-            "--backend-store-uri",
-            database_uri,
-            "--artifacts-destination",
-            f"s3://{BUCKET}/mlflow",
-        ]
+        options = (
+            f"--host 127.0.0.1 --port {port} --workers 1 --app-name basic-auth"
+            f" --allowed-hosts 127.0.0.1:{port} --backend-store-uri {database_uri}"
+            f" --artifacts-destination s3://{BUCKET}/mlflow"
+        )
         secret = {
             "MLFLOW_AUTH_CONFIG_PATH": str(settings),
             "MLFLOW_AUTH_ADMIN_PASSWORD": password,
@@ -182,7 +169,7 @@ def tracking_server(folder: Path, *, auth_cache_seconds: int = 60) -> Iterator[T
         changes = {**s3, **secret, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
         mlflow = _start(
             "mlflow",
-            [sys.executable, "-m", "mlflow", "server", *options, *stores],
+            [sys.executable, "-m", "mlflow", "server", *options.split()],
             folder,
             stack,
             **changes,

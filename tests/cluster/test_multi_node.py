@@ -372,6 +372,13 @@ def server(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     server.kill()
 
 
+def check_kept(finished: dict[Path, int], workdir: Path) -> None:
+    """Nothing finished was written again; what was finished since is added to `finished`."""
+    now = written(workdir)
+    assert {path: now.get(path) for path in finished} == finished
+    finished.update(now)
+
+
 @pytest.mark.slow
 def test_a_killed_driver_and_a_registry_that_goes_and_comes_back(
     cluster: TestCluster,
@@ -391,13 +398,6 @@ def test_a_killed_driver_and_a_registry_that_goes_and_comes_back(
         given = ("run", tasks, "--workdir", workdir, "--address", cluster.address)
         return start(tmp_path / name, *given, MLFLOW_TRACKING_URI=server.address)
 
-    def check_kept() -> None:
-        now = written(workdir)
-        assert {path: now.get(path) for path in finished} == finished, (
-            "what was finished was written again"
-        )
-        finished.update(now)
-
     command = run("killed in search")
     assert wait_until(
         lambda: any(workdir.glob("studies/*/trials/*.json")) or command.process.poll() is not None
@@ -409,7 +409,7 @@ def test_a_killed_driver_and_a_registry_that_goes_and_comes_back(
         command = run("killed in fit")
         cluster.wait_for("fit", 2, command)
         command.kill()
-    check_kept()
+    check_kept(finished, workdir)
     trials, selections = len(cluster.begun("trial")), len(cluster.begun("select"))
     assert TRIALS <= trials <= TRIALS + 2, "no more was done twice than what two nodes were at"
     assert selections <= 2, "the one selection was made again at most where it was cut off"
@@ -426,7 +426,7 @@ def test_a_killed_driver_and_a_registry_that_goes_and_comes_back(
     server.start()
     answer = command.end()
     assert answer.code == 0, command.said()
-    check_kept()
+    check_kept(finished, workdir)
     assert cluster.counts() == {"select": selections, "trial": trials, "fit": 4}, (
         "the last run searched nothing and did the two lost fits again"
     )

@@ -34,7 +34,7 @@ from pipeline.driver.stages import no_progress
 from pipeline.registry.pack_record import RegisteredPack
 from pipeline.search.proposer import make_proposer
 from pipeline.search.study import Study
-from pipeline.search.trial_record import TrialJournal
+from pipeline.search.trial_record import TrialJournal, TrialRecord
 from pipeline.specs import Recipe, SearchSpace, Task
 from pipeline.utils.durations import duration
 from pipeline.utils.redaction import without_secrets
@@ -209,9 +209,8 @@ def pack(task: str) -> RegisteredPack:
     )
 
 
-def test_a_batch_is_logged_event_by_event_and_its_state_kept(
-    tiny_task: Task, tmp_path: Path
-) -> None:
+def watched_batch(tiny_task: Task, tmp_path: Path) -> TrialRecord:
+    """The best trial of a batch of two tasks, one of which fails; its state is copied."""
     told: list[tuple] = []
     with BatchWatch(
         tmp_path,
@@ -235,6 +234,11 @@ def test_a_batch_is_logged_event_by_event_and_its_state_kept(
         watch.registered("tiny", study.records[1].id, pack("tiny"))
         watch.progress("tiny", "done", 1.0, "")
     assert len(told) == 6
+    return study.records[1]
+
+
+def test_a_batch_is_logged_event_by_event(tiny_task: Task, tmp_path: Path) -> None:
+    best = watched_batch(tiny_task, tmp_path)
     found = read_events(tmp_path)
     assert {event["batch"] for event in found} == {"b.1"}
     assert [(event["event"], event.get("stage")) for event in found] == [
@@ -248,7 +252,7 @@ def test_a_batch_is_logged_event_by_event_and_its_state_kept(
     ]
     trial = found[6]
     assert (trial["trial"], trial["size_bytes"], trial["val_metric"], trial["epochs"]) == (
-        study.records[1].id,
+        best.id,
         2000,
         0.7,
         2,
@@ -261,6 +265,9 @@ def test_a_batch_is_logged_event_by_event_and_its_state_kept(
         + (tmp_path / "state.json").read_text()
     )
 
+
+def test_the_state_of_a_batch_is_kept_and_copied(tiny_task: Task, tmp_path: Path) -> None:
+    watched_batch(tiny_task, tmp_path)
     state = read_state(tmp_path)
     assert state is not None
     assert state == parse_state(json.loads((tmp_path / "copy.json").read_text()))

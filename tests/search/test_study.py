@@ -243,6 +243,16 @@ def test_tunes_messages_become_records(tmp_path: Path) -> None:
     assert list(TrialJournal(tmp_path).read()) == [study.proposals[0].id]
 
 
+def check_complete(record: TrialRecord, journal: TrialJournal, inputs: Inputs) -> None:
+    """A complete trial, whose kept outputs give its metric."""
+    assert (record.state, record.val_metric) == ("complete", record.curve[-1])
+    assert record.seconds > 0
+    outcomes = journal.outcomes(record.id)
+    assert outcomes is not None
+    assert inputs.metric.value(outcomes) == pytest.approx(record.val_metric)
+    assert (outcomes.targets == inputs.splits["val"].labels).all()
+
+
 @pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::DeprecationWarning")
 @pytest.mark.usefixtures("local_ray")
 def test_a_study_runs_on_ray_tune(
@@ -289,16 +299,9 @@ def test_a_study_runs_on_ray_tune(
             assert each.state == "failed"
             assert "with learning rate 1e+30" in each.message
         else:
-            curve = tuple(
-                found.value
-                for found, _ in run_trial(tiny_inputs, recipe, read_selection(selection))
-            )
-            assert (each.state, each.curve, each.val_metric) == ("complete", curve, curve[-1])
-            assert each.seconds > 0
-            outcomes = journal.outcomes(each.id)
-            assert outcomes is not None
-            assert tiny_inputs.metric.value(outcomes) == pytest.approx(each.val_metric)
-            assert (outcomes.targets == tiny_inputs.splits["val"].labels).all()
+            found = run_trial(tiny_inputs, recipe, read_selection(selection))
+            assert each.curve == tuple(score.value for score, _ in found)
+            check_complete(each, journal, tiny_inputs)
     assert journal.read() == {each.id: each for each in records}
     assert sorted(path.name for path in journal.folder.iterdir()) == sorted(
         f"{each.id}.{extension}"
