@@ -93,13 +93,13 @@ def _train_and_pack(backbone: LoadedBackbone, task: Task, recipe: Recipe) -> Non
         selected=_first_indices(backbone, recipe),
         keeps_trunk=recipe.training.repeats_images,
     )
+    images = torch.from_numpy(backbone.takes.probe(PROBES))
+    if model.keeps_trunk:
+        _check_trunk(model.eval(), images)
     dtype = computing_dtype(recipe.training.precision, "cpu")
     model.compute_in(dtype)
     model.train()
-    images = torch.from_numpy(backbone.takes.probe(PROBES))
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
-        if model.keeps_trunk:
-            _check_trunk(model, images)
         logits = model(images)
     kind = kind_named(task.kind)
     targets = _targets(kind, backbone)

@@ -18,7 +18,7 @@ from pipeline.errors import BackboneError
 from pipeline.kinds import score
 from pipeline.packs import pack_to_bytes, read_pack
 from pipeline.specs import Backbone, Input, Recipe, SearchSpace, Selection, Task
-from pipeline.training import Inputs, evaluate, train_epochs
+from pipeline.training import Inputs, evaluate, rehearsal, train_epochs
 from pipeline.training.rehearsal import rehearse
 
 CLASSES = ["a", "b", "c"]
@@ -181,12 +181,20 @@ def test_a_network_that_cannot_be_cut_is_refused_before_a_study(
 ) -> None:
     """As if another tensor crossed the cut."""
     recipe = late(tiny_inputs.backbone, 1, {"adapter": {}})
-    reached = AdaptedModel.inputs_of
+    inputs_of = AdaptedModel.inputs_of
     monkeypatch.setattr(
-        AdaptedModel, "inputs_of", lambda model, images: torch.zeros_like(reached(model, images))
+        AdaptedModel, "inputs_of", lambda model, images: torch.zeros_like(inputs_of(model, images))
     )
     with pytest.raises(BackboneError, match=r"from_block: later blocks read more of the earlier"):
         rehearse(tiny_inputs, recipe)
+
+
+def test_a_late_recipe_is_rehearsed_in_bfloat16(
+    tiny_inputs: Inputs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.utils.devices.has_bf16_units", lambda device: True)
+    monkeypatch.setattr(rehearsal, "_rehearsed", set())
+    rehearse(tiny_inputs, late(tiny_inputs.backbone, 1, {"adapter": {"dropout": 0.5}}))
 
 
 def test_the_first_block_can_be_searched() -> None:

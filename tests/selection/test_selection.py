@@ -386,7 +386,8 @@ def test_a_batch_in_pieces_has_the_gradients_of_the_whole(
         "two views, passed twice"
     )
     for name, sum_OI in whole.items():
-        torch.testing.assert_close(in_pieces[name], sum_OI, rtol=1e-4, atol=1e-7)
+        rounding = 1e-5 * float(sum_OI.max())
+        torch.testing.assert_close(in_pieces[name], sum_OI, rtol=1e-4, atol=rounding)
 
 
 def test_saved_bytes_are_those_of_the_formula() -> None:
