@@ -20,7 +20,6 @@ from pipeline.adaptation.sites import tunable_layers
 from pipeline.adaptation.trunk import Trunk
 from pipeline.adaptation.watched import learnt_once
 from pipeline.backbones import LoadedBackbone
-from pipeline.backbones.point_transformer import PointTransformer
 from pipeline.specs import Recipe
 
 _REPLACING = (Stage.WEIGHTS, Stage.NORMS)
@@ -36,11 +35,9 @@ class MixedNetwork:
             tensor.data = tensor.data.clone(
                 memory_format=torch.contiguous_format
             )  # written to in every pass
-        self._backbone, self._trunks = backbone, dict[int, Trunk]()
+        self._backbone, self._trunks = backbone, dict[int, Trunk | None]()
         self._network = SharedNetwork(Site(backbone, Recipe()), model.eval())
         self._normalise = backbone.takes.normaliser().to(device)
-        # Later blocks of a point transformer read the groups' positions, too.
-        self._has_trunks = not isinstance(backbone.model, PointTransformer)
         order = sorted(PARTS.values(), key=lambda part: (part.stage not in _REPLACING, part.stage))
         self._gives_maps = backbone.gives_maps
         mixes = not backbone.gives_maps and keeps_samples_together(backbone)
@@ -114,7 +111,7 @@ class MixedNetwork:
         rows = torch.tensor([distinct.index(each) for each in sources], device=images.device)
         inputs = self._normalise(images[torch.tensor(distinct)])
         first_block = min(pack.from_block for pack in batch.packs)
-        is_shared = len(distinct) < len(sources) and first_block > 0 and self._has_trunks
+        is_shared = len(distinct) < len(sources) and first_block > 0
         trunk = self._trunk(first_block) if is_shared else None
         reached = inputs if trunk is None else trunk.reach(self._network.model, inputs)
         self._network.batch = batch
@@ -127,10 +124,16 @@ class MixedNetwork:
             self._network.batch = None
         return mixed_logits(features, [pack.parts["head"] for pack in batch.packs], batch.owners)
 
-    def _trunk(self, first_block: int) -> Trunk:
-        """The blocks before one, as a part of the network that can be computed alone."""
+    def _trunk(self, first_block: int) -> Trunk | None:
+        """The blocks before one, as a part of the network that can be computed alone; None where
+        later blocks read more of them than the output of the last one.
+        """
         if first_block not in self._trunks:
-            self._trunks[first_block] = Trunk(self._network.model, self._backbone, first_block)
+            trunk = Trunk(self._network.model, self._backbone, first_block)
+            samples = self._backbone.takes.noise(1).to(
+                next(self._network.model.parameters()).device
+            )
+            self._trunks[first_block] = trunk if trunk.fits(self._network.model, samples) else None
         return self._trunks[first_block]
 
 

@@ -25,6 +25,8 @@ from pipeline.backbones import LoadedBackbone
 from pipeline.utils.byte_cache import ByteCache
 
 KEPT_BYTES = 2 << 30
+FITS = 1e-3
+"""Share of the largest output that rounding may change."""
 KEPT: ByteCache[str, torch.Tensor] = ByteCache()
 """The outputs that this process keeps, of all its trunks, up to KEPT_BYTES: successive trials of a
 study share them."""
@@ -150,6 +152,16 @@ class Trunk:
         reached, self._reached = self._reached, None
         assert reached is not None
         return reached
+
+    def fits(self, network: Callable[[torch.Tensor], torch.Tensor], samples: torch.Tensor) -> bool:
+        """Whether a pass that goes on from the trunk's outputs gives what a whole one gives.
+
+        It does not where later blocks read more of the earlier ones than the output of the last
+        one: those of a point transformer read the groups' positions.
+        """
+        whole = network(samples)
+        resumed = self.resume(network, self.reach(network, samples))
+        return torch.allclose(whole, resumed, rtol=0, atol=FITS * float(whole.abs().max()))
 
     @torch.inference_mode(False)
     @torch.no_grad()

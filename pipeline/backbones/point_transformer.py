@@ -140,7 +140,7 @@ class PointTransformer(nn.Module):
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Which block a parameter belongs to, as timm's models say it."""
         return {
-            "stem": r"^(encoder|pos_embed|\w+_token|\w+_pos)",
+            "stem": r"^(?:encoder|pos_embed|\w+_token|\w+_pos)",
             "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))],
         }
 

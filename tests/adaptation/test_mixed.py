@@ -9,6 +9,7 @@ import pytest
 import torch
 from helpers_backbones import SWIN_V2
 from helpers_mixed import moved_pack
+from helpers_points import ARGUMENTS, POINT_BACKBONE, SOLIDS
 
 from pipeline.adaptation import SelectedIndex
 from pipeline.adaptation.flat import FlatPack, flatten
@@ -20,7 +21,7 @@ from pipeline.adaptation.sites import tunable_layers
 from pipeline.adaptation.unpacking import decode
 from pipeline.backbones import LoadedBackbone, load_backbone
 from pipeline.packs import Pack
-from pipeline.specs import Backbone, Recipe, Selection, Task
+from pipeline.specs import Backbone, Input, Recipe, Selection, Task
 
 Select = Callable[..., SelectedIndex]
 Mix = Callable[..., None]
@@ -279,9 +280,11 @@ def test_late_packs_of_one_image_share_the_blocks_before(
     )
     owners = [owner for owner in range(len(packs)) for _ in images]
     sources = list(range(len(images))) * len(packs)
-    for _ in range(2):  # the second time, the trunk is known
+    for number in range(3):
         rows.clear()
         found = network.logits(images, flat(packs, backbone), owners, sources)
+        if number == 0:  # the trunk is tried, too
+            continue
         assert sorted(rows) == [3, 2 * len(images)], "three images for all late packs, others each"
         for owner, pack in enumerate(packs):
             with torch.inference_mode():
@@ -290,3 +293,20 @@ def test_late_packs_of_one_image_share_the_blocks_before(
             torch.testing.assert_close(
                 torch.stack([found[at] for at in mine]), expected, rtol=1e-5, atol=1e-4
             )
+
+
+def test_late_packs_of_clouds_pass_whole_because_later_blocks_read_the_positions(
+    tiny_task: Task, random_selection: Select
+) -> None:
+    deep = POINT_BACKBONE.model_copy(update={"arguments": {**ARGUMENTS, "depth": 4}})
+    backbone = load_backbone(deep, Input())
+    task = Task.model_validate({**SOLIDS, "backbone": deep})
+    recipes = [{"adapter": {}, "from_block": 1}, {"lora": {}, "from_block": 1}]
+    packs = [moved_pack(backbone, task, recipe) for recipe in recipes]
+    clouds, network = backbone.takes.noise(2).half(), MixedNetwork(backbone)
+    found = network.logits(clouds, flat(packs, backbone), [0, 0, 1, 1], [0, 1, 0, 1])
+    for owner, pack in enumerate(packs):
+        with torch.inference_mode():
+            expected = from_pack(pack, backbone)(clouds)
+        mine = torch.stack(found[2 * owner : 2 * owner + 2])
+        torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-4)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
+from helpers_points import ARGUMENTS, POINT_BACKBONE, SOLIDS
 from pydantic import ValidationError
 
 from pipeline.adaptation import AdaptedModel, RankedIndices, attach, plan
@@ -14,11 +16,12 @@ from pipeline.adaptation.depth import blocks_of
 from pipeline.adaptation.packing import SizePlanner, describe, from_pack, to_pack
 from pipeline.adaptation.trunk import KEPT
 from pipeline.backbones import LoadedBackbone, fingerprint, load_backbone
+from pipeline.data import prepare
 from pipeline.errors import BackboneError
 from pipeline.kinds import score
 from pipeline.packs import pack_to_bytes, read_pack
-from pipeline.specs import Backbone, Input, Recipe, SearchSpace, Selection, Task
-from pipeline.training import Inputs, evaluate, rehearsal, train_epochs
+from pipeline.specs import Backbone, Input, Recipe, SearchSpace, Selection, Task, Training
+from pipeline.training import Inputs, evaluate, open_inputs, rehearsal, train_epochs
 from pipeline.training.rehearsal import rehearse
 
 CLASSES = ["a", "b", "c"]
@@ -195,6 +198,19 @@ def test_a_late_recipe_is_rehearsed_in_bfloat16(
     monkeypatch.setattr("pipeline.utils.devices.has_bf16_units", lambda device: True)
     monkeypatch.setattr(rehearsal, "_rehearsed", set())
     rehearse(tiny_inputs, late(tiny_inputs.backbone, 1, {"adapter": {"dropout": 0.5}}))
+
+
+def test_a_point_transformer_cannot_be_cut_because_its_blocks_read_positions(
+    tmp_path: Path,
+) -> None:
+    deep = POINT_BACKBONE.model_copy(update={"arguments": {**ARGUMENTS, "depth": 4}})
+    recipe = Recipe.model_validate({"adapter": {}, "from_block": 1})
+    task = Task.model_validate({**SOLIDS, "backbone": deep, "recipe": recipe})
+    prepare(task, tmp_path)
+    inputs = open_inputs(task, tmp_path)
+    with pytest.raises(BackboneError, match=r"from_block: later blocks read more of the earlier"):
+        rehearse(inputs, recipe)
+    rehearse(inputs, recipe.changed(training=Training(augment="light")))
 
 
 def test_the_first_block_can_be_searched() -> None:
