@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pipeline.data.faults import Faults
+from pipeline.data.images import Images
 from pipeline.data.index import SplitName
+from pipeline.data.modality import Modality
 from pipeline.data.quoting import shortened_path
 from pipeline.data.sources import SourceSample, read_file, stamp_of
 from pipeline.data.urls import fetch, is_url, sha256_hex
@@ -30,14 +32,16 @@ class Entry(NamedTuple):
 
 
 def listed_samples(
-    listed: Mapping[SplitName, Sequence[Entry]], repeats: bool = False
+    listed: Mapping[SplitName, Sequence[Entry]],
+    repeats: bool = False,
+    modality: type[Modality] = Images,
 ) -> dict[SplitName, list[SourceSample]]:
-    """The samples of each split.
+    """The samples of each split; `modality` says in error messages what they are.
 
     Raises DataError if an image is missing, or is listed twice, unless in one split, with one
     label, and `repeats` allows it.
     """
-    faults, hosts = Faults(), _Hosts()
+    faults, hosts = Faults(f"{modality.noun}s"), _Hosts()
     first_use: dict[str, tuple[SplitName, Entry]] = {}
     samples: dict[SplitName, list[SourceSample]] = {split: [] for split in listed}
     for split, entries in listed.items():
@@ -45,11 +49,11 @@ def listed_samples(
             use, first = first_use.setdefault(entry.place, (split, entry))
             if first is entry:
                 with faults.gathered():
-                    samples[split].append(_sample(entry, hosts))
+                    samples[split].append(_sample(entry, hosts, modality))
             elif not (repeats and use == split and first.label == entry.label):
                 raise DataError(
                     f"{entry.where}: {shortened_path(entry.place)}: given before, at {first.where};"
-                    " give each image once"
+                    f" give each {modality.noun} once"
                 )
     faults.check()
     return samples
@@ -111,7 +115,7 @@ def _url_sample(entry: Entry, hosts: _Hosts) -> SourceSample:
     )
 
 
-def _sample(entry: Entry, hosts: _Hosts) -> SourceSample:
+def _sample(entry: Entry, hosts: _Hosts, modality: type[Modality]) -> SourceSample:
     where, place, label = entry
     if "://" in place:
         return _url_sample(entry, hosts)
@@ -121,18 +125,18 @@ def _sample(entry: Entry, hosts: _Hosts) -> SourceSample:
         advice = (
             "write / instead of \\ in paths"
             if "\\" in place
-            else "add the image, or remove it from the list"
+            else f"add the {modality.noun}, or remove it from the list"
         )
         raise DataError(
             f"{where}: {shortened_path(place)}: cannot be read ({error.strerror}); {advice}"
         ) from None
     except ValueError:  # NUL, or half a surrogate pair out of JSON
         raise DataError(
-            f"{where}: {shortened_path(place)} holds what no path can; expected the path of an"
-            " image"
+            f"{where}: {shortened_path(place)} holds what no path can; expected the path of"
+            f" {modality.a_noun}"
         ) from None
     if not stat.S_ISREG(status.st_mode):
         raise DataError(
-            f"{where}: {shortened_path(place)}: not an ordinary file; expected an image"
+            f"{where}: {shortened_path(place)}: not an ordinary file; expected {modality.a_noun}"
         )
     return SourceSample(place, stamp_of(status), label, partial(read_file, Path(place)))

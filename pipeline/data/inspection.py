@@ -69,20 +69,20 @@ class Inspection:
         """One sentence per pair of splits that share images, and per split with images that have
         two labels.
         """
-        lines = []
+        lines, noun = [], self._modality.noun
         for (split, other), pairs in self._shared.items():
             (_, name), (_, copy) = pairs[0]
-            verb = "image is" if len(pairs) == 1 else "images are"
+            verb = f"{noun} is" if len(pairs) == 1 else f"{noun}s are"
             lines.append(
                 f"{len(pairs):,} {verb} in both {split} and {other}; the first is {name}, the same"
                 f" as {copy}"
             )
         for split, conflicts in self._two_labels.items():
             (label, name), (other_label, copy) = next(iter(conflicts.values()))
-            verb = "image of {} has" if len(conflicts) == 1 else "images of {} have"
+            verb = f"{noun} of {split} has" if len(conflicts) == 1 else f"{noun}s of {split} have"
             first = (
                 f"{name} is {shown_label(label, classes)}, the same file {copy} is"
                 f" {shown_label(other_label, classes)}"
             )
-            lines.append(f"{len(conflicts):,} {verb.format(split)} two labels; the first: {first}")
+            lines.append(f"{len(conflicts):,} {verb} two labels; the first: {first}")
         return [printable(line) for line in lines]

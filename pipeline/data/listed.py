@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from pipeline.data.entries import Entry, listed_samples, located
+from pipeline.data.images import Images
 from pipeline.data.index import SplitName
 from pipeline.data.labels import (
     SINGLE,
@@ -21,6 +22,7 @@ from pipeline.data.labels import (
     sample_label,
     separate_labels,
 )
+from pipeline.data.modality import Modality
 from pipeline.data.names import class_names, numbered
 from pipeline.data.quoting import quoted
 from pipeline.data.sources import Source
@@ -28,8 +30,6 @@ from pipeline.data.text import lines_of, read_text
 from pipeline.errors import DataError
 from pipeline.kinds import TaskKind, classes_in
 from pipeline.specs import JsonData, ListsData
-
-_EXPECTED = "the names of a split's images with their labels"
 
 
 class _Pair(NamedTuple):
@@ -40,11 +40,15 @@ class _Pair(NamedTuple):
     label: Any
 
 
-def lists_source(data: ListsData, kind: TaskKind = SINGLE) -> Source:
+def lists_source(
+    data: ListsData, kind: TaskKind = SINGLE, modality: type[Modality] = Images
+) -> Source:
     """List files whose labels are the classes' numbers, from 0; several as `path 3,7`, none as
     `path []`. Raises DataError that names file and line."""
     names = _names(data)
-    listed = {split: _list_entries(file, data, kind) for split, file in _split_files(data)}
+    listed = {
+        split: _list_entries(file, data, kind, modality) for split, file in _split_files(data)
+    }
     for entries in listed.values():
         for entry in entries:
             largest = max(classes_in(entry.label), default=-1)
@@ -53,10 +57,12 @@ def lists_source(data: ListsData, kind: TaskKind = SINGLE) -> Source:
                     f"{entry.where}: label {largest} is outside the {len(names)} classes; expected"
                     f" 0 to {len(names) - 1}"
                 )
-    return Source(names, listed_samples(listed, data.repeats))
+    return Source(names, listed_samples(listed, data.repeats, modality))
 
 
-def json_source(data: JsonData, kind: TaskKind = SINGLE) -> Source:
+def json_source(
+    data: JsonData, kind: TaskKind = SINGLE, modality: type[Modality] = Images
+) -> Source:
     """JSON objects of path to label. Labels that are names, or numbers below the number of classes,
     are those classes.
 
@@ -64,7 +70,7 @@ def json_source(data: JsonData, kind: TaskKind = SINGLE) -> Source:
     Raises DataError that names file and key.
     """
     names = _names(data)
-    pairs = {split: _json_pairs(file) for split, file in _split_files(data)}
+    pairs = {split: _json_pairs(file, modality) for split, file in _split_files(data)}
     declared = None if isinstance(data.classes, int) else numbered(names)
     listed = {
         split: [
@@ -99,7 +105,7 @@ def json_source(data: JsonData, kind: TaskKind = SINGLE) -> Source:
             ]
             for split, entries in listed.items()
         }
-    return Source(names, listed_samples(listed))
+    return Source(names, listed_samples(listed, modality=modality))
 
 
 def _check_written(pairs: list[_Pair], kind: TaskKind) -> None:
@@ -144,9 +150,15 @@ def _split_files(data: ListsData | JsonData) -> Iterator[tuple[SplitName, str]]:
             yield split, located(file, data.root)
 
 
-def _list_entries(file: str, data: ListsData, kind: TaskKind) -> list[Entry]:
+def _expected(modality: type[Modality]) -> str:
+    return f"the names of a split's {modality.noun}s with their labels"
+
+
+def _list_entries(
+    file: str, data: ListsData, kind: TaskKind, modality: type[Modality]
+) -> list[Entry]:
     entries = []
-    for number, line in enumerate(lines_of(read_text(file, _EXPECTED)), start=1):
+    for number, line in enumerate(lines_of(read_text(file, _expected(modality))), start=1):
         if not line.strip():
             continue
         where = f"{file}: line {number}"
@@ -155,7 +167,7 @@ def _list_entries(file: str, data: ListsData, kind: TaskKind) -> list[Entry]:
             raise DataError(f"{where}: {quoted(path)} has no label; expected `path label`")
         entries.append(Entry(where, _image(path, data), sample_label(label[0], kind, None, where)))
     if not entries:
-        raise DataError(f"{file}: lists no images; expected lines of `path label`")
+        raise DataError(f"{file}: lists no {modality.noun}s; expected lines of `path label`")
     return entries
 
 
@@ -163,12 +175,12 @@ def _image(path: str, data: ListsData | JsonData) -> str:
     return located(path, located(data.images, data.root))
 
 
-def _json_pairs(file: str) -> list[_Pair]:
-    content = read_json(read_text(file, _EXPECTED), file, "an object of image paths and labels")
+def _json_pairs(file: str, modality: type[Modality]) -> list[_Pair]:
+    holds = f"an object of {modality.noun} paths and labels"
+    content = read_json(read_text(file, _expected(modality)), file, holds)
     if not isinstance(content, JsonObject) or not content:
         found = "an empty object" if isinstance(content, JsonObject) else type(content).__name__
         raise DataError(
-            f'{file}: holds {found}; expected an object of image paths and labels, {{"path.jpg": 0,'
-            " ...}"
+            f'{file}: holds {found}; expected {holds}, {{"path.{modality.extensions[0]}": 0, ...}}'
         )
     return [_Pair(f"{file}: {quoted(path)}", path, label) for path, label in content]

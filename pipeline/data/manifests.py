@@ -14,8 +14,10 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from pipeline.data.entries import Entry, listed_samples, located
+from pipeline.data.images import Images
 from pipeline.data.index import SplitName
 from pipeline.data.labels import SINGLE, kind_label
+from pipeline.data.modality import Modality
 from pipeline.data.quoting import listing, quoted, shortened
 from pipeline.data.sources import Source, number_names
 from pipeline.data.text import lines_of, read_text
@@ -40,7 +42,7 @@ class _Record(NamedTuple):
     fields: list[str]
 
 
-def csv_source(data: CsvData, kind: TaskKind = SINGLE) -> Source:
+def csv_source(data: CsvData, kind: TaskKind = SINGLE, modality: type[Modality] = Images) -> Source:
     """Manifests with a column of paths and one of labels; classes are the labels that occur in
     train, sorted.
 
@@ -54,7 +56,7 @@ def csv_source(data: CsvData, kind: TaskKind = SINGLE) -> Source:
         "test": data.test,
     }
     rows = {
-        split: manifest_rows(manifest, data, kind)
+        split: manifest_rows(manifest, data, kind, modality)
         for split, manifest in manifests.items()
         if manifest is not None
     }
@@ -73,10 +75,12 @@ def csv_source(data: CsvData, kind: TaskKind = SINGLE) -> Source:
         ]
         for split, found in rows.items()
     }
-    return Source(list(number), listed_samples(listed))
+    return Source(list(number), listed_samples(listed, modality=modality))
 
 
-def manifest_rows(manifest: str, data: CsvData, kind: TaskKind = SINGLE) -> list[Row]:
+def manifest_rows(
+    manifest: str, data: CsvData, kind: TaskKind = SINGLE, modality: type[Modality] = Images
+) -> list[Row]:
     """The path and the labels of each row. Raises DataError that names file and line."""
     columns = data.path_column, data.label_column
     text = read_text(manifest, f"a CSV file with the columns {' and '.join(columns)}")
@@ -91,7 +95,8 @@ def manifest_rows(manifest: str, data: CsvData, kind: TaskKind = SINGLE) -> list
     rows = [_row(record, header, columns, root, separator) for record in records]
     if not rows:
         raise DataError(
-            f"{manifest}: lists no images; expected lines with the columns {' and '.join(columns)}"
+            f"{manifest}: lists no {modality.noun}s; expected lines with the columns"
+            f" {' and '.join(columns)}"
         )
     return rows
 

@@ -85,7 +85,7 @@ def prepare(task: Task, folder: Path) -> DataIndex:
         origin = f"; it comes from {task.about.source}" if task.about.source else ""
         raise DataError(
             f"{data.root}: no such folder; expected the dataset of {task.name}, with its list of"
-            f" images for each split{origin}"
+            f" {modality.noun}s for each split{origin}"
         )
     try:
         index = (
@@ -139,11 +139,11 @@ def _source(data: _WrittenData, kind: TaskKind, modality: type[Modality]) -> Sou
         case FolderData():
             source = folder_source(data, modality).labelled_as(kind)
         case CsvData():
-            source = csv_source(data, kind)
+            source = csv_source(data, kind, modality)
         case ListsData():
-            source = lists_source(data, kind)
+            source = lists_source(data, kind, modality)
         case JsonData():
-            source = json_source(data, kind)
+            source = json_source(data, kind, modality)
         case MasksData():
             source = masks_source(data)
         case CocoData():

@@ -113,11 +113,13 @@ def number_names(names: Mapping[SplitName, Sequence[str]], what: str) -> dict[st
     return number
 
 
-def _number_classes(labelled: dict[SplitName, list[tuple[Path, str]]], what: str) -> Source:
+def _number_classes(
+    labelled: dict[SplitName, list[tuple[Path, str]]], what: str, noun: str
+) -> Source:
     """Samples with their classes as numbers. Raises DataError like `number_names`, or if an image
     is listed twice.
     """
-    check_used_once(labelled)
+    check_used_once(labelled, noun)
     number = number_names(
         {split: [name for _, name in samples] for split, samples in labelled.items()}, what
     )
@@ -130,15 +132,17 @@ def _number_classes(labelled: dict[SplitName, list[tuple[Path, str]]], what: str
     )
 
 
-def check_used_once(used: Mapping[SplitName, Sequence[tuple[Path, object]]]) -> None:
-    """Raise DataError if an image is given twice."""
+def check_used_once(
+    used: Mapping[SplitName, Sequence[tuple[Path, object]]], noun: str = "image"
+) -> None:
+    """Raise DataError if a sample, which is called `noun`, is given twice."""
     first_use: dict[Path, str] = {}
     for split, samples in used.items():
         for path, _ in samples:
             if path in first_use:
                 raise DataError(
                     f"{path}: given in {split}, and before that in {first_use[path]}; give each"
-                    " image once"
+                    f" {noun} once"
                 )
             first_use[path] = split
 
@@ -158,7 +162,7 @@ def folder_source(data: FolderData, modality: type[Modality] = Images) -> Source
         if folder is not None
     }
     faults.check()
-    return _number_classes(labelled, "class folders")
+    return _number_classes(labelled, "class folders", modality.noun)
 
 
 # --- scikit-learn's digits ------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.errors import RegistryError, RegistryUnreachable, TaskpackError, named
+from pipeline.errors import BackboneError, RegistryError, RegistryUnreachable, TaskpackError, named
 from pipeline.packs import read_pack
 from pipeline.registry.pack_record import RegisteredPack
 from pipeline.registry.store import open_registry
@@ -43,6 +43,11 @@ class Engine:
                 " `taskpack run`"
             )
         first = read_pack(self.catalogue.read(tasks[0]))
+        if first.metadata.modality != "images":
+            raise BackboneError(
+                f"{tasks[0]}: its backbone takes {first.metadata.modality}, and the server takes"
+                " images only; `taskpack predict` takes both"
+            )
         backbone = load_backbone_of(first.metadata, settings.weights)
         self.images = backbone.images
         self.host = PackHost(

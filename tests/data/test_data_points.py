@@ -200,6 +200,37 @@ def test_bad_files_are_all_named_at_once(tmp_path: Path) -> None:
         prepare(task_of(data), tmp_path / "p")
 
 
+@pytest.mark.parametrize(
+    ("data", "content", "message"),
+    [
+        ({"format": "csv"}, "path,label\n", "lists no point clouds; expected lines"),
+        ({"format": "csv"}, "path,label\nno.ply,a\na.ply,b", "no.ply: .*; add the point cloud, or"),
+        ({"format": "csv"}, "path,label\n.,a\na.ply,b", "ordinary file; expected a point cloud"),
+        ({"format": "csv"}, "path,label\na.ply,x\na.ply,x\n", "give each point cloud once"),
+        ({"format": "lists", "classes": 2}, "\n", "lists no point clouds"),
+        ({"format": "json", "classes": 2}, "{}", 'an object of point cloud paths.*"path.npy": 0'),
+    ],
+)
+def test_lists_speak_of_clouds(
+    tmp_path: Path, data: dict[str, Any], content: str, message: str
+) -> None:
+    (tmp_path / "a.ply").write_bytes(ply(CLOUD))
+    (tmp_path / "list").write_text(content)
+    files = {"train": str(tmp_path / "list"), "test_fraction": 0.5, "root": str(tmp_path)}
+    others = {} if data["format"] == "csv" else {"val": None}
+    with pytest.raises(DataError, match=message):
+        prepare(task_of({**files, **others, **data}), tmp_path / "prepared")
+
+
+def test_repeated_clouds_are_remarked(tmp_path: Path) -> None:
+    data = write_folders(tmp_path)
+    (tmp_path / "test/box/0.ply").write_bytes((tmp_path / "train/sphere/0.ply").read_bytes())
+    small = {**SOLIDS["recipe"], "training": {"batch_size": 8}}
+    task = task_of(data, recipe=small, selection={"batch_size": 8})
+    index = prepare(task, tmp_path / "prepared")
+    assert any("1 point cloud is in both train and test" in each for each in index.remarks)
+
+
 def test_clouds_of_other_channels_than_the_backbone_are_named(tmp_path: Path) -> None:
     stored = Points.stored(npy(NORMALS), "a")
     assert Points(16, 6).decode_stored(stored, "a").shape == (16, 6)

@@ -5,19 +5,21 @@ packed, reloaded, tested, predicted, written as a registered model.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
 from helpers_points import POINT_BACKBONE, SOLIDS
 
+import pipeline
 from pipeline.adaptation.packing import SizePlanner
 from pipeline.adaptation.unpacking import decode
 from pipeline.backbones import load_backbone
 from pipeline.data import prepare
 from pipeline.data.drawn_solids import SOLIDS as NAMES
 from pipeline.data.drawn_solids import draw_solid
-from pipeline.errors import BackboneError, DataError, PackBackboneMismatch
+from pipeline.errors import BackboneError, DataError, ExportError, PackBackboneMismatch
 from pipeline.packs import read_pack
 from pipeline.registry.pyfunc import PackModel
 from pipeline.selection import select_locally
@@ -90,6 +92,15 @@ def test_packs_of_clouds_share_a_pass(fitted: tuple[Path, FitResult], predictor:
     clouds = [draw_solid(name, np.random.default_rng(7)) for name in NAMES]
     together = host.predict([("solids", cloud) for cloud in clouds])
     assert [row["label"] for row in together] == [row["label"] for row in predictor.predict(clouds)]
+
+
+@pytest.mark.parametrize("to", ["onnx", "timm", "peft", "binary-adapter"])
+def test_a_pack_of_clouds_is_not_exported(
+    fitted: tuple[Path, FitResult], tmp_path: Path, to: Any
+) -> None:
+    with pytest.raises(ExportError, match="takes points; only packs of images can be exported"):
+        pipeline.export(fitted[0] / PACK_FILE, to=to, path=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_backbone_of_something_else_is_refused(

@@ -7,13 +7,14 @@ from typing import Any
 
 import pytest
 from helpers_mixed import moved_pack
+from helpers_points import POINT_BACKBONE, SOLIDS
 from helpers_server import TOKEN, Shop, listening, register_pack
 
 from pipeline.adaptation import SelectedIndex
 from pipeline.backbones import load_backbone
 from pipeline.backbones.known import remember
 from pipeline.registry.store import open_registry
-from pipeline.specs import Backbone, Task
+from pipeline.specs import Backbone, Input, Task
 
 RECIPES: dict[str, dict[str, Any]] = {
     "birds": {"connections": {"top_k": 2, "bits": 1}},
@@ -47,6 +48,8 @@ def shop(
     for name, pack in packs.items():
         register_pack(registry, folder, name, pack)
     register_pack(registry, folder, "foreign", packs["tools"], fingerprint="f" * 64)
+    clouds = moved_pack(load_backbone(POINT_BACKBONE, Input()), Task.model_validate(SOLIDS), {})
+    register_pack(registry, folder, "clouds", clouds)
     return Shop(folder, registry, backbone, packs)
 
 

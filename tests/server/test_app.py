@@ -13,7 +13,7 @@ import pytest
 from helpers_mixed import moved_pack
 from helpers_server import FORM, TOKEN, Shop, ask, form, listening, png, register_pack
 
-from pipeline.errors import RegistryError, ServerError, SpecError
+from pipeline.errors import BackboneError, RegistryError, ServerError, SpecError
 from pipeline.registry.store import open_registry
 from pipeline.server.app import build_app
 from pipeline.server.batcher import Batcher, Busy, Closed
@@ -210,6 +210,16 @@ def test_requests_under_way_are_answered_when_the_server_ends(
             assert time.monotonic() < deadline
             time.sleep(0.005)
     assert asked.result(10)[0]["task"] == "birds"
+
+
+def test_packs_of_point_clouds_are_not_served(
+    shop: Shop, settings: Settings, served: Served
+) -> None:
+    with pytest.raises(BackboneError, match="clouds: its backbone takes points, and the server"):
+        Engine(dataclasses.replace(settings, tasks=("clouds",)))
+    image = {"image": base64.b64encode(png()).decode()}
+    status, answer = ask(f"{served[0]}/v1/tasks/clouds:predict", image)
+    assert (status, "needs the backbone point_mae" in str(answer)) == (409, True), answer
 
 
 def test_bad_settings_are_refused(tmp_path: Any, shop: Shop) -> None:
