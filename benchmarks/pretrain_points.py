@@ -1,6 +1,6 @@
 """Pretrain the small point transformer of `tasks/points`, without labels.
 
-    python benchmarks/pretrain_points.py [--clouds FOLDER ...] [--steps 2400] [--drawn 20000]
+    python benchmarks/pretrain_points.py [--clouds FOLDER ...] [--steps 2400] [--drawn 24000]
                                          [--out FILE]
 
 Clouds are drawn: one to four solids, stretched, turned and put together at random. With --clouds,
@@ -46,7 +46,7 @@ from pipeline.specs.catalogue import catalogue_folder
 
 RESULTS = Path(__file__).parent / "results" / "pretrain_points.json"
 NAME = "pt6_w192_g32_512.drawn.safetensors"
-ARGUMENTS = {
+ARGUMENTS: dict[str, Any] = {
     "num_points": 512,
     "num_groups": 32,
     "group_size": 16,
