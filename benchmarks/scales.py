@@ -51,7 +51,7 @@ def variant(name: str) -> Iterator[None]:
     has_mean, quantise = not name.endswith("no mean"), values.quantise
 
     def patched(
-        latent_N: torch.Tensor, lengths_G: torch.Tensor, bits: Any, codebook: Any, _: bool
+        latent_N: torch.Tensor, lengths_G: torch.Tensor, bits: Any, codebook: Any, *_: Any
     ) -> torch.Tensor:
         return quantise(latent_N, lengths_G, bits, codebook, has_mean or bits > 1)
 

@@ -22,10 +22,26 @@ class SeededDropout(nn.Module):
         self._generators: dict[torch.device, torch.Generator] = {}
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        kept = self._kept(x)
+        return x if kept is None else x * kept.div_(1 - self.share)
+
+    @property
+    def factor(self) -> float:
+        """What the kept entries are scaled up by."""
+        return 1 / (1 - self.share) if self.training else 1.0
+
+    def mask(self, x: torch.Tensor) -> torch.Tensor:
+        """Zero a fraction of the entries of `x` in training, in place. Whoever calls this scales up
+        the others by `factor`.
+        """
+        kept = self._kept(x)
+        return x if kept is None else x.mul_(kept)
+
+    def _kept(self, x: torch.Tensor) -> torch.Tensor | None:
+        """One for entries that are kept, zero for others; None where all are."""
         if not self.training or not self.share:
-            return x
-        kept = torch.empty_like(x).bernoulli_(1 - self.share, generator=self.generator(x.device))
-        return x * kept.div_(1 - self.share)
+            return None
+        return torch.empty_like(x).bernoulli_(1 - self.share, generator=self.generator(x.device))
 
     def generator(self, device: torch.device) -> torch.Generator:
         """The generator of a device."""

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from pipeline.adaptation.quantiser import encode, quantise
+from pipeline.adaptation.quantiser import encode, quantise, run_numbers
 from pipeline.adaptation.tensors import PlannedTensor
 
 
@@ -21,6 +21,7 @@ class FlatValues(nn.Module):
     """The trained values that are rounded alike, in the plan's order."""
 
     lengths_G: torch.Tensor
+    run_N: torch.Tensor | None
 
     def __init__(self, tensors: Sequence[PlannedTensor], initial: Sequence[torch.Tensor]) -> None:
         super().__init__()
@@ -29,13 +30,17 @@ class FlatValues(nn.Module):
         self.latent_N = nn.Parameter(torch.cat([values.reshape(-1) for values in initial]))
         runs = [tensor.values // tensor.runs for tensor in tensors for _ in range(tensor.runs)]
         self.register_buffer("lengths_G", torch.tensor(runs), persistent=False)
+        run_N = run_numbers(self.lengths_G) if self.bits < 16 else None
+        self.register_buffer("run_N", run_N, persistent=False)
         self.is_stored = False
 
     def flat(self) -> torch.Tensor:
         """All values [N] as they are, or will be, stored."""
         if self.is_stored:
             return self.latent_N
-        return quantise(self.latent_N, self.lengths_G, self.bits, self.codebook, self.has_mean)
+        return quantise(
+            self.latent_N, self.lengths_G, self.bits, self.codebook, self.has_mean, self.run_N
+        )
 
     def forward(self) -> list[torch.Tensor]:
         """Each tensor's values as they are, or will be, stored."""

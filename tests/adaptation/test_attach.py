@@ -419,7 +419,7 @@ def test_the_auxiliary_loss_is_the_weighted_balance_of_the_banks(
     model = attached(load(families["swin"]), recipe, random_selection).train()
     assert len(model.banks) == 2, "Swin's stages have two widths"
     model(images())
-    expected = 0.5 * sum(float(bank.balance_loss().detach()) for bank in model.banks)
+    expected = sum(float(bank.loss().detach()) for bank in model.banks)
     assert float(model.auxiliary_loss().detach()) == pytest.approx(expected, rel=1e-5)
     assert expected > 0
 
@@ -431,13 +431,13 @@ def test_a_forward_pass_forgets_the_balance_of_the_last_and_adds_to_the_load(
     model(images(2))
     first, terms, load_once = (
         model.auxiliary_loss().detach(),
-        [len(bank.balance_terms) for bank in model.banks],
+        [len(bank.routed) for bank in model.banks],
         expert_load(model),
     )
     assert all(count > 0 for count in terms)
     assert len(load_once) == len(model.banks)
     model(images(2))
-    assert [len(bank.balance_terms) for bank in model.banks] == terms
+    assert [len(bank.routed) for bank in model.banks] == terms
     assert torch.equal(model.auxiliary_loss().detach(), first)
     assert expert_load(model) == {
         name: [2 * tokens for tokens in counts] for name, counts in load_once.items()

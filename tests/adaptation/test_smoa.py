@@ -15,14 +15,13 @@ from torch import nn
 
 from pipeline.adaptation import plan
 from pipeline.adaptation.dropout import SeededDropout
-from pipeline.adaptation.parts.mixture import Mixture, Routes, route
+from pipeline.adaptation.parts.mixture import Mixture, Routes, bank_matrices, route
 from pipeline.adaptation.parts.smoa import ParallelToMlp, SmoaBank, bank_shapes
 from pipeline.backbones import load_backbone
 from pipeline.errors import BackboneError
 from pipeline.specs import Backbone, Input, Recipe, SearchSpace, Smoa
 
 WIDTH = 6
-BANK = ("down", "up", "router", "embeddings")
 
 
 def make_bank(experts: int = 3, **options: float) -> SmoaBank:
@@ -47,12 +46,10 @@ def through(bank: SmoaBank, x: torch.Tensor) -> torch.Tensor:
 def routes(bank: SmoaBank, x_TD: torch.Tensor) -> Routes:
     """Where the bank sends tokens."""
     with torch.no_grad():
-        return route(
-            bank.current["router"] @ x_TD.T,
-            bank.current["embeddings"],
-            bank.spec.temperature,
-            bank.spec.top_k,
-        )
+        matrices = bank_matrices(bank.current, bank.spec.temperature, 1.0, x_TD.dtype)
+        assert matrices.scaled_experts_ER is not None
+        projected_RT = bank.current["router"] @ x_TD.T
+        return route(projected_RT, matrices.scaled_experts_ER, bank.spec.top_k)
 
 
 def values(bank: SmoaBank, name: str) -> list:
@@ -108,6 +105,7 @@ def test_each_sub_token_goes_through_its_best_experts(heads: int, top_k: int) ->
     parts = x.reshape(-1, WIDTH // heads).double().tolist()
     expected = torch.tensor([slow_token(bank, part) for part in parts]).reshape(x.shape)
     torch.testing.assert_close(through(bank.train(), x), expected.float(), rtol=1e-4, atol=1e-5)
+    bank.loss()
     assert int(bank.expert_load.sum()) == 10 * heads * top_k
 
 
@@ -170,20 +168,24 @@ def test_a_single_expert_has_no_router() -> None:
     bank = make_bank(1).train()
     through(bank, draw(4, WIDTH))
     assert set(bank.current) == {"down", "up"}
-    assert float(bank.balance_loss()) == 0
+    assert float(bank.loss()) == 0
 
 
 # --- load -----------------------------------------------------------------------------------------
 
 
 def slow_balance(bank: SmoaBank, x_TD: torch.Tensor) -> float:
-    """E * sum_e f_e P_e."""
+    """E * sum_e f_e P_e, weighted."""
     routes = [slow_route(bank, token) for token in x_TD.double().tolist()]
     experts = range(bank.spec.experts)
     chosen = [max(experts, key=route.__getitem__) for route in routes]
-    return len(experts) * sum(
-        chosen.count(e) / len(routes) * sum(route[e] for route in routes) / len(routes)
-        for e in experts
+    return (
+        bank.spec.balance_weight
+        * len(experts)
+        * sum(
+            chosen.count(e) / len(routes) * sum(route[e] for route in routes) / len(routes)
+            for e in experts
+        )
     )
 
 
@@ -192,9 +194,9 @@ def test_the_balance_term_is_switchs_averaged_over_blocks() -> None:
     for x_TD in blocks:
         through(bank, x_TD)
     expected = sum(slow_balance(bank, x_TD) for x_TD in blocks) / 2
-    assert float(bank.balance_loss().detach()) == pytest.approx(expected, rel=1e-4)
-    bank.balance_terms.clear()
-    assert float(bank.balance_loss()) == 0, "terms of the last step are forgotten"
+    assert float(bank.loss().detach()) == pytest.approx(expected, rel=1e-4)
+    bank.begin_pass()
+    assert float(bank.loss()) == 0, "terms of the last step are forgotten"
 
 
 def pointed_bank(*directions: int) -> tuple[SmoaBank, torch.Tensor]:
@@ -209,10 +211,11 @@ def pointed_bank(*directions: int) -> tuple[SmoaBank, torch.Tensor]:
 def test_the_balance_term_is_one_at_an_even_load_and_the_number_of_experts_at_the_worst() -> None:
     bank, tokens_TD = pointed_bank(0, 1, 0, 1)
     through(bank, tokens_TD)
-    assert float(bank.balance_loss().detach()) == pytest.approx(1, abs=1e-5)
-    bank.balance_terms.clear()
+    weight = bank.spec.balance_weight
+    assert float(bank.loss().detach()) == pytest.approx(weight, rel=1e-5)
+    bank.begin_pass()
     through(bank, tokens_TD[[0, 0]])
-    assert float(bank.balance_loss().detach()) == pytest.approx(2, abs=1e-3)
+    assert float(bank.loss().detach()) == pytest.approx(2 * weight, rel=1e-3)
 
 
 def test_load_is_counted_in_training_only() -> None:
@@ -221,8 +224,9 @@ def test_load_is_counted_in_training_only() -> None:
     through(bank, tokens_TD[:2])
     bank.eval()
     through(bank, tokens_TD)
+    bank.loss()
     assert bank.expert_load.tolist() == [4, 2]
-    assert len(bank.balance_terms) == 2
+    assert len(bank.routed) == 2
 
 
 # --- learning -------------------------------------------------------------------------------------
@@ -251,7 +255,7 @@ def test_an_idle_expert_gets_no_gradient() -> None:
 def test_the_balance_term_alone_teaches_the_router() -> None:
     bank = make_bank().train()
     through(bank, draw(20, WIDTH))
-    bank.balance_loss().backward()
+    bank.loss().backward()
     assert float(bank.current["router"].grad.abs().max()) > 0
 
 
@@ -261,10 +265,8 @@ def test_the_derivative_is_that_of_the_function_in_double_precision(
     experts: int, top_k: int, share: float
 ) -> None:
     bank = make_bank(experts)
-    tensors = [
-        None if name not in bank.current else bank.current[name].detach().double().requires_grad_()
-        for name in BANK
-    ]
+    names = list(bank.current)
+    tensors = [each.detach().double().requires_grad_() for each in bank.current.values()]
     x_TD, residual_TD = (
         draw(6, WIDTH).double().requires_grad_(),
         draw(6, WIDTH, seed=3).double().requires_grad_(),
@@ -274,7 +276,13 @@ def test_the_derivative_is_that_of_the_function_in_double_precision(
 
     def mixture(*inputs: torch.Tensor) -> Any:
         dropout.reseed(5)
-        return Mixture.apply(*inputs, 0.7, top_k, dropout)[:2]
+        x_TD, residual_TD, *given = inputs
+        current = dict(zip(names, given, strict=True))
+        bank = bank_matrices(current, 0.7, dropout.factor, x_TD.dtype)
+        y_TD, probabilities_ET, _ = Mixture.apply(
+            x_TD, residual_TD, bank.anchor, bank, experts, top_k, dropout
+        )
+        return y_TD if probabilities_ET is None else (y_TD, probabilities_ET)
 
     assert torch.autograd.gradcheck(mixture, [x_TD, residual_TD, *tensors])
 
@@ -285,16 +293,16 @@ def test_experts_drop_hidden_units_in_training_as_adaptformer_does() -> None:
     drawn: list[torch.Tensor] = []
 
     class Recording(SeededDropout):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            drawn.append(super().forward(torch.ones_like(x)))
+        def mask(self, x: torch.Tensor) -> torch.Tensor:
+            drawn.append(super().mask(torch.ones_like(x)))
             return x * drawn[-1]
 
     bank.dropout = [Recording(0.1, 0).train()]
     output = through(bank, x_TD)
     (kept_HT,) = drawn
-    hidden_TH = torch.relu(x_TD @ bank.current["down"][0].T) * kept_HT.T
+    hidden_TH = torch.relu(x_TD @ bank.current["down"][0].T) * kept_HT.T / 0.9
     torch.testing.assert_close(output, hidden_TH @ bank.current["up"][0].T, rtol=1e-4, atol=1e-5)
-    assert kept_HT.unique().tolist() == pytest.approx([0, 1 / 0.9])
+    assert kept_HT.unique().tolist() == [0, 1]
 
 
 def test_under_autocast_the_output_is_low_and_the_gates_are_not() -> None:
@@ -308,10 +316,8 @@ def test_under_autocast_the_output_is_low_and_the_gates_are_not() -> None:
         value.grad is not None and value.grad.dtype == torch.float32
         for value in bank.current.values()
     )
-    assert (
-        route(draw(4, 6).bfloat16().float(), bank.current["embeddings"][:, :4], 0.1).gates_ET.dtype
-        == torch.float32
-    )
+    found = route(draw(5, 6).bfloat16(), bank.current["embeddings"].detach())
+    assert (found.probabilities_ET.dtype, found.gates_ET.dtype) == (torch.float32, torch.bfloat16)
     torch.testing.assert_close(low.float(), plain, rtol=0.05, atol=0.1)
 
 

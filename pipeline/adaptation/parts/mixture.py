@@ -10,12 +10,15 @@ costs less than sorting tokens, and a step costs nearly the same for any E. Numb
 in columns: a softmax over a few experts is then a few passes over long rows, many times faster than
 many short rows.
 
-Products run in the type of x; cosine, softmax and gates are float32. Shapes: T tokens, D width, H
+Products run in the type of x; cosine and softmax are float32. Shapes: T tokens, D width, H
 width of an expert, R router width, E experts, K experts of a token, X = E * H hidden units.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -26,36 +29,108 @@ from pipeline.adaptation.dropout import SeededDropout
 SMALLEST_NORM = 1e-12
 
 
+@dataclass(frozen=True, eq=False)
+class BankMatrices:
+    """The matrices of a bank as all blocks of a pass use them, made once, and the gradients that
+    each block leaves in the backward pass; these are summed once, in float32.
+
+    rows: down [X, D], and below it the router [R, D] of several experts. up_XD: times the
+    `up_factor`. Both are in the type of the products. scaled_experts_ER: directions of experts over
+    the temperature. anchor: a scalar that connects the blocks to the bank's tensors.
+    """
+
+    anchor: torch.Tensor
+    rows: torch.Tensor
+    up_XD: torch.Tensor
+    scaled_experts_ER: torch.Tensor | None
+    gradients: list[tuple[torch.Tensor | None, ...]]
+
+
+class _Anchor(torch.autograd.Function):
+    """A scalar whose backward pass, which comes after that of all blocks that take it, gives the
+    sums of what they left in `gradients`.
+    """
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, gradients: list[tuple[torch.Tensor | None, ...]], *matrices: torch.Tensor
+    ) -> torch.Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.gradients, ctx.dtypes = gradients, [each.dtype for each in matrices]
+        return matrices[0].new_empty(())
+
+    @staticmethod
+    def backward(ctx: Any, _: Any) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+        left = list(zip(*ctx.gradients, strict=True)) or [()] * len(ctx.dtypes)
+        ctx.gradients.clear()
+        sums = [
+            torch.stack(each).sum(dim=0, dtype=dtype) if each else None
+            for each, dtype in zip(left, ctx.dtypes, strict=False)
+        ]
+        return None, *sums
+
+
+def bank_matrices(
+    current: Mapping[str, torch.Tensor],
+    temperature: float,
+    up_factor: float,
+    dtype: torch.dtype,
+) -> BankMatrices:
+    """The matrices of a bank's tensors `down` [E, H, D], `up` [E, D, H] and, of several experts,
+    `router` [R, D] and `embeddings` [E, R], for products in `dtype`.
+    """
+    rows = current["down"].flatten(0, 1)
+    up_XD = (up_factor * current["up"]).transpose(1, 2).flatten(0, 1)
+    matrices = [rows, up_XD]
+    if "router" in current:
+        precise = current["embeddings"].to(torch.promote_types(dtype, torch.float32))
+        scaled_ER = F.normalize(precise, dim=1, eps=SMALLEST_NORM) / temperature
+        matrices = [torch.cat([rows, current["router"]]), up_XD, scaled_ER]
+    gradients: list[tuple[torch.Tensor | None, ...]] = []
+    plain = [each.detach() for each in matrices]
+    return BankMatrices(
+        _Anchor.apply(gradients, *matrices),
+        plain[0].to(dtype),
+        plain[1].to(dtype),
+        plain[2] if len(plain) > 2 else None,
+        gradients,
+    )
+
+
 class Routes(NamedTuple):
     """Where each token goes, [E, T], and what it was found from: directions of tokens [R, T], norms
-    of projected tokens [1, T], directions of experts over the temperature [E, R]."""
+    of projected tokens [1, T]."""
 
     probabilities_ET: torch.Tensor
     gates_ET: torch.Tensor
     directions_RT: torch.Tensor
     norms_1T: torch.Tensor
-    scaled_experts_ER: torch.Tensor
 
 
-def route(
-    projected_RT: torch.Tensor, embeddings_ER: torch.Tensor, temperature: float, top_k: int = 1
-) -> Routes:
+@functools.lru_cache(maxsize=64)
+def _numbers(count: int, device: torch.device) -> torch.Tensor:
+    return torch.arange(count, device=device)
+
+
+def route(read_RT: torch.Tensor, scaled_experts_ER: torch.Tensor, top_k: int = 1) -> Routes:
     """Cosine router with softmax (X-MoE, arXiv 2204.09179), and the probabilities of the best
-    `top_k` experts as their gates.
+    `top_k` experts as their gates, in the type of the projected tokens `read_RT`; the rest is in
+    the type of `scaled_experts_ER`, the directions of the experts over the temperature.
     """
-    norms_1T = projected_RT.square().sum(dim=0, keepdim=True).sqrt_().clamp_min_(SMALLEST_NORM)
-    directions_RT, scaled_experts_ER = (
-        projected_RT / norms_1T,
-        F.normalize(embeddings_ER, dim=1, eps=SMALLEST_NORM) / temperature,
-    )
+    norms_1T = torch.linalg.vector_norm(
+        read_RT, dim=0, keepdim=True, dtype=scaled_experts_ER.dtype
+    ).clamp_min_(SMALLEST_NORM)
+    directions_RT = read_RT / norms_1T
     probabilities_ET = torch.softmax(scaled_experts_ER @ directions_RT, dim=0)
-    gate_KT, choice_KT = (
-        probabilities_ET.max(dim=0, keepdim=True)
-        if top_k == 1
-        else probabilities_ET.topk(top_k, dim=0)
-    )
-    gates_ET = torch.zeros_like(probabilities_ET).scatter_(0, choice_KT, gate_KT)
-    return Routes(probabilities_ET, gates_ET, directions_RT, norms_1T, scaled_experts_ER)
+    experts, tokens = probabilities_ET.shape
+    gates_ET = read_RT.new_empty(experts, tokens)
+    if top_k == 1:
+        is_best_ET = probabilities_ET.argmax(dim=0) == _numbers(experts, read_RT.device)[:, None]
+        torch.mul(probabilities_ET, is_best_ET, out=gates_ET)
+    else:
+        gate_KT, choice_KT = probabilities_ET.topk(top_k, dim=0)
+        gates_ET.zero_().scatter_(0, choice_KT, gate_KT.to(gates_ET.dtype))
+    return Routes(probabilities_ET, gates_ET, directions_RT, norms_1T)
 
 
 def mixed_output(
@@ -79,17 +154,11 @@ def mixed_output(
     return hidden_SXT.mT @ up_SEDH.transpose(2, 3).flatten(1, 2)
 
 
-def _through_normalisation(
-    gradient: torch.Tensor, direction: torch.Tensor, norm: torch.Tensor, dim: int
-) -> torch.Tensor:
-    """Gradient of a vector from that of its direction."""
-    along = (direction * gradient).sum(dim=dim, keepdim=True)
-    return torch.addcmul(gradient, direction, along, value=-1).div_(norm)
-
-
 class Mixture(torch.autograd.Function):
-    """Output [T, D] and mean probability [E] of each expert, from tokens, the residual, and the
-    bank's tensors; one expert needs no router.
+    """Output [T, D], and of several experts the probability and the gate of each [E, T], from
+    tokens, the residual, and the bank with its anchor.
+
+    Dropout's scaling of what it keeps is in the bank's `up_XD`.
     """
 
     @staticmethod
@@ -97,112 +166,82 @@ class Mixture(torch.autograd.Function):
         ctx: Any,
         x_TD: torch.Tensor,
         residual_TD: torch.Tensor,
-        down_EHD: torch.Tensor,
-        up_EDH: torch.Tensor,
-        router_RD: torch.Tensor | None,
-        embeddings_ER: torch.Tensor | None,
-        temperature: float,
+        anchor: torch.Tensor,
+        bank: BankMatrices,
+        experts: int,
         top_k: int,
         dropout: SeededDropout,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        experts, width, _ = down_EHD.shape
-        rows = (
-            down_EHD.flatten(0, 1)
-            if router_RD is None
-            else torch.cat([down_EHD.flatten(0, 1), router_RD])
-        )
-        rows, up_XD = rows.to(x_TD.dtype), up_EDH.transpose(1, 2).flatten(0, 1).to(x_TD.dtype)
-        read = rows @ x_TD.T
-        hidden_EHT = dropout(read[: experts * width].relu()).view(experts, width, -1)
-        ctx.kept_factor = 1 / (1 - dropout.share) if dropout.training else 1.0
-        routes, probability_E, count_E = (
-            None,
-            down_EHD.new_ones(experts),
-            down_EHD.new_ones(experts),
-        )
-        if router_RD is not None and embeddings_ER is not None:
-            precise = torch.promote_types(x_TD.dtype, torch.float32)
-            routes = route(
-                read[experts * width :].to(precise), embeddings_ER.to(precise), temperature, top_k
-            )
-            hidden_EHT *= routes.gates_ET[:, None].to(x_TD.dtype)
-            probability_E, count_E = (
-                routes.probabilities_ET.mean(dim=1),
-                (routes.gates_ET > 0).sum(dim=1),
-            )
-        ctx.temperature, ctx.dtypes = (
-            temperature,
-            [
-                None if tensor is None else tensor.dtype
-                for tensor in (down_EHD, up_EDH, router_RD, embeddings_ER)
-            ],
-        )
-        ctx.save_for_backward(x_TD, hidden_EHT, rows, up_XD, embeddings_ER, *(routes or ()))
-        ctx.mark_non_differentiable(count_E)
-        return torch.addmm(residual_TD, hidden_EHT.flatten(0, 1).T, up_XD), probability_E, count_E
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        read, hidden_units = bank.rows @ x_TD.T, len(bank.up_XD)
+        hidden_EHT = dropout.mask(read[:hidden_units].relu()).view(experts, -1, len(x_TD))
+        routes: Routes | tuple[()] = ()
+        if bank.scaled_experts_ER is not None:
+            routes = route(read[hidden_units:], bank.scaled_experts_ER, top_k)
+            hidden_EHT *= routes.gates_ET[:, None]
+            ctx.mark_non_differentiable(routes.gates_ET)
+        ctx.set_materialize_grads(False)
+        ctx.bank = bank
+        ctx.save_for_backward(x_TD, hidden_EHT, *routes)
+        y_TD = torch.addmm(residual_TD, hidden_EHT.flatten(0, 1).T, bank.up_XD)
+        return y_TD, *(routes[:2] or (None, None))
 
     @staticmethod
     def backward(
-        ctx: Any, gradient_TD: torch.Tensor, gradient_E: torch.Tensor, _: Any
+        ctx: Any, gradient_TD: torch.Tensor | None, gradient_ET: torch.Tensor | None, _: Any
     ) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
-        x_TD, hidden_EHT, rows, up_XD, embeddings_ER, *saved = ctx.saved_tensors
-        up_gradient = (
-            (hidden_EHT.flatten(0, 1) @ gradient_TD).view(*hidden_EHT.shape[:2], -1).transpose(1, 2)
-        )
-        hidden_gradient = (up_XD @ gradient_TD.T).view_as(hidden_EHT)
-        read_gradient = torch.empty(len(rows), len(x_TD), dtype=x_TD.dtype, device=x_TD.device)
-        into_hidden = read_gradient[: len(up_XD)].view_as(hidden_EHT)
-        embeddings_gradient = None
+        x_TD, hidden_EHT, *saved = ctx.saved_tensors
+        bank, hidden_units = ctx.bank, len(ctx.bank.up_XD)
+        if gradient_TD is None:  # the balance term alone
+            gradient_TD = torch.zeros_like(x_TD)
+        up_gradient_XD = hidden_EHT.flatten(0, 1) @ gradient_TD
+        hidden_gradient = (bank.up_XD @ gradient_TD.T).view_as(hidden_EHT)
+        read_gradient = x_TD.new_empty(len(bank.rows), len(x_TD))
+        into_hidden = read_gradient[:hidden_units].view_as(hidden_EHT)
         # Hidden units that dropout left out are zero, and so are their gradients.
-        through_relu = torch.ops.aten.threshold_backward(hidden_gradient, hidden_EHT, 0).mul_(
-            ctx.kept_factor
-        )
+        through_relu = torch.ops.aten.threshold_backward(hidden_gradient, hidden_EHT, 0)
+        scaled_gradient_ER = None
         if not saved:
             into_hidden.copy_(through_relu)
         else:
-            routes = Routes(*saved)
-            torch.mul(
-                through_relu, routes.gates_ET[:, None].to(through_relu.dtype), out=into_hidden
-            )
+            probabilities_ET, gates_ET, directions_RT, norms_1T = saved
+            torch.mul(through_relu, gates_ET[:, None], out=into_hidden)
             # Each probability times its gradient: hidden_EHT has the gates in it, which are the
             # probabilities of the chosen and zero for the others.
-            grads_EHT = hidden_gradient * hidden_EHT
-            weighted_grad_ET = grads_EHT.sum(dim=1, dtype=routes.gates_ET.dtype)
-            weighted_grad_ET.addcmul_(routes.probabilities_ET, gradient_E[:, None] / len(x_TD))
-            read_gradient[len(up_XD) :], embeddings_gradient = _through_router(
-                weighted_grad_ET, routes, embeddings_ER, ctx.temperature
+            weighted_grad_ET = (hidden_gradient * hidden_EHT).sum(
+                dim=1, dtype=probabilities_ET.dtype
             )
-        rows_gradient = read_gradient @ x_TD
-        down_gradient = rows_gradient[: len(up_XD)].view(*hidden_EHT.shape[:2], -1)
-        router_gradient = rows_gradient[len(up_XD) :] if saved else None
-        wanted = (down_gradient, up_gradient, router_gradient, embeddings_gradient)
-        trained = [
-            None if each is None else each.to(dtype)
-            for each, dtype in zip(wanted, ctx.dtypes, strict=True)
-        ]
-        return (
-            read_gradient.T @ rows if ctx.needs_input_grad[0] else None,
-            gradient_TD,
-            *trained,
-            None,
-            None,
-            None,
-        )
+            if gradient_ET is not None:
+                weighted_grad_ET.addcmul_(probabilities_ET, gradient_ET)
+            score_ET = torch.addcmul(
+                weighted_grad_ET,
+                probabilities_ET,
+                weighted_grad_ET.sum(dim=0, keepdim=True),
+                value=-1,
+            )
+            scaled_gradient_ER = _through_router(
+                score_ET,
+                directions_RT,
+                norms_1T,
+                bank.scaled_experts_ER,
+                read_gradient[hidden_units:],
+            )
+        bank.gradients.append((read_gradient @ x_TD, up_gradient_XD, scaled_gradient_ER))
+        x_gradient = read_gradient.T @ bank.rows if ctx.needs_input_grad[0] else None
+        return x_gradient, gradient_TD, *[None] * 5
 
 
 def _through_router(
-    weighted_grad_ET: torch.Tensor, routes: Routes, embeddings_ER: torch.Tensor, temperature: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradients of the projected tokens [R, T] and of the embeddings [E, R], from each probability
-    times its gradient.
+    score_ET: torch.Tensor,
+    directions_RT: torch.Tensor,
+    norms_1T: torch.Tensor,
+    scaled_experts_ER: torch.Tensor,
+    into_RT: torch.Tensor,
+) -> torch.Tensor:
+    """Gradient of the scaled experts [E, R] from that of the scores; that of the projected tokens
+    is written into `into_RT`.
     """
-    total_T = weighted_grad_ET.sum(dim=0, keepdim=True)
-    score_ET = torch.addcmul(weighted_grad_ET, routes.probabilities_ET, total_T, value=-1)
-    token_gradient = _through_normalisation(
-        routes.scaled_experts_ER.T @ score_ET, routes.directions_RT, routes.norms_1T, dim=0
-    )
-    norms_E1 = embeddings_ER.to(score_ET.dtype).norm(dim=1, keepdim=True).clamp_min(SMALLEST_NORM)
-    cosine_gradient_ER = score_ET @ routes.directions_RT.T / temperature
-    return token_gradient, _through_normalisation(
-        cosine_gradient_ER, routes.scaled_experts_ER * temperature, norms_E1, dim=1
-    )
+    gradient_RT = scaled_experts_ER.T @ score_ET
+    along_1T = (directions_RT * gradient_RT).sum(dim=0, keepdim=True)
+    across_RT = torch.addcmul(gradient_RT, directions_RT, along_1T, value=-1)
+    torch.div(across_RT, norms_1T, out=into_RT)
+    return score_ET @ directions_RT.T

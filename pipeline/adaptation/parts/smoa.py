@@ -37,7 +37,7 @@ from pipeline.adaptation.part import (
     Stage,
     register,
 )
-from pipeline.adaptation.parts.mixture import Mixture, mixed_output
+from pipeline.adaptation.parts.mixture import BankMatrices, Mixture, bank_matrices, mixed_output
 from pipeline.adaptation.parts.prompts import GeneratedPrompt
 from pipeline.adaptation.tensors import PlannedTensor, Start
 from pipeline.adaptation.wrapper import Wrapper
@@ -72,9 +72,11 @@ BANK_STARTS: dict[str, Start] = {
 
 class SmoaBank(AuxiliaryTerm):
     """The experts and the router for blocks of one width. `current` holds the tensors of this
-    forward pass, shared by all blocks.
+    forward pass, shared by all blocks, `routed` the probabilities and the gates [E, T] of those
+    passed in training.
 
-    `expert_load` counts the tokens each expert was given in training.
+    `expert_load` counts the tokens each expert was given in training, up to the last pass whose
+    loss was computed.
     """
 
     expert_load: torch.Tensor
@@ -84,7 +86,8 @@ class SmoaBank(AuxiliaryTerm):
         self.spec = spec
         self.dropout = [dropout]  # in a list: its mode is set in one place, for all banks
         self.current: dict[str, torch.Tensor] = {}
-        self.balance_terms: list[torch.Tensor] = []
+        self.routed: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._matrices: BankMatrices | None = None
         self.register_buffer(
             "expert_load", torch.zeros(spec.experts, dtype=torch.long), persistent=False
         )
@@ -93,31 +96,42 @@ class SmoaBank(AuxiliaryTerm):
         """The bank's output for tokens [..., heads * D], added to `residual` of the same shape."""
         width = self.current["down"].shape[-1]
         with torch.autocast(x.device.type, enabled=False):  # the function chooses its own types
-            y_TD, probability_E, count_E = Mixture.apply(
+            if self._matrices is None or self._matrices.rows.dtype != x.dtype:
+                up_factor = self.spec.scale * self.dropout[0].factor
+                self._matrices = bank_matrices(
+                    self.current, self.spec.temperature, up_factor, x.dtype
+                )
+            y_TD, probabilities_ET, gates_ET = Mixture.apply(
                 x.reshape(-1, width),
                 residual.reshape(-1, width),
-                self.current["down"],
-                self.spec.scale * self.current["up"],
-                self.current.get("router"),
-                self.current.get("embeddings"),
-                self.spec.temperature,
+                self._matrices.anchor,
+                self._matrices,
+                self.spec.experts,
                 self.spec.top_k,
                 self.dropout[0],
             )
-        if self.training and self.spec.experts > 1:
-            self.balance_terms.append(
-                self.spec.experts * (count_E / count_E.sum() * probability_E).sum()
-            )
-            self.expert_load += count_E
+        if self.training and probabilities_ET is not None:
+            self.routed.append((probabilities_ET, gates_ET))
         return y_TD.view(x.shape)
 
     def begin_pass(self) -> None:
-        """Forget the balance terms of the last forward pass."""
-        self.balance_terms.clear()
+        """Forget the last forward pass."""
+        self.routed.clear()
+        self._matrices = None
 
     def loss(self) -> torch.Tensor:
-        """The weighted load-balance term of the last forward pass."""
-        return self.spec.balance_weight * self.balance_loss()
+        """The weighted load-balance term of the last forward pass, whose tokens are counted."""
+        if not self.routed:
+            return torch.zeros(())
+        terms = []
+        for blocks in _of_one_length(self.routed):
+            probabilities_BET = torch.stack([probabilities_ET for probabilities_ET, _ in blocks])
+            count_BE = (torch.stack([gates_ET for _, gates_ET in blocks]) > 0).sum(dim=2)
+            share_BE = count_BE / count_BE.sum(dim=1, keepdim=True)
+            terms.append((share_BE * probabilities_BET.mean(dim=2)).sum(dim=1))
+            self.expert_load += count_BE.sum(dim=0)
+        mean = (torch.cat(terms) if len(terms) > 1 else terms[0]).mean()
+        return self.spec.balance_weight * self.spec.experts * mean
 
     def remark(self, total: Callable[[int], int]) -> str:
         """Message about experts that received no token during training."""
@@ -130,11 +144,15 @@ class SmoaBank(AuxiliaryTerm):
             "try fewer experts, or a larger smoa.balance_weight"
         )
 
-    def balance_loss(self) -> torch.Tensor:
-        """Mean load-balance term of the blocks passed since `balance_terms` was cleared; zero with
-        a single expert.
-        """
-        return torch.stack(self.balance_terms).mean() if self.balance_terms else torch.zeros(())
+
+def _of_one_length(
+    routed: list[tuple[torch.Tensor, torch.Tensor]],
+) -> list[list[tuple[torch.Tensor, torch.Tensor]]]:
+    """Blocks with equally many tokens, together."""
+    groups: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+    for block in routed:
+        groups.setdefault(block[0].shape[1], []).append(block)
+    return list(groups.values())
 
 
 class ParallelToMlp(Wrapper):
