@@ -39,6 +39,10 @@ CACHE_BYTES = 2 << 30
 """What a process may always keep; shared memory adds to it."""
 SHARDS_AHEAD = 4
 BATCHES_AHEAD = 2
+JOBS_PER_DECODER = 4
+"""Into how many jobs for each thread a batch is divided: fewer leave threads without work at its
+end.
+"""
 DECODER = "1"
 """Changes when the same content decodes to other bytes: two releases may run beside each other."""
 Key = tuple[str, str]  # sha256, the form's key
@@ -164,14 +168,15 @@ class Reader:
         return torch.from_numpy(decoded), self._targets(labels)
 
     def batches(self, plan: Sequence[np.ndarray]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Call `read` for each batch of a plan, in another thread and ahead of its use. The next
+        """Call `read` for each batch of a plan, in other threads and ahead of its use. The next
         shards behind URLs are fetched meanwhile.
 
         Raises DataError like `read`, when it reaches the batch.
         """
         with (
             _threads(SHARDS_AHEAD, "shards") as fetching,
-            _threads(1, "batches") as reading,
+            # One fills a batch while the other keeps the decoders at work.
+            _threads(min(self._decoders, BATCHES_AHEAD), "batches") as reading,
         ):
             ahead = _ShardsAhead(self._remote(plan), self._content, fetching)
             batches = (reading.submit(self.read, samples, ahead) for samples in plan)
@@ -201,12 +206,21 @@ class Reader:
             yield shard, rows
 
     def _for_each(self, do: Callable[[Item], None], items: Sequence[Item]) -> None:
-        if self._decoders == 1 or len(items) < 2:
-            for item in items:
+        """Do it for all, in the decoders' threads: several at a time, because a small image takes
+        little longer to decode than to hand over.
+        """
+
+        def do_all(some: Sequence[Item]) -> None:
+            for item in some:
                 do(item)
-        else:
-            for _ in _decoders(self._decoders).map(do, items):
-                pass
+
+        if self._decoders == 1 or len(items) < 2:
+            do_all(items)
+            return
+        size = -(-len(items) // (self._decoders * JOBS_PER_DECODER))
+        jobs = [items[start : start + size] for start in range(0, len(items), size)]
+        for _ in _decoders(self._decoders).map(do_all, jobs):
+            pass
 
     def _open(
         self, entry: ShardEntry, shard: DecodedShard, content: Callable[[ShardEntry], bytes]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -25,7 +26,7 @@ from pipeline.data import images as images_module
 from pipeline.data import reader as reader_module
 from pipeline.data.batch_plan import evaluation_batches
 from pipeline.data.index import DataIndex, ShardEntry
-from pipeline.data.reader import BATCHES_AHEAD, CACHE
+from pipeline.data.reader import BATCHES_AHEAD, CACHE, JOBS_PER_DECODER
 from pipeline.data.sources import encode_png
 from pipeline.errors import DataError
 
@@ -74,11 +75,13 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     return counts
 
 
+@for_every("threads", (1, 2))
 @for_every("shards_kept", (1, 2, 3, 4, 6, 11, 12, 13, 24, 25))
 def test_no_image_is_decoded_twice_in_an_epoch_at_any_size_of_the_cache(
-    shards_kept: int, folder: Path, splits: dict[str, Split], decoded: Counter[str]
+    shards_kept: int, threads: int, folder: Path, splits: dict[str, Split], decoded: Counter[str]
 ) -> None:
     CACHE.clear()
+    torch.set_num_threads(threads)
     split = splits["train"]
     reader = Reader(folder, split, Images(SIZE_PX), cache_bytes=shards_kept * SHARD_BYTES)
     for epoch in range(3):
@@ -163,6 +166,27 @@ def test_as_many_images_are_decoded_at_once_as_the_process_has_cores(
     CACHE.clear()
     monkeypatch.setattr(images_module, "decode_image", meet)
     assert torch.equal(reader.read(splits["train"].samples[:8])[0], expected)
+
+
+def test_several_small_images_are_one_job_of_a_decoder(
+    folder: Path,
+    splits: dict[str, Split],
+    decoded: Counter[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    torch.set_num_threads(2)
+    jobs: list[int] = []
+    pool = reader_module._decoders(2)
+
+    def noted(do: Callable[..., None], items: list[object]) -> Iterator[None]:
+        jobs.append(len(items))
+        return pool.map(do, items)
+
+    monkeypatch.setattr(reader_module, "_decoders", lambda _: SimpleNamespace(map=noted))
+    reader = Reader(folder, splits["train"], Images(SIZE_PX))
+    assert len(reader.read(splits["train"].samples[:40])[0]) == 40
+    assert jobs[-1] == 2 * JOBS_PER_DECODER
+    assert decoded.total() == len(decoded) == 40
 
 
 def test_a_shard_that_loads_slowly_holds_up_no_other(
