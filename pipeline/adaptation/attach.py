@@ -8,11 +8,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 from torch import nn
 
+from pipeline.adaptation.blocks import mlp_slots
 from pipeline.adaptation.drop_path import attach_drop_path
 from pipeline.adaptation.dropout import SeededDropout
 from pipeline.adaptation.head import LinearHead
 from pipeline.adaptation.map_head import make_head
 from pipeline.adaptation.part import (
+    MLP_BLOCKS,
     Assembly,
     AuxiliaryTerm,
     Receiver,
@@ -23,6 +25,7 @@ from pipeline.adaptation.part import (
 )
 from pipeline.adaptation.parts.connections import TunedLayer
 from pipeline.adaptation.recipe_plan import plan_head, plan_parts
+from pipeline.adaptation.recompute import recompute_blocks
 from pipeline.adaptation.selected.ranking import SelectedIndex
 from pipeline.adaptation.sums import Sums
 from pipeline.adaptation.tensors import PlannedTensor, initial_values
@@ -31,6 +34,7 @@ from pipeline.adaptation.values import TrainedValues
 from pipeline.adaptation.working import WorkingCopies
 from pipeline.backbones import LoadedBackbone
 from pipeline.data.modality import Modality
+from pipeline.errors import BackboneError
 from pipeline.specs import Recipe
 from pipeline.utils.devices import to_device
 
@@ -261,6 +265,10 @@ def attach(
     classifier = make_head(backbone, network, recipe.head)
     assembly = Assembly(site, network, seed)
     _attach_parts(assembly)
+    order = [*(part.name for part in planned), "drop_path"]
+    dropouts = [assembly.dropouts[name] for name in order if name in assembly.dropouts]
+    if recipe.training.recompute:
+        recompute_blocks(_blocks(site, network), dropouts)
     first = recipe.from_block if keeps_trunk else None
     trunk = Trunk(network, backbone, first) if first else None
     modules = assembly.modules
@@ -270,11 +278,20 @@ def attach(
             address, key = part.address(tensor, modules)
             receivers[tensor] = modules[address], key
     receivers |= {tensor: (classifier, tensor.name.removeprefix("head.")) for tensor in head}
-    order = [*(part.name for part in planned), "drop_path"]
-    dropouts = [assembly.dropouts[name] for name in order if name in assembly.dropouts]
     return AdaptedModel(assembly.model, receivers, dropouts, values, backbone.takes, trunk).train(
         False
     )
+
+
+def _blocks(site: Site, network: nn.Module) -> list[nn.Module]:
+    """The blocks of a network that can be computed again. Raises BackboneError."""
+    names = [slot.block for slot in mlp_slots(site.backbone)]
+    found = [network.get_submodule(name) for name in names if not name.startswith("decoder.")]
+    if not found:
+        raise BackboneError(
+            f"recipe.training.recompute: {MLP_BLOCKS}; leave it out, or set a smaller micro_batch"
+        )
+    return found
 
 
 def _attach_parts(assembly: Assembly) -> None:

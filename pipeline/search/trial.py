@@ -100,4 +100,5 @@ def _outcomes(
     for epoch, _ in enumerate(epochs, start=1):
         is_last = epoch == recipe.training.epochs
         remark = model.idle_experts(ranks.total) if is_last else ""
-        yield evaluate(model, reader, split, inputs.kind, ranks=ranks), remark
+        outcomes = evaluate(model, reader, split, inputs.kind, ranks=ranks, is_exact=False)
+        yield outcomes, remark

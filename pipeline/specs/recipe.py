@@ -116,6 +116,11 @@ def slot_conflict(recipe: Recipe) -> str | None:
             f"full trains everything that {' and '.join(others)} would change; leave out one or the"
             " other"
         )
+    if recipe.full is not None and recipe.training.recompute:
+        return (
+            "full trains the blocks that training.recompute computes again; leave out one or the"
+            " other"
+        )
     if smoa is not None and adapter is not None and smoa.placement in _PLACES[adapter.placement]:
         where = "in parallel to the MLP" if smoa.placement == "parallel" else "after the MLP"
         return f"smoa and adapter are both {where}; leave one out, or place one elsewhere"

@@ -35,6 +35,13 @@ class Training(Spec):
             " default: the whole batch, halved as often as memory runs out"
         ),
     )
+    recompute: bool | None = Field(
+        None,
+        description=(
+            "compute each block again in the backward pass rather than keep what it computed:"
+            " memory of about one block, a third more time"
+        ),
+    )
     learning_rate: float | None = Field(
         None,
         gt=0,

@@ -133,7 +133,9 @@ class _Trainer:
         assert peak is not None, "the recipe's learning rate is settled by with_learning_rate"
         self._peak, self._dtype = peak, computing_dtype(self.spec.precision, self.device)
         self.model.compute_in(self._dtype)
-        is_recorded = can_record(self.device) and self.ranks.world == 1
+        # What is computed again sets generators back, which a recording cannot.
+        is_plain = self.ranks.world > 1 or bool(self.spec.recompute)
+        is_recorded = can_record(self.device) and not is_plain
         # A recorded step reads its learning rate from the device.
         self.optimiser = torch.optim.AdamW(
             self.model.values.parameters(),

@@ -14,7 +14,7 @@ import re
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 
@@ -173,36 +173,52 @@ def exact_float32() -> Iterator[None]:
     These settings are the whole process's. They hold from the first thread that enters to the last
     that leaves, and are then what they were before.
     """
-    _ExactFloat32.enter()
-    try:
+    with _Float32.used("ieee"):
         yield
-    finally:
-        _ExactFloat32.leave()
 
 
-class _ExactFloat32:
-    """How many computations need exact settings now, and the settings before the first."""
+@contextlib.contextmanager
+def fast_float32() -> Iterator[None]:
+    """Round the inputs of float32 products and convolutions to TF32 on GPUs that have units for it;
+    their sums stay float32. Has no effect while another thread computes exactly.
+    """
+    with _Float32.used("tf32"):
+        yield
+
+
+class _Float32:
+    """How many computations need exact settings now, how many may have fast ones, and the settings
+    before the first.
+    """
 
     _lock = threading.Lock()
-    _users = 0
-    _before: tuple[Any, Any]
+    _users: ClassVar = {"ieee": 0, "tf32": 0}
+    _before: tuple[Any, Any, Any]
 
     @classmethod
-    def enter(cls) -> None:
-        cudnn: Any = torch.backends.cudnn
-        with cls._lock:
-            if cls._users == 0:
-                cls._before = cudnn.conv.fp32_precision, cudnn.deterministic
-                cudnn.conv.fp32_precision, cudnn.deterministic = "ieee", True
-            cls._users += 1
+    @contextlib.contextmanager
+    def used(cls, precision: Literal["ieee", "tf32"]) -> Iterator[None]:
+        """Context manager: one more computation of this precision."""
+        cls._count(precision, 1)
+        try:
+            yield
+        finally:
+            cls._count(precision, -1)
 
     @classmethod
-    def leave(cls) -> None:
+    def _count(cls, precision: str, change: int) -> None:
         cudnn: Any = torch.backends.cudnn
+        conv, product = cudnn.conv, torch.backends.cuda.matmul
         with cls._lock:
-            cls._users -= 1
-            if cls._users == 0:
-                cudnn.conv.fp32_precision, cudnn.deterministic = cls._before
+            if not any(cls._users.values()):
+                cls._before = conv.fp32_precision, cudnn.deterministic, product.fp32_precision
+            cls._users[precision] += change
+            of_conv, cudnn.deterministic, of_product = cls._before
+            if cls._users["ieee"]:
+                of_conv, cudnn.deterministic = "ieee", True
+            elif cls._users["tf32"]:
+                of_conv = of_product = "tf32"
+            conv.fp32_precision, product.fp32_precision = of_conv, of_product
 
 
 def _module(device: str | torch.device) -> Any:

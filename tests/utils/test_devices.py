@@ -17,6 +17,7 @@ from pipeline.utils.devices import (
     choose_device,
     computing_dtype,
     exact_float32,
+    fast_float32,
     has_bf16_units,
     is_accelerator,
     reserved_gpu,
@@ -129,12 +130,18 @@ def test_float32_is_exact_where_it_is_asked_for_and_as_before_elsewhere(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def flags() -> tuple[Any, ...]:
-        return torch.backends.cudnn.conv.fp32_precision, torch.backends.cudnn.deterministic
+        cudnn, product = torch.backends.cudnn, torch.backends.cuda.matmul
+        return cudnn.conv.fp32_precision, cudnn.deterministic, product.fp32_precision
 
     before = flags()
-    assert before == ("tf32", False), "torch's own defaults"
+    assert before == ("tf32", False, "none"), "torch's own defaults"
     with exact_float32():
-        assert flags() == ("ieee", True)
+        assert flags() == ("ieee", True, "none")
+    with fast_float32():
+        assert flags() == ("tf32", False, "tf32")
+        with exact_float32():
+            assert flags() == ("ieee", True, "none")
+        assert flags() == ("tf32", False, "tf32")
     assert flags() == before
 
 

@@ -39,6 +39,7 @@ from pipeline.adaptation.part import (
 )
 from pipeline.adaptation.parts.mixture import BankMatrices, Mixture, bank_matrices, mixed_output
 from pipeline.adaptation.parts.prompts import GeneratedPrompt
+from pipeline.adaptation.recompute import is_recomputing, outside_blocks
 from pipeline.adaptation.tensors import PlannedTensor, Start
 from pipeline.adaptation.wrapper import Wrapper
 from pipeline.errors import BackboneError
@@ -98,9 +99,10 @@ class SmoaBank(AuxiliaryTerm):
         with torch.autocast(x.device.type, enabled=False):  # the function chooses its own types
             if self._matrices is None or self._matrices.rows.dtype != x.dtype:
                 up_factor = self.spec.scale * self.dropout[0].factor
-                self._matrices = bank_matrices(
-                    self.current, self.spec.temperature, up_factor, x.dtype
-                )
+                with outside_blocks():
+                    self._matrices = bank_matrices(
+                        self.current, self.spec.temperature, up_factor, x.dtype
+                    )
             y_TD, probabilities_ET, gates_ET = Mixture.apply(
                 x.reshape(-1, width),
                 residual.reshape(-1, width),
@@ -110,7 +112,7 @@ class SmoaBank(AuxiliaryTerm):
                 self.spec.top_k,
                 self.dropout[0],
             )
-        if self.training and probabilities_ET is not None:
+        if self.training and probabilities_ET is not None and not is_recomputing():
             self.routed.append((probabilities_ET, gates_ET))
         return y_TD.view(x.shape)
 
