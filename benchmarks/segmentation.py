@@ -18,9 +18,6 @@ benchmarks/results/segmentation.json and .md.
 
 from __future__ import annotations
 
-import itertools
-import tempfile
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -28,21 +25,12 @@ from typing import Any
 
 from pages import table
 from runs import Place, Run, by_task, measure_missing, parse_arguments, with_seed
+from searches import BUDGETS, search_and_fit, within_budget
 
-from pipeline.adaptation import SelectedIndex
-from pipeline.adaptation.packing import SizePlanner
 from pipeline.adaptation.parts.lora import convolution_targets
 from pipeline.data import prepare
-from pipeline.inputs.learning_rate import with_learning_rate
-from pipeline.kinds import score
-from pipeline.search.champion import choose_champion
-from pipeline.search.kept_outcomes import write_outcomes
-from pipeline.search.trial import recipe_key
-from pipeline.search.trial_record import TrialJournal, TrialRecord
-from pipeline.selection import read_selection, select_locally, write_selection
 from pipeline.specs import Budget, Recipe, Task
-from pipeline.training import Inputs, evaluate, open_inputs, train_epochs
-from pipeline.training.fit import fit
+from pipeline.training import Inputs, open_inputs
 
 RESULTS = Path(__file__).parent / "results" / "segmentation.json"
 EFFICIENTNET = ("tf_efficientnet_lite0", "tf_efficientnet_lite0.imagenet1k.safetensors")
@@ -61,7 +49,6 @@ TASKS: dict[str, tuple[str, tuple[str, str], int, str]] = {
     "camvid, EfficientNet-lite0": ("camvid", EFFICIENTNET, 160, "mIoU"),
 }
 """By name: the data, the backbone, the input's size in pixels and the metric."""
-BUDGETS = {f"default search, {kib} KiB": 1024 * kib for kib in (4, 16, 64)}
 FUSE: dict[str, Any] = {"bits": 32, "fuse": 16}
 BASELINES: dict[str, tuple[dict[str, Any], Sequence[float]]] = {
     "linear head": ({"preset": "linear", "head": {"bits": 32}}, (0.003, 0.01)),
@@ -121,14 +108,7 @@ def recipes_of(run: Run, inputs: Inputs) -> tuple[Inputs, list[Recipe]]:
     """The task as a method sees it, and the recipes that the method tries."""
     training = {"epochs": run["epochs"], "batch_size": BATCH}
     if run["method"] in BUDGETS:
-        budget = {"max_bytes": BUDGETS[run["method"]]}
-        content = inputs.task.model_dump(exclude={"recipe", "search", "budget"})
-        recipe = {"preset": "default", "training": training}
-        task = Task.model_validate({**content, "budget": budget, "recipe": recipe})
-        inputs = inputs.with_task(task)
-        task = inputs.task
-        points = itertools.islice(task.search.points(), run["trials"])
-        return inputs, [task.search.recipe(task.recipe, point) for point in points]
+        return within_budget(inputs, BUDGETS[run["method"]], training, run["trials"])
     content, rates = BASELINES[run["method"]]
     if "lora" in content and (targets := convolution_targets(inputs.backbone.model)):
         content = {**content, "lora": {**content["lora"], "targets": targets}}
@@ -140,78 +120,23 @@ def recipes_of(run: Run, inputs: Inputs) -> tuple[Inputs, list[Recipe]]:
     return replace(inputs, task=unlimited), recipes
 
 
-def selection_of(inputs: Inputs, recipes: Sequence[Recipe], folder: Path) -> SelectedIndex | None:
-    """The connections that the recipes may change, selected once per task; None where they change
-    none.
-    """
-    top_k = max((each.connections.top_k for each in recipes if each.connections), default=0)
-    if not top_k:
-        return None
-    path = folder / f"selection-{top_k}.safetensors"
-    if not path.exists():
-        write_selection(select_locally(inputs, top_k), path)
-    return read_selection(path)
-
-
-def tried(
-    inputs: Inputs, recipe: Recipe, selected: SelectedIndex | None, journal: TrialJournal
-) -> TrialRecord:
-    """The record of a trial: trained on train, measured on validation once, at the end."""
-    key = recipe_key(recipe)
-    if (known := journal.read().get(key)) is not None:
-        return known
-    began = time.monotonic()
-    model = inputs.adapted(recipe, selected)
-    for _ in train_epochs(
-        model,
-        inputs.reader("train"),
-        inputs.splits["train"],
-        recipe.training,
-        inputs.kind,
-        seed=inputs.task.seed,
-        flip=inputs.task.input.flip,
-    ):
-        pass
-    outcomes = evaluate(model, inputs.reader("val"), inputs.splits["val"], inputs.kind)
-    write_outcomes(journal.outcomes_path(key), outcomes)
-    planner = SizePlanner(inputs.task, inputs.backbone, inputs.index.classes, selected)
-    record = TrialRecord(
-        id=key,
-        point=recipe.model_dump(exclude_defaults=True, exclude={"training", "preset"}),
-        size_bytes=planner.size_bytes(recipe),
-        state="complete",
-        val_metric=score(inputs.metric, outcomes).value,
-        seconds=time.monotonic() - began,
-    )
-    journal.write(record)
-    return record
-
-
 def measure(run: Run, place: Place) -> Run:
     """One method on one task, from its trials to the tested pack."""
     inputs, recipes = recipes_of(run, open_task(run, place))
-    recipes = [with_learning_rate(recipe, inputs.backbone) for recipe in recipes]
-    folder = (
-        inputs.data_folder.parent / f"{inputs.backbone.spec.model}-{run['epochs']}-{run['seed']}"
-    )
-    folder.mkdir(exist_ok=True)
-    selected, journal = selection_of(inputs, recipes, folder), TrialJournal(folder)
-    records = [tried(inputs, recipe, selected, journal) for recipe in recipes]
-    champion = choose_champion(records, inputs.task, journal.outcomes)[0]
-    (recipe,) = (each for each in recipes if recipe_key(each) == champion.id)
-    with tempfile.TemporaryDirectory() as scratch:
-        result = fit(inputs, recipe, selected, Path(scratch))
+    name = f"{inputs.backbone.spec.model}-{run['epochs']}-{run['seed']}"
+    found = search_and_fit(inputs, recipes, inputs.data_folder.parent / name)
+    champion, result = found.champion, found.result
     return {
         **run,
         "champion": champion.point,
-        "learning_rate": recipe.training.learning_rate,
-        "tried": [{"point": each.point, "val": each.val_metric} for each in records],
+        "learning_rate": found.recipe.training.learning_rate,
+        "tried": [{"point": each.point, "val": each.val_metric} for each in found.records],
         "val": champion.val_metric,
         "test": result.test_metric,
         "stderr": result.test_metric_stderr,
         "metric": result.metric,
         "bytes": result.size_bytes,
-        "seconds": round(sum(each.seconds for each in records) + result.train_seconds),
+        "seconds": found.seconds,
     }
 
 

@@ -19,6 +19,7 @@ _NORMS = (
 def tunable_layers(model: nn.Module) -> dict[str, TunableLayer]:
     """Every Linear and Conv2d of a backbone, by name, in order of definition.
 
+    Conv1d is left out: point transformers have their 1x1 convolutions as linear layers.
     Subclasses are left out: they standardise their weight, or pad according to the input's size,
     which a plain layer on another weight would not do. So are convolutions with padding "same" or
     a padding mode other than zeros.

@@ -126,7 +126,9 @@ MasksFolder = Annotated[
 
 def predict(
     reference: Reference,
-    images: Annotated[list[Path] | None, typer.Argument(help="Image files.")] = None,
+    images: Annotated[
+        list[Path] | None, typer.Argument(help="Image files, or point clouds.")
+    ] = None,
     is_all: Annotated[
         bool, typer.Option("--all", help="Give no PACK: ask every champion on the best's backbone.")
     ] = False,
@@ -148,8 +150,9 @@ def predict(
     if not images:
         raise SpecError(f"predict: given no image; give one or more after {reference}")
     predictor = api.load(reference, backbone=backbone, device=device, workdir=workdir)
+    column = predictor.backbone.takes.column
     rows = [
-        {"image": str(image), **row}
+        {column: str(image), **row}
         for image, row in zip(images, predictor.predict(images), strict=True)
     ]
     if folder is not None and not predictor.kind.is_dense:
@@ -181,8 +184,9 @@ def _predict_all(
         typer.echo(f"{name}: left out: {reason}", err=True)
     asked = [(image, name) for image in images for name in host.packs.names()]
     answers = host.predict([(name, image) for image, name in asked])
+    column = host.backbone.takes.column
     rows = [
-        {"image": str(image), "task": name, **answer}
+        {column: str(image), "task": name, **answer}
         for (image, name), answer in zip(asked, answers, strict=True)
     ]
     if as_json:
@@ -207,7 +211,9 @@ def evaluate(
     ] = False,
     figure: Annotated[
         Path | None,
-        typer.Option(help="PNG to draw: masks of the best, the median and the worst image."),
+        typer.Option(
+            help="PNG to draw: masks of the best, the median and the worst image, or such clouds."
+        ),
     ] = None,
     device: Device = None,
     workdir: Workdir = api.WORKDIR,

@@ -243,13 +243,15 @@ def trials_table(rows: Sequence[dict[str, Any]], champion: str | None) -> Table:
 
 
 def predictions_table(rows: Sequence[dict[str, Any]]) -> Table:
-    """One row per image; of a multi-label pack the labels that it predicts, each with its
-    probability; of a segmentation pack the classes of its mask, each with its share of the pixels.
+    """One row per image or cloud, which each row's first key names; of a multi-label pack the
+    labels that it predicts, each with its probability; of a segmentation pack the classes of its
+    mask, each with its share of the pixels.
     """
     if "areas" in rows[0]:
         return _areas_table(rows)
+    column = next(iter(rows[0]))
     built = table(
-        "image", *(["labels"] if "labels" in rows[0] else ["label", "probability"]), numbers_from=2
+        column, *(["labels"] if "labels" in rows[0] else ["label", "probability"]), numbers_from=2
     )
     has_sets = "set" in rows[0]
     if has_sets:
@@ -257,16 +259,17 @@ def predictions_table(rows: Sequence[dict[str, Any]]) -> Table:
     for row in rows:
         if "labels" in row:
             shown = [f"{label} {row['probabilities'][label]:.3f}" for label in row["labels"]]
-            built.add_row(row["image"], ", ".join(shown) or "-")
+            built.add_row(row[column], ", ".join(shown) or "-")
         else:
             sets = [", ".join(row["set"]) or "-"] if has_sets else []
-            built.add_row(row["image"], row["label"], f"{row['probability']:.3f}", *sets)
+            built.add_row(row[column], row["label"], f"{row['probability']:.3f}", *sets)
     return built
 
 
 def all_predictions_table(rows: Sequence[dict[str, Any]]) -> Table:
-    """One row per image and task: the label, or every label, with its probability."""
-    built = table("image", "task", "answer", numbers_from=3)
+    """One row per image or cloud and task: the label, or every label, with its probability."""
+    column = next(iter(rows[0]))
+    built = table(column, "task", "answer", numbers_from=3)
     has_sets = any("set" in row for row in rows)
     if has_sets:
         built.add_column("set")
@@ -275,7 +278,7 @@ def all_predictions_table(rows: Sequence[dict[str, Any]]) -> Table:
         labels = row["labels"] if "labels" in row else [row["label"]]
         said = ", ".join(f"{label} {shares[label]:.3f}" for label in labels) or "-"
         sets = [", ".join(row.get("set", [])) or "-"] if has_sets else []
-        built.add_row(row["image"], row["task"], said, *sets)
+        built.add_row(row[column], row["task"], said, *sets)
     return built
 
 

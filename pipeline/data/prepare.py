@@ -1,6 +1,6 @@
 """Prepare: convert user data to shards with an index, and check it against the task.
 
-Existing shards are scanned and indexed in place; everything else is written as shards, into a
+Existing shards of images are scanned and indexed in place; all else is written as shards, into a
 sibling folder that is renamed when it is complete, so that a folder with an index is complete. An
 intact folder that was prepared from the same source is reused.
 """
@@ -17,6 +17,7 @@ from uuid import uuid4
 
 import numpy as np
 
+from pipeline.data.cloud_shards import cloud_shards_source
 from pipeline.data.coco import coco_source
 from pipeline.data.drawn import drawn_source
 from pipeline.data.drawn_shapes import shapes_source
@@ -90,7 +91,7 @@ def prepare(task: Task, folder: Path) -> DataIndex:
     try:
         index = (
             _index_in_place(data, kind, folder)
-            if isinstance(data, ShardsData)
+            if isinstance(data, ShardsData) and modality is Images
             else _write(
                 _source(data, kind, modality), _described(data, kind, modality), modality, folder
             )
@@ -110,7 +111,8 @@ def prepare(task: Task, folder: Path) -> DataIndex:
 
 
 _WrittenData = (
-    FolderData
+    ShardsData
+    | FolderData
     | CsvData
     | ListsData
     | JsonData
@@ -129,6 +131,8 @@ def _described(data: _WrittenData, kind: TaskKind, modality: type[Modality]) -> 
 
 def _source(data: _WrittenData, kind: TaskKind, modality: type[Modality]) -> Source:
     match data:
+        case ShardsData():
+            return cloud_shards_source(data, kind)
         case DigitsData():
             return digits_source(data).labelled_as(kind)
         case DrawnData():

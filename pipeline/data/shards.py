@@ -24,10 +24,12 @@ os.environ["WDS_SECURE"] = "1"  # read by webdataset when it is imported
 from webdataset.tariterators import group_by_keys
 from webdataset.writer import TarWriter
 
-from pipeline.data.formats import CLOUD_EXTENSION, IMAGE_EXTENSIONS, explain, extension_of, kind_of
+from pipeline.data.formats import CLOUD_EXTENSION, explain, extension_of, kind_of
+from pipeline.data.images import Images
 from pipeline.data.index import ShardEntry
 from pipeline.data.labels import SINGLE, MemberLabels, kind_label
 from pipeline.data.masks import check_kept, kept_classes
+from pipeline.data.modality import Modality
 from pipeline.data.quoting import listing, shortened
 from pipeline.data.unpack import unpacked
 from pipeline.data.urls import fetch, sha256_hex
@@ -62,15 +64,16 @@ def samples_in(
     names: Sequence[str] | None = None,
     label_field: str | None = None,
     kind: TaskKind = SINGLE,
+    modality: type[Modality] = Images,
 ) -> Iterator[Sample]:
     """The samples of a shard whose bytes are `content`; `url` is used in errors.
 
     names: of the classes, where they are declared. label_field: the field of `key.json` that holds
     the label; by default the label is `key.cls`, or without one the field `label`. Of a dense
-    kind, it is the classes in the mask. Raises DataError.
+    kind, it is the classes in the mask. modality: whose files the samples are. Raises DataError.
     """
     labels = MemberLabels(names, kind)
-    for key, members, image_extension in _samples(content, url):
+    for key, members, image_extension in _samples(content, url, modality):
         sample = f"{url}: {shortened(key)}"
         if kind.is_dense:
             image = members[image_extension]
@@ -79,7 +82,7 @@ def samples_in(
         label_extension = (
             LABEL_EXTENSION if LABEL_EXTENSION in members and label_field is None else "json"
         )
-        _check_alone(members, image_extension, label_extension, sample)
+        _check_alone(members, image_extension, label_extension, sample, modality)
         if label_extension not in members:
             raise DataError(
                 f"{sample}: no member .json; expected one with the field {label_field!r}, or leave"
@@ -129,19 +132,23 @@ def _label_of_mask(
     return kind_label(kept_classes(mask, where), kind, where)
 
 
-def _samples(content: bytes, url: str) -> Iterator[tuple[str, dict[str, bytes], str]]:
+def _samples(
+    content: bytes, url: str, modality: type[Modality] = Images
+) -> Iterator[tuple[str, dict[str, bytes], str]]:
     """Each sample's key, members by extension, and which of them is its image."""
     tar = unpacked(content, url)
-    for key, spans, image_extension in _spans(tar, url):
+    for key, spans, image_extension in _spans(tar, url, modality):
         yield key, {name: tar[span] for name, span in spans.items()}, image_extension
 
 
-def _spans(tar: bytes, url: str) -> Iterator[tuple[str, dict[str, slice], str]]:
+def _spans(
+    tar: bytes, url: str, modality: type[Modality] = Images
+) -> Iterator[tuple[str, dict[str, slice], str]]:
     """As `_samples`, with the places of the members in the tar."""
     keys: set[str] = set()
-    for members in _groups(tar, url):
+    for members in _groups(tar, url, modality):
         key = str(members["__key__"])
-        image_extension = _image_extension(members, f"{url}: {shortened(key)}")
+        image_extension = _image_extension(members, f"{url}: {shortened(key)}", modality)
         if image_extension is None:
             continue
         if key in keys:
@@ -154,18 +161,18 @@ def _spans(tar: bytes, url: str) -> Iterator[tuple[str, dict[str, slice], str]]:
         yield key, spans, image_extension
     if not keys:
         raise DataError(
-            f"{url}: the shard holds no samples; expected members such as 000000.jpg and"
-            f" 000000.{LABEL_EXTENSION}"
+            f"{url}: the shard holds no samples; expected members such as"
+            f" 000000.{modality.extensions[0]} and 000000.{LABEL_EXTENSION}"
         )
 
 
-def _groups(content: bytes, url: str) -> Iterator[dict[str, Any]]:
+def _groups(content: bytes, url: str, modality: type[Modality]) -> Iterator[dict[str, Any]]:
     """The places of each key's members, by extension in lower case, and WebDataset's own entries
     such as `__key__`.
     """
     members = (
         {"fname": name, "data": slice(start, end), "__url__": url}
-        for name, start, end in _members(content, url)
+        for name, start, end in _members(content, url, modality)
     )
     try:
         yield from group_by_keys(members)
@@ -177,7 +184,7 @@ def _groups(content: bytes, url: str) -> Iterator[dict[str, Any]]:
         ) from None
 
 
-def _members(content: bytes, url: str) -> list[tuple[str, int, int]]:
+def _members(content: bytes, url: str, modality: type[Modality]) -> list[tuple[str, int, int]]:
     """Each file's name, and where in `content` it begins and ends.
 
     Raises DataError unless that is one whole, plain tar of ordinary files that may all be read
@@ -190,7 +197,7 @@ def _members(content: bytes, url: str) -> list[tuple[str, int, int]]:
         with tarfile.open(fileobj=io.BytesIO(content), mode="r:") as archive:
             for member in archive:
                 if not member.isdir():
-                    _check_member(member, members, url)
+                    _check_member(member, members, url, modality)
                     members[member.name] = member.offset_data, member.offset_data + member.size
             end = int(archive.offset)
     except (tarfile.TarError, ValueError) as error:
@@ -218,8 +225,11 @@ def _members(content: bytes, url: str) -> list[tuple[str, int, int]]:
     return [(name, *place) for name, place in members.items()]
 
 
-def _check_member(member: tarfile.TarInfo, names: Container[str], url: str) -> None:
+def _check_member(
+    member: tarfile.TarInfo, names: Container[str], url: str, modality: type[Modality]
+) -> None:
     where = f"{url}: {shortened(member.name)}"
+    base, extension = os.path.basename(member.name), member.name.lower().rpartition(".")[2]
     if (
         not member.isreg() or member.issparse()
     ):  # a sparse member of a few bytes may claim terabytes
@@ -232,21 +242,20 @@ def _check_member(member: tarfile.TarInfo, names: Container[str], url: str) -> N
             f"{where}: refused, WebDataset skips names that begin with __...__ without a word;"
             " rename it"
         )
-    if member.name.lower().rpartition(".")[2] in REFUSED_EXTENSIONS:
+    if extension in REFUSED_EXTENSIONS and extension not in modality.extensions:
         raise DataError(
             f"{where}: refused, members of this kind can run code when they are loaded; expected"
-            f" images and .{LABEL_EXTENSION}"
+            f" {modality.noun}s and .{LABEL_EXTENSION}"
         )
     if member.name.rpartition(".")[2].startswith("__"):
         raise DataError(
             f"{where}: refused, WebDataset gives extensions that begin with two underscores another"
             " meaning; rename it"
         )
-    base, extension = os.path.basename(member.name), member.name.lower().rpartition(".")[2]
     if (
         base.startswith(".")
         and not base.startswith("._")
-        and extension in (*IMAGE_EXTENSIONS, LABEL_EXTENSION)
+        and extension in (*modality.extensions, LABEL_EXTENSION)
     ):
         raise DataError(
             f"{where}: refused, WebDataset skips names that begin with a dot without a word;"
@@ -256,43 +265,50 @@ def _check_member(member: tarfile.TarInfo, names: Container[str], url: str) -> N
         raise DataError(f"{where}: this member occurs twice; give each sample its own key")
 
 
-def _image_extension(members: dict[str, Any], sample: str) -> str | None:
-    """The member that is the sample's image; None if the group has neither an image nor a label (a
-    README). Raises DataError.
+def _image_extension(members: dict[str, Any], sample: str, modality: type[Modality]) -> str | None:
+    """The member that is the sample's image, or its cloud; None if the group has neither that nor a
+    label (a README). Raises DataError.
     """
     extensions = [name for name in members if not name.startswith("__")]
-    images = [name for name in extensions if name in (*IMAGE_EXTENSIONS, CLOUD_EXTENSION)]
+    images = [name for name in extensions if name in (*modality.extensions, CLOUD_EXTENSION)]
     if len(images) == 1 and not {LABEL_EXTENSION, "json", MASK_EXTENSION}.isdisjoint(members):
         return images[0]
     if not any(
-        name.rpartition(".")[2] in (*IMAGE_EXTENSIONS, LABEL_EXTENSION) for name in extensions
+        name.rpartition(".")[2] in (*modality.extensions, LABEL_EXTENSION) for name in extensions
     ):
         return None
     if len(images) > 1:
         raise DataError(
-            f"{sample}: more than one image ({listing(extensions)}); keep one for each key"
+            f"{sample}: more than one {modality.noun} ({listing(extensions)}); keep one for each"
+            " key"
         )
     if images:
         raise DataError(
-            f"{sample}.{images[0]}: an image without a label; expected a member with the same key"
-            " and the extension cls or json next to it"
+            f"{sample}.{images[0]}: {modality.a_noun} without a label; expected a member with the"
+            " same key and the extension cls or json next to it"
         )
     # The key ends at the name's first dot, so `a.v2.jpg` is not the image of `a`.
     raise DataError(
-        f"{sample}: no image, only {listing(extensions)}; expected an extension such as jpg right"
-        " after the key, which may have no dot"
+        f"{sample}: no {modality.noun}, only {listing(extensions)}; expected an extension such as"
+        f" {modality.extensions[0]} right after the key, which may have no dot"
     )
 
 
-def _check_alone(members: dict[str, bytes], image_extension: str, label: str, sample: str) -> None:
+def _check_alone(
+    members: dict[str, bytes],
+    image_extension: str,
+    label: str,
+    sample: str,
+    modality: type[Modality],
+) -> None:
     """Raise DataError if a second image of the group also has a label: `a.v2.jpg` and `a.v2.cls`
     next to `a.jpg` and `a.cls`.
     """
     for name in members:
         stem, _, extension = name.rpartition(".")
-        if stem and extension in IMAGE_EXTENSIONS and f"{stem}.{label}" in members:
+        if stem and extension in modality.extensions and f"{stem}.{label}" in members:
             raise DataError(
-                f"{sample}.{shortened(name)}: a second labelled image next to"
+                f"{sample}.{shortened(name)}: a second labelled {modality.noun} next to"
                 f" {sample.rpartition(': ')[2]}.{image_extension}; a key ends at the first dot of a"
                 " name; rename it, without a dot in its key"
             )

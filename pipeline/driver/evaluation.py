@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.adaptation import AdaptedModel
 from pipeline.adaptation.packing import from_pack
 from pipeline.data import DataIndex, Modality, Reader, Split, prepare, read_index, split_samples
+from pipeline.data.points import Points
+from pipeline.driver.examples import draw_masks, draw_predicted_clouds
 from pipeline.driver.workspace import Workspace
 from pipeline.errors import DataError, SpecError
-from pipeline.kinds import Metric, Outcomes, Score, TaskKind, metric_named, score
+from pipeline.kinds import Score, TaskKind, metric_named, score
 from pipeline.packs import PackMetadata, read_pack
 from pipeline.registry.pack_record import RegisteredPack
 from pipeline.registry.store import open_registry
-from pipeline.reports.overlay_figure import draw_overlays
 from pipeline.serving.predictor import kind_of, load_backbone_of
 from pipeline.specs.task_files import load_task
 from pipeline.training import evaluate
 from pipeline.training.calibrate import SetQuality, quality_of_sets
-from pipeline.training.full_size import evaluate_at_full_size, predicted_masks
+from pipeline.training.full_size import evaluate_at_full_size
 from pipeline.utils.devices import choose_device
 from pipeline.utils.files import exclusive
 
@@ -53,33 +53,35 @@ def evaluate_pack(
         task_file: task file with the test set; default: the data prepared in `workdir`.
         device: device to compute on; default: the GPU if there is one.
         full_size: compare masks in their own sizes rather than that of the input.
-        figure: where to draw the masks of the best, the median and the worst image.
+        figure: where to draw the masks of the best, the median and the worst image, or the clouds
+            whose prediction is best, median and worst.
 
     Raises:
-        SpecError: There is no such device, or the pack predicts no masks to compare or draw.
+        SpecError: There is no such device, or the pack predicts no masks to compare, or has neither
+            masks nor clouds to draw.
         DataError: There is no prepared data, or it is not what the pack was registered with.
     """
     device, workspace = choose_device(device), Workspace(workdir.resolve())
     path, registered = _pack_file(reference, workspace)
     pack = read_pack(path)
-    folder = workspace.data(pack.metadata.task)
-    if task_file is not None:
-        _prepare_again(task_file, pack.metadata.task, workspace)
-    index = _prepared_index(folder, pack.metadata)
-    _check_same_data(registered, index.digest, folder)
+    folder, index = _test_data(pack.metadata, task_file, workspace, registered)
     test = split_samples(index, 0.5, 0)["test"]
     backbone = load_backbone_of(pack.metadata, str(weights) if weights is not None else None)
     model, takes = from_pack(pack, backbone), backbone.takes
     kind = kind_of(pack.metadata)
-    _check_has_masks(kind, "--full-size" if full_size else "--figure" if figure else None)
+    has_no_clouds = figure is not None and not isinstance(takes, Points)
+    _check_has_masks(kind, "--full-size" if full_size else "--figure" if has_no_clouds else None)
     model.to(device)
     metric = metric_named(pack.metadata.metric, kind.name)
+    reader = _reader(folder, test, index, kind, takes)
     if full_size:
         outcomes = evaluate_at_full_size(model, folder, test, kind, takes)
     else:
-        outcomes = evaluate(model, _reader(folder, test, index, kind, takes), test, kind)
-    if figure is not None:
-        _draw(figure, model, metric, outcomes, folder, test, index, takes)
+        outcomes = evaluate(model, reader, test, kind)
+    if figure is not None and kind.is_dense:
+        draw_masks(figure, model, metric, outcomes, folder, test, index, takes)
+    elif figure is not None:
+        draw_predicted_clouds(figure, outcomes, reader, test, kind, index.classes)
     return Evaluation(
         score(metric, outcomes),
         metric.values_by_class(outcomes, index.classes),
@@ -99,27 +101,6 @@ def _reader(folder: Path, test: Split, index: DataIndex, kind: TaskKind, takes: 
     return Reader(folder, test, takes, targets=targets, has_masks=kind.is_dense)
 
 
-def _draw(
-    figure: Path,
-    model: AdaptedModel,
-    metric: Metric,
-    outcomes: Outcomes,
-    folder: Path,
-    test: Split,
-    index: DataIndex,
-    takes: Modality,
-) -> None:
-    """Draw the masks of the best, the median and the worst image by the metric of each alone."""
-    values = [metric.value(outcomes.only(number)) for number in range(len(outcomes))]
-    order = sorted(range(len(values)), key=lambda number: (-values[number], number))
-    chosen = {"best": order[0], "median": order[len(order) // 2], "worst": order[-1]}
-    picked = replace(test, samples=test.samples[list(chosen.values())])
-    titles = [f"{name}: {metric.name} {values[number]:.3f}" for name, number in chosen.items()]
-    masks = predicted_masks(model, folder, picked, takes)
-    overlays = [(title, *each) for title, each in zip(titles, masks, strict=True)]
-    draw_overlays(overlays, index.classes, figure)
-
-
 def _pack_file(reference: str, workspace: Workspace) -> tuple[Path, RegisteredPack | None]:
     """A pack file as given, or a registered pack, downloaded."""
     if Path(reference).is_file():
@@ -127,6 +108,21 @@ def _pack_file(reference: str, workspace: Workspace) -> tuple[Path, RegisteredPa
     registry = open_registry(None, workspace.root)
     registered = registry.get(reference)
     return registry.download(registered, workspace.root / "downloads"), registered
+
+
+def _test_data(
+    metadata: PackMetadata,
+    task_file: Path | None,
+    workspace: Workspace,
+    registered: RegisteredPack | None,
+) -> tuple[Path, DataIndex]:
+    """The folder and the index of the data that the pack was tested on."""
+    folder = workspace.data(metadata.task)
+    if task_file is not None:
+        _prepare_again(task_file, metadata.task, workspace)
+    index = _prepared_index(folder, metadata)
+    _check_same_data(registered, index.digest, folder)
+    return folder, index
 
 
 def _prepare_again(task_file: Path, name: str, workspace: Workspace) -> None:

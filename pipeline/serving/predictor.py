@@ -167,12 +167,14 @@ def load_backbone_of(metadata: PackMetadata, weights: str | None = None) -> Load
 
 
 def _embedded(metadata: PackMetadata) -> str | None:
-    path = catalogue_folder() / "demo" / "backbone.yaml"
-    if not path.is_file():
-        return None
-    spec = load_spec(Backbone, path)
-    same = (spec.model, spec.arguments) == (
-        metadata.backbone["model"],
-        metadata.backbone["arguments"],
-    )
-    return str(path.parent / spec.weights) if same else None
+    """A checkpoint of the pack's network among those that come with taskpack."""
+    for path in sorted(catalogue_folder().glob("*/backbone.yaml")):
+        spec = load_spec(Backbone, path)
+        checkpoint = path.parent / spec.weights
+        same = (spec.model, spec.arguments) == (
+            metadata.backbone["model"],
+            metadata.backbone["arguments"],
+        )
+        if same and checkpoint.is_file():
+            return str(checkpoint)
+    return None

@@ -46,7 +46,7 @@ _INPUTS = {
     "points": ("points", "scale", "up", "turn", "flip"),
 }
 """The settings of `input` that a modality uses."""
-_FORMATS_OF_POINTS = ("folder", "csv", "lists", "json", "hdf5", "drawn")
+_FORMATS_OF_POINTS = ("shards", "folder", "csv", "lists", "json", "hdf5", "drawn")
 Percent = Annotated[float, Field(ge=0, le=100)]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import pickle
 import struct
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -188,6 +189,66 @@ def test_folders_and_tables_are_prepared_alike(tmp_path: Path) -> None:
     assert labels.bincount().tolist() == [9, 9]
 
 
+def write_tar(path: Path, members: dict[str, bytes]) -> str:
+    with tarfile.open(path, "w") as tar:
+        for name, content in members.items():
+            entry = tarfile.TarInfo(name)
+            entry.size = len(content)
+            tar.addfile(entry, io.BytesIO(content))
+    return str(path)
+
+
+def test_shards_of_clouds_are_written_again(tmp_path: Path) -> None:
+    """Of users, in any format, and those of a prepared dataset."""
+    data = write_folders(tmp_path / "clouds")
+    small = {"recipe": {**SOLIDS["recipe"], "training": {"batch_size": 8}}}
+    small["selection"] = {"batch_size": 8}
+    wanted = prepare(task_of(data, **small), tmp_path / "folder")
+    tars = {}
+    for split in ("train", "test"):
+        members: dict[str, bytes] = {"README.md": b"clouds"}
+        for number, path in enumerate(sorted((tmp_path / "clouds" / split).rglob("*.*"))):
+            members[f"{number}{path.suffix}"] = path.read_bytes()
+            label = path.parent.name == "sphere"
+            members |= (
+                {f"{number}.json": b'{"label": %d}' % label}
+                if number % 3
+                else {f"{number}.cls": b"%d" % label}
+            )
+        tars[split] = write_tar(tmp_path / f"{split}.tar", members)
+    shards = {"format": "shards", **tars, "classes": ["box", "sphere"]}
+    index = prepare(task_of(shards, **small), tmp_path / "shards")
+    assert index.digest == wanted.digest
+    own = {split: str(tmp_path / "folder" / f"{split}-000000.tar") for split in tars}
+    again = prepare(task_of({**shards, **own}, **small), tmp_path / "again")
+    assert (again.classes, len(again.splits["train"][0].labels)) == (wanted.classes, 24)
+
+
+@pytest.mark.parametrize(
+    ("members", "message"),
+    [
+        ({"a.npy": b"1", "a.ply": b"2", "a.cls": b"0"}, "a: more than one point cloud"),
+        ({"a.ply": b"1"}, "a.ply: a point cloud without a label"),
+        ({"a.cls": b"1"}, "a: no point cloud, only cls; expected an extension such as npy"),
+        ({"a.pkl": b"1", "a.cls": b"0"}, "a.pkl: refused, .*; expected point clouds and .cls"),
+        ({"a.jpg": b"1", "a.cls": b"0"}, "a: no point cloud, only jpg, cls"),
+        ({"a.npy": pickle.dumps(1), "a.cls": b"0"}, "a: is a Python pickle"),
+        ({"a.npy": npy(CLOUD), "a.cls": b"-1"}, "a.cls: the label is '-1'"),
+        ({"a.npy": npy(CLOUD), "a.cls": b"70000"}, "label 70000 is too large to count classes"),
+    ],
+)
+def test_bad_shards_of_clouds_are_named(
+    tmp_path: Path, members: dict[str, bytes], message: str
+) -> None:
+    good = {"a.npy": npy(CLOUD), "a.cls": b"0"}
+    tars = {
+        split: write_tar(tmp_path / f"{split}.tar", each)
+        for split, each in (("train", members), ("test", good))
+    }
+    with pytest.raises(DataError, match=message):
+        prepare(task_of({"format": "shards", **tars}), tmp_path / "prepared")
+
+
 def test_bad_files_are_all_named_at_once(tmp_path: Path) -> None:
     data = write_folders(tmp_path)
     (tmp_path / "train/box/1.npy").write_bytes(npy(CLOUD[:2]))
@@ -273,7 +334,6 @@ def test_augmentation_moves_clouds_as_it_says() -> None:
         ({"input": {"size_px": 32}}, "size_px would change nothing for modality points"),
         ({"modality": "images"}, "drawn solids are point clouds"),
         ({"modality": "clouds"}, "modality"),
-        ({"data": {"train": "a.tar", "test": "b.tar"}}, "format shards holds images"),
         ({"data": {"format": "digits"}}, "format digits holds images"),
         ({"data": {"format": "drawn", "kind": "counting"}}, "drawn counting are images"),
         ({"recipe": {"lora": {}, "training": {"mixup": 0.2}}}, "mixup and cutmix mix images"),

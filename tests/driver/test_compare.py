@@ -10,17 +10,24 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from helpers_cases import for_every
+from helpers_cli import new_workdir, taskpack
+from helpers_points import SOLIDS
 from pydantic import ValidationError
 from typer.testing import CliRunner
 
 from pipeline.adaptation import plan
 from pipeline.backbones import load_backbone
 from pipeline.cli.app import app
+from pipeline.data.drawn_solids import SOLIDS as SOLID_NAMES
+from pipeline.data.drawn_solids import draw_solid
 from pipeline.driver import compare as compare_module
+from pipeline.driver.batch import run_batch
 from pipeline.driver.compare import compare_methods, sampled_points
 from pipeline.errors import SpecError
 from pipeline.packs import read_pack
+from pipeline.registry.connection import import_pyfunc
 from pipeline.reports.bd_rate import Curve
 from pipeline.reports.comparison import (
     comparison_csv,
@@ -42,6 +49,7 @@ from pipeline.specs import (
     Training,
 )
 from pipeline.specs.catalogue import known_methods, load_methods, tasks_to_compare
+from pipeline.specs.task_files import load_task
 
 RAY_CPUS = 1
 METHODS = {
@@ -137,6 +145,43 @@ def test_a_time_limit_leaves_out_trials_of_every_method(
         assert planned // 2 <= row.trials < planned
         assert row.warning == f"{row.trials} of {planned} trials ran in the time limit"
         assert len(row.test_metrics) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::DeprecationWarning")
+@pytest.mark.usefixtures("local_ray")
+def test_clouds_take_the_same_way_as_images(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From a task file to a compared, registered pack that predicts; here, where Ray runs."""
+    workdir = new_workdir(tmp_path_factory.getbasetemp(), tmp_path)
+    work, path = ("--workdir", workdir), tmp_path / "solids.yaml"
+    recipe = {"adapter": {"width": 2}, "training": SOLIDS["recipe"]["training"]}
+    search = {"trials": 2, "bits": [2, 4]}
+    path.write_text(yaml.safe_dump({**SOLIDS, "recipe": recipe, "search": search}))
+    (outcome,) = run_batch([load_task(path)], workdir)
+    assert outcome.error is None
+    cloud = draw_solid("torus", np.random.default_rng(5))
+    head = "\n".join(["ply", "format ascii 1.0", f"element vertex {len(cloud)}"])
+    columns = "\n".join(f"property float {axis}" for axis in "xyz")
+    rows = "\n".join(" ".join(map(str, row)) for row in cloud.tolist())
+    file = tmp_path / "torus.ply"
+    file.write_text(f"{head}\n{columns}\nend_header\n{rows}\n")
+    (row,) = taskpack("predict", "solids@champion", file, *work, "--json").json()
+    assert (row["cloud"], row["label"] in SOLID_NAMES) == (str(file), True)
+    assert "cloud" in taskpack("predict", "solids", file, *work).out
+    with monkeypatch.context() as patch:
+        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{workdir / 'mlflow.db'}")
+        model = import_pyfunc().load_model("models:/solids@champion")
+    assert model.predict({"cloud": [str(file)]})["label"].tolist() == [row["label"]]
+    figure = tmp_path / "clouds.png"
+    found = taskpack("evaluate", "solids", *work, "--json", "--figure", figure).json()
+    assert found["test_metric"] == found["registered_test_metric"]
+    assert figure.read_bytes().startswith(b"\x89PNG")
+    (compared_row,) = compare_methods(
+        [load_task(path)], {"linear": METHODS["linear"]}, workdir, seeds=1, fraction=0.2
+    )
+    assert (compared_row.error, compared_row.test_samples) == ("", 60)
 
 
 def test_what_a_time_limit_leaves_no_time_for_is_a_row_that_says_so(
