@@ -67,8 +67,7 @@ def evaluate_pack(
     folder, index = _test_data(pack.metadata, task_file, workspace, registered)
     test = split_samples(index, 0.5, 0)["test"]
     backbone = load_backbone_of(pack.metadata, str(weights) if weights is not None else None)
-    model, takes = from_pack(pack, backbone), backbone.takes
-    kind = kind_of(pack.metadata)
+    model, takes, kind = from_pack(pack, backbone), backbone.takes, kind_of(pack.metadata)
     has_no_clouds = figure is not None and not isinstance(takes, Points)
     _check_has_masks(kind, "--full-size" if full_size else "--figure" if has_no_clouds else None)
     model.to(device)
