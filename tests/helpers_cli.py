@@ -10,9 +10,10 @@ import io
 import json
 import os
 import shutil
+import signal
 import socket
-import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -22,6 +23,7 @@ from typing import Any
 import pytest
 import yaml
 from filelock import FileLock
+from helpers_forks import ForkedCommand
 
 from pipeline.cli import app as cli
 from pipeline.registry.connection import initialise_sqlite
@@ -114,17 +116,17 @@ def environment(**changes: str) -> dict[str, str]:
 
 
 def taskpack_process(*arguments: str | Path, **changes: str) -> Answer:
-    """The command in its own process, as a user has it; `changes` are of its environment."""
-    command = [str(COMMAND), *map(str, arguments)]
-    done = subprocess.run(
-        command,
-        env=environment(**changes),
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT_SECONDS,
-        check=False,
-    )
-    return Answer(done.returncode, done.stdout, done.stderr)
+    """The command in its own process; `changes` are of its environment."""
+    with tempfile.TemporaryDirectory() as folder:
+        out, err = Path(folder) / "out", Path(folder) / "err"
+        command = ForkedCommand(
+            arguments, environment=environment(**changes), stdout=out, stderr=err
+        )
+        try:
+            code = command.wait(TIMEOUT_SECONDS)
+        finally:
+            command.send_signal(signal.SIGKILL)
+        return Answer(code, out.read_text(), err.read_text())
 
 
 @dataclass(frozen=True)

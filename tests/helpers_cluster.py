@@ -7,7 +7,6 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import subprocess
 import tempfile
 import time
 from collections import Counter
@@ -17,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers_cli import COMMAND, Answer, environment
+from helpers_cli import Answer, environment
+from helpers_forks import ForkedCommand
 from helpers_paths import TESTS
 
 WAIT_SECONDS = 240
@@ -138,7 +138,7 @@ test_cluster.__test__ = False  # type: ignore[attr-defined]
 class Command:
     """`taskpack run` in a process of its own."""
 
-    process: subprocess.Popen[bytes]
+    process: ForkedCommand
     out: Path
     err: Path
 
@@ -152,21 +152,15 @@ class Command:
 
     def end(self) -> Answer:
         """Wait for its end."""
-        self.process.wait(WAIT_SECONDS)
-        return Answer(self.process.returncode, self.out.read_text(), self.err.read_text())
+        code = self.process.wait(WAIT_SECONDS)
+        return Answer(code, self.out.read_text(), self.err.read_text())
 
 
 def start(folder: Path, *arguments: str | Path, **changes: str) -> Command:
     """Start the command; `changes` are of its environment."""
     folder.mkdir(parents=True, exist_ok=True)
     out, err = folder / "out", folder / "err"
-    with out.open("w") as stdout, err.open("w") as stderr:
-        process = subprocess.Popen(
-            [str(COMMAND), *map(str, arguments)],
-            env=environment(**changes),
-            stdout=stdout,
-            stderr=stderr,
-        )
+    process = ForkedCommand(arguments, environment=environment(**changes), stdout=out, stderr=err)
     return Command(process, out, err)
 
 

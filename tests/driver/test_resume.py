@@ -7,14 +7,12 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 from helpers_cli import (
-    COMMAND,
     ONE_CPU,
     TIMEOUT_SECONDS,
     TRIALS,
@@ -27,6 +25,7 @@ from helpers_cli import (
     taskpack,
     wait_until,
 )
+from helpers_forks import ForkedCommand
 
 from pipeline.registry.store import open_registry
 from pipeline.registry.trial_runs import PARENT_TAG, TRIAL_TAG
@@ -65,45 +64,32 @@ class Journey:
         when: Callable[[str], bool],
         how: signal.Signals,
         *options: str,
-        given: Callable[[], object] | None = None,
+        ignores_sigint: bool = False,
         **changes: str,
     ) -> None:
-        """Start the command, `given` being called in its process first and `changes` being of its
-        environment, and send it `how` as soon as `when` of its output holds.
+        """Start the command, `changes` being of its environment, and send it `how` as soon as
+        `when` of its output holds.
         """
         out, err = self.workdir.with_name(f"{name}.out"), self.workdir.with_name(f"{name}.err")
-        command = [
-            str(COMMAND),
-            "run",
-            str(self.task_file),
-            "--workdir",
-            str(self.workdir),
-            *options,
-        ]
-        with out.open("w") as stdout, err.open("w") as stderr:
-            process = subprocess.Popen(
-                command,
-                env=environment(**changes),
-                stdout=stdout,
-                stderr=stderr,
-                start_new_session=True,
-                preexec_fn=given,
-            )
-            wait_until(lambda: when(out.read_text()) or process.poll() is not None, TIMEOUT_SECONDS)
-            assert process.poll() is None, (
-                f"{name}: it ended before it could be interrupted:"
-                f" {out.read_text()}{err.read_text()}"
-            )
-            self.families[name] = descendants(process.pid)
-            process.send_signal(how)
-            process.wait(TIMEOUT_SECONDS)
-        self.answers[name] = Answer(process.returncode, out.read_text(), err.read_text())
+        process = ForkedCommand(
+            ["run", self.task_file, "--workdir", self.workdir, *options],
+            environment=environment(**changes),
+            stdout=out,
+            stderr=err,
+            ignores_sigint=ignores_sigint,
+        )
+        wait_until(
+            lambda: (out.exists() and when(out.read_text())) or process.poll() is not None,
+            TIMEOUT_SECONDS,
+        )
+        assert process.poll() is None, (
+            f"{name}: it ended before it could be interrupted: {out.read_text()}{err.read_text()}"
+        )
+        self.families[name] = descendants(process.pid)
+        process.send_signal(how)
+        code = process.wait(TIMEOUT_SECONDS)
+        self.answers[name] = Answer(code, out.read_text(), err.read_text())
         self.snapshots[name] = self.snapshot()
-
-
-def ignore_sigint() -> None:
-    """As a shell does for the jobs that it starts in the background."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 @pytest.fixture(scope="session")
@@ -134,7 +120,7 @@ def journey(finished: FinishedRun, tmp_path_factory: pytest.TempPathFactory) -> 
     trip.interrupt("killed in prepare", lambda out: "bars: prepare" in out, signal.SIGKILL)
     trip.interrupt("killed in select", workers_started, signal.SIGKILL, *workers)
     trip.interrupt(
-        "interrupted in select", workers_started, signal.SIGINT, *workers, given=ignore_sigint
+        "interrupted in select", workers_started, signal.SIGINT, *workers, ignores_sigint=True
     )
     trip.interrupt("interrupted in search", trial_written, signal.SIGINT, **ONE_CPU)
     for name, how in (
