@@ -43,6 +43,8 @@ class ForkedCommand:
         stderr: Path,
         ignores_sigint: bool = False,
     ) -> None:
+        stdout.touch()
+        stderr.touch()
         self._process: ForkServerProcess = _server().Process(
             target=_run,
             args=([*map(str, arguments)], dict(environment), str(stdout), str(stderr)),

@@ -79,7 +79,7 @@ class Journey:
             ignores_sigint=ignores_sigint,
         )
         wait_until(
-            lambda: (out.exists() and when(out.read_text())) or process.poll() is not None,
+            lambda: when(out.read_text()) or process.poll() is not None,
             TIMEOUT_SECONDS,
         )
         assert process.poll() is None, (

@@ -173,7 +173,8 @@ class Mixture(torch.autograd.Function):
         dropout: SeededDropout,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         read, hidden_units = bank.rows @ x_TD.T, len(bank.up_XD)
-        hidden_EHT = dropout.mask(read[:hidden_units].relu()).view(experts, -1, len(x_TD))
+        # Not len(x_TD), which would fix the batch size of an exported model.
+        hidden_EHT = dropout.mask(read[:hidden_units].relu()).view(experts, -1, x_TD.shape[0])
         routes: Routes | tuple[()] = ()
         if bank.scaled_experts_ER is not None:
             routes = route(read[hidden_units:], bank.scaled_experts_ER, top_k)
