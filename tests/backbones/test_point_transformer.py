@@ -8,13 +8,16 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers_paths import PROJECT_ROOT
 from helpers_points import ARGUMENTS, POINT_BACKBONE
 from safetensors.torch import save_file
 
 from pipeline.backbones import load_backbone
 from pipeline.backbones.neighbours import farthest_points, nearest_points
+from pipeline.data.drawn_solids import SOLIDS, draw_solid
 from pipeline.errors import BackboneError
 from pipeline.specs import Input
+from pipeline.specs.task_files import load_task
 
 State = dict[str, torch.Tensor]
 D, HIDDEN, DEPTH, HEADS = 32, 8, 2, 2
@@ -194,3 +197,21 @@ def test_a_pickle_is_refused_with_the_way_out(tmp_path: Path) -> None:
 def test_images_are_asked_of_a_point_backbone_in_vain() -> None:
     with pytest.raises(BackboneError, match="takes points, not images"):
         load_backbone(POINT_BACKBONE, Input()).images  # noqa: B018
+
+
+def test_the_embedded_backbone_knows_more_of_solids_than_random_weights() -> None:
+    """By the label of the cloud whose feature is nearest."""
+    spec = load_task(PROJECT_ROOT / "tasks" / "points" / "solids.yaml").backbone
+    takes = load_backbone(spec, Input()).takes
+    labels = torch.arange(180) % len(SOLIDS)
+    drawn = [draw_solid(SOLIDS[k], np.random.default_rng([7, n])) for n, k in enumerate(labels)]
+    points = torch.from_numpy(np.stack([takes.decode(cloud) for cloud in drawn])).float()
+    right = {}
+    for weights in (spec.weights, "random"):
+        model = load_backbone(spec.model_copy(update={"weights": weights}), Input()).model
+        with torch.no_grad():
+            features = torch.cat([model(each) for each in points.split(60)])
+        features = (features - features.mean(dim=0)) / (features.std(dim=0) + 1e-6)
+        nearest = torch.cdist(features[120:], features[:120]).argmin(dim=1)
+        right[weights] = float((labels[nearest] == labels[120:]).float().mean())
+    assert right[spec.weights] > right["random"] + 0.1, right
