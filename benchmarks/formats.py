@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -84,6 +85,8 @@ def _compared(path: Path, before: Path, scratch: Path) -> dict[str, Any]:
         "positions_differ": _differing(_positions(again), arrays, "position "),
         "arrays": len(arrays) - 1,
         "largest_logit_difference": float(np.abs(logits - arrays["logits"]).max()),
+        "version_before": _version(path.read_bytes()),
+        "version_now": _version(written),
         "bytes_before": path.stat().st_size,
         "bytes_now": len(written),
         "metadata_before": path.stat().st_size - _without_metadata(again),
@@ -116,6 +119,13 @@ def _differing(now: dict[str, np.ndarray], before: dict[str, np.ndarray], prefix
     )
 
 
+def _version(content: bytes) -> int:
+    """The format version that a pack file states in its header."""
+    found = re.search(rb'"version":\s*"(\d+)"', content)
+    assert found is not None
+    return int(found[1])
+
+
 def _without_metadata(pack: Pack) -> int:
     return sum(size for section, size in ledger(pack).items() if section != "metadata")
 
@@ -127,6 +137,8 @@ def _page(result: dict[str, Any]) -> str:
         "values that differ",
         "positions that differ",
         "largest difference of a logit",
+        "format before",
+        "format now",
         "bytes before",
         "bytes now",
         "metadata before",
@@ -139,6 +151,8 @@ def _page(result: dict[str, Any]) -> str:
             row["values_differ"],
             row["positions_differ"],
             f"{row['largest_logit_difference']:.1e}",
+            row["version_before"],
+            row["version_now"],
             f"{row['bytes_before']:,}",
             f"{row['bytes_now']:,}",
             f"{row['metadata_before']:,}",
@@ -164,8 +178,10 @@ def _page(result: dict[str, Any]) -> str:
 
 
 def _python(before: Path, code: str, *arguments: str) -> None:
+    """Run code with the package of the earlier commit, which the current folder puts first."""
+    command = [sys.executable, "-c", code, *arguments]
     environment = {**os.environ, "PYTHONPATH": str(before)}
-    subprocess.run([sys.executable, "-c", code, *arguments], env=environment, check=True)
+    subprocess.run(command, env=environment, cwd=before, check=True)
 
 
 def _git(*arguments: str) -> None:
