@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -35,6 +36,7 @@ from pipeline.packs import (
     zero_part,
 )
 from pipeline.specs import Recipe, Selection, Task, Training
+from pipeline.utils.byte_cache import ByteCache
 
 PROBES = 2
 _COUNT_BYTES = 8
@@ -72,11 +74,40 @@ def describe(
     )
 
 
+CodePositions = Callable[[Part], bytes]
+_KEPT_POSITIONS: ByteCache[str, bytes] = ByteCache()
+_KEPT_BYTES = 32 << 20
+
+
+def positions_digest(part: Part) -> str:
+    """Equal for parts whose positions take the same bytes."""
+    digest = hashlib.sha256(repr(part.layer_shapes).encode())
+    for index_N in part.positions:
+        digest.update(index_N.tobytes())
+    return digest.hexdigest()
+
+
+def code_positions(part: Part) -> bytes:
+    """The positions of a part as a pack stores them. This process keeps them for other recipes and
+    tasks, because coding those of a ViT-B takes seconds.
+    """
+    key = positions_digest(part)
+    coded = _KEPT_POSITIONS.get(key)
+    if coded is None:
+        coded = part.encoded_positions
+        _KEPT_POSITIONS.put(key, coded, len(coded))
+        _KEPT_POSITIONS.trim(_KEPT_BYTES)
+    return coded
+
+
 class SizePlanner:
     """Predicts the pack sizes of recipes before anything is trained.
 
     Sizes are exact if the task's selection is known or positions are not stored. Otherwise the
     cheapest positions are assumed, and the size is a lower bound.
+
+    Args:
+        code: codes the positions of a part, once for each number of connections.
     """
 
     def __init__(
@@ -85,7 +116,9 @@ class SizePlanner:
         backbone: LoadedBackbone,
         classes: Sequence[str],
         selected: SelectedIndex | None = None,
+        code: CodePositions = code_positions,
     ) -> None:
+        self._code = code
         self._task, self._backbone, self._classes, self._selected = (
             task,
             backbone,
@@ -93,7 +126,7 @@ class SizePlanner:
             selected,
         )
         self._connections: dict[str, tuple[SelectedIndex, Part]] = {}
-        self._same_places: dict[tuple[int, str], Part] = {}
+        self._coded: dict[tuple[int, str], bytes] = {}
 
     def size_bytes(self, recipe: Recipe) -> int:
         """Size of the pack."""
@@ -165,9 +198,9 @@ class SizePlanner:
                 tuple(_as_indices(indices[tensor.name]) for tensor in group) if is_stored else ()
             )
             part = _zeros(group, positions, recomputed=not is_stored)
-            vars(part)["encoded_positions"] = self._same_places.setdefault(
-                (top_k, where), part
-            ).encoded_positions  # whatever the values' bits
+            if (top_k, where) not in self._coded:  # whatever the values' bits
+                self._coded[top_k, where] = self._code(part)
+            vars(part)["encoded_positions"] = self._coded[top_k, where]
             self._connections[key] = selected, part
         return self._connections[key]
 

@@ -12,6 +12,7 @@ from typing import Any
 from pipeline.cluster.task_pool import Interrupted
 
 _LOOK_SECONDS = 0.5
+_COMPUTED_RETRIES = 3
 
 
 def first_ended(
@@ -136,6 +137,28 @@ def ended_tasks(
                 yield index, outcome
     finally:
         running.cancel()
+
+
+def _call(function: Callable[..., Any], *arguments: Any) -> Any:
+    return function(*arguments)
+
+
+def computed(
+    function: Callable[..., Any], arguments: Sequence[Any], is_stopping: Callable[[], bool]
+) -> Any:
+    """What a function gives, computed by a worker somewhere in the cluster. It waits for no trial
+    to end, and should take seconds. Raises Interrupted if `is_stopping()` becomes true.
+    """
+    import ray
+
+    remote = ray.remote(num_cpus=0, max_retries=_COMPUTED_RETRIES, scheduling_strategy="SPREAD")
+    running = remote(_call).remote(function, *arguments)
+    try:
+        first_ended([running], is_stopping)
+    except Interrupted:
+        ray.cancel(running, force=True)
+        raise
+    return ray.get(running)
 
 
 def reserve(ranks: int, cpus: float, gpus: float) -> Any:

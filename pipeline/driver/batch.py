@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -268,17 +269,21 @@ class _Driver(Stages):
         trials = self._search(inputs, data_folder, selection, folder, search_time)
         with self.here:
             not_worse = choose_champion(trials, task, folder.journal.outcomes)
-            champion = not_worse[0]
-            self.watch.searched(task.name, trials, champion, search_time.trials_left)
-            draw_front(
-                [trial.row() for trial in trials],
-                folder.figure,
+        champion = not_worse[0]
+        self.watch.searched(task.name, trials, champion, search_time.trials_left)
+        self.elsewhere(
+            partial(
+                draw_front,
                 title=f"{task.name}: validation {task.metric} against the pack's size",
                 metric=task.metric,
                 max_bytes=task.budget.max_bytes,
                 champion=champion.id,
                 not_worse={trial.id for trial in not_worse},
-            )
+            ),
+            [trial.row() for trial in trials],
+            folder.figure,
+        )
+        await_file(folder.figure)
         if read_fit(folder.fit(champion.id)) is None:
             search_time.check_fit(trials)
         fitted = self._fit(inputs, data_folder, champion, selection, folder)
@@ -320,6 +325,7 @@ class _Driver(Stages):
             inputs.backbone,
             inputs.index.classes,
             read_selection(selection) if selection is not None else None,
+            self.code_positions(selection),
         )
 
         def report(study: Study) -> None:

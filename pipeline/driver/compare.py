@@ -239,7 +239,8 @@ class _Driver(Stages):
             self.select(entry.inputs, entry.inputs.data_folder, top_k) if top_k else None
         )
         selected = read_selection(entry.selection) if entry.selection is not None else None
-        planner = SizePlanner(task, entry.inputs.backbone, entry.inputs.index.classes, selected)
+        data = entry.inputs.backbone, entry.inputs.index.classes
+        planner = SizePlanner(task, *data, selected, self.code_positions(entry.selection))
         for point in sampled_points(task.search, fraction, task.seed):
             recipe = task.search.recipe(task.recipe, point)
             entry.recipes[recipe_key(recipe)] = (point, recipe, planner.size_bytes(recipe))

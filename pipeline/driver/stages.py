@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pipeline.adaptation import is_recomputable
+from pipeline.adaptation.packing import CodePositions, code_positions
 from pipeline.backbones import share
 from pipeline.backbones.known import remember
 from pipeline.cluster.capacity import (
@@ -27,9 +28,10 @@ from pipeline.cluster.capacity import (
 from pipeline.cluster.rank_group import WORKER_DIED, WORKER_RETRIES, TrialResources, in_group
 from pipeline.cluster.session import interruptible, is_connected, ray_session
 from pipeline.cluster.task_pool import TaskPool
-from pipeline.cluster.tasks import WorkersDied, ended_tasks
+from pipeline.cluster.tasks import WorkersDied, computed, ended_tasks
 from pipeline.data import prepare, remarks_on
 from pipeline.data.node_memory import node_memory
+from pipeline.driver.coded_positions import CodedPositions
 from pipeline.driver.workspace import Workspace
 from pipeline.errors import ClusterError, SpecError, UnexpectedError, named
 from pipeline.search.proposer import LAG
@@ -245,6 +247,19 @@ class Stages:
             )
             await_file(path)
         return path
+
+    def elsewhere(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """What a function gives, computed by a worker where a cluster is at hand, because this
+        process follows many studies at once; otherwise here.
+        """
+        if is_connected() and (not self.ray_is_private or has_gpus()):
+            return computed(function, arguments, self.is_stopping)
+        with self.here:
+            return function(*arguments)
+
+    def code_positions(self, selection: Path | None) -> CodePositions:
+        """What codes the positions of a task's packs."""
+        return code_positions if selection is None else CodedPositions(selection, self.elsewhere)
 
     def resources(self, ranks: int) -> TrialResources:
         """The resources of a trial; starts Ray unless it runs."""

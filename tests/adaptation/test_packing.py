@@ -14,7 +14,7 @@ import pytest
 import torch
 from helpers_cases import for_every
 
-from pipeline.adaptation import AdaptedModel, RankedIndices, attach
+from pipeline.adaptation import AdaptedModel, RankedIndices, attach, packing
 from pipeline.adaptation.packing import SizePlanner, describe, from_pack, probe_logits, to_pack
 from pipeline.adaptation.sites import weight_shapes
 from pipeline.backbones import LoadedBackbone, load, load_backbone
@@ -96,6 +96,7 @@ def test_places_are_coded_once_for_all_widths_of_their_values(
         return encode_positions(layers, shapes)
 
     monkeypatch.setattr("pipeline.packs.parts.encode_positions", counted)
+    packing._KEPT_POSITIONS.clear()
     backbone = load_backbone(tiny_backbone, tiny_task.input)
     selected = random_selection(backbone, 4)
     planner = SizePlanner(tiny_task, backbone, CLASSES, selected)

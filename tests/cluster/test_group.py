@@ -23,7 +23,8 @@ from pipeline import api
 from pipeline.adaptation.packing import from_pack
 from pipeline.cluster.capacity import wait_for_room
 from pipeline.cluster.rank_group import TrialResources, in_group
-from pipeline.cluster.tasks import WorkersDied, ended_tasks
+from pipeline.cluster.task_pool import Interrupted
+from pipeline.cluster.tasks import WorkersDied, computed, ended_tasks
 from pipeline.data import shards
 from pipeline.errors import ClusterError, DataError, UnexpectedError
 from pipeline.kinds import score
@@ -315,3 +316,16 @@ def test_two_ranks_take_a_task_from_data_to_pack(
         result.test_samples,
     ) == astuple(expected)
     assert all_is_given_back()
+
+
+def test_what_takes_the_driver_too_long_is_computed_by_a_worker_that_waits_for_no_trial() -> None:
+    assert computed(os.getpid, [], lambda: False) != os.getpid()
+    cpus = int(ray.cluster_resources()["CPU"])
+    busy = ray.remote(num_cpus=cpus)(lambda: time.sleep(600)).remote()
+    try:
+        time.sleep(0.5)
+        assert computed(divmod, [7, 2], lambda: False) == (3, 1)
+        with pytest.raises(Interrupted):
+            computed(time.sleep, [600], lambda: True)
+    finally:
+        ray.cancel(busy, force=True)
