@@ -1,10 +1,11 @@
 """A batch played with given costs: discrete events, one GPU a trial, one driver that serves every
 event in turn.
 
-A study has at most `LAG` trials in flight, and number i starts once the slots up to i - LAG have
-ended. A trial trains an epoch on its GPU, reports, and goes on when the driver has taken the
-result: Tune lets it wait. The driver takes one event at a time, in the order in which they come;
-what its threads spend on polling slows all of it down. Registrations follow each other.
+A study that learns has at most `LAG` trials in flight, and number i starts once the slots up to i -
+LAG have ended; the trials of an enumerated space need not wait. A trial trains an epoch on its GPU,
+reports, and goes on when the driver has taken the result: Tune lets it wait. The driver takes one
+event at a time, in the order in which they come; what its threads spend on polling slows all of it
+down. Registrations follow each other.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from pipeline.search.proposer import LAG
 @dataclass(frozen=True, kw_only=True)
 class Costs:
     """Seconds of the driver for a result, a trial, a study's begin and end; shares of it that
-    polling a study and writing the state take; seconds of the registry for a pack."""
+    polling a study and writing the state take; seconds of the registry for a pack, and of a worker
+    for coding the positions of a selection."""
 
     result: float
     trial: float
@@ -31,19 +33,22 @@ class Costs:
     silent_share: float
     state_share: float
     registration: float
+    coding: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """A batch. Trials take `trial_seconds` of GPU, some a fifth more or less; a selection takes as
-    long as three epochs, a fit a quarter more than a trial; a worker that starts takes
-    `start_seconds` to load its programs, backbone and images."""
+    """A batch. A study has up to `at_once` trials in flight. Trials take `trial_seconds` of GPU,
+    some a fifth more or less; a selection takes as long as three epochs, a fit a quarter more than
+    a trial; a worker that starts takes `start_seconds` to load its programs, backbone and images.
+    """
 
     tasks: int
     trials: int
     gpus: int
     studies: int
     trial_seconds: float
+    at_once: int = LAG
     epochs: int = 30
     start_seconds: float = 20.0
     spread: float = 0.2
@@ -75,7 +80,7 @@ class _Study:
     next_trial: int = 0
     ended: set[int] = field(default_factory=set)
     in_flight: int = 0
-    workers: int = 0
+    idle_workers: int = 0
 
 
 class _Batch:
@@ -84,7 +89,7 @@ class _Batch:
     def __init__(self, plan: Plan, costs: Costs) -> None:
         self.plan, self.costs = plan, costs
         self.driver, self.registry = Server(), Server()
-        self.now, self.gpu_busy, self.results = 0.0, 0.0, 0
+        self.now, self.gpu_busy, self.gpu_held, self.results = 0.0, 0.0, 0.0, 0
         self._events: list[tuple[float, int, Callable[[], None]]] = []
         self._count = 0
         self._free_gpus = plan.gpus
@@ -99,7 +104,9 @@ class _Batch:
         for _ in range(min(self.plan.studies, self.plan.tasks)):
             self._start_study()
         while self._events:
-            self.now, _, call = heapq.heappop(self._events)
+            now, _, call = heapq.heappop(self._events)
+            self.gpu_held += (now - self.now) * (self.plan.gpus - self._free_gpus)
+            self.now = now
             call()
 
     def _at(self, time: float, call: Callable[[], None]) -> None:
@@ -140,11 +147,11 @@ class _Batch:
 
     def _selected(self, study: _Study) -> None:
         self._release()
-        self._start_trials(study)
+        self._at(self.now + self.costs.coding, lambda: self._start_trials(study))
 
     def _start_trials(self, study: _Study) -> None:
         while study.next_trial < self.plan.trials and all(
-            number in study.ended for number in range(study.next_trial - LAG + 1)
+            number in study.ended for number in range(study.next_trial - self.plan.at_once + 1)
         ):
             number = study.next_trial
             study.next_trial += 1
@@ -155,14 +162,14 @@ class _Batch:
             )
 
     def _begin(self, study: _Study, number: int) -> None:
-        """A trial on a GPU; the first `LAG` of a study start their workers."""
+        """A trial on a GPU, by a worker that has none, or by a new one."""
         epoch_seconds = (
             self.plan.trial_seconds
             / self.plan.epochs
             * self._random.uniform(1 - self.plan.spread, 1 + self.plan.spread)
         )
-        is_new = study.workers < LAG
-        study.workers += is_new
+        is_new = study.idle_workers == 0
+        study.idle_workers -= not is_new
         self._at(
             self.now + (self.plan.start_seconds if is_new else 0.0),
             lambda: self._epoch(study, number, self.plan.epochs, epoch_seconds),
@@ -175,6 +182,7 @@ class _Batch:
         self._release()
         study.ended.add(number)
         study.in_flight -= 1
+        study.idle_workers += 1
         self._start_trials(study)
         if study.in_flight == 0 and study.next_trial == self.plan.trials:
             self._fit()
@@ -203,6 +211,10 @@ def simulate(plan: Plan, costs: Costs) -> dict[str, Any]:
         "studies": plan.studies,
         "trial_seconds": plan.trial_seconds,
         "hours": batch.now / 3600,
+        "at_once": plan.at_once,
+        "gpus": plan.gpus,
+        "tasks": plan.tasks,
+        "held_share": batch.gpu_held / (batch.now * plan.gpus),
         "gpu_share": batch.gpu_busy / (batch.now * plan.gpus),
         "driver_share": min(1.0, polling + batch.driver.busy * (1 - min(1.0, polling)) / batch.now),
         "results_a_second": batch.results / batch.now,

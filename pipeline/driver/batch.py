@@ -57,6 +57,7 @@ from pipeline.registry.store import open_registry
 from pipeline.reports.front_figure import draw_front
 from pipeline.search.champion import choose_champion
 from pipeline.search.pareto import pareto_front
+from pipeline.search.proposer import mean_places
 from pipeline.search.run_study import check_budget, run_study
 from pipeline.search.study import Study
 from pipeline.search.time_limit import SearchTime, TimeLimit
@@ -221,6 +222,7 @@ class _Driver(Stages):
         backbone.
         """
         task = inputs.task
+        self.places_of[task.name] = mean_places(task)
         if task.coverage is not None:
             check_samples(task.coverage, inputs.validation_samples)
         check_budget(task, SizePlanner(task, inputs.backbone, inputs.index.classes).size_bytes)

@@ -47,6 +47,10 @@ LOG = logging.getLogger("taskpack")
 """One line per trial and fit that has ended. The command line prints them if there is no
 terminal.
 """
+SLACK = 1.3
+"""So many times the tasks that fill a cluster on average keep 95 % of it at work, as
+`benchmarks/scale.py` plays it.
+"""
 _AGAIN = "The same command tries again from the last finished stage"
 
 Stage = Literal["prepare", "select", "search", "fit", "register", "done", "failed"]
@@ -127,6 +131,7 @@ class Stages:
 
     Args:
         start_ray: starts Ray unless it runs.
+        places_of: how many places each task's study takes on average, as far as it is known.
         here: lock of computations in this process: one thread at a time, because seeds and thread
             counts are global.
     """
@@ -138,6 +143,7 @@ class Stages:
     on_progress: OnProgress
     pool: TaskPool = field(init=False)
     here: threading.Lock = field(default_factory=threading.Lock)
+    places_of: dict[str, float] = field(default_factory=dict)
     stage: dict[str, Stage] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -166,11 +172,17 @@ class Stages:
         """
         if self.placement.tasks_at_once is not None:
             return self.placement.tasks_at_once
-        return (
-            1 + math.ceil(places(*self._per_trial()) / self.placement.ranks_per_trial / LAG)
-            if is_connected()
-            else 1
-        )
+        if not is_connected():
+            return 1
+        slots = places(*self._per_trial()) / self.placement.ranks_per_trial
+        return 1 + math.ceil(slots / self._places_per_task())
+
+    def _places_per_task(self) -> float:
+        """How many trials of a task run at the same time, on average, less a part, because studies
+        end unevenly.
+        """
+        known = list(self.places_of.values())
+        return sum(known) / len(known) / SLACK if known else LAG
 
     def _per_trial(self) -> tuple[float, float]:
         cpus, gpus = self.placement.per_trial

@@ -3,12 +3,13 @@
 A study is a fixed sequence of trials. What trial i tries depends only on the results of trials up
 to i - LAG, told in order, never on which trial finished first. So the same seed gives the same
 study on any number of workers, and an interrupted study is replayed from its records. A space no
-larger than the number of trials is enumerated; a larger one is sampled by Optuna's TPE with the
-byte budget as a constraint.
+larger than the number of trials is enumerated, which needs no results, so that all its trials may
+run at once; a larger one is sampled by Optuna's TPE with the byte budget as a constraint.
 """
 
 from __future__ import annotations
 
+import math
 import random
 import warnings
 from collections.abc import Callable, Sequence
@@ -20,7 +21,8 @@ from pipeline.search.trial_record import TrialRecord
 from pipeline.specs import Recipe, SearchSpace, Task
 
 LAG = 4
-"""Maximum number of concurrent trials of one study."""
+"""Maximum number of concurrent trials of a study that learns from their results."""
+_FIT_TRIALS = 1.25
 ATTEMPTS_PER_TRIAL = 200
 GUIDED_ATTEMPTS = 5
 """Proposals of the sampler per trial before a point is drawn at random: in a small space it repeats
@@ -42,8 +44,11 @@ SizeOf = Callable[[Recipe], int]
 
 
 class Proposer(Protocol):
-    """Proposes the configurations of the trials, in order."""
+    """Proposes the configurations of the trials, in order. `learns`: whether results change what it
+    proposes.
+    """
 
+    learns: bool
     rejected: list[TrialRecord]
 
     def propose(self) -> Proposal | None:
@@ -60,6 +65,21 @@ def make_proposer(task: Task, size_of: SizeOf) -> Proposer:
         if task.search.size() <= task.search.trials
         else Sampled(task, size_of)
     )
+
+
+def most_at_once(task: Task) -> int:
+    """How many trials of a task's study may run at the same time."""
+    points = task.search.size()
+    return points if points <= task.search.trials else min(LAG, task.search.trials)
+
+
+def mean_places(task: Task) -> float:
+    """How many places the task takes on average, from its first trial to the end of its fit, which
+    takes one place for a little longer than a trial does.
+    """
+    trials = min(task.search.trials, task.search.size())
+    rounds = math.ceil(trials / most_at_once(task))
+    return (trials + _FIT_TRIALS) / (rounds + _FIT_TRIALS)
 
 
 def _proposal(space: SearchSpace, base: Recipe, point: dict[str, Any], size_of: SizeOf) -> Proposal:
@@ -96,6 +116,8 @@ class Enumerated:
     smallest pack upwards.
     """
 
+    learns = False
+
     def __init__(self, task: Task, size_of: SizeOf) -> None:
         ordered = distinct_proposals(task, size_of)
         if task.search.configurations is None:
@@ -119,6 +141,8 @@ class Enumerated:
 class Sampled:
     """Optuna's multi-objective TPE over the axes: it maximises the metric and minimises bytes;
     points over budget are reported as infeasible without being run."""
+
+    learns = True
 
     def __init__(self, task: Task, size_of: SizeOf) -> None:
         import optuna

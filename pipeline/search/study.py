@@ -1,7 +1,9 @@
 """A study: all trials of one task and their results, independent of Ray.
 
 Which configuration comes next, what is recorded and when a trial stops are decided here, from
-records alone (see `proposer`).
+records alone (see `proposer`). A trial competes with those up to LAG numbers before it. Where it
+ends before they have, it is recorded once they have, as if it had been stopped in time: so the
+records are the same for any number of workers.
 """
 
 from __future__ import annotations
@@ -31,10 +33,14 @@ class Study:
         self.ended: list[int] = []
         self._proposer, self._journal = proposer, journal
         self._remembered = journal.read()
+        self._unsettled_before = journal.read_unsettled()
+        self._unsettled: dict[int, TrialRecord] = {}
+        self._held: Proposal | None = None
         self._told = 0
         self._curves: dict[int, list[float]] = {}
         self._errors: dict[int, list[float]] = {}
         self._stopped: set[int] = set()
+        self._ended_here: set[int] = set()
         self.is_exhausted = False
 
     def next_trial(self) -> int | None:
@@ -43,23 +49,50 @@ class Study:
         """
         while not self.is_exhausted:
             number = len(self.proposals)
-            if any(earlier not in self.records for earlier in range(number - LAG + 1)):
-                return None
-            while self._told <= number - LAG:
-                self._proposer.tell(self.records[self._told])
-                self._told += 1
-            proposal = self._proposer.propose()
+            if self._proposer.learns:
+                if not self._rivals_have_ended(number):
+                    return None
+                while self._told <= number - LAG:
+                    self._proposer.tell(self.records[self._told])
+                    self._told += 1
+            proposal, self._held = self._held or self._proposer.propose(), None
             if proposal is None:
                 self.is_exhausted = True
                 return None
+            remembered = self._remembered.get(proposal.id)
+            is_stopped = remembered is not None and remembered.state == "stopped"
+            if is_stopped and not self._rivals_have_ended(number):
+                self._held = proposal
+                return None
             self.proposals.append(proposal)
-            if not self._holds(number, proposal):
+            if not self._recall(number, proposal):
                 return number
-            # The same recipe may be another point of another space on another base recipe.
-            self.records[number] = replace(
-                self._remembered[proposal.id], point=proposal.point, size_bytes=proposal.size_bytes
-            )
         return None
+
+    def _recall(self, number: int, proposal: Proposal) -> bool:
+        """Take what an earlier run has kept of a trial; whether it kept something."""
+        # The same recipe may be another point of another space on another base recipe.
+        here: dict[str, Any] = {"point": proposal.point, "size_bytes": proposal.size_bytes}
+        if self._holds(number, proposal):
+            self.records[number] = replace(self._remembered[proposal.id], **here)
+        elif proposal.id in self._unsettled_before:
+            self._unsettled[number] = replace(self._unsettled_before[proposal.id], **here)
+        else:
+            return False
+        self._settle()
+        return True
+
+    def has_ended(self, number: int) -> bool:
+        """Whether a trial has ended, be it recorded or not yet."""
+        return number in self.records or number in self._unsettled
+
+    def outcomes(self) -> list[TrialRecord]:
+        """The records, and what trials that are not recorded yet have ended with."""
+        return [*self.records.values(), *self._unsettled.values()]
+
+    def _rivals_have_ended(self, number: int) -> bool:
+        """Whether all trials are recorded that may stop this one."""
+        return all(earlier in self.records for earlier in range(number - LAG + 1))
 
     def _holds(self, number: int, proposal: Proposal) -> bool:
         """Whether a record is what this study would find: its trial may have been stopped against
@@ -72,7 +105,9 @@ class Study:
 
     def _is_dominated(self, number: int, curve: Sequence[float], errors: Sequence[float]) -> bool:
         proposal = self.proposals[number]
-        earlier = [self.records[other] for other in range(number - LAG + 1)]
+        earlier = [
+            self.records[other] for other in range(number - LAG + 1) if other in self.records
+        ]
         return is_dominated(
             curve, errors[-1], proposal.recipe.training.epochs, proposal.size_bytes, earlier
         )
@@ -83,7 +118,7 @@ class Study:
         """
         curve = self._curves[number] = [*self._curves.get(number, [])[: epoch - 1], metric]
         errors = self._errors[number] = [*self._errors.get(number, [])[: epoch - 1], standard_error]
-        if self._is_dominated(number, curve, errors):
+        if self._rivals_have_ended(number) and self._is_dominated(number, curve, errors):
             self._stopped.add(number)
             return False
         return True
@@ -97,8 +132,9 @@ class Study:
         remark: str = "",
         usage: Mapping[str, Any] | None = None,
     ) -> None:
-        """Record a trial's outcome. A transient failure is not written to disk, so that a later run
-        tries again. `usage`: fields of the record about the trial's device.
+        """Record a trial's outcome, as soon as those that may stop it have ended. A transient
+        failure is not written to disk, so that a later run tries again. `usage`: fields of the
+        record about the trial's device.
         """
         curve, proposal = tuple(self._curves.get(number, ())), self.proposals[number]
         outcome: dict[str, Any]
@@ -119,9 +155,37 @@ class Study:
             **(usage or {}),
             **outcome,
         )
-        self.records[number] = record
-        self.ended.append(number)
-        self._journal.write(record)
+        self._unsettled[number] = record
+        self._ended_here.add(number)
+        if not self._rivals_have_ended(number):
+            self._journal.write_unsettled(record)
+        self._settle()
+
+    def close(self) -> None:
+        """Record what has ended, though trials that may have stopped it were left out."""
+        self._settle(waits=False)
+
+    def _settle(self, *, waits: bool = True) -> None:
+        """Record the trials that have ended; those whose rivals have not wait, unless told not
+        to.
+        """
+        for number in sorted(self._unsettled):
+            if waits and not self._rivals_have_ended(number):
+                continue
+            record = self.records[number] = self._decided(number, self._unsettled.pop(number))
+            if number in self._ended_here:
+                self.ended.append(number)
+            self._journal.write(record)
+
+    def _decided(self, number: int, record: TrialRecord) -> TrialRecord:
+        """A trial's record, cut off where it would have been stopped."""
+        for epoch in range(1, len(record.curve) + 1):
+            curve, errors = record.curve[:epoch], record.errors[:epoch]
+            if self._is_dominated(number, curve, errors):
+                stopped = replace(record, state="stopped", val_metric=None, error="")
+                message = "" if record.state == "failed" else record.message
+                return replace(stopped, curve=curve, errors=errors, message=message)
+        return record
 
     def kept(self, number: int) -> Path:
         """Where the worker of a trial keeps its validation outputs."""
@@ -132,9 +196,9 @@ class Study:
         running = {
             number: len(curve) / self.proposals[number].recipe.training.epochs
             for number, curve in self._curves.items()
-            if number not in self.records
+            if not self.has_ended(number)
         }
-        return len(self.records) + sum(running.values())
+        return len(self.records) + len(self._unsettled) + sum(running.values())
 
     def trials_planned(self) -> int:
         """Maximum number of trials, including those of earlier runs."""

@@ -140,7 +140,7 @@ class SearchTime:
 
     def may_start(self, study: Study) -> bool:
         """Whether a trial that starts now is expected to end early enough for a fit."""
-        expected = mean_trial_seconds(study.records.values())
+        expected = mean_trial_seconds(study.outcomes())
         if not self._limit.exists or expected is None:
             return not self._limit.is_over()
         return expected + self._reserve(expected) <= self._limit.seconds_left()
@@ -153,10 +153,10 @@ class SearchTime:
         leave `FIT_SHARE` of its fit's time.
         """
         if self._limit.exists and not self.is_cut:
-            running = [number for number in self._began if number not in study.records]
+            running = [number for number in self._began if not study.has_ended(number)]
             paced = [number for number in running if self._projected(study, number) is not None]
             fits = any(self._ends_in_time(study, number) for number in paced or running)
-            none_complete = mean_trial_seconds(study.records.values()) is None
+            none_complete = mean_trial_seconds(study.outcomes()) is None
             self.is_cut = not fits and (
                 (none_complete and bool(running)) or not self.may_start(study)
             )
@@ -171,7 +171,7 @@ class SearchTime:
             self.trials_left = study.trials_planned() - len(study.records)
 
     def _ends_in_time(self, study: Study, number: int) -> bool:
-        mean = mean_trial_seconds(study.records.values())
+        mean = mean_trial_seconds(study.outcomes())
         expected = self._projected(study, number)
         expected = mean if expected is None else expected
         if expected is None:

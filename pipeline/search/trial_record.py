@@ -73,6 +73,10 @@ class TrialRecord:
         )
 
 
+_UNSETTLED = ".ended"
+"""Ending of the file of a trial that is not recorded yet."""
+
+
 class TrialJournal:
     """A folder with one JSON file per trial, each written atomically, and next to it the trial's
     validation outputs.
@@ -104,6 +108,20 @@ class TrialJournal:
         """
         if record.is_final:
             write_json(self._path(record.id), asdict(record))
+        self._unsettled_path(record.id).unlink(missing_ok=True)
+
+    def read_unsettled(self) -> dict[str, TrialRecord]:
+        """What trials have ended with that were not recorded yet, by id."""
+        records = (_read_record(path) for path in sorted(self.folder.glob(f"*{_UNSETTLED}")))
+        return {record.id: record for record in records if record is not None}
+
+    def write_unsettled(self, record: TrialRecord) -> None:
+        """Keep what a trial has ended with until it is recorded. Raises StorageError."""
+        if record.is_final:
+            write_json(self._unsettled_path(record.id), asdict(record))
+
+    def _unsettled_path(self, trial: str) -> Path:
+        return self.folder / f"{trial}{_UNSETTLED}"
 
     def failure(self, trial: str, fault: TaskpackError) -> dict[str, Any]:
         """The message of a record for the error of a trial."""

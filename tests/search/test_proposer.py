@@ -27,7 +27,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.errors import WorkerDied
-from pipeline.search.proposer import LAG, Enumerated, Sampled, make_proposer
+from pipeline.search.proposer import (
+    LAG,
+    Enumerated,
+    Sampled,
+    make_proposer,
+    mean_places,
+    most_at_once,
+)
 from pipeline.search.study import Study
 from pipeline.search.trial import recipe_key
 from pipeline.search.trial_record import TrialRecord
@@ -52,7 +59,7 @@ def drive(
         if number is not None:
             running[number] = 0
             ran.append(number)
-            assert len(running) <= LAG
+            assert len(running) <= most_at_once(study.task)
         elif not running:
             assert study.is_exhausted
             break
@@ -178,8 +185,53 @@ def test_a_retried_trial_reports_its_epochs_again(tmp_path: Path) -> None:
     assert study.records[0].curve == (0.3, 0.4)
 
 
-def test_a_trial_must_wait_for_the_one_lag_slots_before(tmp_path: Path) -> None:
+def test_all_points_of_an_enumerated_space_may_run_at_once(tmp_path: Path) -> None:
     study = make_study(make_task(SMALL), tmp_path)
+    started = [study.next_trial() for _ in range(12)]
+    assert started == [*range(11), None], "two points are one recipe"
+    assert study.is_exhausted
+    for number in (9, 8):  # both end before those that may stop them
+        drive_one(study, number)
+    assert not study.records
+    assert study.has_ended(9)
+    resumed = make_study(make_task(SMALL), tmp_path)
+    assert [resumed.next_trial() for _ in range(12)] == [
+        0,
+        1,
+        2,
+        3,
+        4,
+        5,
+        6,
+        7,
+        10,
+        None,
+        None,
+        None,
+    ]
+    resumed.close()
+    assert set(resumed.records) == {8, 9}, "a time limit keeps what has ended"
+
+
+@for_every(
+    ("space", "at_once", "places"),
+    [
+        (SMALL, 12, (12 + 1.25) / (1 + 1.25)),
+        (LARGE, LAG, (12 + 1.25) / (3 + 1.25)),
+        (SearchSpace(bits=(1, 4, 8), trials=12), 3, (3 + 1.25) / (1 + 1.25)),
+        (LARGE.model_copy(update={"trials": 2}), 2, (2 + 1.25) / (1 + 1.25)),
+    ],
+)
+def test_a_study_takes_as_many_places_as_its_trials_can(
+    space: SearchSpace, at_once: int, places: float
+) -> None:
+    task = make_task(space)
+    assert most_at_once(task) == at_once
+    assert mean_places(task) == pytest.approx(places)
+
+
+def test_a_trial_of_a_sampled_space_must_wait_for_the_one_lag_slots_before(tmp_path: Path) -> None:
+    study = make_study(make_task(LARGE), tmp_path)
     assert [study.next_trial() for _ in range(LAG + 2)] == [*range(LAG), None, None]
     drive_one(study, 2)
     assert study.next_trial() is None

@@ -52,7 +52,7 @@ class TrackedTask:
         """Update from a running study."""
         kept = len(study.records) - len(study.ended)
         self.trials = study.trials_planned()
-        self.trials_running = len(study.proposals) - len(study.records)
+        self.trials_running = len(study.proposals) - len(study.outcomes())
         self.units_done, self.units_left = (
             study.epochs_done() - kept,
             self.trials - study.epochs_done(),
