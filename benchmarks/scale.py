@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,8 @@ from scale_page import markdown, write_document
 from scale_registry import registry_costs
 from scale_simulation import Costs, Plan, simulate
 
-from pipeline.search.proposer import LAG
+from pipeline.driver.stages import SLACK
+from pipeline.search.proposer import LAG, places_of
 
 RESULTS = Path(__file__).parent / "results" / "scale.json"
 
@@ -37,36 +39,42 @@ def costs_of(measured: dict[str, Any]) -> Costs:
         result=max(study["result"], 0.0),
         trial=max(study["trial"], 0.0),
         study=max(study["study"], 0.0) + task["open"] + task["plan"] + task["selection_read"],
-        study_end=task["front"],
+        study_end=0.0,  # its figure is drawn by a worker
         silent_share=max(study["silent_second"], 0.0),
         state_share=watch["state_write"],
         registration=measured["registry"]["server_register"],
+        coding=task["code"],
     )
 
 
 def scenarios(costs: Costs, arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """Batches that differ in how long a trial takes on its GPU, and in how many studies the driver
-    follows at once.
+    """Batches that differ in how long a trial takes on its GPU, and in whether studies sample their
+    spaces or enumerate them; and one task alone on eight GPUs.
     """
-    filling = studies_that_fill(arguments.gpus)
-    rows = []
-    more = filling * 3 // 2
-    for studies, trial_seconds in (
-        (1, 300),
-        (filling, 30),
-        (filling, 100),
-        (filling, 300),
-        (more, 300),
-    ):
-        plan = Plan(
-            tasks=arguments.tasks,
-            trials=arguments.trials,
-            gpus=arguments.gpus,
-            studies=studies,
-            trial_seconds=trial_seconds,
+    many, trials = (arguments.tasks, arguments.gpus), arguments.trials
+    return [
+        simulate(
+            Plan(
+                tasks=tasks,
+                trials=trials,
+                gpus=gpus,
+                studies=min(tasks, studies_that_fill(gpus, trials, at_once)),
+                trial_seconds=trial_seconds,
+                at_once=at_once,
+            ),
+            costs,
         )
-        rows.append(simulate(plan, costs))
-    return rows
+        for (tasks, gpus), at_once, trial_seconds in (
+            (many, LAG, 30),
+            (many, LAG, 100),
+            (many, LAG, 300),
+            (many, trials, 30),
+            (many, trials, 100),
+            (many, trials, 300),
+            ((1, 8), LAG, 300),
+            ((1, 8), trials, 300),
+        )
+    ]
 
 
 def limits(
@@ -79,9 +87,9 @@ def limits(
     hours = arguments.tasks * (arguments.trials * trial_seconds) / arguments.gpus / 3600
     sizes = measured["task"]["bytes"]
     rows = [
-        *_driver_limits(costs, arguments.gpus, Plan.epochs / trial_seconds),
+        *_driver_limits(costs, arguments, Plan.epochs / trial_seconds),
         *_registry_limits(measured["registry"], arguments.tasks / hours),
-        *_memory_limits(sizes, arguments.gpus),
+        *_memory_limits(sizes, arguments),
         *_folder_limits(sizes, arguments.tasks, arguments.trials, hours),
     ]
     return [{"part": part, "asked": asked, "limit": limit} for part, asked, limit in rows]
@@ -90,8 +98,10 @@ def limits(
 Limit = tuple[str, str, str]  # of what, what is asked of it, what it can take
 
 
-def _driver_limits(costs: Costs, gpus: int, results_per_gpu_second: float) -> list[Limit]:
-    filling = studies_that_fill(gpus)
+def _driver_limits(
+    costs: Costs, arguments: argparse.Namespace, results_per_gpu_second: float
+) -> list[Limit]:
+    gpus, filling = arguments.gpus, studies_that_fill(arguments.gpus, arguments.trials, LAG)
     idle = 1 - filling * costs.silent_share - costs.state_share
     return [
         (
@@ -118,8 +128,9 @@ def _registry_limits(seconds: dict[str, float], packs_per_hour: float) -> list[L
     ]
 
 
-def _memory_limits(sizes: dict[str, int], gpus: int) -> list[Limit]:
-    alive = studies_that_fill(gpus) * LAG * sizes["arguments"]
+def _memory_limits(sizes: dict[str, int], arguments: argparse.Namespace) -> list[Limit]:
+    studies = studies_that_fill(arguments.gpus, arguments.trials, LAG)
+    alive = studies * LAG * sizes["arguments"]
     return [
         (
             "object store: bytes of arguments alive",
@@ -154,9 +165,9 @@ def _folder_limits(sizes: dict[str, int], tasks: int, trials: int, hours: float)
     ]
 
 
-def studies_that_fill(gpus: int) -> int:
-    """How many studies keep all GPUs at work, and one more."""
-    return 1 + -(-gpus // LAG)
+def studies_that_fill(gpus: int, trials: int, at_once: int) -> int:
+    """How many studies the driver runs at once on so many GPUs."""
+    return 1 + math.ceil(gpus * SLACK / places_of(trials, at_once))
 
 
 def main() -> None:

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipeline.adaptation.packing import SizePlanner
+from pipeline.adaptation import SelectedIndex
+from pipeline.adaptation.packing import SizePlanner, code_positions
 from pipeline.adaptation.selected.ranking import rank_indices
 from pipeline.adaptation.sites import weight_shapes
 from pipeline.backbones import LoadedBackbone, load_backbone, share
@@ -154,8 +155,12 @@ def task_costs(workdir: Path) -> dict[str, Any]:
     journal, figure = TrialJournal(workdir / "journal"), workdir / "front.png"
     seconds = {
         "open": median_seconds(lambda: (read_index(data), open_inputs(task, data))),
+        "code": coding_seconds(task, backbone, selected),
         "plan": median_seconds(
-            lambda: propose_all(task, SizePlanner(task, backbone, classes, selected)), repeats=1
+            lambda: propose_all(
+                task, SizePlanner(task, backbone, classes, selected, code_positions)
+            ),
+            repeats=3,
         ),
         "selection_read": median_seconds(lambda: read_selection(selection)),
         "record_write": median_seconds(lambda: write_all(journal, records)) / len(records),
@@ -172,6 +177,15 @@ def task_costs(workdir: Path) -> dict[str, Any]:
         **message_sizes(task, recipe, size_bytes),
     }
     return {"seconds": seconds, "bytes": sizes}
+
+
+def coding_seconds(task: Task, backbone: LoadedBackbone, selected: SelectedIndex) -> float:
+    """Processor time of a worker that codes the positions of each K once; this process then keeps
+    them, as a driver does that has them from a worker.
+    """
+    started = time.process_time()
+    propose_all(task, SizePlanner(task, backbone, ["a", "b"], selected, code_positions))
+    return time.process_time() - started
 
 
 def vit_task() -> Task:

@@ -73,8 +73,9 @@ def _seconds(measured: dict[str, Any], tasks: int) -> dict[str, float]:
         "a second of one study in which nothing comes": study["silent_second"],
         "open a task of 1,000 images": task["open"],
         "size 16 proposals of ViT-B": task["plan"],
+        "code the positions of a selection of ViT-B, in a worker": task["code"],
         "read a selection of ViT-B, K = 3": task["selection_read"],
-        "draw a front": task["front"],
+        "draw a front, in a worker": task["front"],
         "write a trial's record": task["record_write"],
         "report progress to the watch": watch["report"],
         f"write the state of {tasks:,} tasks, once a second": watch["state_write"],
@@ -101,9 +102,13 @@ def _sizes(measured: dict[str, Any], tasks: int) -> dict[str, int]:
 
 def _batches(rows: list[dict[str, Any]]) -> list[str]:
     columns = (
+        "tasks",
+        "GPUs",
         "studies at once",
+        "trials of one at once",
         "trial, s",
         "batch, h",
+        "GPUs held",
         "GPUs at work",
         "driver at work",
         "results a s",
@@ -113,9 +118,13 @@ def _batches(rows: list[dict[str, Any]]) -> list[str]:
     )
     cells = (
         (
+            f"{row['tasks']:,}",
+            row["gpus"],
             row["studies"],
+            row["at_once"],
             f"{row['trial_seconds']:g}",
             f"{row['hours']:.1f}",
+            f"{row['held_share']:.0%}",
             f"{row['gpu_share']:.0%}",
             f"{row['driver_share']:.0%}",
             f"{row['results_a_second']:.1f}",

@@ -77,9 +77,12 @@ def mean_places(task: Task) -> float:
     """How many places the task takes on average, from its first trial to the end of its fit, which
     takes one place for a little longer than a trial does.
     """
-    trials = min(task.search.trials, task.search.size())
-    rounds = math.ceil(trials / most_at_once(task))
-    return (trials + _FIT_TRIALS) / (rounds + _FIT_TRIALS)
+    return places_of(min(task.search.trials, task.search.size()), most_at_once(task))
+
+
+def places_of(trials: int, at_once: int) -> float:
+    """How many places a study of so many trials takes on average, see `mean_places`."""
+    return (trials + _FIT_TRIALS) / (math.ceil(trials / at_once) + _FIT_TRIALS)
 
 
 def _proposal(space: SearchSpace, base: Recipe, point: dict[str, Any], size_of: SizeOf) -> Proposal:

@@ -91,3 +91,16 @@ def test_the_page_shows_the_tables_that_the_script_wrote() -> None:
         assert shown[1] in results.read_text(encoding="utf-8")
     else:
         assert shown[1] == "Not measured yet: the script writes its tables here."
+
+
+def test_an_enumerated_study_runs_all_its_trials_at_once(
+    simulation: ModuleType, free: object
+) -> None:
+    plan = simulation.Plan(
+        tasks=1, trials=16, gpus=100, studies=1, trial_seconds=100, at_once=16, **EXACT
+    )
+    played = simulation.simulate(plan, replace(free, coding=7.0))  # type: ignore[type-var]
+    select, search, fit = 5 + 3 * 10, 5 + 100, 5 + 1.25 * 100
+    assert played["hours"] * 3600 == pytest.approx(select + 7 + search + fit)
+    held = (select + 16 * search + fit) / (100 * (select + 7 + search + fit))
+    assert played["held_share"] == pytest.approx(held)
