@@ -273,19 +273,7 @@ class _Driver(Stages):
             not_worse = choose_champion(trials, task, folder.journal.outcomes)
         champion = not_worse[0]
         self.watch.searched(task.name, trials, champion, search_time.trials_left)
-        self.elsewhere(
-            partial(
-                draw_front,
-                title=f"{task.name}: validation {task.metric} against the pack's size",
-                metric=task.metric,
-                max_bytes=task.budget.max_bytes,
-                champion=champion.id,
-                not_worse={trial.id for trial in not_worse},
-            ),
-            [trial.row() for trial in trials],
-            folder.figure,
-        )
-        await_file(folder.figure)
+        self._draw(task, trials, not_worse, folder.figure)
         if read_fit(folder.fit(champion.id)) is None:
             search_time.check_fit(trials)
         fitted = self._fit(inputs, data_folder, champion, selection, folder)
@@ -311,6 +299,24 @@ class _Driver(Stages):
             champion_id=champion.id,
             front_figure=folder.figure,
         )
+
+    def _draw(
+        self,
+        task: Task,
+        trials: Sequence[TrialRecord],
+        not_worse: Sequence[TrialRecord],
+        figure: Path,
+    ) -> None:
+        draw = partial(
+            draw_front,
+            title=f"{task.name}: validation {task.metric} against the pack's size",
+            metric=task.metric,
+            max_bytes=task.budget.max_bytes,
+            champion=not_worse[0].id,
+            not_worse={trial.id for trial in not_worse},
+        )
+        self.elsewhere(draw, [trial.row() for trial in trials], figure)
+        await_file(figure)
 
     def _search(
         self,

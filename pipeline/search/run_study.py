@@ -87,7 +87,6 @@ def run_study(
             on_progress,
             is_stopping,
         )
-        study.close()
         gc.collect()  # Tune leaves cycles, which Python itself looks for once in fifty studies
     search_time.close(study)
     if search_time.is_cut:

@@ -164,6 +164,7 @@ class SearchTime:
 
     def close(self, study: Study) -> None:
         """Count the planned trials that the limit has left out, after the search."""
+        study.close()
         if self._limit.exists and (
             study.next_trial() is not None or len(study.proposals) > len(study.records)
         ):
