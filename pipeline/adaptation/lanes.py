@@ -12,9 +12,10 @@ the image's windows.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -42,24 +43,29 @@ class Lane:
         device = parts[0].values_N.device
         self.spec: Any = structure.spec
         self.from_block = structure.from_block
-        self._places, self._parts, self._batch = structure.places, parts, batch
+        self.parts = parts
+        self._places, self._batch = structure.places, batch
         self._samples_S = None if samples is None else torch.tensor(samples, device=device)
         in_order = list(owners) == list(range(len(parts)))
         self._owner_S = None if in_order else torch.tensor(owners, device=device)
 
     @functools.cached_property
     def _stacked(self) -> torch.Tensor:
-        return torch.stack([part.values_N for part in self._parts])
+        return torch.stack([part.values_N for part in self.parts])
+
+    @functools.cached_property
+    def _stacked_indices(self) -> torch.Tensor:
+        return torch.stack([part.index_N for part in self.parts if part.index_N is not None])
 
     @functools.cached_property
     def is_per_neuron(self) -> bool:
         """Whether in all its packs each neuron of a layer has as many connections."""
-        return all(part.is_per_neuron for part in self._parts)
+        return all(part.is_per_neuron for part in self.parts)
 
     @property
     def packs(self) -> int:
         """How many packs have the part in this structure."""
-        return len(self._parts)
+        return len(self.parts)
 
     @property
     def is_whole(self) -> bool:
@@ -79,7 +85,13 @@ class Lane:
 
     def indices(self, name: str) -> torch.Tensor:
         """The indices of a layer's connections of each sample's pack, int64 [S, N]."""
-        return self._by_sample(torch.stack([part.index(name) for part in self._parts]))
+        return self._by_sample(self.per_pack(name)[0])
+
+    def per_pack(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """The indices, int64, and the values of a layer's connections of each pack, [P, N]."""
+        start, (count,) = self._places[name]
+        numbers = slice(start, start + count)
+        return self._stacked_indices[:, numbers].long(), self._stacked[:, numbers]
 
     def _by_sample(self, each_P: torch.Tensor) -> torch.Tensor:
         return each_P if self._owner_S is None else each_P.index_select(0, self._owner_S)
@@ -128,6 +140,7 @@ class MixedBatch:
     def __init__(self, packs: Sequence[FlatPack], owners: Sequence[int]) -> None:
         assert list(owners) == sorted(owners)
         self.packs, self.owners = packs, owners
+        self._runs: dict[str, list[tuple[FlatPart | None, int]]] = {}
         members: dict[str, dict[Structure, list[int]]] = defaultdict(lambda: defaultdict(list))
         for number, pack in enumerate(packs):
             for name, part in pack.parts.items():
@@ -141,16 +154,15 @@ class MixedBatch:
         """The lanes of a part; none where no pack has it."""
         return self._lanes.get(name, [])
 
-    def runs(self, name: str) -> Iterator[tuple[int, int, FlatPart | None]]:
-        """Consecutive samples by their pack's part: the first, the one after the last, the part.
-        Packs that lack the part are one run where they are neighbours.
+    def runs(self, name: str) -> list[tuple[FlatPart | None, int]]:
+        """Consecutive samples by their pack's part: the part, and the number of samples. Packs that
+        lack the part are one run where they are neighbours.
         """
-        start = 0
-        parts = [self.packs[owner].parts.get(name) for owner in self.owners]
-        for end in range(1, len(parts) + 1):
-            if end == len(parts) or parts[end] is not parts[start]:
-                yield start, end, parts[start]
-                start = end
+        if name not in self._runs:
+            parts = [self.packs[owner].parts.get(name) for owner in self.owners]
+            grouped = [list(same) for _, same in itertools.groupby(parts, key=id)]
+            self._runs[name] = [(same[0], len(same)) for same in grouped]
+        return self._runs[name]
 
     def _lane(self, name: str, structure: Structure, numbers: Sequence[int]) -> Lane:
         place = {number: place for place, number in enumerate(numbers)}

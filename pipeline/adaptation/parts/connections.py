@@ -17,9 +17,9 @@ seen as one row-major [O, I] matrix.
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -57,7 +57,7 @@ FEW_COLUMNS = 0.5
 measured on a CPU. The product over the gathered columns is then indexed. A kernel that fuses the
 two saved 1 % of a step on a CPU, and took 4 to 11 times as long on an H200.
 """
-ROWS_PER_PRODUCT = 400
+ROWS_PER_PRODUCT = 100
 """Rows per pack of a mixed batch, times K, from which on a product for each pack is faster than
 adding K inputs per output of all rows, as measured on a CPU.
 """
@@ -372,38 +372,47 @@ class MixedLayer(Wrapper):
         return y_SRO.view(y.shape)
 
     def _product_per_pack(self, x: torch.Tensor, batch: MixedBatch) -> torch.Tensor:
-        layer, repeats, y = self.base, len(x) // len(batch.owners), None
-        for start, end, part in batch.runs("connections"):
-            rows = slice(start * repeats, end * repeats)
-            with self._connected(part):
-                if isinstance(layer, nn.Linear):  # into its place: a copy takes a tenth as long
-                    y = x.new_empty(*x.shape[:-1], layer.out_features) if y is None else y
-                    into = y[rows].flatten(0, -2)
-                    inputs, weight_IO = x[rows].reshape(-1, layer.in_features), layer.weight.T
-                    if layer.bias is None:
-                        torch.mm(inputs, weight_IO, out=into)
-                    else:
-                        torch.addmm(layer.bias, inputs, weight_IO, out=into)
+        layer, parts = self.base, [part for part, _ in batch.runs("connections")]
+        rows = len(x) // len(batch.owners)
+        counts = [samples * rows for _, samples in batch.runs("connections")]
+        if not isinstance(layer, nn.Linear):
+            with closing(self._with_weight_of(parts, x.split(counts), batch)) as each:
+                changed = [apply_layer(layer, some, layer.weight, layer.bias) for some in each]
+            return torch.cat(changed)
+        y = x.new_empty(*x.shape[:-1], layer.out_features)
+        inputs, outputs, weight_IO = x.flatten(0, -2), y.flatten(0, -2), layer.weight.T
+        counts = [count * (len(inputs) // len(x)) for count in counts]
+        into = iter(outputs.split(counts))  # a copy of each product takes a tenth as long
+        with closing(self._with_weight_of(parts, inputs.split(counts), batch)) as each:
+            for some in each:
+                if layer.bias is None:
+                    torch.mm(some, weight_IO, out=next(into))
                 else:
-                    changed = apply_layer(layer, x[rows], layer.weight, layer.bias)
-                    y = changed.new_empty(len(x), *changed.shape[1:]) if y is None else y
-                    y[rows] = changed
-        assert y is not None, "a batch has samples"
+                    torch.addmm(layer.bias, some, weight_IO, out=next(into))
         return y
 
-    @contextlib.contextmanager
-    def _connected(self, part: FlatPart | None) -> Iterator[None]:
-        """Context manager: the weight has the connections of a pack, if it has any here."""
-        if part is None or self.name not in part.structure.places:
-            yield
-            return
-        entries, index_N = self.base.weight.view(-1), part.index(self.name)
-        frozen_N = entries.take(index_N)
-        try:
-            entries.index_copy_(0, index_N, frozen_N + part.value(self.name))
-            yield
-        finally:
-            entries.index_copy_(0, index_N, frozen_N)
+    def _with_weight_of(
+        self, parts: Sequence[FlatPart | None], inputs: Iterable[torch.Tensor], batch: MixedBatch
+    ) -> Generator[torch.Tensor]:
+        """Each of the inputs, while the weight has the connections of its part, if any."""
+        entries = self.base.weight.view(-1)
+        writes: dict[int, tuple[torch.Tensor, ...]] = {}
+        for lane in batch.lanes("connections"):
+            if lane.has(self.name):
+                index_PN, values_PN = lane.per_pack(self.name)
+                frozen_PN = entries[index_PN]
+                each = zip(index_PN, frozen_PN + values_PN, frozen_PN, strict=True)
+                writes.update(zip(map(id, lane.parts), each, strict=True))
+        for part, some in zip(parts, inputs, strict=True):
+            if (write := writes.get(id(part))) is None:
+                yield some
+                continue
+            index_N, changed_N, frozen_N = write
+            try:
+                entries.index_copy_(0, index_N, changed_N)
+                yield some
+            finally:
+                entries.index_copy_(0, index_N, frozen_N)
 
 
 def tune_layers(assembly: Assembly, indices: Mapping[str, torch.Tensor]) -> None:
