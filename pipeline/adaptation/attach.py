@@ -192,6 +192,12 @@ class AdaptedModel(nn.Module):
             if isinstance(dropout, SeededDropout):
                 dropout.reseed(int(torch.randint(1 << 62, (), generator=generator)))
 
+    def rewind(self) -> None:
+        """Set the generators back to where `reseed` has set them, for another try of a step."""
+        for dropout in self.dropouts:
+            if isinstance(dropout, SeededDropout):
+                dropout.reseed(dropout.seed)
+
     def generators(self) -> list[torch.Generator]:
         """The random generators that forward passes have drawn from."""
         return [

@@ -96,7 +96,7 @@ def group(
         TaskpackError: Another rank failed with this error.
         RanksLost: Another rank died.
     """
-    _set_threads(resources)
+    _set_limits(resources)
     if resources.ranks == 1:
         yield ALONE
         return
@@ -117,10 +117,14 @@ def group(
             ray.cancel(each, force=True)
 
 
-def _set_threads(resources: TrialResources) -> None:
+def _set_limits(resources: TrialResources) -> None:
     import torch
 
+    from pipeline.utils.devices import limit_memory
+
     torch.set_num_threads(resources.threads)
+    if 0 < resources.gpus < 1:
+        limit_memory(resources.device(), resources.gpus)
 
 
 def _start_others(
@@ -158,7 +162,7 @@ def _other(
     """
     import torch.distributed as dist
 
-    _set_threads(resources)
+    _set_limits(resources)
     store = dist.TCPStore(*meeting, is_master=False)
     store.set(_started(rank), "")
     try:

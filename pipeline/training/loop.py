@@ -168,6 +168,7 @@ class _Trainer:
         def step(size: int) -> torch.Tensor:
             if size != self._step_size:
                 self._step = self._step_of(size)
+                self.model.rewind()
             return self._step(inputs, targets)
 
         is_alone = self.ranks.world == 1

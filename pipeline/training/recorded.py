@@ -8,6 +8,10 @@ A graph repeats the same kernels at the same addresses. So a recording serves ba
 and everything that changes from step to step must be in a tensor that is written in place (images,
 targets, learning rate, trained values, moments) or in a generator that the graph knows. Batches of
 another shape, such as an epoch's last, take the plain step, on the same values.
+
+Where memory runs out, in a plain step or while one is recorded, the caller makes another
+RecordedStep, of smaller passes. A step raises for want of memory only before it has changed a
+value.
 """
 
 from __future__ import annotations
@@ -56,10 +60,13 @@ class RecordedStep:
                     self._record(images, targets)
             if self._graph is None or shape != self._shape:
                 return self._step(images, targets)
+            # Nothing is allocated after the replay: a step that ran out of memory is tried again,
+            # and this one has already changed the values.
+            loss = torch.empty_like(self._loss)
             self._images.copy_(images)
             self._targets.copy_(targets)
             self._graph.replay()
-            return self._loss.clone()
+            return loss.copy_(self._loss)
 
     @contextlib.contextmanager
     def _on_own_stream(self) -> Iterator[None]:

@@ -138,6 +138,13 @@ def release_memory(device: str | torch.device) -> None:
         torch.cuda.empty_cache()
 
 
+def limit_memory(device: str | torch.device, share: float) -> None:
+    """Let tensors of this process take at most a share of an accelerator's memory, so that its peak
+    is not the end of others there.
+    """
+    _module(device).set_per_process_memory_fraction(share, torch.device(device).index or 0)
+
+
 def largest_memory_bytes(device: str | torch.device) -> int | None:
     """The most bytes that tensors of this process took on an accelerator; None on a CPU."""
     if not is_accelerator(device):

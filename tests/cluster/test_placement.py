@@ -7,9 +7,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from helpers_cases import for_every
 
 from pipeline.cluster import capacity as cluster
+from pipeline.cluster import rank_group
 from pipeline.cluster.capacity import Node, check_holds_group
 from pipeline.driver import stages
 from pipeline.driver.stages import Placement, Stages, no_progress
@@ -119,6 +121,20 @@ def test_one_task_runs_until_ray_is_asked_for(monkeypatch: pytest.MonkeyPatch) -
     driver = stages_on([Node(64, 0)], Placement(), monkeypatch)
     monkeypatch.setattr(stages, "is_connected", lambda: False)
     assert driver.tasks_at_once() == 1
+
+
+def test_a_trial_takes_no_more_than_its_share_of_a_gpus_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    limits: list[tuple[float, int]] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(
+        torch.cuda, "set_per_process_memory_fraction", lambda *given: limits.append(given)
+    )
+    for gpus in (0, 1, 0.25):
+        with rank_group.group(print, (), rank_group.TrialResources(gpus=gpus)):
+            pass
+    assert limits == [(0.25, 0)]
 
 
 def test_a_trial_takes_one_gpu_or_a_share_of_one() -> None:

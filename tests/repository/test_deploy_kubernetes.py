@@ -91,7 +91,8 @@ Volume = record(
         None,
     ),
     emptyDir=(
-        record("EmptyDirVolumeSource", medium=Literal["", "Memory"], sizeLimit=Quantity) | None,
+        record("EmptyDirVolumeSource", medium=(Literal["", "Memory"], ""), sizeLimit=Quantity)
+        | None,
         None,
     ),
 )
@@ -309,7 +310,9 @@ def test_requests_stay_below_limits_and_gpus_are_whole() -> None:
                 "nvidia.com/gpu"
             )  # Kubernetes knows no half GPU
             memory = [
-                volume["emptyDir"]["sizeLimit"] for volume in pod["volumes"] if "emptyDir" in volume
+                volume["emptyDir"]["sizeLimit"]
+                for volume in pod["volumes"]
+                if volume.get("emptyDir", {}).get("medium") == "Memory"
             ]
             assert sum(map(parse_quantity, memory)) < parse_quantity(
                 requests["memory"]
@@ -328,7 +331,10 @@ def test_every_pod_has_the_shared_folder_and_its_mounts() -> None:
                 volumes[mounts[SHARED]]["persistentVolumeClaim"]["claimName"]
                 == claim["metadata"]["name"]
             )
-            assert {"name": "TASKPACK_DATA", "value": f"{SHARED}/data"} in container["env"]
+            environment = {each["name"]: each["value"] for each in container["env"]}
+            assert environment["TASKPACK_DATA"] == f"{SHARED}/data"
+            if "TASKPACK_SHARDS" in environment:  # of the node alone
+                assert "emptyDir" in volumes[mounts[environment["TASKPACK_SHARDS"]]]
 
 
 def test_secrets_are_made_by_the_readme_with_the_keys_that_are_used() -> None:

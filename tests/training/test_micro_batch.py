@@ -4,8 +4,10 @@ memory ran out.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,8 +15,9 @@ import torch
 
 from pipeline.adaptation import AdaptedModel, SelectedIndex, attach
 from pipeline.errors import OutOfMemory
-from pipeline.specs import Biases, Connections, Norms, Recipe, Training
+from pipeline.specs import Biases, Connections, Norms, Recipe, Smoa, Training
 from pipeline.training import ALONE, Inputs, loop, train_epochs
+from pipeline.training.recorded import RecordedStep, Step
 
 BATCH = 16
 RECIPE = Recipe(
@@ -96,6 +99,92 @@ def test_passes_are_halved_until_they_fit(
         f"passes of {size} images take too much memory: each is now of {size // 2}"
         for size in (BATCH, 8)
     ]
+
+
+class Recorded(RecordedStep):
+    """A recorded step on a CPU: what a replay computes is what the step does."""
+
+    def __init__(self, step: Step, device: str, generators: object) -> None:
+        self._step, self._shape, self._plain_steps = step, None, 0
+        self._is_recordable, self._graph = True, None
+        made.append(self)
+
+    def _on_own_stream(self) -> contextlib.AbstractContextManager[None]:  # type: ignore[override]
+        return contextlib.nullcontext()
+
+    def _watched(self, images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return self._step(images, targets)
+
+    def _record(self, images: torch.Tensor, targets: torch.Tensor) -> None:
+        self._images, self._targets, self._loss = images.clone(), targets.clone(), torch.zeros(())
+        self.replays = 0
+
+        def replay() -> None:
+            self.replays += 1
+            self._loss.copy_(self._step(self._images, self._targets))
+
+        self._graph = SimpleNamespace(replay=replay)  # type: ignore[assignment]
+
+
+made: list[Recorded] = []
+
+
+@pytest.mark.parametrize("is_recorded", [False, True])
+@pytest.mark.parametrize("first_failing", [1, 6])
+def test_a_step_that_is_tried_again_is_that_of_smaller_passes(
+    is_recorded: bool,
+    first_failing: int,
+    tiny_inputs: Inputs,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Memory runs out behind a forward pass that has drawn numbers, before or after steps were
+    recorded: the values are those of passes that are as small from that step on.
+    """
+    recipe = Recipe(biases=Biases(), smoa=Smoa(experts=2, width=4, dropout=0.3))
+    spec = RECIPE.training.model_copy(update={"epochs": 2})
+    steps = [0]
+    passes, logits_of = loop._Trainer._step_in_passes, AdaptedModel.logits_of
+
+    def counting(trainer: Any, *given: torch.Tensor) -> torch.Tensor:
+        steps[0] += 1
+        return passes(trainer, *given)
+
+    def shrinking(trainer: Any, *given: torch.Tensor) -> torch.Tensor:
+        steps[0] += 1
+        if steps[0] == first_failing:
+            trainer._passes.size = 4
+        return passes(trainer, *given)
+
+    def failing(model: AdaptedModel, inputs: torch.Tensor) -> torch.Tensor:
+        logits = logits_of(model, inputs)
+        if steps[0] >= first_failing and len(inputs) > 5:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return logits
+
+    def run(in_passes: Any, logits: Any) -> list[torch.Tensor]:
+        steps[0] = 0
+        made.clear()
+        with monkeypatch.context() as patched:
+            patched.setattr(loop._Trainer, "_step_in_passes", in_passes)
+            patched.setattr(AdaptedModel, "logits_of", logits)
+            if is_recorded:
+                adamw = torch.optim.AdamW
+                patched.setattr(loop, "can_record", lambda device: True)
+                patched.setattr(loop, "RecordedStep", Recorded)
+                patched.setattr(
+                    torch.optim, "AdamW", lambda *given, capturable, **named: adamw(*given, **named)
+                )
+            model = attach(tiny_inputs.backbone, recipe, len(tiny_inputs.index.classes))
+            data = tiny_inputs.reader("train"), tiny_inputs.splits["train"]
+            list(train_epochs(model, *data, spec, tiny_inputs.kind, seed=0, flip=False))
+        return values(model)
+
+    expected = run(shrinking, logits_of)
+    found = run(counting, failing)
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+    if is_recorded:
+        assert made[-1].replays > 0
+        assert len(made) == 3, "of 16 images, of 8 and of 4"
 
 
 def test_one_image_that_is_too_much_is_an_error(
