@@ -55,12 +55,6 @@ class FlatPart:
         start, shape = self.structure.places[name]
         return self.values_N[start : start + math.prod(shape)].view(shape)
 
-    def index(self, name: str) -> torch.Tensor:
-        """The indices of a layer's connections, int64, ascending."""
-        assert self.index_N is not None
-        start, (count,) = self.structure.places[name]
-        return self.index_N[start : start + count].long()
-
 
 @dataclass(frozen=True, eq=False)
 class FlatPack:
