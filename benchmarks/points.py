@@ -139,9 +139,10 @@ def page(runs: Sequence[Run], times: dict[str, Any]) -> str:
         "The backbone of `tasks/points`, a small one: numbers compare ways to adapt it. Test",
         "accuracy of the reloaded pack over all seeds, with its standard error for one seed over",
         "the test clouds. Few epochs, to fit one core: all numbers are below what whole ones give.",
+        "Seconds are of a machine that did other work, too.",
         "",
-        *(_goal_line(runs, task) for task in TASKS),
-        *by_task(runs, TASKS, _rows),
+        *(line for own in _by_epochs(runs) for task in TASKS for line in _goal_lines(own, task)),
+        *(line for own in _by_epochs(runs) for line in by_task(own, TASKS, _rows)),
         "",
         "## Neighbourhood search",
         "",
@@ -150,12 +151,17 @@ def page(runs: Sequence[Run], times: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _goal_line(runs: Sequence[Run], task: str) -> str:
+def _by_epochs(runs: Sequence[Run]) -> list[list[Run]]:
+    counts = sorted({run["epochs"] for run in runs})
+    return [[run for run in runs if run["epochs"] == count] for count in counts]
+
+
+def _goal_lines(runs: Sequence[Run], task: str) -> list[str]:
     """How far the pack is from full fine-tuning, over the seeds that both have."""
     own = {(run["method"], run["seed"]): run for run in runs if run["task"] == task}
     seeds = [seed for method, seed in own if method == GOAL_PACK and (REFERENCE, seed) in own]
     if not seeds:
-        return f"- {task}: not measured yet."
+        return []
     shares = {
         method: np.array([own[method, s]["correct"] / own[method, s]["samples"] for s in seeds])
         for method in (GOAL_PACK, REFERENCE)
@@ -163,14 +169,17 @@ def _goal_line(runs: Sequence[Run], task: str) -> str:
     points = 100 * (shares[GOAL_PACK] - shares[REFERENCE])
     is_met = "met" if points.mean() >= -GOAL_POINTS else "not met"
     each = ", ".join(f"{value:+.1f}" for value in points)
-    return (
-        f"- {task}: the pack of the {GOAL_PACK}, is {points.mean():+.1f} points from {REFERENCE}"
-        f" (by seed {each}); the goal, at most {GOAL_POINTS:g} points below, is {is_met}."
-    )
+    return [
+        f"- {task}, {runs[0]['epochs']} epochs: the pack of the {GOAL_PACK}, is"
+        f" {points.mean():+.1f} points from {REFERENCE} (by seed {each}); the goal, at most"
+        f" {GOAL_POINTS:g} points below, is {is_met}."
+    ]
 
 
 def _rows(runs: Sequence[Run]) -> list[str]:
     lines = [
+        f"{runs[0]['epochs']} epochs, {runs[0]['trials']} trials of a search.",
+        "",
         "| method | bytes | test % | seconds, trials and fit | seeds |",
         "|---|---|---|---|---|",
     ]

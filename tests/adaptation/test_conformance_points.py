@@ -27,6 +27,8 @@ PARTS: dict[str, dict[str, Any]] = {
     "ssf": {"ssf": {}},
     "full": {"full": {}},
     "head on a subspace": {"head": {"bits": 2, "rank": 8}},
+    "head without bias": {"head": {"bits": 1, "bias": False}},
+    **{f"head at {bits} bits": {"head": {"bits": bits}} for bits in (1, 2, 4, 8, 16, 32)},
 }
 
 
