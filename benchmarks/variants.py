@@ -22,6 +22,7 @@ from torch import nn
 from pipeline.adaptation import AdaptedModel, SelectedIndex, attach, rank_indices
 from pipeline.adaptation.parts.connections import TunedLayer
 from pipeline.adaptation.sites import tunable_layers
+from pipeline.adaptation.sums import WrittenWeights
 from pipeline.adaptation.working import fuse_attention, slow_fused_attention
 from pipeline.backbones import LoadedBackbone, load_backbone
 from pipeline.data import two_views
@@ -321,7 +322,7 @@ def ours(name: str, setting: Setting, recipe: Recipe, is_compiled: bool = False)
     places = sum(
         buffer.nbytes
         for layer in model.modules()
-        if isinstance(layer, TunedLayer)
+        if isinstance(layer, TunedLayer | WrittenWeights)
         for buffer in layer.buffers(recurse=False)
     )
     return _variant(
