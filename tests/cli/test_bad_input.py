@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers_cli import (
@@ -62,9 +63,7 @@ def workdir(base: Path, tmp_path: Path) -> Path:
 
 
 def refused(answer: Answer, code: int, *words: str) -> None:
-    """The command failed as it should: this exit code, these words, nothing that only a programmer
-    understands.
-    """
+    """The command failed with this exit code and these words, which need no programmer."""
     assert answer.code == code, answer.words
     assert all(word in answer.words for word in words), answer.words
     assert "Traceback" not in answer.words
@@ -76,19 +75,14 @@ def refused(answer: Answer, code: int, *words: str) -> None:
 
 
 def image(seed: int) -> bytes:
-    generator = torch.Generator().manual_seed(seed)
-    return encode_png(
-        torch.randint(0, 256, (8, 8, 3), generator=generator, dtype=torch.uint8).numpy()
-    )
+    return encode_png(np.random.default_rng(seed).integers(0, 256, (8, 8, 3), dtype=np.uint8))
 
 
 def shard(folder: Path, split: str, labels: list[int]) -> Path:
     first = {"train": 0, "test": 10_000}[split]
-    write_shards(
-        folder,
-        split,
-        ((f"{number:06d}", image(first + number), label) for number, label in enumerate(labels)),
-    )
+    numbered = enumerate(labels)
+    samples = ((f"{number:06d}", image(first + number), label) for number, label in numbered)
+    write_shards(folder, split, samples)
     return folder / f"{split}-000000.tar"
 
 
@@ -118,8 +112,7 @@ def no_samples(folder: Path) -> None:
 
 
 def truncate(folder: Path) -> None:
-    path = folder / "train-000000.tar"
-    path.write_bytes(path.read_bytes()[:5000])
+    os.truncate(folder / "train-000000.tar", 5000)
 
 
 def undecodable(folder: Path) -> None:

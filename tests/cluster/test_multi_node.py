@@ -372,6 +372,10 @@ def server(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     server.kill()
 
 
+def is_over(command: Command) -> bool:
+    return command.process.poll() is not None
+
+
 def check_kept(finished: dict[Path, int], workdir: Path) -> None:
     """Nothing finished was written again; what was finished since is added to `finished`."""
     now = written(workdir)
@@ -399,9 +403,7 @@ def test_a_killed_driver_and_a_registry_that_goes_and_comes_back(
         return start(tmp_path / name, *given, MLFLOW_TRACKING_URI=server.address)
 
     command = run("killed in search")
-    assert wait_until(
-        lambda: any(workdir.glob("studies/*/trials/*.json")) or command.process.poll() is not None
-    )
+    assert wait_until(lambda: any(workdir.glob("studies/*/trials/*.json")) or is_over(command))
     command.kill()
     finished |= written(workdir)
 
@@ -418,11 +420,7 @@ def test_a_killed_driver_and_a_registry_that_goes_and_comes_back(
         command = run("while the registry is away")
         cluster.wait_for("fit", 4, command)
         server.kill()
-    assert wait_until(
-        lambda: (
-            "register - waiting: " in command.out.read_text() or command.process.poll() is not None
-        )
-    )
+    assert wait_until(lambda: "register - waiting: " in command.out.read_text() or is_over(command))
     server.start()
     answer = command.end()
     assert answer.code == 0, command.said()

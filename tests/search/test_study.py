@@ -4,7 +4,7 @@ again, Ray Tune."""
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -243,6 +243,16 @@ def test_tunes_messages_become_records(tmp_path: Path) -> None:
     assert list(TrialJournal(tmp_path).read()) == [study.proposals[0].id]
 
 
+def check_kept(records: Sequence[TrialRecord], journal: TrialJournal) -> None:
+    """The records, and a file of outputs for each complete one, are all that there is."""
+    assert journal.read() == {each.id: each for each in records}
+    assert sorted(path.name for path in journal.folder.iterdir()) == sorted(
+        f"{each.id}.{extension}"
+        for each in records
+        for extension in ("json", *(["safetensors"] if each.state == "complete" else []))
+    )
+
+
 def check_complete(record: TrialRecord, journal: TrialJournal, inputs: Inputs) -> None:
     """A complete trial, whose kept outputs give its metric."""
     assert (record.state, record.val_metric) == ("complete", record.curve[-1])
@@ -270,11 +280,9 @@ def test_a_study_runs_on_ray_tune(
     journal = TrialJournal(tmp_path / "trials")
     selection = tmp_path / "selection"
     write_selection(select_locally(tiny_inputs, 2), selection)
-
     planner = SizePlanner(
         task, tiny_inputs.backbone, tiny_inputs.index.classes, read_selection(selection)
     )
-
     asked_for: list[int] = []
 
     def run_once() -> list[TrialRecord]:
@@ -302,12 +310,7 @@ def test_a_study_runs_on_ray_tune(
             found = run_trial(tiny_inputs, recipe, read_selection(selection))
             assert each.curve == tuple(score.value for score, _ in found)
             check_complete(each, journal, tiny_inputs)
-    assert journal.read() == {each.id: each for each in records}
-    assert sorted(path.name for path in journal.folder.iterdir()) == sorted(
-        f"{each.id}.{extension}"
-        for each in records
-        for extension in ("json", *(["safetensors"] if each.state == "complete" else []))
-    )
+    check_kept(records, journal)
     monkeypatch.setattr(
         study_module, "_run_with_tune", lambda *args: pytest.fail("nothing is left to run")
     )

@@ -53,45 +53,55 @@ def resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
 
-def refused_requests(url: str) -> dict[str, tuple[set[int], int]]:
-    """What each hostile request is answered with, beside the statuses that are right."""
+Answers = dict[str, tuple[set[int], int]]
+"""The statuses that are right for each hostile request, and the one of its answer."""
+AUTH = f"Authorization: Bearer {TOKEN}\r\n"
+HEAD = f"POST /v1/predict HTTP/1.1\r\nHost: x\r\n{AUTH}Content-Type: {JSON}\r\n"
+
+
+def sent(*arguments: Any, **named: Any) -> int:
+    return ask(*arguments, **named)[0]
+
+
+def refused_requests(url: str) -> Answers:
     one, many = f"{url}/v1/tasks/birds:predict", f"{url}/v1/predict"
-    image, auth = b64(png()), f"Authorization: Bearer {TOKEN}\r\n"
-    head = f"POST /v1/predict HTTP/1.1\r\nHost: x\r\n{auth}Content-Type: {JSON}\r\n"
-    ok: dict[str, Any] = {"image": image}
-
-    def sent(*arguments: Any, **named: Any) -> int:
-        return ask(*arguments, **named)[0]
-
     return {
-        # tokens
+        **refused_tokens_and_sizes(url, one, many),
+        **refused_images(one),
+        **refused_bodies(url, one, many),
+        **refused_names(url, many),
+    }
+
+
+def refused_tokens_and_sizes(url: str, one: str, many: str) -> Answers:
+    ok = {"image": b64(png())}
+    return {
         "no token": ({401}, sent(one, ok, token=None)),
         "a wrong token": ({401}, sent(one, ok, token="guess")),
         "a token of other bytes": ({401}, sent(one, ok, token="\xff")),
         "no token, unknown address": ({401}, sent(f"{url}/admin", token=None)),
-        # sizes
         "a body too large": ({413}, sent(one, {"image": "A" * 300_000})),
         "a large body in chunks": (
             {413},
             raw(
                 url,
-                f"{head}Transfer-Encoding: chunked\r\n\r\n".encode()
+                f"{HEAD}Transfer-Encoding: chunked\r\n\r\n".encode()
                 + (b"10000\r\n" + b"A" * 0x10000 + b"\r\n") * 5
                 + b"0\r\n\r\n",
             ),
         ),
         "a huge Content-Length": (
             {413, 0},
-            raw(url, f"{head}Content-Length: 99999999999999\r\n\r\n".encode()),
+            raw(url, f"{HEAD}Content-Length: 99999999999999\r\n\r\n".encode()),
         ),
         "a negative Content-Length": (
             {400, 0},
-            raw(url, f"{head}Content-Length: -1\r\n\r\n".encode()),
+            raw(url, f"{HEAD}Content-Length: -1\r\n\r\n".encode()),
         ),
         "long headers": ({431}, sent(one, ok, X_Long="a" * 10_000)),
         "endless headers": (
             {400, 431, 0},
-            raw(url, head.encode() + b"X: " + b"a" * 200_000),
+            raw(url, HEAD.encode() + b"X: " + b"a" * 200_000),
         ),
         "too many images": ({413}, sent(one, {"images": [b64(b"x")] * 40})),
         "too many files": (
@@ -102,8 +112,12 @@ def refused_requests(url: str) -> dict[str, tuple[set[int], int]]:
             {400},
             sent(many, form([("task", b"birds", None)] * 40), Content_Type=FORM),
         ),
-        "a slow body": ({408}, raw(url, f"{head}Content-Length: 100\r\n\r\n".encode() + b"{")),
-        # images
+        "a slow body": ({408}, raw(url, f"{HEAD}Content-Length: 100\r\n\r\n".encode() + b"{")),
+    }
+
+
+def refused_images(one: str) -> Answers:
+    return {
         "a bomb": ({413}, sent(one, {"image": b64(png_claiming(60_000, 60_000))})),
         "a smaller bomb": (
             {413},
@@ -115,7 +129,12 @@ def refused_requests(url: str) -> dict[str, tuple[set[int], int]]:
         "a script": ({422}, sent(one, {"image": b64(b"<svg onload='x'/>")})),
         "a pickle": ({422}, sent(one, {"image": b64(b"\x80\x04cos\nsystem\n.")})),
         "no base64": ({400}, sent(one, {"image": "not base64!"})),
-        # forms of the body
+    }
+
+
+def refused_bodies(url: str, one: str, many: str) -> Answers:
+    image = b64(png())
+    return {
         "no JSON": ({400}, sent(one, b"{", Content_Type=JSON)),
         "deep JSON": ({400}, sent(one, b"[" * 90_000, Content_Type=JSON)),
         "another type of image": ({400}, sent(one, {"image": {"path": "/etc/passwd"}})),
@@ -130,9 +149,14 @@ def refused_requests(url: str) -> dict[str, tuple[set[int], int]]:
         "not HTTP": ({400, 0}, raw(url, b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03")),
         "an unknown method": (
             {400, 405},
-            raw(url, f"BREW /v1/predict HTTP/1.1\r\nHost: x\r\n{auth}\r\n".encode()),
+            raw(url, f"BREW /v1/predict HTTP/1.1\r\nHost: x\r\n{AUTH}\r\n".encode()),
         ),
-        # names
+    }
+
+
+def refused_names(url: str, many: str) -> Answers:
+    image = b64(png())
+    return {
         "a path as a name": ({400, 404}, sent(f"{url}/v1/tasks/{quote('../../x', safe='')}")),
         "dots as a name": ({404}, sent(many, {"image": image, "tasks": [".."]})),
         "a path in a body": ({400}, sent(many, {"image": image, "tasks": ["../../etc/passwd"]})),

@@ -142,8 +142,7 @@ def test_a_step_that_is_tried_again_is_that_of_smaller_passes(
     """
     recipe = Recipe(biases=Biases(), smoa=Smoa(experts=2, width=4, dropout=0.3))
     spec = RECIPE.training.model_copy(update={"epochs": 2})
-    steps = [0]
-    passes, logits_of = loop._Trainer._step_in_passes, AdaptedModel.logits_of
+    steps, passes, logits_of = [0], loop._Trainer._step_in_passes, AdaptedModel.logits_of
 
     def counting(trainer: Any, *given: torch.Tensor) -> torch.Tensor:
         steps[0] += 1
@@ -180,8 +179,7 @@ def test_a_step_that_is_tried_again_is_that_of_smaller_passes(
         return values(model)
 
     expected = run(shrinking, logits_of)
-    found = run(counting, failing)
-    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+    assert all(map(torch.equal, run(counting, failing), expected))
     if is_recorded:
         assert made[-1].replays > 0
         assert len(made) == 3, "of 16 images, of 8 and of 4"
