@@ -82,7 +82,7 @@ FULL_RATES = (0.0003, 0.001)
 """Of full fine-tuning, for which the default learning rate is too high."""
 GOAL_PACK, REFERENCE, GOAL_POINTS = "default search, 16 KiB", "full fine-tuning", 1.0
 """The pack should lose at most this much against the reference."""
-REPEATS = 5
+REPEATS = 25
 
 
 def open_points(run: Run, place: Place) -> Inputs:
