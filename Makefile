@@ -18,8 +18,8 @@ help:  ## list the targets
 demo: $(INSTALLED)  ## run the whole pipeline on embedded data, on this machine
 	$(BIN)/taskpack demo
 
-test: $(INSTALLED)  ## run the tests, three files at a time: many of them wait for processes
-	$(BIN)/pytest --numprocesses=3 --dist=loadfile --no-loadscope-reorder
+test: $(INSTALLED)  ## run the tests, four files at a time: many of them wait for processes
+	$(BIN)/pytest --numprocesses=4 --dist=loadfile --no-loadscope-reorder
 
 lint: $(INSTALLED)  ## check style, formatting and types
 	$(BIN)/ruff check
