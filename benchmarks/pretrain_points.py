@@ -187,7 +187,7 @@ def clouds_in(folders: Sequence[Path], takes: Points) -> torch.Tensor:
 
 
 def batches(clouds: torch.Tensor, steps: int) -> Iterator[torch.Tensor]:
-    """As many batches as steps, shuffled anew after each pass."""
+    """As many batches as steps, reshuffled after each pass."""
     generator, order = torch.Generator().manual_seed(0), torch.empty(0, dtype=torch.int64)
     for _ in range(steps):
         if len(order) < BATCH:

@@ -36,12 +36,10 @@ from machine import describe_machine, free_port
 from pages import table
 from PIL import Image
 from runs import SHARED
-from serving import RECIPES, backbones, draw_pack
+from serving import RECIPES, backbones, draw_pack, register
 
 from pipeline.backbones import load_backbone
-from pipeline.packs import content_digest, ledger, read_pack
-from pipeline.registry.pack_record import Champion
-from pipeline.registry.store import Registry, open_registry
+from pipeline.registry.store import open_registry
 
 RESULTS = Path(__file__).parent / "results"
 RECIPE = "connections K = 1, biases, bank, norms"
@@ -79,26 +77,7 @@ def _register(workdir: Path, names: list[str]) -> None:
     contents = [draw_pack(backbone, RECIPES[RECIPE], seed) for seed in range(PACKS)]
     registry = open_registry(f"sqlite:///{workdir}/mlflow.db", workdir)
     for number, name in enumerate(names):
-        _register_one(registry, workdir, name, contents[number % PACKS])
-
-
-def _register_one(registry: Registry, folder: Path, name: str, content: bytes) -> None:
-    path = folder / f"{name}.safetensors"
-    path.write_bytes(content)
-    pack = read_pack(content)
-    champion = Champion(
-        task=name,
-        pack_path=path,
-        pack_digest=content_digest(content),
-        size_bytes=len(content),
-        ledger=ledger(pack),
-        metrics={"test_metric": 0.5, "val_metric": 0.5, "trained_values": 1},
-        tags={
-            "backbone": pack.metadata.backbone["model"],
-            "backbone_fingerprint": pack.metadata.backbone["fingerprint"],
-        },
-    )
-    registry.register(champion, with_trials=False)
+        register(registry, workdir, name, contents[number % PACKS])
 
 
 @contextlib.contextmanager

@@ -39,7 +39,7 @@ from pipeline.adaptation import AdaptedModel, RankedIndices, attach, rank_indice
 from pipeline.adaptation.packing import describe, from_pack, to_pack
 from pipeline.adaptation.sites import weight_shapes
 from pipeline.backbones import LoadedBackbone, load_backbone
-from pipeline.packs import ledger, pack_to_bytes, read_pack
+from pipeline.packs import content_digest, ledger, pack_to_bytes, read_pack
 from pipeline.registry.pack_record import Champion
 from pipeline.registry.store import Registry, open_registry
 from pipeline.serving.host import PackHost
@@ -217,10 +217,14 @@ def register(registry: Registry, folder: Path, task: str, content: bytes) -> Non
     champion = Champion(
         task=task,
         pack_path=path,
-        pack_digest=f"digest of {task}",
+        pack_digest=content_digest(content),
         size_bytes=len(content),
         ledger=ledger(pack),
-        metrics={"test_metric": 0.5, "val_metric": 0.5},
+        metrics={"test_metric": 0.5, "val_metric": 0.5, "trained_values": 1},
+        tags={
+            "backbone": pack.metadata.backbone["model"],
+            "backbone_fingerprint": pack.metadata.backbone["fingerprint"],
+        },
     )
     registry.register(champion, with_trials=False)
 
