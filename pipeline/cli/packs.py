@@ -202,13 +202,6 @@ def evaluate(
         typer.Option(help="Task file, if the data was not prepared in this work folder."),
     ] = None,
     backbone: BackboneFile = None,
-    full_size: Annotated[
-        bool,
-        typer.Option(
-            "--full-size",
-            help="Compare masks in their own sizes instead of the size of the input.",
-        ),
-    ] = False,
     figure: Annotated[
         Path | None,
         typer.Option(
@@ -228,7 +221,6 @@ def evaluate(
         task_file=task,
         weights=backbone,
         device=device,
-        full_size=full_size,
         figure=figure,
     )
     score = found.score
@@ -244,10 +236,10 @@ def evaluate(
     if as_json:
         print_json(content)
         return
-    _print_evaluation(found, full_size)
+    _print_evaluation(found)
 
 
-def _print_evaluation(found: Evaluation, full_size: bool) -> None:
+def _print_evaluation(found: Evaluation) -> None:
     score, registered = found.score, found.registered
     out.print(
         f"test {score.metric} {score.value!r} of {score.samples} samples, standard error"
@@ -263,8 +255,7 @@ def _print_evaluation(found: Evaluation, full_size: bool) -> None:
         )
     if registered is not None:
         is_same = "the same" if registered == score.value else "NOT the same"
-        other_size = ", in the size of the input" if full_size else f": {is_same}"
-        out.print(f"registered {registered!r}{other_size}")
+        out.print(f"registered {registered!r}: {is_same}")
 
 
 def verify(

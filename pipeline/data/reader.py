@@ -128,7 +128,7 @@ class Reader:
         targets: Targets = _one_class_each,
         has_masks: bool = False,
     ) -> None:
-        self.index_folder = index_folder
+        self.index_folder, self.takes = index_folder, takes
         self._content = functools.partial(shard_content, index_folder)
         self.shards = tuple(shards.shards if isinstance(shards, Split) else shards)
         self._form = Form(takes, has_masks)

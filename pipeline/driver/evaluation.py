@@ -18,9 +18,8 @@ from pipeline.registry.pack_record import RegisteredPack
 from pipeline.registry.store import open_registry
 from pipeline.serving.predictor import kind_of, load_backbone_of
 from pipeline.specs.task_files import load_task
-from pipeline.training import evaluate
 from pipeline.training.calibrate import SetQuality, quality_of_sets
-from pipeline.training.full_size import evaluate_at_full_size
+from pipeline.training.full_size import final_outcomes
 from pipeline.utils.devices import choose_device
 from pipeline.utils.files import exclusive
 
@@ -44,7 +43,6 @@ def evaluate_pack(
     task_file: Path | None,
     weights: Path | None,
     device: str | None = None,
-    full_size: bool = False,
     figure: Path | None = None,
 ) -> Evaluation:
     """Score a pack on the test set of its task.
@@ -52,13 +50,11 @@ def evaluate_pack(
     Args:
         task_file: task file with the test set; default: the data prepared in `workdir`.
         device: device to compute on; default: the GPU if there is one.
-        full_size: compare masks in their own sizes rather than that of the input.
         figure: where to draw the masks of the best, the median and the worst image, or the clouds
             whose prediction is best, median and worst.
 
     Raises:
-        SpecError: There is no such device, or the pack predicts no masks to compare, or has neither
-            masks nor clouds to draw.
+        SpecError: There is no such device, or the pack has neither masks nor clouds to draw.
         DataError: There is no prepared data, or it is not what the pack was registered with.
     """
     device, workspace = choose_device(device), Workspace(workdir.resolve())
@@ -68,15 +64,12 @@ def evaluate_pack(
     test = split_samples(index, 0.5, 0)["test"]
     backbone = load_backbone_of(pack.metadata, str(weights) if weights is not None else None)
     model, takes, kind = from_pack(pack, backbone), backbone.takes, kind_of(pack.metadata)
-    has_no_clouds = figure is not None and not isinstance(takes, Points)
-    _check_has_masks(kind, "--full-size" if full_size else "--figure" if has_no_clouds else None)
+    if figure is not None and not isinstance(takes, Points):
+        _check_has_masks(kind)
     model.to(device)
     metric = metric_named(pack.metadata.metric, kind.name)
     reader = _reader(folder, test, index, kind, takes)
-    if full_size:
-        outcomes = evaluate_at_full_size(model, folder, test, kind, takes)
-    else:
-        outcomes = evaluate(model, reader, test, kind)
+    outcomes = final_outcomes(model, reader, test, kind)
     if figure is not None and kind.is_dense:
         draw_masks(figure, model, metric, outcomes, folder, test, index, takes)
     elif figure is not None:
@@ -89,10 +82,10 @@ def evaluate_pack(
     )
 
 
-def _check_has_masks(kind: TaskKind, option: str | None) -> None:
-    """Raise SpecError for an option that a kind without masks cannot heed."""
-    if option is not None and not kind.is_dense:
-        raise SpecError(f"{option}: a pack of kind {kind.name} predicts no masks; leave it out")
+def _check_has_masks(kind: TaskKind) -> None:
+    """Raise SpecError for a kind of which there is nothing to draw."""
+    if not kind.is_dense:
+        raise SpecError(f"--figure: a pack of kind {kind.name} predicts no masks; leave it out")
 
 
 def _reader(folder: Path, test: Split, index: DataIndex, kind: TaskKind, takes: Modality) -> Reader:

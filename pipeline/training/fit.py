@@ -22,7 +22,7 @@ from pipeline.inputs.task_inputs import Inputs
 from pipeline.kinds import score
 from pipeline.packs import ledger, read_pack, write_pack
 from pipeline.specs import Recipe
-from pipeline.training.evaluate import evaluate
+from pipeline.training.full_size import final_outcomes
 from pipeline.training.loop import train_epochs
 from pipeline.training.ranks import ALONE, Ranks
 from pipeline.training.run_checkpoint import Checkpoint
@@ -167,8 +167,8 @@ def _test(inputs: Inputs, folder: Path, device: str, ranks: Ranks) -> FitResult:
     content = _read(folder / PACK_FILE, ranks)
     pack = read_pack(content)
     model = from_pack(pack, inputs.backbone).to(device)
-    split = inputs.splits["test"]
-    outcomes = evaluate(model, inputs.reader("test"), split, inputs.kind, ranks=ranks)
+    reader, split = inputs.reader("test"), inputs.splits["test"]
+    outcomes = final_outcomes(model, reader, split, inputs.kind, ranks=ranks)
     tested = score(inputs.metric, outcomes)
     return FitResult(
         pack_digest=hashlib.sha256(content).hexdigest(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,27 +11,42 @@ import torch
 from torch.nn import functional
 
 from pipeline.adaptation import AdaptedModel
-from pipeline.data import Modality, Split, rgb_image
+from pipeline.data import Modality, Reader, Split, evaluation_batches, rgb_image
 from pipeline.data.stored import stored_samples
 from pipeline.kinds import Outcomes, TaskKind
+from pipeline.training.evaluate import evaluate, in_order
+from pipeline.training.ranks import ALONE, Ranks
 from pipeline.utils.devices import exact_float32
+
+
+def final_outcomes(
+    model: AdaptedModel, reader: Reader, split: Split, kind: TaskKind, *, ranks: Ranks = ALONE
+) -> Outcomes:
+    """What a pack is tested by, on all ranks: its outputs for every sample of `split`, in its
+    order; of a dense kind at the sizes of the stored masks.
+    """
+    if kind.is_dense:
+        return evaluate_at_full_size(model, reader, split, kind, ranks=ranks)
+    return evaluate(model, reader, split, kind, ranks=ranks)
 
 
 @exact_float32()
 @torch.inference_mode()
 def evaluate_at_full_size(
-    model: AdaptedModel, index_folder: Path, split: Split, kind: TaskKind, takes: Modality
+    model: AdaptedModel, reader: Reader, split: Split, kind: TaskKind, *, ranks: Ranks = ALONE
 ) -> Outcomes:
-    """The outputs of a dense kind for every sample of `split`, in its order: logits are
-    interpolated to the size of the stored mask.
+    """The outputs of a dense kind for every sample of `split`, in its order, on all ranks: logits
+    are interpolated to the size of the stored mask. Each rank computes the samples of its shards.
     """
+    rows: list[tuple[np.ndarray, np.ndarray]] = []
+    batches = evaluation_batches(split, len(split.samples), ranks.rank, ranks.world)
     with model.merged():
-        kept = [
-            kind.kept(logits, torch.from_numpy(mask)[None])
-            for _, mask, logits in _outputs(model, index_folder, split, takes)
-        ]
-    outputs, targets = (torch.cat(each).numpy() for each in zip(*kept, strict=True))
-    return Outcomes(outputs, targets)
+        for samples in batches:
+            own = replace(split, samples=samples)
+            for _, mask, logits in _outputs(model, reader.index_folder, own, reader.takes):
+                kept = kind.kept(logits, torch.from_numpy(mask)[None])
+                rows.append((kept[0].numpy(), kept[1].numpy()))
+    return in_order(rows, split, ranks)
 
 
 @exact_float32()

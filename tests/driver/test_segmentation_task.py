@@ -15,7 +15,7 @@ from PIL import Image
 
 from pipeline.adaptation.packing import SizePlanner
 from pipeline.backbones.known import remember
-from pipeline.data import evaluation_batches, prepare, split_samples
+from pipeline.data import evaluation_batches, prepare
 from pipeline.data.drawn_shapes import SHAPES, draw_shapes
 from pipeline.driver.evaluation import _check_has_masks
 from pipeline.errors import ExportError, PackError, SpecError
@@ -134,16 +134,12 @@ def test_in_the_size_of_the_input_both_evaluations_agree(
 ) -> None:
     split, reader = inputs.splits["test"], inputs.reader("test")
     expected = evaluate(predictor.model, reader, split, inputs.kind)
-    found = evaluate_at_full_size(
-        predictor.model, reader.index_folder, split, inputs.kind, inputs.backbone.takes
-    )
+    found = evaluate_at_full_size(predictor.model, reader, split, inputs.kind)
     assert np.array_equal(found.outputs, expected.outputs)
     assert np.array_equal(found.targets, expected.targets)
 
 
-def test_masks_are_compared_in_their_own_sizes(
-    task: Task, inputs: Inputs, predictor: Predictor, tmp_path: Path
-) -> None:
+def test_a_fit_is_tested_in_the_sizes_of_the_masks(task: Task, tmp_path: Path) -> None:
     """Against the masks that `predict` writes."""
     images = {}
     for split, count in (("train", 4), ("val", 4), ("test", 3)):
@@ -158,15 +154,18 @@ def test_masks_are_compared_in_their_own_sizes(
                 images[split, number, kind] = picture
     data = {split: str(tmp_path / split) for split in ("train", "val", "test")}
     masks = {"format": "masks", "classes": list(SHAPES), **data}
-    recipe = {"preset": "linear", "training": {"batch_size": 2}}
+    recipe = {"preset": "linear", "training": {"batch_size": 2, "epochs": 1}}
     rest = task.model_dump(exclude={"data", "search", "recipe", "selection"})
     own = {"data": masks, "recipe": recipe, "selection": {"batch_size": 4}}
     whole = Task.model_validate({**rest, **own})
-    index = prepare(whole, tmp_path / "data")
-    split = split_samples(index, 0.5, 0)["test"]
-    found = evaluate_at_full_size(
-        predictor.model, tmp_path / "data", split, inputs.kind, inputs.backbone.takes
-    )
+    prepare(whole, tmp_path / "data")
+    inputs = open_inputs(whole, tmp_path / "data")
+    result = fit(inputs, inputs.task.recipe, None, tmp_path / "fit")
+    pack = read_pack(tmp_path / "fit" / PACK_FILE)
+    predictor = Predictor(pack, load_backbone_of(pack.metadata, "random"), "cpu")
+    split, reader = inputs.splits["test"], inputs.reader("test")
+    found = evaluate_at_full_size(predictor.model, reader, split, inputs.kind)
+    assert result.test_metric == inputs.metric.value(found)
     rows = predictor.predict([images["test", number, "images"] for number in range(3)])
     for number, row in enumerate(rows):
         mask, truth = pixels(row["mask"]), np.asarray(images["test", number, "masks"])
@@ -176,10 +175,9 @@ def test_masks_are_compared_in_their_own_sizes(
         assert found.targets[matches[0], :, 0].sum() == truth.size
 
 
-def test_only_masks_are_compared_in_their_own_sizes() -> None:
-    for option in ("--full-size", "--figure"):
-        with pytest.raises(SpecError, match=f"{option}: a pack of kind multilabel predicts no"):
-            _check_has_masks(kind_named("multilabel"), option)
+def test_a_kind_without_masks_has_none_to_draw() -> None:
+    with pytest.raises(SpecError, match="--figure: a pack of kind multilabel predicts no masks"):
+        _check_has_masks(kind_named("multilabel"))
 
 
 def test_mlflow_is_told_the_columns_and_given_them(predictor: Predictor) -> None:
@@ -315,5 +313,3 @@ def test_a_run_registers_a_pack(tmp_path: Path) -> None:
     shown = json.loads(taskpack("show", "shapes", *work, "--json").out)
     name = f"test_mIoU/{SHAPES[1]}"
     assert shown["metrics"][name] == pytest.approx(content["by_class"][SHAPES[1]])
-    whole = taskpack("evaluate", "shapes", *work, "--full-size")
-    assert "in the size of the input" in whole.out

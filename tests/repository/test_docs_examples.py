@@ -130,7 +130,7 @@ def test_what_the_recipe_text_says_of_missing_parts_holds() -> None:
 
 RUN = ("ls", "show", "predict", "evaluate", "verify", "plan", "prepare")
 """The commands that are run. The others train, need a cluster, or need files that are not here."""
-NEEDED = ("--backbone", "--full-size", "--search", "MLFLOW", "$")
+NEEDED = ("--backbone", "--figure", "--search", "MLFLOW", "$")
 
 
 @pytest.fixture(scope="module")

@@ -30,6 +30,7 @@ from pipeline.specs import Recipe, Task
 from pipeline.training import ALONE, Inputs, Ranks, evaluate, loop, open_inputs
 from pipeline.training import fit as fit_module
 from pipeline.training.fit import PACK_FILE, fit
+from pipeline.training.full_size import final_outcomes
 from pipeline.training.run_checkpoint import Checkpoint
 
 RECIPE = {
@@ -294,3 +295,25 @@ def test_ranks_score_every_sample_once(
     assert not set(first[2]) & set(second[2])
     assert sorted(first[2] + second[2]) == alone[2]
     assert len(alone[2]) > 1
+
+
+def masks_tested(task_json: str, data_folder: Path, ranks: Ranks) -> list[Any]:
+    """What a pack of masks is tested by, as rows."""
+    inputs = opened(task_json, data_folder)
+    model = attach(inputs.backbone, Recipe(), len(inputs.index.classes), seed=1)
+    reader, split = inputs.reader("test"), inputs.splits["test"]
+    outcomes = final_outcomes(model, reader, split, inputs.kind, ranks=ranks)
+    return np.concatenate([outcomes.outputs, outcomes.targets], axis=2).tolist()
+
+
+def test_ranks_test_every_mask_once(
+    on_ranks: OnRanks, tiny_task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shards, "SHARD_SIZE_BYTES", 5_000)
+    content = tiny_task.model_dump(include={"name", "input", "backbone"})
+    data = {"format": "drawn", "kind": "shapes", "train_samples": 40, "test_samples": 20}
+    task = Task.model_validate({**content, "kind": "segmentation", "data": data})
+    index = prepare(task, tmp_path / "data")
+    assert len(index.splits["test"]) > 1
+    alone = masks_tested(task.model_dump_json(), tmp_path / "data", ALONE)
+    assert on_ranks(2, masks_tested, task.model_dump_json(), tmp_path / "data") == [alone] * 2

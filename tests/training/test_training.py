@@ -354,7 +354,7 @@ def test_a_finished_fit_is_not_done_again(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(
-        fit_module, "evaluate", lambda *args, **options: pytest.fail("tested again")
+        fit_module, "final_outcomes", lambda *args, **options: pytest.fail("tested again")
     )
     assert read_fit(copied) == fitted[1]
     assert fit(tiny_inputs, tiny_inputs.task.recipe, selected, copied) == fitted[1]
