@@ -13,6 +13,7 @@ from pipeline.adaptation.attach import AdaptedModel, attach
 from pipeline.adaptation.recipe_plan import PlannedTensor, plan
 from pipeline.adaptation.selected.ranking import (
     SelectedIndex,
+    first_indices,
     kept_indices,
     rank_indices,
 )
@@ -126,6 +127,7 @@ class SizePlanner:
             selected,
         )
         self._connections: dict[str, tuple[SelectedIndex, Part]] = {}
+        self._parts: dict[tuple[PlannedTensor, ...], Part] = {}
         self._coded: dict[tuple[int, str], bytes] = {}
 
     def size_bytes(self, recipe: Recipe) -> int:
@@ -167,7 +169,7 @@ class SizePlanner:
         )
         groups = _groups(plan(self._backbone, recipe, len(self._classes), selected))
         parts = [
-            connections if connections and group[0].part == "connections" else _zeros(group)
+            connections if connections and group[0].part == "connections" else self._zeros(group)
             for group in groups
         ]
         probe = np.zeros((PROBES, len(self._classes)), np.float32)
@@ -175,6 +177,13 @@ class SizePlanner:
         coverage = self._task.coverage
         calibration = None if coverage is None else Calibration(coverage)
         return ledger(Pack(metadata, tuple(parts), probe, calibration))
+
+    def _zeros(self, group: list[PlannedTensor]) -> Part:
+        """A part as large as the trained one, cached, because recipes share parts."""
+        key = tuple(group)
+        if key not in self._parts:
+            self._parts[key] = _zeros(group)
+        return self._parts[key]
 
     def _planned_connections(self, recipe: Recipe) -> tuple[SelectedIndex, Part]:
         """The selection and the part, cached, because coding positions takes longest."""
@@ -208,6 +217,8 @@ class SizePlanner:
         spec = self._task.selection
         if is_recomputable(spec):
             return recompute(self._backbone, spec, top_k)
+        if spec.level == "neuron":
+            return first_indices(weight_shapes(self._backbone.model), top_k)
         return rank_indices(self._equal_importance(), spec.level, top_k)
 
     def _equal_importance(self) -> dict[str, torch.Tensor]:

@@ -20,8 +20,9 @@ from pipeline.adaptation.blocks import MlpSlot, mlp_slots
 from pipeline.adaptation.depth import blocks_of, checked_block
 from pipeline.adaptation.dropout import SeededDropout
 from pipeline.adaptation.selected.ranking import SelectedIndex
-from pipeline.adaptation.sites import TunableLayer, norms_of, tunable_layers
+from pipeline.adaptation.sites import TunableLayer, norms_of, tunable_layers, weight_shapes
 from pipeline.adaptation.tensors import PlannedTensor
+from pipeline.adaptation.watched import learnt_once
 from pipeline.backbones import LoadedBackbone
 from pipeline.specs import Recipe
 
@@ -96,6 +97,21 @@ class Stage(IntEnum):
     NETWORK = 9
 
 
+@learnt_once
+def _layers_of(backbone: LoadedBackbone) -> Mapping[str, TunableLayer]:
+    return tunable_layers(backbone.model)
+
+
+@learnt_once
+def _norms_of(backbone: LoadedBackbone) -> Mapping[str, nn.Module]:
+    return norms_of(backbone.model)
+
+
+@learnt_once
+def _shapes_of(backbone: LoadedBackbone) -> Mapping[str, tuple[int, int]]:
+    return weight_shapes(backbone.model)
+
+
 @dataclass(frozen=True, eq=False)
 class Site:
     """Where a recipe attaches: its backbone and, where it trains connections, the selection."""
@@ -117,13 +133,18 @@ class Site:
     @cached_property
     def layers(self) -> dict[str, TunableLayer]:
         """The tunable layers that the recipe may change, by name."""
-        found = tunable_layers(self.model)
+        found = _layers_of(self.backbone)
         return {name: layer for name, layer in found.items() if self._may_change_module(name)}
+
+    @property
+    def weight_shapes(self) -> Mapping[str, tuple[int, int]]:
+        """As `sites.weight_shapes`, of the backbone."""
+        return _shapes_of(self.backbone)
 
     @cached_property
     def norms(self) -> dict[str, nn.Module]:
         """The norms that the recipe may change, by name."""
-        found = norms_of(self.model)
+        found = _norms_of(self.backbone)
         return {name: norm for name, norm in found.items() if self._may_change_module(name)}
 
     def may_change(self, parameter: str) -> bool:
@@ -142,6 +163,8 @@ class Site:
         return checked_block(self.backbone, first) if first else 0
 
     def _may_change_module(self, name: str) -> bool:
+        if not self._first_block and self.recipe.decoder is None:
+            return True
         parameters = self.model.get_submodule(name).named_parameters()
         return all(self.may_change(f"{name}.{own}") for own, _ in parameters)
 

@@ -8,6 +8,7 @@ as starting Ray, which sets signal handlers, to it.
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import functools
 import queue
@@ -16,7 +17,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from typing import TypeVar
+from typing import Any, TypeVar
 
 LOOK_SECONDS = 1
 """Seconds between two checks of how many tasks may run: clusters grow and shrink."""
@@ -26,6 +27,7 @@ shuts down with this process anyway.
 """
 
 Item = TypeVar("Item")
+Prepared = TypeVar("Prepared")
 Result = TypeVar("Result")
 
 
@@ -33,6 +35,14 @@ class Interrupted(BaseException):
     """Ends the thread of an interrupted run. Not an Exception, because it is no error of the
     task.
     """
+
+
+def _unchanged(item: Item) -> Item:
+    return item
+
+
+def _number(numbered: tuple[int, object]) -> int:
+    return numbered[0]
 
 
 class TaskPool:
@@ -78,33 +88,44 @@ class TaskPool:
         """Run `work` on every item, started in order, and return the results in the same order. An
         exception of `work` ends the run.
         """
-        results: dict[int, Result] = {}
-        waiting, threads = deque(enumerate(items)), []
+        return self.run_prepared(_unchanged, work, items)
 
-        def take(number: int, outcome: Future[Result]) -> None:
+    def run_prepared(
+        self,
+        prepare: Callable[[Item], Prepared],
+        work: Callable[[Prepared], Result],
+        items: Sequence[Item],
+        *,
+        prepare_at_once: int = 1,
+    ) -> list[Result]:
+        """As `run`, on what `prepare` makes of each item. Every item is prepared as soon as
+        possible, in a thread of its own, `prepare_at_once` concurrently, whatever else runs; what
+        is ready starts in order.
+        """
+        results: dict[int, Result] = {}
+        waiting, ready = deque(enumerate(items)), list[tuple[int, Prepared]]()
+        threads: list[threading.Thread] = []
+        preparing = set[int]()
+
+        def prepared(number: int, outcome: Future[Prepared]) -> None:
+            preparing.remove(number)
+            bisect.insort(ready, (number, outcome.result()), key=_number)
+
+        def done(number: int, outcome: Future[Result]) -> None:
             self._count(-1)
             results[number] = outcome.result()
 
-        def start(number: int, item: Item) -> threading.Thread:
-            outcome: Future[Result] = Future()
-
-            def run() -> None:
-                try:
-                    outcome.set_result(work(item))
-                except BaseException as error:  # any exception is passed to the main thread
-                    outcome.set_exception(error)
-                self._for_main.put(lambda: take(number, outcome))
-
-            self._count(+1)
-            thread = threading.Thread(target=run, daemon=True)
-            thread.start()
-            return thread
-
         try:
             while len(results) < len(items):
-                while waiting and self.running < self._at_once():
-                    threads.append(start(*waiting.popleft()))
-                self._waiting = len(waiting)
+                while waiting and len(preparing) < prepare_at_once:
+                    number, item = waiting.popleft()
+                    preparing.add(number)
+                    threads.append(self._start(prepare, item, functools.partial(prepared, number)))
+                while ready and self.running < self._at_once():
+                    number, value = ready.pop(0)
+                    self._count(+1)
+                    threads.append(self._start(work, value, functools.partial(done, number)))
+                self._waiting = len(waiting) + len(preparing) + len(ready)
                 self._serve()
         finally:
             self._stopping.set()
@@ -112,6 +133,26 @@ class TaskPool:
             for thread in threads:
                 thread.join(max(0.0, deadline - time.monotonic()))
         return [results[number] for number in range(len(items))]
+
+    def _start(
+        self,
+        work: Callable[[Any], Result],
+        item: object,
+        take: Callable[[Future[Result]], None],
+    ) -> threading.Thread:
+        """A thread that works on an item; the main thread takes the outcome."""
+        outcome: Future[Result] = Future()
+
+        def run() -> None:
+            try:
+                outcome.set_result(work(item))
+            except BaseException as error:  # any exception is passed to the main thread
+                outcome.set_exception(error)
+            self._for_main.put(lambda: take(outcome))
+
+        thread = threading.Thread(target=run, daemon=True)
+        thread.start()
+        return thread
 
     def _serve(self) -> None:
         try:

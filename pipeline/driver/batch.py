@@ -1,9 +1,9 @@
 """A batch: every task through prepare, select, search, fit and register, on one Ray.
 
-All tasks are prepared first, several concurrently, so that an error in the data of the last one
-shows before the search of the first one. Then as many run as fill the cluster. The failure of one
-task never stops the others. Every stage writes its result to disk before the next begins, so the
-same command after an interruption repeats nothing that was finished.
+Tasks are prepared as soon as possible, several concurrently, so that an error in the data of the
+last one shows long before its turn. Of those that are prepared, as many run as fill the cluster.
+The failure of one task never stops the others. Every stage writes its result to disk before the
+next begins, so the same command after an interruption repeats nothing that was finished.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pipeline.adaptation.packing import SizePlanner
 from pipeline.cluster.capacity import places
 from pipeline.cluster.rank_group import TrialResources
 from pipeline.cluster.session import session_logs
-from pipeline.cluster.task_pool import Interrupted, TaskPool
+from pipeline.cluster.task_pool import Interrupted
 from pipeline.driver.calibrated import with_calibration
 from pipeline.driver.monitor.batch_watch import BatchWatch, batch_name
 from pipeline.driver.monitor.state import state_file_name
@@ -201,17 +201,14 @@ class _Driver(Stages):
         )
 
     def run(self, tasks: Sequence[Task]) -> list[TaskOutcome]:
-        """Run all tasks; the error of a task is part of its outcome. All are prepared before any is
-        run, so errors in data show early.
-        """
+        """Run all tasks; the error of a task is part of its outcome."""
         self.check_gpus()
-        outcomes = TaskPool(lambda: PREPARED_AT_ONCE).run(
-            lambda task: self._outcome(task, self.prepare), tasks
+        return self.pool.run_prepared(
+            lambda task: self._outcome(task, self.prepare),
+            self._run_prepared,
+            tasks,
+            prepare_at_once=PREPARED_AT_ONCE,
         )
-        failed = {each.task: each for each in outcomes if isinstance(each, TaskOutcome)}
-        prepared = [each for each in outcomes if isinstance(each, Task)]
-        ran = {outcome.task: outcome for outcome in self.pool.run(self._run_prepared, prepared)}
-        return [(failed | ran)[task.name] for task in tasks]
 
     def is_stopping(self) -> bool:
         """Whether the run was interrupted, or its time limit is over."""
@@ -252,7 +249,10 @@ class _Driver(Stages):
         finally:
             self.limit.release(task.name)
 
-    def _run_prepared(self, task: Task) -> TaskOutcome:
+    def _run_prepared(self, task: Task | TaskOutcome) -> TaskOutcome:
+        """Run a task unless its preparation has failed."""
+        if isinstance(task, TaskOutcome):
+            return task
         outcome = self._outcome(task, self._stages)
         if outcome.error is None:
             self.on_progress(task.name, "done", 1.0, "")

@@ -32,17 +32,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.errors import PackDamaged, PackError, StorageError
-from pipeline.packs.bits import pack_codes, packed_size_bytes, unpack_codes
+from pipeline.packs.bits import packed_size_bytes, unpack_codes
 from pipeline.packs.calibration import SIZE_BYTES, Calibration
 from pipeline.packs.codebook import MAX_CODE_BITS
 from pipeline.packs.container import container_from_bytes, container_to_bytes
 from pipeline.packs.description import Description, PartLayout
 from pipeline.packs.metadata import PackMetadata
-from pipeline.packs.parts import Part, TensorSpec
+from pipeline.packs.parts import SCALES, Part, TensorSpec
 from pipeline.packs.positions import LayerShape, decode_positions
 
 _LENGTH_BYTES = 4
-_SCALES = {16: "<f2", 32: "<f4"}
 LEDGER_KEYS = (
     "positions",
     "values",
@@ -138,19 +137,8 @@ def _sections(pack: Pack) -> tuple[list[tuple[str, bytes]], Description]:
     sections, layouts = [], []
     for part in pack.parts:
         key = "values" if part.name == "connections" else part.name
-        codes = (
-            part.codes.astype(part.codes.dtype.newbyteorder("<")).tobytes()
-            if part.scales is None
-            else pack_codes(part.codes, part.bits)
-        )
-        scales = (
-            b""
-            if part.scales is None
-            else part.scales[:, 0 if part.has_mean else 1 :]
-            .astype(_SCALES[part.scale_bits])
-            .tobytes()
-        )
-        sections += [("positions", part.encoded_positions), (key, codes), (key, scales)]
+        sections += [("positions", part.encoded_positions)]
+        sections += [(key, data) for data in part.encoded_values]
         layouts.append(_layout(part))
     sections.append(("probe", pack.probe_logits.astype("<f2").tobytes()))
     if pack.calibration is not None:
@@ -260,7 +248,7 @@ def _read_part(layout: PartLayout, content: _Content) -> Part:
         ).astype(np.uint8)
         scales = np.zeros((groups, 2), np.float32)
         stored = scales[:, 0 if layout.has_mean else 1 :]
-        stored[:] = content.array(_SCALES[layout.scale_bits], stored.size).reshape(stored.shape)
+        stored[:] = content.array(SCALES[layout.scale_bits], stored.size).reshape(stored.shape)
     else:
         codes = content.array("<f2" if layout.bits == 16 else "<f4", count)
     positions: tuple[NDArray[np.int64], ...] = ()

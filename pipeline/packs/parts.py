@@ -32,12 +32,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.errors import PackDamaged
+from pipeline.packs.bits import pack_codes
 from pipeline.packs.codebook import MAX_CODE_BITS, Codebook, dequantise
 from pipeline.packs.positions import LayerShape, check_indices, encode_positions
 
 PartName = Literal["connections", "biases", "norms", "adapters", "prompts", "full", "head"]
 PartBits = Literal[1, 2, 3, 4, 5, 6, 7, 8, 16, 32]
 ScaleBits = Literal[16, 32]
+SCALES: dict[ScaleBits, str] = {16: "<f2", 32: "<f4"}
+"""The type of a scale in the file."""
 PART_NAMES: tuple[PartName, ...] = get_args(PartName)
 PART_BITS: tuple[PartBits, ...] = get_args(PartBits)
 
@@ -118,6 +121,14 @@ class Part:
         computes them.
         """
         return encode_positions(self.positions, self.layer_shapes) if self.positions else b""
+
+    @functools.cached_property
+    def encoded_values(self) -> tuple[bytes, bytes]:
+        """The codes and the scales as the file has them."""
+        if self.scales is None:
+            return self.codes.astype(self.codes.dtype.newbyteorder("<")).tobytes(), b""
+        scales = self.scales[:, 0 if self.has_mean else 1 :].astype(SCALES[self.scale_bits])
+        return pack_codes(self.codes, self.bits), scales.tobytes()
 
     def values(self) -> dict[str, NDArray[np.float32]]:
         """The tensors by name in float32, dequantised; new arrays on every call."""

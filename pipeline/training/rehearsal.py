@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import torch
 
-from pipeline.adaptation import AdaptedModel, RankedIndices, SelectedIndex, attach
+from pipeline.adaptation import AdaptedModel, SelectedIndex, attach
 from pipeline.adaptation.packing import PROBES, describe, from_pack, to_pack
+from pipeline.adaptation.selected.ranking import first_indices
 from pipeline.adaptation.sites import weight_shapes
 from pipeline.backbones import LoadedBackbone
 from pipeline.errors import BackboneError
@@ -138,10 +139,4 @@ def _first_indices(backbone: LoadedBackbone, recipe: Recipe) -> SelectedIndex | 
     """As many connections of each neuron as the recipe trains: its first."""
     if recipe.connections is None:
         return None
-    selected: dict[str, RankedIndices] = {}
-    for name, (neurons, inputs) in weight_shapes(backbone.model).items():
-        columns = torch.arange(min(recipe.connections.top_k, inputs))
-        selected[name] = RankedIndices.unranked(
-            (torch.arange(neurons)[:, None] * inputs + columns).reshape(-1)
-        )
-    return selected
+    return first_indices(weight_shapes(backbone.model), recipe.connections.top_k)

@@ -53,6 +53,48 @@ def test_more_run_once_more_may(monkeypatch: pytest.MonkeyPatch) -> None:
     assert TaskPool(at_once).run(meeting.work, [1, 2]) == [1, 4]
 
 
+def test_an_item_runs_while_later_ones_are_prepared() -> None:
+    first_runs = threading.Event()
+
+    def prepare(item: int) -> int:
+        if item == 3:
+            assert first_runs.wait(SECONDS), "nothing ran before all were prepared"
+        return 10 * item
+
+    def work(prepared: int) -> int:
+        first_runs.set()
+        return prepared + 1
+
+    found = TaskPool(lambda: 1).run_prepared(prepare, work, [1, 2, 3], prepare_at_once=2)
+    assert found == [11, 21, 31]
+
+
+def test_all_are_prepared_whatever_else_runs() -> None:
+    """A fault in the last item's data shows while the first is at work."""
+    prepared, last_is_prepared = [], threading.Event()
+
+    def prepare(item: int) -> int:
+        prepared.append(item)
+        if item == 5:
+            last_is_prepared.set()
+        return item
+
+    def work(item: int) -> bool:
+        return last_is_prepared.wait(SECONDS)
+
+    pool = TaskPool(lambda: 1)
+    assert pool.run_prepared(prepare, work, range(6), prepare_at_once=2) == [True] * 6
+    assert sorted(prepared) == list(range(6))
+
+
+def test_a_fault_of_preparation_ends_the_run() -> None:
+    def prepare(item: int) -> int:
+        raise ValueError(f"item {item}")
+
+    with pytest.raises(ValueError, match="item 1"):
+        TaskPool(lambda: 1).run_prepared(prepare, lambda item: item, [1])
+
+
 def test_who_stands_aside_leaves_the_place_to_another() -> None:
     pool = TaskPool(lambda: 1)
     second_ran = threading.Event()

@@ -22,6 +22,7 @@ from torch import nn
 from pipeline.adaptation import RankedIndices, plan, rank_indices
 from pipeline.adaptation.packing import from_pack
 from pipeline.adaptation.selected import recomputed
+from pipeline.adaptation.selected.ranking import first_indices
 from pipeline.adaptation.selected.recomputed import random_importance
 from pipeline.adaptation.sites import tunable_layers
 from pipeline.backbones import load_backbone
@@ -283,6 +284,16 @@ def test_ranking_leaves_its_input_alone() -> None:
     for level in LEVELS:
         rank_indices({"layer": values_OI}, level, 2)
         assert torch.equal(values_OI, before)
+
+
+def test_the_first_inputs_are_what_ranking_equal_entries_gives() -> None:
+    equal = {"wide": torch.zeros(3, 5), "narrow": torch.zeros(4, 2)}
+    shapes = {name: (len(values_OI), values_OI.shape[1]) for name, values_OI in equal.items()}
+    for top_k in (1, 3):
+        first, ranked = first_indices(shapes, top_k), rank_indices(equal, "neuron", top_k)
+        assert same(first, ranked), top_k
+        counts = {name: found.count(top_k) for name, found in first.items()}
+        assert counts == {name: len(found.at(top_k)) for name, found in ranked.items()}
 
 
 def test_a_selection_survives_its_file(selected: Any, tmp_path: Path) -> None:

@@ -31,6 +31,8 @@ from pipeline.adaptation.part import (
 from pipeline.adaptation.parts.connections import tune_layers
 from pipeline.adaptation.sites import norms_of, tunable_layers
 from pipeline.adaptation.tensors import PlannedTensor
+from pipeline.adaptation.watched import learnt_once
+from pipeline.backbones import LoadedBackbone
 from pipeline.specs import Biases
 
 if TYPE_CHECKING:
@@ -92,8 +94,13 @@ def other_biases(model: nn.Module) -> dict[str, nn.Parameter]:
     }
 
 
+@learnt_once
+def _others_of(backbone: LoadedBackbone) -> Mapping[str, nn.Parameter]:
+    return other_biases(backbone.model)
+
+
 def _others(site: Site) -> dict[str, nn.Parameter]:
-    found = other_biases(site.model)
+    found = _others_of(site.backbone)
     return {name: parameter for name, parameter in found.items() if site.may_change(name)}
 
 

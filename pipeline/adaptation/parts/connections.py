@@ -42,7 +42,6 @@ from pipeline.adaptation.sites import (
     TunableLayer,
     tunable_layers,
     weight_reader,
-    weight_shapes,
 )
 from pipeline.adaptation.tensors import PlannedTensor
 from pipeline.adaptation.wrapper import Wrapper
@@ -437,12 +436,11 @@ class ConnectionsPart(Part):
         """A vector per layer: as many values as the selection keeps or, without one, K per
         neuron.
         """
-        all_shapes = weight_shapes(site.model)
-        shapes = {name: all_shapes[name] for name in site.layers}
+        shapes = {name: site.weight_shapes[name] for name in site.layers}
         counts = {name: kept_at(shape, spec.top_k) for name, shape in shapes.items()}
         if site.selected is not None:
-            kept = kept_indices(site.selected, spec.top_k)
-            counts = {name: len(index_N) for name, index_N in kept.items()}
+            kept = {name: ranked.count(spec.top_k) for name, ranked in site.selected.items()}
+            counts = {name: count for name, count in kept.items() if count}
         return [
             PlannedTensor("connections", name, (counts[name],), spec.bits, shape)
             for name, shape in shapes.items()

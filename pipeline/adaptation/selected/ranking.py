@@ -41,6 +41,10 @@ class RankedIndices(NamedTuple):
         """The indices [N] (int64), ascending, that K keeps."""
         return self.index_M[self.rank_M <= top_k].long()
 
+    def count(self, top_k: int) -> int:
+        """How many indices K keeps."""
+        return int((self.rank_M <= top_k).sum())
+
     @classmethod
     def unranked(cls, index_N: torch.Tensor) -> RankedIndices:
         """Places that every K keeps."""
@@ -84,6 +88,18 @@ def rank_indices(
             {name: importance[name] for name in group}, top_k
         ).items()
     }
+
+
+def first_indices(shapes: Mapping[str, tuple[int, int]], top_k: int) -> dict[str, RankedIndices]:
+    """The first K inputs of each neuron, in their order: what ranking per neuron gives where all
+    entries of layers [O, I] are equal.
+    """
+    found = {}
+    for name, (neurons, inputs) in shapes.items():
+        columns = torch.arange(min(top_k, inputs))
+        index_OK = torch.arange(neurons)[:, None] * inputs + columns
+        found[name] = _ascending(index_OK.flatten(), (columns + 1).repeat(neurons))
+    return found
 
 
 def kept_at(shape_OI: tuple[int, ...], top_k: int) -> int:
