@@ -141,8 +141,8 @@ def page(runs: Sequence[Run], times: dict[str, Any]) -> str:
         "the test clouds. Few epochs, to fit one core: all numbers are below what whole ones give.",
         "Seconds are of a machine that did other work, too.",
         "",
-        *(line for own in _by_epochs(runs) for task in TASKS for line in _goal_lines(own, task)),
-        *(line for own in _by_epochs(runs) for line in by_task(own, TASKS, _rows)),
+        *(line for own in _by_settings(runs) for task in TASKS for line in _goal_lines(own, task)),
+        *(line for own in _by_settings(runs) for line in by_task(own, TASKS, _rows)),
         "",
         "## Neighbourhood search",
         "",
@@ -151,9 +151,12 @@ def page(runs: Sequence[Run], times: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _by_epochs(runs: Sequence[Run]) -> list[list[Run]]:
-    counts = sorted({run["epochs"] for run in runs})
-    return [[run for run in runs if run["epochs"] == count] for count in counts]
+def _by_settings(runs: Sequence[Run]) -> list[list[Run]]:
+    """The runs of each number of epochs and of trials."""
+    found: dict[tuple[int, int], list[Run]] = {}
+    for run in runs:
+        found.setdefault((run["epochs"], run["trials"]), []).append(run)
+    return [found[settings] for settings in sorted(found)]
 
 
 def _goal_lines(runs: Sequence[Run], task: str) -> list[str]:
@@ -170,9 +173,9 @@ def _goal_lines(runs: Sequence[Run], task: str) -> list[str]:
     is_met = "met" if points.mean() >= -GOAL_POINTS else "not met"
     each = ", ".join(f"{value:+.1f}" for value in points)
     return [
-        f"- {task}, {runs[0]['epochs']} epochs: the pack of the {GOAL_PACK}, is"
-        f" {points.mean():+.1f} points from {REFERENCE} (by seed {each}); the goal, at most"
-        f" {GOAL_POINTS:g} points below, is {is_met}."
+        f"- {task}, {runs[0]['epochs']} epochs, {runs[0]['trials']} trials: the pack of the"
+        f" {GOAL_PACK}, is {points.mean():+.1f} points from {REFERENCE} (by seed {each});"
+        f" the goal, at most {GOAL_POINTS:g} points below, is {is_met}."
     ]
 
 

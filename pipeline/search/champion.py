@@ -4,6 +4,10 @@ Two packs are compared on the same validation samples, by a paired bootstrap of 
 of R draws of as many samples with replacement, the share in which the smaller pack is at least as
 good as the best is the p-value of "the smaller one is worse". It is significantly worse below the
 level. At a level of 0.5 the best itself is nearly always chosen; smaller levels buy smaller packs.
+
+A count of errors tells little on few samples: of 60, one error more or less is within noise. So a
+metric that counts errors names a finer one, and the smaller pack must be worse by neither
+(benchmarks/results/champion_likelihood.md).
 """
 
 from __future__ import annotations
@@ -62,22 +66,46 @@ def not_worse_than_best(
     level: float,
 ) -> Iterator[Chosen]:
     """Yield the candidates that are not significantly worse than the best, by ascending size; of
-    equal sizes the better first, then the first id.
+    equal sizes the better first, then the first id. Of several with the best metric, the best is
+    the best by the finer one, then the smallest.
 
     Candidates without validation outputs, or with those of other samples, are compared by the
     metric alone.
     """
     ordered = sorted(candidates, key=lambda each: (each.size_bytes, -_metric(each), each.id))
-    best = max(ordered, key=_metric)
-    draws_of_best: np.ndarray | None = None
+    finer = [metric_named(metric.finer, metric.kind)] if metric.finer else []
+    best = _best(ordered, outcomes, finer)
+    of_best, draws_of_best = outcomes(best), list[np.ndarray]()
     for each in ordered:
-        if _metric(each) >= _metric(best):
-            yield each
-        elif (pair := _paired(outcomes(each), outcomes(best))) is not None:
-            if draws_of_best is None:
-                draws_of_best = metric.resampled(pair[1])
-            if (metric.resampled(pair[0]) >= draws_of_best).mean() >= level:
+        pair = _paired(outcomes(each), of_best)
+        if pair is None or each is best:
+            if _metric(each) >= _metric(best):
                 yield each
+            continue
+        metrics = [metric, *finer]
+        draws_of_best = draws_of_best or [one.resampled(pair[1]) for one in metrics]
+        draws = (one.resampled(pair[0]) for one in metrics)
+        if all(
+            (own >= others).mean() >= level
+            for own, others in zip(draws, draws_of_best, strict=True)
+        ):
+            yield each
+
+
+def _best(
+    ordered: Sequence[Chosen],
+    outcomes: Callable[[Chosen], Outcomes | None],
+    finer: Sequence[Metric],
+) -> Chosen:
+    """The candidate with the best metric; of several, the best by the finer one, then the first."""
+    highest = max(map(_metric, ordered))
+    tied = [each for each in ordered if _metric(each) >= highest]
+
+    def values(each: Chosen) -> list[float]:
+        found = outcomes(each)
+        return [] if found is None else [one.value(found) for one in finer]
+
+    return tied[0] if len(tied) == 1 else max(tied, key=values)
 
 
 def _paired(one: Outcomes | None, other: Outcomes | None) -> tuple[Outcomes, Outcomes] | None:

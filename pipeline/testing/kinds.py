@@ -39,6 +39,8 @@ def check_kind(kind: TaskKind) -> None:
 
 def check_metric(metric: Metric, kind: TaskKind) -> None:
     """Check a metric on outcomes of `kind`: its range, its order, weights as counts, its error."""
+    finer = metric.finer
+    assert finer is None or finer in metrics_of(kind.name), f"finer: {finer!r} is not registered"
     outcomes = _outcomes(kind)
     value, error = metric.value(outcomes), metric.standard_error(outcomes)
     assert 0 <= value <= 1, f"{metric.name} is {value}; expected a number in [0, 1]"

@@ -153,6 +153,20 @@ def test_the_comparison_is_paired(tiny_task: Task) -> None:
     assert chosen(tiny_task, *apart) == ["small", "best"]
 
 
+def test_a_pack_that_gives_right_classes_less_probability_is_worse(tiny_task: Task) -> None:
+    """One error of 60 more is within noise, a third of the confidence is not."""
+    best = answers([], samples=60)
+    unsure = Outcomes(best.outputs / 3, best.targets)
+    outputs = best.outputs.copy()
+    outputs[0] = outputs[0, ::-1]
+    alike = Outcomes(outputs, best.targets)
+    packs = study(best=(100, best), alike=(60, alike), unsure=(50, unsure))
+    assert chosen(tiny_task, *packs) == ["alike", "best"]
+    assert chosen(tiny_task, *packs, level=0.5) == ["best"]
+    equal = study(small=(50, unsure), large=(100, best))
+    assert chosen(tiny_task, *equal, level=0.5) == ["large"]
+
+
 def test_only_complete_trials_within_the_budget_are_candidates(tiny_task: Task) -> None:
     records, outcomes = study(
         fits=(100, answers(range(40))), better=(300, answers([])), equal=(200, answers(range(40)))

@@ -26,7 +26,7 @@ def _binomial_error(outcomes: Outcomes) -> float:
     return math.sqrt(accuracy * (1 - accuracy) / len(outcomes))
 
 
-@metric("accuracy", "classification", exact_error=_binomial_error)
+@metric("accuracy", "classification", exact_error=_binomial_error, finer="likelihood")
 def accuracy(outcomes: Outcomes, weights_RN: np.ndarray) -> np.ndarray:
     """Share of samples."""
     share: np.ndarray = weights_RN @ correct(outcomes) / weights_RN.sum(axis=1)
@@ -53,6 +53,7 @@ def _error_of_mean(outcomes: Outcomes) -> float:
     "classification",
     exact_error=_error_of_mean,
     is_mean_over_classes=True,
+    finer="likelihood",
 )
 def balanced_accuracy(outcomes: Outcomes, weights_RN: np.ndarray) -> np.ndarray:
     """Mean over the classes that occur of each one's share."""

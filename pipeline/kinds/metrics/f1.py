@@ -15,7 +15,7 @@ from pipeline.kinds.metrics.sums import mean_over_classes, sums_by_class
 from pipeline.kinds.protocol import Outcomes
 
 
-@metric("f1", "classification", is_mean_over_classes=True)
+@metric("f1", "classification", is_mean_over_classes=True, finer="likelihood")
 def f1(outcomes: Outcomes, weights_RN: np.ndarray) -> np.ndarray:
     """Of the class with the largest logit."""
     classes, targets_N = outcomes.outputs.shape[1], outcomes.targets

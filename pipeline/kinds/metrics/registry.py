@@ -32,6 +32,8 @@ class Metric:
         is_mean_over_classes: whether classes that do not occur are left out of it.
         by_class: the metric of each class alone, [C], NaN where it is not defined; None where
             there is no such thing.
+        finer: the metric of the same kind that tells models apart which this one counts as equal;
+            None for a metric that needs no help.
     """
 
     name: str
@@ -40,6 +42,7 @@ class Metric:
     exact_error: Callable[[Outcomes], float] | None = None
     is_mean_over_classes: bool = False
     by_class: Callable[[Outcomes], np.ndarray] | None = None
+    finer: str | None = None
 
     def value(self, outcomes: Outcomes) -> float:
         """The metric itself."""
@@ -104,6 +107,7 @@ def metric(
     exact_error: Callable[[Outcomes], float] | None = None,
     is_mean_over_classes: bool = False,
     by_class: Callable[[Outcomes], np.ndarray] | None = None,
+    finer: str | None = None,
 ) -> Callable[[Values], Values]:
     """Decorator: register a function as the metric `name` of a kind. Arguments as `Metric`'s.
 
@@ -114,7 +118,7 @@ def metric(
         if (kind, name) in _METRICS:
             raise ValueError(f"the metric {name!r} of {kind} is registered twice; rename one")
         _METRICS[kind, name] = Metric(
-            name, kind, values, exact_error, is_mean_over_classes, by_class
+            name, kind, values, exact_error, is_mean_over_classes, by_class, finer
         )
         return values
 
