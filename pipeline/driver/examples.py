@@ -10,6 +10,7 @@ import torch
 
 from pipeline.adaptation import AdaptedModel
 from pipeline.data import DataIndex, Modality, Reader, Split
+from pipeline.data.points import Points
 from pipeline.kinds import Metric, Outcomes, TaskKind
 from pipeline.reports.cloud_figure import draw_clouds
 from pipeline.reports.overlay_figure import draw_overlays
@@ -53,13 +54,15 @@ def draw_predicted_clouds(
     chosen = _three([-float(kind.loss(*pair)) for pair in pairs])
     numbers = list(chosen.values())
     titles = [
-        f"{name}: {_said(row)}; is {_named(truths[number], classes)}"
+        f"{name}: predicted {_said(row)}, true {_named(truths[number], classes)}"
         for (name, number), row in zip(
             chosen.items(), kind.predictions(outputs[numbers], classes), strict=True
         )
     ]
     clouds, _ = reader.read(test.samples[numbers])
-    draw_clouds(list(zip(titles, clouds.float().numpy(), strict=True)), figure)
+    takes = reader.takes
+    assert isinstance(takes, Points)
+    draw_clouds(list(zip(titles, clouds.float().numpy(), strict=True)), figure, takes.up)
 
 
 def _three(values: Sequence[float]) -> dict[str, int]:

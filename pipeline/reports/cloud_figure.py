@@ -6,13 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from pipeline.utils.files import whole
 
-VIEWS = (("x", "z"), ("x", "y"))
-"""The axes of each view, to the right and upwards: from the front and from above where z is up."""
 _SIDE_INCHES, _DOTS_PER_INCH = 3.0, 120
 _POINT_AREA = 4.0
 
@@ -20,36 +19,42 @@ DrawnCloud = tuple[str, np.ndarray]
 """A title, and a cloud [N, 3 or more], of which the first three columns are drawn."""
 
 
-def draw_clouds(clouds: Sequence[DrawnCloud], path: Path) -> None:
-    """Write a PNG with two views of each cloud; points are coloured by their distance from the
-    viewer.
+def draw_clouds(clouds: Sequence[DrawnCloud], path: Path, up: str = "z") -> None:
+    """Write a PNG with each cloud from the front and from above, where the axis `up` is vertical.
+    Nearer points are darker, and hide those behind them.
 
     Raises:
         StorageError: the file cannot be written.
     """
-    size = (len(VIEWS) * _SIDE_INCHES, len(clouds) * _SIDE_INCHES)
+    size = (2 * _SIDE_INCHES, len(clouds) * _SIDE_INCHES)
     figure = Figure(figsize=size, layout="constrained")
     FigureCanvasAgg(figure)
-    grid = figure.subplots(len(clouds), len(VIEWS), squeeze=False)
-    for row, (title, cloud) in zip(grid, clouds, strict=True):
-        for axes, (right, up) in zip(row, VIEWS, strict=True):
-            across, upwards, depth = ("xyz".index(axis) for axis in (right, up, _third(right, up)))
-            axes.scatter(
-                cloud[:, across],
-                cloud[:, upwards],
-                c=cloud[:, depth],
-                s=_POINT_AREA,
-                cmap="viridis",
-            )
-            axes.set_aspect("equal", adjustable="datalim")
-            axes.set_xlabel(right, fontsize=8)
-            axes.set_ylabel(up, fontsize=8)
-            axes.set_xticks([])
-            axes.set_yticks([])
+    vertical = "xyz".index(up)
+    right, back = (vertical + 1) % 3, (vertical + 2) % 3
+    for row, (title, cloud) in zip(
+        figure.subplots(len(clouds), 2, squeeze=False), clouds, strict=True
+    ):
+        _draw_view(row[0], cloud, right, vertical, cloud[:, back])
+        _draw_view(row[1], cloud, right, back, -cloud[:, vertical])
         row[0].set_title(title, fontsize=9, loc="left")
+        row[1].set_title("from above", fontsize=8, loc="right", color="gray")
     with whole(path) as scratch:
         figure.savefig(scratch, format="png", dpi=_DOTS_PER_INCH)
 
 
-def _third(one: str, other: str) -> str:
-    return next(axis for axis in "xyz" if axis not in (one, other))
+def _draw_view(
+    axes: Axes, cloud: np.ndarray, right: int, upwards: int, distance: np.ndarray
+) -> None:
+    far_first = cloud[np.argsort(-distance, kind="stable")]
+    axes.scatter(
+        far_first[:, right],
+        far_first[:, upwards],
+        c=np.sort(distance)[::-1],
+        s=_POINT_AREA,
+        cmap="viridis",
+    )
+    axes.set_aspect("equal", adjustable="datalim")
+    axes.set_xlabel("xyz"[right], fontsize=8)
+    axes.set_ylabel("xyz"[upwards], fontsize=8)
+    axes.set_xticks([])
+    axes.set_yticks([])
