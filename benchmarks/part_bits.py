@@ -151,6 +151,7 @@ def page(runs: Sequence[Run]) -> str:
             for name, other in BY_SENSITIVITY.items()
             for line in _difference(runs, name, other)
         ),
+        *_difference(runs, "by sensitivity, up to 4", "2 for all"),
         *_difference(runs, "2 for all", "1 for all"),
         *by_task(runs, TASKS, _rows),
     ]
