@@ -46,7 +46,7 @@ STREETS: dict[str, Any] = {
 TASKS: dict[str, tuple[str, tuple[str, str], int, str]] = {
     "kvasir_seg, EfficientNet-lite0": ("kvasir_seg", EFFICIENTNET, 128, "mDice"),
     "kvasir_seg, ViT-S": ("kvasir_seg", VIT, 112, "mDice"),
-    "camvid, EfficientNet-lite0": ("camvid", EFFICIENTNET, 160, "mIoU"),
+    "camvid, EfficientNet-lite0": ("camvid", EFFICIENTNET, 128, "mIoU"),
 }
 """By name: the data, the backbone, the input's size in pixels and the metric."""
 FUSE: dict[str, Any] = {"bits": 32, "fuse": 16}
