@@ -21,6 +21,7 @@ benchmarks/results/segmentation_selections.json and .md.
 from __future__ import annotations
 
 import tempfile
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import fmean, stdev
@@ -154,21 +155,16 @@ def select_all(runs: Sequence[Run], place: Place) -> None:
 
 def page(runs: Sequence[Run]) -> str:
     """A row per selection: its mean over the seeds, and its difference to the reference."""
-    first = runs[0]
-    lines = [
-        "# Selections for segmentation",
-        "",
-        origins(runs),
-        "",
-        f"Drawn shapes, {first['samples']} training images, {first['epochs']} epochs of batches of",
-        f"{BATCH}, one connection per neuron and the head at 32 bits; one learning rate for all,",
-        "nothing tuned.",
-        f"Test {first['metric']} in percent, mean over the seeds in brackets. One seed's value has",
-        f"a standard error of at most {100 * max(run['stderr'] for run in runs):.1f} points over",
-        "the test images, which all runs share; differences are paired by seed, with their",
-        "standard error over the seeds.",
-        "",
-    ]
+    first, error = runs[0], 100 * max(run["stderr"] for run in runs)
+    text = (
+        f"Drawn shapes, {first['samples']} training images, {first['epochs']} epochs of batches of"
+        f" {BATCH}, one connection per neuron and the head at 32 bits; one learning rate for all,"
+        f" nothing tuned. Test {first['metric']} in percent, mean over the seeds in brackets. One"
+        f" seed's value has a standard error of at most {error:.1f} points over the test images,"
+        " which all runs share; differences are paired by seed, with their standard error over the"
+        " seeds."
+    )
+    lines = ["# Selections for segmentation", "", origins(runs), "", *textwrap.wrap(text, 100), ""]
     columns = ("selection", first["metric"], f"difference to {REFERENCE}", "bytes")
     rows = [_row(runs, variant) for variant in VARIANTS if _by_seed(runs, variant)]
     return "\n".join([*lines, *table(columns, rows)]) + "\n"
