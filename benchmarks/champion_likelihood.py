@@ -1,16 +1,13 @@
 """What the champion's rule gains by comparing the likelihood of the right classes as well as the
-errors, on small validation sets.
+errors, by simulation on the kept trials of other benchmarks, or of any study.
 
-    python benchmarks/champion_likelihood.py [--tasks digits ...] [--epochs 6] [--draws 200]
-                                             [--shared FOLDER] [--workdir FOLDER]
+    python benchmarks/champion_likelihood.py NAME=FOLDER... [--draws 200]
 
-Half of a task's training samples, at most 400, are trained on, and the others validate: by the
-default search under 16 KiB, without early stopping. A draw is a study whose validation set is 60 of
-the latter; each rule chooses a pack, and its accuracy is that on the other validation samples. The
-test sets are never read.
-
-Interrupt it and start it again: finished trials are kept. Writes
-benchmarks/results/champion_likelihood.json and .md.
+A folder is one of trials: `studies` in the work folder of bytes.py, a seed's in that of points.py,
+or `studies/<task>-<key>` in that of `taskpack run`. Nothing is trained, and no test set is read. A
+draw is a study of the task's trials up to 16 KiB, whose validation set is drawn with replacement;
+each rule chooses a pack, and its accuracy is that on the samples that were not drawn, a third on
+average. Writes benchmarks/results/champion_likelihood.json and .md.
 """
 
 from __future__ import annotations
@@ -20,77 +17,53 @@ import functools
 import json
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import numpy as np
-import torch
-from image_tasks import data_section, opened
 from machine import describe_machine
-from runs import SHARED
-from searches import selection_of, tried, within_budget
 
-from pipeline.inputs.learning_rate import with_learning_rate
 from pipeline.kinds import Outcomes, metric_named
 from pipeline.search.champion import not_worse_than_best
 from pipeline.search.trial_record import TrialJournal, TrialRecord
-from pipeline.specs import Budget, SearchSpace, Task
-from pipeline.specs.catalogue import catalogue_folder
-from pipeline.specs.task_files import load_task
-from pipeline.training import Inputs
+from pipeline.specs import Budget
 
 RESULTS = Path(__file__).parent / "results" / "champion_likelihood.json"
-DEMO, IMAGES, CLOUDS = ("digits", "counting", "orientation"), ("mnist", "cifar10"), ("dales500",)
-TASKS = (*DEMO, *IMAGES, *CLOUDS)
-SAMPLES, CHOOSING, MAX_BYTES = 800, 60, 16 << 10
-TRIALS = SearchSpace().trials
+MAX_BYTES, LEVEL = 16 << 10, Budget().level
 ACCURACY = metric_named("accuracy", "classification")
 RULES = {"errors": replace(ACCURACY, finer=None), "errors and likelihood": ACCURACY}
-LEVEL = Budget().level
 
 
-def task_named(name: str, shared: Path) -> Task:
-    """A task on the embedded backbone of its modality, half of whose samples validate."""
-    file = "points/solids.yaml" if name in CLOUDS else f"demo/{name if name in DEMO else 'digits'}"
-    content = load_task((catalogue_folder() / file).with_suffix(".yaml")).model_dump()
-    if name in IMAGES:
-        content |= {"name": name, "data": data_section(name, shared)}
-        content["input"]["flip"] = name != "mnist"
-    elif name in CLOUDS:
-        splits = {split: str(shared / "data" / name / split) for split in ("train", "test")}
-        content |= {"name": name, "data": {"format": "folder", **splits}}
-    return Task.model_validate({**content, "val_fraction": 0.5})
-
-
-def trials(inputs: Inputs, folder: Path, epochs: int) -> tuple[list[TrialRecord], TrialJournal]:
-    """The default search, and where the validation outputs of its trials are kept."""
-    augment = "light" if inputs.task.modality == "points" else "none"
-    training = {"epochs": epochs, "augment": augment}
-    inputs, recipes = within_budget(inputs, MAX_BYTES, training, TRIALS)
-    recipes = [with_learning_rate(recipe, inputs.backbone) for recipe in recipes]
-    folder.mkdir(parents=True, exist_ok=True)
-    selected, journal = selection_of(inputs, recipes, folder), TrialJournal(folder)
-    return [tried(inputs, recipe, selected, journal, "cpu") for recipe in recipes], journal
+def kept_trials(folder: Path) -> tuple[list[TrialRecord], dict[str, Outcomes]]:
+    """The complete trials within the budget, and their validation outputs."""
+    journal, records, kept = TrialJournal(folder), [], {}
+    for record in journal.read().values():
+        outcomes = journal.outcomes(record.id)
+        if record.val_metric is not None and record.size_bytes <= MAX_BYTES and outcomes:
+            records.append(record)
+            kept[record.id] = outcomes
+    return records, kept
 
 
 def simulate(
-    records: Sequence[TrialRecord], kept: dict[str, Outcomes], draws: int
+    records: Sequence[TrialRecord], kept: Mapping[str, Outcomes], draws: int
 ) -> dict[str, dict[str, float]]:
     """Mean accuracy in percent, and geometric mean of the bytes, of each rule's choice."""
     rng, samples = np.random.default_rng(0), len(next(iter(kept.values())))
     chosen: dict[str, list[tuple[float, int]]] = {name: [] for name in RULES}
     for _ in range(draws):
-        order = rng.permutation(samples)
-        here = {key: _only(each, order[:CHOOSING]) for key, each in kept.items()}
-        left = {key: _only(each, order[CHOOSING:]) for key, each in kept.items()}
+        drawn = rng.integers(0, samples, samples)
+        left = np.setdiff1d(np.arange(samples), drawn)
+        here = {key: _only(each, drawn) for key, each in kept.items()}
         study = [replace(each, val_metric=ACCURACY.value(here[each.id])) for each in records]
         for name, metric in RULES.items():
-            known = functools.partial(_of, here)
-            pack = next(not_worse_than_best(study, known, metric, LEVEL))
-            chosen[name].append((100 * ACCURACY.value(left[pack.id]), pack.size_bytes))
+            outcomes = functools.partial(_of, here)
+            pack = next(not_worse_than_best(study, outcomes, metric, LEVEL))
+            accuracy = ACCURACY.value(_only(kept[pack.id], left))
+            chosen[name].append((100 * accuracy, pack.size_bytes))
     return {
         name: {
             "accuracy": fmean(value for value, _ in found),
@@ -100,7 +73,7 @@ def simulate(
     }
 
 
-def _of(kept: dict[str, Outcomes], record: TrialRecord) -> Outcomes:
+def _of(kept: Mapping[str, Outcomes], record: TrialRecord) -> Outcomes:
     return kept[record.id]
 
 
@@ -108,76 +81,57 @@ def _only(outcomes: Outcomes, numbers: np.ndarray) -> Outcomes:
     return Outcomes(outcomes.outputs[numbers], outcomes.targets[numbers])
 
 
-def measured(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
+def measured(name: str, folder: Path, draws: int) -> dict[str, Any]:
     """A row of the table."""
-    folder = arguments.workdir / f"{name}-{arguments.epochs}"
-    inputs = opened(task_named(name, arguments.shared.resolve()), folder / "data", SAMPLES)
-    records, journal = trials(inputs, folder, arguments.epochs)
-    kept = {each.id: found for each in records if (found := journal.outcomes(each.id))}
-    return {
-        "task": name,
-        "trials": len(records),
-        "train_samples": len(inputs.splits["train"]),
-        "judging": len(inputs.splits["val"]) - CHOOSING,
-        "rules": simulate(records, kept, arguments.draws),
-    }
+    records, kept = kept_trials(folder)
+    samples = len(next(iter(kept.values())))
+    rules = simulate(records, kept, draws)
+    return {"task": name, "trials": len(records), "samples": samples, "rules": rules}
 
 
 def page(result: dict[str, Any]) -> str:
-    """A row per task, and the mean over the tasks."""
-    one, other = RULES
+    """A row per task."""
     lines = [
         "# The champion by errors, and by likelihood, too",
         "",
         f"`{result['command']}` on {result['machine']['cpu']}, commit",
         f"{result['machine']['commit']}.",
         "",
-        f"{CHOOSING} validation samples choose among the trials of the default search under",
-        f"{MAX_BYTES >> 10} KiB, {result['epochs']} epochs, at level {LEVEL}; the other validation",
-        f"samples judge. Means of {result['draws']} draws; ± is the standard error of one pack's",
-        "accuracy on the latter.",
+        f"Each draw is a study of all trials up to {MAX_BYTES >> 10} KiB at level {LEVEL}, its",
+        "validation set drawn with replacement; the samples that were not drawn judge. Means of",
+        f"{result['draws']} draws; ± is the standard error of one pack's accuracy on all samples.",
         "",
-        f"| task | trials | trained on | % by {one} | % by {other} | points | bytes | bytes |",
+        "| task | trials | samples | % by errors | and by likelihood | points | bytes | bytes |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    gains = []
     for row in result["rows"]:
         old, new = (row["rules"][name] for name in RULES)
         share = old["accuracy"] / 100
-        error = 100 * np.sqrt(share * (1 - share) / row["judging"])
-        gains.append(new["accuracy"] - old["accuracy"])
+        error = 100 * np.sqrt(share * (1 - share) / row["samples"])
+        gain = new["accuracy"] - old["accuracy"]
         lines.append(
-            f"| {row['task']} | {row['trials']} | {row['train_samples']} |"
-            f" {old['accuracy']:.1f} ± {error:.1f} | {new['accuracy']:.1f} | {gains[-1]:+.2f} |"
+            f"| {row['task']} | {row['trials']} | {row['samples']} |"
+            f" {old['accuracy']:.1f} ± {error:.1f} | {new['accuracy']:.1f} | {gain:+.2f} |"
             f" {old['bytes']:,.0f} | {new['bytes']:,.0f} |"
         )
-    spread = np.std(gains, ddof=1) / np.sqrt(len(gains)) if len(gains) > 1 else float("nan")
-    lines += ["", f"Over the tasks, likelihood gains {fmean(gains):+.2f} ± {spread:.2f} points."]
     return "\n".join(lines) + "\n"
 
 
 def main() -> None:
-    """Measure every task, write the page."""
+    """Simulate every study, write the page."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--tasks", nargs="+", default=TASKS, choices=TASKS)
-    parser.add_argument("--epochs", type=int, default=6)
+    parser.add_argument("studies", nargs="+", metavar="NAME=FOLDER")
     parser.add_argument("--draws", type=int, default=200)
-    parser.add_argument("--shared", type=Path, default=SHARED)
-    parser.add_argument("--workdir", type=Path, default=RESULTS.parents[2] / "runs" / "likelihood")
     arguments = parser.parse_args()
-    torch.set_num_threads(1)
+    named = [each.partition("=")[::2] for each in arguments.studies]
     result = {
         "command": shlex.join(["python", *sys.argv]),
         "machine": describe_machine(),
-        "epochs": arguments.epochs,
         "draws": arguments.draws,
-        "rows": [],
+        "rows": [measured(name, Path(folder), arguments.draws) for name, folder in named],
     }
-    for name in arguments.tasks:
-        result["rows"].append(measured(name, arguments))
-        print(result["rows"][-1], flush=True)
     RESULTS.write_text(json.dumps(result, indent=1) + "\n")
     RESULTS.with_suffix(".md").write_text(page(result))
 
