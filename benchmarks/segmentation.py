@@ -18,7 +18,7 @@ benchmarks/results/segmentation.json and .md.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -59,6 +59,8 @@ BASELINES: dict[str, tuple[dict[str, Any], Sequence[float]]] = {
 METHODS = (*BUDGETS, *BASELINES)
 BATCH = 8
 GOAL_DATA, GOAL_PACK, REFERENCE = "kvasir_seg", "default search, 16 KiB", "full fine-tuning"
+OTHER_REFERENCE = "LoRA, 32 bits"
+"""Where the trials of the first have too few steps to train it."""
 GOAL_POINTS = 2.0
 """The pack should lose at most this much against the reference."""
 
@@ -149,7 +151,9 @@ def page(runs: Sequence[Run]) -> str:
         "the sizes of the masks. The ViT-S is `vit_small_patch14_dinov2`, further trained by",
         "others on saliency: finding one object is what it has seen. Methods share data, splits",
         "and epochs; each is tuned on validation only, over few values. Training sets are cut to",
-        "fit one core, so all numbers are below what whole ones give.",
+        "fit one core, so all numbers are below what whole ones give. A fit also trains on the",
+        "validation images, two or three times those of a trial, so test metrics can be far above",
+        "those of validation.",
         "",
         *(_goal_line(runs, task) for task in TASKS if TASKS[task][0] == GOAL_DATA),
         *by_task(runs, tuple(TASKS), _rows),
@@ -161,20 +165,28 @@ def _goal_line(runs: Sequence[Run], task: str) -> str:
     """Whether the pack is as close to full fine-tuning as it should be."""
     own = {run["method"]: run for run in runs if run["task"] == task}
     found = {method: run["test"] for method, run in own.items()}
-    if not {GOAL_PACK, REFERENCE} <= found.keys():
-        return f"- {task}: not measured yet."
+    if not {GOAL_PACK, REFERENCE, OTHER_REFERENCE} <= found.keys():
+        return f"- {task}: not measured at the sizes of the masks yet."
     if own[REFERENCE]["val"] < own[GOAL_PACK]["tried"][0]["val"]:
         return (
-            f"- {task}: no comparison. At the learning rates tried, {REFERENCE} is below the"
-            " smallest pack, a linear head of one bit: it has not trained."
+            f"- {task}: whether the goal is met stays open. {_compared(own, REFERENCE)}, but at the"
+            f" learning rates tried, {REFERENCE} is below a linear head of one bit on validation:"
+            f" a trial has too few steps for it. {_compared(own, OTHER_REFERENCE)}."
         )
-    points = 100 * (found[GOAL_PACK] - found[REFERENCE])
-    errors = {method: 100 * run["stderr"] for method, run in own.items()}
-    is_met = "met" if points >= -GOAL_POINTS else "not met"
+    is_met = "met" if 100 * (found[GOAL_PACK] - found[REFERENCE]) >= -GOAL_POINTS else "not met"
     return (
-        f"- {task}: the pack of the {GOAL_PACK} is {points:+.1f} points from {REFERENCE}, which"
-        f" have standard errors of {errors[GOAL_PACK]:.1f} and {errors[REFERENCE]:.1f} points; the"
-        f" goal, at most {GOAL_POINTS:g} points below, is {is_met} in this one run."
+        f"- {task}: {_compared(own, REFERENCE)}; the goal, at most {GOAL_POINTS:g} points below, is"
+        f" {is_met} in this one run."
+    )
+
+
+def _compared(own: Mapping[str, Run], reference: str) -> str:
+    """How far the pack is from another method of the same task, in points of the test metric."""
+    points = 100 * (own[GOAL_PACK]["test"] - own[reference]["test"])
+    errors = [100 * own[method]["stderr"] for method in (GOAL_PACK, reference)]
+    return (
+        f"The pack of the {GOAL_PACK} is {points:+.1f} points from {reference}, with standard"
+        f" errors of {errors[0]:.1f} and {errors[1]:.1f} points"
     )
 
 
