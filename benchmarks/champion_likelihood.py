@@ -101,7 +101,8 @@ def page(result: dict[str, Any]) -> str:
         "validation set drawn with replacement; the samples that were not drawn judge. Means of",
         f"{result['draws']} draws; ± is the standard error of one pack's accuracy on all samples.",
         "",
-        "| task | trials | samples | % by errors | and by likelihood | points | bytes | bytes |",
+        "| task | trials | samples | % by errors | % by likelihood, too | points |"
+        " bytes by errors | bytes by likelihood, too |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for row in result["rows"]:
