@@ -22,7 +22,16 @@ from statistics import fmean, stdev
 from typing import Any
 
 from image_tasks import TASKS, image_task, opened
-from runs import Place, Run, by_task, figures, measure_missing, parse_arguments, with_seed
+from runs import (
+    Place,
+    Run,
+    by_task,
+    figures,
+    measure_missing,
+    parse_arguments,
+    percent,
+    with_seed,
+)
 
 from pipeline.training.fit import fit
 
@@ -77,11 +86,7 @@ def differences(runs: Sequence[Run], variant: str) -> list[float]:
         for run in runs
         if run["variant"] == variant
     ]
-    return [_percent(run) - _percent(other) for run, other in pairs if other is not None]
-
-
-def _percent(run: Run) -> float:
-    return 100.0 * run["correct"] / run["samples"]
+    return [percent(run) - percent(other) for run, other in pairs if other is not None]
 
 
 def _shown(points: Sequence[float]) -> str:
@@ -107,7 +112,7 @@ def _rows(runs: Sequence[Run]) -> list[str]:
     for variant, (name, share) in VARIANTS.items():
         own = [run for run in runs if run["variant"] == variant]
         if own:
-            mean = fmean(map(_percent, own))
+            mean = fmean(map(percent, own))
             points = "" if share is None else _shown(differences(runs, variant))
             lines.append(
                 f"| {name} | {share or 0:g} | {own[0]['bytes']:,} | {mean:.1f} | {points} |"

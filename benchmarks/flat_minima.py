@@ -23,13 +23,14 @@ import torch
 from machine import describe_machine
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from runs import train
 
 from pipeline.adaptation import AdaptedModel, attach
 from pipeline.data import Reader, Split, prepare
 from pipeline.kinds import kind_named, metric_named
 from pipeline.specs import Adapter, Head, Recipe
 from pipeline.specs.task_files import load_task
-from pipeline.training import Inputs, evaluate, open_inputs, train_epochs
+from pipeline.training import Inputs, evaluate, open_inputs
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "flat_minima.json"
@@ -74,16 +75,7 @@ def measure(inputs: Inputs, bits: int, draws: int) -> dict[str, Any]:
         training=task.recipe.training,
     )
     model = attach(inputs.backbone, recipe, len(inputs.index.classes), seed=task.seed)
-    for _ in train_epochs(
-        model,
-        inputs.reader("train"),
-        inputs.splits["train"],
-        recipe.training,
-        inputs.kind,
-        seed=task.seed,
-        flip=task.input.flip,
-    ):
-        pass
+    train(model, inputs, recipe, task.seed)
     reader, split = inputs.reader("val"), inputs.splits["val"]
     return {
         "bits": bits,

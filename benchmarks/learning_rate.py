@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from learning_rate_page import write_page
 from machine import describe_machine
+from runs import train
 
 from pipeline.adaptation import SelectedIndex, attach
 from pipeline.data import prepare
@@ -30,7 +31,7 @@ from pipeline.inputs.learning_rate import default_learning_rate
 from pipeline.selection import read_selection, select_locally, write_selection
 from pipeline.specs import Backbone, CsvData, Input, Recipe, Task
 from pipeline.specs.task_files import load_task
-from pipeline.training import Inputs, evaluate, open_inputs, train_epochs
+from pipeline.training import Inputs, evaluate, open_inputs
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "learning_rate.json"
@@ -112,16 +113,7 @@ def measure(inputs: Inputs, recipe: Recipe, selected: SelectedIndex, seed: int) 
     started = time.process_time()
     chosen = selected if recipe.connections else None
     model = attach(inputs.backbone, recipe, len(inputs.index.classes), selected=chosen, seed=seed)
-    epochs = train_epochs(
-        model,
-        inputs.reader("train"),
-        inputs.splits["train"],
-        recipe.training,
-        inputs.kind,
-        seed=seed,
-        flip=inputs.task.input.flip,
-    )
-    losses = [round(loss, 4) for loss in epochs]
+    losses = [round(loss, 4) for loss in train(model, inputs, recipe, seed)]
     outcomes = evaluate(model, inputs.reader("val"), inputs.splits["val"], inputs.kind)
     seconds = round(time.process_time() - started, 1)
     return {

@@ -25,13 +25,23 @@ from typing import Any
 
 import torch
 from image_tasks import image_task, opened
-from runs import Place, Run, by_task, figures, measure_missing, parse_arguments, with_seed
+from runs import (
+    Place,
+    Run,
+    by_task,
+    figures,
+    measure_missing,
+    parse_arguments,
+    percent,
+    train,
+    with_seed,
+)
 
 from pipeline.adaptation import AdaptedModel, attach
 from pipeline.adaptation.packing import SizePlanner
 from pipeline.adaptation.quantiser import quantise
 from pipeline.specs import Bits
-from pipeline.training import Inputs, train_epochs
+from pipeline.training import Inputs
 from pipeline.training.evaluate import evaluate
 from pipeline.training.fit import fit
 
@@ -64,16 +74,7 @@ def trained(inputs: Inputs) -> AdaptedModel:
     """The model after training on the training images, as a trial trains it."""
     recipe, seed = inputs.task.recipe, inputs.task.seed
     model = attach(inputs.backbone, recipe, len(inputs.index.classes), seed=seed)
-    for _ in train_epochs(
-        model,
-        inputs.reader("train"),
-        inputs.splits["train"],
-        recipe.training,
-        inputs.kind,
-        seed=seed,
-        flip=inputs.task.input.flip,
-    ):
-        pass
+    train(model, inputs, recipe, seed)
     return model
 
 
@@ -158,10 +159,6 @@ def page(runs: Sequence[Run]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _percent(run: Run) -> float:
-    return 100.0 * run["correct"] / run["samples"]
-
-
 def _difference(runs: Sequence[Run], name: str, other: str) -> list[str]:
     """The row of one variant against another."""
     of = {(run["task"], run["seed"], run["epochs"], run["variant"]): run for run in runs}
@@ -172,7 +169,7 @@ def _difference(runs: Sequence[Run], name: str, other: str) -> list[str]:
     ]
     if len(pairs) < 2:
         return []
-    points = [_percent(run) - _percent(against) for run, against in pairs]
+    points = [percent(run) - percent(against) for run, against in pairs]
     size = fmean(run["bytes"] / against["bytes"] for run, against in pairs)
     error = stdev(points) / len(points) ** 0.5
     return [
@@ -187,7 +184,7 @@ def _rows(runs: Sequence[Run]) -> list[str]:
     ]
     for variant in VARIANTS:
         if own := [run for run in runs if run["variant"] == variant]:
-            size, mean = fmean(run["bytes"] for run in own), fmean(map(_percent, own))
+            size, mean = fmean(run["bytes"] for run in own), fmean(map(percent, own))
             bits = "; ".join(
                 dict.fromkeys(", ".join(str(run["bits"][part]) for part in PARTS) for run in own)
             )

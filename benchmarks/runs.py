@@ -24,7 +24,9 @@ from typing import Any
 import torch
 from machine import describe_machine
 
-from pipeline.training import Inputs
+from pipeline.adaptation import AdaptedModel
+from pipeline.specs import Recipe
+from pipeline.training import Inputs, train_epochs
 from pipeline.training.fit import FitResult
 
 SHARED = Path(__file__).parent.parent.parent / "shared"
@@ -119,6 +121,28 @@ def measure_missing(
 def with_seed(inputs: Inputs, seed: int) -> Inputs:
     """The task with another seed for training; its splits stay as they are."""
     return replace(inputs, task=inputs.task.model_copy(update={"seed": seed}))
+
+
+def train(
+    model: AdaptedModel, inputs: Inputs, recipe: Recipe, seed: int, device: str = "cpu"
+) -> list[float]:
+    """Train a model on the training samples, as a trial does; the mean loss of each epoch."""
+    epochs = train_epochs(
+        model,
+        inputs.reader("train"),
+        inputs.splits["train"],
+        recipe.training,
+        inputs.kind,
+        seed=seed,
+        flip=inputs.task.input.flip,
+        device=device,
+    )
+    return list(epochs)
+
+
+def percent(run: Run) -> float:
+    """The test accuracy of a run."""
+    return 100.0 * run["correct"] / run["samples"]
 
 
 def figures(result: FitResult) -> Run:

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from runs import train
+
 from pipeline.adaptation import SelectedIndex
 from pipeline.adaptation.packing import SizePlanner
 from pipeline.inputs.learning_rate import with_learning_rate
@@ -22,7 +24,7 @@ from pipeline.search.trial import recipe_key
 from pipeline.search.trial_record import TrialJournal, TrialRecord
 from pipeline.selection import read_selection, select_locally, write_selection
 from pipeline.specs import Recipe, Task
-from pipeline.training import Inputs, evaluate, train_epochs
+from pipeline.training import Inputs, evaluate
 from pipeline.training.fit import FitResult, fit
 
 BUDGETS = {f"default search, {kib} KiB": 1024 * kib for kib in (4, 16, 64)}
@@ -98,17 +100,7 @@ def tried(
         return known
     began = time.monotonic()
     model = inputs.adapted(recipe, selected).to(device)
-    for _ in train_epochs(
-        model,
-        inputs.reader("train"),
-        inputs.splits["train"],
-        recipe.training,
-        inputs.kind,
-        seed=inputs.task.seed,
-        flip=inputs.task.input.flip,
-        device=device,
-    ):
-        pass
+    train(model, inputs, recipe, inputs.task.seed, device)
     outcomes = evaluate(model, inputs.reader("val"), inputs.splits["val"], inputs.kind)
     write_outcomes(journal.outcomes_path(key), outcomes)
     planner = SizePlanner(inputs.task, inputs.backbone, inputs.index.classes, selected)

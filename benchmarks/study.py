@@ -337,9 +337,10 @@ def trained(inputs: Any, recipe: Any, selected: Any, donor: Any = None) -> tuple
     training starts.
     """
     import torch
+    from runs import train
 
     from pipeline.adaptation import attach
-    from pipeline.training import evaluate, train_epochs
+    from pipeline.training import evaluate
 
     task = inputs.task
     model = attach(
@@ -351,16 +352,7 @@ def trained(inputs: Any, recipe: Any, selected: Any, donor: Any = None) -> tuple
                 model.values.parameters(), donor.values.parameters(), strict=True
             ):
                 own.copy_(given)
-    for _ in train_epochs(
-        model,
-        inputs.reader("train"),
-        inputs.splits["train"],
-        recipe.training,
-        inputs.kind,
-        seed=task.seed,
-        flip=task.input.flip,
-    ):
-        pass
+    train(model, inputs, recipe, task.seed)
     return (
         inputs.metric.value(
             evaluate(model, inputs.reader("val"), inputs.splits["val"], inputs.kind)

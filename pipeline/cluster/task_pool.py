@@ -98,9 +98,10 @@ class TaskPool:
         *,
         prepare_at_once: int = 1,
     ) -> list[Result]:
-        """As `run`, on what `prepare` makes of each item. Every item is prepared as soon as
-        possible, in a thread of its own, `prepare_at_once` concurrently, whatever else runs; what
-        is ready starts in order.
+        """Like `run`, but `work` gets what `prepare` returns for each item.
+
+        Items are prepared in their own threads, at most `prepare_at_once` concurrently, however
+        many items run. Prepared items start in order.
         """
         results: dict[int, Result] = {}
         waiting, ready = deque(enumerate(items)), list[tuple[int, Prepared]]()

@@ -60,7 +60,9 @@ def evaluate(
 def in_order(
     rows: list[tuple[np.ndarray, np.ndarray]], split: Split, ranks: Ranks = ALONE
 ) -> Outcomes:
-    """What all ranks have of outputs and targets, each of its own shards, in the split's order."""
+    """Collect the outputs and targets that each rank computed for its shards, in the split's
+    order.
+    """
     outputs, targets_N = (np.concatenate(each) for each in zip(*ranks.rows(rows), strict=True))
     rank_of_sample = deal_shards(split, ranks.world)[split.samples[:, 0]]
     index_N = np.argsort(np.argsort(rank_of_sample, kind="stable"), kind="stable")
