@@ -29,7 +29,7 @@ from pipeline.cli import app as cli
 from pipeline.registry.connection import initialise_sqlite
 
 COMMAND = Path(sys.executable).with_name("taskpack")
-TIMEOUT_SECONDS = 240
+TIMEOUT_SECONDS = 600
 
 BACKBONE: dict[str, Any] = {
     "model": "vit_tiny_patch16_224",
