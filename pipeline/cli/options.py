@@ -85,8 +85,8 @@ SelectionWorkers = Annotated[
     typer.Option(
         min=1,
         help=(
-            "Workers that select connections. Default: an equal share of the cluster, or none if"
-            " this process is faster."
+            "Workers that select connections. Default: an equal share of the cluster, or one if"
+            " that is faster."
         ),
     ),
 ]

@@ -33,7 +33,7 @@ from pipeline.data import prepare, remarks_on
 from pipeline.data.node_memory import node_memory
 from pipeline.driver.coded_positions import CodedPositions
 from pipeline.driver.workspace import Workspace
-from pipeline.errors import ClusterError, SpecError, UnexpectedError, named
+from pipeline.errors import ClusterError, SpecError, TaskpackError, UnexpectedError, named
 from pipeline.search.proposer import LAG
 from pipeline.search.trial import opened
 from pipeline.selection import select, select_locally_if_faster
@@ -100,7 +100,7 @@ class Placement:
         ranks_per_trial: processes that train each trial and fit together, but at most the number of
             shards of the training set.
         selection_workers: ranks of the selection's worker group; None takes an equal share of the
-            cluster's GPUs, or of its CPUs if it has none, or no group if this process is faster.
+            cluster's GPUs, or of its CPUs if it has none, or a single process if that is faster.
         tasks_at_once: tasks to run concurrently; None takes one more than the number whose trials
             fill the cluster.
     """
@@ -243,13 +243,8 @@ class Stages:
             workers = self.placement.selection_workers or max(
                 1, places(1, use_gpu) // max(1, self.pool.running)
             )
-            may_be_here = (
-                self.ray_is_private and self.placement.selection_workers is None and not use_gpu
-            )
-            if may_be_here or is_recomputable(inputs.task.selection):
-                with self.here:
-                    if select_locally_if_faster(inputs, top_k, path, workers=workers):
-                        return path
+            if self._select_alone(inputs, data_folder, top_k, path, workers):
+                return path
             check_holds_group(workers, 1, use_gpu)
             interruptible(
                 lambda: select(
@@ -259,6 +254,28 @@ class Stages:
             )
             await_file(path)
         return path
+
+    def _select_alone(
+        self, inputs: Inputs, data_folder: Path, top_k: int, path: Path, workers: int
+    ) -> bool:
+        """Let one process select, in place of a group of `workers`, unless the group would be done
+        before or the user asked for it; whether the file was written.
+        """
+        if is_recomputable(inputs.task.selection):
+            with self.here:
+                return select_locally_if_faster(inputs, top_k, path, workers=1)
+        if self.placement.selection_workers not in (None, 1):
+            return False
+        if self.ray_is_private and self.placement.selection_workers is None and not has_gpus():
+            with self.here:
+                return select_locally_if_faster(inputs, top_k, path, workers=workers)
+        arguments = (inputs.task.model_dump_json(), data_folder, top_k, path, workers)
+        ((_, written),) = self.on_ray(select_worker, [arguments], 1, is_stopping=self.is_stopping)
+        if isinstance(written, TaskpackError):
+            raise written
+        if written:
+            await_file(path)
+        return bool(written)
 
     def elsewhere(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """What a function gives, computed by a worker where a cluster is at hand, because this
@@ -305,12 +322,14 @@ class Stages:
         arguments: Sequence[tuple[Any, ...]],
         ranks: int,
         kept: Callable[..., object] = lambda *given: None,
+        is_stopping: Callable[[], bool] | None = None,
     ) -> Iterator[tuple[int, Any]]:
         """Run `worker` on every set of arguments, each with the resources of a trial of `ranks`;
         yield (index, outcome) as they end.
 
         Args:
             kept: as for `ended_tasks`.
+            is_stopping: default: whether the run was interrupted.
         """
         if arguments:
             resources = self.resources(ranks)
@@ -319,13 +338,14 @@ class Stages:
                 "ranks": ranks,
                 "retries": WORKER_RETRIES,
                 "kept": kept,
-                "is_stopping": self.pool.is_stopping,
+                "is_stopping": is_stopping or self.pool.is_stopping,
             }
             try:
                 yield from ended_tasks(worker, given, resources.cpus, resources.gpus, **limits)
             except WorkersDied:
                 raise ClusterError(
-                    f"a fit or trial did not end: {WORKER_DIED}; see whether its memory suffices."
+                    f"a selection, trial or fit did not end: {WORKER_DIED}; see whether its memory"
+                    " suffices."
                     f" {_AGAIN}"
                 ) from None
 
@@ -344,6 +364,32 @@ def named_errors(log: Path) -> Iterator[None]:
         if fault is error:
             raise
         raise fault from error
+
+
+def select_worker(
+    task_json: str,
+    data_folder: Path,
+    top_k: int,
+    path: Path,
+    workers: int,
+    resources: TrialResources,
+) -> Any:
+    """Run `select_locally_if_faster` in a worker; return its result or the named error."""
+    return in_group(_select, (task_json, data_folder, top_k, path, workers), resources)
+
+
+def _select(
+    task_json: str,
+    data_folder: Path,
+    top_k: int,
+    path: Path,
+    workers: int,
+    resources: TrialResources,
+    ranks: Ranks,
+) -> bool:
+    inputs = open_inputs(Task.model_validate_json(task_json), data_folder)
+    device = resources.device()
+    return select_locally_if_faster(inputs, top_k, path, workers=workers, device=device)
 
 
 def fit_worker(

@@ -3,7 +3,7 @@ hash.
 
 Workers sum the gradients of the batches dealt to them by index; the sums are added on rank 0, layer
 by layer, which ranks the connections and writes the file. The result does not depend on the number
-of workers. A worker group takes longer to start than a small task takes to select, so the driver
+of workers. A worker group takes longer to start than a small task takes to select, so one process
 may do it alone where that is over sooner.
 """
 
@@ -182,20 +182,22 @@ def _counted(batches: Sequence[PlannedBatch], on_batch: OnBatch) -> Iterator[Pla
     on_batch(len(batches), len(batches))
 
 
-def select_locally_if_faster(inputs: Inputs, top_k: int, path: Path, *, workers: int) -> bool:
-    """Write the selection to `path` from this process, unless `workers` on this machine would be
-    done before; whether it was written.
+def select_locally_if_faster(
+    inputs: Inputs, top_k: int, path: Path, *, workers: int, device: str = "cpu"
+) -> bool:
+    """Write the selection to `path` from this process, unless a group of `workers` would be done
+    before; whether it was written.
 
     The first batch is timed. The file is the same either way.
     """
-    batches = _numbered_batches(inputs)
+    task, batches = inputs.task, _numbered_batches(inputs)
     try:
-        with _one_thread():
-            selected = _ranked(
-                inputs,
-                _sums(inputs, batches, pace=lambda batches: _while_sooner(batches, workers)),
-                top_k,
-            )
+        with (
+            _one_thread(),
+            named_out_of_memory(task, task.selection.batch_size, device, "selection.batch_size"),
+        ):
+            sums = _sums(inputs, batches, device, lambda given: _while_sooner(given, workers))
+            selected = _ranked(inputs, sums, top_k)
     except _WorkersAreSooner:
         return False
     path.parent.mkdir(parents=True, exist_ok=True)

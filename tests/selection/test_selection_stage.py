@@ -12,6 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from pipeline.cluster.session import is_connected
+from pipeline.driver import stages
+from pipeline.driver.stages import Placement, Stages, no_progress
+from pipeline.driver.workspace import Workspace
 from pipeline.errors import DataError
 from pipeline.selection import (
     read_selection,
@@ -89,6 +93,51 @@ def test_a_small_selection_is_made_here_and_a_large_one_is_left_to_workers(
     assert [entry.name for entry in path.parent.iterdir()] == ["selection"]
     monkeypatch.setattr(stage, "GROUP_SECONDS", 60)
     assert select_locally_if_faster(tiny_inputs, TOP_K, path, workers=2)
+
+
+def stages_on_cluster(workdir: Path) -> Stages:
+    """The stages as on a cluster, on the Ray that runs."""
+    assert is_connected()
+    return Stages(
+        workspace=Workspace(workdir),
+        start_ray=lambda: None,
+        ray_is_private=False,
+        placement=Placement(),
+        on_progress=no_progress,
+    )
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_on_a_cluster_one_worker_selects_what_is_small(
+    tiny_data: Path, tiny_inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = tmp_path / "here" / "selection"
+    assert select_locally_if_faster(tiny_inputs, TOP_K, here, workers=1)
+    for name in ("select", "select_locally_if_faster"):  # neither a group nor this process
+        monkeypatch.setattr(stages, name, lambda *given, **named: pytest.fail("not by a worker"))
+    path = stages_on_cluster(tmp_path / "work").select(tiny_inputs, tiny_data, TOP_K)
+    assert path.read_bytes() == here.read_bytes()
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_an_error_in_the_worker_that_selects_is_named(tiny_inputs: Inputs, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"gone"):
+        stages_on_cluster(tmp_path / "work").select(tiny_inputs, tmp_path / "gone", TOP_K)
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_a_group_selects_where_the_worker_says_that_it_is_faster(
+    tiny_data: Path, tiny_inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on_cluster = stages_on_cluster(tmp_path / "work")
+    monkeypatch.setattr(on_cluster, "on_ray", lambda *given, **named: [(0, False)])
+    path = on_cluster.select(tiny_inputs, tiny_data, TOP_K)
+    expected, found = select_locally(tiny_inputs, TOP_K), read_selection(path)
+    assert all(
+        torch.equal(a, b)
+        for name in expected
+        for a, b in zip(expected[name], found[name], strict=True)
+    )
 
 
 @pytest.mark.usefixtures("local_ray")
