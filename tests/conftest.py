@@ -267,7 +267,7 @@ def standin(standin_library: Path) -> str:
 @pytest.fixture(scope="module")
 def local_ray(request: pytest.FixtureRequest) -> Iterator[None]:
     """A private Ray with room for three workers, or for the RAY_CPUS of a test file, whatever this
-    machine has. Every worker spends seconds on imports.
+    machine has, and with its RAY_GPUS. Every worker spends seconds on imports.
     """
     import ray
 
@@ -277,6 +277,7 @@ def local_ray(request: pytest.FixtureRequest) -> Iterator[None]:
     ray.init(
         address="local",
         num_cpus=getattr(request.module, "RAY_CPUS", 3),
+        num_gpus=getattr(request.module, "RAY_GPUS", None),
         include_dashboard=False,
         log_to_driver=False,
         logging_level=logging.ERROR,

@@ -69,7 +69,10 @@ Gpus = Annotated[
     typer.Option(
         "--gpus-per-trial",
         min=0,
-        help="GPUs per rank, or a fraction of one. Default: 1 if there are any.",
+        help=(
+            "GPUs per rank, or a fraction of one. Default: 1 if there are any; trials of a run may"
+            " share one, as a dry run finds."
+        ),
     ),
 ]
 Ranks = Annotated[

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from pipeline.cluster.tasks import first_ended, release, reserve
 from pipeline.errors import ClusterError
 
+_KIND = "accelerator_type:"
 _NODE_SECONDS = 1200  # a GPU machine that pulls a large image takes its time
 
 
 @dataclass(frozen=True)
 class Node:
-    """The total resources of a node."""
+    """The total resources of a node, and the kind of its GPUs as Ray names it, such as `H100`."""
 
     cpus: float
     gpus: float
+    gpu_kind: str = ""
 
     def places(self, cpus: float, gpus: float) -> int:
         """How many workers with this many CPUs and GPUs it can hold."""
@@ -33,12 +36,33 @@ def running_nodes() -> list[Node]:
     import ray
 
     resources = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    return [Node(each.get("CPU", 0), each.get("GPU", 0)) for each in resources]
+    return [Node(each.get("CPU", 0), each.get("GPU", 0), _gpu_kind(each)) for each in resources]
+
+
+def _gpu_kind(resources: Mapping[str, float]) -> str:
+    kinds = [name for name in resources if name.startswith(_KIND)]
+    return ", ".join(sorted(name.removeprefix(_KIND) for name in kinds))
 
 
 def has_gpus() -> bool:
     """Whether the cluster has GPUs."""
     return any(node.gpus for node in running_nodes())
+
+
+def gpu_kinds() -> list[str]:
+    """The kinds of the cluster's GPUs; one that Ray does not know is empty."""
+    return sorted({node.gpu_kind for node in running_nodes() if node.gpus})
+
+
+def most_trials_per_gpu(cpus: float | None, trials: int) -> int:
+    """How many trials of `cpus` CPUs (None: at least one) may share each GPU of the cluster: no
+    more than there are CPUs for on the node with the fewest per GPU, because Ray fills a GPU before
+    it uses the next, and no more than divide `trials` evenly between the GPUs. At least one.
+    """
+    nodes = [node for node in running_nodes() if node.gpus]
+    for_cpus = [int(node.cpus / node.gpus / (cpus or 1) + 1e-6) for node in nodes]
+    for_trials = math.ceil(trials / max(1, sum(node.gpus for node in nodes)))
+    return max(1, min([*for_cpus, for_trials]))
 
 
 def places(cpus: float, gpus: float) -> int:

@@ -60,6 +60,8 @@ class _Running:
     def __init__(self, worker: Callable[..., Any], cpus: float, gpus: float, ranks: int) -> None:
         import ray
 
+        # Ray ends a worker after a task with a GPU. `max_calls=0` would keep it, but Ray may then
+        # give it another GPU, and CUDA stays on the first one of a process.
         self._remote = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=0)(worker)
         self._reserve = lambda: reserve(ranks, cpus, gpus) if ranks > 1 else None
         self._tasks: dict[Any, tuple[int, Any]] = {}

@@ -157,6 +157,7 @@ def run_batch(
                 start_ray=start_ray,
                 ray_is_private=address is None,
                 placement=placement or Placement(),
+                task_count=len(tasks),
                 limit=limit,
                 on_progress=watch.progress,
                 watch=watch,
@@ -350,7 +351,7 @@ class _Driver(Stages):
             )
 
         def resources() -> TrialResources:
-            found = self.resources(self.ranks(inputs))
+            found = self.trial_resources(inputs, selection)
             self.limit.places = max(1, places(found.cpus, found.gpus) // found.ranks)
             return found
 

@@ -21,7 +21,9 @@ from pipeline.backbones.known import remember
 from pipeline.cluster.capacity import (
     check_holds_group,
     cpus_per_trial,
+    gpu_kinds,
     has_gpus,
+    most_trials_per_gpu,
     places,
     wait_for_room,
 )
@@ -32,9 +34,10 @@ from pipeline.cluster.tasks import WorkersDied, computed, ended_tasks
 from pipeline.data import prepare, remarks_on
 from pipeline.data.node_memory import node_memory
 from pipeline.driver.coded_positions import CodedPositions
+from pipeline.driver.gpu_shares import GpuShares
 from pipeline.driver.workspace import Workspace
 from pipeline.errors import ClusterError, SpecError, TaskpackError, UnexpectedError, named
-from pipeline.search.proposer import LAG
+from pipeline.search.proposer import LAG, most_at_once
 from pipeline.search.trial import opened
 from pipeline.selection import select, select_locally_if_faster
 from pipeline.specs import Task
@@ -51,6 +54,7 @@ SLACK = 1.3
 """So many times the tasks that fill a cluster on average keep 95 % of it at work, as
 `benchmarks/scale.py` plays it.
 """
+_NO_MORE = "more would lack CPUs, or leave other GPUs idle"
 _AGAIN = "The same command tries again from the last finished stage"
 
 Stage = Literal["prepare", "select", "search", "fit", "register", "done", "failed"]
@@ -96,7 +100,8 @@ class Placement:
 
     Args:
         per_trial: CPUs and GPUs per rank of a trial and of a fit; None takes one GPU if the cluster
-            has any, and the CPUs that `cpus_per_trial` says.
+            has any, which trials of a study may share (`Stages.trial_resources`), and the CPUs that
+            `cpus_per_trial` says.
         ranks_per_trial: processes that train each trial and fit together, but at most the number of
             shards of the training set.
         selection_workers: ranks of the selection's worker group; None takes an equal share of the
@@ -131,7 +136,9 @@ class Stages:
 
     Args:
         start_ray: starts Ray unless it runs.
+        task_count: how many tasks the run has.
         places_of: how many places each task's study takes on average, as far as it is known.
+        trials_per_gpu: how many trials of each task's study share a GPU, as far as it is known.
         here: lock of computations in this process: one thread at a time, because seeds and thread
             counts are global.
     """
@@ -141,13 +148,17 @@ class Stages:
     ray_is_private: bool
     placement: Placement
     on_progress: OnProgress
+    task_count: int = 1
     pool: TaskPool = field(init=False)
+    gpu_shares: GpuShares = field(init=False)
     here: threading.Lock = field(default_factory=threading.Lock)
     places_of: dict[str, float] = field(default_factory=dict)
+    trials_per_gpu: dict[str, int] = field(default_factory=dict)
     stage: dict[str, Stage] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.pool = TaskPool(self.tasks_at_once)
+        self.gpu_shares = GpuShares(self.workspace.gpu_needs, self.is_stopping)
 
     def is_stopping(self) -> bool:
         """Whether what runs before the fits should end as soon as it can."""
@@ -174,7 +185,9 @@ class Stages:
             return self.placement.tasks_at_once
         if not is_connected():
             return 1
-        slots = places(*self._per_trial()) / self.placement.ranks_per_trial
+        shares = list(self.trials_per_gpu.values())
+        per_gpu = sum(shares) / len(shares) if shares else 1
+        slots = places(*self._per_trial(per_gpu)) / self.placement.ranks_per_trial
         return 1 + math.ceil(slots / self._places_per_task())
 
     def _places_per_task(self) -> float:
@@ -184,9 +197,10 @@ class Stages:
         known = list(self.places_of.values())
         return sum(known) / len(known) / SLACK if known else LAG
 
-    def _per_trial(self) -> tuple[float, float]:
+    def _per_trial(self, per_gpu: float = 1) -> tuple[float, float]:
+        """CPUs and GPUs per rank; unless the user said how many GPUs, so many trials share one."""
         cpus, gpus = self.placement.per_trial
-        gpus = float(has_gpus()) if gpus is None else gpus
+        gpus = has_gpus() / per_gpu if gpus is None else gpus
         return cpus_per_trial(gpus) if cpus is None else cpus, gpus
 
     def enter(self, task: Task, stage: Stage) -> None:
@@ -296,6 +310,39 @@ class Stages:
         resources = TrialResources(*self._per_trial(), ranks)
         wait_for_room(ranks, resources.cpus, resources.gpus, self.is_stopping)
         return resources
+
+    def trial_resources(self, inputs: Inputs, selection: Path | None) -> TrialResources:
+        """The resources of a trial of a study: a share of a GPU, where a dry run shows that it
+        suffices and the user has not said how many GPUs a trial gets; starts Ray unless it runs.
+        """
+        whole, name = self.resources(self.ranks(inputs)), inputs.task.name
+        is_asked = self.placement.per_trial[1] is None and self.placement.ranks_per_trial == 1
+        if not (whole.gpus and is_asked):
+            return whole
+        self.trials_per_gpu[name], why = self._trials_per_gpu(inputs, selection, whole)
+        count = self.trials_per_gpu[name]
+        remark = f"{count} {'trial' if count == 1 else 'trials'} per GPU: {why}"
+        LOG.info("%s: %s", name, remark)
+        self.on_progress(name, "search", 0.0, remark)
+        return TrialResources(*self._per_trial(count))
+
+    def _trials_per_gpu(
+        self, inputs: Inputs, selection: Path | None, whole: TrialResources
+    ) -> tuple[int, str]:
+        """How many trials of a study share a GPU, and why so many."""
+        trials = self.task_count * most_at_once(inputs.task)
+        most, kinds = most_trials_per_gpu(self.placement.per_trial[0], trials), gpu_kinds()
+        if most == 1:
+            return 1, _NO_MORE
+        if len(kinds) > 1:
+            return 1, f"the cluster has several kinds of GPUs ({', '.join(kinds)})"
+        try:
+            need = self.gpu_shares.need(inputs, selection, whole)
+        except Exception as error:  # trials can do without
+            log = self.workspace.log(inputs.task.name)
+            return 1, f"a dry run failed: {explained(named(error), log, 'a dry run')}"
+        count = need.trials_per_gpu()
+        return min(most, count), f"{need.line()}; {_NO_MORE}" if most < count else need.line()
 
     def trials_at_once(self, inputs: Inputs) -> int:
         """How many trials of a task can run at the same time; starts Ray unless it runs."""

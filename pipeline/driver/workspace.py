@@ -3,6 +3,7 @@
 data/<task>/                       shards and index
 backbones/<fingerprint>.safetensors   what workers load
 selections/<key>.safetensors      ranked connections
+gpus/<key>.json                   what a trial takes of a GPU
 studies/<task>-<key>/trials/      one file per trial
 studies/<task>-<key>/fits/<id>/   a champion's pack and its test result
 studies/<task>-<key>/front.png
@@ -68,6 +69,11 @@ class Workspace:
     def selection(self, inputs: Inputs, top_k: int) -> Path:
         """The selection of a task's connections."""
         return self.root / "selections" / f"{selection_key(inputs, top_k)}.safetensors"
+
+    @property
+    def gpu_needs(self) -> Path:
+        """What trials take of a GPU."""
+        return self.root / "gpus"
 
     def study(self, inputs: Inputs, top_k: int) -> StudyFolder:
         """The study of a task; trials with equal inputs, selection and pack format share it,

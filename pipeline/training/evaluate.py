@@ -25,6 +25,11 @@ EVALUATION_BATCH = 128
 _BATCH_OF_ACCELERATOR = 512
 
 
+def batch_size(device: str | torch.device) -> int:
+    """Samples per pass on a device."""
+    return _BATCH_OF_ACCELERATOR if is_accelerator(device) else EVALUATION_BATCH
+
+
 def _logits(model: AdaptedModel, images: torch.Tensor, size: int) -> torch.Tensor:
     """The logits of images, on the CPU, `size` at a time."""
     return torch.cat([model.logits_of(model.inputs_of(some)).cpu() for some in images.split(size)])
@@ -46,7 +51,7 @@ def evaluate(
     of products to TF32.
     """
     rows: list[tuple[np.ndarray, np.ndarray]] = []
-    size = _BATCH_OF_ACCELERATOR if is_accelerator(model.device) else EVALUATION_BATCH
+    size = batch_size(model.device)
     with model.merged(), exact_float32() if is_exact else fast_float32():
         plan = evaluation_batches(split, size, ranks.rank, ranks.world)
         passes = Passes(size, str(model.device))

@@ -8,10 +8,13 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import torch
-
 from pipeline.data.reader import WAITED
-from pipeline.utils.devices import busy_share, is_accelerator, largest_memory_bytes
+from pipeline.utils.devices import (
+    busy_share,
+    forget_peak,
+    is_accelerator,
+    largest_memory_bytes,
+)
 
 SAMPLE_SECONDS = 1.0
 BUSY = 0.5
@@ -50,8 +53,8 @@ class Usage:
                 " (--cpus-per-trial), or smaller images"
             )
         return (
-            f"{found}, held up by its host: let several trials share it (--gpus-per-trial 0.25), or"
-            " raise training.batch_size"
+            f"{found}, held up by its host: let more trials share it (a smaller --gpus-per-trial),"
+            " or raise training.batch_size"
         )
 
 
@@ -92,7 +95,7 @@ def measured(device: str) -> Iterator[UsageMeter]:
     if not is_accelerator(device):
         yield meter
         return
-    torch.get_device_module(torch.device(device)).reset_peak_memory_stats()
+    forget_peak(device)
     thread = threading.Thread(target=look, name="usage", daemon=True)
     thread.start()
     try:

@@ -128,7 +128,7 @@ def busy_share(device: str | torch.device) -> float | None:
     """
     try:
         return float(_module(device).utilization(torch.device(device))) / 100
-    except (ImportError, AttributeError, RuntimeError, NotImplementedError):
+    except Exception:  # that of NVML's own errors is Exception, and NVML may not be installed
         return None
 
 
@@ -150,6 +150,22 @@ def largest_memory_bytes(device: str | torch.device) -> int | None:
     if not is_accelerator(device):
         return None
     return int(_module(device).max_memory_allocated(torch.device(device)))
+
+
+def forget_peak(device: str | torch.device) -> None:
+    """Let the peaks of an accelerator's memory begin anew."""
+    _module(device).reset_peak_memory_stats(torch.device(device))
+
+
+def process_memory_bytes(device: str | torch.device) -> int:
+    """The most bytes of an accelerator's memory that this process held: at their peak those for
+    tensors, used or not, and those that are taken beside them now, such as by CUDA's context. What
+    other processes take there is among the latter.
+    """
+    module, place = _module(device), torch.device(device)
+    free, total = memory_bytes(place)
+    beside = total - free - module.memory_reserved(place)
+    return int(module.max_memory_reserved(place) + beside)
 
 
 def has_bf16_units(device: str | torch.device) -> bool:

@@ -4,6 +4,7 @@ refused.
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from pipeline.driver import stages
 from pipeline.driver.stages import Placement, Stages, no_progress
 from pipeline.driver.workspace import Workspace
 from pipeline.errors import ClusterError, SpecError
+from pipeline.training import Inputs
 
 
 @pytest.mark.parametrize(
@@ -115,6 +117,73 @@ def test_a_trial_takes_its_share_of_the_cpus_of_a_node_with_gpus(
 ) -> None:
     driver = stages_on(nodes, Placement(per_trial=per_trial), monkeypatch)
     assert driver._per_trial() == expected
+
+
+@for_every(
+    ("nodes", "cpus", "trials", "expected"),
+    [
+        ([Node(64, 8)], None, 1000, 8),
+        ([Node(64, 8)], 3, 1000, 2),
+        ([Node(64, 8)], 9, 1000, 1),
+        ([Node(64, 8), Node(8, 4), Node(256, 0)], None, 1000, 2),  # the fewest CPUs per GPU
+        ([Node(64, 8)], None, 8, 1),  # one each leaves no GPU idle
+        ([Node(64, 8)], None, 9, 2),
+        ([Node(32, 1)], None, 3, 3),
+        ([Node(2, 4)], None, 1000, 1),
+    ],
+)
+def test_trials_share_a_gpu_only_as_far_as_there_are_cpus_and_trials(
+    nodes: list[Node],
+    cpus: float | None,
+    trials: int,
+    expected: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(cluster, "running_nodes", lambda: nodes)
+    assert cluster.most_trials_per_gpu(cpus, trials) == expected
+
+
+def test_more_tasks_run_where_trials_are_known_to_share_gpus(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    driver = stages_on([Node(64, 8)] * 4, Placement(), monkeypatch)
+    driver.trials_per_gpu = {"one": 1, "other": 3}
+    assert driver.tasks_at_once() == 17, "as many as with two trials a GPU"
+    assert driver._per_trial(3) == (2, 1 / 3)
+
+
+def test_trials_share_no_gpus_of_several_kinds(
+    tiny_inputs: Inputs, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    nodes = [Node(8, 1, "A10"), Node(32, 1, "H100"), Node(8, 0)]
+    driver = stages_on(nodes, Placement(), monkeypatch)
+    driver.task_count = 8
+    with caplog.at_level(logging.INFO, "taskpack"):
+        assert driver.trial_resources(tiny_inputs, None) == rank_group.TrialResources(8, 1)
+    said = "1 trial per GPU: the cluster has several kinds of GPUs (A10, H100)"
+    assert caplog.messages == [f"tiny: {said}"]
+
+
+def test_several_ranks_have_a_gpu_each(
+    tiny_inputs: Inputs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    driver = stages_on([Node(64, 8)], Placement(ranks_per_trial=2), monkeypatch)
+    monkeypatch.setattr(driver.gpu_shares, "need", lambda *given: pytest.fail("not asked for"))
+    assert driver.trial_resources(tiny_inputs, None) == rank_group.TrialResources(8, 1, 2)
+
+
+def test_ray_names_the_kind_of_a_nodes_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    node = {"CPU": 16.0, "GPU": 2.0, "accelerator_type:H100": 1.0, "memory": 1e9}
+    monkeypatch.setattr(
+        "ray.nodes",
+        lambda: [
+            {"Alive": True, "Resources": node},
+            {"Alive": True, "Resources": {"CPU": 4.0}},
+            {"Alive": False, "Resources": node},
+        ],
+    )
+    assert cluster.running_nodes() == [Node(16, 2, "H100"), Node(4, 0)]
+    assert cluster.gpu_kinds() == ["H100"]
 
 
 def test_one_task_runs_until_ray_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -92,6 +92,9 @@ def register(library: Path) -> str:
             manual_seed_all=lambda seed: None,
             get_device_name=lambda device=None: "stand-in",
             is_bf16_supported=lambda including_emulation=True: True,
+            memory_reserved=lambda device=None: allocated_bytes(),
+            max_memory_reserved=lambda device=None: int(torch.ops.standin.peak_bytes()),
+            reset_peak_memory_stats=lambda device=None: torch.ops.standin.forget_peak(),
             mem_get_info=lambda device=None: (limit_bytes() - allocated_bytes(), limit_bytes()),
         )
     return DEVICE

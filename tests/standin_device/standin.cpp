@@ -58,7 +58,7 @@ void start_counting() {
 
 // --- memory ------------------------------------------------------------------------------------------------------------------------
 
-std::atomic<int64_t> allocated_bytes{0}, limit_bytes{int64_t{1} << 40};
+std::atomic<int64_t> allocated_bytes{0}, peak_bytes{0}, limit_bytes{int64_t{1} << 40};
 
 struct Block {
   void* data;
@@ -78,6 +78,7 @@ struct StandinAllocator final : at::Allocator {
     void* data = nullptr;
     if (bytes && posix_memalign(&data, 64, bytes)) throw std::bad_alloc();
     allocated_bytes += size;
+    if (allocated_bytes > peak_bytes) peak_bytes = allocated_bytes.load();
     return {data, new Block{data, size}, &release, at::Device(DeviceType::MTIA, 0)};
   }
   at::DeleterFnPtr raw_deleter() const override { return nullptr; }
@@ -287,6 +288,8 @@ TORCH_LIBRARY(standin, m) {
   m.def("stop_counting() -> ()", []() { is_counting = false; });
   m.def("counts() -> str[]", counted_lines);
   m.def("allocated_bytes() -> int", []() -> int64_t { return allocated_bytes; });
+  m.def("peak_bytes() -> int", []() -> int64_t { return peak_bytes; });
+  m.def("forget_peak() -> ()", []() { peak_bytes = allocated_bytes.load(); });
   m.def("limit_bytes() -> int", []() -> int64_t { return limit_bytes; });
   m.def("set_limit_bytes(int limit) -> ()", [](int64_t limit) { limit_bytes = limit; });
 }
