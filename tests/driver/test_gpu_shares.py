@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import ray
+import standin_device
 
 from pipeline.cluster.rank_group import TrialResources
 from pipeline.driver import batch, gpu_shares
@@ -177,6 +178,18 @@ def test_a_gpu_that_torch_cannot_use_is_left_to_the_trials_to_report(
         assert make_stages(tmp_path).trial_resources(inputs, None) == WHOLE
     (message,) = caplog.messages
     assert "a dry run failed: this process was given a GPU, and torch cannot use it" in message
+
+
+def test_a_worker_makes_a_dry_run_on_the_gpu_that_it_is_given(
+    standin: str, inputs: Inputs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.utils.devices.reserved_gpu", lambda: standin)
+    given = inputs.task.model_dump_json(), str(inputs.data_folder), None
+    found = gpu_shares._worker(*given, TrialResources(gpus=1))
+    assert isinstance(found, GpuNeed), found
+    assert found.total_bytes == standin_device.limit_bytes()
+    with standin_device.memory_left(1000):
+        assert isinstance(gpu_shares._worker(*given, TrialResources(gpus=1)), OutOfMemory)
 
 
 @pytest.mark.parametrize(
