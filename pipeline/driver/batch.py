@@ -40,6 +40,7 @@ from pipeline.driver.stages import (
 )
 from pipeline.driver.workspace import StudyFolder, Workspace
 from pipeline.errors import TaskpackError
+from pipeline.kinds.metrics import metric_named
 from pipeline.registry.pack_record import (
     COVERAGE_TAG,
     DATA_TAG,
@@ -315,6 +316,7 @@ class _Driver(Stages):
             max_bytes=task.budget.max_bytes,
             champion=not_worse[0].id,
             not_worse={trial.id for trial in not_worse},
+            finer=metric_named(task.metric, task.kind).finer,
         )
         self.elsewhere(draw, [trial.row() for trial in trials], figure)
         await_file(figure)

@@ -49,6 +49,7 @@ def draw_front(
     max_bytes: int | None,
     champion: str | None,
     not_worse: Collection[str] = (),
+    finer: str | None = None,
 ) -> None:
     """Write a PNG: pack size in KiB (log) against the validation metric in % for every trial, with
     its standard error.
@@ -56,8 +57,9 @@ def draw_front(
     A trial: `id`, `point` (searched values), `size_bytes`, `state` (complete, stopped, rejected,
     failed), `val_metric` (0 to 1 or None), `errors` (standard errors by epoch). `champion` is the
     id of a complete trial, `not_worse` are the ids of those that are not significantly worse than
-    the best. Same trials, same bytes, which are not written again where they are there. Raises
-    ValueError for an unknown champion.
+    the best by `metric` and, where packs are compared by another one, too, by `finer`. Same trials,
+    same bytes, which are not written again where they are there. Raises ValueError for an unknown
+    champion.
     """
     chosen = next(
         (row for row in trials if row["id"] == champion and row["val_metric"] is not None), None
@@ -71,17 +73,10 @@ def draw_front(
     _draw_front_line(axes, pareto_front(trials))
     _draw_errors(axes, trials)
     _draw_trials(axes, trials)
-    _draw_not_worse(axes, [row for row in trials if row["id"] in not_worse])
+    compared = " or ".join(filter(None, [metric, finer]))
+    _draw_not_worse(axes, [row for row in trials if row["id"] in not_worse], compared)
     _draw_budget(axes, max_bytes)
-    if axes.get_legend_handles_labels()[0]:
-        figure.legend(
-            loc="outside lower center",
-            ncols=3,
-            frameon=False,
-            fontsize=9.5,
-            handletextpad=0.5,
-            columnspacing=1.4,
-        )
+    _draw_legend(figure, axes)
     if chosen is not None:
         _draw_champion(axes, canvas, chosen, trials)
     # Without the version of matplotlib in it, the file depends on its data alone.
@@ -190,7 +185,19 @@ def _draw_errors(axes: Axes, trials: list[dict[str, Any]]) -> None:
     )
 
 
-def _draw_not_worse(axes: Axes, rows: list[dict[str, Any]]) -> None:
+def _draw_legend(figure: Figure, axes: Axes) -> None:
+    if axes.get_legend_handles_labels()[0]:
+        figure.legend(
+            loc="outside lower center",
+            ncols=3,
+            frameon=False,
+            fontsize=9.5,
+            handletextpad=0.5,
+            columnspacing=1.4,
+        )
+
+
+def _draw_not_worse(axes: Axes, rows: list[dict[str, Any]], compared: str) -> None:
     if len(rows) > 1:
         axes.scatter(
             [row["size_bytes"] for row in rows],
@@ -199,7 +206,7 @@ def _draw_not_worse(axes: Axes, rows: list[dict[str, Any]]) -> None:
             facecolor="none",
             edgecolor=_VERMILION,
             linewidth=0.9,
-            label="not significantly worse than the best",
+            label=f"not significantly worse in {compared}",
             zorder=4,
         )
 
