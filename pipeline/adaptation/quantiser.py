@@ -14,7 +14,7 @@ matrix or, with `by_row`, one per row. Sums are taken in float64.
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -35,44 +35,68 @@ def _codebook(
     ).to(device)
 
 
-def run_numbers(lengths_G: torch.Tensor) -> torch.Tensor:
-    """The run of each value, int32 [N]."""
-    runs = torch.arange(len(lengths_G), dtype=torch.int32, device=lengths_G.device)
-    return runs.repeat_interleave(lengths_G)
-
-
-def run_sums(values_N: torch.Tensor, lengths_G: torch.Tensor) -> torch.Tensor:
-    """Sum of each run, float64 [G]."""
-    return torch.segment_reduce(values_N.double(), "sum", lengths=lengths_G, unsafe=True)
-
-
-def _of_each(run_N: torch.Tensor, *statistics_G: torch.Tensor) -> torch.Tensor:
-    """For each of some statistics, that of every value's run, [statistics, N]."""
-    return torch.stack(statistics_G).index_select(1, run_N)
-
-
-def _degrees_of_freedom(lengths_G: torch.Tensor, has_mean: bool) -> torch.Tensor:
-    return (lengths_G - 1).clamp_min(1) if has_mean else lengths_G
-
-
-def _as_stored(mean_G: torch.Tensor, sd_G: torch.Tensor) -> torch.Tensor:
-    """The statistics [2, G] as a pack stores them."""
-    return torch.stack([mean_G, sd_G]).half().to(sd_G.dtype)
-
-
-def _standardise(
-    values_N: torch.Tensor, lengths_G: torch.Tensor, run_N: torch.Tensor, has_mean: bool
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """z [N], and mean and unbiased standard deviation of each run [G]; 0 and the root of the mean
-    square where there is no mean.
+class Runs(NamedTuple):
+    """Runs of values, in order: the length of each, the degrees of freedom of its standard
+    deviation, where it starts [G + 1] (the last number is N), and the run of each value (int32).
     """
+
+    lengths_G: torch.Tensor
+    freedom_G: torch.Tensor
+    starts: torch.Tensor
+    number_N: torch.Tensor
+
+
+def runs_of(lengths_G: torch.Tensor, has_mean: bool = True) -> Runs:
+    """Runs of these lengths, from each of which a mean is taken or not."""
+    numbers_G = torch.arange(len(lengths_G), dtype=torch.int32, device=lengths_G.device)
+    return Runs(
+        lengths_G,
+        (lengths_G - 1).clamp_min(1) if has_mean else lengths_G,
+        torch.cat([lengths_G.new_zeros(1), lengths_G.cumsum(0)]),
+        numbers_G.repeat_interleave(lengths_G),
+    )
+
+
+def _run_sums(terms_N: torch.Tensor, runs: Runs) -> torch.Tensor:
+    """Sum of each run, float64 [G], of float64 terms. Starts rather than lengths are given, from
+    which a GPU would find the starts.
+    """
+    return torch.segment_reduce(terms_N, "sum", offsets=runs.starts, unsafe=True)
+
+
+def _products(a_N: torch.Tensor, b_N: torch.Tensor) -> torch.Tensor:
+    """Products, rounded to the type of the factors, in float64."""
+    return torch.mul(a_N, b_N, out=torch.empty_like(a_N, dtype=torch.float64))
+
+
+class _Standardised(NamedTuple):
+    """z [N]; mean and standard deviation as a pack stores them, of each run [2, G] and of each
+    value's run [2, N]; and by what factor the quantiser shrinks deviations, std / (std + 1e-5) [G].
+    """
+
+    z_N: torch.Tensor
+    stored_2G: torch.Tensor
+    stored_2N: torch.Tensor
+    shrink_G: torch.Tensor
+
+
+def _standardise(latent_N: torch.Tensor, runs: Runs, has_mean: bool) -> _Standardised:
+    """With the unbiased standard deviation or, without a mean, the root of the mean square."""
+    exact_2G, of_run_3G = (latent_N.new_empty(rows, len(runs.lengths_G)) for rows in (2, 3))
+    mean_G, sd_G = exact_2G
     if has_mean:
-        mean_G = (run_sums(values_N, lengths_G) / lengths_G).to(values_N.dtype)
-        values_N = values_N - mean_G.index_select(0, run_N)
-    variance_G = run_sums(values_N.square(), lengths_G) / _degrees_of_freedom(lengths_G, has_mean)
-    sd_G = variance_G.clamp_min(SMALLEST_VARIANCE).sqrt().to(values_N.dtype)
-    z_N = values_N / (sd_G + EPSILON).index_select(0, run_N)
-    return z_N, mean_G if has_mean else torch.zeros_like(sd_G), sd_G
+        torch.div(_run_sums(latent_N.double(), runs), runs.lengths_G, out=mean_G)
+        latent_N = latent_N - mean_G.index_select(0, runs.number_N)
+    else:
+        mean_G.zero_()
+    variance_G = _run_sums(_products(latent_N, latent_N), runs) / runs.freedom_G
+    torch.sqrt(variance_G.clamp_min_(SMALLEST_VARIANCE), out=sd_G)
+    stored_2G = of_run_3G[:2].copy_(exact_2G.half())
+    divisor_G = torch.add(sd_G, EPSILON, out=of_run_3G[2])
+    of_value_3N = of_run_3G.index_select(1, runs.number_N)
+    return _Standardised(
+        latent_N / of_value_3N[2], stored_2G, of_value_3N[:2], sd_G / divisor_G
+    )
 
 
 class _RoundToHalf(torch.autograd.Function):
@@ -96,37 +120,36 @@ class _Quantise(torch.autograd.Function):
     def forward(  # type: ignore[override]
         ctx: Any,
         latent_N: torch.Tensor,
-        lengths_G: torch.Tensor,
-        run_N: torch.Tensor,
+        runs: Runs,
         bits: int,
         codebook: Codebook,
         has_mean: bool,
     ) -> torch.Tensor:
         level_values, edges = _codebook(bits, codebook, latent_N.device)
-        z_N, mean_G, sd_G = _standardise(latent_N, lengths_G, run_N, has_mean)
+        z_N, _, (mean_N, sd_N), shrink_G = _standardise(latent_N, runs, has_mean)
         rounded_N = level_values.to(latent_N.dtype)[torch.bucketize(z_N, edges, right=True)]
-        ctx.save_for_backward(z_N, rounded_N, sd_G, lengths_G, run_N)
-        ctx.has_mean = has_mean
-        mean_N, sd_N = _as_stored(mean_G, sd_G).index_select(1, run_N)
-        return rounded_N * sd_N + mean_N
+        ctx.save_for_backward(z_N, rounded_N, shrink_G)
+        ctx.runs, ctx.has_mean = runs, has_mean
+        return (rounded_N * sd_N).add_(mean_N)
 
     @staticmethod
     def backward(ctx: Any, gradient_N: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
-        z_N, rounded_N, sd_G, lengths_G, run_N = ctx.saved_tensors
-        shrink_G = sd_G / (sd_G + EPSILON)
-        shrink_N = shrink_G.index_select(0, run_N)
+        (z_N, rounded_N, shrink_G), runs = ctx.saved_tensors, ctx.runs
+        shrink_N = shrink_G.index_select(0, runs.number_N)
         # d std / d w = (w - mean) / (f std) = z / (f shrink), with f degrees of freedom
-        sd_term_G = run_sums(gradient_N * (rounded_N - shrink_N * z_N), lengths_G) / (
-            _degrees_of_freedom(lengths_G, ctx.has_mean) * shrink_G
-        )
+        sd_slope_N = rounded_N - shrink_N * z_N
+        sd_sums_G = _run_sums(_products(gradient_N, sd_slope_N), runs)
+        terms_2G = z_N.new_empty(2, len(shrink_G))
+        torch.div(sd_sums_G, runs.freedom_G * shrink_G, out=terms_2G[1])
         if ctx.has_mean:
-            mean_term_G = (1 - shrink_G) * run_sums(gradient_N, lengths_G) / lengths_G
-            mean_term_N, sd_term_N = _of_each(run_N, mean_term_G, sd_term_G).to(z_N.dtype)
-            latent_gradient_N = gradient_N * shrink_N + mean_term_N + sd_term_N * z_N
+            mean_sums_G = (1 - shrink_G) * _run_sums(gradient_N.double(), runs)
+            torch.div(mean_sums_G, runs.lengths_G, out=terms_2G[0])
+            mean_term_N, sd_term_N = terms_2G.index_select(1, runs.number_N)
+            latent_gradient_N = (gradient_N * shrink_N).add_(mean_term_N)
         else:
-            sd_term_N = sd_term_G.to(z_N.dtype).index_select(0, run_N)
-            latent_gradient_N = gradient_N * shrink_N + sd_term_N * z_N
-        return latent_gradient_N, None, None, None, None, None
+            sd_term_N = terms_2G[1].index_select(0, runs.number_N)
+            latent_gradient_N = gradient_N * shrink_N
+        return latent_gradient_N.add_(sd_term_N * z_N), None, None, None, None
 
 
 def quantise(
@@ -135,17 +158,17 @@ def quantise(
     bits: Bits,
     codebook: Codebook = "median",
     has_mean: bool = True,
-    run_N: torch.Tensor | None = None,
+    runs: Runs | None = None,
 ) -> torch.Tensor:
     """The stored values of `latent_N`, with straight-through gradients; `lengths_G` are the values
-    of each run, in order, `run_N` their `run_numbers`, where they are known.
+    of each run, in order, `runs` their `runs_of`, where they are known.
     """
     if bits == 32:
         return latent_N
     if bits == 16:
         return _RoundToHalf.apply(latent_N)
-    run_N = run_numbers(lengths_G) if run_N is None else run_N
-    return _Quantise.apply(latent_N, lengths_G, run_N, bits, codebook, has_mean)
+    runs = runs_of(lengths_G, has_mean) if runs is None else runs
+    return _Quantise.apply(latent_N, runs, bits, codebook, has_mean)
 
 
 @torch.no_grad()
@@ -162,8 +185,7 @@ def encode(
     latent_N, lengths_G = latent_N.detach().cpu(), lengths_G.cpu()
     if bits >= 16:
         return latent_N.numpy().astype(np.float16 if bits == 16 else np.float32), None
-    z_N, mean_G, sd_G = _standardise(latent_N, lengths_G, run_numbers(lengths_G), has_mean)
-    codes_N = torch.bucketize(z_N, _codebook(bits, codebook, z_N.device)[1], right=True).to(
-        torch.uint8
-    )
-    return codes_N.numpy(), _as_stored(mean_G, sd_G).T.contiguous().numpy()
+    found = _standardise(latent_N, runs_of(lengths_G, has_mean), has_mean)
+    edges = _codebook(bits, codebook, latent_N.device)[1]
+    codes_N = torch.bucketize(found.z_N, edges, right=True).to(torch.uint8)
+    return codes_N.numpy(), found.stored_2G.T.contiguous().numpy()

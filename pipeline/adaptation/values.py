@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from pipeline.adaptation.quantiser import encode, quantise, run_numbers
+from pipeline.adaptation.quantiser import Runs, encode, quantise, runs_of
 from pipeline.adaptation.tensors import PlannedTensor
 
 
@@ -21,25 +21,26 @@ class FlatValues(nn.Module):
     """The trained values that are rounded alike, in the plan's order."""
 
     lengths_G: torch.Tensor
-    run_N: torch.Tensor | None
 
     def __init__(self, tensors: Sequence[PlannedTensor], initial: Sequence[torch.Tensor]) -> None:
         super().__init__()
         self.tensors = tuple(tensors)
         self.bits, self.codebook, self.has_mean = tensors[0].rounding
         self.latent_N = nn.Parameter(torch.cat([values.reshape(-1) for values in initial]))
-        runs = [tensor.values // tensor.runs for tensor in tensors for _ in range(tensor.runs)]
-        self.register_buffer("lengths_G", torch.tensor(runs), persistent=False)
-        run_N = run_numbers(self.lengths_G) if self.bits < 16 else None
-        self.register_buffer("run_N", run_N, persistent=False)
+        lengths = [tensor.values // tensor.runs for tensor in tensors for _ in range(tensor.runs)]
+        runs = runs_of(torch.tensor(lengths), self.has_mean)
+        for name, buffer in runs._asdict().items():
+            if name == "lengths_G" or self.bits < 16:
+                self.register_buffer(name, buffer, persistent=False)
         self.is_stored = False
 
     def flat(self) -> torch.Tensor:
         """All values [N] as they are, or will be, stored."""
         if self.is_stored:
             return self.latent_N
+        runs = Runs(*map(self.get_buffer, Runs._fields)) if self.bits < 16 else None
         return quantise(
-            self.latent_N, self.lengths_G, self.bits, self.codebook, self.has_mean, self.run_N
+            self.latent_N, self.lengths_G, self.bits, self.codebook, self.has_mean, runs
         )
 
     def forward(self) -> list[torch.Tensor]:
