@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
@@ -182,9 +183,8 @@ class AdaptedModel(nn.Module):
     def auxiliary_loss(self) -> torch.Tensor:
         """Sum of the parts' terms of the training loss in the last forward pass, such as the banks'
         load balance."""
-        return sum(
-            (term.loss() for term in self._terms()), start=torch.zeros((), device=self.device)
-        )
+        losses = [term.loss() for term in self._terms()] or [torch.zeros((), device=self.device)]
+        return functools.reduce(torch.add, losses)
 
     def reseed(self, generator: torch.Generator) -> None:
         """Draw a seed for each module that draws random numbers in training."""

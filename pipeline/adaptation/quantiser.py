@@ -7,13 +7,15 @@ through mean and std, which are used as a pack keeps them: in half precision. 16
 precision, 32 bits are plain floats. Without a mean, z = w / (rms + 1e-5) and w_hat = Q(z) * rms.
 Source: Binary Adapter (arXiv 2307.16867), section 3; see `pipeline.packs.codebook` for the levels.
 
-All tensors of one width are quantised at once, as one flat vector of N values in G runs: one per
-matrix or, with `by_row`, one per row. Sums are taken in float64.
+All tensors are quantised at once, as one flat vector of N values in G runs: one per matrix or, with
+`by_row`, one per row. Those of each width and codebook are a slice of it. Sums are taken in
+float64.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -33,6 +35,14 @@ def _codebook(
     return torch.from_numpy(levels(bits, codebook)).to(device), torch.from_numpy(
         thresholds(bits, codebook)
     ).to(device)
+
+
+class Slice(NamedTuple):
+    """Consecutive values that are rounded to the same levels."""
+
+    values: int
+    bits: int
+    codebook: Codebook
 
 
 class Runs(NamedTuple):
@@ -69,6 +79,23 @@ def _products(a_N: torch.Tensor, b_N: torch.Tensor) -> torch.Tensor:
     return torch.mul(a_N, b_N, out=torch.empty_like(a_N, dtype=torch.float64))
 
 
+def _codes(z_N: torch.Tensor, bits: int, codebook: Codebook) -> torch.Tensor:
+    """Numbers of the nearest levels, int32 [N]."""
+    edges = _codebook(bits, codebook, z_N.device)[1]
+    return torch.bucketize(z_N, edges, right=True, out_int32=True)
+
+
+def _rounded(z_N: torch.Tensor, slices: Sequence[Slice]) -> torch.Tensor:
+    """The nearest levels."""
+    rounded_N = torch.empty_like(z_N)
+    sizes = [values for values, _, _ in slices]
+    pieces = zip(z_N.split(sizes), rounded_N.split(sizes), slices, strict=True)
+    for z, into, (_, bits, codebook) in pieces:
+        level_values = _codebook(bits, codebook, z.device)[0].to(z.dtype)
+        torch.index_select(level_values, 0, _codes(z, bits, codebook), out=into)
+    return rounded_N
+
+
 class _Standardised(NamedTuple):
     """z [N]; mean and standard deviation as a pack stores them, of each run [2, G] and of each
     value's run [2, N]; and by what factor the quantiser shrinks deviations, std / (std + 1e-5) [G].
@@ -94,9 +121,7 @@ def _standardise(latent_N: torch.Tensor, runs: Runs, has_mean: bool) -> _Standar
     stored_2G = of_run_3G[:2].copy_(exact_2G.half())
     divisor_G = torch.add(sd_G, EPSILON, out=of_run_3G[2])
     of_value_3N = of_run_3G.index_select(1, runs.number_N)
-    return _Standardised(
-        latent_N / of_value_3N[2], stored_2G, of_value_3N[:2], sd_G / divisor_G
-    )
+    return _Standardised(latent_N / of_value_3N[2], stored_2G, of_value_3N[:2], sd_G / divisor_G)
 
 
 class _RoundToHalf(torch.autograd.Function):
@@ -121,13 +146,11 @@ class _Quantise(torch.autograd.Function):
         ctx: Any,
         latent_N: torch.Tensor,
         runs: Runs,
-        bits: int,
-        codebook: Codebook,
+        slices: Sequence[Slice],
         has_mean: bool,
     ) -> torch.Tensor:
-        level_values, edges = _codebook(bits, codebook, latent_N.device)
         z_N, _, (mean_N, sd_N), shrink_G = _standardise(latent_N, runs, has_mean)
-        rounded_N = level_values.to(latent_N.dtype)[torch.bucketize(z_N, edges, right=True)]
+        rounded_N = _rounded(z_N, slices)
         ctx.save_for_backward(z_N, rounded_N, shrink_G)
         ctx.runs, ctx.has_mean = runs, has_mean
         return (rounded_N * sd_N).add_(mean_N)
@@ -149,7 +172,7 @@ class _Quantise(torch.autograd.Function):
         else:
             sd_term_N = terms_2G[1].index_select(0, runs.number_N)
             latent_gradient_N = gradient_N * shrink_N
-        return latent_gradient_N.add_(sd_term_N * z_N), None, None, None, None
+        return latent_gradient_N.add_(sd_term_N * z_N), None, None, None
 
 
 def quantise(
@@ -158,17 +181,23 @@ def quantise(
     bits: Bits,
     codebook: Codebook = "median",
     has_mean: bool = True,
-    runs: Runs | None = None,
 ) -> torch.Tensor:
     """The stored values of `latent_N`, with straight-through gradients; `lengths_G` are the values
-    of each run, in order, `runs` their `runs_of`, where they are known.
+    of each run, in order.
     """
     if bits == 32:
         return latent_N
     if bits == 16:
         return _RoundToHalf.apply(latent_N)
-    runs = runs_of(lengths_G, has_mean) if runs is None else runs
-    return _Quantise.apply(latent_N, runs, bits, codebook, has_mean)
+    slices = [Slice(len(latent_N), bits, codebook)]
+    return quantise_slices(latent_N, runs_of(lengths_G, has_mean), slices, has_mean)
+
+
+def quantise_slices(
+    latent_N: torch.Tensor, runs: Runs, slices: Sequence[Slice], has_mean: bool
+) -> torch.Tensor:
+    """As `quantise` of each of the slices of a vector, below 16 bits."""
+    return _Quantise.apply(latent_N, runs, slices, has_mean)  # type: ignore[no-any-return]
 
 
 @torch.no_grad()
@@ -186,6 +215,5 @@ def encode(
     if bits >= 16:
         return latent_N.numpy().astype(np.float16 if bits == 16 else np.float32), None
     found = _standardise(latent_N, runs_of(lengths_G, has_mean), has_mean)
-    edges = _codebook(bits, codebook, latent_N.device)[1]
-    codes_N = torch.bucketize(found.z_N, edges, right=True).to(torch.uint8)
+    codes_N = _codes(found.z_N, bits, codebook).to(torch.uint8)
     return codes_N.numpy(), found.stored_2G.T.contiguous().numpy()

@@ -39,9 +39,9 @@ class Sums(nn.Module):
     def forward(self) -> dict[PlannedTensor, torch.Tensor]:
         """What is handed out for each tensor, of its shape."""
         handed: dict[PlannedTensor, torch.Tensor] = {}
-        for group, runs in zip(self._values[0].groups(), self.runs, strict=True):
+        for flat_N, runs in zip(self._values[0].flats(), self.runs, strict=True):
             assert isinstance(runs, nn.ModuleList)
-            pieces = group.flat().split([len(run) for run in runs])  # type: ignore[arg-type]
+            pieces = _split(flat_N, [len(run) for run in runs])  # type: ignore[arg-type]
             for run, piece_N in zip(runs, pieces, strict=True):
                 handed |= run(piece_N)
         return handed
@@ -79,7 +79,7 @@ class _Run(nn.Module):
             values_N = values_N.to(torch.get_autocast_dtype(device))
         if self.written is not None and torch.is_grad_enabled():
             self.written.write(values_N.detach())
-        pieces = values_N.split([tensor.values for tensor in self.tensors])
+        pieces = _split(values_N, [tensor.values for tensor in self.tensors])
         return {
             tensor: piece.view(tensor.shape)
             for piece, tensor in zip(pieces, self.tensors, strict=True)
@@ -123,6 +123,11 @@ class WrittenWeights(nn.Module):
             layer.written = flat[start : start + weight.numel()].view(weight.shape)
             layer.written.copy_(weight)
         return flat
+
+
+def _split(values_N: torch.Tensor, sizes: Sequence[int]) -> Sequence[torch.Tensor]:
+    """Pieces of these sizes. The backward pass would copy a single one."""
+    return values_N.split(sizes) if len(sizes) > 1 else [values_N]  # type: ignore[no-untyped-call]
 
 
 def _runs(group: FlatValues, receivers: Receivers) -> list[_Run]:

@@ -2,7 +2,7 @@
 named tensors before every forward pass.
 
 An optimiser sees a few parameters instead of hundreds, and quantisation costs a few operations
-per step, whatever the number of layers.
+per step, whatever the number of layers: those below 16 bits are quantised together, too.
 """
 
 from __future__ import annotations
@@ -13,7 +13,14 @@ import numpy as np
 import torch
 from torch import nn
 
-from pipeline.adaptation.quantiser import Runs, encode, quantise, runs_of
+from pipeline.adaptation.quantiser import (
+    Runs,
+    Slice,
+    encode,
+    quantise,
+    quantise_slices,
+    runs_of,
+)
 from pipeline.adaptation.tensors import PlannedTensor
 
 
@@ -27,25 +34,12 @@ class FlatValues(nn.Module):
         self.tensors = tuple(tensors)
         self.bits, self.codebook, self.has_mean = tensors[0].rounding
         self.latent_N = nn.Parameter(torch.cat([values.reshape(-1) for values in initial]))
-        lengths = [tensor.values // tensor.runs for tensor in tensors for _ in range(tensor.runs)]
-        runs = runs_of(torch.tensor(lengths), self.has_mean)
-        for name, buffer in runs._asdict().items():
-            if name == "lengths_G" or self.bits < 16:
-                self.register_buffer(name, buffer, persistent=False)
-        self.is_stored = False
+        runs = [tensor.values // tensor.runs for tensor in tensors for _ in range(tensor.runs)]
+        self.register_buffer("lengths_G", torch.tensor(runs), persistent=False)
 
-    def flat(self) -> torch.Tensor:
-        """All values [N] as they are, or will be, stored."""
-        if self.is_stored:
-            return self.latent_N
-        runs = Runs(*map(self.get_buffer, Runs._fields)) if self.bits < 16 else None
-        return quantise(
-            self.latent_N, self.lengths_G, self.bits, self.codebook, self.has_mean, runs
-        )
-
-    def forward(self) -> list[torch.Tensor]:
-        """Each tensor's values as they are, or will be, stored."""
-        pieces = self.flat().split([tensor.values for tensor in self.tensors])
+    def pieces(self, flat_N: torch.Tensor) -> list[torch.Tensor]:
+        """Each tensor's values."""
+        pieces = flat_N.split([tensor.values for tensor in self.tensors])
         return [
             piece.view(tensor.shape) for piece, tensor in zip(pieces, self.tensors, strict=True)
         ]
@@ -66,9 +60,32 @@ class FlatValues(nn.Module):
 
     @torch.no_grad()
     def load_stored(self, values: Mapping[PlannedTensor, torch.Tensor]) -> None:
-        """Load values from a pack, which are then used unchanged."""
+        """Load values from a pack."""
         self.latent_N.copy_(torch.cat([values[tensor].reshape(-1) for tensor in self.tensors]))
-        self.is_stored = True
+
+
+class _LowBits(nn.Module):
+    """Flat values below 16 bits that are quantised together, with means or without."""
+
+    def __init__(self, groups: Sequence[FlatValues]) -> None:
+        super().__init__()
+        self.groups = list(groups)
+        self.has_mean = groups[0].has_mean
+        self.slices = [
+            Slice(len(group.latent_N), group.bits, group.codebook) for group in self.groups
+        ]
+        runs = runs_of(torch.cat([group.lengths_G for group in groups]), self.has_mean)
+        for name, buffer in runs._asdict().items():
+            self.register_buffer(name, buffer, persistent=False)
+
+    def forward(self) -> Sequence[torch.Tensor]:
+        """The values [N] of each group as they will be stored."""
+        runs = Runs(*map(self.get_buffer, Runs._fields))
+        latents: list[torch.Tensor] = [group.latent_N for group in self.groups]
+        if len(latents) == 1:
+            return [quantise_slices(latents[0], runs, self.slices, self.has_mean)]
+        flat_N = quantise_slices(torch.cat(latents), runs, self.slices, self.has_mean)
+        return flat_N.split([values for values, _, _ in self.slices])
 
 
 class TrainedValues(nn.Module):
@@ -84,13 +101,31 @@ class TrainedValues(nn.Module):
         self.flat = nn.ModuleList(
             [FlatValues(group, [initial[tensor] for tensor in group]) for group in groups]
         )
+        low = [group for group in self.groups() if group.bits < 16]
+        shared = [[group for group in low if group.has_mean is mean] for mean in (False, True)]
+        self.low_bits = nn.ModuleList([_LowBits(alike) for alike in shared if alike])
+        self.is_stored = False
+
+    def flats(self) -> list[torch.Tensor]:
+        """The values [N] of each group as they are, or will be, stored."""
+        if self.is_stored:
+            return [group.latent_N for group in self.groups()]
+        found = {
+            group: quantise(group.latent_N, group.lengths_G, group.bits)
+            for group in self.groups()
+            if group.bits >= 16
+        }
+        for low_bits in self.low_bits:
+            assert isinstance(low_bits, _LowBits)
+            found |= zip(low_bits.groups, low_bits(), strict=True)
+        return [found[group] for group in self.groups()]
 
     def forward(self) -> dict[PlannedTensor, torch.Tensor]:
         """The values of every tensor, quantised."""
         return {
             tensor: values
-            for group in self.groups()
-            for tensor, values in zip(group.tensors, group(), strict=True)
+            for group, flat_N in zip(self.groups(), self.flats(), strict=True)
+            for tensor, values in zip(group.tensors, group.pieces(flat_N), strict=True)
         }
 
     def encode(self) -> dict[PlannedTensor, tuple[np.ndarray, np.ndarray | None]]:
@@ -100,9 +135,10 @@ class TrainedValues(nn.Module):
         }
 
     def load_stored(self, values: Mapping[PlannedTensor, torch.Tensor]) -> None:
-        """Load every tensor's values from a pack."""
+        """Load every tensor's values from a pack, which are then used unchanged."""
         for group in self.groups():
             group.load_stored(values)
+        self.is_stored = True
 
     def groups(self) -> list[FlatValues]:
         """The flat parameters."""

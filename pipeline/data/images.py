@@ -145,5 +145,5 @@ class ChannelNorm(nn.Module):
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        images = images.float() / 255 if images.dtype == torch.uint8 else images
+        images = images / 255 if images.dtype == torch.uint8 else images
         return (images - self.mean) / self.std

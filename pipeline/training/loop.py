@@ -257,7 +257,7 @@ def _step(
     may have no images.
     """
     optimiser.zero_grad(set_to_none=True)
-    loss = torch.zeros((), device=inputs.device)
+    loss: torch.Tensor | None = None
     for some, wanted in zip(inputs.split(micro_batch), targets.split(micro_batch), strict=True):
         if not len(some):
             break
@@ -269,8 +269,11 @@ def _step(
             loss = mean
         else:
             share = len(some) / len(inputs)
-            loss, total = loss + mean.detach() * share, total * share
+            part, total = mean.detach() * share, total * share
+            loss = part if loss is None else loss + part
         total.backward()
+    if loss is None:
+        loss = torch.zeros((), device=inputs.device)
     loss = ranks.mean_gradients(list(model.values.parameters()), loss, len(inputs))
     optimiser.step()
     return loss.detach()

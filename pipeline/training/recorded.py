@@ -1,8 +1,7 @@
 """A training step recorded as a CUDA graph and replayed.
 
-A step of a small recipe launches one to two thousand kernels of a few microseconds each, so the
-host takes longer to launch them than the GPU to run them. A CUDA graph launches all of them at
-once.
+A step of a small recipe launches hundreds of kernels of a few microseconds each, so the host takes
+longer to launch them than the GPU to run them. A CUDA graph launches all of them at once.
 
 A graph repeats the same kernels at the same addresses. So a recording serves batches of one shape,
 and everything that changes from step to step must be in a tensor that is written in place (images,

@@ -49,7 +49,8 @@ def routes(bank: SmoaBank, x_TD: torch.Tensor) -> Routes:
         matrices = bank_matrices(bank.current, bank.spec.temperature, 1.0, x_TD.dtype)
         assert matrices.scaled_experts_ER is not None
         projected_RT = bank.current["router"] @ x_TD.T
-        return route(projected_RT, matrices.scaled_experts_ER, bank.spec.top_k)
+        ones_1T = matrices.ones_1T(len(x_TD))
+        return route(projected_RT, matrices.scaled_experts_ER, ones_1T, bank.spec.top_k)
 
 
 def values(bank: SmoaBank, name: str) -> list:
@@ -244,6 +245,20 @@ def test_router_embeddings_and_every_used_expert_get_a_gradient() -> None:
         assert bool((rows > 0).all()), name
 
 
+def test_tokens_and_experts_without_a_direction_have_finite_gradients() -> None:
+    bank, x_TD = make_bank().train(), draw(5, WIDTH)
+    with torch.no_grad():
+        bank.current["embeddings"][1] = 0
+        x_TD[2] = 0
+    x_TD.requires_grad_()
+    y_TD = through(bank, x_TD)
+    assert torch.equal(y_TD[2], torch.zeros(WIDTH))
+    (y_TD.square().sum() + bank.loss()).backward()
+    for tensor in (x_TD, *bank.current.values()):
+        assert tensor.grad is not None
+        assert bool(tensor.grad.isfinite().all())
+
+
 def test_an_idle_expert_gets_no_gradient() -> None:
     bank, tokens_TD = pointed_bank(0, 0)
     through(bank, tokens_TD).square().sum().backward()
@@ -316,7 +331,7 @@ def test_under_autocast_the_output_is_low_and_the_gates_are_not() -> None:
         value.grad is not None and value.grad.dtype == torch.float32
         for value in bank.current.values()
     )
-    found = route(draw(5, 6).bfloat16(), bank.current["embeddings"].detach())
+    found = route(draw(5, 6).bfloat16(), bank.current["embeddings"].detach(), torch.ones(1, 6))
     assert (found.probabilities_ET.dtype, found.gates_ET.dtype) == (torch.float32, torch.bfloat16)
     torch.testing.assert_close(low.float(), plain, rtol=0.05, atol=0.1)
 

@@ -26,48 +26,121 @@ import torch.nn.functional as F
 
 from pipeline.adaptation.dropout import SeededDropout
 
-SMALLEST_NORM = 1e-12
+TINY = 1e-12
+"""Added to the numbers of a vector, so that one of zeros has a direction, too."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class BankMatrices:
-    """The matrices of a bank as all blocks of a pass use them, made once, and the gradients that
-    each block leaves in the backward pass; these are summed once, in float32.
+    """The matrices of a bank as all blocks of a pass use them, made once, and what each block
+    leaves in the backward pass for their gradients, which are then summed once, in float32.
 
     rows: down [X, D], and below it the router [R, D] of several experts. up_XD: times the
     `up_factor`. Both are in the type of the products. scaled_experts_ER: directions of experts over
-    the temperature. anchor: a scalar that connects the blocks to the bank's tensors.
+    the temperature. anchor: a scalar that connects the blocks to the bank's tensors. left: of each
+    block, the gradients of `rows` and `up_XD` and, of several experts, `_ScoreGradient`.
     """
 
     anchor: torch.Tensor
     rows: torch.Tensor
     up_XD: torch.Tensor
     scaled_experts_ER: torch.Tensor | None
-    gradients: list[tuple[torch.Tensor | None, ...]]
+    left: list[tuple[torch.Tensor, ...]]
+    _ones_1T: torch.Tensor | None = None
+
+    def ones_1T(self, tokens: int) -> torch.Tensor:
+        """A row of ones, which blocks of as many tokens share."""
+        assert self.scaled_experts_ER is not None
+        if self._ones_1T is None or self._ones_1T.shape[1] != tokens:
+            self._ones_1T = self.scaled_experts_ER.new_ones(1, tokens)
+        return self._ones_1T
 
 
-class _Anchor(torch.autograd.Function):
-    """A scalar whose backward pass, which comes after that of all blocks that take it, gives the
-    sums of what they left in `gradients`.
+class _ScoreGradient(NamedTuple):
+    """The gradient of a block's scores, and the projected tokens with their norms."""
+
+    score_ET: torch.Tensor
+    projected_RT: torch.Tensor
+    norms_1T: torch.Tensor
+
+
+def _directions(
+    vectors: torch.Tensor, lengths: torch.Tensor, dim: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Vectors that are numbered by `dim`, 0 or 1, scaled to `lengths`; the vectors in the type of
+    `lengths`; and their norms.
+    """
+    precise = torch.add(vectors, TINY, out=torch.empty_like(vectors, dtype=lengths.dtype))
+    scaled, norms = torch._weight_norm_interface(precise, lengths, dim)
+    return scaled, precise, norms
+
+
+_through_directions = torch.ops.aten._weight_norm_interface_backward
+"""From the gradient of the scaled vectors, and vectors, `lengths`, norms and `dim` of
+`_directions`: the gradients of the vectors and of `lengths`.
+"""
+
+
+class _Bank(torch.autograd.Function):
+    """An anchor, whose backward pass comes after that of all blocks that take it, and the matrices
+    of a bank.
     """
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, gradients: list[tuple[torch.Tensor | None, ...]], *matrices: torch.Tensor
-    ) -> torch.Tensor:
+        ctx: Any,
+        left: list[tuple[torch.Tensor, ...]],
+        temperature: float,
+        up_factor: float,
+        dtype: torch.dtype,
+        down_EHD: torch.Tensor,
+        up_EDH: torch.Tensor,
+        router_RD: torch.Tensor | None,
+        embeddings_ER: torch.Tensor | None,
+    ) -> tuple[torch.Tensor | None, ...]:
         ctx.set_materialize_grads(False)
-        ctx.gradients, ctx.dtypes = gradients, [each.dtype for each in matrices]
-        return matrices[0].new_empty(())
+        ctx.left, ctx.up_factor, ctx.hidden_shape = left, up_factor, down_EHD.shape
+        ctx.dtypes = [each.dtype for each in (down_EHD, up_EDH)]
+        down_XD = down_EHD.flatten(0, 1)
+        up_XD = torch.empty_like(down_XD, dtype=dtype)
+        up_XD.view(down_EHD.shape).copy_((up_factor * up_EDH).transpose(1, 2))
+        rows, scaled_ER = down_XD.to(dtype), None
+        if router_RD is not None and embeddings_ER is not None:
+            rows = down_XD.new_empty(len(down_XD) + len(router_RD), down_XD.shape[1], dtype=dtype)
+            rows[: len(down_XD)].copy_(down_XD)
+            rows[len(down_XD) :].copy_(router_RD)
+            precise = torch.promote_types(dtype, torch.float32)
+            lengths_E1 = embeddings_ER.new_full(
+                (len(embeddings_ER), 1), 1 / temperature, dtype=precise
+            )
+            scaled_ER, vectors_ER, norms_E1 = _directions(embeddings_ER, lengths_E1, 0)
+            ctx.save_for_backward(vectors_ER, lengths_E1, norms_E1)
+        matrices = rows, up_XD, scaled_ER
+        ctx.mark_non_differentiable(*(each for each in matrices if each is not None))
+        return down_EHD.new_empty(()), *matrices
 
     @staticmethod
-    def backward(ctx: Any, _: Any) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
-        left = list(zip(*ctx.gradients, strict=True)) or [()] * len(ctx.dtypes)
-        ctx.gradients.clear()
-        sums = [
-            torch.stack(each).sum(dim=0, dtype=dtype) if each else None
-            for each, dtype in zip(left, ctx.dtypes, strict=False)
-        ]
-        return None, *sums
+    def backward(ctx: Any, *_: Any) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+        if not ctx.left:
+            return (None,) * 8
+        rows, ups, *scores = zip(*ctx.left, strict=True)
+        ctx.left.clear()
+        down_dtype, up_dtype = ctx.dtypes
+        rows_gradient = torch.stack(rows).sum(dim=0, dtype=down_dtype)
+        up_gradient = torch.stack(ups).sum(dim=0, dtype=up_dtype) * ctx.up_factor
+        hidden_units = up_gradient.shape[0]
+        embeddings_gradient = None
+        if scores:
+            scores_EN, projected_RN, norms_1N = (torch.cat(each, dim=1) for each in scores)
+            scaled_gradient_ER = (scores_EN / norms_1N) @ projected_RN.T
+            embeddings_gradient, _ = _through_directions(scaled_gradient_ER, *ctx.saved_tensors, 0)
+        return (
+            *[None] * 4,
+            rows_gradient[:hidden_units].view(ctx.hidden_shape),
+            up_gradient.view(ctx.hidden_shape).transpose(1, 2),
+            rows_gradient[hidden_units:] if scores else None,
+            embeddings_gradient,
+        )
 
 
 def bank_matrices(
@@ -79,31 +152,19 @@ def bank_matrices(
     """The matrices of a bank's tensors `down` [E, H, D], `up` [E, D, H] and, of several experts,
     `router` [R, D] and `embeddings` [E, R], for products in `dtype`.
     """
-    rows = current["down"].flatten(0, 1)
-    up_XD = (up_factor * current["up"]).transpose(1, 2).flatten(0, 1)
-    matrices = [rows, up_XD]
-    if "router" in current:
-        precise = current["embeddings"].to(torch.promote_types(dtype, torch.float32))
-        scaled_ER = F.normalize(precise, dim=1, eps=SMALLEST_NORM) / temperature
-        matrices = [torch.cat([rows, current["router"]]), up_XD, scaled_ER]
-    gradients: list[tuple[torch.Tensor | None, ...]] = []
-    plain = [each.detach() for each in matrices]
-    return BankMatrices(
-        _Anchor.apply(gradients, *matrices),
-        plain[0].to(dtype),
-        plain[1].to(dtype),
-        plain[2] if len(plain) > 2 else None,
-        gradients,
-    )
+    left: list[tuple[torch.Tensor, ...]] = []
+    tensors = (current.get(name) for name in ("down", "up", "router", "embeddings"))
+    anchor, rows, up_XD, scaled_ER = _Bank.apply(left, temperature, up_factor, dtype, *tensors)
+    return BankMatrices(anchor, rows, up_XD, scaled_ER, left)
 
 
 class Routes(NamedTuple):
-    """Where each token goes, [E, T], and what it was found from: directions of tokens [R, T], norms
-    of projected tokens [1, T]."""
+    """Where each token goes, [E, T], and what it was found from: projected tokens [R, T] and their
+    norms [1, T]."""
 
     probabilities_ET: torch.Tensor
     gates_ET: torch.Tensor
-    directions_RT: torch.Tensor
+    projected_RT: torch.Tensor
     norms_1T: torch.Tensor
 
 
@@ -112,15 +173,17 @@ def _numbers(count: int, device: torch.device) -> torch.Tensor:
     return torch.arange(count, device=device)
 
 
-def route(read_RT: torch.Tensor, scaled_experts_ER: torch.Tensor, top_k: int = 1) -> Routes:
+def route(
+    read_RT: torch.Tensor,
+    scaled_experts_ER: torch.Tensor,
+    ones_1T: torch.Tensor,
+    top_k: int = 1,
+) -> Routes:
     """Cosine router with softmax (X-MoE, arXiv 2204.09179), and the probabilities of the best
     `top_k` experts as their gates, in the type of the projected tokens `read_RT`; the rest is in
     the type of `scaled_experts_ER`, the directions of the experts over the temperature.
     """
-    norms_1T = torch.linalg.vector_norm(
-        read_RT, dim=0, keepdim=True, dtype=scaled_experts_ER.dtype
-    ).clamp_min_(SMALLEST_NORM)
-    directions_RT = read_RT / norms_1T
+    directions_RT, projected_RT, norms_1T = _directions(read_RT, ones_1T, 1)
     probabilities_ET = torch.softmax(scaled_experts_ER @ directions_RT, dim=0)
     experts, tokens = probabilities_ET.shape
     gates_ET = read_RT.new_empty(experts, tokens)
@@ -130,7 +193,7 @@ def route(read_RT: torch.Tensor, scaled_experts_ER: torch.Tensor, top_k: int = 1
     else:
         gate_KT, choice_KT = probabilities_ET.topk(top_k, dim=0)
         gates_ET.zero_().scatter_(0, choice_KT, gate_KT.to(gates_ET.dtype))
-    return Routes(probabilities_ET, gates_ET, directions_RT, norms_1T)
+    return Routes(probabilities_ET, gates_ET, projected_RT, norms_1T)
 
 
 def mixed_output(
@@ -145,8 +208,8 @@ def mixed_output(
     """What `Mixture` adds to the residual, [S, T, D], where each sample has a bank of its own."""
     hidden_SXT = (down_SEHD.flatten(1, 2) @ x_STD.mT).relu_()
     if router_SRD is not None and embeddings_SER is not None:
-        directions_SRT = F.normalize(router_SRD @ x_STD.mT, dim=1, eps=SMALLEST_NORM)
-        scaled_SER = F.normalize(embeddings_SER, dim=2, eps=SMALLEST_NORM) / temperature
+        directions_SRT = F.normalize(router_SRD @ x_STD.mT, dim=1, eps=TINY)
+        scaled_SER = F.normalize(embeddings_SER, dim=2, eps=TINY) / temperature
         probabilities_SET = torch.softmax(scaled_SER @ directions_SRT, dim=1)
         gate_SKT, choice_SKT = probabilities_SET.topk(top_k, dim=1)
         gates_SET = torch.zeros_like(probabilities_SET).scatter_(1, choice_SKT, gate_SKT)
@@ -177,7 +240,8 @@ class Mixture(torch.autograd.Function):
         hidden_EHT = dropout.mask(read[:hidden_units].relu()).view(experts, -1, x_TD.shape[0])
         routes: Routes | tuple[()] = ()
         if bank.scaled_experts_ER is not None:
-            routes = route(read[hidden_units:], bank.scaled_experts_ER, top_k)
+            ctx.ones_1T = bank.ones_1T(x_TD.shape[0])
+            routes = route(read[hidden_units:], bank.scaled_experts_ER, ctx.ones_1T, top_k)
             hidden_EHT *= routes.gates_ET[:, None]
             ctx.mark_non_differentiable(routes.gates_ET)
         ctx.set_materialize_grads(False)
@@ -200,11 +264,11 @@ class Mixture(torch.autograd.Function):
         into_hidden = read_gradient[:hidden_units].view_as(hidden_EHT)
         # Hidden units that dropout left out are zero, and so are their gradients.
         through_relu = torch.ops.aten.threshold_backward(hidden_gradient, hidden_EHT, 0)
-        scaled_gradient_ER = None
+        left: tuple[torch.Tensor, ...] = ()
         if not saved:
             into_hidden.copy_(through_relu)
         else:
-            probabilities_ET, gates_ET, directions_RT, norms_1T = saved
+            probabilities_ET, gates_ET, projected_RT, norms_1T = saved
             torch.mul(through_relu, gates_ET[:, None], out=into_hidden)
             # Each probability times its gradient: hidden_EHT has the gates in it, which are the
             # probabilities of the chosen and zero for the others.
@@ -219,30 +283,12 @@ class Mixture(torch.autograd.Function):
                 weighted_grad_ET.sum(dim=0, keepdim=True),
                 value=-1,
             )
-            scaled_gradient_ER = _through_router(
-                score_ET,
-                directions_RT,
-                norms_1T,
-                bank.scaled_experts_ER,
-                read_gradient[hidden_units:],
+            direction_gradient_RT = bank.scaled_experts_ER.T @ score_ET
+            projected_gradient_RT, _ = _through_directions(
+                direction_gradient_RT, projected_RT, ctx.ones_1T, norms_1T, 1
             )
-        bank.gradients.append((read_gradient @ x_TD, up_gradient_XD, scaled_gradient_ER))
+            read_gradient[hidden_units:].copy_(projected_gradient_RT)
+            left = _ScoreGradient(score_ET, projected_RT, norms_1T)
+        bank.left.append((read_gradient @ x_TD, up_gradient_XD, *left))
         x_gradient = read_gradient.T @ bank.rows if ctx.needs_input_grad[0] else None
         return x_gradient, gradient_TD, *[None] * 5
-
-
-def _through_router(
-    score_ET: torch.Tensor,
-    directions_RT: torch.Tensor,
-    norms_1T: torch.Tensor,
-    scaled_experts_ER: torch.Tensor,
-    into_RT: torch.Tensor,
-) -> torch.Tensor:
-    """Gradient of the scaled experts [E, R] from that of the scores; that of the projected tokens
-    is written into `into_RT`.
-    """
-    gradient_RT = scaled_experts_ER.T @ score_ET
-    along_1T = (directions_RT * gradient_RT).sum(dim=0, keepdim=True)
-    across_RT = torch.addcmul(gradient_RT, directions_RT, along_1T, value=-1)
-    torch.div(across_RT, norms_1T, out=into_RT)
-    return score_ET @ directions_RT.T

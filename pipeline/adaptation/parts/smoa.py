@@ -125,15 +125,21 @@ class SmoaBank(AuxiliaryTerm):
         """The weighted load-balance term of the last forward pass, whose tokens are counted."""
         if not self.routed:
             return torch.zeros(())
-        terms = []
+        sums = []
         for blocks in _of_one_length(self.routed):
             probabilities_BET = torch.stack([probabilities_ET for probabilities_ET, _ in blocks])
             count_BE = (torch.stack([gates_ET for _, gates_ET in blocks]) > 0).sum(dim=2)
-            share_BE = count_BE / count_BE.sum(dim=1, keepdim=True)
-            terms.append((share_BE * probabilities_BET.mean(dim=2)).sum(dim=1))
+            tokens = probabilities_BET.shape[2]
+            # Of a token, top_k are counted: f_e is count_e / (top_k * tokens).
+            weight_BE = count_BE * (self._balance_factor / (self.spec.top_k * tokens**2))
+            sums.append((weight_BE * probabilities_BET.sum(dim=2)).sum())
             self.expert_load += count_BE.sum(dim=0)
-        mean = (torch.cat(terms) if len(terms) > 1 else terms[0]).mean()
-        return self.spec.balance_weight * self.spec.experts * mean
+        return functools.reduce(torch.add, sums)
+
+    @property
+    def _balance_factor(self) -> float:
+        """Of the sum over blocks of sum_e f_e P_e."""
+        return self.spec.balance_weight * self.spec.experts / len(self.routed)
 
     def remark(self, total: Callable[[int], int]) -> str:
         """Message about experts that received no token during training."""
