@@ -1,7 +1,7 @@
 """A thousand tasks on a hundred GPUs, on paper: what each operation of the driver, the registry and
 the work folder costs, and where each saturates.
 
-    python benchmarks/scale.py [--tasks 1000] [--trials 16] [--gpus 100] [--workdir
+    python benchmarks/scale.py [--tasks 1000] [--trials 16] [--gpus 100] [--again task] [--workdir
     runs/benchmarks/scale]
 
 The costs are measured here, on this machine: as processor time where the driver computes, as bytes
@@ -16,6 +16,7 @@ import argparse
 import json
 import math
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from scale_simulation import Costs, Plan, simulate
 from pipeline.driver.stages import SLACK
 from pipeline.search.proposer import LAG, places_of
 
+PARTS = ("watch", "study", "task", "registry")
 RESULTS = Path(__file__).parent / "results" / "scale.json"
 
 
@@ -43,7 +45,7 @@ def costs_of(measured: dict[str, Any]) -> Costs:
         silent_share=max(study["silent_second"], 0.0),
         state_share=watch["state_write"],
         registration=measured["registry"]["server_register"],
-        coding=task["code"],
+        coding=task["code"] + task["list"],
     )
 
 
@@ -179,29 +181,41 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=16)
     parser.add_argument("--gpus", type=int, default=100)
     parser.add_argument("--workdir", type=Path, default=Path("runs/benchmarks/scale"))
+    parser.add_argument("--again", choices=PARTS, nargs="+", help="of the results: measure these")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     shutil.rmtree(arguments.workdir, ignore_errors=True)
     workdir = arguments.workdir.resolve()
     workdir.mkdir(parents=True)
-    finish(measure(workdir, arguments.tasks), arguments)
+    before = json.loads(RESULTS.read_text()) if arguments.again else {}
+    machine = describe_machine()
+    measured = {
+        part: measure(workdir) if part in (arguments.again or PARTS) else before["measured"][part]
+        for part, measure in measures(arguments.tasks).items()
+    }
+    again = dict.fromkeys(arguments.again or (), machine["commit"])
+    kept = {
+        "machine": before.get("machine", machine),
+        "again": {**before.get("again", {}), **again},
+    }
+    finish(measured, kept, arguments)
 
 
-def measure(workdir: Path, tasks: int) -> dict[str, Any]:
-    """All costs."""
+def measures(tasks: int) -> dict[str, Callable[[Path], dict[str, Any]]]:
+    """What measures each part of the costs in a folder."""
     return {
-        "watch": watch_costs(workdir, tasks),
-        "study": study_costs(workdir),
-        "task": task_costs(workdir),
-        "registry": registry_costs(workdir),
+        "watch": lambda workdir: watch_costs(workdir, tasks),
+        "study": study_costs,
+        "task": task_costs,
+        "registry": registry_costs,
     }
 
 
-def finish(measured: dict[str, Any], arguments: argparse.Namespace) -> None:
-    """Simulate, and write all that is written."""
+def finish(measured: dict[str, Any], origin: dict[str, Any], arguments: argparse.Namespace) -> None:
+    """Simulate, and write all that is written; `origin` is on what it was measured."""
     costs = costs_of(measured)
     result = {
-        "machine": describe_machine(),
+        **origin,
         "tasks": arguments.tasks,
         "trials": arguments.trials,
         "gpus": arguments.gpus,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pickle
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -13,8 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipeline.adaptation import SelectedIndex
-from pipeline.adaptation.packing import SizePlanner, code_positions
+from pipeline.adaptation.packing import SizePlanner
 from pipeline.adaptation.selected.ranking import rank_indices
 from pipeline.adaptation.sites import weight_shapes
 from pipeline.backbones import LoadedBackbone, load_backbone, share
@@ -22,10 +21,15 @@ from pipeline.cluster.session import ray_session
 from pipeline.data import prepare
 from pipeline.data.index import read_index
 from pipeline.driver.monitor.batch_watch import BatchWatch
+from pipeline.driver.planning import check_study, listed_sizes, resolved
 from pipeline.driver.stages import no_progress
+from pipeline.inputs.task_inputs import open_unresolved
+from pipeline.kinds import Outcomes
 from pipeline.reports.front_figure import draw_front
+from pipeline.search.champion import choose_champion
 from pipeline.search.proposer import make_proposer
 from pipeline.search.run_study import run_study
+from pipeline.search.trial import recipe_key
 from pipeline.search.trial_record import TrialJournal, TrialRecord
 from pipeline.selection import read_selection
 from pipeline.selection.stage import write_selection
@@ -34,6 +38,8 @@ from pipeline.training import open_inputs
 from pipeline.training.fit import FitResult
 
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 2}
+VALIDATED = 10_000, 100
+"""Validation images and classes of the choice of a champion."""
 VIT_B = Backbone(model="vit_base_patch16_224", weights="random")
 
 
@@ -144,26 +150,26 @@ def task_costs(workdir: Path) -> dict[str, Any]:
     share(backbone, workdir / "vit.safetensors")
     selection = workdir / "selection.safetensors"
     write_random_selection(backbone, selection)
-    selected = read_selection(selection)
-    classes = open_inputs(task, data).index.classes
-    planner = SizePlanner(task, backbone, classes, selected)
+    inputs = open_inputs(task, data)
+    task = inputs.task
+    started = time.process_time()
+    sizes_by_key = listed_sizes(inputs, selection)
+    coded = time.process_time() - started
     recipe = task.search.recipe(
         task.recipe, {"bits": 4, "experts": 4, "top_k": 3, "learning_rate": 0.001}
     )
-    size_bytes = planner.size_bytes(recipe)
+    size_bytes = sizes_by_key[recipe_key(recipe)]
     records = records_of(task, size_bytes)
     journal, figure = TrialJournal(workdir / "journal"), workdir / "front.png"
     seconds = {
         "open": median_seconds(lambda: (read_index(data), open_inputs(task, data))),
-        "code": coding_seconds(task, backbone, selected),
-        "plan": median_seconds(
-            lambda: propose_all(
-                task, SizePlanner(task, backbone, classes, selected, code_positions)
-            ),
-            repeats=3,
-        ),
+        "check": checking_seconds(data),
+        "code": coded - (listed := median_seconds(lambda: listed_sizes(inputs, selection), 3)),
+        "list": listed,
+        "plan": median_seconds(lambda: propose_all(task, sizes_by_key), 3),
         "selection_read": median_seconds(lambda: read_selection(selection)),
         "record_write": median_seconds(lambda: write_all(journal, records)) / len(records),
+        "champion": champion_seconds(task, records),
         "front": median_seconds(lambda: draw(records, figure), 3),
     }
     sizes = {
@@ -179,13 +185,23 @@ def task_costs(workdir: Path) -> dict[str, Any]:
     return {"seconds": seconds, "bytes": sizes}
 
 
-def coding_seconds(task: Task, backbone: LoadedBackbone, selected: SelectedIndex) -> float:
-    """Processor time of a worker that codes the positions of each K once; this process then keeps
-    them, as a driver does that has them from a worker.
+def checking_seconds(data: Path) -> float:
+    """Processor time of a worker that derives the search space of a task that names nothing, and
+    rehearses its recipes.
     """
-    started = time.process_time()
-    propose_all(task, SizePlanner(task, backbone, ["a", "b"], selected, code_positions))
-    return time.process_time() - started
+    settings = vit_task().model_dump(include={"name", "data", "input", "backbone"})
+    inputs = open_unresolved(Task.model_validate(settings), data)
+    return median_seconds(lambda: resolved(inputs, check_study), 1)
+
+
+def champion_seconds(task: Task, records: Sequence[TrialRecord]) -> float:
+    """Processor time of a worker that compares these trials on `VALIDATED` drawn outputs."""
+    samples, classes = VALIDATED
+    targets = np.arange(samples) % classes
+    drawn = np.random.default_rng(0).normal(size=(samples, classes)).astype(np.float32)
+    drawn[np.arange(samples), targets] += 2
+    outcomes = Outcomes(drawn, targets)
+    return median_seconds(lambda: choose_champion(records, task, lambda trial: outcomes), 1)
 
 
 def vit_task() -> Task:
@@ -223,9 +239,9 @@ def write_random_selection(backbone: LoadedBackbone, path: Path) -> None:
     write_selection(rank_indices(drawn, "neuron", 3), path)
 
 
-def propose_all(task: Task, planner: SizePlanner) -> None:
-    """Propose and size sixteen trials, each told as complete."""
-    proposer = make_proposer(task, planner.size_bytes)
+def propose_all(task: Task, sizes: Mapping[str, int]) -> None:
+    """Propose sixteen trials, each told as complete, from the sizes that a worker listed."""
+    proposer = make_proposer(task, lambda recipe: sizes[recipe_key(recipe)])
     for _ in range(16):
         proposal = proposer.propose()
         assert proposal is not None

@@ -20,6 +20,7 @@ def markdown(result: dict[str, Any]) -> str:
         (
             f"{machine['cpu']}, {machine['cores']} cores shared with other work; torch"
             f" {machine['torch']}; commit {machine['commit']}."
+            + "".join(f" {part}: commit {commit}." for part, commit in result["again"].items())
         ),
         (
             f"Simulated: {result['tasks']:,} tasks of {result['trials']} trials on"
@@ -72,9 +73,12 @@ def _seconds(measured: dict[str, Any], tasks: int) -> dict[str, float]:
         "a study: set up and taken down": study["study"],
         "a second of one study in which nothing comes": study["silent_second"],
         "open a task of 1,000 images": task["open"],
-        "size 16 proposals of ViT-B": task["plan"],
+        "propose 16 trials": task["plan"],
+        "derive a search space for ViT-B and rehearse its recipes, in a worker": task["check"],
         "code the positions of a selection of ViT-B, in a worker": task["code"],
+        "size 36 recipes of ViT-B, in a worker": task["list"],
         "read a selection of ViT-B, K = 3": task["selection_read"],
+        "choose among 16 trials by 10,000 images of 100 classes, in a worker": task["champion"],
         "draw a front, in a worker": task["front"],
         "write a trial's record": task["record_write"],
         "report progress to the watch": watch["report"],

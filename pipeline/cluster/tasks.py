@@ -10,9 +10,9 @@ from functools import partial
 from typing import Any
 
 from pipeline.cluster.task_pool import Interrupted
+from pipeline.errors import TaskpackError, named
 
 _LOOK_SECONDS = 0.5
-_COMPUTED_RETRIES = 3
 
 
 def first_ended(
@@ -141,26 +141,51 @@ def ended_tasks(
         running.cancel()
 
 
-def _call(function: Callable[..., Any], *arguments: Any) -> Any:
-    return function(*arguments)
-
-
 def computed(
-    function: Callable[..., Any], arguments: Sequence[Any], is_stopping: Callable[[], bool]
+    function: Callable[..., Any],
+    arguments: Sequence[Any],
+    is_stopping: Callable[[], bool],
+    *,
+    retries: int,
 ) -> Any:
     """What a function gives, computed by a worker somewhere in the cluster. It waits for no trial
-    to end, and should take seconds. Raises Interrupted if `is_stopping()` becomes true.
+    to end, and should take seconds.
+
+    Args:
+        retries: retries after the death of its worker or node.
+
+    Raises:
+        TaskpackError: The error of the function, named.
+        WorkersDied: Its workers died more often.
+        Interrupted: `is_stopping()` became true.
     """
     import ray
+    from ray.exceptions import NodeDiedError, OutOfMemoryError, WorkerCrashedError
 
-    remote = ray.remote(num_cpus=0, max_retries=_COMPUTED_RETRIES, scheduling_strategy="SPREAD")
-    running = remote(_call).remote(function, *arguments)
+    remote = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy="SPREAD")(_outcome)
+    for _ in range(1 + retries):
+        running = remote.remote(function, *arguments)
+        try:
+            first_ended([running], is_stopping)
+        except Interrupted:
+            ray.cancel(running, force=True)
+            raise
+        try:
+            outcome = ray.get(running)
+        except (WorkerCrashedError, NodeDiedError, OutOfMemoryError):
+            continue
+        if isinstance(outcome, TaskpackError):
+            raise outcome
+        return outcome
+    raise WorkersDied
+
+
+def _outcome(function: Callable[..., Any], *arguments: Any) -> Any:
+    """What a function gives, or its named error: as an exception, Ray would change its text."""
     try:
-        first_ended([running], is_stopping)
-    except Interrupted:
-        ray.cancel(running, force=True)
-        raise
-    return ray.get(running)
+        return function(*arguments)
+    except Exception as error:
+        return named(error)
 
 
 def reserve(ranks: int, cpus: float, gpus: float) -> Any:

@@ -1,5 +1,5 @@
 """Run everything: batches of tasks, comparisons, monitoring, and the work folder.
 
-Imports: adaptation, backbones, cluster, data, errors, kinds, packs, registry, reports, search,
-selection, serving, specs, training, utils.
+Imports: adaptation, backbones, cluster, data, errors, inputs, kinds, packs, registry, reports,
+search, selection, serving, specs, training, utils.
 """

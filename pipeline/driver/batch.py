@@ -19,7 +19,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from pipeline.adaptation.packing import SizePlanner
 from pipeline.cluster.capacity import places
 from pipeline.cluster.rank_group import TrialResources
 from pipeline.cluster.session import session_logs
@@ -27,6 +26,7 @@ from pipeline.cluster.task_pool import Interrupted
 from pipeline.driver.calibrated import with_calibration
 from pipeline.driver.monitor.batch_watch import BatchWatch, batch_name
 from pipeline.driver.monitor.state import state_file_name
+from pipeline.driver.planning import check_study, size_of
 from pipeline.driver.retrying_registry import PATIENCE_SECONDS, RetryingRegistry
 from pipeline.driver.stages import (
     LOG,
@@ -59,16 +59,13 @@ from pipeline.reports.front_figure import draw_front
 from pipeline.search.champion import choose_champion
 from pipeline.search.pareto import pareto_front
 from pipeline.search.proposer import mean_places
-from pipeline.search.run_study import check_budget, run_study
+from pipeline.search.run_study import run_study
 from pipeline.search.study import Study
 from pipeline.search.time_limit import SearchTime, TimeLimit
 from pipeline.search.trial_record import TrialRecord, failure_warnings
-from pipeline.selection import read_selection
 from pipeline.specs import Task
 from pipeline.training import Inputs, open_inputs
-from pipeline.training.calibrate import check_samples
 from pipeline.training.fit import PACK_FILE, FitResult, read_fit
-from pipeline.training.rehearsal import rehearse
 from pipeline.utils.files import await_file
 
 if TYPE_CHECKING:
@@ -216,17 +213,13 @@ class _Driver(Stages):
         """Whether the run was interrupted, or its time limit is over."""
         return super().is_stopping() or self.limit.is_over()
 
-    def check(self, inputs: Inputs) -> None:
-        """Check that something fits the budget and that each part of the recipe runs on the
-        backbone.
-        """
-        task = inputs.task
-        self.places_of[task.name] = mean_places(task)
-        if task.coverage is not None:
-            check_samples(task.coverage, inputs.validation_samples)
-        check_budget(task, SizePlanner(task, inputs.backbone, inputs.index.classes).size_bytes)
-        for recipe in task.search.fullest(task.recipe):
-            rehearse(inputs, recipe)
+    check = staticmethod(check_study)
+
+    def prepare(self, task: Task) -> Task:
+        """As of every run; its resolved search space tells how many places the task takes."""
+        prepared = super().prepare(task)
+        self.places_of[task.name] = mean_places(prepared)
+        return prepared
 
     def _outcome(self, task: Task, stages: Callable[[Task], _Outcome]) -> _Outcome | TaskOutcome:
         """Return the result of `stages`, or the outcome with the error that ended them."""
@@ -271,8 +264,7 @@ class _Driver(Stages):
         selection = self.select(inputs, data_folder, top_k) if top_k else None
         search_time = SearchTime(self.limit, task.name, inputs.fit_ratio)
         trials = self._search(inputs, data_folder, selection, folder, search_time)
-        with self.here:
-            not_worse = choose_champion(trials, task, folder.journal.outcomes)
+        not_worse = self.elsewhere(choose_champion, trials, task, folder.journal.outcomes)
         champion = not_worse[0]
         self.watch.searched(task.name, trials, champion, search_time.trials_left)
         self._draw(task, trials, not_worse, folder.figure)
@@ -281,8 +273,11 @@ class _Driver(Stages):
         fitted = self._fit(inputs, data_folder, champion, selection, folder)
         pack_path = folder.fit(champion.id) / PACK_FILE
         if task.coverage is not None:
-            outcomes = folder.journal.outcomes(champion.id)
-            pack_path, fitted = with_calibration(pack_path.parent, fitted, outcomes, task.coverage)
+            outcomes = partial(folder.journal.outcomes, champion.id)
+            pack_path, fitted = self.elsewhere(
+                with_calibration, pack_path.parent, fitted, outcomes, task.coverage
+            )
+            await_file(pack_path)
         self.enter(task, "register")
         finished = replace(
             _describe(inputs, champion, trials, fitted, pack_path, folder, self.started[task.name]),
@@ -331,13 +326,6 @@ class _Driver(Stages):
     ) -> list[TrialRecord]:
         task = inputs.task
         self.enter(task, "search")
-        planner = SizePlanner(
-            task,
-            inputs.backbone,
-            inputs.index.classes,
-            read_selection(selection) if selection is not None else None,
-            self.code_positions(selection),
-        )
 
         def report(study: Study) -> None:
             self.watch.study(
@@ -362,7 +350,7 @@ class _Driver(Stages):
             data_folder,
             selection,
             folder.journal,
-            size_of=planner.size_bytes,
+            size_of=size_of(inputs, selection, self.elsewhere),
             resources=resources,
             search_time=search_time,
             on_progress=report,

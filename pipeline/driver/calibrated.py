@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 
 from pipeline.errors import StorageError
@@ -16,23 +17,27 @@ CALIBRATED_FILE = "calibrated.safetensors"
 
 
 def with_calibration(
-    folder: Path, fitted: FitResult, outcomes: Outcomes | None, coverage: float
+    folder: Path, fitted: FitResult, outcomes: Callable[[], Outcomes | None], coverage: float
 ) -> tuple[Path, FitResult]:
     """Write the pack of a fit's folder with the calibration of its trial's validation outputs: its
     file, and the fit as that of this file.
+
+    Args:
+        outcomes: reads these outputs; None if they are missing or damaged.
 
     Raises:
         StorageError: the outputs are missing or damaged, or the disk is full.
         SpecError: there are too few of them.
     """
-    if outcomes is None:
+    found = outcomes()
+    if found is None:
         raise StorageError(
             f"{folder}: the validation outputs of this trial are missing or damaged, and coverage"
             " needs them; remove the task's study and run it again"
         )
     path = folder / CALIBRATED_FILE
     pack = dataclasses.replace(
-        read_pack(folder / PACK_FILE), calibration=calibrate(outcomes, coverage)
+        read_pack(folder / PACK_FILE), calibration=calibrate(found, coverage)
     )
     size_bytes = write_pack(path, pack)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()

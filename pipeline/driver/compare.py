@@ -26,9 +26,9 @@ from typing import Any
 import numpy as np
 from pydantic import ValidationError
 
-from pipeline.adaptation.packing import SizePlanner
 from pipeline.cluster.rank_group import TrialResources, in_group
 from pipeline.driver.comparison_time import ComparisonTime, in_turn
+from pipeline.driver.planning import check_parts, size_of
 from pipeline.driver.stages import (
     LOG,
     OnProgress,
@@ -47,11 +47,9 @@ from pipeline.reports.comparison_row import Comparison
 from pipeline.search.time_limit import TimeLimit
 from pipeline.search.trial import opened, recipe_key, run_trial
 from pipeline.search.trial_record import TrialRecord, failure_warnings
-from pipeline.selection import read_selection
 from pipeline.specs import Method, Recipe, SearchSpace, Task, first_fault
 from pipeline.training import Inputs, Ranks, open_inputs
 from pipeline.training.fit import FitResult, read_fit
-from pipeline.training.rehearsal import rehearse
 from pipeline.utils.files import explained
 
 
@@ -231,19 +229,15 @@ class _Driver(Stages):
         """What the method tries, what each costs, which connections it may change."""
         task = entry.task
         top_k = task.search.max_top_k(task.recipe)
-        with self.here:
-            for recipe in task.search.fullest(task.recipe):
-                rehearse(entry.inputs, recipe)
+        self.elsewhere.on(entry.inputs, check_parts)
         entry.folder = self.workspace.study(entry.inputs, top_k)
         entry.selection = (
             self.select(entry.inputs, entry.inputs.data_folder, top_k) if top_k else None
         )
-        selected = read_selection(entry.selection) if entry.selection is not None else None
-        data = entry.inputs.backbone, entry.inputs.index.classes
-        planner = SizePlanner(task, *data, selected, self.code_positions(entry.selection))
+        bytes_of = size_of(entry.inputs, entry.selection, self.elsewhere)
         for point in sampled_points(task.search, fraction, task.seed):
             recipe = task.search.recipe(task.recipe, point)
-            entry.recipes[recipe_key(recipe)] = (point, recipe, planner.size_bytes(recipe))
+            entry.recipes[recipe_key(recipe)] = (point, recipe, bytes_of(recipe))
         known = entry.folder.compared.read()
         entry.records = {key: known[key] for key in entry.recipes if key in known}
 

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pipeline.adaptation import is_recomputable
-from pipeline.adaptation.packing import CodePositions, code_positions
 from pipeline.backbones import share
 from pipeline.backbones.known import remember
 from pipeline.cluster.capacity import (
@@ -27,16 +26,18 @@ from pipeline.cluster.capacity import (
     places,
     wait_for_room,
 )
-from pipeline.cluster.rank_group import WORKER_DIED, WORKER_RETRIES, TrialResources, in_group
+from pipeline.cluster.rank_group import WORKER_RETRIES, TrialResources, in_group
 from pipeline.cluster.session import interruptible, is_connected, ray_session
 from pipeline.cluster.task_pool import TaskPool
-from pipeline.cluster.tasks import WorkersDied, computed, ended_tasks
+from pipeline.cluster.tasks import ended_tasks
 from pipeline.data import prepare, remarks_on
 from pipeline.data.node_memory import node_memory
-from pipeline.driver.coded_positions import CodedPositions
+from pipeline.driver.elsewhere import AGAIN, Elsewhere, named_deaths
 from pipeline.driver.gpu_shares import GpuShares
+from pipeline.driver.planning import resolved
 from pipeline.driver.workspace import Workspace
 from pipeline.errors import ClusterError, SpecError, TaskpackError, UnexpectedError, named
+from pipeline.inputs.task_inputs import open_unresolved
 from pipeline.search.proposer import LAG, most_at_once
 from pipeline.search.trial import opened
 from pipeline.selection import select, select_locally_if_faster
@@ -54,8 +55,11 @@ SLACK = 1.3
 """So many times the tasks that fill a cluster on average keep 95 % of it at work, as
 `benchmarks/scale.py` plays it.
 """
+CHECKED_AT_ONCE = 2
+"""Tasks that workers check concurrently: each takes the memory of a training step on a CPU, perhaps
+on the same node.
+"""
 _NO_MORE = "more would lack CPUs, or leave other GPUs idle"
-_AGAIN = "The same command tries again from the last finished stage"
 
 Stage = Literal["prepare", "select", "search", "fit", "register", "done", "failed"]
 OnProgress = Callable[[str, Stage, float, str], None]
@@ -141,6 +145,7 @@ class Stages:
         trials_per_gpu: how many trials of each task's study share a GPU, as far as it is known.
         here: lock of computations in this process: one thread at a time, because seeds and thread
             counts are global.
+        checking: limits how many tasks are checked at the same time.
     """
 
     workspace: Workspace
@@ -151,13 +156,18 @@ class Stages:
     task_count: int = 1
     pool: TaskPool = field(init=False)
     gpu_shares: GpuShares = field(init=False)
+    elsewhere: Elsewhere = field(init=False)
     here: threading.Lock = field(default_factory=threading.Lock)
+    checking: threading.Semaphore = field(
+        default_factory=lambda: threading.Semaphore(CHECKED_AT_ONCE)
+    )
     places_of: dict[str, float] = field(default_factory=dict)
     trials_per_gpu: dict[str, int] = field(default_factory=dict)
     stage: dict[str, Stage] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.pool = TaskPool(self.tasks_at_once)
+        self.elsewhere = Elsewhere(self.ray_is_private, self.pool.is_stopping, self.here)
         self.gpu_shares = GpuShares(self.workspace.gpu_needs, self.is_stopping)
 
     def is_stopping(self) -> bool:
@@ -216,10 +226,13 @@ class Stages:
         data_folder = self.workspace.data(task.name)
         index = prepare(task, data_folder)
         with self.here:
-            inputs = open_inputs(task, data_folder)
+            inputs = open_unresolved(task, data_folder)
             remember(inputs.backbone.fingerprint, inputs.backbone.spec.weights)
-            self.check(inputs)
-        remarks = [*remarks_on(index), *inputs.remarks()]
+            if self.elsewhere.has_workers():
+                inputs = self.with_shared_backbone(inputs)
+        with self.checking:
+            found, of_recipe = self.elsewhere.on(inputs, resolved, self.check)
+        remarks = [*remarks_on(index), *of_recipe]
         ranks, asked = self.ranks(inputs), self.placement.ranks_per_trial
         remarks += (
             [f"{ranks} of {asked} ranks train: a shard is read by one, and there are {ranks}"]
@@ -227,11 +240,13 @@ class Stages:
             else []
         )
         self.on_progress(task.name, "prepare", 1.0, "; ".join(remarks))
-        found = inputs.task
         return task.model_copy(update={"recipe": found.recipe, "search": found.search})
 
-    def check(self, inputs: Inputs) -> None:
-        """Check what a run of this kind needs of the task's recipe. Raises TaskpackError."""
+    @staticmethod
+    def check(inputs: Inputs) -> None:
+        """Check what a run of this kind needs of the task's recipe, perhaps in a worker. Raises
+        TaskpackError.
+        """
 
     def ranks(self, inputs: Inputs) -> int:
         """How many processes train a trial or fit of a task together, each with at least one
@@ -276,8 +291,10 @@ class Stages:
         before or the user asked for it; whether the file was written.
         """
         if is_recomputable(inputs.task.selection):
-            with self.here:
-                return select_locally_if_faster(inputs, top_k, path, workers=1)
+            alone = functools.partial(select_locally_if_faster, workers=1)
+            written: bool = self.elsewhere.on(inputs, alone, top_k, path)
+            await_file(path)
+            return written
         if self.placement.selection_workers not in (None, 1):
             return False
         if self.ray_is_private and self.placement.selection_workers is None and not has_gpus():
@@ -290,19 +307,6 @@ class Stages:
         if written:
             await_file(path)
         return bool(written)
-
-    def elsewhere(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """What a function gives, computed by a worker where a cluster is at hand, because this
-        process follows many studies at once; otherwise here.
-        """
-        if is_connected() and (not self.ray_is_private or has_gpus()):
-            return computed(function, arguments, self.is_stopping)
-        with self.here:
-            return function(*arguments)
-
-    def code_positions(self, selection: Path | None) -> CodePositions:
-        """What codes the positions of a task's packs."""
-        return code_positions if selection is None else CodedPositions(selection, self.elsewhere)
 
     def resources(self, ranks: int) -> TrialResources:
         """The resources of a trial; starts Ray unless it runs."""
@@ -387,14 +391,8 @@ class Stages:
                 "kept": kept,
                 "is_stopping": is_stopping or self.pool.is_stopping,
             }
-            try:
+            with named_deaths("a selection, trial or fit"):
                 yield from ended_tasks(worker, given, resources.cpus, resources.gpus, **limits)
-            except WorkersDied:
-                raise ClusterError(
-                    f"a selection, trial or fit did not end: {WORKER_DIED}; see whether its memory"
-                    " suffices."
-                    f" {_AGAIN}"
-                ) from None
 
 
 @contextlib.contextmanager
@@ -406,7 +404,7 @@ def named_errors(log: Path) -> Iterator[None]:
         fault = named(error)
         if isinstance(fault, UnexpectedError):
             raise ClusterError(
-                f"unexpected {explained(fault, log, 'the task')}. {_AGAIN}"
+                f"unexpected {explained(fault, log, 'the task')}. {AGAIN}"
             ) from error
         if fault is error:
             raise

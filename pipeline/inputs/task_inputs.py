@@ -128,8 +128,15 @@ class Inputs:
 
 def open_inputs(task: Task, data_folder: Path) -> Inputs:
     """Open a prepared task. Backbone and decoded images are kept by the process, so a second call
-    is cheap. Raises BackboneError if the backbone takes other samples.
+    is cheap, unless a default search space has to be derived. Raises BackboneError if the backbone
+    takes other samples.
     """
+    inputs = open_unresolved(task, data_folder)
+    return inputs.with_task(inputs.task)
+
+
+def open_unresolved(task: Task, data_folder: Path) -> Inputs:
+    """Like `open_inputs`, but with recipe and search space as the task has them."""
     index = read_index(data_folder)
     splits = splits_of(task, index)[0]
     gives_maps = kind_named(task.kind).is_dense
@@ -140,7 +147,5 @@ def open_inputs(task: Task, data_folder: Path) -> Inputs:
             f" are {task.modality}; choose another backbone, or write"
             f" `modality: {backbone.takes.name}`"
         )
-    inputs = Inputs(
-        task.model_copy(update={"backbone": backbone.spec}), index, backbone, splits, data_folder
-    )
-    return inputs.with_task(inputs.task)
+    task = task.model_copy(update={"backbone": backbone.spec})
+    return Inputs(task, index, backbone, splits, data_folder)

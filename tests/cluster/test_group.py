@@ -319,13 +319,13 @@ def test_two_ranks_take_a_task_from_data_to_pack(
 
 
 def test_what_takes_the_driver_too_long_is_computed_by_a_worker_that_waits_for_no_trial() -> None:
-    assert computed(os.getpid, [], lambda: False) != os.getpid()
+    assert computed(os.getpid, [], lambda: False, retries=0) != os.getpid()
     cpus = int(ray.cluster_resources()["CPU"])
     busy = ray.remote(num_cpus=cpus)(lambda: time.sleep(600)).remote()
     try:
         time.sleep(0.5)
-        assert computed(divmod, [7, 2], lambda: False) == (3, 1)
+        assert computed(divmod, [7, 2], lambda: False, retries=0) == (3, 1)
         with pytest.raises(Interrupted):
-            computed(time.sleep, [600], lambda: True)
+            computed(time.sleep, [600], lambda: True, retries=0)
     finally:
         ray.cancel(busy, force=True)

@@ -161,10 +161,10 @@ def test_a_fit_gets_the_calibration_of_its_trials_outputs(pack: Pack, tmp_path: 
         pack_digest="d", size_bytes=1, ledger={}, metric="accuracy", test_metric_stderr=0.1,
         device="cpu", **numbers,  # type: ignore[arg-type]
     )  # fmt: skip
-    path, found = with_calibration(tmp_path, fitted, outcomes, 0.9)
+    path, found = with_calibration(tmp_path, fitted, lambda: outcomes, 0.9)
     assert read_pack(path).calibration == calibrate(outcomes, 0.9)
     assert read_pack(tmp_path / PACK_FILE).calibration is None
     assert found.size_bytes == path.stat().st_size == sum(found.ledger.values())
     assert (found.test_metric, found.pack_digest != "d") == (0.5, True)
     with pytest.raises(StorageError, match="validation outputs of this trial are missing"):
-        with_calibration(tmp_path, fitted, None, 0.9)
+        with_calibration(tmp_path, fitted, lambda: None, 0.9)
