@@ -58,6 +58,8 @@ os.environ.update(
         # processes of these tests, because they share a finished run.
         "XDG_CACHE_HOME": CACHE,
         "TASKPACK_DECODED_GB": "0",  # tests count what a process decodes
+        # Ray's workers are nicer than what starts them, and would hardly run beside other tests.
+        "RAY_worker_niceness": "0",
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS": "0",
         # Ray reads both when it is imported; without a token it would write one into the home
