@@ -57,12 +57,16 @@ class _Deaths:
 class _Running:
     """The running tasks, each with its index and its placement group."""
 
-    def __init__(self, worker: Callable[..., Any], cpus: float, gpus: float, ranks: int) -> None:
+    def __init__(
+        self, worker: Callable[..., Any], cpus: float, gpus: float, ranks: int, strategy: str
+    ) -> None:
         import ray
 
         # Ray ends a worker after a task with a GPU. `max_calls=0` would keep it, but Ray may then
         # give it another GPU, and CUDA stays on the first one of a process.
-        self._remote = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=0)(worker)
+        self._remote = ray.remote(
+            num_cpus=cpus, num_gpus=gpus, max_retries=0, scheduling_strategy=strategy
+        )(worker)
         self._reserve = lambda: reserve(ranks, cpus, gpus) if ranks > 1 else None
         self._tasks: dict[Any, tuple[int, Any]] = {}
 
@@ -102,6 +106,7 @@ def ended_tasks(
     retries: int,
     kept: Callable[..., object] = lambda *given: None,
     is_stopping: Callable[[], bool],
+    strategy: str = "DEFAULT",
 ) -> Iterator[tuple[int, Any]]:
     """Run `worker` as a Ray task on every set of arguments; yield (index, outcome) as they end.
 
@@ -112,6 +117,7 @@ def ended_tasks(
             death. Several workers release their resources before a retry.
         kept: called with a set of arguments; returns a value that changes when its task has made
             progress that a retry can use.
+        strategy: Ray's scheduling strategy for tasks of one worker.
 
     Raises:
         WorkersDied: A task's workers died more often.
@@ -122,7 +128,7 @@ def ended_tasks(
 
     from pipeline.training.ranks import RanksLost
 
-    running = _Running(worker, cpus, gpus, ranks)
+    running = _Running(worker, cpus, gpus, ranks, strategy)
     deaths = [_Deaths(partial(kept, *each)) for each in arguments]
     try:
         for index, each in enumerate(arguments):
@@ -159,25 +165,18 @@ def computed(
         WorkersDied: Its workers died more often.
         Interrupted: `is_stopping()` became true.
     """
-    import ray
-    from ray.exceptions import NodeDiedError, OutOfMemoryError, WorkerCrashedError
-
-    remote = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy="SPREAD")(_outcome)
-    for _ in range(1 + retries):
-        running = remote.remote(function, *arguments)
-        try:
-            first_ended([running], is_stopping)
-        except Interrupted:
-            ray.cancel(running, force=True)
-            raise
-        try:
-            outcome = ray.get(running)
-        except (WorkerCrashedError, NodeDiedError, OutOfMemoryError):
-            continue
-        if isinstance(outcome, TaskpackError):
-            raise outcome
-        return outcome
-    raise WorkersDied
+    ((_, outcome),) = ended_tasks(
+        _outcome,
+        [(function, *arguments)],
+        cpus=0,
+        gpus=0,
+        retries=retries,
+        is_stopping=is_stopping,
+        strategy="SPREAD",
+    )
+    if isinstance(outcome, TaskpackError):
+        raise outcome
+    return outcome
 
 
 def _outcome(function: Callable[..., Any], *arguments: Any) -> Any:

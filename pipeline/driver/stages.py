@@ -290,16 +290,15 @@ class Stages:
         """Let one process select, in place of a group of `workers`, unless the group would be done
         before or the user asked for it; whether the file was written.
         """
-        if is_recomputable(inputs.task.selection):
-            alone = functools.partial(select_locally_if_faster, workers=1)
-            written: bool = self.elsewhere.on(inputs, alone, top_k, path)
-            await_file(path)
-            return written
-        if self.placement.selection_workers not in (None, 1):
+        given = self.placement.selection_workers
+        if is_recomputable(inputs.task.selection) or not (given or self.elsewhere.has_workers()):
+            alone = functools.partial(select_locally_if_faster, workers=workers)
+            written = self.elsewhere.on(inputs, alone, top_k, path)
+            if written:
+                await_file(path)
+            return bool(written)
+        if given not in (None, 1):
             return False
-        if self.ray_is_private and self.placement.selection_workers is None and not has_gpus():
-            with self.here:
-                return select_locally_if_faster(inputs, top_k, path, workers=workers)
         arguments = (inputs.task.model_dump_json(), data_folder, top_k, path, workers)
         ((_, written),) = self.on_ray(select_worker, [arguments], 1, is_stopping=self.is_stopping)
         if isinstance(written, TaskpackError):
