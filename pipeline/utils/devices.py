@@ -153,7 +153,7 @@ def largest_memory_bytes(device: str | torch.device) -> int | None:
 
 
 def forget_peak(device: str | torch.device) -> None:
-    """Let the peaks of an accelerator's memory begin anew."""
+    """Reset the statistics of an accelerator's peak memory."""
     _module(device).reset_peak_memory_stats(torch.device(device))
 
 
