@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import torch
 from timm.layers import RmsNorm, RmsNorm2d
 from torch import nn
+from torch.nn import functional as F
 
 TunableLayer = nn.Linear | nn.Conv2d
 _NORMS = (
@@ -69,3 +71,12 @@ def weight_reader(model: nn.Module) -> str | None:
         ),
         None,
     )
+
+
+def apply_layer(
+    layer: TunableLayer, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """Apply the plain dense layer with another weight and bias."""
+    if isinstance(layer, nn.Linear):
+        return F.linear(x, weight, bias)
+    return F.conv2d(x, weight, bias, layer.stride, layer.padding, layer.dilation, layer.groups)

@@ -50,6 +50,7 @@ class PackHost:
         self._read = read
         self._network = MixedNetwork(backbone, self.device)
         self._one_pass_at_a_time = threading.Lock()
+        self._probed = set[str]()  # the digests of packs whose probe images were checked
         self.packs = ResidentPacks(self._load, capacity_bytes)
 
     def predict(self, requests: Sequence[tuple[str, Sample]]) -> list[dict[str, Any]]:
@@ -119,7 +120,7 @@ class PackHost:
 
     def check(self, content: bytes) -> ResidentPack:
         """The pack of a file's content, ready to predict, after checking its digest, its backbone
-        and the logits of its probe images. Raises PackError.
+        and, once per file, the logits of its probe images. Raises PackError.
         """
         pack = read_pack(content)
         if kind_of(pack.metadata).is_dense:
@@ -135,8 +136,10 @@ class PackHost:
             return ResidentPack(pack.metadata, digest, model, size_bytes, pack.calibration)
         flat = flatten(unpacked, self.device)
         resident = ResidentPack(pack.metadata, digest, flat, flat.size_bytes, pack.calibration)
-        probe = list(self.backbone.takes.probe(PROBES))
-        check_probe(torch.stack(self.logits([resident] * len(probe), probe)).numpy(), pack)
+        if digest not in self._probed:
+            probe = list(self.backbone.takes.probe(PROBES))
+            check_probe(torch.stack(self.logits([resident] * len(probe), probe)).numpy(), pack)
+            self._probed.add(digest)
         return resident
 
 

@@ -10,13 +10,13 @@ import torch
 from helpers_backbones import SWIN_V2
 from helpers_mixed import moved_pack
 from helpers_points import ARGUMENTS, POINT_BACKBONE, SOLIDS
+from torch import nn
 
-from pipeline.adaptation import SelectedIndex
+from pipeline.adaptation import SelectedIndex, mixed_layer
 from pipeline.adaptation.flat import FlatPack, flatten
 from pipeline.adaptation.mixed import MixedNetwork, keeps_samples_together
 from pipeline.adaptation.packing import from_pack
 from pipeline.adaptation.part import PARTS, Part, SharedNetwork
-from pipeline.adaptation.parts import connections
 from pipeline.adaptation.sites import tunable_layers
 from pipeline.adaptation.unpacking import decode
 from pipeline.backbones import LoadedBackbone, load_backbone
@@ -136,7 +136,7 @@ def test_packs_of_every_part_pass_a_vit_once(
     assert [name for name, each in before.items() if not torch.equal(after[name], each)] == []
 
 
-@pytest.mark.parametrize("family", ["vit", "swin"])
+@pytest.mark.parametrize("family", ["vit", "swin", "convnext"])
 def test_connections_are_added_to_rows_or_written_into_the_weight(
     family: str,
     families: dict[str, Backbone],
@@ -154,24 +154,29 @@ def test_connections_are_added_to_rows_or_written_into_the_weight(
     task = tiny_task.model_copy(update={"selection": Selection(level="network")})
     anywhere = random_selection(backbone, 2, 9, "network")
     uneven = moved_pack(backbone, task, FREE[4], selected=anywhere)
-    plain = connections.MixedLayer._product_per_pack
+    monkeypatch.setattr(mixed_layer, "ROWS_AT_ONCE", 2)
+    plain = mixed_layer.MixedLayer._product_per_pack
 
-    def counted(layer: connections.MixedLayer, *given: Any) -> torch.Tensor:
+    def counted(layer: mixed_layer.MixedLayer, *given: Any) -> torch.Tensor:
         products.append(layer.name)
         return plain(layer, *given)
 
-    monkeypatch.setattr(connections.MixedLayer, "_product_per_pack", counted)
-    linear = [name for name, each in tunable_layers(backbone.model).items() if each.weight.ndim < 3]
+    monkeypatch.setattr(mixed_layer.MixedLayer, "_product_per_pack", counted)
+    layers = tunable_layers(backbone.model).items()
+    separate = {
+        name
+        for name, layer in layers
+        if isinstance(layer, nn.Linear) or (layer.kernel_size == layer.stride)
+    }
     for rows, mixed, is_written in (
         (0, packs, True),
         (1_000_000, packs, False),
         (1_000_000, [*packs, uneven], True),
     ):
-        monkeypatch.setattr(connections, "ROWS_PER_PRODUCT", rows)
+        monkeypatch.setattr(mixed_layer, "ROWS_PER_PRODUCT", rows)
         products.clear()
         assert_as_alone(network, mixed, backbone, shuffled(len(mixed), 9))
-        assert ({*linear} <= {*products}) is is_written
-        assert bool({*linear} & {*products}) is is_written
+        assert {*products} == {name for name, _ in layers if is_written or name not in separate}
 
 
 def test_packs_of_one_recipe_pass_together(

@@ -154,6 +154,25 @@ def test_packs_that_cannot_be_trusted_are_refused_at_load(
         host.predict([("banked", pictures(1)[0]), ("banked", b"no image")])
 
 
+def test_a_file_passes_its_probe_images_once(
+    contents: dict[str, bytes], backbone: LoadedBackbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host, passes = PackHost(backbone, contents.__getitem__), []
+    plain = PackHost.logits
+
+    def counted(self: PackHost, *given: Any) -> Any:
+        passes.append(1)
+        return plain(self, *given)
+
+    monkeypatch.setattr(PackHost, "logits", counted)
+    host.packs.get("banked")
+    host.packs.renew("banked")
+    assert len(passes) == 1
+    contents["banked"] = contents["narrow"]
+    host.packs.renew("banked")
+    assert len(passes) == 2
+
+
 def test_a_pack_asked_for_twice_at_once_is_loaded_once() -> None:
     begun, loads = threading.Barrier(2), []
 

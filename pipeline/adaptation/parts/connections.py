@@ -17,16 +17,14 @@ seen as one row-major [O, I] matrix.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Generator, Iterable, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.nn import grad as nn_grad
 
+from pipeline.adaptation.mixed_layer import MixedLayer
 from pipeline.adaptation.part import (
     Assembly,
     Mixing,
@@ -40,6 +38,7 @@ from pipeline.adaptation.part import (
 from pipeline.adaptation.selected.ranking import kept_at, kept_indices
 from pipeline.adaptation.sites import (
     TunableLayer,
+    apply_layer,
     tunable_layers,
     weight_reader,
 )
@@ -48,27 +47,13 @@ from pipeline.adaptation.wrapper import Wrapper
 from pipeline.specs import Connections
 
 if TYPE_CHECKING:
-    from pipeline.adaptation.flat import FlatPart
-    from pipeline.adaptation.lanes import Lane, MixedBatch
+    pass
 
 FEW_COLUMNS = 0.5
 """Fraction of a layer's columns up to which gathering them is faster than the dense product, as
 measured on a CPU. The product over the gathered columns is then indexed. A kernel that fuses the
 two saved 1 % of a step on a CPU, and took 4 to 11 times as long on an H200.
 """
-ROWS_PER_PRODUCT = 100
-"""Rows per pack of a mixed batch, times K, from which on a product for each pack is faster than
-adding K inputs per output of all rows, as measured on a CPU.
-"""
-
-
-def apply_layer(
-    layer: TunableLayer, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
-) -> torch.Tensor:
-    """Apply the plain dense layer with another weight and bias."""
-    if isinstance(layer, nn.Linear):
-        return F.linear(x, weight, bias)
-    return F.conv2d(x, weight, bias, layer.stride, layer.padding, layer.dilation, layer.groups)
 
 
 def dense_weight_gradient(
@@ -316,102 +301,6 @@ class TunedLayer(Wrapper, WeightChange):
         """The effective weight and bias."""
         bias = self.bias
         return {"weight": self.weight} if bias is None else {"weight": self.weight, "bias": bias}
-
-
-class MixedLayer(Wrapper):
-    """A layer in which the samples of each pack pass the weight with its connections.
-
-    Samples of few packs: the connections of each pack are written into the one weight in memory for
-    the product of its samples, and what they overwrote is then written back, bit for bit.
-
-    Samples of many packs: one product with the backbone's weight, to which each row adds its
-    selected inputs times its pack's values, K per output.
-    """
-
-    base: TunableLayer
-
-    def __init__(self, base: TunableLayer, name: str, network: SharedNetwork) -> None:
-        super().__init__(base)
-        self.name, self.network = name, network
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        batch, layer = self.network.batch, self.base
-        if batch is None or not batch.lanes("connections"):
-            return apply_layer(layer, x, layer.weight, layer.bias)
-        if isinstance(layer, nn.Linear) and self._are_many(batch, x.numel() // x.shape[-1]):
-            return self._corrected(F.linear(x, layer.weight, layer.bias), x, batch)
-        return self._product_per_pack(x, batch)
-
-    def _are_many(self, batch: MixedBatch, rows: int) -> bool:
-        """Whether rows change packs so often that reading K inputs per output is faster than a
-        product and a change of weights per pack.
-        """
-        lanes = batch.lanes("connections")
-        top_k = max(lane.spec.top_k for lane in lanes)
-        packs = sum(lane.packs for lane in lanes)
-        return rows * top_k < ROWS_PER_PRODUCT * packs and all(lane.is_per_neuron for lane in lanes)
-
-    def _corrected(self, y: torch.Tensor, x: torch.Tensor, batch: MixedBatch) -> torch.Tensor:
-        """`y` = W x with what the connections of each sample's pack add."""
-        for lane in batch.lanes("connections"):
-            if lane.has(self.name):
-                y = lane.change(y, functools.partial(self._with_connections, lane), x)
-        return y
-
-    def _with_connections(self, lane: Lane, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        inputs, outputs = x.shape[-1], y.shape[-1]
-        columns_SN, values_SN = lane.indices(self.name) % inputs, lane.values(self.name)
-        samples = len(columns_SN)
-        x_SRI, y_SRO = x.reshape(samples, -1, inputs), y.reshape(samples, -1, outputs)
-        columns_SOK = columns_SN.view(samples, outputs, -1)
-        values_SOK = values_SN.view(columns_SOK.shape).to(y.dtype)
-        for k in range(columns_SOK.shape[-1]):
-            columns_SRO = columns_SOK[:, None, :, k].expand(y_SRO.shape)
-            y_SRO = y_SRO.addcmul_(x_SRI.gather(2, columns_SRO), values_SOK[:, None, :, k])
-        return y_SRO.view(y.shape)
-
-    def _product_per_pack(self, x: torch.Tensor, batch: MixedBatch) -> torch.Tensor:
-        layer, parts = self.base, [part for part, _ in batch.runs("connections")]
-        rows = len(x) // len(batch.owners)
-        counts = [samples * rows for _, samples in batch.runs("connections")]
-        if not isinstance(layer, nn.Linear):
-            with closing(self._with_weight_of(parts, x.split(counts), batch)) as each:
-                changed = [apply_layer(layer, some, layer.weight, layer.bias) for some in each]
-            return torch.cat(changed)
-        y = x.new_empty(*x.shape[:-1], layer.out_features)
-        inputs, outputs, weight_IO = x.flatten(0, -2), y.flatten(0, -2), layer.weight.T
-        counts = [count * (len(inputs) // len(x)) for count in counts]
-        into = iter(outputs.split(counts))  # a copy of each product takes a tenth as long
-        with closing(self._with_weight_of(parts, inputs.split(counts), batch)) as each:
-            for some in each:
-                if layer.bias is None:
-                    torch.mm(some, weight_IO, out=next(into))
-                else:
-                    torch.addmm(layer.bias, some, weight_IO, out=next(into))
-        return y
-
-    def _with_weight_of(
-        self, parts: Sequence[FlatPart | None], inputs: Iterable[torch.Tensor], batch: MixedBatch
-    ) -> Generator[torch.Tensor]:
-        """Each of the inputs, while the weight has the connections of its part, if any."""
-        entries = self.base.weight.view(-1)
-        writes: dict[int, tuple[torch.Tensor, ...]] = {}
-        for lane in batch.lanes("connections"):
-            if lane.has(self.name):
-                index_PN, values_PN = lane.per_pack(self.name)
-                frozen_PN = entries[index_PN]
-                each = zip(index_PN, frozen_PN + values_PN, frozen_PN, strict=True)
-                writes.update(zip(map(id, lane.parts), each, strict=True))
-        for part, some in zip(parts, inputs, strict=True):
-            if (write := writes.get(id(part))) is None:
-                yield some
-                continue
-            index_N, changed_N, frozen_N = write
-            try:
-                entries.index_copy_(0, index_N, changed_N)
-                yield some
-            finally:
-                entries.index_copy_(0, index_N, frozen_N)
 
 
 def tune_layers(assembly: Assembly, indices: Mapping[str, torch.Tensor]) -> None:

@@ -33,8 +33,8 @@ from pipeline.adaptation.part import (
     WeightChange,
     register,
 )
-from pipeline.adaptation.parts.connections import TunedLayer, apply_layer
-from pipeline.adaptation.sites import TunableLayer, weight_reader
+from pipeline.adaptation.parts.connections import TunedLayer
+from pipeline.adaptation.sites import TunableLayer, apply_layer, weight_reader
 from pipeline.adaptation.tensors import PlannedTensor
 from pipeline.adaptation.wrapper import Wrapper
 from pipeline.errors import BackboneError

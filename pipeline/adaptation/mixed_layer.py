@@ -1,0 +1,172 @@
+"""A layer that the samples of many packs pass in one batch, each with its own pack's connections.
+
+Legend: B samples, R rows of a sample, I inputs and O outputs of the layer, K connections per
+neuron, P packs, N connections of a pack in the layer.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Generator, Iterable, Sequence
+from contextlib import closing
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from pipeline.adaptation.part import SharedNetwork
+from pipeline.adaptation.sites import TunableLayer, apply_layer
+from pipeline.adaptation.wrapper import Wrapper
+
+if TYPE_CHECKING:
+    from pipeline.adaptation.flat import FlatPart
+    from pipeline.adaptation.lanes import Lane, MixedBatch
+
+ROWS_PER_PRODUCT = 100
+"""Rows per pack of a mixed batch, times K, from which on a product for each pack is faster than
+adding K inputs per output of all rows, as measured on a CPU.
+"""
+ROWS_AT_ONCE = 4096
+"""Rows whose outputs stay in the cache of a CPU from the selected inputs to the product."""
+
+
+class MixedLayer(Wrapper):
+    """A layer in which the samples of each pack pass the weight with its connections.
+
+    Samples of few packs: the connections of each pack are written into the one weight in memory for
+    the product of its samples, and what they overwrote is then written back, bit for bit.
+
+    Samples of many packs: the product with the backbone's weight is added to the selected inputs
+    times their pack's values, K per output. A convolution whose windows do not overlap, such as
+    that of a patch embedding, is a linear layer of its windows.
+    """
+
+    base: TunableLayer
+
+    def __init__(self, base: TunableLayer, name: str, network: SharedNetwork) -> None:
+        super().__init__(base)
+        self.name, self.network = name, network
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        batch, layer = self.network.batch, self.base
+        lanes = [] if batch is None else batch.lanes("connections")
+        if batch is None or not any(lane.has(self.name) for lane in lanes):
+            return apply_layer(layer, x, layer.weight, layer.bias)
+        rows = _rows(layer, x)
+        if rows is None or not self._are_many(lanes, rows.shape[:-1].numel()):
+            return self._product_per_pack(x, batch)
+        x_BRI = rows.reshape(len(batch.owners), -1, rows.shape[-1])
+        y = self._corrected(x_BRI, lanes).view(*rows.shape[:-1], -1)
+        if isinstance(layer, nn.Linear):
+            return y
+        return y.mT.unflatten(2, (x.shape[2] // layer.kernel_size[0], -1))
+
+    def _are_many(self, lanes: Sequence[Lane], rows: int) -> bool:
+        """Whether rows change packs so often that reading K inputs per output is faster than a
+        product and a change of weights per pack.
+        """
+        top_k, packs = max(lane.spec.top_k for lane in lanes), sum(lane.packs for lane in lanes)
+        return rows * top_k < ROWS_PER_PRODUCT * packs and all(lane.is_per_neuron for lane in lanes)
+
+    def _corrected(self, x_BRI: torch.Tensor, lanes: Sequence[Lane]) -> torch.Tensor:
+        """The product, [B, R, O], with what the connections of each sample's pack add."""
+        weight_OI, bias_O = self.base.weight.flatten(1), self.base.bias
+        columns_BOK, values_BOK = self._connections(lanes, len(x_BRI))
+        samples, rows, _ = x_BRI.shape
+        y_BRO = x_BRI.new_empty(samples, rows, len(weight_OI))
+        at_once = max(ROWS_AT_ONCE // rows, 1) if x_BRI.device.type == "cpu" else samples
+        for x, y, columns, values in zip(
+            *(each.split(at_once) for each in (x_BRI, y_BRO, columns_BOK, values_BOK)), strict=True
+        ):
+            first, *others = columns.unbind(2)
+            torch.gather(x, 2, first[:, None].expand(y.shape), out=y)
+            if bias_O is None:
+                y.mul_(values[:, None, :, 0])
+            else:
+                torch.addcmul(bias_O, y, values[:, None, :, 0], out=y)
+            for k, each in enumerate(others, start=1):
+                y.addcmul_(x.gather(2, each[:, None].expand(y.shape)), values[:, None, :, k])
+            y.flatten(0, 1).addmm_(x.flatten(0, 1), weight_OI.T)
+        return y_BRO
+
+    def _connections(self, lanes: Sequence[Lane], samples: int) -> tuple[torch.Tensor, ...]:
+        """The columns, int64, and the values of each sample's connections, [B, O, K]: of the
+        largest K of the batch, where connections that a pack lacks have a value of 0.
+        """
+        weight_OI = self.base.weight.flatten(1)
+        outputs, inputs = weight_OI.shape
+        shape = (samples, outputs, max(lane.spec.top_k for lane in lanes))
+        columns_BOK = torch.zeros(shape, dtype=torch.long, device=weight_OI.device)
+        values_BOK = weight_OI.new_zeros(shape)
+        for lane in lanes:
+            if lane.has(self.name):
+                columns_SN, values_SN = lane.indices(self.name) % inputs, lane.values(self.name)
+                columns_BOK = lane.change(columns_BOK, functools.partial(_padded, columns_SN))
+                values_BOK = lane.change(values_BOK, functools.partial(_padded, values_SN))
+        return columns_BOK, values_BOK
+
+    def _product_per_pack(self, x: torch.Tensor, batch: MixedBatch) -> torch.Tensor:
+        layer, parts = self.base, [part for part, _ in batch.runs("connections")]
+        rows = len(x) // len(batch.owners)
+        counts = [samples * rows for _, samples in batch.runs("connections")]
+        if not isinstance(layer, nn.Linear):
+            with closing(self._with_weight_of(parts, x.split(counts), batch)) as each:
+                changed = [apply_layer(layer, some, layer.weight, layer.bias) for some in each]
+            return torch.cat(changed)
+        y = x.new_empty(*x.shape[:-1], layer.out_features)
+        inputs, outputs, weight_IO = x.flatten(0, -2), y.flatten(0, -2), layer.weight.T
+        counts = [count * (len(inputs) // len(x)) for count in counts]
+        into = iter(outputs.split(counts))  # a copy of each product takes a tenth as long
+        with closing(self._with_weight_of(parts, inputs.split(counts), batch)) as each:
+            for some in each:
+                if layer.bias is None:
+                    torch.mm(some, weight_IO, out=next(into))
+                else:
+                    torch.addmm(layer.bias, some, weight_IO, out=next(into))
+        return y
+
+    def _with_weight_of(
+        self, parts: Sequence[FlatPart | None], inputs: Iterable[torch.Tensor], batch: MixedBatch
+    ) -> Generator[torch.Tensor]:
+        """Each of the inputs, while the weight has the connections of its part, if any."""
+        entries = self.base.weight.view(-1)
+        writes: dict[int, tuple[torch.Tensor, ...]] = {}
+        for lane in batch.lanes("connections"):
+            if lane.has(self.name):
+                index_PN, values_PN = lane.per_pack(self.name)
+                frozen_PN = entries[index_PN]
+                each = zip(index_PN, frozen_PN + values_PN, frozen_PN, strict=True)
+                writes.update(zip(map(id, lane.parts), each, strict=True))
+        for part, some in zip(parts, inputs, strict=True):
+            if (write := writes.get(id(part))) is None:
+                yield some
+                continue
+            index_N, changed_N, frozen_N = write
+            try:
+                entries.index_copy_(0, index_N, changed_N)
+                yield some
+            finally:
+                entries.index_copy_(0, index_N, frozen_N)
+
+
+def _padded(of_lane_SN: torch.Tensor, of_batch_SOK: torch.Tensor) -> torch.Tensor:
+    """A lane's connections as those of the batch, in which neurons may have more of them."""
+    samples, outputs, most = of_batch_SOK.shape
+    of_lane_SOK = of_lane_SN.view(samples, outputs, -1).to(of_batch_SOK.dtype)
+    return F.pad(of_lane_SOK, (0, most - of_lane_SOK.shape[2]))
+
+
+def _rows(layer: TunableLayer, x: torch.Tensor) -> torch.Tensor | None:
+    """What the neurons of a layer read, [..., I]: of a convolution, its windows [B, R, I]; None if
+    they overlap or are padded.
+    """
+    if isinstance(layer, nn.Linear):
+        return x
+    sizes, unpadded, dense = layer.kernel_size, (0, 0), (1, 1)
+    if (layer.stride, layer.padding, layer.dilation, layer.groups) != (sizes, unpadded, dense, 1):
+        return None
+    (high, wide), (height, width) = sizes, x.shape[2:]
+    whole = x[:, :, : height // high * high, : width // wide * wide]
+    windows = whole.unflatten(3, (-1, wide)).unflatten(2, (-1, high))
+    return windows.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
