@@ -51,7 +51,7 @@ LOG = logging.getLogger("taskpack")
 """One line per trial and fit that has ended. The command line prints them if there is no
 terminal.
 """
-SLACK = 1.3
+SLACK = 1.6
 """So many times the tasks that fill a cluster on average keep 95 % of it at work, as
 `benchmarks/scale.py` plays it.
 """
