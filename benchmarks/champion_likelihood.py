@@ -1,6 +1,6 @@
-"""What the champion's rule costs in accuracy and saves in bytes against the smallest pack within half
-a point of the best, and what it gains by comparing the likelihood of the right classes as well as
-the errors: by simulation on the kept trials of other benchmarks, or of any study.
+"""What the champion's rule costs in accuracy and saves in bytes against the smallest pack within
+half a point of the best, and what it gains by comparing the likelihood of the right classes as well
+as the errors: by simulation on the kept trials of other benchmarks, or of any study.
 
     python benchmarks/champion_likelihood.py NAME=FOLDER... [--draws 200]
 
