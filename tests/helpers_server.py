@@ -28,14 +28,16 @@ TOKEN = "let me in"
 
 @dataclass(frozen=True)
 class Shop:
-    """A registry in a work folder, and the packs registered in it by name; another, `foreign`, is
-    of another backbone.
+    """A registry in a work folder, and the packs of labels and of masks registered in it by name;
+    another, `foreign`, is of another backbone.
     """
 
     workdir: Path
     registry: Registry
     backbone: LoadedBackbone
     packs: dict[str, Pack]
+    maps: LoadedBackbone
+    masks: dict[str, Pack]
 
 
 def register_pack(
@@ -59,6 +61,7 @@ def register_pack(
         ledger=ledger(pack),
         metrics={"test_metric": 0.9, "val_metric": 0.9, "trained_values": 10},
         tags={
+            "kind": pack.metadata.kind,
             "backbone": "vit_tiny",
             "backbone_fingerprint": fingerprint or pack.metadata.backbone["fingerprint"],
         },

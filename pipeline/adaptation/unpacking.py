@@ -45,7 +45,7 @@ def decode(pack: Pack, backbone: LoadedBackbone) -> DecodedPack:
         PackDamaged: the pack's parts are not those its recipe plans.
     """
     meta = pack.metadata
-    _check_backbone(meta, backbone)
+    check_backbone(meta, backbone)
     recipe = _valid(Recipe, meta.recipe, "recipe")
     stored = {(part.name, spec.name): (part, spec) for part in pack.parts for spec in part.tensors}
     spec = _valid(Selection, meta.selection, "selection")
@@ -90,7 +90,8 @@ def _biases_left_frozen(
     return set() if any((each.part, each.name) in stored for each in others) else others
 
 
-def _check_backbone(meta: PackMetadata, backbone: LoadedBackbone) -> None:
+def check_backbone(meta: PackMetadata, backbone: LoadedBackbone) -> None:
+    """Raise PackBackboneMismatch unless the backbone's tensors and its input are the pack's."""
     wanted = meta.backbone
     if wanted["fingerprint"] != backbone.fingerprint:
         raise PackBackboneMismatch(

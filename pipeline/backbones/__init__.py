@@ -4,7 +4,7 @@ Imports: data, errors, specs, utils.
 """
 
 from pipeline.backbones.fingerprint import fingerprint
-from pipeline.backbones.load import LoadedBackbone, load_backbone, share
+from pipeline.backbones.load import LoadedBackbone, giving_maps, load_backbone, share
 from pipeline.backbones.maps import give_several_maps
 from pipeline.backbones.segment_anything import SegmentAnything
 
@@ -13,6 +13,7 @@ __all__ = [
     "SegmentAnything",
     "fingerprint",
     "give_several_maps",
+    "giving_maps",
     "load_backbone",
     "share",
 ]

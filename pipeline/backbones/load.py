@@ -19,7 +19,7 @@ import json
 import os
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +123,18 @@ def load_backbone(spec: Backbone, task_input: Input, *, gives_maps: bool = False
             model cannot take, or a model without maps.
     """
     return _load_cached(spec.model_dump_json(), task_input.model_dump_json(), gives_maps)
+
+
+def giving_maps(backbone: LoadedBackbone) -> LoadedBackbone:
+    """A pooling backbone as one that gives maps, in the same memory. Raises BackboneError for a
+    model without maps.
+    """
+    model = backbone.fresh_model()
+    give_maps(model, backbone.spec.model)
+    with torch.no_grad():
+        shape = model(torch.zeros(1, *backbone.takes.shape)).shape
+    _check_features(shape, backbone.spec.model, gives_maps=True)
+    return replace(backbone, model=model, width=int(shape[1]), gives_maps=True)
 
 
 def share(backbone: LoadedBackbone, path: Path) -> None:

@@ -144,7 +144,7 @@ def predict(
     images = images or []
     if is_all:
         if folder is not None:
-            raise SpecError("--out: packs that answer --all predict no masks; leave it out")
+            raise SpecError("--out: writes the masks of one pack; give its name, and no --all")
         _predict_all([Path(reference), *images], backbone, device, workdir, as_json)
         return
     if not images:
@@ -189,6 +189,8 @@ def _predict_all(
         {column: str(image), "task": name, **answer}
         for (image, name), answer in zip(asked, answers, strict=True)
     ]
+    for row in rows:
+        row.pop("mask", None)
     if as_json:
         print_json(rows)
         return

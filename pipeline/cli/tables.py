@@ -267,19 +267,30 @@ def predictions_table(rows: Sequence[dict[str, Any]]) -> Table:
 
 
 def all_predictions_table(rows: Sequence[dict[str, Any]]) -> Table:
-    """One row per image or cloud and task: the label, or every label, with its probability."""
+    """One row per image or cloud and task: the label, or every label, with its probability; of a
+    segmentation pack every class of the mask with its share of the pixels.
+    """
     column = next(iter(rows[0]))
     built = table(column, "task", "answer", numbers_from=3)
     has_sets = any("set" in row for row in rows)
     if has_sets:
         built.add_column("set")
     for row in rows:
-        shares = row.get("probabilities") or {row.get("label"): row.get("probability")}
-        labels = row["labels"] if "labels" in row else [row["label"]]
-        said = ", ".join(f"{label} {shares[label]:.3f}" for label in labels) or "-"
+        said = ", ".join(f"{name} {share:.3f}" for name, share in _said(row).items()) or "-"
         sets = [", ".join(row.get("set", [])) or "-"] if has_sets else []
         built.add_row(row[column], row["task"], said, *sets)
     return built
+
+
+def _said(row: dict[str, Any]) -> dict[str, float]:
+    """What a row says: its label or labels with their probabilities, or classes with their shares
+    of the pixels.
+    """
+    if "areas" in row:
+        return {name: share for name, share in row["areas"].items() if share}
+    if "labels" in row:
+        return {label: row["probabilities"][label] for label in row["labels"]}
+    return {row["label"]: row["probability"]}
 
 
 def _areas_table(rows: Sequence[dict[str, Any]]) -> Table:

@@ -32,6 +32,7 @@ _TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 """The transposition that makes an image upright, by its EXIF orientation."""
+_TURNS_ON_SIDE = tuple(_TURNS[orientation] for orientation in (5, 6, 7, 8))
 _NO_WARNINGS = ("ignore", None, Warning, re.compile(r"PIL\."), 0)
 """The filter as Python keeps it: action, message, category, module, line."""
 
@@ -46,12 +47,24 @@ def decode_image(
     read; transparency is dropped. Raises DataError, whose message names the image `name` (default:
     its path).
     """
+    return decode_sized(source, size_px, name)[0]
+
+
+def decode_sized(
+    source: bytes | str | os.PathLike[str] | Image.Image, size_px: int, name: str = ""
+) -> tuple[np.ndarray, tuple[int, int]]:
+    """What `decode_image` gives, and the height and width that the upright image has itself."""
     name = name or (str(source) if isinstance(source, (str, os.PathLike)) else "image")
     content = _content(source, name) if isinstance(source, (str, os.PathLike)) else source
     with _named_faults(content, name):
-        image = _open(content, 2 * size_px) if isinstance(content, bytes) else content
+        if isinstance(content, bytes):
+            image, (width, height) = _open(content, 2 * size_px)
+        else:
+            image, (width, height) = content, content.size
+        if _turn(image) in _TURNS_ON_SIDE:
+            width, height = height, width
         square = _to_rgb(_upright(image)).resize((size_px, size_px), Image.Resampling.BICUBIC)
-    return np.ascontiguousarray(np.asarray(square).transpose(2, 0, 1))
+    return np.ascontiguousarray(np.asarray(square).transpose(2, 0, 1)), (height, width)
 
 
 def open_image(source: bytes | str | os.PathLike[str] | Image.Image, name: str = "") -> Image.Image:
@@ -59,7 +72,7 @@ def open_image(source: bytes | str | os.PathLike[str] | Image.Image, name: str =
     name = name or (str(source) if isinstance(source, (str, os.PathLike)) else "image")
     content = _content(source, name) if isinstance(source, (str, os.PathLike)) else source
     with _named_faults(content, name):
-        return _upright(_open(content) if isinstance(content, bytes) else content)
+        return _upright(_open(content)[0] if isinstance(content, bytes) else content)
 
 
 def rgb_image(source: bytes | str | os.PathLike[str] | Image.Image, name: str = "") -> Image.Image:
@@ -108,10 +121,10 @@ def _ignore_warnings() -> None:
         warnings.filterwarnings("ignore", module=_NO_WARNINGS[3].pattern)
 
 
-def _open(content: bytes, least_px: int | None = None) -> Image.Image:
+def _open(content: bytes, least_px: int | None = None) -> tuple[Image.Image, tuple[int, int]]:
     """Load an image; a JPEG as small as still covers `least_px` in both directions, if that is
-    given. A PNG that cannot be read is tried again without its metadata, because Pillow rejects a
-    PNG with a text of over a megabyte.
+    given. Its own width and height are returned, too. A PNG that cannot be read is tried again
+    without its metadata, because Pillow rejects a PNG with a text of over a megabyte.
     """
     try:
         return _loaded(content, least_px)
@@ -121,12 +134,12 @@ def _open(content: bytes, least_px: int | None = None) -> Image.Image:
         return _loaded(_png_without_metadata(content))
 
 
-def _loaded(content: bytes, least_px: int | None = None) -> Image.Image:
+def _loaded(content: bytes, least_px: int | None = None) -> tuple[Image.Image, tuple[int, int]]:
     image = Image.open(io.BytesIO(content), formats=readable_formats())
-    if least_px is not None:
-        image.draft(None, (least_px, least_px))
+    size = image.size
+    is_draft = least_px is not None and image.draft(None, (least_px, least_px)) is not None
     image.load()
-    return image
+    return image, size if is_draft else image.size  # loading turns a TIFF upright
 
 
 def _png_without_metadata(content: bytes) -> bytes:
@@ -141,12 +154,17 @@ def _png_without_metadata(content: bytes) -> bytes:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """Apply the EXIF orientation of an image; damaged EXIF data are ignored."""
-    try:
-        turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
-    except Exception:  # as many kinds as there are ways to damage EXIF data
-        return image
+    """Apply the EXIF orientation of an image."""
+    turn = _turn(image)
     return image if turn is None else image.transpose(turn)
+
+
+def _turn(image: Image.Image) -> Image.Transpose | None:
+    """What makes an image upright, if its EXIF data say so; damaged ones are ignored."""
+    try:
+        return _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # as many kinds as there are ways to damage EXIF data
+        return None
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

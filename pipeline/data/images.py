@@ -12,7 +12,7 @@ from PIL import Image
 from torch import nn
 
 from pipeline.data.augment import augment_with
-from pipeline.data.decode import decode_image
+from pipeline.data.decode import decode_image, decode_sized
 from pipeline.data.formats import EXPECTED, IMAGE_EXTENSIONS
 from pipeline.data.modality import Modality
 from pipeline.errors import DataError
@@ -74,6 +74,10 @@ class Images(Modality):
     def decode(self, source: Any, name: str = "") -> np.ndarray:
         """See `decode_image`; arrays are uint8 [H, W, 3]."""
         return decode_image(as_picture(source, name), self.size_px, name)
+
+    def decode_sized(self, source: Any, name: str = "") -> tuple[np.ndarray, tuple[int, int]]:
+        """What `decode` gives, and the image's own height and width."""
+        return decode_sized(as_picture(source, name), self.size_px, name)
 
     @property
     def key(self) -> str:

@@ -108,5 +108,7 @@ class TaskKind(Protocol):
         ...
 
     def predictions(self, outputs: torch.Tensor, classes: Sequence[str]) -> list[dict[str, Any]]:
-        """One dictionary with `columns` per row of outputs [B, ...], as `predict` prints it."""
+        """One dictionary with `columns` per row of outputs [B, ...], as `predict` prints it; of a
+        dense kind per mask of class numbers, uint8 [B, H, W], in the size of its image.
+        """
         ...

@@ -76,16 +76,13 @@ class Segmentation:
 
     def predictions(self, outputs: torch.Tensor, classes: Sequence[str]) -> list[dict[str, Any]]:
         """`areas`, the fraction of pixels of each class, and `mask`, class numbers as a PNG."""
-        masks = outputs.argmax(dim=1).to(torch.uint8)
-        return [
-            {
-                "areas": {
-                    name: float((mask == k).float().mean()) for k, name in enumerate(classes)
-                },
-                "mask": _as_png(mask),
-            }
-            for mask in masks
-        ]
+        rows = []
+        for mask in outputs:
+            pixels = torch.bincount(mask.flatten(), minlength=len(classes)).tolist()
+            shares = [count / mask.numel() for count in pixels]
+            areas = dict(zip(classes, shares, strict=True))
+            rows.append({"areas": areas, "mask": _as_png(mask)})
+        return rows
 
 
 def _cross_entropy_dice(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import re
 import time
 from collections.abc import AsyncIterator, Callable
@@ -22,10 +23,10 @@ from pipeline.errors import (
     SpecError,
     TaskpackError,
 )
-from pipeline.registry.pack_record import RegisteredPack
+from pipeline.registry.pack_record import KIND_TAG, RegisteredPack
 from pipeline.server.batcher import Busy, Closed
 from pipeline.server.bodies import decode_images, read_requests
-from pipeline.server.engine import Engine
+from pipeline.server.engine import Engine, TooManyPixels
 from pipeline.server.guard import Guard, Refused, refusal
 from pipeline.server.image_urls import ImageUrls
 from pipeline.server.openapi import ANSWER, MANY_BODY, ONE_BODY
@@ -34,6 +35,7 @@ from pipeline.server.page import add_page
 _NAME = re.compile(r"[^/@:'\"`%\\\x00-\x1f]{1,200}(?:@[\w.-]{1,100})?")
 _STATUSES: tuple[tuple[type[TaskpackError], int], ...] = (
     (Busy, 429),
+    (TooManyPixels, 413),
     (Closed, 503),
     (RegistryUnreachable, 503),
     (RegistryRefused, 502),
@@ -83,7 +85,9 @@ def _add_predictions(app: FastAPI, engine: Engine) -> None:
         rows = await asyncio.gather(*map(asyncio.wrap_future, futures))
         for name in dict.fromkeys(names):
             engine.metrics.observe_images(name, names.count(name))
-        predictions = [{"task": name, **row} for name, row in zip(names, rows, strict=True)]
+        predictions = [
+            {"task": name, **_as_json(row)} for name, row in zip(names, rows, strict=True)
+        ]
         return JSONResponse({"predictions": predictions, "seconds": time.monotonic() - began})
 
     @app.post("/v1/tasks/{name}:predict", openapi_extra=ONE_BODY, responses=ANSWER)
@@ -113,7 +117,8 @@ def _add_tasks(app: FastAPI, engine: Engine) -> None:
 
     @app.get("/v1/tasks/{name}")
     def task(name: str) -> dict[str, Any]:
-        """Show the pack that is served for a task: its numbers, and its bytes by part."""
+        """Show the pack that is served for a task: its numbers, its bytes by part and, once it is
+        loaded, its classes in order."""
         _check_name(name)
         pack = engine.served(name)
         parts = {
@@ -122,7 +127,14 @@ def _add_tasks(app: FastAPI, engine: Engine) -> None:
             if key.startswith("bytes_")
         }
         metrics = {key: value for key, value in pack.metrics.items() if "bytes" not in key}
-        return {**_summary(pack), "metrics": metrics, "bytes": parts, "recipe": pack.params}
+        resident = engine.host.packs.resident(name)
+        return {
+            **_summary(pack),
+            "classes": None if resident is None else resident.metadata.classes,
+            "metrics": metrics,
+            "bytes": parts,
+            "recipe": pack.params,
+        }
 
 
 def _add_operations(app: FastAPI, engine: Engine) -> None:
@@ -143,11 +155,20 @@ def _summary(pack: RegisteredPack) -> dict[str, Any]:
         "name": pack.name,
         "version": pack.version,
         "aliases": pack.aliases,
+        "kind": pack.tags.get(KIND_TAG),
         "metric": pack.metric,
         "test_metric": pack.metrics.get("test_metric"),
         "size_bytes": pack.size_bytes,
         "digest": pack.pack_digest,
         "backbone": pack.tags.get("backbone"),
+    }
+
+
+def _as_json(row: dict[str, Any]) -> dict[str, Any]:
+    """A prediction whose bytes are base64."""
+    return {
+        key: base64.b64encode(value).decode() if isinstance(value, bytes) else value
+        for key, value in row.items()
     }
 
 

@@ -9,13 +9,12 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
 
-import numpy as np
-
 from pipeline.errors import ServerError
 from pipeline.serving.host import PackHost
 from pipeline.serving.residency import ResidentPack
+from pipeline.serving.samples import Decoded
 
-_Waiting = tuple[ResidentPack, np.ndarray, Future[dict[str, Any]]]
+_Waiting = tuple[ResidentPack, Decoded, Future[dict[str, Any]]]
 
 
 class Busy(ServerError):
@@ -56,9 +55,7 @@ class Batcher:
         """Images that wait."""
         return len(self._waiting)
 
-    def submit(
-        self, requests: list[tuple[ResidentPack, np.ndarray]]
-    ) -> list[Future[dict[str, Any]]]:
+    def submit(self, requests: list[tuple[ResidentPack, Decoded]]) -> list[Future[dict[str, Any]]]:
         """Queue decoded images, all or none. Raises Busy or Closed."""
         with self._changed:
             if self._is_closed:

@@ -13,7 +13,6 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 from PIL import Image
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
@@ -24,7 +23,7 @@ from pipeline.errors import DataError
 from pipeline.server.guard import Refused
 from pipeline.server.image_urls import ImageUrl, ImageUrls
 from pipeline.server.settings import Limits
-from pipeline.serving.predictor import decoded
+from pipeline.serving.samples import Decoded, decoded
 
 Asked = tuple[str, bytes | ImageUrl]
 """A task's reference and an encoded image."""
@@ -125,9 +124,9 @@ def _decoded_base64(text: str) -> bytes:
 
 def decode_images(
     asked: list[Asked], takes: Images, limits: Limits, urls: ImageUrls
-) -> list[np.ndarray]:
+) -> list[Decoded]:
     """The images as uint8 [3, S, S]; the same image is read and decoded once. Raises Refused."""
-    known: dict[int | ImageUrl, np.ndarray] = {}
+    known: dict[int | ImageUrl, Decoded] = {}
     deadline = time.monotonic() + limits.body_seconds
     for number, (_, content) in enumerate(asked):
         if _key(content) not in known:
@@ -143,7 +142,7 @@ def _key(content: bytes | ImageUrl) -> int | ImageUrl:
     return content if isinstance(content, ImageUrl) else id(content)
 
 
-def _decode(content: bytes, number: int, takes: Images, limits: Limits) -> np.ndarray:
+def _decode(content: bytes, number: int, takes: Images, limits: Limits) -> Decoded:
     try:
         with Image.open(io.BytesIO(content)) as image:
             is_too_large = image.width * image.height > limits.image_pixels

@@ -30,12 +30,16 @@ class Client:
     def predict(
         self, tasks: str | Sequence[str], images: Sequence[Path | str | bytes]
     ) -> list[dict[str, Any]]:
-        """Predictions of each image for each task, the tasks of the first image first; images are
-        paths, encoded bytes, or URLs that the server may read. Raises ServerError.
+        """Predictions of each image for each task, the tasks of the first image first, as
+        `Predictor.predict` gives them; images are paths, encoded bytes, or URLs that the server may
+        read. Raises ServerError.
         """
         names = [tasks] if isinstance(tasks, str) else list(tasks)
         content = {"tasks": names, "images": [_sent(image) for image in images]}
         predictions: list[dict[str, Any]] = self._ask("/v1/predict", content)["predictions"]
+        for row in predictions:
+            if "mask" in row:
+                row["mask"] = base64.b64decode(row["mask"])
         return predictions
 
     def tasks(self, limit: int = 50, after: str | None = None) -> dict[str, Any]:

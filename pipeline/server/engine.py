@@ -7,9 +7,14 @@ import threading
 from concurrent.futures import Future
 from typing import Any
 
-import numpy as np
-
-from pipeline.errors import BackboneError, RegistryError, RegistryUnreachable, TaskpackError, named
+from pipeline.errors import (
+    BackboneError,
+    RegistryError,
+    RegistryUnreachable,
+    ServerError,
+    TaskpackError,
+    named,
+)
 from pipeline.packs import read_pack
 from pipeline.registry.pack_record import RegisteredPack
 from pipeline.registry.store import open_registry
@@ -19,8 +24,15 @@ from pipeline.server.metrics import Metrics
 from pipeline.server.settings import Settings
 from pipeline.serving.host import PackHost
 from pipeline.serving.predictor import load_backbone_of
+from pipeline.serving.samples import Decoded
 
 _log = logging.getLogger(__name__)
+_MASKS_AT_ONCE = 8
+"""Images whose masks are answered together: they pass one by one, so that more gain little."""
+
+
+class TooManyPixels(ServerError):
+    """The masks that a request asks for are too large."""
 
 
 class Engine:
@@ -58,32 +70,59 @@ class Engine:
         )
         for task in tasks:
             self.host.packs.get(task)
-        self._batcher = Batcher(
-            self.host,
-            batch_images=settings.batch_images,
-            wait_seconds=settings.wait_seconds,
-            most_waiting=settings.limits.waiting_images,
-            observe=self.metrics.observe_batch,
-        )
+        self._batcher = self._open_batcher(settings.batch_images)
+        # Of their own, because the mask of a large image takes as long as many labels.
+        self._masks = self._open_batcher(min(settings.batch_images, _MASKS_AT_ONCE))
         self._stopped = threading.Event()
         self._watcher = threading.Thread(target=self._watch, name="watcher", daemon=True)
         self._watcher.start()
 
-    def submit(self, requests: list[tuple[str, np.ndarray]]) -> list[Future[dict[str, Any]]]:
+    def _open_batcher(self, batch_images: int) -> Batcher:
+        return Batcher(
+            self.host,
+            batch_images=batch_images,
+            wait_seconds=self.settings.wait_seconds,
+            most_waiting=self.settings.limits.waiting_images,
+            observe=self.metrics.observe_batch,
+        )
+
+    def submit(self, requests: list[tuple[str, Decoded]]) -> list[Future[dict[str, Any]]]:
         """Queue decoded images, each with the reference of its pack, which is loaded if need be.
 
         Raises:
             RegistryError: there is no such pack.
             PackError: it cannot be used on this backbone.
+            TooManyPixels: the masks would be too large.
             Busy: too many images wait.
             Closed: the engine is closed.
         """
         packs = {name: self.host.packs.get(name) for name in dict.fromkeys(n for n, _ in requests)}
-        return self._batcher.submit([(packs[name], image) for name, image in requests])
+        asked = [(packs[name], image) for name, image in requests]
+        self._check_masks([image for pack, image in asked if pack.is_dense])
+        found: dict[int, Future[dict[str, Any]]] = {}
+        try:
+            for batcher, are_dense in ((self._batcher, False), (self._masks, True)):
+                numbers = [n for n, (pack, _) in enumerate(asked) if pack.is_dense == are_dense]
+                futures = batcher.submit([asked[number] for number in numbers])
+                found |= zip(numbers, futures, strict=True)
+        except ServerError:
+            for future in found.values():
+                future.cancel()
+            raise
+        return [found[number] for number in range(len(asked))]
+
+    def _check_masks(self, images: list[Decoded]) -> None:
+        most = self.settings.limits.mask_pixels
+        pixels = sum(height * width for height, width in (image.size for image in images))
+        if pixels > most:
+            raise TooManyPixels(
+                f"masks of {pixels:,} pixels asked for; at most {most:,} at once: scale the images"
+                " down, or send fewer"
+            )
 
     def describe(self) -> bytes:
         """The metrics, in Prometheus' text format."""
-        return self.metrics.text(self._batcher.waiting, self.host.packs)
+        return self.metrics.text(self._batcher.waiting + self._masks.waiting, self.host.packs)
 
     def served(self, name: str) -> RegisteredPack:
         """The version that requests for a name get. Raises RegistryError."""
@@ -111,6 +150,7 @@ class Engine:
         """Predict what waits, and stop."""
         self._stopped.set()
         self._batcher.close()
+        self._masks.close()
         self._watcher.join()
 
     def _watch(self) -> None:

@@ -44,10 +44,31 @@ MANY_BODY = _body(
 )
 """Images of several tasks: each image for each of `tasks`, or image by image."""
 _ERROR = {"type": "object", "properties": {"error": {"type": "string"}}}
+_SHARE = {"type": "number", "minimum": 0, "maximum": 1}
+_BY_CLASS = {"type": "object", "additionalProperties": _SHARE}
+_NAMES = {"type": "array", "items": {"type": "string"}}
 _PREDICTION = {
     "type": "object",
-    "description": "Its task, and what the task's kind says: label and probability, or labels.",
-    "properties": {"task": {"type": "string"}},
+    "description": (
+        "Its task, and what the task's kind says. classification: label, probability and, of a"
+        " pack with a coverage, set; multilabel: labels and probabilities; segmentation: areas and"
+        " mask."
+    ),
+    "properties": {
+        "task": {"type": "string"},
+        "label": {"type": "string"},
+        "probability": _SHARE,
+        "set": {**_NAMES, "description": "The classes that are probable enough."},
+        "labels": _NAMES,
+        "probabilities": _BY_CLASS,
+        "areas": {**_BY_CLASS, "description": "The share of pixels of each class, in order."},
+        "mask": {
+            "type": "string",
+            "format": "byte",
+            "description": "A PNG of class numbers in the image's own size, as base64.",
+        },
+    },
+    "required": ["task"],
     "additionalProperties": True,
 }
 _PREDICTIONS = {
@@ -63,7 +84,7 @@ _REFUSALS = {
     403: "The server reads no images from this URL.",
     404: "There is no such pack.",
     409: "The pack cannot be used on this server's backbone.",
-    413: "The body or an image is too large.",
+    413: "The body, an image or the masks asked for are too large.",
     422: "Something is no image.",
     429: "Too much is under way; Retry-After says when to come back.",
     503: "The server ends, or its registry is unreachable.",

@@ -12,6 +12,7 @@ _FILES = {
     "/": ("index.html", "text/html"),
     "/page.css": ("page.css", "text/css"),
     "/page.js": ("page.js", "text/javascript"),
+    "/masks.js": ("masks.js", "text/javascript"),
 }
 PATHS = tuple(_FILES)
 _POLICY = (

@@ -13,12 +13,14 @@ class Limits:
     """What a server accepts, so that no request, and no number of requests, exhausts it.
 
     request_bytes: of one request's body; waiting_bytes: of the bodies of all requests under way.
-    waiting_images: decoded and not yet predicted. body_seconds: for a body to arrive.
+    mask_pixels: of all masks that one request asks for. waiting_images: decoded and not yet
+    predicted. body_seconds: for a body to arrive.
     """
 
     request_bytes: int = 16 * 1024**2
     waiting_bytes: int = 256 * 1024**2
     image_pixels: int = 25_000_000
+    mask_pixels: int = 50_000_000
     images: int = 256
     waiting_images: int = 1024
     header_bytes: int = 16 * 1024

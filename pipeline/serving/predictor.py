@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
-from torch.nn import functional
 
 from pipeline.adaptation import AdaptedModel
 from pipeline.adaptation.packing import from_pack
 from pipeline.backbones import LoadedBackbone, load_backbone
 from pipeline.backbones.known import recall
-from pipeline.data import open_image
-from pipeline.data.images import as_picture
-from pipeline.data.modality import Modality
 from pipeline.errors import BackboneError, PackError
 from pipeline.kinds import TaskKind, kind_named
 from pipeline.packs import Pack, PackMetadata, read_pack
 from pipeline.serving.answers import SET_COLUMN, answers
+from pipeline.serving.masks import dense_logits, mask_answer
+from pipeline.serving.samples import Sample, decoded
 from pipeline.specs import Backbone, Input
 from pipeline.specs.catalogue import catalogue_folder
 from pipeline.specs.yaml_files import load_spec
@@ -29,7 +26,6 @@ from pipeline.utils.devices import choose_device, exact_float32
 
 PREDICT_BATCH = 64
 """Images decoded and classified at a time: enough to fill a GPU, and few enough for any memory."""
-Sample = Path | str | bytes | Image.Image | np.ndarray
 
 
 class Predictor:
@@ -55,14 +51,21 @@ class Predictor:
         images or uint8 arrays [H, W, 3]; of point clouds given as paths, a file's bytes or arrays
         [N, 3 or 6]. Raises DataError.
         """
-        logits = [self._logits(batch) for batch in _batches(images)]
-        return torch.cat(logits) if logits else torch.zeros(0, len(self.metadata.classes))
+        if not images:
+            return torch.zeros(0, len(self.metadata.classes))
+        takes = self.backbone.takes
+        if self.kind.is_dense:
+            samples = (decoded(image, number, takes) for number, image in enumerate(images))
+            return torch.stack([dense_logits(self.model, sample) for sample in samples])
+        starts = range(0, len(images), PREDICT_BATCH)
+        return torch.cat([self._logits(images, start) for start in starts])
 
     @exact_float32()
     @torch.inference_mode()
-    def _logits(self, batch: Sequence[tuple[int, Sample]]) -> torch.Tensor:
-        """Logits [B, C], on the CPU, of one batch."""
-        arrays = [decoded(image, number, self.backbone.takes) for number, image in batch]
+    def _logits(self, images: Sequence[Sample], start: int) -> torch.Tensor:
+        """Logits [B, C], on the CPU, of the batch that begins with image `start`."""
+        batch = enumerate(images[start : start + PREDICT_BATCH], start)
+        arrays = [decoded(image, number, self.backbone.takes).array for number, image in batch]
         return self.model(torch.from_numpy(np.stack(arrays)).to(self.device)).cpu()
 
     def predict(self, images: Sequence[Sample]) -> list[dict[str, Any]]:
@@ -75,30 +78,15 @@ class Predictor:
                 classes by name. segmentation: `areas`, the fraction of pixels of each class, and
                 `mask`, a PNG of class numbers in the image's own size.
         """
+        classes = self.metadata.classes
         if not self.kind.is_dense:
             logits = self.logits(images)
-            return answers(self.kind, self.metadata.classes, self.calibration, logits)
-        return [
-            self._dense(logits, image, number)
-            for batch in _batches(images)
-            for logits, (number, image) in zip(self._logits(batch), batch, strict=True)
-        ]
-
-    def _dense(self, logits: torch.Tensor, image: Sample, number: int) -> dict[str, Any]:
-        """The prediction of an image from its logits [C, S, S], interpolated to its own size."""
-        name = _name(image, number, "image")
-        width, height = open_image(as_picture(image, name), name).size
-        logits = functional.interpolate(
-            logits[None], (height, width), mode="bilinear", align_corners=False
-        )
-        return self.kind.predictions(logits, self.metadata.classes)[0]
-
-
-def _batches(images: Sequence[Sample]) -> Iterator[list[tuple[int, Sample]]]:
-    """Images with their numbers, PREDICT_BATCH at a time."""
-    numbered = list(enumerate(images))
-    for start in range(0, len(numbered), PREDICT_BATCH):
-        yield numbered[start : start + PREDICT_BATCH]
+            return answers(self.kind, classes, self.calibration, logits)
+        rows = []
+        for number, image in enumerate(images):
+            sample = decoded(image, number, self.backbone.takes)
+            rows.append(mask_answer(self.kind, classes, dense_logits(self.model, sample), sample))
+        return rows
 
 
 def kind_of(metadata: PackMetadata) -> TaskKind:
@@ -110,19 +98,6 @@ def kind_of(metadata: PackMetadata) -> TaskKind:
             f"the pack of task {metadata.task!r} is of kind {metadata.kind!r}, which this taskpack"
             " does not know; upgrade taskpack"
         ) from None
-
-
-def decoded(image: Sample, number: int, takes: Modality, noun: str | None = None) -> np.ndarray:
-    """The sample as a network `takes` it; errors call one without a path `noun` and its number.
-    Raises DataError.
-    """
-    noun = noun or takes.noun
-    return takes.decode(image, _name(image, number, noun))
-
-
-def _name(sample: Sample, number: int, noun: str) -> str:
-    """What errors call a sample without a path."""
-    return "" if isinstance(sample, Path | str) else f"{noun} {number}"
 
 
 def load_predictor(
@@ -157,12 +132,13 @@ def load_backbone_of(metadata: PackMetadata, weights: str | None = None) -> Load
     spec = Backbone(
         model=metadata.backbone["model"], arguments=metadata.backbone["arguments"], weights=weights
     )  # type: ignore[arg-type]
-    return load_backbone(
-        spec,
-        Input.model_validate(
-            {key: value for key, value in metadata.input if key in Input.model_fields}
-        ),
-        gives_maps=kind_of(metadata).is_dense,
+    return load_backbone(spec, input_of(metadata), gives_maps=kind_of(metadata).is_dense)
+
+
+def input_of(metadata: PackMetadata) -> Input:
+    """The input that a pack's task gives its backbone."""
+    return Input.model_validate(
+        {key: value for key, value in metadata.input if key in Input.model_fields}
     )
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pipeline.adaptation import AdaptedModel
 from pipeline.adaptation.flat import FlatPack
 from pipeline.packs import Calibration, PackMetadata
+from pipeline.serving.predictor import kind_of
 from pipeline.utils.byte_cache import ByteCache
 
 
@@ -25,6 +26,11 @@ class ResidentPack:
     form: FlatPack | AdaptedModel
     size_bytes: int
     calibration: Calibration | None = None
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether it says a class for each pixel."""
+        return kind_of(self.metadata).is_dense
 
 
 class ResidentPacks:

@@ -154,6 +154,8 @@ def _check_kept(kind: TaskKind, annotations: Annotations, outputs: torch.Tensor)
 
 def _check_predictions(kind: TaskKind, outputs: torch.Tensor) -> None:
     classes = [f"class {number}" for number in range(_CLASSES)]
+    if kind.is_dense:
+        outputs = outputs.argmax(dim=1).to(torch.uint8)
     rows = kind.predictions(outputs, classes)
     assert len(rows) == len(outputs), "expected a prediction per row"
     assert kind.predictions(outputs[:0], classes) == [], "expected no predictions of no images"

@@ -72,6 +72,7 @@ def _outputs(
     """Each sample's encoded image, its mask [H, W], and its logits [1, C, H, W] on the CPU."""
     for image, mask in stored_samples(index_folder, split):
         pixels = torch.from_numpy(takes.decode(image))[None]
-        logits = model.logits_of(model.inputs_of(pixels)).float()
+        # Contiguous, so that they are rounded as those of `predict`, which come class by class.
+        logits = model.logits_of(model.inputs_of(pixels)).float().contiguous()
         whole = functional.interpolate(logits, mask.shape, mode="bilinear", align_corners=False)
         yield image, mask, whole.cpu()

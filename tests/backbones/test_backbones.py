@@ -16,7 +16,15 @@ import torch
 from helpers_cases import for_every
 from safetensors.torch import save_file
 
-from pipeline.backbones import fingerprint, known, load, load_backbone, share
+from pipeline.backbones import (
+    fingerprint,
+    give_several_maps,
+    giving_maps,
+    known,
+    load,
+    load_backbone,
+    share,
+)
 from pipeline.errors import BackboneError
 from pipeline.specs import Backbone, Input
 
@@ -173,6 +181,30 @@ def state(tiny_backbone: Backbone) -> dict[str, torch.Tensor]:
 
 def loaded(spec: Backbone, path: Path) -> dict[str, torch.Tensor]:
     return load_backbone(spec.model_copy(update={"weights": str(path)}), SIZE).model.state_dict()
+
+
+@for_every("family", FAMILIES)
+def test_maps_of_a_pooling_backbone_are_those_of_one_loaded_for_maps(
+    family: str, families: dict[str, Backbone]
+) -> None:
+    task_input = Input(size_px=64 if family == "vit" else 32)  # the positions are resampled
+    pooling = load_backbone(families[family], task_input)
+    made, loaded = (
+        giving_maps(pooling),
+        load_backbone(families[family], task_input, gives_maps=True),
+    )
+    assert (made.gives_maps, made.width) == (True, loaded.width)
+    assert made.fingerprint == loaded.fingerprint
+    assert made.model.state_dict().keys() == loaded.model.state_dict().keys()
+    image = made.takes.noise(2)
+    for count in (1, 3):
+        both = made.fresh_model(), loaded.fresh_model()
+        for model in both:
+            give_several_maps(model, count)
+        assert torch.equal(both[0](image), both[1](image))
+    assert pooling.model(image).shape == (2, pooling.width), "the pooling one is as it was"
+    own = {tensor.data_ptr() for tensor in pooling.model.parameters()}
+    assert {tensor.data_ptr() for tensor in made.model.parameters()} <= own
 
 
 def test_a_checkpoint_is_read_without_its_classifier(

@@ -10,7 +10,8 @@ import pytest
 from helpers_cases import for_every
 from PIL import Image
 
-from pipeline.data import decode_image
+from pipeline.data import decode_image, open_image
+from pipeline.data.decode import decode_sized
 from pipeline.errors import DataError
 
 RGB = np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8)
@@ -77,6 +78,19 @@ def test_cmyk_jpeg() -> None:
         encode(Image.new("RGB", (8, 8), (200, 30, 30)).convert("CMYK"), "JPEG"), 8
     )
     assert np.abs(decoded.mean(axis=(1, 2)) - [200, 30, 30]).max() < 12
+
+
+@pytest.mark.parametrize("name", ["PNG", "JPEG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_an_image_keeps_its_own_size(name: str, orientation: int) -> None:
+    """Though a JPEG is decoded at a part of it, and turned on its side."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    content = encode(Image.new("RGB", (203, 131)), name, exif=exif)
+    square, size = decode_sized(content, 16)
+    assert square.shape == (3, 16, 16)
+    width, height = open_image(content).size
+    assert size == (height, width) == ((131, 203) if orientation < 5 else (203, 131))
 
 
 def test_exif_orientation_is_applied() -> None:

@@ -18,7 +18,7 @@ from pipeline.backbones.known import remember
 from pipeline.data import evaluation_batches, prepare
 from pipeline.data.drawn_shapes import SHAPES, draw_shapes
 from pipeline.driver.evaluation import _check_has_masks
-from pipeline.errors import ExportError, PackError, SpecError
+from pipeline.errors import ExportError, SpecError
 from pipeline.exchange.merged_checkpoint import export_checkpoint
 from pipeline.exchange.onnx import export_onnx
 from pipeline.kinds import kind_named, metric_named
@@ -246,12 +246,12 @@ def test_a_format_without_masks_is_refused(inputs: Inputs, tmp_path: Path) -> No
         export_checkpoint(read_pack(result / PACK_FILE), inputs.backbone, tmp_path / "timm")
 
 
-def test_it_is_not_mixed_with_packs_of_labels(
-    inputs: Inputs, fitted: tuple[Path, FitResult]
+def test_a_host_of_many_packs_gives_the_same_masks(
+    inputs: Inputs, fitted: tuple[Path, FitResult], predictor: Predictor
 ) -> None:
     host = PackHost(inputs.backbone, lambda name: (fitted[0] / PACK_FILE).read_bytes())
-    with pytest.raises(PackError, match=r"'shapes' is of kind 'segmentation'.*load it alone"):
-        host.predict([("shapes", np.zeros((8, 8, 3), np.uint8))])
+    images = [draw_shapes(side, np.random.default_rng(side))[0] for side in (24, 70)]
+    assert host.predict([("shapes", image) for image in images]) == predictor.predict(images)
 
 
 def test_it_belongs_to_the_backbone_of_other_tasks(inputs: Inputs, task: Task) -> None:

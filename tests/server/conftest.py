@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from helpers_mixed import moved_pack
+from helpers_mixed import moved_pack, of_masks
 from helpers_points import POINT_BACKBONE, SOLIDS
 from helpers_server import TOKEN, Shop, listening, register_pack
 
@@ -20,6 +20,10 @@ RECIPES: dict[str, dict[str, Any]] = {
     "birds": {"connections": {"top_k": 2, "bits": 1}},
     "flowers": {"smoa": {"experts": 2, "width": 4}, "norms": {}},
     "tools": {"adapter": {"width": 3, "bits": 1}},
+}
+MASK_RECIPES: dict[str, dict[str, Any]] = {
+    "regions": {"connections": {"top_k": 2, "bits": 1}, "norms": {}},
+    "surfaces": {"lora": {"rank": 2}, "head": {"fuse": 4}},
 }
 
 
@@ -44,13 +48,25 @@ def shop(
         )
         for seed, (name, recipe) in enumerate(RECIPES.items())
     }
+    maps = load_backbone(tiny_backbone, tiny_task.input, gives_maps=True)
+    masks = {
+        name: moved_pack(
+            maps,
+            of_masks(tiny_task),
+            recipe,
+            classes=4 + seed,
+            seed=seed,
+            selected=random_selection(maps, 2, seed),
+        )
+        for seed, (name, recipe) in enumerate(MASK_RECIPES.items())
+    }
     registry = open_registry(None, folder)
-    for name, pack in packs.items():
+    for name, pack in {**packs, **masks}.items():
         register_pack(registry, folder, name, pack)
     register_pack(registry, folder, "foreign", packs["tools"], fingerprint="f" * 64)
     clouds = moved_pack(load_backbone(POINT_BACKBONE, Input()), Task.model_validate(SOLIDS), {})
     register_pack(registry, folder, "clouds", clouds)
-    return Shop(folder, registry, backbone, packs)
+    return Shop(folder, registry, backbone, packs, maps, masks)
 
 
 @pytest.fixture
@@ -70,6 +86,7 @@ def served(shop: Shop) -> Iterator[Any]:
     limits = Limits(
         request_bytes=200_000,
         image_pixels=1_000_000,
+        mask_pixels=2_000_000,
         images=32,
         body_seconds=0.5,
         header_bytes=8192,

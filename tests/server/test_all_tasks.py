@@ -21,21 +21,26 @@ def test_one_image_is_predicted_for_every_task(shop: Shop, tiny_task: Task, tmp_
     late = moved_pack(shop.backbone, tiny_task, {"lora": {"rank": 2}, "from_block": 1}, seed=40)
     damaged = dataclasses.replace(late, probe_logits=late.probe_logits + 1)
     packs, registry = {**shop.packs, "late": late}, open_registry(None, tmp_path)
-    for name, pack in {**packs, "damaged": damaged}.items():
+    for name, pack in {**packs, **shop.masks, "damaged": damaged}.items():
         register_pack(registry, tmp_path, name, pack)
     register_pack(registry, tmp_path, "foreign", late, fingerprint="f" * 64)
     images = [tmp_path / f"{number}.png" for number in range(2)]
     for number, image in enumerate(images):
         image.write_bytes(png(number))
     host, refused = pipeline.load_all(workdir=tmp_path, device="cpu")
-    assert {*packs} == {*host.packs.names()}
+    assert {*packs, *shop.masks} == {*host.packs.names()}
     assert refused.keys() == {"damaged"}
     assert "probe logits differ" in refused["damaged"]
 
     run = taskpack("predict", "--all", *images, "--workdir", tmp_path, "--json")
     rows = {(row["image"], row["task"]): row for row in run.json()}
     assert "damaged: left out: " in run.err
-    assert len(rows) == len(packs) * len(images)
+    assert len(rows) == (len(packs) + len(shop.masks)) * len(images)
+    for name, pack in shop.masks.items():
+        masks = Predictor(pack, shop.maps, "cpu").predict(images)
+        for image, right in zip(images, masks, strict=True):
+            asked = {"image": str(image), "task": name}
+            assert rows[str(image), name] == asked | {"areas": right["areas"]}
     for name, pack in packs.items():
         for image, expected in zip(
             images, Predictor(pack, shop.backbone, "cpu").predict(images), strict=True
@@ -44,7 +49,9 @@ def test_one_image_is_predicted_for_every_task(shop: Shop, tiny_task: Task, tmp_
             assert row["label"] == expected["label"]
             assert row["probability"] == pytest.approx(expected["probability"], rel=1e-4)
     shown = taskpack("predict", "--all", images[0], "--workdir", tmp_path).out
-    assert all(name in shown for name in packs)
+    assert all(name in shown for name in (*packs, *shop.masks))
+    share = max(rows[str(images[0]), "regions"]["areas"].values())
+    assert f"{share:.3f}" in shown
 
 
 def test_what_cannot_be_asked_is_refused(shop: Shop, tmp_path: Path) -> None:
@@ -53,7 +60,7 @@ def test_what_cannot_be_asked_is_refused(shop: Shop, tmp_path: Path) -> None:
         pipeline.load_all(workdir=tmp_path)
     for arguments, said in (
         (("predict", "birds"), "given no image"),
-        (("predict", "--all", "x.png", "--out", tmp_path / "masks"), "predict no masks"),
+        (("predict", "--all", "x.png", "--out", tmp_path / "masks"), "the masks of one pack"),
     ):
         answer = taskpack(*arguments, "--workdir", shop.workdir)
         assert answer.code == 2

@@ -22,6 +22,7 @@ from pipeline.server.deployment import running
 from pipeline.server.engine import Engine
 from pipeline.server.settings import Settings
 from pipeline.serving.predictor import Predictor
+from pipeline.serving.samples import Decoded
 from pipeline.specs import Task
 
 Served = tuple[str, Engine]
@@ -76,9 +77,9 @@ def test_concurrent_requests_share_batches_and_get_their_own_answers(
 def test_tasks_are_listed_and_shown(shop: Shop, served: Served) -> None:
     client = Client(served[0], TOKEN)
     first = client.tasks(limit=2)
-    rest = client.tasks(after=first["next"])
+    rest = client.tasks(limit=9, after=first["next"])
     listed = [task["name"] for page in (first, rest) for task in page["tasks"]]
-    assert sorted(listed) == sorted(shop.packs)
+    assert sorted(listed) == sorted([*shop.packs, *shop.masks])
     assert rest["next"] is None
     shown = client.task("birds")
     assert (shown["version"], shown["test_metric"]) == (1, 0.9)
@@ -183,7 +184,7 @@ def test_too_many_images_are_refused_and_later_ones_served(shop: Shop, settings:
     batcher = Batcher(engine.host, batch_images=4, wait_seconds=0.5, most_waiting=3)
     import numpy as np
 
-    array = np.zeros((3, image, image), np.uint8)
+    array = Decoded(np.zeros((3, image, image), np.uint8))
     waiting = batcher.submit([(pack, array)] * 2)
     with pytest.raises(Busy, match="2 images are waiting; at most 3 may"):
         batcher.submit([(pack, array)] * 2)

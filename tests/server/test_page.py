@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import html.parser
+import io
 import json
 import re
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 from helpers_browser import CHROMIUM, Browser, browsing
 from helpers_server import TOKEN, Shop, ask, png
+from PIL import Image
 
+from pipeline.reports.overlay_figure import colours_of, overlaid
 from pipeline.server.engine import Engine
 from pipeline.serving.predictor import Predictor
 
@@ -83,6 +87,42 @@ def test_a_person_with_a_keyboard_gets_answers(
     found = answers(browser)
     browser.screenshot(tmp_path / "page.png")
     assert sorted(found) == expected(shop, ["birds", "tools"], image)
+    refused = [event for event in browser.events if "Content Security Policy" in json.dumps(event)]
+    assert refused == []
+
+
+@needs_chromium
+def test_a_mask_is_drawn_over_the_image(
+    shop: Shop, served: Served, browser: Browser, image: Path, tmp_path: Path
+) -> None:
+    enter(browser, served[0])
+    browser.choose_file("#image", image)
+    browser.wait("document.getElementById('preview').naturalWidth === 40")
+    choose = "document.querySelector('#tasks input[value=%s]').click()"
+    for name in ("regions", "birds"):
+        browser.run(choose % name)
+    browser.run("document.getElementById('predict').click()")
+    rows = answers(browser)
+    browser.screenshot(tmp_path / "masks.png")
+    [right] = Predictor(shop.masks["regions"], shop.maps, "cpu").predict([image])
+    areas = sorted(right["areas"].items(), key=lambda each: -each[1])
+    [found] = [row for row in rows if row[0] == "regions"]
+    assert found[1] == ", ".join(name for name, share in areas if share)
+    assert found[2] == ", ".join(f"{100 * share:.1f} %" for _, share in areas if share)
+    assert [row for row in rows if row[0] == "birds"] == expected(shop, ["birds"], image)
+    canvas = "document.querySelector('#masks canvas')"
+    assert browser.run(f"[{canvas}.width, {canvas}.height]") == [40, 32]
+    assert (
+        browser.run(f"{canvas}.getAttribute('aria-label')") == "The mask of regions over the image"
+    )
+    data = browser.run(f"[...{canvas}.getContext('2d').getImageData(0, 0, 40, 32).data]")
+    drawn = np.array(data, np.uint8).reshape(32, 40, 4)[..., :3]
+    mask, pixels = (np.asarray(Image.open(each)) for each in (io.BytesIO(right["mask"]), image))
+    whole = overlaid(pixels, mask, colours_of(len(right["areas"])))
+    assert np.abs(drawn.astype(int) - whole).max() <= 1
+    legend = "[...document.querySelectorAll('#masks li')].map((item) => item.innerText.trim())"
+    names = list(right["areas"])
+    assert browser.run(legend) == [names[number] for number in np.unique(mask) if number]
     refused = [event for event in browser.events if "Content Security Policy" in json.dumps(event)]
     assert refused == []
 
@@ -175,7 +215,10 @@ def test_the_parts_of_the_page_need_no_token_and_agree(served: Served) -> None:
     status, script = ask(f"{url}/page.js", token=None)
     assert status == 200
     assert set(re.findall(r'\bat\("(\w+)"\)', script)) <= ids
-    assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\b", script)
+    status, masks = ask(f"{url}/masks.js", token=None)
+    assert status == 200
+    unsafe = r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\b"
+    assert not re.search(unsafe, script + masks)
     status, style = ask(f"{url}/page.css", token=None)
     assert status == 200
     assert "url(" not in style

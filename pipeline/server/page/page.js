@@ -1,6 +1,8 @@
 // The page at /: an image, tasks, and what their packs say. Texts of the server are set as text,
 // never as HTML. The token stays in memory.
 
+import { colourOf, drawMask } from "./masks.js";
+
 const PAGE = 100;
 const at = (id) => document.getElementById(id);
 const known = new Map(); // tasks by name, as the server lists them
@@ -109,8 +111,17 @@ function showImage() {
   }
 }
 
-// What a prediction says, and how probable it is: of one class, or of each label.
+// What a prediction says, and how probable it is: of one class, or of each label. Of a mask, its
+// classes, the largest first, and their shares of the image.
 function readable(prediction) {
+  if (prediction.areas !== undefined) {
+    const areas = Object.entries(prediction.areas).filter(([, share]) => share > 0);
+    areas.sort(([, share], [, other]) => other - share);
+    return [
+      areas.map(([name]) => name).join(", "),
+      areas.map(([, share]) => percent(share)).join(", "),
+    ];
+  }
   if (prediction.labels === undefined) {
     const set = prediction.set?.join(", ") || "none: no class is probable enough";
     const said = prediction.set === undefined ? "" : ` (set: ${set})`;
@@ -132,6 +143,36 @@ function showAnswers(predictions) {
   at("answers").hidden = false;
 }
 
+// The classes of a mask by their colours.
+function legendOf(classes, areas) {
+  const legend = element("ul", "", { className: "legend" });
+  for (const [number, name] of classes.entries()) {
+    const colour = colourOf(number);
+    if (colour === null || !areas[name]) continue;
+    const swatch = element("span", "", { className: "swatch" });
+    swatch.style.backgroundColor = `rgb(${colour.join(" ")})`;
+    const item = element("li", "");
+    item.append(swatch, ` ${name}`);
+    legend.append(item);
+  }
+  return legend;
+}
+
+async function showMasks(predictions) {
+  const figures = [];
+  for (const { task, areas, mask } of predictions) {
+    if (mask === undefined) continue;
+    const { classes } = await ask(`v1/tasks/${encodeURIComponent(task)}`);
+    const canvas = await drawMask(mask, at("preview"));
+    canvas.setAttribute("role", "img");
+    canvas.setAttribute("aria-label", `The mask of ${task} over the image`);
+    const figure = element("figure", "");
+    figure.append(element("figcaption", task), canvas, legendOf(classes ?? [], areas));
+    figures.push(figure);
+  }
+  at("masks").replaceChildren(...figures);
+}
+
 async function predict() {
   const tasks = boxes().filter((box) => box.checked).map((box) => box.value);
   if (!tasks.length) {
@@ -146,6 +187,7 @@ async function predict() {
     const { predictions, seconds } = await ask("v1/predict", { image, tasks });
     const waited = Math.round(performance.now() - began);
     showAnswers(predictions);
+    await showMasks(predictions);
     const noun = predictions.length === 1 ? "answer" : "answers";
     say(
       `${predictions.length} ${noun} in ${waited} ms, of which the server took` +
