@@ -25,10 +25,14 @@ import torch.distributed as dist
 pytest.importorskip("constriction", reason="packs are coded with constriction")
 pytest.importorskip("webdataset", reason="shards are written with webdataset")
 
+from helpers_mixed import moved_pack, of_masks
+
 from pipeline.adaptation import RankedIndices, SelectedIndex, attach
 from pipeline.adaptation.packing import from_pack
-from pipeline.packs import Pack, read_pack
+from pipeline.backbones import load_backbone
+from pipeline.packs import Pack, pack_to_bytes, read_pack
 from pipeline.selection import select_locally, stage
+from pipeline.serving.host import PackHost
 from pipeline.serving.predictor import Predictor
 from pipeline.specs import Level, Recipe, Task
 from pipeline.training import Inputs, Ranks, evaluate, loop, open_inputs
@@ -281,6 +285,29 @@ def test_a_predictor_answers_as_on_the_cpu_wherever_it_is_moved(
     predictor.model.to("cpu")
     predictor.device = "cpu"
     torch.testing.assert_close(predictor.logits(images), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_packs_of_masks_share_the_backbone_on_the_device(
+    device: str, tiny_inputs: Inputs, tiny_task: Task
+) -> None:
+    maps = load_backbone(tiny_task.backbone, tiny_task.input, gives_maps=True)
+    recipes: tuple[dict[str, Any], ...] = ({"biases": {}}, {"lora": {"rank": 2}}, {"full": {}})
+    packs = [
+        moved_pack(maps, of_masks(tiny_task), recipe, seed=seed)
+        for seed, recipe in enumerate(recipes)
+    ]
+    host = PackHost(
+        tiny_inputs.backbone, lambda name: pack_to_bytes(packs[int(name)]), device=device
+    )
+    forms: list[Any] = [host.packs.get(str(number)).form for number in range(len(packs))]
+    tensors = [{each.data_ptr() for each in form.backbone.parameters()} for form in forms]
+    assert {each.device.type for form in forms for each in form.parameters()} == {device}
+    frozen = set.intersection(*tensors)
+    assert len(frozen) >= len(list(maps.model.parameters())) - 1
+    image = np.random.default_rng(0).integers(0, 256, (50, 44, 3), dtype=np.uint8)
+    for number, pack in enumerate(packs):
+        expected = Predictor(pack, maps, device).predict([image])
+        assert host.predict([(str(number), image)]) == expected
 
 
 # --- recorded steps -------------------------------------------------------------------------------
