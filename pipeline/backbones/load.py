@@ -193,8 +193,6 @@ def _load_cached(spec_json: str, input_json: str, gives_maps: bool) -> LoadedBac
     else:
         takes, shape = _set_images(model.eval(), spec, task_input)
     model.requires_grad_(False)
-    if is_convolutional(model):
-        model.register_forward_pre_hook(_channels_last)
     width: Any = shape[1] if gives_maps else model.head_hidden_size
     if decoder is not None:
         width = decoder.width
@@ -209,19 +207,6 @@ def _load_cached(spec_json: str, input_json: str, gives_maps: bool) -> LoadedBac
         takes=takes,
         gives_maps=gives_maps,
     )
-
-
-def is_convolutional(model: nn.Module) -> bool:
-    """Whether a network has more convolutions than linear layers."""
-    kinds = [type(module) for module in model.modules()]
-    return kinds.count(nn.Conv2d) > kinds.count(nn.Linear)
-
-
-def _channels_last(model: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-    """The same images with the channels of a pixel side by side in memory. Layers pass that order
-    on, and most convolutions are faster in it.
-    """
-    return tuple(each.contiguous(memory_format=torch.channels_last) for each in inputs)
 
 
 def _set_images(model: nn.Module, spec: Backbone, task_input: Input) -> tuple[Modality, torch.Size]:

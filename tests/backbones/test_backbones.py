@@ -147,26 +147,6 @@ def test_normalisation_is_the_tasks_else_the_backbones_else_timms(tiny_backbone:
         assert (backbone.images.mean, backbone.images.std) == (expected.mean, expected.std)
 
 
-@pytest.mark.parametrize(
-    ("family", "is_convolutional"), [("vit", False), ("swin", False), ("convnext", True)]
-)
-def test_a_convolutional_network_computes_with_channels_last(
-    family: str, is_convolutional: bool, families: dict[str, Backbone]
-) -> None:
-    """Its features are those of timm's own model."""
-    backbone, orders = load_backbone(families[family], SIZE), []
-    model = backbone.fresh_model()
-    first = next(each for each in model.modules() if isinstance(each, torch.nn.Conv2d))
-    first.register_forward_hook(
-        lambda *called: orders.append(called[2].is_contiguous(memory_format=torch.channels_last))
-    )
-    images = torch.rand(2, 3, 32, 32)
-    features = model(images)
-    model._forward_pre_hooks.clear()
-    torch.testing.assert_close(features, model(images))
-    assert orders == [is_convolutional, False]
-
-
 @for_every("family", FAMILIES)
 def test_a_fresh_model_shares_tensors_but_not_modules(
     family: str, families: dict[str, Backbone]
