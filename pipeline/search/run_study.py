@@ -174,6 +174,8 @@ def _set_tune_options() -> None:
         TUNE_DISABLE_SIGINT_HANDLER="1",
         TUNE_DISABLE_AUTO_CALLBACK_LOGGERS="1",
         RAY_AIR_NEW_OUTPUT="0",
+        # Tune would save the study every ten seconds to resume it, as it does from its records.
+        TUNE_GLOBAL_CHECKPOINT_S="1000000000",
     )
     # Tune asks for one waiting trial at a time: short ones would follow each other in one worker,
     # and no other would ever start.

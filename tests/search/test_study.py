@@ -133,6 +133,14 @@ def test_one_failure_does_not_end_a_study_but_nothing_but_failures_does(
         run(task, tmp_path / "all")
 
 
+def test_tune_knows_the_options_that_it_is_given() -> None:
+    """An option that a release of Tune has renamed would change nothing."""
+    from ray.tune.constants import TUNE_ENV_VARS
+
+    study_module._set_tune_options()
+    assert {name for name in os.environ if name.startswith("TUNE_")} <= TUNE_ENV_VARS
+
+
 def test_a_finished_study_needs_no_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     task = make_task(LARGE, 400)
     monkeypatch.setattr(study_module, "_run_with_tune", by_hand())
