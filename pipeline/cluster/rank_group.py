@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -83,6 +84,20 @@ def in_group(
         raise
     except Exception as error:
         return named(error)
+
+
+def on_ranks(work: Callable[..., Outcome]) -> Callable[..., Outcome | TaskpackError]:
+    """A function for a Ray task: given `(*arguments, resources)`, it does
+    `in_group(work, arguments, resources)`.
+    """
+
+    @functools.wraps(work)
+    def worker(*given: Any) -> Outcome | TaskpackError:
+        *arguments, resources = given
+        return in_group(work, arguments, resources)
+
+    del worker.__wrapped__  # Ray would look there and ask for `ranks`
+    return worker
 
 
 @contextlib.contextmanager

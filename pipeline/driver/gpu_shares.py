@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from pipeline.cluster.capacity import gpu_kinds
-from pipeline.cluster.rank_group import WORKER_DIED, WORKER_RETRIES, TrialResources, in_group
+from pipeline.cluster.rank_group import WORKER_DIED, WORKER_RETRIES, TrialResources, on_ranks
 from pipeline.cluster.tasks import WorkersDied, ended_tasks
 from pipeline.errors import ClusterError, StorageError, TaskpackError
 from pipeline.search.trial import opened
@@ -100,20 +100,15 @@ def _read(path: Path) -> GpuNeed | None:
         return None
 
 
+@on_ranks
 def _worker(
-    task_json: str, data_folder: str, selection: Path | None, resources: TrialResources
-) -> GpuNeed | TaskpackError:
-    """A dry run in a worker; a named error is returned, so that Ray does not try again."""
-    return in_group(_dry_run, (task_json, data_folder, selection), resources)
-
-
-def _dry_run(
     task_json: str,
     data_folder: str,
     selection: Path | None,
     resources: TrialResources,
     ranks: Ranks,
 ) -> GpuNeed:
+    """A dry run in a worker."""
     recipe_json = Task.model_validate_json(task_json).recipe.model_dump_json()
     device = resources.device()
     with opened(task_json, recipe_json, data_folder, selection, device) as (inputs, _, selected):

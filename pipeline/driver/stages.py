@@ -26,7 +26,7 @@ from pipeline.cluster.capacity import (
     places,
     wait_for_room,
 )
-from pipeline.cluster.rank_group import WORKER_RETRIES, TrialResources, in_group
+from pipeline.cluster.rank_group import WORKER_RETRIES, TrialResources, on_ranks
 from pipeline.cluster.session import interruptible, is_connected, ray_session
 from pipeline.cluster.task_pool import TaskPool
 from pipeline.cluster.tasks import ended_tasks
@@ -410,19 +410,8 @@ def named_errors(log: Path) -> Iterator[None]:
         raise fault from error
 
 
+@on_ranks
 def select_worker(
-    task_json: str,
-    data_folder: Path,
-    top_k: int,
-    path: Path,
-    workers: int,
-    resources: TrialResources,
-) -> Any:
-    """Run `select_locally_if_faster` in a worker; return its result or the named error."""
-    return in_group(_select, (task_json, data_folder, top_k, path, workers), resources)
-
-
-def _select(
     task_json: str,
     data_folder: Path,
     top_k: int,
@@ -431,24 +420,14 @@ def _select(
     resources: TrialResources,
     ranks: Ranks,
 ) -> bool:
+    """`select_locally_if_faster` in a worker."""
     inputs = open_inputs(Task.model_validate_json(task_json), data_folder)
     device = resources.device()
     return select_locally_if_faster(inputs, top_k, path, workers=workers, device=device)
 
 
+@on_ranks
 def fit_worker(
-    task_json: str,
-    recipe_json: str,
-    data_folder: str,
-    selection: Path | None,
-    folder: Path,
-    resources: TrialResources,
-) -> Any:
-    """Run `fit` in a worker; return its result or the named error."""
-    return in_group(_fit, (task_json, recipe_json, data_folder, selection, folder), resources)
-
-
-def _fit(
     task_json: str,
     recipe_json: str,
     data_folder: str,
@@ -457,5 +436,6 @@ def _fit(
     resources: TrialResources,
     ranks: Ranks,
 ) -> FitResult:
+    """`fit` in a worker."""
     with opened(task_json, recipe_json, data_folder, selection, resources.device()) as given:
         return fit(*given, folder, device=resources.device(), ranks=ranks)
