@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 from helpers_cases import for_every
+from helpers_stages import make_stages
 
 from pipeline.cluster import capacity as cluster
 from pipeline.cluster import rank_group
 from pipeline.cluster.capacity import Node, check_holds_group
 from pipeline.driver import stages
-from pipeline.driver.stages import Placement, Stages, no_progress
-from pipeline.driver.workspace import Workspace
+from pipeline.driver.stages import Placement, Stages
 from pipeline.errors import ClusterError, SpecError
 from pipeline.training import Inputs
 
@@ -51,13 +51,7 @@ def test_a_node_holds_as_many_trials_as_fit(
 def stages_on(nodes: list[Node], placement: Placement, monkeypatch: pytest.MonkeyPatch) -> Stages:
     monkeypatch.setattr(cluster, "running_nodes", lambda: nodes)
     monkeypatch.setattr(stages, "is_connected", lambda: True)
-    return Stages(
-        workspace=Workspace(Path("runs")),
-        start_ray=lambda: None,
-        ray_is_private=True,
-        placement=placement,
-        on_progress=no_progress,
-    )
+    return make_stages(Path("runs"), placement=placement)
 
 
 @pytest.mark.parametrize(

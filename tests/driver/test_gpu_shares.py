@@ -17,12 +17,12 @@ from typing import Any
 import pytest
 import ray
 import standin_device
+from helpers_stages import make_stages
 
 from pipeline.cluster.rank_group import TrialResources
 from pipeline.driver import batch, gpu_shares
 from pipeline.driver.gpu_shares import need_key
-from pipeline.driver.stages import Placement, Stages, no_progress
-from pipeline.driver.workspace import Workspace
+from pipeline.driver.stages import Placement
 from pipeline.errors import OutOfMemory, TrainingError
 from pipeline.specs import Biases, Recipe, SearchSpace, Task
 from pipeline.training import Inputs
@@ -75,16 +75,6 @@ def measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Any],
         return lambda: len(notes.read_text()) if notes.exists() else 0
 
     return give
-
-
-def make_stages(folder: Path, placement: Placement | None = None, **options: Any) -> Stages:
-    return Stages(
-        workspace=Workspace(folder),
-        start_ray=lambda: None,
-        ray_is_private=True,
-        placement=placement or Placement(),
-        **{"on_progress": no_progress, **options},
-    )
 
 
 def told_resources(resources: TrialResources) -> TrialResources:
@@ -210,7 +200,7 @@ def test_there_is_no_dry_run_where_it_would_change_nothing(
     measured: Callable[[Any], Callable[[], int]],
 ) -> None:
     count = measured(NEED)
-    assert make_stages(tmp_path, placement).trial_resources(inputs, None) == expected
+    assert make_stages(tmp_path, placement=placement).trial_resources(inputs, None) == expected
     single = inputs.with_task(inputs.task.model_copy(update={"search": SearchSpace()}))
     assert make_stages(tmp_path).trial_resources(single, None) == WHOLE
     assert count() == 0

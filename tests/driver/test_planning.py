@@ -18,14 +18,14 @@ import pytest
 import ray
 from helpers_cli import TASK, new_workdir, write_task
 from helpers_points import ARGUMENTS, POINT_BACKBONE, SOLIDS
+from helpers_stages import make_stages
 
 from pipeline.adaptation.packing import SizePlanner
 from pipeline.cluster.task_pool import Interrupted
 from pipeline.driver import elsewhere, planning
 from pipeline.driver.batch import run_batch
 from pipeline.driver.planning import check_study, size_of
-from pipeline.driver.stages import CHECKED_AT_ONCE, Placement, Stages, no_progress
-from pipeline.driver.workspace import Workspace
+from pipeline.driver.stages import CHECKED_AT_ONCE, Placement, Stages
 from pipeline.errors import BackboneError, BudgetError, ClusterError, TaskpackError, UnexpectedError
 from pipeline.packs import Part, read_pack
 from pipeline.search import champion
@@ -54,16 +54,6 @@ class OfStudies(Stages):
     """The stages with the checks of a batch."""
 
     check = staticmethod(check_study)
-
-
-def make_stages(folder: Path, kind: type[Stages] = OfStudies) -> Stages:
-    return kind(
-        workspace=Workspace(folder),
-        start_ray=lambda: None,
-        ray_is_private=True,
-        placement=Placement(),
-        on_progress=no_progress,
-    )
 
 
 @pytest.fixture
@@ -106,14 +96,14 @@ def test_a_worker_resolves_and_checks_a_task(
         {**tiny_task.model_dump(exclude={"recipe", "search", "selection"}), "name": "derived"}
     )
     told: list[str] = []
-    there = make_stages(tmp_path / "there")
+    there = make_stages(tmp_path / "there", OfStudies)
     there.on_progress = lambda name, stage, share, remark: told.append(remark)
     with driver_at_rest():
         found = there.prepare(task)
     assert found.search.configurations
     assert found.backbone == task.backbone, "as the user wrote it"
     alone()
-    here, expected = make_stages(tmp_path / "here"), list[str]()
+    here, expected = make_stages(tmp_path / "here", OfStudies), list[str]()
     here.on_progress = lambda name, stage, share, remark: expected.append(remark)
     assert here.prepare(task) == found
     assert told == expected
@@ -157,7 +147,7 @@ def test_errors_of_the_checks_are_those_of_this_process(
         found = []
         for task in tasks:
             with pytest.raises(TaskpackError) as told:
-                make_stages(tmp_path).prepare(task)
+                make_stages(tmp_path, OfStudies).prepare(task)
             found.append(told.value)
         return found
 

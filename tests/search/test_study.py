@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers_stages import make_stages
 from helpers_study import (
     LARGE,
     SMALL,
@@ -26,7 +27,6 @@ from pipeline.adaptation.packing import SizePlanner
 from pipeline.backbones import fingerprint, load_backbone, share
 from pipeline.cluster.rank_group import WORKER_DIED
 from pipeline.driver import stages as stages_module
-from pipeline.driver.workspace import Workspace
 from pipeline.errors import BudgetError, ClusterError, DataError, TrainingError
 from pipeline.kinds import score
 from pipeline.search import run_study as study_module
@@ -325,22 +325,12 @@ def test_a_study_runs_on_ray_tune(
     assert run_once() == records
 
 
-def local_stages(folder: Path) -> stages_module.Stages:
-    return stages_module.Stages(
-        workspace=Workspace(folder),
-        start_ray=lambda: None,
-        ray_is_private=True,
-        placement=stages_module.Placement(),
-        on_progress=stages_module.no_progress,
-    )
-
-
 @pytest.mark.usefixtures("local_ray")
 def test_a_fit_whose_worker_dies_again_and_again_is_an_error_that_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(stages_module, "WORKER_RETRIES", 0)
-    stages = local_stages(tmp_path)
+    stages = make_stages(tmp_path)
     with pytest.raises(
         ClusterError,
         match=(
@@ -370,7 +360,7 @@ def test_what_gets_on_is_tried_again_however_often_its_worker_dies(
         return path.stat().st_size
 
     assert list(
-        local_stages(tmp_path).on_ray(dies_every_time_but_the_last, [(path,)], 1, kept=size)
+        make_stages(tmp_path).on_ray(dies_every_time_but_the_last, [(path,)], 1, kept=size)
     ) == [(0, 4)]
 
 

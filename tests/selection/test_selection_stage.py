@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers_stages import make_stages
 
 from pipeline.cluster.session import is_connected
 from pipeline.driver import stages
-from pipeline.driver.stages import Placement, Stages, no_progress
-from pipeline.driver.workspace import Workspace
+from pipeline.driver.stages import Stages
 from pipeline.errors import DataError
 from pipeline.selection import (
     read_selection,
@@ -98,13 +98,7 @@ def test_a_small_selection_is_made_here_and_a_large_one_is_left_to_workers(
 def stages_on_cluster(workdir: Path) -> Stages:
     """The stages as on a cluster, on the Ray that runs."""
     assert is_connected()
-    return Stages(
-        workspace=Workspace(workdir),
-        start_ray=lambda: None,
-        ray_is_private=False,
-        placement=Placement(),
-        on_progress=no_progress,
-    )
+    return make_stages(workdir, ray_is_private=False)
 
 
 @pytest.mark.usefixtures("local_ray")
