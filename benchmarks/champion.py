@@ -155,7 +155,7 @@ def page(result: dict[str, Any]) -> str:
         "Accuracies are on the test set, of the recipes of [sizes](sizes.md), or on the validation",
         "samples that were not drawn, of the trials of [bytes](bytes.md). Bytes are geometric",
         "means. The last columns compare with the old rule; ± is the standard error of one pack's",
-        "accuracy. These rules compare errors alone; the product's, which compares likelihoods, too,",
+        "accuracy. These rules compare errors alone; the product's compares likelihoods, too, and",
         "is simulated in [likelihood](champion_likelihood.md).",
         "",
         "| rule | accuracy against the old rule, mean over the tasks | bytes saved |",
