@@ -25,6 +25,7 @@ from statistics import fmean
 from typing import Any
 
 import numpy as np
+from champion import OLD, differences, within_half_a_point
 from machine import describe_machine
 
 from pipeline.kinds import Metric, Outcomes, metric_named
@@ -38,13 +39,6 @@ ACCURACY = metric_named("accuracy", "classification")
 Kept = Callable[[TrialRecord], Outcomes]
 
 
-def within_half_a_point(study: Sequence[TrialRecord], kept: Kept) -> TrialRecord:
-    """The rule of before: the smallest pack of which the validation accuracy is near the best."""
-    best = max(record.val_metric or 0.0 for record in study)
-    near = [record for record in study if (record.val_metric or 0.0) >= best - 0.005 - 1e-9]
-    return min(near, key=lambda record: record.size_bytes)
-
-
 def not_worse_by(metric: Metric) -> Rule:
     """The smallest pack that is not significantly worse than the best by a metric."""
     return lambda study, kept: next(not_worse_than_best(study, kept, metric, LEVEL))
@@ -52,7 +46,7 @@ def not_worse_by(metric: Metric) -> Rule:
 
 Rule = Callable[[Sequence[TrialRecord], Kept], TrialRecord]
 RULES: dict[str, Rule] = {
-    "within 0.5 points": within_half_a_point,
+    OLD: lambda study, kept: within_half_a_point(study),
     "errors": not_worse_by(replace(ACCURACY, finer=None)),
     "errors and likelihood": not_worse_by(ACCURACY),
 }
@@ -136,20 +130,9 @@ def page(result: dict[str, Any]) -> str:
         cells = [row["task"], str(row["trials"]), str(row["samples"])]
         cells += [f"{old['accuracy']:.1f} ± {error:.1f}", *points, *sizes]
         lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join([*lines, *_means(result["rows"])]) + "\n"
-
-
-def _means(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """The differences to the old rule over all tasks: points, and the share of bytes saved."""
-    old, *others = RULES
-    lines = ["", "| rule | points against the old rule | bytes saved |", "|---|---|---|"]
-    for name in others:
-        pairs = [(row["rules"][name], row["rules"][old]) for row in rows]
-        points = [new["accuracy"] - before["accuracy"] for new, before in pairs]
-        saved = 1 - np.exp(fmean(np.log(new["bytes"] / before["bytes"]) for new, before in pairs))
-        error = np.std(points, ddof=1) / np.sqrt(len(points)) if len(points) > 1 else np.nan
-        lines.append(f"| {name} | {fmean(points):+.2f} ± {error:.2f} | {saved:.0%} |")
-    return lines
+    lines += ["", "| rule | points against the old rule | bytes saved |", "|---|---|---|"]
+    lines += differences(result["rows"], list(RULES)[1:], "accuracy")
+    return "\n".join(lines) + "\n"
 
 
 def main() -> None:

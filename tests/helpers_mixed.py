@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -36,3 +36,26 @@ def moved_pack(
         parameter.data += torch.empty_like(parameter).normal_(0, 0.05, generator=generator)
     names = [f"class {number}" for number in range(classes)]
     return read_pack(pack_to_bytes(to_pack(model, describe(task, recipe, backbone, names))))
+
+
+def moved_packs(
+    backbone: LoadedBackbone,
+    task: Task,
+    recipes: Mapping[str, Mapping[str, Any]],
+    select: Callable[..., SelectedIndex],
+    *,
+    top_k: int,
+    classes: int = 3,
+) -> dict[str, Pack]:
+    """A pack of each recipe by its name; every one has a class more than the one before."""
+    return {
+        name: moved_pack(
+            backbone,
+            task,
+            recipe,
+            classes=classes + seed,
+            seed=seed,
+            selected=select(backbone, top_k, seed),
+        )
+        for seed, (name, recipe) in enumerate(recipes.items())
+    }

@@ -88,9 +88,9 @@ def _connected(address: str | None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _libraries_set_aside() -> Iterator[None]:
-    """Spare the garbage collector what is loaded by now: among the libraries' half a million
-    objects, what a study leaves takes it 0.3 s to find. Undone at the end, so that nothing that was
-    alive here stays for ever.
+    """Exclude everything that is loaded now from garbage collection: the libraries have half a
+    million objects, and searching them after every study takes 0.3 s. At the end they are included
+    again, so that whatever becomes unreachable meanwhile is freed then.
     """
     gc.freeze()
     try:

@@ -27,7 +27,7 @@ from pipeline.utils.devices import choose_device, exact_float32
 CAPACITY_BYTES = 512 * 1024**2
 """Memory for packs: a thousand and more of most."""
 _LOGITS_BYTES = 64 * 1024**2
-"""Logits of dense packs that are kept at a time."""
+"""How many bytes of logits of dense packs are kept at the same time."""
 _MODULE_BYTES = 3072
 """What a module of a pack's own model takes beside its tensors, as measured on a ViT-B."""
 
@@ -167,8 +167,10 @@ class PackHost:
         """
         pack, digest = read_pack(content), content_digest(content)
         backbone = self._form_for(pack.metadata)
+        if backbone.gives_maps:
+            return self._alone(pack, digest, backbone)
         unpacked = decode(pack, backbone)
-        if backbone.gives_maps or not self._mixed().can_mix(unpacked.recipe):
+        if not self._mixed().can_mix(unpacked.recipe):
             return self._alone(pack, digest, backbone)
         flat = flatten(unpacked, self.device)
         resident = ResidentPack(pack.metadata, digest, flat, flat.size_bytes, pack.calibration)
@@ -179,9 +181,7 @@ class PackHost:
         return resident
 
     def _alone(self, pack: Pack, digest: str, backbone: LoadedBackbone) -> ResidentPack:
-        """A pack as a model of its own, whose frozen tensors are those of all such models on the
-        device.
-        """
+        """A pack as a model of its own; such models share the backbone's tensors on the device."""
         model = from_pack(pack, backbone)
         size_bytes = sum(_MODULE_BYTES for _ in model.modules())
         size_bytes += sum(each.nbytes for each in (*model.values.parameters(), *model.buffers()))

@@ -1,7 +1,8 @@
 """What a pack of a dense kind says of an image: a class for each pixel of the image's own size.
 
-Each image passes the network alone, so that its mask is the same, bit for bit, whatever it is asked
-together with, and the memory that it takes does not depend on that.
+Each image passes through the network alone. So its mask and the memory it takes do not depend on
+the other images of a request.
+
 Legend: C classes, S the side of the network's input, H and W those of an image.
 """
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from helpers_mixed import moved_pack, of_masks
+from helpers_mixed import moved_pack, moved_packs, of_masks
 from helpers_points import POINT_BACKBONE, SOLIDS
 from helpers_server import TOKEN, Shop, listening, register_pack
 
@@ -37,29 +37,11 @@ def shop(
     folder = tmp_path_factory.mktemp("shop")
     backbone = load_backbone(tiny_backbone, tiny_task.input)
     remember(backbone.fingerprint, "random")
-    packs = {
-        name: moved_pack(
-            backbone,
-            tiny_task,
-            recipe,
-            classes=3 + seed,
-            seed=seed,
-            selected=random_selection(backbone, 2, seed),
-        )
-        for seed, (name, recipe) in enumerate(RECIPES.items())
-    }
+    packs = moved_packs(backbone, tiny_task, RECIPES, random_selection, top_k=2)
     maps = load_backbone(tiny_backbone, tiny_task.input, gives_maps=True)
-    masks = {
-        name: moved_pack(
-            maps,
-            of_masks(tiny_task),
-            recipe,
-            classes=4 + seed,
-            seed=seed,
-            selected=random_selection(maps, 2, seed),
-        )
-        for seed, (name, recipe) in enumerate(MASK_RECIPES.items())
-    }
+    masks = moved_packs(
+        maps, of_masks(tiny_task), MASK_RECIPES, random_selection, top_k=2, classes=4
+    )
     registry = open_registry(None, folder)
     for name, pack in {**packs, **masks}.items():
         register_pack(registry, folder, name, pack)

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers_mixed import moved_pack
+from helpers_mixed import moved_pack, moved_packs
 
 import pipeline
 from pipeline.adaptation import SelectedIndex
@@ -42,17 +42,7 @@ def backbone(tiny_backbone: Backbone, tiny_task: Task) -> LoadedBackbone:
 def packs(
     backbone: LoadedBackbone, tiny_task: Task, random_selection: Callable[..., SelectedIndex]
 ) -> dict[str, Pack]:
-    return {
-        name: moved_pack(
-            backbone,
-            tiny_task,
-            recipe,
-            classes=3 + seed,
-            seed=seed,
-            selected=random_selection(backbone, 3, seed),
-        )
-        for seed, (name, recipe) in enumerate(RECIPES.items())
-    }
+    return moved_packs(backbone, tiny_task, RECIPES, random_selection, top_k=3)
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers_mixed import moved_pack, of_masks
+from helpers_mixed import moved_pack, moved_packs, of_masks
 from PIL import Image
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -53,17 +53,7 @@ def maps(tiny_backbone: Backbone, tiny_task: Task) -> LoadedBackbone:
 def packs(
     maps: LoadedBackbone, tiny_task: Task, random_selection: Callable[..., SelectedIndex]
 ) -> dict[str, Pack]:
-    return {
-        name: moved_pack(
-            maps,
-            of_masks(tiny_task),
-            recipe,
-            classes=3 + seed,
-            seed=seed,
-            selected=random_selection(maps, 3, seed),
-        )
-        for seed, (name, recipe) in enumerate(RECIPES.items())
-    }
+    return moved_packs(maps, of_masks(tiny_task), RECIPES, random_selection, top_k=3)
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ seen as one row-major [O, I] matrix.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -45,9 +45,6 @@ from pipeline.adaptation.sites import (
 from pipeline.adaptation.tensors import PlannedTensor
 from pipeline.adaptation.wrapper import Wrapper
 from pipeline.specs import Connections
-
-if TYPE_CHECKING:
-    pass
 
 FEW_COLUMNS = 0.5
 """Fraction of a layer's columns up to which gathering them is faster than the dense product, as
