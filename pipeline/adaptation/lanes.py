@@ -15,7 +15,7 @@ import functools
 import itertools
 import math
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
@@ -48,6 +48,7 @@ class Lane:
         self._samples_S = None if samples is None else torch.tensor(samples, device=device)
         in_order = list(owners) == list(range(len(parts)))
         self._owner_S = None if in_order else torch.tensor(owners, device=device)
+        self._made: dict[Hashable, Any] = {}
 
     @functools.cached_property
     def _stacked(self) -> torch.Tensor:
@@ -96,6 +97,12 @@ class Lane:
     def _by_sample(self, each_P: torch.Tensor) -> torch.Tensor:
         return each_P if self._owner_S is None else each_P.index_select(0, self._owner_S)
 
+    def once(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        """What `make` gives the first time, for everything that reads it in this pass."""
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
+
     def along(self, values_SC: torch.Tensor, y: torch.Tensor, dim: int = -1) -> torch.Tensor:
         """Numbers per channel as a factor or term of `y`, the lane's rows of an activation whose
         channels are at `dim`, counted from the last.
@@ -105,6 +112,12 @@ class Lane:
             values_SC = values_SC.repeat_interleave(repeats, dim=0)
         channels = values_SC.shape[1]
         return values_SC.view(len(y), *[1] * (y.ndim - 1 + dim), channels, *[1] * (-1 - dim))
+
+    def add(self, name: str, dim: int, y: torch.Tensor) -> torch.Tensor:
+        """The lane's rows of an output, a tensor of its own, plus the tensor of each sample's pack
+        along the channels at `dim`.
+        """
+        return y.add_(self.along(self.values(name), y, dim))
 
     def rows(self, x: torch.Tensor) -> torch.Tensor:
         """The rows of the lane's samples."""

@@ -1,4 +1,5 @@
-"""A layer that the samples of many packs pass in one batch, each with its own pack's connections.
+"""A layer that the samples of many packs pass in one batch, each with its own pack's connections
+and bias.
 
 Legend: B samples, R rows of a sample, I inputs and O outputs of the layer, K connections per
 neuron, P packs, N connections of a pack in the layer.
@@ -32,7 +33,8 @@ ROWS_AT_ONCE = 4096
 
 
 class MixedLayer(Wrapper):
-    """A layer in which the samples of each pack pass the weight with its connections.
+    """A layer in which the samples of each pack pass the weight with its connections, and get its
+    bias.
 
     Samples of few packs: the connections of each pack are written into the one weight in memory for
     the product of its samples, and what they overwrote is then written back, bit for bit.
@@ -52,15 +54,27 @@ class MixedLayer(Wrapper):
         batch, layer = self.network.batch, self.base
         lanes = [] if batch is None else batch.lanes("connections")
         if batch is None or not any(lane.has(self.name) for lane in lanes):
-            return apply_layer(layer, x, layer.weight, layer.bias)
+            return self._with_biases(apply_layer(layer, x, layer.weight, layer.bias))
         rows = _rows(layer, x)
         if rows is None or not self._are_many(lanes, rows.shape[:-1].numel()):
-            return self._product_per_pack(x, batch)
+            return self._with_biases(self._product_per_pack(x, batch))
         x_BRI = rows.reshape(len(batch.owners), -1, rows.shape[-1])
         y = self._corrected(x_BRI, lanes).view(*rows.shape[:-1], -1)
         if isinstance(layer, nn.Linear):
             return y
         return y.mT.unflatten(2, (x.shape[2] // layer.kernel_size[0], -1))
+
+    def _with_biases(self, y: torch.Tensor) -> torch.Tensor:
+        """The output, a tensor of its own, with the changes of each sample's bias."""
+        dim = -1 if isinstance(self.base, nn.Linear) else -3
+        for lane in self._lanes_of_biases():
+            y = lane.change(y, functools.partial(lane.add, self.name, dim))
+        return y
+
+    def _lanes_of_biases(self) -> list[Lane]:
+        batch = self.network.batch
+        lanes = [] if batch is None else batch.lanes("biases")
+        return [lane for lane in lanes if lane.has(self.name)]
 
     def _are_many(self, lanes: Sequence[Lane], rows: int) -> bool:
         """Whether rows change packs so often that reading K inputs per output is faster than a
@@ -70,25 +84,39 @@ class MixedLayer(Wrapper):
         return rows * top_k < ROWS_PER_PRODUCT * packs and all(lane.is_per_neuron for lane in lanes)
 
     def _corrected(self, x_BRI: torch.Tensor, lanes: Sequence[Lane]) -> torch.Tensor:
-        """The product, [B, R, O], with what the connections of each sample's pack add."""
-        weight_OI, bias_O = self.base.weight.flatten(1), self.base.bias
-        columns_BOK, values_BOK = self._connections(lanes, len(x_BRI))
+        """The product, [B, R, O], with what the connections of each sample's pack add, and with
+        its bias.
+        """
+        weight_OI = self.base.weight.flatten(1)
         samples, rows, _ = x_BRI.shape
+        bias_BO, (columns_BOK, values_BOK) = (
+            self._biases(samples),
+            self._connections(lanes, samples),
+        )
         y_BRO = x_BRI.new_empty(samples, rows, len(weight_OI))
-        at_once = max(ROWS_AT_ONCE // rows, 1) if x_BRI.device.type == "cpu" else samples
-        for x, y, columns, values in zip(
-            *(each.split(at_once) for each in (x_BRI, y_BRO, columns_BOK, values_BOK)), strict=True
+        pieces = -(-samples * rows // ROWS_AT_ONCE) if x_BRI.device.type == "cpu" else 1
+        at_once = -(-samples // pieces)
+        of_batch = x_BRI, y_BRO, bias_BO, columns_BOK, values_BOK
+        for x, y, bias, columns, values in zip(
+            *(each.split(at_once) for each in of_batch), strict=True
         ):
             first, *others = columns.unbind(2)
             torch.gather(x, 2, first[:, None].expand(y.shape), out=y)
-            if bias_O is None:
-                y.mul_(values[:, None, :, 0])
-            else:
-                torch.addcmul(bias_O, y, values[:, None, :, 0], out=y)
+            torch.addcmul(bias[:, None], y, values[:, None, :, 0], out=y)
             for k, each in enumerate(others, start=1):
                 y.addcmul_(x.gather(2, each[:, None].expand(y.shape)), values[:, None, :, k])
             y.flatten(0, 1).addmm_(x.flatten(0, 1), weight_OI.T)
         return y_BRO
+
+    def _biases(self, samples: int) -> torch.Tensor:
+        """The bias of each sample, [B, O]: zeros where the layer has none."""
+        bias_O = self.base.bias
+        if bias_O is None:
+            bias_O = self.base.weight.new_zeros(len(self.base.weight))
+        bias_BO = bias_O.expand(samples, -1)
+        for lane in self._lanes_of_biases():
+            bias_BO = lane.change(bias_BO, lane.values(self.name).add)
+        return bias_BO
 
     def _connections(self, lanes: Sequence[Lane], samples: int) -> tuple[torch.Tensor, ...]:
         """The columns, int64, and the values of each sample's connections, [B, O, K]: of the
@@ -96,14 +124,17 @@ class MixedLayer(Wrapper):
         """
         weight_OI = self.base.weight.flatten(1)
         outputs, inputs = weight_OI.shape
+        starts_O1 = torch.arange(0, outputs * inputs, inputs, device=weight_OI.device)[:, None]
         shape = (samples, outputs, max(lane.spec.top_k for lane in lanes))
         columns_BOK = torch.zeros(shape, dtype=torch.long, device=weight_OI.device)
         values_BOK = weight_OI.new_zeros(shape)
         for lane in lanes:
             if lane.has(self.name):
-                columns_SN, values_SN = lane.indices(self.name) % inputs, lane.values(self.name)
-                columns_BOK = lane.change(columns_BOK, functools.partial(_padded, columns_SN))
-                values_BOK = lane.change(values_BOK, functools.partial(_padded, values_SN))
+                index_SOK = lane.indices(self.name).unflatten(1, (outputs, -1))
+                values_SOK = lane.values(self.name).unflatten(1, (outputs, -1))
+                columns_SOK = index_SOK - starts_O1
+                columns_BOK = lane.change(columns_BOK, functools.partial(_padded, columns_SOK))
+                values_BOK = lane.change(values_BOK, functools.partial(_padded, values_SOK))
         return columns_BOK, values_BOK
 
     def _product_per_pack(self, x: torch.Tensor, batch: MixedBatch) -> torch.Tensor:
@@ -150,11 +181,9 @@ class MixedLayer(Wrapper):
                 entries.index_copy_(0, index_N, frozen_N)
 
 
-def _padded(of_lane_SN: torch.Tensor, of_batch_SOK: torch.Tensor) -> torch.Tensor:
+def _padded(of_lane_SOK: torch.Tensor, of_batch_SOK: torch.Tensor) -> torch.Tensor:
     """A lane's connections as those of the batch, in which neurons may have more of them."""
-    samples, outputs, most = of_batch_SOK.shape
-    of_lane_SOK = of_lane_SN.view(samples, outputs, -1).to(of_batch_SOK.dtype)
-    return F.pad(of_lane_SOK, (0, most - of_lane_SOK.shape[2]))
+    return F.pad(of_lane_SOK, (0, of_batch_SOK.shape[2] - of_lane_SOK.shape[2]))
 
 
 def _rows(layer: TunableLayer, x: torch.Tensor) -> torch.Tensor | None:

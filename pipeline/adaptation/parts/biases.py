@@ -18,6 +18,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from pipeline.adaptation.channels import channel_dims
+from pipeline.adaptation.mixed_layer import MixedLayer
 from pipeline.adaptation.part import (
     Assembly,
     Mixing,
@@ -116,8 +117,8 @@ def _forget(module: nn.Module, inputs: Any) -> None:
 
 
 def _add(name: str, dim: int, lane: Lane, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """A layer's output, a tensor of its own, with the changes of its bias."""
-    return y.add_(lane.along(lane.values(name), y, dim))
+    """A layer's output with the changes of its bias."""
+    return lane.add(name, dim, y)
 
 
 def _add_scaled(name: str, lane: Lane, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
@@ -174,7 +175,9 @@ class BiasesPart(Part):
             scale.inplace = False  # type: ignore[assignment]
             network.after(self, name, scale, partial(_add_scaled, name))
         for name in biased:
-            network.after(self, name, model.get_submodule(name), partial(_add, name, dims[name]))
+            layer = model.get_submodule(name)
+            if not isinstance(layer, MixedLayer):  # which adds its own
+                network.after(self, name, layer, partial(_add, name, dims[name]))
         return Mixing.FREELY
 
     def address(self, tensor: PlannedTensor, modules: Mapping[str, Any]) -> tuple[str, str]:

@@ -196,25 +196,56 @@ def route(
     return Routes(probabilities_ET, gates_ET, projected_RT, norms_1T)
 
 
-def mixed_output(
-    x_STD: torch.Tensor,
-    down_SEHD: torch.Tensor,
-    up_SEDH: torch.Tensor,
-    router_SRD: torch.Tensor | None,
-    embeddings_SER: torch.Tensor | None,
-    temperature: float,
-    top_k: int,
-) -> torch.Tensor:
-    """What `Mixture` adds to the residual, [S, T, D], where each sample has a bank of its own."""
-    hidden_SXT = (down_SEHD.flatten(1, 2) @ x_STD.mT).relu_()
-    if router_SRD is not None and embeddings_SER is not None:
-        directions_SRT = F.normalize(router_SRD @ x_STD.mT, dim=1, eps=TINY)
-        scaled_SER = F.normalize(embeddings_SER, dim=2, eps=TINY) / temperature
-        probabilities_SET = torch.softmax(scaled_SER @ directions_SRT, dim=1)
-        gate_SKT, choice_SKT = probabilities_SET.topk(top_k, dim=1)
-        gates_SET = torch.zeros_like(probabilities_SET).scatter_(1, choice_SKT, gate_SKT)
-        hidden_SXT *= gates_SET.repeat_interleave(down_SEHD.shape[2], dim=1)
-    return hidden_SXT.mT @ up_SEDH.transpose(2, 3).flatten(1, 2)
+class MixedBanks(NamedTuple):
+    """The banks of the samples of a batch, as all blocks of a pass use them.
+
+    rows_SND: down [X, D] and below it, of several experts, the router [R, D]. up_SXD: times the
+    scale of the output. scaled_experts_SER: directions of experts over the temperature.
+    """
+
+    rows_SND: torch.Tensor
+    up_SXD: torch.Tensor
+    scaled_experts_SER: torch.Tensor | None
+
+
+def mixed_banks(
+    current: Mapping[str, torch.Tensor], temperature: float, scale: float
+) -> MixedBanks:
+    """The banks of each sample's tensors `down` [S, E, H, D], `up` [S, E, D, H] and, of several
+    experts, `router` [S, R, D] and `embeddings` [S, E, R].
+    """
+    rows_SND = current["down"].flatten(1, 2)
+    up_SXD = scale * current["up"].transpose(2, 3).flatten(1, 2)
+    if "router" not in current:
+        return MixedBanks(rows_SND, up_SXD, None)
+    directions_SER = F.normalize(current["embeddings"], dim=2, eps=TINY)
+    rows_SND = torch.cat([rows_SND, current["router"]], dim=1)
+    return MixedBanks(rows_SND, up_SXD, directions_SER / temperature)
+
+
+def mixed_hidden(x_SDT: torch.Tensor, banks: MixedBanks, top_k: int) -> torch.Tensor:
+    """The hidden units of `Mixture` times their gates, [S, X, T], where each sample has a bank of
+    its own: their products with `up_SXD` are what it adds to the residual.
+    """
+    read_SNT, hidden_units = banks.rows_SND @ x_SDT, banks.up_SXD.shape[1]
+    hidden_SXT = read_SNT[:, :hidden_units].relu_()
+    if banks.scaled_experts_SER is None:
+        return hidden_SXT
+    projected_SRT = read_SNT[:, hidden_units:]
+    norms_S1T = torch.linalg.vector_norm(projected_SRT, dim=1, keepdim=True).clamp_(min=TINY)
+    scores_SET = (banks.scaled_experts_SER @ projected_SRT).div_(norms_S1T)
+    probabilities_SET = torch.softmax(scores_SET, dim=1)
+    gate_SKT, choice_SKT = _best(probabilities_SET, top_k)
+    gates_SET = torch.zeros_like(probabilities_SET).scatter_(1, choice_SKT, gate_SKT)
+    by_expert_SEHT = hidden_SXT.unflatten(1, (gates_SET.shape[1], -1))
+    return by_expert_SEHT.mul_(gates_SET[:, :, None]).flatten(1, 2)
+
+
+def _best(probabilities_SET: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The largest probabilities and their experts, [S, K, T]."""
+    if top_k == 1:
+        return torch.max(probabilities_SET, dim=1, keepdim=True)
+    return torch.topk(probabilities_SET, top_k, dim=1)
 
 
 class Mixture(torch.autograd.Function):

@@ -90,8 +90,10 @@ class MixedNorm(Wrapper):
             else self._along_channels(tensor)
             for name, tensor in frozen.items()
         }
-        normal = torch.func.functional_call(self.base, plain, (x,)) * own["weight"]
-        return normal.add_(own["bias"]) if "bias" in own else normal
+        normal = torch.func.functional_call(self.base, plain, (x,))
+        if "bias" not in own:
+            return normal.mul_(own["weight"])
+        return torch.addcmul(own["bias"], normal, own["weight"], out=normal)
 
     def _along_channels(self, tensor_C: torch.Tensor) -> torch.Tensor:
         return tensor_C.view(-1, *[1] * (-1 - self.dim))

@@ -37,7 +37,14 @@ from pipeline.adaptation.part import (
     Stage,
     register,
 )
-from pipeline.adaptation.parts.mixture import BankMatrices, Mixture, bank_matrices, mixed_output
+from pipeline.adaptation.parts.mixture import (
+    BankMatrices,
+    MixedBanks,
+    Mixture,
+    bank_matrices,
+    mixed_banks,
+    mixed_hidden,
+)
 from pipeline.adaptation.parts.prompts import GeneratedPrompt
 from pipeline.adaptation.recompute import is_recomputing, outside_blocks
 from pipeline.adaptation.tensors import PlannedTensor, Start
@@ -271,23 +278,23 @@ def _add(
     """
     if lane.from_block and slot.block not in blocks(lane.from_block):
         return y
-    spec, prefix = lane.spec, f"smoa.{slot.width}"
+    spec, banks = lane.spec, lane.once(slot.width, partial(_banks, lane, slot.width))
     x = y if spec.placement == "after_mlp" else x
-    if slot.channels_first:
-        x = x.movedim(1, -1)
-    down_SEHD, up_SEDH = lane.values(f"{prefix}.down"), lane.values(f"{prefix}.up")
-    router, embeddings = (
-        lane.values(f"{prefix}.{key}") if lane.has(f"{prefix}.{key}") else None
-        for key in ("router", "embeddings")
-    )
-    x_STD = x.reshape(len(down_SEHD), -1, down_SEHD.shape[-1])
-    output = mixed_output(
-        x_STD, down_SEHD, up_SEDH, router, embeddings, spec.temperature, spec.top_k
-    )
-    output = (spec.scale * output).view(x.shape)
+    tokens = x.movedim(1, -1) if slot.channels_first else x
+    x_STD = tokens.reshape(len(banks.up_SXD), -1, banks.up_SXD.shape[-1])
+    hidden_STX = mixed_hidden(x_STD.mT, banks, spec.top_k).mT
+    if not slot.channels_first and not spec.prompt_generator:
+        return y.reshape(x_STD.shape).baddbmm_(hidden_STX, banks.up_SXD).view(y.shape)
+    output = (hidden_STX @ banks.up_SXD).view(tokens.shape)
     if spec.prompt_generator:
         network.noted[slot.block] = output.mean(dim=1)
     return y + (output.movedim(-1, 1) if slot.channels_first else output)
+
+
+def _banks(lane: Lane, width: int) -> MixedBanks:
+    names = {key: f"smoa.{width}.{key}" for key in BANK_STARTS}
+    current = {key: lane.values(name) for key, name in names.items() if lane.has(name)}
+    return mixed_banks(current, lane.spec.temperature, lane.spec.scale)
 
 
 def _widths(site: Site) -> list[int]:
