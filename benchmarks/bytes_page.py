@@ -237,12 +237,14 @@ def runs(cells: Sequence[Cell]) -> list[str]:
             f" {cell['epochs']} | {cell['trials_per_budget']} | {cell['points_per_method']} |"
             f" {cell['machine']['commit']} |"
         )
-    tried: dict[str, list[str]] = {}
+    tried: dict[tuple[str, str], dict[str, None]] = {}
     for cell in cells:
         families = {row["family"] for row in cell["trials"]} - {"default", "house"}
-        names = ", ".join(sorted(families))
-        tried.setdefault(names, []).append(f"{cell['task']} ({cell['backbone']})")
-    lines += ["", *(f"Methods on {', '.join(found)}: {names}." for names, found in tried.items())]
+        names = cell["backbone"], ", ".join(sorted(families))
+        tried.setdefault(names, {})[cell["task"]] = None
+    lines += [""]
+    for (backbone, methods), tasks in tried.items():
+        lines.append(f"Methods on {backbone}, {', '.join(tasks)}: {methods}.")
     lines += ["", "Commands:", ""]
     for cell in cells:
         machine = cell["machine"]
