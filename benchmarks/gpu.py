@@ -1,7 +1,8 @@
-"""What a GPU makes of taskpack, in one script of under eight minutes: time and memory of a step,
-the selection, the tests.
+"""What a GPU makes of taskpack, in one script: time and memory of a step, the selection, a study
+from start to end, the tests.
 
     python benchmarks/gpu.py                          on a machine with a GPU
+    python benchmarks/gpu.py --parts study            or a part of it
     python benchmarks/gpu.py --device cpu --smoke     tiny sizes, to see that the script works
 
 1. Steps of ViT-B/16 at 224 px in bfloat16, batches of 32, 64 and 256, with the variants of
@@ -9,10 +10,14 @@ the selection, the tests.
    and timed alone, so that its peak memory is its own.
 2. Selection (three connections per neuron) over 1,000 random images in float32 and bfloat16; the
    share of connections that are the same in both, and when the selection is repeated.
-3. The tests: `pytest -m gpu tests/training/test_accelerator.py`.
+3. A study of 12 trials on dtd10, and how busy it keeps the GPU; see gpu_study.py. It ends within
+   --study-seconds, with fewer trials if need be, and needs all of taskpack's dependencies, Ray and
+   MLflow among them, and the images at --data.
+4. The tests: `pytest -m gpu tests/training/test_accelerator.py`.
 
-CONTRIBUTING.md names the packages that it needs, besides peft for LoRA. Weights are random. What
-cannot be measured says why. Writes benchmarks/results/gpu-<card>.json and .md.
+CONTRIBUTING.md names the packages that the others need, besides peft for LoRA. Weights are random,
+from a seed, unless --weights names a checkpoint. What cannot be measured says why. Writes
+benchmarks/results/gpu-<card>.json and .md; with --parts, gpu-<card>-<parts>.
 """
 
 from __future__ import annotations
@@ -33,6 +38,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from gpu_study import StudySetting, measure_study, study_lines
 from machine import describe_machine
 from variants import FULL, Setting, Variant, builders, select_connections
 
@@ -45,6 +51,7 @@ from pipeline.specs import Backbone, Input, Selection
 from pipeline.utils.devices import can_record, device_name, has_bf16_units, is_accelerator
 
 HERE = Path(__file__).parent
+DTD10 = HERE.parent.parent / "shared" / "data" / "dtd10"
 VARIANTS = (
     FULL,
     "LoRA r=8 (peft)",
@@ -57,11 +64,14 @@ GPU_TESTS = ("tests/training/test_accelerator.py",)
 """By name: other files of tests import what a bare machine has not."""
 TOP_K = 3
 CLASSES = 10
+PARTS = ("steps", "selection", "study", "tests")
 PACKAGES = (
     "torch",
     "torchvision",
     "timm",
     "peft",
+    "ray",
+    "mlflow",
     "constriction",
     "numpy",
     "safetensors",
@@ -70,7 +80,7 @@ PACKAGES = (
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much is measured."""
+    """How much is measured; `epochs` are those of a trial."""
 
     model: str
     arguments: dict[str, int]
@@ -79,9 +89,10 @@ class Sizes:
     images: int
     warm_up: int
     repeats: int
+    epochs: int
 
 
-WHOLE = Sizes("vit_base_patch16_224", {}, 224, (32, 64, 256), 1000, 5, 20)
+WHOLE = Sizes("vit_base_patch16_224", {}, 224, (32, 64, 256), 1000, 5, 20, 100)
 SMOKE = Sizes(
     "vit_tiny_patch16_224",
     {"img_size": 32, "patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 2},
@@ -90,6 +101,7 @@ SMOKE = Sizes(
     64,
     1,
     2,
+    1,
 )
 
 
@@ -107,9 +119,23 @@ def main() -> None:
         )
     started = time.monotonic()
     backbone = load_backbone(
-        Backbone(model=sizes.model, arguments=dict(sizes.arguments), weights="random"),
+        Backbone(model=sizes.model, arguments=dict(sizes.arguments), weights=arguments.weights),
         Input(size_px=sizes.size_px),
     )
+    study = StudySetting(
+        backbone.spec,
+        sizes.size_px,
+        None if arguments.smoke else arguments.data,
+        sizes.epochs,
+        arguments.device,
+        arguments.study_seconds,
+    )
+    measure: dict[str, Callable[[], Any]] = {
+        "steps": lambda: measure_steps(backbone, sizes, arguments.device),
+        "selection": lambda: measure_selection(backbone, sizes, arguments.device),
+        "study": lambda: measure_study(study),
+        "tests": run_tests,
+    }
     result: dict[str, Any] = {
         "machine": {
             **describe_machine(),
@@ -117,17 +143,24 @@ def main() -> None:
             "versions": versions(),
         },
         "command": shlex.join(["python", "benchmarks/gpu.py", *sys.argv[1:]]),
+        "weights": arguments.weights,
         "sizes": vars(sizes),
-        "steps": measure_steps(backbone, sizes, arguments.device),
-        "selection": measure_selection(backbone, sizes, arguments.device),
-        "tests": {"skipped": "--no-tests"} if arguments.no_tests else run_tests(),
     }
+    for part in arguments.parts:
+        empty_memory(arguments.device)
+        result[part] = measure[part]()
     result["seconds"] = round(time.monotonic() - started, 1)
-    name = re.sub(r"[^a-z0-9]+", "-", card(arguments.device)).strip("-")
-    path = arguments.out / f"gpu-{name}{'-smoke' if arguments.smoke else ''}.json"
+    path = results_path(arguments)
     path.write_text(json.dumps(result, indent=1) + "\n")
     path.with_suffix(".md").write_text(markdown(result))
     print(path.with_suffix(".md").read_text())
+
+
+def results_path(arguments: argparse.Namespace) -> Path:
+    """Where the results go: a part does not replace the whole."""
+    name = re.sub(r"[^a-z0-9]+", "-", card(arguments.device)).strip("-")
+    parts = "" if set(arguments.parts) == set(PARTS) else f"-{'-'.join(arguments.parts)}"
+    return Path(arguments.out, f"gpu-{name}{parts}{'-smoke' if arguments.smoke else ''}.json")
 
 
 def _arguments() -> argparse.Namespace:
@@ -136,7 +169,10 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes")
-    parser.add_argument("--no-tests", action="store_true")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--weights", default="random", help="a checkpoint of the ViT-B/16")
+    parser.add_argument("--data", type=Path, default=DTD10, help="folder of dtd10")
+    parser.add_argument("--study-seconds", type=float, default=300)
     parser.add_argument("--out", type=Path, default=HERE / "results", help="folder of the results")
     return parser.parse_args()
 
@@ -347,18 +383,22 @@ def markdown(result: dict[str, Any]) -> str:
     found = ", ".join(
         f"{name} {version}" for name, version in machine["versions"].items() if version
     )
+    lines: dict[str, Callable[[], list[str]]] = {
+        "steps": lambda: _step_lines(result["steps"], sizes),
+        "selection": lambda: _selection_lines(result["selection"]),
+        "study": lambda: study_lines(result["study"]),
+        "tests": lambda: _test_lines(result["tests"]),
+    }
     return "\n".join(
         [
             f"# {machine['device']}: {sizes['model']} at {sizes['size_px']} px",
             "",
             (
                 f"`{result['command']}`, {result['seconds']:.0f} s, commit"
-                f" {machine['commit'] or 'unknown'}, {found}. Random weights."
+                f" {machine['commit'] or 'unknown'}, {found}. Weights: {result['weights']}."
             ),
             "",
-            *_step_lines(result["steps"], sizes),
-            *_selection_lines(result["selection"]),
-            *_test_lines(result["tests"]),
+            *(line for part in PARTS if part in result for line in lines[part]()),
         ]
     )
 

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from helpers_paths import PROJECT_ROOT
 
+PARTS = ("--parts", "steps", "selection")
+
 
 def test_the_gpu_benchmark_runs_on_the_stand_in(
     standin: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -19,10 +21,21 @@ def test_the_gpu_benchmark_runs_on_the_stand_in(
     monkeypatch.setattr(
         sys,
         "argv",
-        ["gpu.py", "--device", standin, "--smoke", "--no-tests", "--out", str(tmp_path)],
+        [
+            "gpu.py",
+            "--device",
+            standin,
+            "--smoke",
+            "--parts",
+            "steps",
+            "selection",
+            "--out",
+            str(tmp_path),
+        ],
     )
     benchmark.main()
-    result = json.loads((tmp_path / "gpu-stand-in-smoke.json").read_text())
+    path = tmp_path / "gpu-stand-in-steps-selection-smoke.json"
+    result = json.loads(path.read_text())
     rows = result["steps"]
     assert {(row["batch"], row["variant"]) for row in rows} == {
         (batch, name) for batch in (4, 8) for name in benchmark.VARIANTS
@@ -35,4 +48,4 @@ def test_the_gpu_benchmark_runs_on_the_stand_in(
     } == {"median_ms"}
     assert result["selection"]["alike_again"] == 1
     assert result["selection"]["alike_in_bf16"] > 0.5
-    assert "| 8 | default recipe | no | bf16 |" in (tmp_path / "gpu-stand-in-smoke.md").read_text()
+    assert "| 8 | default recipe | no | bf16 |" in path.with_suffix(".md").read_text()
