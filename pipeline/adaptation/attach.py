@@ -98,7 +98,7 @@ class AdaptedModel(nn.Module):
             return to_device(images, self.device)
 
         def run(some: torch.Tensor) -> torch.Tensor:
-            features: torch.Tensor = self.backbone(self.normalise(some.to(self.device)))
+            features: torch.Tensor = self.backbone(self.normalise(to_device(some, self.device)))
             return features
 
         return self._trunk.outputs(run, images)

@@ -7,15 +7,15 @@ strong   `crop`, colour jitter (brightness, contrast and saturation 0.4, hue 0.1
          loss (arXiv 2004.11362) as GPS (arXiv 2312.10136) draws them
 
 Crop and flip are one affine map of the sampling grid, x' = s_x x + t_x and y' = s_y y + t_y, with a
-negative s_x where the image is mirrored, so the batch is resampled once. All random numbers are
-drawn from the generator, on its device; callers use one on the CPU, so a seed draws the same
-numbers wherever the images are.
+negative s_x where the image is mirrored, so the batch is resampled once. All random numbers of a
+batch are drawn on the CPU, so a seed draws the same ones wherever the images are, and sent to the
+images' device in one copy, for which nothing waits.
 """
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,6 +23,7 @@ import torch
 from torch.nn import functional
 
 from pipeline.specs import Augmentation
+from pipeline.utils.devices import all_to_device
 
 CROP_ASPECT = (3 / 4, 4 / 3)
 CROP_TRIES = 10
@@ -77,19 +78,24 @@ def augment_with(
     pixels = images.float() / 255 if images.dtype == torch.uint8 else images.float()
     if kind == "none" or not len(pixels):
         return pixels, targets
-    draw = _Numbers(generator, len(pixels), pixels.device)
-    grid = functional.affine_grid(
-        _crop(draw, 0.5 if kind == "light" else 0.08, flip), list(pixels.shape), align_corners=False
-    )
+    draw, sizes = _Numbers(generator, len(pixels)), list[list[int]]()
+    maps_B23 = _crop(draw, 0.5 if kind == "light" else 0.08, flip)
+    if kind == "strong":
+        colours_NB, sizes = _rounds(draw)
+    else:
+        colours_NB = _factors(draw(2 if kind == "light" else 0))
+    maps_B23, colours_NB = all_to_device([maps_B23, colours_NB], pixels.device)
+    grid = functional.affine_grid(maps_B23, list(pixels.shape), align_corners=False)
     crops = functional.grid_sample(
         pixels, grid, mode="bilinear", padding_mode="border", align_corners=False
     )
     if targets.shape == images[:, 0].shape:
         targets = _moved_masks(targets, grid)
-    if kind == "crop":
-        return crops, targets
-    jitter = _light_jitter if kind == "light" else _colour_jitter
-    return jitter(crops, draw), targets
+    if kind == "light":
+        crops = _light_jitter(crops, colours_NB)
+    elif kind == "strong":
+        _change_colours(crops, colours_NB, sizes)
+    return crops, targets
 
 
 def _moved_masks(masks: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
@@ -101,17 +107,14 @@ def _moved_masks(masks: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class _Numbers:
-    """Uniform random numbers in [0, 1), one per image and draw."""
+    """Uniform random numbers in [0, 1), one per image and draw, on the CPU."""
 
     generator: torch.Generator
     images: int
-    device: torch.device
 
     def __call__(self, *shape: int) -> torch.Tensor:
         """Numbers [*shape, B]."""
-        return torch.rand(
-            *shape, self.images, generator=self.generator, device=self.generator.device
-        ).to(self.device)
+        return torch.rand(*shape, self.images, generator=self.generator)
 
 
 def _crop(draw: _Numbers, smallest_area: float, flip: bool) -> torch.Tensor:
@@ -128,7 +131,7 @@ def _crop(draw: _Numbers, smallest_area: float, flip: bool) -> torch.Tensor:
         fits_TB.any(dim=0), size_2TB.gather(1, first_B.expand(2, 1, -1)).squeeze(1), 1.0
     )
     x, y, mirror = draw(3)
-    theta = torch.zeros(draw.images, 2, 3, device=draw.device)
+    theta = torch.zeros(draw.images, 2, 3)
     theta[:, 0, 0] = torch.where((mirror < 0.5) | (not flip), width, -width)
     theta[:, 1, 1] = height
     theta[:, 0, 2] = (1 - width) * (2 * x - 1)
@@ -136,39 +139,50 @@ def _crop(draw: _Numbers, smallest_area: float, flip: bool) -> torch.Tensor:
     return theta
 
 
-def _light_jitter(images: torch.Tensor, draw: _Numbers) -> torch.Tensor:
+def _light_jitter(images: torch.Tensor, factors_2B: torch.Tensor) -> torch.Tensor:
     """Scale contrast about each image's mean, then brightness; [B, 3, S, S]."""
-    contrast, brightness = _factors(draw(2))
+    contrast, brightness = factors_2B
     return (
         _blend(images, images.mean(dim=(1, 2, 3), keepdim=True), contrast)
         * brightness.view(-1, 1, 1, 1)
     ).clamp(0, 1)
 
 
-def _colour_jitter(images: torch.Tensor, draw: _Numbers) -> torch.Tensor:
-    """torchvision's ColorJitter with a probability, then RandomGrayscale with a probability; the
-    order of operations differs per image.
+def _rounds(draw: _Numbers) -> tuple[torch.Tensor, list[list[int]]]:
+    """torchvision's ColorJitter with a probability, then RandomGrayscale with a probability, as
+    five rounds in each of which an image is changed by one of `_CHANGES` or by none: first all four
+    in an order that differs per image, then perhaps saturation with a factor of zero.
+
+    Returns:
+        For each round the images' numbers, grouped by change, and then for each round the amounts
+        of these changes, [10, B]; for each round the number of images in each group, of which the
+        last is of those that are not changed.
     """
     order_4B = draw(4).argsort(dim=0)
-    (brightness, contrast, saturation), hue = _factors(draw(3)), HUE_JITTER * (2 * draw() - 1)
-    is_jittered, is_grey = draw() < COLOUR_PROBABILITY, draw() < GREY_PROBABILITY
-    changes: list[tuple[Callable[[torch.Tensor, torch.Tensor], torch.Tensor], torch.Tensor]] = [
-        (lambda pixels, factor: _blend(pixels, torch.zeros_like(pixels), factor), brightness),
-        (
-            lambda pixels, factor: _blend(
-                pixels, _grey(pixels).mean(dim=(1, 2, 3), keepdim=True), factor
-            ),
-            contrast,
-        ),
-        (lambda pixels, factor: _blend(pixels, _grey(pixels), factor), saturation),
-        (turn_hue, hue),
-    ]
-    images = images.clone()
-    for turn_B in order_4B:
-        for number, (change, amount) in enumerate(changes):
-            chosen = (is_jittered & (turn_B == number)).nonzero().squeeze(1)
-            images[chosen] = change(images[chosen], amount[chosen])
-    return torch.where(is_grey.view(-1, 1, 1, 1), _grey(images), images)
+    amounts_4B = torch.cat([_factors(draw(3)), HUE_JITTER * (2 * draw(1) - 1)])
+    is_jittered, is_grey = draw(1) < COLOUR_PROBABILITY, draw(1) < GREY_PROBABILITY
+    none = len(_CHANGES)
+    change_5B = torch.cat(
+        [
+            torch.where(is_jittered, order_4B, none),
+            torch.where(is_grey, _CHANGES.index(_saturate), none),
+        ]
+    )
+    amounts_5B = torch.cat([amounts_4B.gather(0, order_4B), torch.zeros(1, draw.images)])
+    index_5B = change_5B.argsort(dim=1, stable=True)
+    sizes = [change_B.bincount(minlength=none + 1).tolist() for change_B in change_5B]
+    return torch.cat([index_5B, amounts_5B.gather(1, index_5B)]), sizes
+
+
+def _change_colours(images: torch.Tensor, rounds: torch.Tensor, sizes: list[list[int]]) -> None:
+    """Change images [B, 3, S, S] in place as `_rounds` says. The sizes of groups are known to the
+    host, which therefore need not wait for a device to find the images of a group.
+    """
+    index_RB, amounts_RB = rounds.chunk(2)
+    for index_B, amount_B, of_round in zip(index_RB.long(), amounts_RB, sizes, strict=True):
+        groups = zip(index_B.split(of_round), amount_B.split(of_round), strict=True)
+        for change, (chosen, amount) in zip(_CHANGES, groups, strict=False):
+            images[chosen] = change(images[chosen], amount)
 
 
 def _factors(numbers: torch.Tensor) -> torch.Tensor:
@@ -182,9 +196,25 @@ def _blend(images: torch.Tensor, towards: torch.Tensor, factor_B: torch.Tensor) 
 
 def _grey(images: torch.Tensor) -> torch.Tensor:
     """Luminance [B, 1, S, S]."""
-    return (images * torch.tensor(_GREY, device=images.device).view(1, 3, 1, 1)).sum(
-        dim=1, keepdim=True
-    )
+    return (images * _grey_weights(images.device)).sum(dim=1, keepdim=True)
+
+
+@functools.cache
+def _grey_weights(device: torch.device) -> torch.Tensor:
+    """The channels' weights [3, 1, 1]; kept, because a copy to a device may wait for it."""
+    return torch.tensor(_GREY, device=device).view(3, 1, 1)
+
+
+def _brighten(images: torch.Tensor, factor_B: torch.Tensor) -> torch.Tensor:
+    return (images * factor_B.view(-1, 1, 1, 1)).clamp(0, 1)
+
+
+def _change_contrast(images: torch.Tensor, factor_B: torch.Tensor) -> torch.Tensor:
+    return _blend(images, _grey(images).mean(dim=(1, 2, 3), keepdim=True), factor_B)
+
+
+def _saturate(images: torch.Tensor, factor_B: torch.Tensor) -> torch.Tensor:
+    return _blend(images, _grey(images), factor_B)
 
 
 def turn_hue(images: torch.Tensor, turn_B: torch.Tensor) -> torch.Tensor:
@@ -202,5 +232,9 @@ def turn_hue(images: torch.Tensor, turn_B: torch.Tensor) -> torch.Tensor:
         + 2 * largest
         + 6 * turn_B.view(-1, 1, 1, 1)
     )
-    k = (torch.tensor([5, 3, 1], device=images.device).view(1, 3, 1, 1) + hue) % 6
+    k = (torch.arange(5, 0, -2, device=images.device).view(1, 3, 1, 1) + hue) % 6
     return value - chroma * torch.minimum(k, 4 - k).clamp(0, 1)
+
+
+_CHANGES = (_brighten, _change_contrast, _saturate, turn_hue)
+"""Of colours, by an amount per image, in torchvision's order."""

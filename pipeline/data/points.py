@@ -26,6 +26,7 @@ from pipeline.data.paths import read_path
 from pipeline.errors import DataError
 from pipeline.specs import Augmentation
 from pipeline.specs.data import STORED_POINTS, Scale
+from pipeline.utils.devices import all_to_device
 
 _CANDIDATES = 8192
 """Points among which the farthest are sought; of more, as many are drawn."""
@@ -126,29 +127,34 @@ class Points(Modality):
         clouds = samples.float()
         if kind == "none" or not len(clouds):
             return clouds, targets
-        numbers = _Numbers(generator, len(clouds), clouds.device)
-        radius = clouds[..., :3].norm(dim=-1).amax(dim=1).view(-1, 1, 1)
-        if kind == "strong":
-            clouds = _without_some(clouds, numbers)
-        xyz, normals = clouds[..., :3], clouds[..., 3:]
-        turned = self._turns(numbers, flip)
+        draw, is_strong = _Numbers(generator, len(clouds)), kind == "strong"
+        points = clouds.shape[1] if is_strong else 0
+        is_dropped_BN = draw(points) < DROPPED * draw(1 if is_strong else 0)
+        turned_B33 = self._turns(draw, flip)
         low, high = SCALES
-        scale_B13 = low + (high - low) * numbers(1, 3)
-        xyz = xyz @ turned * scale_B13 + SHIFT * radius * (2 * numbers(1, 3) - 1)
-        if kind == "strong":
-            noise = numbers.normal(*xyz.shape[1:]) * JITTER
-            xyz = xyz + radius * noise.clamp(-JITTER_MOST, JITTER_MOST)
+        scale_B13, shift_B13 = low + (high - low) * draw(1, 3), 2 * draw(1, 3) - 1
+        is_dropped_BN, turned_B33, scale_B13, shift_B13, noise_BN3 = all_to_device(
+            [is_dropped_BN.float(), turned_B33, scale_B13, shift_B13, draw.normal(points, 3)],
+            clouds.device,
+        )
+        radius = clouds[..., :3].norm(dim=-1).amax(dim=1).view(-1, 1, 1)
+        if is_strong:
+            clouds = _without_some(clouds, is_dropped_BN.bool())
+        xyz, normals = clouds[..., :3], clouds[..., 3:]
+        xyz = xyz @ turned_B33 * scale_B13 + SHIFT * radius * shift_B13
+        if is_strong:
+            xyz = xyz + radius * (noise_BN3 * JITTER).clamp(-JITTER_MOST, JITTER_MOST)
         if normals.shape[-1]:
-            normals = nn.functional.normalize(normals @ turned / scale_B13, dim=-1)
+            normals = nn.functional.normalize(normals @ turned_B33 / scale_B13, dim=-1)
         return torch.cat([xyz, normals], dim=-1), targets
 
-    def _turns(self, numbers: _Numbers, flip: bool) -> torch.Tensor:
+    def _turns(self, draw: _Numbers, flip: bool) -> torch.Tensor:
         """Matrices [B, 3, 3] that turn about the vertical, and mirror every other cloud."""
         vertical = "xyz".index(self.up)
         one, other = [axis for axis in range(3) if axis != vertical]
-        angle = 2 * math.pi * numbers(1).squeeze(1) * self.turn
-        mirror = torch.where((numbers(1).squeeze(1) < 0.5) | (not flip), 1.0, -1.0)
-        turned = torch.zeros(len(angle), 3, 3, device=angle.device)
+        angle = 2 * math.pi * draw(1).squeeze(1) * self.turn
+        mirror = torch.where((draw(1).squeeze(1) < 0.5) | (not flip), 1.0, -1.0)
+        turned = torch.zeros(len(angle), 3, 3)
         turned[:, vertical, vertical] = 1
         turned[:, one, one], turned[:, one, other] = mirror * angle.cos(), mirror * angle.sin()
         turned[:, other, one], turned[:, other, other] = -angle.sin(), angle.cos()
@@ -190,30 +196,25 @@ class ToFloat(nn.Module):
 
 @dataclass(frozen=True)
 class _Numbers:
-    """Random numbers of each cloud, from a generator that may be on another device."""
+    """Random numbers of each cloud, on the CPU."""
 
     generator: torch.Generator
     clouds: int
-    device: torch.device
 
     def __call__(self, *shape: int) -> torch.Tensor:
         """Uniform in [0, 1), [B, *shape]."""
-        return self._moved(torch.rand(self.clouds, *shape, generator=self.generator))
+        return torch.rand(self.clouds, *shape, generator=self.generator)
 
     def normal(self, *shape: int) -> torch.Tensor:
         """Of deviation 1, [B, *shape]."""
-        return self._moved(torch.randn(self.clouds, *shape, generator=self.generator))
-
-    def _moved(self, numbers: torch.Tensor) -> torch.Tensor:
-        return numbers.to(self.device)
+        return torch.randn(self.clouds, *shape, generator=self.generator)
 
 
-def _without_some(clouds: torch.Tensor, numbers: _Numbers) -> torch.Tensor:
-    """Each cloud without a random share of its points, at most DROPPED; those that stay keep their
+def _without_some(clouds: torch.Tensor, is_dropped: torch.Tensor) -> torch.Tensor:
+    """Each cloud without its dropped points [B, N], but for its first; those that stay keep their
     order and begin again.
     """
     points = clouds.shape[1]
-    is_dropped = numbers(points) < DROPPED * numbers(1)
     is_dropped[:, 0] = False
     order = is_dropped.to(torch.uint8).argsort(dim=1, stable=True)
     kept_B1 = (~is_dropped).sum(dim=1, keepdim=True)

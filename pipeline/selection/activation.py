@@ -21,7 +21,7 @@ from pipeline.backbones import LoadedBackbone
 from pipeline.errors import BackboneError
 from pipeline.selection.gradient import NumberedBatch
 from pipeline.specs import Selection
-from pipeline.utils.devices import computing_dtype, exact_float32
+from pipeline.utils.devices import computing_dtype, exact_float32, to_device
 
 
 @exact_float32()
@@ -57,7 +57,7 @@ def activation_sums(
         with torch.autocast(
             torch.device(device).type, torch.bfloat16, enabled=dtype == torch.bfloat16
         ):
-            model(normalise(images.to(device)))
+            model(normalise(to_device(images, device)))
         _check_all_called(model, means)
         for name, mean_GI in means.items():
             sums[name] += len(images) * mean_GI

@@ -28,7 +28,7 @@ from pipeline.backbones import LoadedBackbone
 from pipeline.data import numbered_generator
 from pipeline.selection.losses import Loss
 from pipeline.specs import Selection
-from pipeline.utils.devices import computing_dtype, exact_float32
+from pipeline.utils.devices import computing_dtype, exact_float32, to_device
 
 SAVED_BYTES = {"cpu": 2 << 30}
 """Most bytes of activations of one forward pass, by device; elsewhere four times as much."""
@@ -70,7 +70,7 @@ def gradient_sums(
     for index, images, targets in batches:
         generator = numbered_generator(seed, index)
         views, both = backbone.takes.two_views(
-            images.to(device), targets.to(device), generator, flip, spec.views
+            to_device(images, device), to_device(targets, device), generator, flip, spec.views
         )
         _backward(features_of, views, lambda features: of_features(features, both), piece)  # noqa: B023 - called at once
     return sums

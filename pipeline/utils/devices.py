@@ -12,7 +12,7 @@ import os
 import platform
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -103,10 +103,19 @@ def can_record(device: str | torch.device) -> bool:
 
 
 def to_device(tensor: torch.Tensor, device: str | torch.device) -> torch.Tensor:
-    """A tensor of the CPU on a device. A GPU copies it while the host goes on."""
-    if torch.device(device).type == "cuda":
+    """A tensor of the CPU on a device. An accelerator copies it while the host goes on."""
+    if is_accelerator(device):
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
+
+
+def all_to_device(
+    tensors: Sequence[torch.Tensor], device: str | torch.device
+) -> list[torch.Tensor]:
+    """Tensors of the CPU and one type on a device, as `to_device` copies them, in one copy."""
+    whole = to_device(torch.cat([tensor.flatten() for tensor in tensors]), device)
+    parts = whole.split([tensor.numel() for tensor in tensors])
+    return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
 
 
 def device_name(device: str | torch.device) -> str:

@@ -20,7 +20,7 @@ from pipeline.adaptation import AdaptedModel, attach, plan
 from pipeline.adaptation.drop_path import drop_rates
 from pipeline.backbones import LoadedBackbone, load_backbone
 from pipeline.data import augment
-from pipeline.data.augment import _colour_jitter, _Numbers, turn_hue
+from pipeline.data.augment import _change_colours, _Numbers, _rounds, turn_hue
 from pipeline.errors import BackboneError
 from pipeline.specs import Adapter, Backbone, Biases, Head, Input, Recipe, Selection, Ssf, Training
 from pipeline.specs.catalogue import load_methods
@@ -233,10 +233,9 @@ def test_one_image_through_the_colour_operators_is_what_torchvision_makes_of_it(
             drawn.append(super().__call__(*shape))
             return drawn[-1]
 
-    ours = _colour_jitter(
-        images, Recording(torch.Generator().manual_seed(3), len(images), images.device)
-    )
-    order, factors, hue, jittered, grey = drawn
+    ours = images.clone()
+    _change_colours(ours, *_rounds(Recording(torch.Generator().manual_seed(3), len(images))))
+    order, factors, (hue,), (jittered,), (grey,) = drawn
     operators = [
         torchvision_functional.adjust_brightness,
         torchvision_functional.adjust_contrast,

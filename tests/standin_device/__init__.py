@@ -113,8 +113,8 @@ def limit_bytes() -> int:
 @contextlib.contextmanager
 def counted() -> Iterator[Counter[str]]:
     """How often each operator, `copy to device`, `copy to host`, `copy on device` and
-    `synchronisation` happens in the context; filled when it ends. Views and allocations are not
-    counted.
+    `synchronisation` happens in the context; filled when it ends. Copies to the device from memory
+    that is not pinned are also synchronisations. Views and allocations are not counted.
     """
     counts: Counter[str] = Counter()
     torch.ops.standin.start_counting()

@@ -109,6 +109,35 @@ struct StandinGuard : c10::impl::DeviceGuardImplInterface {
   void synchronizeStream(const c10::Stream&) const override {}
 };
 
+// Host memory that a device reads by itself, while the host goes on. Copies from other memory are waited for.
+std::mutex pinned_mutex;
+std::map<const char*, size_t> pinned;  // bytes from each start
+
+bool is_pinned(const void* data) {
+  const std::lock_guard<std::mutex> lock(pinned_mutex);
+  const auto* at = static_cast<const char*>(data);
+  const auto after = pinned.upper_bound(at);
+  return after != pinned.begin() && at < std::prev(after)->first + std::prev(after)->second;
+}
+
+struct PinnedAllocator final : at::Allocator {
+  static void release(void* data) {
+    const std::lock_guard<std::mutex> lock(pinned_mutex);
+    pinned.erase(static_cast<const char*>(data));
+    free(data);
+  }
+  at::DataPtr allocate(size_t bytes) override {
+    void* data = nullptr;
+    if (bytes && posix_memalign(&data, 64, bytes)) throw std::bad_alloc();
+    const std::lock_guard<std::mutex> lock(pinned_mutex);
+    if (bytes) pinned[static_cast<const char*>(data)] = bytes;
+    return {data, data, &release, at::Device(at::kCPU)};
+  }
+  at::DeleterFnPtr raw_deleter() const override { return &release; }
+  void copy_data(void* target, const void* source, size_t bytes) const override { default_copy_data(target, source, bytes); }
+};
+PinnedAllocator pinned_allocator;
+
 struct StandinHooks final : at::MTIAHooksInterface {
   void init() const override {}
   bool hasMTIA() const override { return true; }
@@ -116,6 +145,8 @@ struct StandinHooks final : at::MTIAHooksInterface {
   bool hasPrimaryContext(at::DeviceIndex) const override { return true; }
   at::Generator getNewGenerator(at::DeviceIndex) const override { return at::make_generator<at::CPUGeneratorImpl>(); }
   at::DeviceIndex deviceCount() const override { return 1; }
+  at::Allocator* getPinnedMemoryAllocator() const override { return &pinned_allocator; }
+  bool isPinnedPtr(const void* data) const override { return is_pinned(data); }
 };
 
 const StandinGuard guard;
@@ -147,10 +178,14 @@ Tensor empty_strided(c10::IntArrayRef size, c10::IntArrayRef stride, std::option
   return at::detail::empty_strided_generic(size, stride, &allocator, c10::DispatchKeySet(c10::DispatchKey::MTIA), dtype.value_or(at::kFloat));
 }
 
-Tensor copy_from(const Tensor& source, const Tensor& target, bool) {
+Tensor copy_from(const Tensor& source, const Tensor& target, bool is_non_blocking) {
   const bool is_from_device = source.is_mtia(), is_to_device = target.is_mtia();
   if (is_from_device && !is_to_device) count("copy to host");
-  if (!is_from_device && is_to_device) count("copy to device");
+  if (!is_from_device && is_to_device) {
+    count("copy to device");
+    const auto bytes = source.numel() * source.element_size();
+    if (bytes && !(is_non_blocking && is_pinned(source.const_data_ptr()))) count("synchronisation");
+  }
   if (is_from_device && is_to_device) count("copy on device");
   auto here = is_to_device ? on_cpu(target) : target;
   here.copy_(is_from_device ? on_cpu(source) : source);
@@ -259,7 +294,8 @@ const auto registered_choice = [] {
 
 // Every other operator. Where CUDA would wait for the device to know a result's size, that counts as a synchronisation.
 void fallback(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
-  static const std::set<std::string> waiting{"aten::nonzero", "aten::masked_select", "aten::unique_dim", "aten::_unique2", "aten::equal"};
+  static const std::set<std::string> waiting{"aten::nonzero",   "aten::masked_select", "aten::unique_dim",         "aten::_unique2",
+                                            "aten::bincount", "aten::equal",         "aten::unique_consecutive"};
   static const std::set<std::string> taking_cpu_indices{"aten::index", "aten::index_put_", "aten::_index_put_impl_", "aten::index_put"};
   const auto& name = op.schema().operator_name().name;
   count(name);

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,12 +14,17 @@ import standin_device
 import torch
 
 from pipeline.adaptation import attach
+from pipeline.data.points import Points
 from pipeline.errors import OutOfMemory
 from pipeline.inputs.out_of_memory import named_out_of_memory
 from pipeline.search.trial import run_trial
 from pipeline.selection import select_locally
-from pipeline.specs import Recipe
+from pipeline.selection.activation import activation_sums
+from pipeline.selection.gradient import gradient_sums
+from pipeline.selection.losses import make_loss
+from pipeline.specs import Augmentation, Criterion, Recipe, Selection
 from pipeline.training import Inputs, evaluate, loop, train_epochs
+from pipeline.utils.devices import to_device
 
 RECIPE = {
     "connections": {"top_k": 2},
@@ -55,8 +61,14 @@ def trained(inputs: Inputs, device: str, epochs: int, **changes: Any) -> Counter
 
 @pytest.mark.parametrize(
     ("changes", "copies"),
-    [({}, 2), ({"augment": "light"}, 5), ({"mixup": 0.8, "cutmix": 1.0, "ema": 0.99}, 2)],
-    ids=["plain", "augmented", "mixed"],
+    [
+        ({}, 2),
+        ({"augment": "light"}, 3),
+        ({"augment": "crop"}, 3),
+        ({"augment": "strong"}, 3),
+        ({"mixup": 0.8, "cutmix": 1.0, "ema": 0.99}, 2),
+    ],
+    ids=["plain", "light", "crop", "strong", "mixed"],
 )
 def test_steps_copy_images_and_labels_and_are_waited_for_once(
     changes: dict[str, Any], copies: int, standin: str, tiny_inputs: Inputs
@@ -67,10 +79,67 @@ def test_steps_copy_images_and_labels_and_are_waited_for_once(
     steps = -(-len(tiny_inputs.splits["train"]) // 32)
     assert steps <= loop.READ_EVERY
     assert {name: long[name] - short[name] for name in TRANSFERS} == {
-        "copy to device": copies * steps,  # images, labels, and three draws of random numbers
+        "copy to device": copies * steps,  # images, labels, and all random numbers
         "copy to host": 1,
         "synchronisation": 0,
     }
+
+
+@pytest.mark.parametrize("kind", ["light", "strong"])
+def test_clouds_are_augmented_with_one_copy_that_nothing_waits_for(
+    kind: Augmentation, standin: str
+) -> None:
+    takes = Points(64, 6)
+    clouds, targets = torch.from_numpy(takes.probe(4)).to(standin), torch.zeros(4)
+    with standin_device.counted() as counts:
+        takes.augment(clouds, targets, torch.Generator().manual_seed(0), True, kind)
+    assert [counts[name] for name in TRANSFERS] == [1, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("criterion", "copies"), [("gradient", 3), ("activation", 1)], ids=["gradient", "activation"]
+)
+def test_a_batch_of_a_selection_is_not_waited_for(
+    criterion: Criterion, copies: int, standin: str, tiny_inputs: Inputs
+) -> None:
+    spec, backbone = Selection(criterion=criterion), tiny_inputs.backbone
+    loss = make_loss(spec, tiny_inputs.kind, backbone, 2, seed=0)
+    batch = 0, torch.zeros(4, 3, 32, 32, dtype=torch.uint8), torch.tensor([0, 0, 1, 1])
+
+    def counts_of(batches: int) -> Counter[str]:
+        with standin_device.counted() as counts:
+            if criterion == "activation":
+                activation_sums(backbone, [batch] * batches, spec, device=standin)
+            else:
+                gradient_sums(
+                    backbone, [batch] * batches, spec, loss, seed=0, flip=True, device=standin
+                )
+        return counts
+
+    counts_of(1)  # copies what is kept
+    short, long = counts_of(1), counts_of(2)
+    assert [long[name] - short[name] for name in TRANSFERS] == [copies, 0, 0]
+
+
+def test_what_cuda_waits_for_is_counted(standin: str) -> None:
+    x, here = torch.arange(4.0, device=standin), torch.ones(4)
+    waiting: list[tuple[Callable[[], Any], int]] = [
+        (lambda: here.to(standin), 1),
+        (lambda: here.pin_memory().to(standin), 1),
+        (lambda: here.pin_memory()[1:].to(standin, non_blocking=True), 0),
+        (lambda: to_device(here, standin), 0),
+        (lambda: torch.tensor([1.0], device=standin), 1),
+        (lambda: torch.full((3,), 2.0, device=standin), 0),
+        (lambda: x[x > 1], 1),
+        (lambda: x[torch.tensor([1, 2])], 1),
+        (lambda: x[(2 * x[:2]).long()], 0),
+        (lambda: (x > 1).nonzero(), 1),
+        (lambda: float(x[0]), 1),
+    ]
+    for number, (call, waits) in enumerate(waiting):
+        with standin_device.counted() as counts:
+            call()
+        assert counts["synchronisation"] == waits, number
 
 
 def test_an_evaluation_copies_each_batch_once_there_and_its_answers_back(
