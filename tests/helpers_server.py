@@ -10,7 +10,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -134,3 +134,11 @@ def form(fields: list[tuple[str, bytes, str | None]], boundary: str = "xyz") -> 
 
 
 FORM = "multipart/form-data; boundary=xyz"
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 120) -> None:
+    """Return when a condition holds."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)

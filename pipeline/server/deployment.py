@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +97,7 @@ def running(
     settings: Settings, *, host: str, port: int, replicas: int, cpus: float, gpus: float
 ) -> Iterator[None]:
     """A context in which the server answers at `host` and `port`; Ray must be running. At its end,
-    requests under way are answered.
+    requests under way are answered, and new ones refused.
 
     Raises:
         SpecError: the server would be open to a network without a token.
@@ -119,4 +119,6 @@ def running(
         )
         yield
     finally:
+        with suppress(TimeoutError):
+            serve.delete(APPLICATION)  # its replicas end their requests while the proxy is there
         serve.shutdown()

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 from helpers_cli import COMMAND, environment, free_port
-from helpers_server import TOKEN, Shop, png
+from helpers_server import TOKEN, Shop, png, wait_until
 
 from pipeline.errors import ServerError
 from pipeline.server.client import Client
@@ -105,11 +105,3 @@ def test_a_replica_killed_under_load_gives_no_wrong_answer(shop: Shop, tmp_path:
     said = ("the replica that had this request died; ask again (500)", "(503)", "no answer")
     assert all(any(words in each for words in said) for each in failed), failed
     assert answered[-1] > killed
-
-
-def wait_until(condition: Any, seconds: float = 120) -> None:
-    """Return when a condition holds."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
