@@ -54,6 +54,13 @@ def gpu_kinds() -> list[str]:
     return sorted({node.gpu_kind for node in running_nodes() if node.gpus})
 
 
+def of_kind(kind: str) -> dict[str, float]:
+    """The resources that a Ray task asks for to run on a node with GPUs of a kind of `gpu_kinds`;
+    none for a kind that Ray does not know.
+    """
+    return {f"{_KIND}{kind.split(', ')[0]}": 0.001} if kind else {}
+
+
 def most_trials_per_gpu(cpus: float | None, trials: int) -> int:
     """How many trials of `cpus` CPUs (None: at least one) may share each GPU of the cluster: no
     more than there are CPUs for on the node with the fewest per GPU, because Ray fills a GPU before

@@ -26,6 +26,7 @@ from pipeline.cluster.capacity import (
     places,
     wait_for_room,
 )
+from pipeline.cluster.gpu_check import check_gpus_of_workers
 from pipeline.cluster.rank_group import WORKER_RETRIES, TrialResources, on_ranks
 from pipeline.cluster.session import interruptible, is_connected, ray_session
 from pipeline.cluster.task_pool import TaskPool
@@ -175,11 +176,13 @@ class Stages:
         return self.pool.is_stopping()
 
     def check_gpus(self) -> None:
-        """Raise ClusterError if a private Ray would count GPUs that torch cannot use. On a cluster,
-        each worker checks.
+        """Raise ClusterError if the run would be assigned GPUs that torch cannot use: those of this
+        machine if Ray is private, otherwise those of the cluster.
         """
         if self.ray_is_private:
             check_gpus_usable(self.placement.per_trial[1])
+        elif self.placement.per_trial[1] != 0:
+            check_gpus_of_workers()
 
     def ray_is_up(self) -> None:
         """Start Ray unless it runs, in the main thread, because Ray sets signal handlers."""

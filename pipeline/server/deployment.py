@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from pipeline.errors import SpecError
 from pipeline.server.image_urls import check_place
 from pipeline.server.settings import Settings
 from pipeline.serving.host import CAPACITY_BYTES
+from pipeline.utils.devices import reserved_gpu
 
 TOKEN_VARIABLE = "TASKPACK_TOKEN"
 APPLICATION = "taskpack"
@@ -27,14 +29,11 @@ def application(settings: Settings, *, replicas: int, cpus: float, gpus: float) 
     """The Ray Serve application of a server."""
     from ray import serve
 
-    def open_app() -> Any:
-        from pipeline.server.app import build_app
-        from pipeline.server.engine import Engine
-
-        return build_app(lambda: Engine(settings))
+    def app() -> Any:
+        return open_app(settings)
 
     deployment = serve.deployment(
-        serve.ingress(open_app)(),  # type: ignore[arg-type]
+        serve.ingress(app)(),  # type: ignore[arg-type]
         name="packs",
         num_replicas=replicas,
         ray_actor_options={"num_cpus": cpus, "num_gpus": gpus},
@@ -44,6 +43,25 @@ def application(settings: Settings, *, replicas: int, cpus: float, gpus: float) 
         max_constructor_retry_count=1,
     )
     return deployment.bind()
+
+
+def open_app(settings: Settings) -> Any:
+    """The app of a replica, with its engine, on the GPU that the replica was given, if any."""
+    from pipeline.server.app import build_app
+    from pipeline.server.engine import Engine
+
+    return build_app(lambda: Engine(replace(settings, device=replica_device(settings.device))))
+
+
+def replica_device(asked: str | None) -> str | None:
+    """The device of this replica: what the user asked for, else the GPU that Ray gave it, else
+    None. Raises ClusterError if torch cannot use that GPU.
+    """
+    import ray
+
+    if asked is not None or not ray.get_runtime_context().get_assigned_resources().get("GPU"):
+        return asked
+    return reserved_gpu("serve on CPUs without --gpus (num_gpus in a config file)")
 
 
 def configured(args: dict[str, Any]) -> Any:

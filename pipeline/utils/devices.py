@@ -52,15 +52,15 @@ def choose_device(name: str | None = None) -> str:
     return name
 
 
-def reserved_gpu() -> str:
+def reserved_gpu(otherwise: str = "train on CPUs with --gpus-per-trial 0") -> str:
     """The GPU that was assigned to this process. Raises ClusterError if torch cannot use it, rather
-    than train silently on the CPU.
+    than compute silently on the CPU; `otherwise` is what a user may do without a GPU.
     """
     if not torch.cuda.is_available():
         raise ClusterError(
             f"this process was given a GPU, and torch cannot use it: {_cuda_versions()}; install a"
-            " newer driver, or a torch built for this one, on every node with GPUs, or train on"
-            " CPUs with --gpus-per-trial 0"
+            " newer driver, or a torch built for this one, on every node with GPUs, or"
+            f" {otherwise}"
         )
     return "cuda"
 
