@@ -3,7 +3,8 @@ change frozen tensors, the sums of both.
 
 All sums are computed together, and under autocast rounded together, so that a step launches a few
 kernels for them, whatever the number of layers. The same goes for the weights that connections are
-written into: all of them are one flat copy, written by one operation.
+written into: all of them are one flat copy, written by one operation. Gradients are gathered
+likewise, see products.py.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import nn
 
 from pipeline.adaptation.part import Receiver, WeightChange
 from pipeline.adaptation.parts.connections import TunedLayer
+from pipeline.adaptation.products import Products
 from pipeline.adaptation.tensors import PlannedTensor
 from pipeline.adaptation.values import FlatValues, TrainedValues
 
@@ -60,15 +62,18 @@ class _Run(nn.Module):
         self.register_buffer("frozen_N", torch.cat(known) if known else None, persistent=False)
         self.is_rounded = _is_rounded(tensors[0], receivers)
         layers = [(tensor, receivers[tensor][0]) for tensor in tensors]
-        tuned = [
-            layer
-            for tensor, layer in layers
+        tuned = {
+            number: layer
+            for number, (tensor, layer) in enumerate(layers)
             if isinstance(layer, TunedLayer) and tensor.part == "connections"
-        ]
-        self.written = WrittenWeights(tuned) if tuned else None
+        }
+        self.written = WrittenWeights(list(tuned.values())) if tuned else None
+        alike = {number: layer for number, layer in tuned.items() if layer.always_keeps_columns}
+        self.sizes = [tensor.values for tensor in tensors]
+        self.products = Products(self.sizes, alike) if alike else None
 
     def __len__(self) -> int:
-        return sum(tensor.values for tensor in self.tensors)
+        return sum(self.sizes)
 
     def forward(self, values_N: torch.Tensor) -> dict[PlannedTensor, torch.Tensor]:
         """What is handed out for each tensor."""
@@ -79,7 +84,7 @@ class _Run(nn.Module):
             values_N = values_N.to(torch.get_autocast_dtype(device))
         if self.written is not None and torch.is_grad_enabled():
             self.written.write(values_N.detach())
-        pieces = _split(values_N, [tensor.values for tensor in self.tensors])
+        pieces = self.products(values_N) if self.products else _split(values_N, self.sizes)
         return {
             tensor: piece.view(tensor.shape)
             for piece, tensor in zip(pieces, self.tensors, strict=True)

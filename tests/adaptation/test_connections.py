@@ -210,6 +210,41 @@ def test_training_leaves_every_other_weight_as_it_was_bit_for_bit(kind: str, bit
     assert int((effective[selected] != original[selected]).sum()) > 0
 
 
+def test_gradients_that_are_picked_together_are_those_that_each_layer_picks() -> None:
+    """Of layers that are called once, twice or not at all, some with few columns, one in a
+    convolution.
+    """
+    kinds = ["few columns", "fused qkv", "few columns", "1x1, few columns", "few columns"]
+    built = [build(kind) for kind in kinds]
+    planned = {
+        PlannedTensor(part, f"{number}.{key}", tuple(tuned.current[key].shape), 32): tuned
+        for part, key in (("connections", "connections"), ("biases", "bias"))
+        for number, (_, tuned, _) in enumerate(built)
+    }
+    values = {tensor: torch.zeros(tensor.shape) for tensor in planned}
+    receivers = {tensor: (tuned, tensor.name[2:]) for tensor, tuned in planned.items()}
+    trained = TrainedValues(values)
+    sums = Sums(trained, receivers)
+
+    def gradients(are_picked_together: bool) -> list[torch.Tensor]:
+        trained.zero_grad()
+        for tensor, value in sums().items():
+            planned[tensor].current[tensor.name[2:]] = value
+        for _, tuned, _ in built:
+            assert (tuned.product is not None) == tuned.always_keeps_columns
+            tuned.product = tuned.product if are_picked_together else None
+        calls = [built[number][1:] for number in (0, 1, 2, 2, 3)]
+        outputs = [tuned(x * count) for count, (tuned, x) in enumerate(calls, start=1)]
+        torch.stack([y.square().sum() for y in outputs]).sum().backward()
+        return [parameter.grad.clone() for parameter in trained.parameters()]  # type: ignore[union-attr]
+
+    together, apart = gradients(True), gradients(False)
+    assert all(map(torch.equal, together, apart))
+    unused = sum(len(built[number][1].current["connections"]) for number in range(4))
+    assert together[0][:unused].all()
+    assert not together[0][unused : unused + len(built[4][1].current["connections"])].any()
+
+
 def test_a_layer_may_train_its_bias_alone() -> None:
     base = nn.Linear(5, 7).requires_grad_(False)
     tuned = TunedLayer(base, None)

@@ -119,13 +119,17 @@ def _chosen_and_one(tokens_TI: torch.Tensor, columns_U: torch.Tensor) -> torch.T
 
 
 class _ConnectedProduct(torch.autograd.Function):
-    """W_eff x + b for a weight whose only gradient is that of the values at `index_N`."""
+    """W_eff x + b for a weight whose only gradient is that of the values at `index_N`.
+
+    `values` are these values [N] or a stand-in for the product of which their gradients are
+    entries: its gradient is the product.
+    """
 
     @staticmethod
     def forward(  # type: ignore[override]
         ctx: Any,
         x: torch.Tensor,
-        values_N: torch.Tensor,
+        values: torch.Tensor,
         bias: torch.Tensor | None,
         weight: torch.Tensor,
         tuned: TunedLayer,
@@ -133,9 +137,10 @@ class _ConnectedProduct(torch.autograd.Function):
         ctx.tuned, ctx.x_shape, ctx.values_dtype, ctx.bias_dtype = (
             tuned,
             x.shape,
-            values_N.dtype,
+            values.dtype,
             None if bias is None else bias.dtype,
         )
+        ctx.is_picked_later = values.ndim > 1
         # The weight is written in place at the next step only, after this backward pass; saved as
         # an attribute, it needs no version check.
         ctx.weight = weight
@@ -158,16 +163,12 @@ class _ConnectedProduct(torch.autograd.Function):
         )
         gradient_TO = _outputs_as_tokens(tuned.base, gradient)
         if ctx.keeps_columns:
-            index = tuned.sampled_index
-            if not ctx.needs_input_grad[2]:
-                index = index[: len(tuned.index_N)]
-            sums = (kept.T @ gradient_TO).take(index)
-            values_gradient, bias_gradient = sums[: len(tuned.index_N)], sums[len(tuned.index_N) :]
+            product, index = kept.T @ gradient_TO, tuned.product_index
+            bias_gradient = product[-1]
         else:
-            values_gradient, bias_gradient = (
-                dense_weight_gradient(tuned.base, kept, gradient).take(tuned.index_N),
-                gradient_TO.sum(dim=0),
-            )
+            product, index = dense_weight_gradient(tuned.base, kept, gradient), tuned.index_N
+            bias_gradient = gradient_TO.sum(dim=0)
+        values_gradient = product if ctx.is_picked_later else product.take(index)
         return (
             x_gradient,
             values_gradient.to(ctx.values_dtype),
@@ -182,7 +183,8 @@ class TunedLayer(Wrapper, WeightChange):
 
     `current` holds what this forward pass uses: `connections` [N] are the weight's entries at the
     indices `index_N`, `bias` [O] is the bias. `written` is a copy of the weight with these entries
-    in it, kept by `WrittenWeights`; a layer by itself has none.
+    in it, kept by `WrittenWeights`, and `product` a stand-in for that of the backward pass, made by
+    `Products`; a layer by itself has neither.
 
     Args:
         base: the backbone's layer; never written to.
@@ -193,7 +195,7 @@ class TunedLayer(Wrapper, WeightChange):
     is_rounded = True
     index_N: torch.Tensor | None
     columns_U: torch.Tensor
-    sampled_index: torch.Tensor
+    product_index: torch.Tensor
 
     def __init__(self, base: TunableLayer, index_N: torch.Tensor | None) -> None:
         super().__init__(base)
@@ -201,6 +203,7 @@ class TunedLayer(Wrapper, WeightChange):
         self.register_buffer("index_N", index_N, persistent=False)
         self.has_few_columns = False
         self.written: torch.Tensor | None = None
+        self.product: torch.Tensor | None = None
         self._merged: tuple[torch.Tensor, torch.Tensor | None] | None = None
         if index_N is not None:
             columns = base.weight[0].numel()
@@ -208,15 +211,26 @@ class TunedLayer(Wrapper, WeightChange):
             self.has_few_columns = len(columns_U) <= FEW_COLUMNS * columns
             # One more column of ones makes the bias gradient part of the same product: its sums are
             # the last row.
-            outputs, chosen = base.weight.shape[0], len(columns_U)
-            indices = [
-                column_of_N * outputs + index_N // columns,
-                torch.arange(chosen * outputs, (chosen + 1) * outputs),
-            ]
             self.register_buffer(
                 "columns_U", torch.cat([columns_U, columns_U[-1:]]), persistent=False
             )
-            self.register_buffer("sampled_index", torch.cat(indices), persistent=False)
+            self.register_buffer(
+                "product_index",
+                column_of_N * base.weight.shape[0] + index_N // columns,
+                persistent=False,
+            )
+
+    @property
+    def product_shape(self) -> tuple[int, int]:
+        """That of the product of the chosen columns and of ones with the output's gradient, [U + 1,
+        O]; the gradients of the connections are its entries at `product_index`.
+        """
+        return len(self.columns_U), self.base.weight.shape[0]
+
+    @property
+    def always_keeps_columns(self) -> bool:
+        """Whether that product is computed whatever the size of the input."""
+        return self.has_few_columns and isinstance(self.base, nn.Linear)
 
     @property
     def weight(self) -> torch.Tensor:
@@ -292,7 +306,8 @@ class TunedLayer(Wrapper, WeightChange):
             else x.dtype
         )
         weight = self.weight_with(values_N).to(dtype) if self.written is None else self.written
-        return _ConnectedProduct.apply(x.to(dtype), values_N, self.bias, weight, self)
+        values = values_N if self.product is None else self.product
+        return _ConnectedProduct.apply(x.to(dtype), values, self.bias, weight, self)
 
     def plain_tensors(self) -> dict[str, torch.Tensor]:
         """The effective weight and bias."""
