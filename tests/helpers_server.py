@@ -6,6 +6,9 @@ import contextlib
 import hashlib
 import io
 import json
+import signal
+import socket
+import subprocess
 import threading
 import time
 import urllib.error
@@ -16,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from helpers_cli import COMMAND, environment, free_port
 from PIL import Image
 
 from pipeline.backbones import LoadedBackbone
@@ -142,3 +146,51 @@ def wait_until(condition: Callable[[], bool], seconds: float = 120) -> None:
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+@contextlib.contextmanager
+def serving(shop: Shop, log: Path, mark: str, *options: str) -> Iterator[str]:
+    """A context in which `taskpack serve` answers at an address; its processes carry a mark."""
+    port = free_port()
+    command = [str(COMMAND), "serve", "birds", "--port", str(port), "--workdir", str(shop.workdir)]
+    with open(log, "w") as errors:
+        process = subprocess.Popen(
+            [*command, "--device", "cpu", *options],
+            env=environment(TASKPACK_TOKEN=TOKEN, TASKPACK_MARK=mark),
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            start_new_session=True,
+        )
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline().startswith("serving at "), log.read_text()
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            process.send_signal(signal.SIGTERM)
+            process.communicate(timeout=120)
+
+
+def processes_of(mark: str, actor: str) -> list[int]:
+    """The ids of the processes of Ray's actors of this name that carry a mark."""
+    found = []
+    for folder in Path("/proc").iterdir():
+        try:
+            is_one = actor.encode() in (folder / "cmdline").read_bytes()
+            if is_one and mark.encode() in (folder / "environ").read_bytes():
+                found.append(int(folder.name))
+        except (OSError, ValueError):
+            continue
+    return found
+
+
+def half_sent(port: int, image: bytes) -> tuple[socket.socket, bytes]:
+    """A connection with the first part of a request of `birds` on it, and the rest of it."""
+    body = form([("image", image, "x.png")])
+    head = (
+        f"POST /v1/tasks/birds:predict HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {TOKEN}\r\n"
+        f"Content-Type: {FORM}\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n"
+    )
+    connection = socket.create_connection(("127.0.0.1", port), timeout=60)
+    connection.sendall(head.encode() + body[:100])
+    return connection, body[100:]

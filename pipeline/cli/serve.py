@@ -58,6 +58,7 @@ def serve(
     """
     from pipeline.cluster.session import ray_session
     from pipeline.server.deployment import TOKEN_VARIABLE, running
+    from pipeline.server.front import SETTING
     from pipeline.server.image_urls import check_place
     from pipeline.server.settings import Settings
 
@@ -72,7 +73,7 @@ def serve(
         capacity_bytes=size_of("--memory", memory),
     )
     with (
-        ray_session(address),
+        ray_session(address, SETTING),
         running(settings, host=host, port=port, replicas=replicas, cpus=cpus, gpus=gpus),
     ):
         out.print(f"serving at http://{host}:{port}; Ctrl-C ends it", soft_wrap=True)

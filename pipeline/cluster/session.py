@@ -14,7 +14,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from pathlib import Path
 from typing import TypeVar
@@ -43,9 +43,12 @@ Result = TypeVar("Result")
 
 
 @contextlib.contextmanager
-def ray_session(address: str | None = None) -> Iterator[None]:
+def ray_session(
+    address: str | None = None, variables: Mapping[str, str] | None = None
+) -> Iterator[None]:
     """A context with a running Ray: a private one on this machine (`address` None), or the cluster
-    at `address` (`auto`: that of this machine).
+    at `address` (`auto`: that of this machine). Its processes for this one get environment
+    variables.
 
     A Ray that is already initialised in this process is used as it is and left running.
 
@@ -67,19 +70,19 @@ def ray_session(address: str | None = None) -> Iterator[None]:
         if ray.is_initialized():
             yield
         else:
-            with _connected(address):
+            with _connected(address, variables or {}):
                 yield
 
 
 @contextlib.contextmanager
-def _connected(address: str | None) -> Iterator[None]:
+def _connected(address: str | None, variables: Mapping[str, str]) -> Iterator[None]:
     import ray
 
     _keep_output_clean()
     _keep_signals()
     try:
         with handlers_kept():
-            _connect(address)
+            _connect(address, variables)
         with contextlib.nullcontext() if address is None else _watched_head():
             yield
     finally:
@@ -162,10 +165,12 @@ def _import_libraries() -> None:
         importlib.import_module(name)
 
 
-def _connect(address: str | None) -> None:
+def _connect(address: str | None, variables: Mapping[str, str]) -> None:
     import ray
 
     options: dict[str, object] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    if variables:
+        options["runtime_env"] = {"env_vars": dict(variables)}
     if address is None:
         ray.init(address="local", include_dashboard=False, _temp_dir=_session_folder(), **options)
         return

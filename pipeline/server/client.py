@@ -82,6 +82,4 @@ def _message(error: urllib.error.HTTPError) -> str:
     try:
         return str(json.load(error)["error"])
     except (ValueError, KeyError, TypeError):
-        if error.code == 500:  # Ray Serve answers for a replica that is gone, in its own form
-            return "the replica that had this request died; ask again"
         return str(error.reason)

@@ -22,6 +22,8 @@ TOKEN_VARIABLE = "TASKPACK_TOKEN"
 APPLICATION = "taskpack"
 _DRAIN_SECONDS = 30
 _ONGOING = 256
+_QUEUED = 128
+"""Requests that a proxy keeps while each replica has `_ONGOING`."""
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -38,6 +40,7 @@ def application(settings: Settings, *, replicas: int, cpus: float, gpus: float) 
         num_replicas=replicas,
         ray_actor_options={"num_cpus": cpus, "num_gpus": gpus},
         max_ongoing_requests=_ONGOING,
+        max_queued_requests=_QUEUED,
         graceful_shutdown_timeout_s=_DRAIN_SECONDS,
         health_check_period_s=5,
         max_constructor_retry_count=1,

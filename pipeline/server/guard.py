@@ -35,13 +35,36 @@ def refusal(error: Refused) -> JSONResponse:
     return JSONResponse({"error": str(error)}, error.status, error.headers)
 
 
+class Bodies:
+    """The bytes of the bodies of all requests under way."""
+
+    def __init__(self, limits: Limits) -> None:
+        self._limits, self._under_way_bytes = limits, 0
+
+    def add(self, size: int) -> int:
+        """Count bytes that came; negative ones for a request that ended."""
+        self._under_way_bytes += size
+        return size
+
+    def check(self, size: int) -> None:
+        """Raises Refused where a body of so many bytes is too large, or all together are."""
+        if size > self._limits.request_bytes:
+            raise Refused(
+                413, f"the body has more than {self._limits.request_bytes} bytes; send less at once"
+            )
+        if self._under_way_bytes > self._limits.waiting_bytes:
+            raise Refused(
+                429, "too many requests are under way; try again later", {"Retry-After": "1"}
+            )
+
+
 class Guard:
     """Wraps an ASGI app."""
 
     def __init__(self, app: ASGIApp, limits: Limits, token: str | None, metrics: Metrics) -> None:
         self._app, self._limits, self._metrics = app, limits, metrics
         self._token = None if token is None else f"Bearer {token}".encode()
-        self._under_way_bytes = 0
+        self._bodies = Bodies(limits)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -65,10 +88,8 @@ class Guard:
                 raise Refused(
                     408, f"the body did not arrive within {self._limits.body_seconds:g} s"
                 ) from None
-            size = len(message.get("body", b""))
-            received += size
-            self._under_way_bytes += size
-            self._check_bytes(received)
+            received += self._bodies.add(len(message.get("body", b"")))
+            self._bodies.check(received)
             return message
 
         try:
@@ -81,7 +102,7 @@ class Guard:
             failure = Refused(500, "the server failed; its log says why")
             await refusal(failure)(scope, receive, watched_send)
         finally:
-            self._under_way_bytes -= received
+            self._bodies.add(-received)
             self._metrics.observe_request(status, time.monotonic() - began)
 
     def _check_head(self, scope: Scope) -> None:
@@ -103,14 +124,4 @@ class Guard:
         length = given.get(b"content-length", b"0")
         if not length.isdigit():
             raise Refused(400, "the header Content-Length is not a number")
-        self._check_bytes(int(length))
-
-    def _check_bytes(self, size: int) -> None:
-        if size > self._limits.request_bytes:
-            raise Refused(
-                413, f"the body has more than {self._limits.request_bytes} bytes; send less at once"
-            )
-        if self._under_way_bytes > self._limits.waiting_bytes:
-            raise Refused(
-                429, "too many requests are under way; try again later", {"Retry-After": "1"}
-            )
+        self._bodies.check(int(length))

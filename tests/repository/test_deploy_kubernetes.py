@@ -30,6 +30,7 @@ from pydantic import (
 )
 
 from pipeline.errors import SpecError
+from pipeline.server.front import SETTING
 
 
 def quantity(text: str) -> str:
@@ -235,6 +236,9 @@ def test_the_servers_cluster_is_the_same_but_for_what_serving_needs() -> None:
     sources = [{"secretRef": {"name": name}} for name in ("taskpack-mlflow", "taskpack-serve")]
     for pod in pods(own):
         assert pod["containers"][0].pop("envFrom") == sources
+        [setting] = (each for each in pod["containers"][0]["env"] if each["name"] in SETTING)
+        pod["containers"][0]["env"].remove(setting)
+        assert {setting["name"]: setting["value"]} == SETTING
     for pod in pods(plain):
         pod["containers"][0].pop("envFrom", None)
     head = own["headGroupSpec"]["template"]["spec"]["containers"][0]

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
-import subprocess
 import threading
 import time
 import uuid
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers_cli import COMMAND, environment, free_port
-from helpers_server import TOKEN, Shop, png, wait_until
+from helpers_server import TOKEN, Shop, png, processes_of, serving, wait_until
 
 from pipeline.errors import ServerError
 from pipeline.server.client import Client
@@ -24,42 +21,6 @@ from pipeline.serving.predictor import Predictor
 
 pytest.importorskip("grpc_reflection", reason="the extra serving (ray[serve]) is not installed")
 pytestmark = pytest.mark.slow
-
-
-@contextmanager
-def serving(shop: Shop, log: Path, mark: str, *options: str) -> Iterator[str]:
-    """A context in which `taskpack serve` answers at an address; its processes carry a mark."""
-    port = free_port()
-    command = [str(COMMAND), "serve", "birds", "--port", str(port), "--workdir", str(shop.workdir)]
-    with open(log, "w") as errors:
-        process = subprocess.Popen(
-            [*command, "--device", "cpu", *options],
-            env=environment(TASKPACK_TOKEN=TOKEN, TASKPACK_MARK=mark),
-            stdout=subprocess.PIPE,
-            stderr=errors,
-            text=True,
-            start_new_session=True,
-        )
-        try:
-            assert process.stdout is not None
-            assert process.stdout.readline().startswith("serving at "), log.read_text()
-            yield f"http://127.0.0.1:{port}"
-        finally:
-            process.send_signal(signal.SIGTERM)
-            process.communicate(timeout=120)
-
-
-def replicas_of(mark: str) -> list[int]:
-    """The process ids of the replicas that carry a mark."""
-    found = []
-    for folder in Path("/proc").iterdir():
-        try:
-            is_replica = b"ServeReplica" in (folder / "cmdline").read_bytes()
-            if is_replica and mark.encode() in (folder / "environ").read_bytes():
-                found.append(int(folder.name))
-        except (OSError, ValueError):
-            continue
-    return found
 
 
 def test_a_replica_killed_under_load_gives_no_wrong_answer(shop: Shop, tmp_path: Path) -> None:
@@ -88,7 +49,8 @@ def test_a_replica_killed_under_load_gives_no_wrong_answer(shop: Shop, tmp_path:
 
     options = ("--replicas", "2", "--cpus", "0.25")
     with serving(shop, tmp_path / "log", mark, *options) as url, ThreadPoolExecutor(4) as pool:
-        before = replicas_of(mark)
+        replicas = functools.partial(processes_of, mark, "ServeReplica")
+        before = replicas()
         assert len(before) == 2
         loads = [pool.submit(load, Client(url, TOKEN), start) for start in range(4)]
         try:
@@ -96,7 +58,9 @@ def test_a_replica_killed_under_load_gives_no_wrong_answer(shop: Shop, tmp_path:
             os.kill(before[0], signal.SIGKILL)
             killed, count = time.monotonic(), len(answered)
             wait_until(lambda: len(answered) > count + 20)
-            wait_until(lambda: len({*replicas_of(mark)} - {*before}) == 1, seconds=180)
+            wait_until(
+                lambda: len({*processes_of(mark, "ServeReplica")} - {*before}) == 1, seconds=180
+            )
         finally:
             stopped.set()
         for each in loads:

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from helpers_cli import COMMAND, environment, free_port
-from helpers_server import FORM, TOKEN, Shop, ask, form, png, wait_until
+from helpers_server import TOKEN, Shop, ask, half_sent, png, wait_until
 
+from pipeline.errors import ServerError
 from pipeline.server.client import Client
 
 pytest.importorskip("grpc_reflection", reason="the extra serving (ray[serve]) is not installed")
@@ -43,9 +41,14 @@ def test_serve_answers_from_a_replica_and_ends_in_order(shop: Shop, tmp_path: Pa
         assert [row["task"] for row in rows] == list(shop.packs)
         assert all(row["label"] in shop.packs[row["task"]].metadata.classes for row in rows)
         assert ask(f"{url}/v1/tasks", token="guess")[0] == 401
-        with half_sent(port, image) as (connection, rest):
+        connection, rest = half_sent(port, image)
+        with connection:
+            time.sleep(1)  # the replica has it
             process.send_signal(signal.SIGTERM)
             wait_until(lambda: ask(f"{url}/readyz", token=None)[0] != 200)
+            assert ask(f"{url}/readyz", token=None)[0] == 503
+            with pytest.raises(ServerError, match=r"starts or ends; send the request again \(503"):
+                client.predict("birds", [image])
             connection.sendall(rest)
             answer = connection.makefile("rb").read()
         assert answer.startswith(b"HTTP/1.1 200"), answer
@@ -58,19 +61,3 @@ def test_serve_answers_from_a_replica_and_ends_in_order(shop: Shop, tmp_path: Pa
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-
-
-@contextmanager
-def half_sent(port: int, image: bytes) -> Iterator[tuple[socket.socket, bytes]]:
-    """A connection with half of a request on it, which the server has begun to read, and the rest
-    of the request.
-    """
-    body = form([("image", image, "x.png")])
-    head = (
-        f"POST /v1/tasks/birds:predict HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {TOKEN}\r\n"
-        f"Content-Type: {FORM}\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n"
-    )
-    with socket.create_connection(("127.0.0.1", port), timeout=60) as connection:
-        connection.sendall(head.encode() + body[:100])
-        time.sleep(1)
-        yield connection, body[100:]

@@ -1,0 +1,102 @@
+"""What stands before the app in `taskpack serve`: the proxy of Ray Serve, within bounds."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from helpers_server import TOKEN, Shop, ask, half_sent, png, processes_of, serving
+
+from pipeline.server.client import Client
+
+pytest.importorskip("grpc_reflection", reason="the extra serving (ray[serve]) is not installed")
+MEBIBYTE = 1024**2
+
+
+@pytest.fixture(scope="module")
+def proxied(shop: Shop, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, int]]:
+    """The address of a server, and the process id of its proxy."""
+    mark = uuid.uuid4().hex
+    log = tmp_path_factory.mktemp("log") / "log"
+    with serving(shop, log, mark, "--cpus", "0.5") as url:
+        [proxy] = processes_of(mark, "ProxyActor")
+        yield url, proxy
+
+
+def connected(url: str) -> socket.socket:
+    host, port = url.removeprefix("http://").split(":")
+    return socket.create_connection((host, int(port)), timeout=60)
+
+
+def answer_to_endless(url: str, head: bytes, piece: bytes, pieces: int) -> bytes:
+    """What is answered to a head and many pieces after it; empty where the connection breaks."""
+    with connected(url) as connection:
+        with contextlib.suppress(ConnectionError):
+            connection.sendall(head)
+            for _ in range(pieces):
+                connection.sendall(piece)
+        with contextlib.suppress(ConnectionError):
+            return connection.recv(4096)
+    return b""
+
+
+def memory(process: int) -> int:
+    return int(Path(f"/proc/{process}/statm").read_text().split()[1]) * 4096
+
+
+HEAD = b"POST /v1/predict HTTP/1.1\r\nHost: x\r\n"
+
+
+@pytest.mark.parametrize(
+    ("head", "piece"),
+    [
+        (HEAD, b"X-Line: " + b"a" * 4000 + b"\r\n"),
+        (HEAD + b"X-One: ", b"a" * 4000),
+        (b"GET /", b"a" * 4000),
+    ],
+    ids=["lines", "one header", "a path"],
+)
+def test_a_head_without_end_is_not_kept(
+    proxied: tuple[str, int], head: bytes, piece: bytes
+) -> None:
+    url, proxy = proxied
+    before, began = memory(proxy), time.monotonic()
+    answer = answer_to_endless(url, head, piece, 100 * MEBIBYTE // len(piece))
+    assert answer == b"" or answer.startswith((b"HTTP/1.1 400", b"HTTP/1.1 431"))
+    assert memory(proxy) - before < 16 * MEBIBYTE
+    assert time.monotonic() - began < 20
+    assert ask(f"{url}/readyz", token=None)[0] == 200
+
+
+def test_a_long_head_is_refused_by_the_app(proxied: tuple[str, int]) -> None:
+    assert ask(f"{proxied[0]}/v1/tasks", X_Long="a" * 30_000)[0] == 431
+
+
+def test_more_requests_than_may_wait_are_told_to_come_back(proxied: tuple[str, int]) -> None:
+    url, proxy = proxied
+    client, image, port = Client(url, TOKEN), png(), int(url.rsplit(":", 1)[1])
+    expected, before = client.predict("birds", [image]), memory(proxy)
+    chunked = HEAD + b"Transfer-Encoding: chunked\r\n\r\n"
+    chunk = b"100000\r\n" + bytes(MEBIBYTE) + b"\r\n"
+    with contextlib.ExitStack() as stack:
+        for _ in range(256):  # each has its replica wait for the rest
+            stack.enter_context(half_sent(port, image)[0])
+        time.sleep(2)
+        answer = answer_to_endless(url, chunked, chunk, 100)
+        assert answer == b"" or answer.startswith(b"HTTP/1.1 413")
+        assert memory(proxy) - before < 64 * MEBIBYTE
+        for _ in range(128):  # each waits for a replica
+            stack.enter_context(half_sent(port, image)[0])
+        time.sleep(2)
+        with connected(url) as connection:
+            connection.sendall(b"GET /v1/tasks HTTP/1.1\r\nHost: x\r\n\r\n")
+            answer = connection.recv(4096).lower()
+    assert answer.startswith(b"http/1.1 429"), answer
+    assert b"\r\nretry-after: 1\r\n" in answer
+    assert b'{"error":"too many requests are waiting; try again later"}' in answer
+    assert client.predict("birds", [image]) == expected
