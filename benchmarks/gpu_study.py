@@ -175,6 +175,7 @@ def measure_study(setting: StudySetting) -> dict[str, Any]:
                 time_limit_seconds=setting.limit_seconds,
                 on_progress=course.progress,
             )
+        rates = trial_rates(Path(folder))
     if outcome.error is not None or outcome.registered is None:
         return {"skipped": f"failed in {outcome.stage}: {outcome.error}"}
     seconds = course.begun["done"]
@@ -182,7 +183,7 @@ def measure_study(setting: StudySetting) -> dict[str, Any]:
     return {
         "task": outcome.task,
         "epochs": setting.epochs,
-        "trials": [trial.row() for trial in outcome.trials],
+        "trials": [{**trial.row(), **rates.get(trial.id, {})} for trial in outcome.trials],
         "trials_left": outcome.trials_left,
         "trials_per_gpu": course.trials_per_gpu,
         "seconds": seconds,
@@ -192,6 +193,17 @@ def measure_study(setting: StudySetting) -> dict[str, Any]:
         "samples": [(round(at, 1), share) for at, share in kept],
         "size_bytes": outcome.registered.size_bytes,
         "metrics": outcome.registered.metrics,
+    }
+
+
+def trial_rates(workdir: Path) -> dict[str, dict[str, float]]:
+    """Training images per second of each trial that ran, from the log of events."""
+    lines = (workdir / "logs" / "batch.jsonl").read_text().splitlines()
+    name = "images_per_second"
+    return {
+        event["trial"]: {name: event[name]}
+        for event in map(json.loads, lines)
+        if event["event"] == "trial" and name in event
     }
 
 
@@ -222,8 +234,8 @@ def study_lines(study: dict[str, Any]) -> list[str]:
             for stage, each in study["stages"].items()
         ),
         "",
-        "| trial | state | epochs | s | waited for images | busy | GiB |",
-        "|---|---|---|---|---|---|---|",
+        "| trial | state | epochs | s | images/s | waited for images | busy | GiB |",
+        "|---|---|---|---|---|---|---|---|",
         *map(_trial_line, ran),
         "",
     ]
@@ -245,7 +257,8 @@ def _trial_line(trial: dict[str, Any]) -> str:
     gib = "" if memory is None else f"{memory / 2**30:.2f}"
     return (
         f"| {json.dumps(trial['point'])} | {trial['state']} | {trial['epochs']} |"
-        f" {trial['seconds']:.1f} | {percent(trial['waiting'])} | {percent(trial['gpu_busy'])} |"
+        f" {trial['seconds']:.1f} | {trial.get('images_per_second', 0):.0f} |"
+        f" {percent(trial['waiting'])} | {percent(trial['gpu_busy'])} |"
         f" {gib} |"
     )
 

@@ -22,7 +22,9 @@ def make_study(task: Task, folder: Path) -> Study:
     return Study(task, make_proposer(task, size_of), TrialJournal(folder))
 
 
-def end_trial(study: Study, number: int, metric: float, seconds: float) -> None:
+def end_trial(
+    study: Study, number: int, metric: float, seconds: float, **usage: float | None
+) -> None:
     for epoch in (1, 2):
         study.report(number, epoch, metric, STANDARD_ERROR)
-    study.finish(number, seconds, None)
+    study.finish(number, seconds, None, usage=usage)

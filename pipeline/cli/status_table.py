@@ -5,7 +5,7 @@ from __future__ import annotations
 from rich.table import Table
 
 from pipeline.cli.tables import kib, table
-from pipeline.driver.monitor.state import ENDED, HEARTBEAT_SECONDS, WAITING, BatchState
+from pipeline.driver.monitor.state import ENDED, HEARTBEAT_SECONDS, WAITING, BatchState, TaskState
 from pipeline.utils.durations import duration
 
 SILENCE_SECONDS = 3 * HEARTBEAT_SECONDS
@@ -14,23 +14,31 @@ SILENCE_SECONDS = 3 * HEARTBEAT_SECONDS
 def state_table(state: BatchState, *, is_running: bool) -> Table:
     """One row per task: stage, and validation metric and size of the best trial so far.
 
-    The time remaining is blank until it can be estimated. Where trials run on GPUs, a column says
-    how busy the last one was.
+    The time remaining is blank until it can be estimated. Where trials run on GPUs, two columns say
+    how fast the last one was, how busy it kept its GPU, and how much memory it took there.
     """
-    gpus = ["GPU %"] if any(task.gpu_busy is not None for task in state.tasks) else []
+    has_gpus = any(_gpu(task) for task in state.tasks)
+    gpus = ["images/s", "GPU"] if has_gpus else []
     built = table("task", "stage", "trials", "val %", "pack", *gpus, "left", numbers_from=2)
     for task in state.tasks:
-        busy = "" if task.gpu_busy is None else f"{100 * task.gpu_busy:.0f}"
+        speed = "" if task.images_per_second is None else f"{task.images_per_second:.0f}"
         built.add_row(
             task.task,
             task.stage,
             "" if task.trials is None else f"{task.trials_done}/{task.trials}",
             "" if task.val_metric is None else f"{100 * task.val_metric:.1f}",
             "" if task.size_bytes is None else kib(task.size_bytes),
-            *([busy] if gpus else []),
+            *([speed, _gpu(task)] if has_gpus else []),
             duration(task.seconds_left) if is_running else "",
         )
     return built
+
+
+def _gpu(task: TaskState) -> str:
+    """What a task's last trial made of its GPU: `87% 9.1 GiB`; empty without one."""
+    busy = "" if task.gpu_busy is None else f"{task.gpu_busy:.0%}"
+    memory = "" if task.gpu_memory_bytes is None else f"{task.gpu_memory_bytes / 2**30:.1f} GiB"
+    return f"{busy} {memory}".strip()
 
 
 def summary(state: BatchState, *, is_running: bool, age_seconds: float | None = None) -> str:

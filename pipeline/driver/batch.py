@@ -55,6 +55,7 @@ from pipeline.registry.pack_record import (
     metrics_by_class,
 )
 from pipeline.registry.store import open_registry
+from pipeline.registry.trial_runs import SPEED_FIELD
 from pipeline.reports.front_figure import draw_front
 from pipeline.search.champion import choose_champion
 from pipeline.search.pareto import pareto_front
@@ -420,7 +421,7 @@ def _describe(
             task.search.recipe(task.recipe, champion.point).model_dump(exclude_none=True)
         ),
         tags={**_tags(inputs), "trial": champion.id, "device": fitted.device},
-        front=[trial.row() for trial in trials],
+        front=[_row(trial, inputs.trained_samples) for trial in trials],
         on_front=tuple(row["id"] for row in pareto_front([trial.row() for trial in trials])),
         front_figure=folder.figure,
         outcomes=folder.journal.outcomes_path(champion.id),
@@ -428,6 +429,11 @@ def _describe(
         data=_used_data(inputs),
         started=datetime.fromtimestamp(started, UTC),
     )
+
+
+def _row(trial: TrialRecord, samples: int) -> dict[str, Any]:
+    """A trial as plain data, with its speed."""
+    return {**trial.row(), SPEED_FIELD: trial.images_per_second(samples)}
 
 
 def _tags(inputs: Inputs) -> dict[str, str]:

@@ -1,5 +1,6 @@
 """Each trial of a study as a child run of its pack's run: parameters, the metric's curve, bytes,
-state, seconds, and whether it is on the front and whether the pack was made from it.
+state, seconds, speed, what it took of its device, and whether it is on the front and whether the
+pack was made from it.
 
 A child run carries the trial's id as a tag and is written in three requests. They are written
 before the version is created, which is what commits a registration: what a killed process left is
@@ -20,6 +21,8 @@ TRIAL_TAG = "trial_id"
 STATE_TAG = "trial_state"
 FRONT_TAG = "on_front"
 CHAMPION_TAG = "champion"
+SPEED_FIELD = "images_per_second"
+"""In a trial's row and its run's metrics, as of `TrialRecord.images_per_second`."""
 _MESSAGE_TAG = "message"
 _LONGEST_TAG = 5000
 _STATUS = {"complete": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
@@ -82,7 +85,7 @@ def _log_trial(
     ]
     metrics += [
         Metric(name, float(row[name]), ended_ms, 0)
-        for name in USAGE_FIELDS
+        for name in (SPEED_FIELD, *USAGE_FIELDS)
         if row.get(name) is not None
     ]
     client.log_batch(

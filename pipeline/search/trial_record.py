@@ -51,6 +51,14 @@ class TrialRecord:
         """
         return self.error in ("", TrainingError.__name__, OutOfMemory.__name__)
 
+    def images_per_second(self, samples: int) -> float | None:
+        """Training images per second of a trial that trains on `samples` per epoch, its validation
+        included; None for one that ended before its first epoch.
+        """
+        if not (self.seconds and self.curve):
+            return None
+        return round(samples * len(self.curve) / self.seconds, 1)
+
     def row(self) -> dict[str, Any]:
         """Convert to plain data, for tables, figures and the registry."""
         return {

@@ -24,6 +24,7 @@ from pipeline.cluster.rank_group import WORKER_DIED
 from pipeline.driver.batch import TaskOutcome, flatten, run_batch
 from pipeline.driver.stages import named_errors
 from pipeline.errors import ClusterError, DataError, StorageError
+from pipeline.registry.store import open_registry
 from pipeline.search.trial_record import TrialRecord
 from pipeline.specs.task_files import load_task
 from pipeline.utils.files import await_file
@@ -153,8 +154,21 @@ def test_status_tells_where_the_tasks_of_a_work_folder_stand(batch: tuple[Path, 
     assert best == {**champions, "broken": (None, None)}
     assert [task["stage"] for task in told["tasks"]] == ["done", "failed", "done"]
     shown = taskpack("status", "--workdir", workdir)
+    assert all(task["images_per_second"] > 0 for task in told["tasks"] if task["stage"] == "done")
     assert "3 tasks, 2 done, 1 failed; the run is over" in shown.words
     assert "broken: " in shown.err
+
+
+def test_each_trials_run_in_the_registry_has_its_speed(batch: tuple[Path, Answer]) -> None:
+    workdir, _ = batch
+    events = map(json.loads, (workdir / "logs" / "batch.jsonl").read_text().splitlines())
+    trials = [event for event in events if event["event"] == "trial"]
+    speeds = {trial["trial"]: trial["images_per_second"] for trial in trials}
+    store = open_registry(None, workdir)
+    runs = store.client.search_runs([store.store.experiment_id], "tags.trial_id != ''")
+    assert speeds == {
+        run.data.tags["trial_id"]: run.data.metrics["images_per_second"] for run in runs
+    }
 
 
 # --- without Ray ----------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -259,6 +260,23 @@ def test_the_state_of_a_batch_is_kept_and_copied(tiny_task: Task, tmp_path: Path
     )
 
 
+def test_the_state_tells_what_the_last_trial_made_of_its_gpu(
+    tiny_task: Task, tmp_path: Path
+) -> None:
+    usage = {"waiting": 0.1, "gpu_busy": 0.87, "gpu_memory_bytes": 3 * 2**30}
+    with BatchWatch(tmp_path, "b", ["tiny"], on_progress=no_progress) as watch:
+        study = make_study(tiny_task, tmp_path / "trials")
+        end_trial(study, study.next_trial(), 0.5, 8.0)
+        end_trial(study, study.next_trial(), 0.7, 4.0, **usage)
+        watch.study(study, samples=80, fit_samples=100)
+    (shown,) = taskpack("status", "--workdir", tmp_path, "--json").json()["tasks"]
+    assert {name: shown[name] for name in ("images_per_second", *usage)} == {
+        "images_per_second": 80 * 2 / 4.0,
+        **usage,
+    }
+    assert "images/s GPU" in taskpack("status", "--workdir", tmp_path).words
+
+
 def test_the_state_is_written_soon_after_an_event_and_as_a_heartbeat(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -382,6 +400,11 @@ def test_what_cannot_be_known_is_blank() -> None:
     assert [row[0] for row in cells] == ["a", "search", "3/8", "95.1", "2.0 KiB", "1 min"]
     assert [row[1] for row in cells] == ["b", "waiting", "", "", "", ""]
     assert list(state_table(state, is_running=False).columns[-1].cells) == ["", "", ""]
+    fast = replace(tasks[0], images_per_second=2190.4, gpu_busy=0.87, gpu_memory_bytes=10**10)
+    silent = replace(tasks[1], gpu_memory_bytes=2**30)
+    table = state_table(replace(state, tasks=(fast, silent, tasks[2])), is_running=True)
+    assert list(table.columns[5].cells) == ["2190", "", ""]
+    assert list(table.columns[6].cells) == ["87% 9.3 GiB", "1.0 GiB", ""]
     said = "friday.1: 3 tasks, 1 done, 1 at work, 1 waiting"
     assert summary(state, is_running=True, age_seconds=5.0) == f"{said}; about 2.0 h left"
     assert summary(state, is_running=True, age_seconds=600.0).startswith(

@@ -86,6 +86,18 @@ def test_every_trial_that_ran_is_a_child_run(registry: Registry, tmp_path: Path)
     assert [run.data.tags["champion"] for run in runs] == ["false", "true", "false", "false"]
 
 
+def test_a_trials_run_says_how_fast_it_was_and_what_its_gpu_did(
+    registry: Registry, tmp_path: Path
+) -> None:
+    usage = {"images_per_second": 2190.5, "waiting": 0.1, "gpu_busy": 0.9, "gpu_memory_bytes": 7}
+    champion = champion_with_trials(tmp_path)
+    first, *others = champion.front
+    registry.register(replace(champion, front=[{**first, **usage}, *others]))
+    found = [run.data.metrics for run in children(registry)]
+    assert found[0].items() >= usage.items()
+    assert not usage.keys() & found[1].keys(), "unknown"
+
+
 def test_trials_may_be_left_out(registry: Registry, tmp_path: Path) -> None:
     registry.register(champion_with_trials(tmp_path), with_trials=False)
     assert children(registry) == []

@@ -56,6 +56,7 @@ def test_a_study_of_twelve_trials_is_timed_while_the_card_is_watched(
     found = result["study"]
     assert result["command"].startswith("python benchmarks/gpu.py --device cpu --smoke")
     assert len(found["trials"]) == study.TRIALS
+    assert all(trial["images_per_second"] > 0 for trial in found["trials"])
     assert {trial["state"] for trial in found["trials"]} <= {"complete", "stopped"}
     assert found["packs_per_hour"] == pytest.approx(3600 / found["seconds"])
     assert list(found["stages"]) == ["prepare", "select", "search", "fit", "register"]

@@ -109,7 +109,7 @@ class BatchWatch:
         task = study.task.name
         with self._lock:
             tracked = self._tasks[task]
-            tracked.fit_ratio = fit_samples / samples
+            tracked.samples, tracked.fit_ratio = samples, fit_samples / samples
             tracked.follow(study)
             new = study.ended[self._logged.get(task, 0) :]
             self._logged[task] = len(study.ended)
@@ -129,11 +129,7 @@ class BatchWatch:
         self._writer.wake()
 
     def _trial_ended(self, task: str, record: TrialRecord, samples: int) -> None:
-        images_per_second = (
-            round(samples * len(record.curve) / record.seconds, 1)
-            if record.seconds and record.curve
-            else None
-        )
+        images_per_second = record.images_per_second(samples)
         self._log.write(
             "trial",
             task=task,

@@ -39,8 +39,11 @@ class TaskState:
         val_metric: best validation metric so far, then the champion's, and `size_bytes` the size of
             that trial's pack.
         seconds_left: estimated seconds to the end of the task; None until a trial is complete.
-        waiting: share of the time in which the trial that ended last waited for images, and
-            `gpu_busy` that in which its GPU computed; None where it is unknown.
+        images_per_second: training images per second of the trial that ended last, its validation
+            included. This and the following are None where they are unknown.
+        waiting: share of that trial's time in which it waited for images.
+        gpu_busy: share of it in which its GPU computed.
+        gpu_memory_bytes: the most of the GPU's memory that it took.
     """
 
     task: str
@@ -52,8 +55,10 @@ class TaskState:
     val_metric: float | None = None
     size_bytes: int | None = None
     seconds_left: float | None = None
+    images_per_second: float | None = None
     waiting: float | None = None
     gpu_busy: float | None = None
+    gpu_memory_bytes: int | None = None
     remark: str = ""
 
 

@@ -6,11 +6,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from pipeline.driver.monitor.state import WAITING, TaskState
 from pipeline.search.study import Study
 from pipeline.search.time_limit import mean_trial_seconds
-from pipeline.search.trial_record import TrialRecord
+from pipeline.search.trial_record import USAGE_FIELDS, TrialRecord
 
 
 def remaining_seconds(done: float, left: float, elapsed_seconds: float) -> float | None:
@@ -23,8 +24,9 @@ class TrackedTask:
     """One task of a running batch; times in seconds of one clock.
 
     `units` are trials' worth of epochs: `units_done` were trained by this run since it entered the
-    search, `units_left` are to be trained at most. A fit trains one recipe as a trial does, on
-    `fit_ratio` times the samples.
+    search, `units_left` are to be trained at most. A trial trains on `samples` samples, and a fit
+    trains one recipe as a trial does, on `fit_ratio` times as many. `last` is the trial that ended
+    last.
     """
 
     name: str
@@ -39,8 +41,8 @@ class TrackedTask:
     units_left: float = 0.0
     trial_seconds: float | None = None
     fit_ratio: float = 1.0
-    waiting: float | None = None
-    gpu_busy: float | None = None
+    samples: int = 0
+    last: TrialRecord | None = None
 
     def enter(self, stage: str, now: float, remark: str) -> None:
         """Enter a stage, or update its remark."""
@@ -59,8 +61,7 @@ class TrackedTask:
         )
         self.take(list(study.records.values()))
         if study.ended:
-            last = study.records[study.ended[-1]]
-            self.waiting, self.gpu_busy = last.waiting, last.gpu_busy
+            self.last = study.records[study.ended[-1]]
 
     def take(self, records: Sequence[TrialRecord], champion: TrialRecord | None = None) -> None:
         """Update from the results of trials. The best is shown until the champion is chosen."""
@@ -87,6 +88,13 @@ class TrackedTask:
         )
         return None if searching is None or fit_seconds is None else searching + fit_seconds
 
+    def _usage(self) -> dict[str, Any]:
+        """How fast the last trial was, and what it took of its GPU."""
+        if self.last is None:
+            return {}
+        usage = {name: getattr(self.last, name) for name in USAGE_FIELDS}
+        return {"images_per_second": self.last.images_per_second(self.samples), **usage}
+
     def state(self, now: float) -> TaskState:
         """Convert to a `TaskState`."""
         left = self.seconds_left(now)
@@ -100,7 +108,6 @@ class TrackedTask:
             val_metric=self.best.val_metric if self.best is not None else None,
             size_bytes=self.best.size_bytes if self.best is not None else None,
             seconds_left=None if left is None else round(left, 1),
-            waiting=self.waiting,
-            gpu_busy=self.gpu_busy,
             remark=self.remark,
+            **self._usage(),
         )
