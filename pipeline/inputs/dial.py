@@ -1,7 +1,8 @@
 """The default search space, derived from the sizes of packs before anything is trained.
 
 It covers the sizes from the head alone up to the budget. Each set of parts is a ladder of recipes,
-from narrow to wide, at 1 bit. The budget, halved again and again, gives the rungs; each set has at
+from narrow to wide, at 1 bit. Where a head of the whole feature would take most of the budget, the
+parts stand beside one of a fixed subspace, and the head alone is tried in both. The budget, halved again and again, gives the rungs; each set has at
 most one recipe per rung, the largest that fits. First come the smallest pack there is, then
 bottlenecks and LoRA, the best per byte where we measured it (docs/results.md), at the largest rung
 and between, so that even a few trials cover the range; then the other sets in turn, from their
@@ -41,14 +42,18 @@ PART_SETS = (
 """What is trained beside the head, the most promising first."""
 _LEADING = 2
 """This many sets are tried at every rung before any other."""
-STEPS = 8
+STEPS = 12
 _LORA_SCALE = 4.0
 """Against 1, the orientation of bars gains 8 points, and counting and textures change within their
 noise (benchmarks/results/sizes.md)."""
 _HEAD_SHARE = 0.25
 """The head has 2 bits where it then takes no more of the pack than this, else 1."""
 _HEAD_BITS = (1, 2, 4, 8)
-_HEAD_RANKS = (1024, 512, 256, 128, 64, 32, 16)
+_HEAD_RANKS = (8, 16, 32, 64, 128, 256, 512, 1024)
+_MOST_OF_BUDGET = 0.4
+"""Where the head of the whole feature would take more of the budget at 1 bit, other parts are
+tried beside one of a subspace.
+"""
 _FUSED_WIDTH, _FUSED_BITS, _FUSED_RANK = 16, 2, 128
 """The decoder of several maps, and the subspace of these where it would else take more than
 `_HEAD_SHARE` of the budget."""
@@ -67,7 +72,7 @@ def derived_space(
             configuration.
     """
     ladders = _Ladders(task, backbone, classes, offered)
-    chosen = ladders.in_order() or ladders.narrow_heads()
+    chosen = ladders.in_order() or [ladders.least()]
     return SearchSpace(configurations=tuple(chosen), trials=task.search.trials)
 
 
@@ -87,6 +92,10 @@ class _Ladders:
         self._budget, self._width = task.budget.max_bytes, backbone.width
         has_several_maps = backbone.gives_maps and not backbone.has_decoder
         self._fuses = has_several_maps and not task.recipe.from_block
+        self._is_head_named = task.recipe.head != DEFAULT_HEAD
+        self._narrow_heads = self._heads_in_subspaces()
+        fitting = [head for head in self._narrow_heads if not self._takes_most(head)]
+        self._narrow: Point = next(iter([*reversed(fitting), *self._narrow_heads]), {})
 
     def in_order(self) -> list[Point]:
         """The configurations within the budget, each once."""
@@ -95,7 +104,8 @@ class _Ladders:
             return []
         leading, others = by_set[:_LEADING], by_set[_LEADING:]
         order = _spread(sorted({rung for rungs in leading for rung in rungs}))
-        points = [self.smallest()]
+        smallest = self.smallest()
+        points = [smallest] if self._size_bytes(smallest) <= self._budget else []
         points += [rungs[rung] for rung in order for rungs in leading if rung in rungs]
         outwards = [_middle_out(rungs) for rungs in others]
         for turn in range(max(map(len, outwards), default=0)):
@@ -103,19 +113,28 @@ class _Ladders:
         return [point for number, point in enumerate(points) if point not in points[:number]]
 
     def smallest(self) -> Point:
-        """The head and the parts that the user named, at 1 bit."""
-        return self._point(joined(self._named), 0, head_bits=1)
+        """The head that other parts stand beside and the parts that the user named, at 1 bit."""
+        head = {} if self._is_head_named else self._narrow or {"head_bits": 1}
+        return {**self._body(joined(self._named), 0), **head}
 
-    def narrow_heads(self) -> list[Point]:
-        """Heads in a subspace, the widest first, for a budget below the head of the whole feature
-        at 1 bit; at least the narrowest one.
+    def least(self) -> Point:
+        """The smallest pack of all, whose head is the narrowest and has no bias."""
+        if self._is_head_named:
+            return self.smallest()
+        narrowest = self._narrow_heads[0] if self._narrow_heads else {}
+        return {**self.smallest(), **narrowest, "head_bias": False}
+
+    def _heads_in_subspaces(self) -> list[Point]:
+        """Heads narrower than the feature, where one of all of it would take most of the budget at
+        1 bit.
         """
-        whole = self.smallest()
-        points = [{**whole, "head_rank": rank} for rank in _HEAD_RANKS if rank < self._width]
-        if not points or "head_bits" not in whole:
-            return [whole]
-        fitting = [point for point in points if self._size_bytes(point) <= self._budget]
-        return fitting or points[-1:]
+        if self._is_head_named or not self._takes_most({"head_bits": 1}):
+            return []
+        return [{"head_bits": 1, "head_rank": rank} for rank in _HEAD_RANKS if rank < self._width]
+
+    def _takes_most(self, head: Point) -> bool:
+        ledger = self._planner.ledger(self._recipe({"parts": HEAD_ALONE, **head}))
+        return ledger["head"] > _MOST_OF_BUDGET * self._budget
 
     def _sets(self) -> list[str]:
         """The sets of parts that the backbone has a place for, as values of `parts`. The head alone
@@ -154,10 +173,13 @@ class _Ladders:
             yield size_bytes, point
             previous = point
 
-    def _point(self, parts: str, step: int, head_bits: int | None = None) -> Point:
-        """The configuration of a set at one step of its ladder. Parts and a head that the user
-        named stay as they are.
-        """
+    def _point(self, parts: str, step: int) -> Point:
+        """The configuration of a set at one step of its ladder."""
+        body = self._body(parts, step)
+        return {**body, **self._head(body, step)}
+
+    def _body(self, parts: str, step: int) -> Point:
+        """The settings of the parts beside the head; those that the user named stay as they are."""
         names = {*names_in(parts)} & {*self._offered}
         point: Point = {"parts": parts}
         if "connections" in names:
@@ -174,13 +196,20 @@ class _Ladders:
         if step > 0 and names and names <= {"biases", "norms"}:
             axes = (("biases", "bias_bits"), ("norms", "norm_bits"))
             point |= {axis: 2 for part, axis in axes if part in names}
-        if self._task.recipe.head != DEFAULT_HEAD:
-            return point
-        if head_bits is None and self._fuses:
-            return {**point, **self._fused_head(parts, step)}
-        if head_bits is None and parts == HEAD_ALONE:
-            head_bits = _HEAD_BITS[min(step, len(_HEAD_BITS) - 1)]
-        return {**point, "head_bits": head_bits or self._head_bits(point)}
+        return point
+
+    def _head(self, body: Point, step: int) -> Point:
+        """The head beside a body, wider from step to step where it is alone. One that the user
+        named stays as it is.
+        """
+        if self._is_head_named:
+            return {}
+        if self._fuses:
+            return self._fused_head(body["parts"], step)
+        if body["parts"] == HEAD_ALONE:
+            heads = [*self._narrow_heads, *({"head_bits": bits} for bits in _HEAD_BITS)]
+            return heads[min(step, len(heads) - 1)]
+        return self._narrow or {"head_bits": self._head_bits(body)}
 
     def _fused_head(self, parts: str, step: int) -> Point:
         """A decoder of several maps: alone, wider from step to step."""

@@ -107,15 +107,18 @@ def _nothing_complete(study: Study, search_time: SearchTime) -> TaskpackError:
 
 
 def _nothing_fits(task: Task, rejected: Sequence[TrialRecord]) -> BudgetError:
-    smallest = min(record.size_bytes for record in rejected)
+    smallest = min(rejected, key=lambda record: record.size_bytes)
     cure = "add smaller values of bits, top_k or experts"
     if task.search.configurations is not None:
         cure = (
-            "leave out parts that the recipe names; a head alone grows with the number of classes"
+            "leave out parts that the recipe names, or have fewer classes or shorter class names,"
+            " which a pack holds"
         )
+    point = ", ".join(f"{axis} {value}" for axis, value in smallest.point.items())
     return BudgetError(
         f"{task.name}: nothing in the search space fits the budget of {task.budget.max_bytes}"
-        f" bytes; the smallest pack would take {smallest}. Raise budget.max_bytes, or {cure}"
+        f" bytes; the smallest pack would take {smallest.size_bytes} ({point or 'the recipe'})."
+        f" Raise budget.max_bytes, or {cure}"
     )
 
 

@@ -81,6 +81,7 @@ class SearchSpace(Spec):
     norm_bits: _axis(Bits) = None  # type: ignore[valid-type]
     head_bits: _axis(Bits) = None  # type: ignore[valid-type]
     head_rank: _axis(Annotated[int, Field(ge=1)]) = None  # type: ignore[valid-type]
+    head_bias: _axis(bool) = None  # type: ignore[valid-type]
     head_fuse: _axis(Annotated[int, Field(ge=1, le=1024)]) = None  # type: ignore[valid-type]
     experts: _axis(Annotated[int, Field(ge=0, le=64)]) = None  # type: ignore[valid-type]
     top_k: _axis(Annotated[int, Field(ge=0, le=64)]) = None  # type: ignore[valid-type]
@@ -191,6 +192,7 @@ class SearchSpace(Spec):
             "head": {
                 "bits": point.get("head_bits"),
                 "rank": point.get("head_rank"),
+                "bias": point.get("head_bias"),
                 "fuse": point.get("head_fuse"),
             },
             "training": {"learning_rate": point.get("learning_rate")},

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from helpers_cli import (
     BACKBONE,
     TASK,
@@ -346,6 +347,16 @@ def test_a_budget_that_nothing_fits(workdir: Path, tmp_path: Path) -> None:
         taskpack("run", sampled, "--workdir", workdir),
         5,
         "nothing in the search space fits the budget",
+    )
+    derived = tmp_path / "derived.yaml"
+    keys = ("name", "data", "backbone")
+    derived.write_text(yaml.safe_dump({key: TASK[key] for key in keys if key in TASK}))
+    refused(
+        taskpack("run", derived, "--workdir", workdir, "--max-bytes", "300"),
+        5,
+        "fits the budget of 300 bytes",
+        "parts head, head_bits 1, head_bias False",
+        "fewer classes or shorter class names",
     )
 
 

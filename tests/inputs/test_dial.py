@@ -99,17 +99,33 @@ def test_what_the_user_said_of_a_part_or_the_head_stays(tiny_backbone: Backbone)
         assert (tried.smoa, tried.head) == (Smoa(experts=2, width=4), Head(bits=4))
 
 
-def test_below_the_head_of_the_whole_feature_there_are_heads_in_a_subspace() -> None:
-    task, sizes = resolved(VIT_S, 102, budget={"max_bytes": 4096})
-    ranks = [point["head_rank"] for point in task.search.configurations or ()]
-    assert ranks == [128, 64, 32, 16]
-    assert 2048 < max(sizes) <= 4096
+@pytest.mark.parametrize(("classes", "max_bytes"), [(102, 4096), (102, 8192), (1000, 65536)])
+def test_beside_parts_a_head_that_would_fill_the_budget_reads_a_subspace(
+    classes: int, max_bytes: int
+) -> None:
+    task, sizes = resolved(VIT_S, classes, budget={"max_bytes": max_bytes})
+    points = task.search.configurations or ()
+    assert max_bytes / 2 < max(sizes) <= max_bytes
+    beside = [point for point in points if point["parts"] != "head"]
+    assert len({point["head_rank"] for point in beside}) == 1
+    assert any("adapter" in point["parts"] for point in beside)
+    alone = [point.get("head_rank", 384) for point in points if point["parts"] == "head"]
+    assert max(alone) > beside[0]["head_rank"], "the head alone is tried wider"
+    assert points[0] == {"parts": "head", "head_bits": 1, "head_rank": beside[0]["head_rank"]}
+
+
+def test_a_thousand_classes_in_eight_kib_have_a_narrow_head_without_a_bias() -> None:
+    task, (size_bytes,) = resolved(VIT_S, 1000, budget={"max_bytes": 8192})
+    assert task.search.configurations == (
+        {"parts": "head", "head_bits": 1, "head_rank": 8, "head_bias": False},
+    )
+    assert size_bytes <= 8192
 
 
 def test_where_nothing_fits_the_smallest_pack_is_left_to_be_named() -> None:
     task, sizes = resolved(VIT_S, 10, budget={"max_bytes": 300})
     (point,) = task.search.configurations or ()
-    assert point == {"parts": "head", "head_bits": 1, "head_rank": 16}
+    assert point == {"parts": "head", "head_bits": 1, "head_rank": 8, "head_bias": False}
     assert sizes[0] > 300
 
 
