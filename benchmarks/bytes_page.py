@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -89,7 +89,7 @@ def page(cells: Sequence[Cell]) -> str:
     for backbone in dict.fromkeys(cell["backbone"] for cell in cells):
         own = [cell for cell in cells if cell["backbone"] == backbone]
         lines += ["", f"## {NAMES[backbone]}", "", *goals(own)]
-        lines += ["", *differences(own)]
+        lines += ["", *differences(own), "", *prices(own)]
         for cell in own:
             lines += ["", f"### {cell['task']}{_seed(cell)}", "", *table(cell)]
     return "\n".join([*lines, "", "## What was run", "", *runs(cells)]) + "\n"
@@ -147,6 +147,70 @@ def differences(cells: Sequence[Cell]) -> list[str]:
         shown = (_average(found[key].get(task, [])) for key in keys)
         lines.append(f"| {task} | {seeds} | {' | '.join(shown)} |")
     return lines
+
+
+def prices(cells: Sequence[Cell]) -> list[str]:
+    """What the product's rule costs in test accuracy and saves in bytes, against other rules."""
+    lines = [
+        "The champion against what other rules choose of the same trials, on test images, over all",
+        "budgets; the standard error is that between task and seed:",
+        "",
+        "| rule | task and seed | choices | champion less its choice, points | bytes saved |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for name, choice in OTHER_RULES.items():
+        found = [_price(cell, choice) for cell in cells]
+        points = [fmean(each for each, _ in pairs) for pairs in found if pairs]
+        logs = [each for pairs in found for _, each in pairs]
+        if logs:
+            error = f" ± {stdev(points) / math.sqrt(len(points)):.2f}" if len(points) > 1 else ""
+            lines.append(
+                f"| {name} | {len(points)} | {len(logs)} | {fmean(points):+.2f}{error} |"
+                f" {1 - math.exp(fmean(logs)):.0%} |"
+            )
+    return lines
+
+
+def _price(cell: Cell, choice: Callable[[Cell, str], str | None]) -> list[tuple[float, float]]:
+    """Points of test accuracy and the logarithm of the ratio of bytes, champion to choice, at each
+    budget where both were tested.
+    """
+    pairs = []
+    for key in map(str, BUDGETS):
+        champion, other = cell["default"][key]["id"], choice(cell, key)
+        if champion in cell["tested"] and other in cell["tested"]:
+            found = difference(cell, champion, other)
+            assert found is not None
+            sizes = [cell["tested"][each]["bytes"] for each in (champion, other)]
+            pairs.append((found[0], math.log(sizes[0] / sizes[1])))
+    return pairs
+
+
+def _best(cell: Cell, key: str) -> str | None:
+    found: str | None = cell["best"][key]["id"]
+    return found
+
+
+def _smallest_near_best(cell: Cell, key: str) -> str | None:
+    """Of all trials of the default search within a budget."""
+    trials = [
+        row
+        for row in cell["trials"]
+        if row["family"] == "default" and row["state"] == "complete" and row["bytes"] <= int(key)
+    ]
+    if not trials:
+        return None
+    best = max(row["val"] for row in trials)
+    near = [row for row in trials if row["val"] >= best - NEAR]
+    found: str = min(near, key=lambda row: (row["bytes"], -row["val"]))["id"]
+    return found
+
+
+NEAR = 0.005
+OTHER_RULES: Mapping[str, Callable[[Cell, str], str | None]] = {
+    "the best by validation": _best,
+    "the smallest within 0.5 points of the best, the rule before": _smallest_near_best,
+}
 
 
 def _wins(points: Mapping[str, Sequence[Difference]]) -> str:
