@@ -115,8 +115,10 @@ def time_row() -> dict[str, Any]:
     }
 
 
-def simulated_pack(model: str, top_k: int, bits: int, experts: int, classes: int = 100) -> Pack:
-    """Connections, biases at 8 bits, an SMoA bank of width 8, and a head at the same bits."""
+def simulated_pack(
+    model: str, top_k: int, bits: int, experts: int, classes: int = 100, bias_bits: int = 8
+) -> Pack:
+    """Connections, biases, an SMoA bank of width 8, and a head at the bits of connections."""
     width, depth, tensors = VITS[model]
     rng = np.random.default_rng(1)
     names, places, layers = simulated_selection(width, depth, top_k)
@@ -130,7 +132,7 @@ def simulated_pack(model: str, top_k: int, bits: int, experts: int, classes: int
     parts.append(
         random_part(
             "biases",
-            8,
+            bias_bits,
             [(name, (rows,)) for name, (rows, _) in zip(names, layers, strict=True)],
             rng,
         )
@@ -151,7 +153,7 @@ def simulated_pack(model: str, top_k: int, bits: int, experts: int, classes: int
     parts.append(random_part("head", 16, [("head.bias", (classes,))], rng))
     recipe = {
         "connections": {"top_k": top_k, "bits": bits},
-        "biases": {"bits": 8},
+        "biases": {"bits": bias_bits},
         "head": {"bits": bits},
     }
     return Pack(
