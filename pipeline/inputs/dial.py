@@ -2,11 +2,11 @@
 
 It covers the sizes from the head alone up to the budget. Each set of parts is a ladder of recipes,
 from narrow to wide, at 1 bit. Where a head of the whole feature would take most of the budget, the
-parts stand beside one of a fixed subspace, and the head alone is tried in both. The budget, halved again and again, gives the rungs; each set has at
-most one recipe per rung, the largest that fits. First come the smallest pack there is, then
-bottlenecks and LoRA, the best per byte where we measured it (docs/results.md), at the largest rung
-and between, so that even a few trials cover the range; then the other sets in turn, from their
-middle rungs outwards.
+parts stand beside one of a fixed subspace, and the head alone is tried in both. The budget, halved
+again and again, gives the rungs; each set has at most one recipe per rung, the largest that fits.
+First come the smallest pack there is, then bottlenecks and LoRA, the best per byte where we
+measured it (docs/results.md), at the largest rung and between, so that even a few trials cover the
+range; then the other sets in turn, from their middle rungs outwards.
 
 Where the backbone gives maps, the head is a small decoder of several maps, except in the smallest
 pack: it is worth more than other parts (benchmarks/results/segmentation.md).
