@@ -25,7 +25,8 @@ from pipeline.errors import (
 )
 from pipeline.registry.pack_record import KIND_TAG, RegisteredPack
 from pipeline.server.batcher import Busy, Closed
-from pipeline.server.bodies import decode_images, read_requests
+from pipeline.server.bodies import read_requests
+from pipeline.server.decoder import Decoder
 from pipeline.server.engine import Engine, TooManyPixels
 from pipeline.server.guard import Guard, Refused, refusal
 from pipeline.server.image_urls import ImageUrls
@@ -70,16 +71,15 @@ def build_app(open_engine: Callable[[], Engine]) -> Guard:
 
 
 def _add_predictions(app: FastAPI, engine: Engine) -> None:
-    urls = ImageUrls(engine.settings.images_from, engine.settings.limits)
+    limits = engine.settings.limits
+    decoder = Decoder(engine.images, limits, ImageUrls(engine.settings.images_from, limits))
 
     async def answer(request: Request, task: str | None) -> Response:
         began = time.monotonic()
-        asked = await read_requests(request, task, engine.settings.limits)
+        asked = await read_requests(request, task, limits)
         for name in {name for name, _ in asked}:
             _check_name(name)
-        images = await asyncio.to_thread(
-            decode_images, asked, engine.images, engine.settings.limits, urls
-        )
+        images = await asyncio.to_thread(decoder.decode, asked)
         names = [name for name, _ in asked]
         futures = await asyncio.to_thread(engine.submit, list(zip(names, images, strict=True)))
         rows = await asyncio.gather(*map(asyncio.wrap_future, futures))

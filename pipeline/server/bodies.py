@@ -1,4 +1,4 @@
-"""Request bodies: which image is for which task, decoded within the limits.
+"""Request bodies: which image is for which task.
 
 Images come as multipart files or as base64 in JSON, or JSON has their URLs. No path is read.
 """
@@ -7,23 +7,17 @@ from __future__ import annotations
 
 import base64
 import binascii
-import io
 import json
-import time
 from collections.abc import Sequence
 from typing import Any
 
-from PIL import Image
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
-from pipeline.data.images import Images
-from pipeline.errors import DataError
 from pipeline.server.guard import Refused
-from pipeline.server.image_urls import ImageUrl, ImageUrls
+from pipeline.server.image_urls import ImageUrl
 from pipeline.server.settings import Limits
-from pipeline.serving.samples import Decoded, decoded
 
 Asked = tuple[str, bytes | ImageUrl]
 """A task's reference and an encoded image."""
@@ -41,7 +35,7 @@ async def read_requests(request: Request, task: str | None, limits: Limits) -> l
     if kind == "multipart/form-data":
         asked = await _from_form(request, task, limits)
     elif kind == "application/json":
-        asked = _from_json(await _json(request), task)
+        asked = _from_json(await _json(request, limits), task)
     else:
         raise Refused(
             415,
@@ -70,9 +64,12 @@ async def _from_form(request: Request, task: str | None, limits: Limits) -> list
     return _products(tasks, images)
 
 
-async def _json(request: Request) -> Any:
+async def _json(request: Request, limits: Limits) -> Any:
+    body = await request.body()
+    if sum(map(body.count, (b",", b"[", b"{"))) > limits.json_values:  # base64 has none of them
+        raise Refused(413, f"the JSON has more than {limits.json_values} values; send less at once")
     try:
-        return json.loads(await request.body())
+        return json.loads(body)
     except (ValueError, RecursionError):
         raise Refused(400, f"the body is not JSON; {_JSON_FORMS}") from None
 
@@ -120,41 +117,3 @@ def _decoded_base64(text: str) -> bytes:
         return base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError):
         raise Refused(400, "an image is not base64 (RFC 4648, without line breaks)") from None
-
-
-def decode_images(
-    asked: list[Asked], takes: Images, limits: Limits, urls: ImageUrls
-) -> list[Decoded]:
-    """The images as uint8 [3, S, S]; the same image is read and decoded once. Raises Refused."""
-    known: dict[int | ImageUrl, Decoded] = {}
-    deadline = time.monotonic() + limits.body_seconds
-    for number, (_, content) in enumerate(asked):
-        if _key(content) not in known:
-            if isinstance(content, ImageUrl):
-                encoded = urls.read(content, number, deadline)
-            else:
-                encoded = content
-            known[_key(content)] = _decode(encoded, number, takes, limits)
-    return [known[_key(content)] for _, content in asked]
-
-
-def _key(content: bytes | ImageUrl) -> int | ImageUrl:
-    return content if isinstance(content, ImageUrl) else id(content)
-
-
-def _decode(content: bytes, number: int, takes: Images, limits: Limits) -> Decoded:
-    try:
-        with Image.open(io.BytesIO(content)) as image:
-            is_too_large = image.width * image.height > limits.image_pixels
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        is_too_large = True
-    except Exception:  # `decoded` says what is wrong with it
-        is_too_large = False
-    if is_too_large:
-        raise Refused(
-            413, f"image {number}: more than {limits.image_pixels:,} pixels; scale it down"
-        )
-    try:
-        return decoded(content, number, takes)
-    except DataError as error:
-        raise Refused(422, str(error)) from None

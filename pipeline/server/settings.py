@@ -13,15 +13,20 @@ class Limits:
     """What a server accepts, so that no request, and no number of requests, exhausts it.
 
     request_bytes: of one request's body; waiting_bytes: of the bodies of all requests under way.
-    mask_pixels: of all masks that one request asks for. waiting_images: decoded and not yet
+    json_values: of a body, which take up to 25 times their bytes once they are read.
+    request_pixels: of all images of a request; mask_pixels: of all masks that one asks for.
+    decodes: images that are decoded at the same time. waiting_images: decoded and not yet
     predicted. body_seconds: for a body to arrive.
     """
 
     request_bytes: int = 16 * 1024**2
     waiting_bytes: int = 256 * 1024**2
+    json_values: int = 4096
     image_pixels: int = 25_000_000
+    request_pixels: int = 100_000_000
     mask_pixels: int = 50_000_000
     images: int = 256
+    decodes: int = 4
     waiting_images: int = 1024
     header_bytes: int = 16 * 1024
     body_seconds: float = 30.0

@@ -60,8 +60,13 @@ class ResidentPacks:
             if (pack := self._packs.get(name)) is not None:
                 return pack
             turn = self._loading.setdefault(name, threading.Lock())
-        with turn:
-            return self._packs.get(name) or self.renew(name)
+        try:
+            with turn:
+                return self._packs.get(name) or self.renew(name)
+        finally:
+            with self._lock:
+                if self._loading.get(name) is turn:
+                    del self._loading[name]
 
     def resident(self, name: str) -> ResidentPack | None:
         """The pack of a name, if it is here."""
@@ -73,7 +78,6 @@ class ResidentPacks:
         with self._lock:
             self._packs.put(name, pack, pack.size_bytes)
             self.loads += 1
-            self._loading.pop(name, None)
             self.evictions += self._packs.trim(self.capacity_bytes, at_least=1)
         return pack
 

@@ -7,15 +7,25 @@ import json
 import socket
 import struct
 import threading
+import time
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+import numpy as np
+import pytest
 from helpers_server import FORM, TOKEN, ask, form, png
 
+from pipeline.data.images import Images
+from pipeline.server.bodies import Asked
 from pipeline.server.client import Client
+from pipeline.server.decoder import Decoder
 from pipeline.server.engine import Engine
+from pipeline.server.image_urls import ImageUrls
+from pipeline.server.settings import Limits
+from pipeline.serving.samples import Decoded
 
 JSON = "application/json"
 Served = tuple[str, Engine]
@@ -123,6 +133,10 @@ def refused_images(one: str) -> Answers:
             {413},
             sent(one, {"image": b64(png_claiming(2000, 2000, bytes(2000 * 6001)))}),
         ),
+        "bombs below the limit": (
+            {413},
+            sent(one, {"images": [b64(png_claiming(1000, 1000, bytes(1000 * 3001)))] * 3}),
+        ),
         "no image": ({422}, sent(one, {"image": b64(b"GIF89a nothing")})),
         "an empty image": ({422}, sent(one, {"image": ""})),
         "half an image": ({422}, sent(one, {"image": b64(png()[:200])})),
@@ -136,7 +150,8 @@ def refused_bodies(url: str, one: str, many: str) -> Answers:
     image = b64(png())
     return {
         "no JSON": ({400}, sent(one, b"{", Content_Type=JSON)),
-        "deep JSON": ({400}, sent(one, b"[" * 90_000, Content_Type=JSON)),
+        "deep JSON": ({400}, sent(one, b"[" * 999, Content_Type=JSON)),
+        "JSON of many values": ({413}, sent(one, b"[" + b"[]," * 50_000, Content_Type=JSON)),
         "another type of image": ({400}, sent(one, {"image": {"path": "/etc/passwd"}})),
         "an address to fetch": ({400}, sent(one, {"url": "http://127.0.0.1:1/"})),
         "no tasks": ({400}, sent(many, {"image": image, "tasks": []})),
@@ -191,3 +206,33 @@ def test_answers_never_show_a_traceback(served: Served) -> None:
     status, answer = ask(f"{url}/v1/tasks/birds:predict", {"image": b64(png()[:300])})
     assert (status, list(answer)) == (422, ["error"])
     assert "Traceback" not in json.dumps(answer)
+
+
+def test_few_images_are_decoded_at_the_same_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    under_way, most = 0, 0
+    lock = threading.Lock()
+
+    def slow(content: bytes, number: int, takes: Images) -> Decoded:
+        nonlocal under_way, most
+        with lock:
+            under_way += 1
+            most = max(most, under_way)
+        time.sleep(0.02)
+        with lock:
+            under_way -= 1
+        return Decoded(np.zeros(1))
+
+    monkeypatch.setattr("pipeline.server.decoder.decoded", slow)
+    limits = Limits(decodes=2)
+    decoder = Decoder(Images(32), limits, ImageUrls((), limits))
+    requests: list[list[Asked]] = [[("birds", png(seed))] for seed in range(8)]
+    with ThreadPoolExecutor(8) as pool:
+        assert len(list(pool.map(decoder.decode, requests))) == 8
+    assert most == 2
+
+
+def test_names_that_do_not_load_leave_nothing_behind(served: Served) -> None:
+    url, engine = served
+    for name in ("nobody", "no one", "clouds"):
+        assert ask(f"{url}/v1/tasks/{quote(name)}:predict", {"image": b64(png())})[0] in (404, 409)
+    assert engine.host.packs._loading == {}
