@@ -22,6 +22,17 @@ Tasks = Annotated[
         metavar="[NAME...]",
     ),
 ]
+Registry = Annotated[
+    str | None,
+    typer.Option(
+        "--registry",
+        help=(
+            "MLflow's tracking URI. Default: MLFLOW_TRACKING_URI, or the registry of the work"
+            " folder."
+        ),
+        metavar="URI",
+    ),
+]
 ImagesFrom = Annotated[
     list[str] | None,
     typer.Option(
@@ -50,6 +61,7 @@ def serve(
     backbone: BackboneFile = None,
     device: Device = None,
     address: Address = None,
+    registry: Registry = None,
     workdir: Workdir = api.WORKDIR,
 ) -> None:
     """Serve the registry's packs over HTTP, with images of all tasks in mixed batches.
@@ -57,6 +69,7 @@ def serve(
     Requests need the token in TASKPACK_TOKEN, if it is set.
     """
     from pipeline.cluster.session import ray_session
+    from pipeline.registry.connection import resolve_tracking_uri
     from pipeline.server.deployment import TOKEN_VARIABLE, running
     from pipeline.server.front import SETTING
     from pipeline.server.image_urls import check_place
@@ -65,7 +78,7 @@ def serve(
     settings = Settings(
         workdir.resolve(),
         tuple(tasks or ()),
-        registry=os.environ.get("MLFLOW_TRACKING_URI"),
+        registry=resolve_tracking_uri(registry, workdir),
         weights=None if backbone is None else str(backbone.resolve()),
         device=device,
         token=os.environ.get(TOKEN_VARIABLE) or None,

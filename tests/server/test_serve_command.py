@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from helpers_cli import COMMAND, environment, free_port
+from helpers_cli import COMMAND, environment, free_port, taskpack
 from helpers_server import TOKEN, Shop, ask, half_sent, png, wait_until
 
 from pipeline.errors import ServerError
@@ -21,9 +21,10 @@ pytest.importorskip("grpc_reflection", reason="the extra serving (ray[serve]) is
 def test_serve_answers_from_a_replica_and_ends_in_order(shop: Shop, tmp_path: Path) -> None:
     port = free_port()
     url = f"http://127.0.0.1:{port}"
-    command = [str(COMMAND), "serve", "birds", "--port", str(port)]
+    command = [str(COMMAND), "serve", "birds", "--port", str(port), "--workdir", str(tmp_path)]
+    registry = f"sqlite:///{shop.workdir}/mlflow.db"
     process = subprocess.Popen(
-        [*command, "--workdir", str(shop.workdir), "--cpus", "0.5", "--device", "cpu"],
+        [*command, "--registry", registry, "--cpus", "0.5", "--device", "cpu"],
         env=environment(TASKPACK_TOKEN=TOKEN),
         stdout=subprocess.PIPE,
         stderr=(log := open(tmp_path / "stderr", "w+")),  # noqa: SIM115 - closed below
@@ -61,3 +62,9 @@ def test_serve_answers_from_a_replica_and_ends_in_order(shop: Shop, tmp_path: Pa
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+
+
+def test_a_registry_that_is_none_is_refused_at_once(tmp_path: Path) -> None:
+    run = taskpack("serve", "--registry", "mlflow.db", "--workdir", tmp_path)
+    assert run.code == 8
+    assert "mlflow.db: not a tracking URI" in run.err
