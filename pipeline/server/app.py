@@ -118,7 +118,7 @@ def _add_tasks(app: FastAPI, engine: Engine) -> None:
     @app.get("/v1/tasks/{name}")
     def task(name: str) -> dict[str, Any]:
         """Show the pack that is served for a task: its numbers, its bytes by part and, once it is
-        loaded, its classes in order."""
+        loaded, its classes in order and the coverage of its sets."""
         _check_name(name)
         pack = engine.served(name)
         parts = {
@@ -131,6 +131,7 @@ def _add_tasks(app: FastAPI, engine: Engine) -> None:
         return {
             **_summary(pack),
             "classes": None if resident is None else resident.metadata.classes,
+            "coverage": None if resident is None else resident.guarantee.get("coverage"),
             "metrics": metrics,
             "bytes": parts,
             "recipe": pack.params,

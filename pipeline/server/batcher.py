@@ -88,8 +88,8 @@ class Batcher:
                 for *_, future in batch:
                     future.set_exception(error)
             else:
-                for (*_, future), row in zip(batch, rows, strict=True):
-                    future.set_result(row)
+                for (pack, _, future), row in zip(batch, rows, strict=True):
+                    future.set_result(row | pack.guarantee)
             self._observe(len(batch), time.monotonic() - began)
 
     def _next(self) -> list[_Waiting]:

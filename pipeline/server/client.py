@@ -31,8 +31,8 @@ class Client:
         self, tasks: str | Sequence[str], images: Sequence[Path | str | bytes]
     ) -> list[dict[str, Any]]:
         """Predictions of each image for each task, the tasks of the first image first, as
-        `Predictor.predict` gives them; images are paths, encoded bytes, or URLs that the server may
-        read. Raises ServerError.
+        `Predictor.predict` gives them, beside a `set` its `coverage`; images are paths, encoded
+        bytes, or URLs that the server may read. Raises ServerError.
         """
         names = [tasks] if isinstance(tasks, str) else list(tasks)
         content = {"tasks": names, "images": [_sent(image) for image in images]}

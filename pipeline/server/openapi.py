@@ -51,14 +51,15 @@ _PREDICTION = {
     "type": "object",
     "description": (
         "Its task, and what the task's kind says. classification: label, probability and, of a"
-        " pack with a coverage, set; multilabel: labels and probabilities; segmentation: areas and"
-        " mask."
+        " calibrated pack, set and coverage; multilabel: labels and probabilities; segmentation:"
+        " areas and mask."
     ),
     "properties": {
         "task": {"type": "string"},
         "label": {"type": "string"},
         "probability": _SHARE,
         "set": {**_NAMES, "description": "The classes that are probable enough."},
+        "coverage": {**_SHARE, "description": "How probably the right class is in the set."},
         "labels": _NAMES,
         "probabilities": _BY_CLASS,
         "areas": {**_BY_CLASS, "description": "The share of pixels of each class, in order."},

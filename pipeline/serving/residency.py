@@ -32,6 +32,11 @@ class ResidentPack:
         """Whether it says a class for each pixel."""
         return kind_of(self.metadata).is_dense
 
+    @property
+    def guarantee(self) -> dict[str, float]:
+        """With a calibration `coverage`, the probability that its sets hold the right class."""
+        return {} if self.calibration is None else {"coverage": self.calibration.coverage}
+
 
 class ResidentPacks:
     """The packs in memory. Thread-safe; a pack that is loading holds up nobody who asks for

@@ -14,6 +14,7 @@ from helpers_mixed import moved_pack
 from helpers_server import FORM, TOKEN, Shop, ask, form, listening, png, register_pack
 
 from pipeline.errors import BackboneError, RegistryError, ServerError, SpecError
+from pipeline.packs import Calibration
 from pipeline.registry.store import open_registry
 from pipeline.server.app import build_app
 from pipeline.server.batcher import Batcher, Busy, Closed
@@ -90,6 +91,19 @@ def test_tasks_are_listed_and_shown(shop: Shop, served: Served) -> None:
         Client(served[0]).tasks()
     with pytest.raises(ServerError, match="is the server running"):
         Client("http://127.0.0.1:9").tasks()
+
+
+def test_sets_have_their_coverage(shop: Shop, served: Served, tiny_task: Task) -> None:
+    plain = moved_pack(shop.backbone, tiny_task, {"norms": {}}, seed=50)
+    pack = dataclasses.replace(plain, calibration=Calibration(0.8, 400, 2.5, 0.3))
+    register_pack(shop.registry, shop.workdir, "sure", pack)
+    client = Client(served[0], TOKEN)
+    assert client.task("sure")["coverage"] is None, "it is not loaded"
+    sure, unsure = client.predict(["sure", "birds"], [png()])
+    [right] = Predictor(pack, shop.backbone, "cpu").predict([png()])
+    assert (sure["set"], sure["coverage"]) == (right["set"], 0.8)
+    assert not {"set", "coverage"} & unsure.keys()
+    assert (client.task("sure")["coverage"], client.task("birds")["coverage"]) == (0.8, None)
 
 
 def test_health_metrics_and_the_interface_are_described(served: Served) -> None:
