@@ -12,6 +12,7 @@ from pipeline.data.remote import fetch_checked, shard_store
 from pipeline.data.shards import sample_spans
 from pipeline.data.unpack import unpacked
 from pipeline.data.urls import is_url, resolve
+from pipeline.data.verified import forget
 from pipeline.errors import DataError
 
 
@@ -80,11 +81,15 @@ def encoded_shard(content: bytes, url: str, path: Path | None, has_masks: bool) 
 
 def shard_content(index_folder: Path, entry: ShardEntry) -> bytes:
     """The bytes of a shard of an index, from its path or URL. Raises DataError if it is missing, or
-    is not the one that was indexed.
+    is not the one that was indexed; the next preparation then reads all shards.
     """
     url = resolve(index_folder, entry.path)
     read = shard_store().read if is_url(url) else fetch_checked
-    return read(url, entry.sha256)
+    try:
+        return read(url, entry.sha256)
+    except DataError:
+        forget(index_folder)
+        raise
 
 
 def open_shard(

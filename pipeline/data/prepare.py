@@ -46,7 +46,8 @@ from pipeline.data.remote import shard_store
 from pipeline.data.shards import MaskedSample, Sample, samples_in, write_shards
 from pipeline.data.sources import Source, SourceSample, digits_source, folder_source
 from pipeline.data.splits import splits_of
-from pipeline.data.urls import expand, fetch, is_url, resolve, sha256_hex, stamp
+from pipeline.data.urls import expand, fetch, is_url, sha256_hex, stamp
+from pipeline.data.verified import VERIFIED_NAME, are_intact
 from pipeline.errors import DataError, StorageError
 from pipeline.kinds import Label, TaskKind, classes_in, kind_named
 from pipeline.specs import (
@@ -164,16 +165,7 @@ def _current(folder: Path, source_digest: str) -> DataIndex | None:
     index = read_index(folder)
     if index.source_digest != source_digest:
         return None
-    urls = ((resolve(folder, shard.path), shard) for shard in index.shards)
-    return index if all(is_url(url) or _intact(Path(url), shard) for url, shard in urls) else None
-
-
-def _intact(path: Path, shard: ShardEntry) -> bool:
-    return (
-        path.is_file()
-        and path.stat().st_size == shard.size_bytes
-        and sha256_hex(path.read_bytes()) == shard.sha256
-    )
+    return index if are_intact(folder, index) else None
 
 
 # --- shards where they lie ------------------------------------------------------------------------
@@ -339,7 +331,9 @@ def _check_replaceable(folder: Path) -> None:
     if not folder.is_dir():
         raise StorageError(f"{folder}: is a file; choose another folder for the prepared dataset")
     index = read_index(folder) if (folder / INDEX_NAME).exists() else None
-    own = {INDEX_NAME} | ({shard.path for shard in index.shards} if index is not None else set())
+    own = {INDEX_NAME, VERIFIED_NAME} | (
+        {shard.path for shard in index.shards} if index is not None else set()
+    )
     foreign = sorted(path.name for path in folder.iterdir() if path.name not in own)
     if foreign:
         raise StorageError(
