@@ -6,12 +6,13 @@ import asyncio
 import base64
 import re
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
+from prometheus_client import Metric
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 
@@ -30,6 +31,7 @@ from pipeline.server.decoder import Decoder
 from pipeline.server.engine import Engine, TooManyPixels
 from pipeline.server.guard import Guard, Refused, refusal
 from pipeline.server.image_urls import ImageUrls
+from pipeline.server.metrics import as_text
 from pipeline.server.openapi import ANSWER, MANY_BODY, ONE_BODY
 from pipeline.server.page import add_page
 
@@ -47,11 +49,17 @@ _STATUSES: tuple[tuple[type[TaskpackError], int], ...] = (
 _MOST_LISTED = 200
 
 
-def build_app(open_engine: Callable[[], Engine]) -> Guard:
-    """The app; the engine is opened when the server starts it, and closed, after predicting what
-    waits, when the server ends it.
+Counted = Callable[[], Awaitable[dict[str, list[Metric]]]]
+"""What every replica of the server has counted, by the replicas' names."""
+
+
+def build_app(engine: Engine, counted: Counted | None = None) -> Guard:
+    """The app on an engine, which is closed, after predicting what waits, when the server ends.
+    Without `counted` it is the only replica.
     """
-    engine = open_engine()
+
+    async def alone() -> dict[str, list[Metric]]:
+        return {"0": engine.counted()}
 
     @asynccontextmanager
     async def life(app: FastAPI) -> AsyncIterator[None]:
@@ -65,7 +73,7 @@ def build_app(open_engine: Callable[[], Engine]) -> Guard:
     app.add_exception_handler(RequestValidationError, _invalid)  # type: ignore[arg-type]
     _add_predictions(app, engine)
     _add_tasks(app, engine)
-    _add_operations(app, engine)
+    _add_operations(app, counted or alone)
     add_page(app)
     return Guard(app, engine.settings.limits, engine.settings.token, engine.metrics)
 
@@ -79,12 +87,11 @@ def _add_predictions(app: FastAPI, engine: Engine) -> None:
         asked = await read_requests(request, task, limits)
         for name in {name for name, _ in asked}:
             _check_name(name)
-        images = await asyncio.to_thread(decoder.decode, asked)
         names = [name for name, _ in asked]
-        futures = await asyncio.to_thread(engine.submit, list(zip(names, images, strict=True)))
-        rows = await asyncio.gather(*map(asyncio.wrap_future, futures))
-        for name in dict.fromkeys(names):
-            engine.metrics.observe_images(name, names.count(name))
+        with engine.counting(names):
+            images = await asyncio.to_thread(decoder.decode, asked)
+            futures = await asyncio.to_thread(engine.submit, list(zip(names, images, strict=True)))
+            rows = await asyncio.gather(*map(asyncio.wrap_future, futures))
         predictions = [
             {"task": name, **_as_json(row)} for name, row in zip(names, rows, strict=True)
         ]
@@ -138,7 +145,7 @@ def _add_tasks(app: FastAPI, engine: Engine) -> None:
         }
 
 
-def _add_operations(app: FastAPI, engine: Engine) -> None:
+def _add_operations(app: FastAPI, counted: Counted) -> None:
     @app.get("/healthz")
     @app.get("/readyz")
     def health() -> dict[str, str]:
@@ -146,9 +153,9 @@ def _add_operations(app: FastAPI, engine: Engine) -> None:
         return {"status": "ok"}
 
     @app.get("/metrics")
-    def metrics() -> Response:
-        """Prometheus metrics."""
-        return Response(engine.describe(), media_type="text/plain; version=0.0.4")
+    async def metrics() -> Response:
+        """Prometheus metrics of all replicas."""
+        return Response(as_text(await counted()), media_type="text/plain; version=0.0.4")
 
 
 def _summary(pack: RegisteredPack) -> dict[str, Any]:

@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from prometheus_client import Metric
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pipeline.errors import SpecError
@@ -18,10 +19,14 @@ from pipeline.server.settings import Settings
 from pipeline.serving.host import CAPACITY_BYTES
 from pipeline.utils.devices import reserved_gpu
 
+if TYPE_CHECKING:
+    from pipeline.server.engine import Engine
+
 TOKEN_VARIABLE = "TASKPACK_TOKEN"
 APPLICATION = "taskpack"
 _DRAIN_SECONDS = 30
 _ONGOING = 256
+_COUNT_SECONDS = 5
 _QUEUED = 128
 """Requests that a proxy keeps while each replica has `_ONGOING`."""
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -31,11 +36,21 @@ def application(settings: Settings, *, replicas: int, cpus: float, gpus: float) 
     """The Ray Serve application of a server."""
     from ray import serve
 
-    def app() -> Any:
-        return open_app(settings)
+    @serve.ingress()
+    class Packs:
+        def __init__(self) -> None:
+            self._engine = open_engine(settings)
+
+        def __serve_build_asgi_app__(self) -> Any:
+            from pipeline.server.app import build_app
+
+            return build_app(self._engine, _counted_by_all)
+
+        def counted(self) -> tuple[str, list[Metric]]:
+            return serve.get_replica_context().replica_tag, self._engine.counted()
 
     deployment = serve.deployment(
-        serve.ingress(app)(),  # type: ignore[arg-type]
+        Packs,
         name="packs",
         num_replicas=replicas,
         ray_actor_options={"num_cpus": cpus, "num_gpus": gpus},
@@ -48,12 +63,11 @@ def application(settings: Settings, *, replicas: int, cpus: float, gpus: float) 
     return deployment.bind()
 
 
-def open_app(settings: Settings) -> Any:
-    """The app of a replica, with its engine, on the GPU that the replica was given, if any."""
-    from pipeline.server.app import build_app
+def open_engine(settings: Settings) -> Engine:
+    """The engine of a replica, on the GPU that the replica was given, if any."""
     from pipeline.server.engine import Engine
 
-    return build_app(lambda: Engine(replace(settings, device=replica_device(settings.device))))
+    return Engine(replace(settings, device=replica_device(settings.device)))
 
 
 def replica_device(asked: str | None) -> str | None:
@@ -65,6 +79,18 @@ def replica_device(asked: str | None) -> str | None:
     if asked is not None or not ray.get_runtime_context().get_assigned_resources().get("GPU"):
         return asked
     return reserved_gpu("serve on CPUs without --gpus (num_gpus in a config file)")
+
+
+async def _counted_by_all() -> dict[str, list[Metric]]:
+    """What each replica has counted, by its name, asked from within one; those that do not answer
+    are left out.
+    """
+    from ray import serve
+
+    here = serve.get_replica_context()
+    replicas = serve.get_deployment_handle(here.deployment, here.app_name).broadcast("counted")
+    answers = await replicas.results_async(timeout_s=_COUNT_SECONDS, return_exceptions=True)
+    return dict(each for each in answers if isinstance(each, tuple))
 
 
 def configured(args: dict[str, Any]) -> Any:

@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from typing import Any
+
+from prometheus_client import Metric
 
 from pipeline.errors import (
     BackboneError,
@@ -120,9 +126,22 @@ class Engine:
                 " down, or send fewer"
             )
 
-    def describe(self) -> bytes:
-        """The metrics, in Prometheus' text format."""
-        return self.metrics.text(self._batcher.waiting + self._masks.waiting, self.host.packs)
+    def counted(self) -> list[Metric]:
+        """The metrics now."""
+        return self.metrics.now(self._batcher.waiting + self._masks.waiting, self.host.packs)
+
+    @contextmanager
+    def counting(self, names: list[str]) -> Iterator[None]:
+        """A context in which a request is answered, with the name of a pack for each image."""
+        began, images = time.monotonic(), Counter(names)
+        try:
+            yield
+        except BaseException:
+            for name in images.keys() & {*self.host.packs.names()}:
+                self.metrics.observe_error(name)
+            raise
+        for name, count in images.items():
+            self.metrics.observe_task(name, count, time.monotonic() - began)
 
     def served(self, name: str) -> RegisteredPack:
         """The version that requests for a name get. Raises RegistryError."""

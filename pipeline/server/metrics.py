@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from collections.abc import Iterator, Mapping, Sequence
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric, generate_latest
+from prometheus_client.registry import Collector
 
 from pipeline.serving.residency import ResidentPacks
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
+_TASK_SECONDS = (0.01, 0.05, 0.1, 0.5, 1, 5)
 _IMAGES = (1, 2, 4, 8, 16, 32, 64)
 
 
@@ -22,6 +26,19 @@ class Metrics:
         )
         self._images = Counter(
             "taskpack_images", "Images predicted.", ["task"], registry=self.registry
+        )
+        self._task_errors = Counter(
+            "taskpack_task_errors",
+            "Requests that failed, of tasks in memory.",
+            ["task"],
+            registry=self.registry,
+        )
+        self._task_seconds = Histogram(
+            "taskpack_task_seconds",
+            "Time of requests that were answered, without the arrival of their bodies.",
+            ["task"],
+            registry=self.registry,
+            buckets=_TASK_SECONDS,
         )
         self._seconds = Histogram(
             "taskpack_request_seconds",
@@ -58,17 +75,22 @@ class Metrics:
         self._requests.labels(str(status)).inc()
         self._seconds.observe(seconds)
 
-    def observe_images(self, task: str, images: int) -> None:
-        """Count images of a task that exists."""
+    def observe_task(self, task: str, images: int, seconds: float) -> None:
+        """Count what was answered of a task that exists."""
         self._images.labels(task).inc(images)
+        self._task_seconds.labels(task).observe(seconds)
+
+    def observe_error(self, task: str) -> None:
+        """Count a request that failed, of a task that exists."""
+        self._task_errors.labels(task).inc()
 
     def observe_batch(self, images: int, seconds: float) -> None:
         """Count a batch."""
         self._batch_images.observe(images)
         self._batch_seconds.observe(seconds)
 
-    def text(self, waiting_images: int, packs: ResidentPacks) -> bytes:
-        """All of it, now."""
+    def now(self, waiting_images: int, packs: ResidentPacks) -> list[Metric]:
+        """All of it."""
         values = {
             "waiting_images": waiting_images,
             "resident_packs": len(packs.names()),
@@ -78,4 +100,30 @@ class Metrics:
         }
         for name, value in values.items():
             self._gauges[name].set(value)
-        return generate_latest(self.registry)
+        return list(self.registry.collect())
+
+
+def as_text(replicas: Mapping[str, Sequence[Metric]]) -> bytes:
+    """The counts of all replicas by their names, which are the label `replica`."""
+    families: dict[str, Metric] = {}
+    for replica, counted in replicas.items():
+        for metric in counted:
+            family = families.setdefault(
+                metric.name, Metric(metric.name, metric.documentation, metric.type, metric.unit)
+            )
+            family.samples += [
+                sample._replace(labels={**sample.labels, "replica": replica})
+                for sample in metric.samples
+            ]
+    registry = CollectorRegistry()
+    registry.register(_Collected(families))
+    return generate_latest(registry)
+
+
+class _Collected(Collector):
+    def __init__(self, families: dict[str, Metric]) -> None:
+        self._families = families
+
+    def collect(self) -> Iterator[Metric]:
+        """The families, as they are."""
+        yield from self._families.values()

@@ -80,5 +80,5 @@ def served(shop: Shop) -> Iterator[Any]:
             shop.workdir, ("birds",), token=TOKEN, poll_seconds=0.2, device="cpu", limits=limits
         )
     )
-    with listening(build_app(lambda: engine)) as port:
+    with listening(build_app(engine)) as port:
         yield f"http://127.0.0.1:{port}", engine

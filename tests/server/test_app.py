@@ -112,11 +112,17 @@ def test_health_metrics_and_the_interface_are_described(served: Served) -> None:
         assert ask(f"{url}/{path}", token=None) == (200, {"status": "ok"})
     Client(url, TOKEN).predict("birds", [png()])
     ask(f"{url}/v1/tasks/nobody", None)
+    for name in ("birds", "nobody"):
+        assert ask(
+            f"{url}/v1/tasks/{name}:predict", form([("image", b"x", "x")]), Content_Type=FORM
+        )
     status, text = ask(f"{url}/metrics")
     assert status == 200
     for line in (
-        'taskpack_images_total{task="birds"}',
-        'taskpack_requests_total{status="404"}',
+        'taskpack_images_total{replica="0",task="birds"}',
+        'taskpack_requests_total{replica="0",status="404"}',
+        'taskpack_task_errors_total{replica="0",task="birds"} 1.0',
+        'taskpack_task_seconds_bucket{le="0.5",replica="0",task="birds"}',
         "taskpack_batch_images_count",
         "taskpack_resident_packs",
     ):
@@ -217,7 +223,7 @@ def test_requests_under_way_are_answered_when_the_server_ends(
     shop: Shop, settings: Settings
 ) -> None:
     engine = Engine(dataclasses.replace(settings, wait_seconds=0.5))
-    with listening(build_app(lambda: engine)) as port, ThreadPoolExecutor(1) as pool:
+    with listening(build_app(engine)) as port, ThreadPoolExecutor(1) as pool:
         client = Client(f"http://127.0.0.1:{port}", TOKEN)
         asked = pool.submit(client.predict, "birds", [png()])
         deadline = time.monotonic() + 10

@@ -68,7 +68,7 @@ def reader(shop: Shop, site: str) -> Iterator[str]:
     given = Settings(
         shop.workdir, ("birds",), token=TOKEN, images_from=(f"{site}/cats/",), limits=limits
     )
-    with listening(build_app(lambda: Engine(given))) as port:
+    with listening(build_app(Engine(given))) as port:
         yield f"http://127.0.0.1:{port}"
 
 

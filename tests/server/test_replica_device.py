@@ -15,7 +15,7 @@ from pipeline.server.settings import Settings
 
 pytest.importorskip("grpc_reflection", reason="the extra serving (ray[serve]) is not installed")
 from pipeline.server import engine
-from pipeline.server.deployment import open_app
+from pipeline.server.deployment import open_engine
 
 
 class Opened(Exception):
@@ -30,16 +30,16 @@ def device_of(
     of its engine.
     """
 
-    def open_engine(settings: Settings) -> None:
+    def opened_engine(settings: Settings) -> None:
         raise Opened(settings.device)
 
-    monkeypatch.setattr(engine, "Engine", open_engine)
+    monkeypatch.setattr(engine, "Engine", opened_engine)
 
     def device(given: dict[str, float], asked: str | None) -> str:
         context = SimpleNamespace(get_assigned_resources=lambda: given)
         monkeypatch.setattr(ray, "get_runtime_context", lambda: context)
         with pytest.raises(Opened) as opened:
-            open_app(Settings(tmp_path, device=asked))
+            open_engine(Settings(tmp_path, device=asked))
         found: str = opened.value.args[0]
         return found
 

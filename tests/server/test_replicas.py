@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import signal
 import threading
 import time
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers_server import TOKEN, Shop, png, processes_of, serving, wait_until
+from helpers_server import TOKEN, Shop, ask, png, processes_of, serving, wait_until
 
 from pipeline.errors import ServerError
 from pipeline.server.client import Client
@@ -69,3 +70,20 @@ def test_a_replica_killed_under_load_gives_no_wrong_answer(shop: Shop, tmp_path:
     said = ("the replica that had this request died; ask again (500)", "(503)", "no answer")
     assert all(any(words in each for words in said) for each in failed), failed
     assert answered[-1] > killed
+
+
+def test_every_answer_of_metrics_counts_all_replicas(shop: Shop, tmp_path: Path) -> None:
+    options = ("--replicas", "2", "--cpus", "0.25")
+    with serving(shop, tmp_path / "log", uuid.uuid4().hex, *options) as url:
+        with ThreadPoolExecutor(4) as pool:
+            for _ in range(24):
+                pool.submit(Client(url, TOKEN).predict, "birds", [png()])
+        for _ in range(8):
+            status, text = ask(f"{url}/metrics")
+            assert status == 200
+            found = re.findall(
+                r'^taskpack_images_total{replica="(\w+)",task="birds"} (\S+)', text, re.M
+            )
+            assert len({replica for replica, _ in found}) == 2
+            assert sum(float(count) for _, count in found) == 24
+            assert text.count("# TYPE taskpack_images_total counter") == 1
