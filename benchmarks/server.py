@@ -1,13 +1,15 @@
 """The server under load: how long requests take, and how many are answered in a second, while they
-ask for 1, 16 and 256 tasks.
+ask for 1, 16 and 256 tasks; and what clients see when a replica is killed and when a task gets
+another champion.
 
     python benchmarks/server.py [--tasks 1 16 256] [--requests 600] [--clients 8]
 
 Registers packs with random values on the embedded backbone in a registry of its own, starts
 `taskpack serve` on this machine, and sends requests over the loopback interface: each client keeps
 one connection and asks for one image of one task at a time, tasks in random order. The packs are
-loaded before the clock starts. The clients share the machine's cores with the server. Writes
-`results/server.json` and `.md`.
+loaded before the clock starts. The clients share the machine's cores with the server. For the two
+events, two replicas serve 16 tasks; every answer is compared with the first one for its task.
+Writes `results/server.json` and `.md`.
 """
 
 from __future__ import annotations
@@ -16,7 +18,6 @@ import argparse
 import base64
 import contextlib
 import http.client
-import io
 import json
 import os
 import random
@@ -34,8 +35,8 @@ from typing import Any
 import numpy as np
 from machine import describe_machine, free_port
 from pages import table
-from PIL import Image
 from runs import SHARED
+from server_events import MARK, Clients, kill_a_replica, move_an_alias, png
 from serving import RECIPES, backbones, draw_pack, register
 
 from pipeline.backbones import load_backbone
@@ -59,12 +60,21 @@ def main() -> None:
                 asked = names[:tasks]
                 _load(port, arguments.clients, asked)
                 rows.append(_measured(port, asked, arguments.clients, arguments.requests))
+        with (
+            _serving(workdir, names[0], "--replicas", "2", "--cpus", "0.5") as port,
+            Clients(port, names[:PACKS], arguments.clients) as clients,
+        ):
+            clients.warm_up()
+            killed = kill_a_replica(clients, workdir)
+            moved = move_an_alias(clients, workdir, names[0])
     result = {
         "machine": describe_machine(),
         "recipe": RECIPE,
         "clients": arguments.clients,
         "requests": arguments.requests,
         "rows": rows,
+        "killed": killed,
+        "moved": moved,
     }
     (RESULTS / "server.json").write_text(json.dumps(result, indent=1) + "\n")
     (RESULTS / "server.md").write_text(_page(result))
@@ -81,13 +91,16 @@ def _register(workdir: Path, names: list[str]) -> None:
 
 
 @contextlib.contextmanager
-def _serving(workdir: Path, task: str) -> Iterator[int]:
+def _serving(workdir: Path, task: str, *options: str) -> Iterator[int]:
     """A context in which `taskpack serve` answers on a port."""
     port = free_port()
     command = [str(Path(sys.executable).with_name("taskpack")), "serve", task]
     process = subprocess.Popen(
-        [*command, "--port", str(port), "--workdir", str(workdir), "--device", "cpu"],
-        env={name: value for name, value in os.environ.items() if name != "MLFLOW_TRACKING_URI"},
+        [*command, "--port", str(port), "--workdir", str(workdir), "--device", "cpu", *options],
+        env={
+            **{name: value for name, value in os.environ.items() if name != "MLFLOW_TRACKING_URI"},
+            MARK: str(workdir),
+        },
         stdout=subprocess.PIPE,
         text=True,
     )
@@ -120,7 +133,7 @@ def _load(port: int, clients: int, order: list[str]) -> list[float]:
 
 def _ask(port: int, names: list[str]) -> list[float]:
     """Requests on one connection, one after another."""
-    body = json.dumps({"image": base64.b64encode(_image()).decode()})
+    body = json.dumps({"image": base64.b64encode(png()).decode()})
     connection, latencies = http.client.HTTPConnection("127.0.0.1", port, timeout=120), []
     for name in names:
         began = time.perf_counter()
@@ -133,13 +146,6 @@ def _ask(port: int, names: list[str]) -> list[float]:
         latencies.append(time.perf_counter() - began)
     connection.close()
     return latencies
-
-
-def _image() -> bytes:
-    buffer = io.BytesIO()
-    pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(buffer, "PNG")
-    return buffer.getvalue()
 
 
 def _page(result: dict[str, Any]) -> str:
@@ -167,9 +173,25 @@ def _page(result: dict[str, Any]) -> str:
         "",
         *table(("tasks", "requests per second", "p50, ms", "p99, ms"), rows),
         "",
+        f"## Two replicas, {PACKS} tasks",
+        "",
+        *table(
+            ("event", "answers", "wrong", "failed", "of what", "seconds"),
+            [
+                _event("a replica is killed", "until another runs", result["killed"]),
+                _event("a task gets another champion", "until it answers", result["moved"]),
+            ],
+        ),
+        "",
         "Command: `python benchmarks/server.py`",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _event(name: str, until: str, row: dict[str, Any]) -> tuple[Any, ...]:
+    errors = "; ".join(f"{text} ({count})" for text, count in row["errors"].items())
+    failed = sum(row["errors"].values())
+    return name, row["answers"], row["wrong"], failed, errors, f"{row['seconds']:.1f} {until}"
 
 
 def _arguments() -> argparse.Namespace:

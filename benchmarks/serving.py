@@ -210,7 +210,9 @@ def measure_registry(backbone: LoadedBackbone, contents: list[bytes]) -> float:
     return statistics.median(times)
 
 
-def register(registry: Registry, folder: Path, task: str, content: bytes) -> None:
+def register(
+    registry: Registry, folder: Path, task: str, content: bytes, *, promote: bool = False
+) -> None:
     """Register a pack with the few numbers that a look-up needs."""
     path = folder / f"{task}.safetensors"
     path.write_bytes(content)
@@ -226,6 +228,7 @@ def register(registry: Registry, folder: Path, task: str, content: bytes) -> Non
             "backbone": pack.metadata.backbone["model"],
             "backbone_fingerprint": pack.metadata.backbone["fingerprint"],
         },
+        promote=promote,
     )
     registry.register(champion, with_trials=False)
 
