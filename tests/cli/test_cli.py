@@ -84,6 +84,7 @@ def test_the_same_run_again_redoes_nothing_and_starts_no_ray(
         path
         for pattern in ("data/**/*", "selections/*", "studies/*/trials/*", "studies/*/fits/**/*")
         for path in finished.workdir.glob(pattern)
+        if path.is_file()
     ]
     before = {path: path.stat().st_mtime_ns for path in files}
     answer = ask("run", finished.task_file)
