@@ -33,7 +33,7 @@ from pipeline.server.guard import Guard, Refused, refusal
 from pipeline.server.image_urls import ImageUrls
 from pipeline.server.metrics import as_text
 from pipeline.server.openapi import ANSWER, MANY_BODY, ONE_BODY
-from pipeline.server.page import add_page
+from pipeline.server.page import add_pages
 
 _NAME = re.compile(r"[^/@:'\"`%\\\x00-\x1f]{1,200}(?:@[\w.-]{1,100})?")
 _STATUSES: tuple[tuple[type[TaskpackError], int], ...] = (
@@ -74,7 +74,7 @@ def build_app(engine: Engine, counted: Counted | None = None) -> Guard:
     _add_predictions(app, engine)
     _add_tasks(app, engine)
     _add_operations(app, counted or alone)
-    add_page(app)
+    add_pages(app)
     return Guard(app, engine.settings.limits, engine.settings.token, engine.metrics)
 
 

@@ -18,7 +18,7 @@ from pipeline.server.page import PATHS
 from pipeline.server.settings import Limits
 
 OPEN_PATHS = ("/healthz", "/readyz", *PATHS)
-"""Answered without a token: they say nothing but that the server runs, and what its page is."""
+"""Answered without a token: they say nothing but that the server runs, and what its pages are."""
 _log = logging.getLogger(__name__)
 
 

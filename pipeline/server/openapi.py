@@ -85,10 +85,10 @@ _REFUSALS = {
     403: "The server reads no images from this URL.",
     404: "There is no such pack.",
     409: "The pack cannot be used on this server's backbone.",
-    413: "The body, an image or the masks asked for are too large.",
+    413: "The body, its images or the masks asked for are too large.",
     422: "Something is no image.",
     429: "Too much is under way; Retry-After says when to come back.",
-    503: "The server ends, or its registry is unreachable.",
+    503: "The server starts or ends, or its registry is unreachable.",
 }
 ANSWER: dict[int | str, dict[str, Any]] = {
     200: {"description": "OK", "content": {"application/json": {"schema": _PREDICTIONS}}},

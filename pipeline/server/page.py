@@ -1,4 +1,4 @@
-"""The page at `/`: plain files, which reach nothing but this server."""
+"""The pages at `/` and `/docs`, which reach nothing but this server."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from pathlib import Path
 from fastapi import FastAPI
 from starlette.responses import Response
 
+from pipeline.server.reference import reference_page
+
 _FOLDER = Path(__file__).with_name("page")
 _FILES = {
     "/": ("index.html", "text/html"),
@@ -14,7 +16,7 @@ _FILES = {
     "/page.js": ("page.js", "text/javascript"),
     "/masks.js": ("masks.js", "text/javascript"),
 }
-PATHS = tuple(_FILES)
+PATHS = (*_FILES, "/docs")
 _POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self';"
     " img-src blob: data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -27,10 +29,13 @@ _HEADERS = {
 }
 
 
-def add_page(app: FastAPI) -> None:
-    """Serve the page. Its files hold no secret, so they need no token; its requests do."""
+def add_pages(app: FastAPI) -> None:
+    """Serve the pages of an app that is else complete. They hold no secret, so they need no token;
+    their requests do.
+    """
     for path, (name, media_type) in _FILES.items():
         _add_file(app, path, (_FOLDER / name).read_bytes(), media_type)
+    _add_file(app, "/docs", reference_page(app.openapi()).encode(), "text/html")
 
 
 def _add_file(app: FastAPI, path: str, content: bytes, media_type: str) -> None:

@@ -224,3 +224,20 @@ def test_the_parts_of_the_page_need_no_token_and_agree(served: Served) -> None:
     assert "url(" not in style
     assert ask(f"{url}/page.py", token=None)[0] == 401
     assert ask(f"{url}/page.py")[0] == 404
+
+
+def test_the_interface_is_described_on_a_page_without_scripts(served: Served) -> None:
+    url, _ = served
+    status, text = ask(f"{url}/docs", token=None)
+    tags = [tag for tag, _ in Parts(text).tags]
+    assert (status, "script" in tags) == (200, False)
+    status, described = ask(f"{url}/openapi.json")
+    assert tags.count("section") == sum(map(len, described["paths"].values())) >= 7
+    for part in (
+        "<h2><code>POST /v1/tasks/{name}:predict</code></h2>",
+        "<tr><td>limit</td><td>query</td><td>integer</td></tr>",
+        "<tr><td>image</td><td>multipart/form-data</td><td>list of: string</td></tr>",
+        "<td>string (An image file as base64) or {url: string} (Where the image is, if the",
+        "<tr><td>429</td><td>Too much is under way; Retry-After",
+    ):
+        assert part in text, part
