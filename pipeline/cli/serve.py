@@ -71,6 +71,7 @@ def serve(
     from pipeline.cluster.session import ray_session
     from pipeline.registry.connection import resolve_tracking_uri
     from pipeline.server.deployment import TOKEN_VARIABLE, running
+    from pipeline.server.engine import open_catalogue
     from pipeline.server.front import SETTING
     from pipeline.server.image_urls import check_place
     from pipeline.server.settings import Settings
@@ -85,6 +86,7 @@ def serve(
         images_from=tuple(check_place(place) for place in images_from or ()),
         capacity_bytes=size_of("--memory", memory),
     )
+    open_catalogue(settings)  # what is wrong with it is said before Ray starts
     with (
         ray_session(address, SETTING),
         running(settings, host=host, port=port, replicas=replicas, cpus=cpus, gpus=gpus),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from prometheus_client import Metric
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from pipeline.errors import SpecError
+from pipeline.errors import ServerError, SpecError
 from pipeline.server.image_urls import check_place
 from pipeline.server.settings import Settings
 from pipeline.serving.host import CAPACITY_BYTES
@@ -148,6 +149,7 @@ def running(
 
     Raises:
         SpecError: the server would be open to a network without a token.
+        ServerError: a replica cannot start.
     """
     if settings.token is None and host not in _LOOPBACK:
         raise SpecError(
@@ -159,13 +161,25 @@ def running(
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     serve.start(http_options={"host": host, "port": port})
     try:
-        serve.run(
-            application(settings, replicas=replicas, cpus=cpus, gpus=gpus),
-            name=APPLICATION,
-            route_prefix="/",
-        )
+        try:
+            serve.run(
+                application(settings, replicas=replicas, cpus=cpus, gpus=gpus),
+                name=APPLICATION,
+                route_prefix="/",
+            )
+        except RuntimeError as error:
+            raise ServerError(f"the server does not start: {_cause(error)}") from None
         yield
     finally:
         with suppress(TimeoutError):
             serve.delete(APPLICATION)  # its replicas end their requests while the proxy is there
         serve.shutdown()
+
+
+def _cause(error: RuntimeError) -> str:
+    """What the replica that did not start said last, or else the error."""
+    from ray import serve
+
+    found = serve.status().applications[APPLICATION].deployments.values()
+    [*_, said] = (str(error), *(each.message for each in found if each.message))
+    return re.sub(r"^pipeline\.errors\.\w+: ", "", said.strip().splitlines()[-1])

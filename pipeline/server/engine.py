@@ -21,7 +21,7 @@ from pipeline.errors import (
     TaskpackError,
     named,
 )
-from pipeline.packs import read_pack
+from pipeline.packs import PackMetadata, read_pack
 from pipeline.registry.pack_record import RegisteredPack
 from pipeline.registry.store import open_registry
 from pipeline.server.batcher import Batcher
@@ -52,21 +52,8 @@ class Engine:
 
     def __init__(self, settings: Settings) -> None:
         self.settings, self.metrics = settings, Metrics()
-        registry = open_registry(settings.registry, settings.workdir.resolve())
-        self.catalogue = Catalogue(registry, settings.workdir.resolve() / "downloads")
-        tasks = settings.tasks or tuple(pack.name for pack in registry.search(limit=1))
-        if not tasks:
-            raise RegistryError(
-                "the registry has no pack whose backbone could be served; register one with"
-                " `taskpack run`"
-            )
-        first = read_pack(self.catalogue.read(tasks[0]))
-        if first.metadata.modality != "images":
-            raise BackboneError(
-                f"{tasks[0]}: its backbone takes {first.metadata.modality}, and the server takes"
-                " images only; `taskpack predict` takes both"
-            )
-        backbone = load_backbone_of(first.metadata, settings.weights)
+        self.catalogue, tasks, first = open_catalogue(settings)
+        backbone = load_backbone_of(first, settings.weights)
         self.images = backbone.images
         self.host = PackHost(
             backbone,
@@ -179,3 +166,28 @@ class Engine:
                     _log.info("%s: serving version %s", name, self.served(name).version)
             except Exception as error:  # the packs in memory go on being served
                 _log.warning("aliases cannot be followed now: %s", named(error))
+
+
+def open_catalogue(settings: Settings) -> tuple[Catalogue, tuple[str, ...], PackMetadata]:
+    """The packs of a server's registry, the references of those to load at the start, and what the
+    first of them says, whose backbone is served.
+
+    Raises:
+        RegistryError: there is no such pack, or no pack at all.
+        BackboneError: the backbone takes no images.
+    """
+    registry = open_registry(settings.registry, settings.workdir.resolve())
+    catalogue = Catalogue(registry, settings.workdir.resolve() / "downloads")
+    tasks = settings.tasks or tuple(pack.name for pack in registry.search(limit=1))
+    if not tasks:
+        raise RegistryError(
+            "the registry has no pack whose backbone could be served; register one with"
+            " `taskpack run`"
+        )
+    first = read_pack(catalogue.read(tasks[0])).metadata
+    if first.modality != "images":
+        raise BackboneError(
+            f"{tasks[0]}: its backbone takes {first.modality}, and the server takes images only;"
+            " `taskpack predict` takes both"
+        )
+    return catalogue, tasks, first

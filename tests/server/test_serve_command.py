@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from helpers_cli import COMMAND, environment, free_port, taskpack
+from helpers_cli import COMMAND, environment, free_port, taskpack, taskpack_process
 from helpers_server import TOKEN, Shop, ask, half_sent, png, wait_until
 
 from pipeline.errors import ServerError
@@ -68,3 +68,19 @@ def test_a_registry_that_is_none_is_refused_at_once(tmp_path: Path) -> None:
     run = taskpack("serve", "--registry", "mlflow.db", "--workdir", tmp_path)
     assert run.code == 8
     assert "mlflow.db: not a tracking URI" in run.err
+
+
+def test_what_keeps_a_server_from_starting_is_said(shop: Shop, tmp_path: Path) -> None:
+    registry = f"sqlite:///{shop.workdir}/mlflow.db"
+    given = ("serve", "--registry", registry, "--workdir", tmp_path)
+    run = taskpack(*given, "nobody")
+    assert (run.code, run.err) == (
+        8,
+        "error: nobody: no task of this name is registered; `taskpack ls` lists what there is\n",
+    )
+    missing = tmp_path / "missing.safetensors"
+    run = taskpack_process(*given, "birds", "--port", str(free_port()), "--backbone", missing)
+    assert (run.code, run.out) == (13, "")
+    start = f"error: the server does not start: backbone.weights: given '{missing}', no such file"
+    assert run.err.startswith(start)
+    assert "Traceback" not in run.err
