@@ -15,6 +15,7 @@ from prometheus_client import Metric
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pipeline.errors import ServerError, SpecError
+from pipeline.server.guard import Refused
 from pipeline.server.image_urls import check_place
 from pipeline.server.settings import Settings
 from pipeline.serving.host import CAPACITY_BYTES
@@ -83,14 +84,17 @@ def replica_device(asked: str | None) -> str | None:
 
 
 async def _counted_by_all() -> dict[str, list[Metric]]:
-    """What each replica has counted, by its name, asked from within one; those that do not answer
-    are left out.
+    """What each replica has counted, by its name, asked from within one; those that die meanwhile
+    are left out. Raises Refused where one does not answer in time.
     """
     from ray import serve
 
     here = serve.get_replica_context()
     replicas = serve.get_deployment_handle(here.deployment, here.app_name).broadcast("counted")
-    answers = await replicas.results_async(timeout_s=_COUNT_SECONDS, return_exceptions=True)
+    try:
+        answers = await replicas.results_async(timeout_s=_COUNT_SECONDS, return_exceptions=True)
+    except TimeoutError:
+        raise Refused(503, "a replica does not answer; ask again", {"Retry-After": "1"}) from None
     return dict(each for each in answers if isinstance(each, tuple))
 
 

@@ -94,8 +94,8 @@ def test_more_requests_than_may_wait_are_told_to_come_back(proxied: tuple[str, i
             stack.enter_context(half_sent(port, image)[0])
         time.sleep(2)
         with connected(url) as connection:
-            connection.sendall(b"GET /v1/tasks HTTP/1.1\r\nHost: x\r\n\r\n")
-            answer = connection.recv(4096).lower()
+            connection.sendall(b"GET /v1/tasks HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+            answer = connection.makefile("rb").read().lower()
     assert answer.startswith(b"http/1.1 429"), answer
     assert b"\r\nretry-after: 1\r\n" in answer
     assert b'{"error":"too many requests are waiting; try again later"}' in answer
