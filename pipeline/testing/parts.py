@@ -14,6 +14,7 @@ from pipeline.adaptation.flat import flatten
 from pipeline.adaptation.mixed import MixedNetwork
 from pipeline.adaptation.packing import SizePlanner, describe, from_pack, to_pack
 from pipeline.adaptation.unpacking import decode
+from pipeline.adaptation.values import FlatValues
 from pipeline.backbones import LoadedBackbone
 from pipeline.errors import BackboneError
 from pipeline.packs import ledger, pack_to_bytes, read_pack
@@ -202,19 +203,20 @@ def _check_planned(case: _Case, model: AdaptedModel) -> None:
 def _check_every_value_matters(case: _Case) -> None:
     """No tensor is stored without being used: away from the start, its gradient is not zero."""
     model = _moved(case)
-    values = model.sums()
-    for tensor, value in values.items():
-        value.retain_grad()
-        module, key = model._receivers[tensor]
-        module.current[key] = value
-    pixels = model.normalise(_images(case.backbone))
-    model.head(model.backbone(pixels)).square().mean().backward()
+    model(_images(case.backbone)).square().mean().backward()
     idle = [
         tensor.name
-        for tensor, value in values.items()
-        if value.grad is None or not float(value.grad.abs().max())
+        for group in model.values.groups()
+        for tensor, gradient in zip(group.tensors, _gradients(group), strict=True)
+        if not float(gradient.abs().max())
     ]
     assert not idle, f"these tensors are stored and never used: {idle}"
+
+
+def _gradients(group: FlatValues) -> list[torch.Tensor]:
+    """The gradient of each tensor of a group; zero where it has none."""
+    gradient_N = group.latent_N.grad
+    return group.pieces(torch.zeros_like(group.latent_N) if gradient_N is None else gradient_N)
 
 
 def _check_pack(case: _Case, model: AdaptedModel) -> None:
