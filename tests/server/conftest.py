@@ -69,7 +69,7 @@ def served(shop: Shop) -> Iterator[Any]:
         request_bytes=200_000,
         json_values=1000,
         image_pixels=1_000_000,
-        request_pixels=2_500_000,
+        request_pixels=2_800_000,
         mask_pixels=2_000_000,
         images=32,
         body_seconds=0.5,

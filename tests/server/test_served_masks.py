@@ -18,6 +18,7 @@ from pipeline.errors import ServerError
 from pipeline.server.batcher import Busy
 from pipeline.server.client import Client
 from pipeline.server.engine import Engine
+from pipeline.server.metrics import as_text
 from pipeline.server.settings import Limits, Settings
 from pipeline.serving.host import PackHost
 from pipeline.serving.predictor import Predictor
@@ -128,4 +129,5 @@ def test_a_request_waits_whole_or_not_at_all(shop: Shop, settings: Settings) -> 
     [label] = engine.submit([("birds", sample)])
     engine.close()
     assert label.result(0)["label"]
-    assert "taskpack_batch_images_sum 1.0" in engine.describe().decode()
+    counted = as_text({"one": engine.counted()}).decode()
+    assert 'taskpack_batch_images_sum{replica="one"} 1.0' in counted
