@@ -189,7 +189,9 @@ def _page(result: dict[str, Any]) -> str:
 
 
 def _event(name: str, until: str, row: dict[str, Any]) -> tuple[Any, ...]:
-    errors = "; ".join(f"{text} ({count})" for text, count in row["errors"].items())
+    errors = "; ".join(  # each after the server's address
+        f"{text.partition(': ')[2]} ({count})" for text, count in row["errors"].items()
+    )
     failed = sum(row["errors"].values())
     return name, row["answers"], row["wrong"], failed, errors, f"{row['seconds']:.1f} {until}"
 
