@@ -5,8 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
+
+from champion import within_half_a_point
+from pages import mean_difference
+
+from pipeline.search.trial_record import TrialRecord
 
 RESULTS = Path(__file__).parent / "results" / "bytes.json"
 BUDGETS = tuple(1024 * kib for kib in (2, 4, 8, 16, 32, 64))
@@ -51,9 +56,8 @@ def difference(cell: Cell, one: str | None, other: str | None) -> Difference | N
 
 def average(found: Sequence[Difference]) -> Difference:
     """The mean, and its standard error."""
-    return fmean(points for points, _ in found), math.hypot(*(error for _, error in found)) / len(
-        found
-    )
+    error = math.hypot(*(error for _, error in found)) / len(found)
+    return fmean(points for points, _ in found), error
 
 
 def at_share_of_32_bits(cell: Cell, rule: str) -> str | None:
@@ -126,8 +130,7 @@ def by_task(cells: Sequence[Cell], rule: str, key: str) -> dict[str, list[Differ
 def mean(points: Mapping[str, Sequence[Difference]]) -> str:
     """The mean over tasks and seeds, with its standard error between them."""
     every = [each for found in points.values() for each, _ in found]
-    error = stdev(every) / math.sqrt(len(every)) if len(every) > 1 else math.nan
-    return f"mean {fmean(every):+.1f}{'' if math.isnan(error) else f' ± {error:.1f}'} points"
+    return f"mean {mean_difference(every)} points"
 
 
 def differences(cells: Sequence[Cell]) -> list[str]:
@@ -163,9 +166,8 @@ def prices(cells: Sequence[Cell]) -> list[str]:
         points = [fmean(each for each, _ in pairs) for pairs in found if pairs]
         logs = [each for pairs in found for _, each in pairs]
         if logs:
-            error = f" ± {stdev(points) / math.sqrt(len(points)):.2f}" if len(points) > 1 else ""
             lines.append(
-                f"| {name} | {len(points)} | {len(logs)} | {fmean(points):+.2f}{error} |"
+                f"| {name} | {len(points)} | {len(logs)} | {mean_difference(points, 2)} |"
                 f" {1 - math.exp(fmean(logs)):.0%} |"
             )
     return lines
@@ -194,19 +196,19 @@ def _best(cell: Cell, key: str) -> str | None:
 def _smallest_near_best(cell: Cell, key: str) -> str | None:
     """Of all trials of the default search within a budget."""
     trials = [
-        row
+        TrialRecord(
+            id=row["id"],
+            point=row["point"],
+            size_bytes=row["bytes"],
+            state="complete",
+            val_metric=row["val"],
+        )
         for row in cell["trials"]
         if row["family"] == "default" and row["state"] == "complete" and row["bytes"] <= int(key)
     ]
-    if not trials:
-        return None
-    best = max(row["val"] for row in trials)
-    near = [row for row in trials if row["val"] >= best - NEAR]
-    found: str = min(near, key=lambda row: (row["bytes"], -row["val"]))["id"]
-    return found
+    return within_half_a_point(trials).id if trials else None
 
 
-NEAR = 0.005
 OTHER_RULES: Mapping[str, Callable[[Cell, str], str | None]] = {
     "the best by validation": _best,
     "the smallest within 0.5 points of the best, the rule before": _smallest_near_best,

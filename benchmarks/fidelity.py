@@ -17,9 +17,10 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
+from pages import mean_difference
 from runs import Place, Run, figures, measure_missing, origins, parse_arguments, with_seed
 
 from pipeline.adaptation import SelectedIndex
@@ -209,12 +210,7 @@ def _cells(runs: Sequence[dict[str, Any]], task: str, variant: str, reference: s
         if seed in others
     ]
     shown = f"{fmean(accuracy.values()):.1f} ({len(accuracy)})"
-    difference = (
-        ""
-        if variant == reference or not paired
-        else f"{fmean(paired):+.1f}"
-        + (f" ± {stdev(paired) / len(paired) ** 0.5:.1f}" if len(paired) > 1 else "")
-    )
+    difference = "" if variant == reference else mean_difference(paired)
     return f"{shown} | {difference} | {next(iter(found.values()))['bytes']:,}"
 
 

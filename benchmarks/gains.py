@@ -19,10 +19,11 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
 from image_tasks import TASKS, image_task, opened
+from pages import mean_difference
 from runs import (
     Place,
     Run,
@@ -98,20 +99,13 @@ def _pair(run: Run) -> tuple[Any, ...]:
     return tuple(run[key] for key in ("task", "seed", "epochs", "limit"))
 
 
-def _shown(points: Sequence[float]) -> str:
-    if not points:
-        return ""
-    error = f" ± {stdev(points) / len(points) ** 0.5:.1f}" if len(points) > 1 else ""
-    return f"{fmean(points):+.1f}{error}"
-
-
 def _means(runs: Sequence[Run]) -> list[str]:
     lines = ["", f"| setting | {' | '.join(RECIPES)} | both | pairs |", "|---|---|---|---|---|"]
     for setting in SETTINGS:
         found = [differences(runs, f"{name}, {setting}") for name in RECIPES]
         both = [points for each in found for points in each]
         if setting != PLAIN and both:
-            shown = " | ".join(_shown(each) for each in [*found, both])
+            shown = " | ".join(mean_difference(each) for each in [*found, both])
             lines.append(f"| {setting} | {shown} | {len(both)} |")
     return lines
 
@@ -125,7 +119,7 @@ def _rows(runs: Sequence[Run]) -> list[str]:
         own = [run for run in runs if run["variant"] == variant]
         if own:
             mean = fmean(map(percent, own))
-            points = "" if setting == PLAIN else _shown(differences(runs, variant))
+            points = "" if setting == PLAIN else mean_difference(differences(runs, variant))
             lines.append(
                 f"| {name} | {setting} | {own[0]['bytes']:,} | {mean:.1f} | {points} |"
                 f" {own[0]['images']} | {own[0]['epochs']} | {len(own)} |"

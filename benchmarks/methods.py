@@ -14,9 +14,10 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 
 from machine import describe_machine
+from pages import mean_difference
 from rich.console import Console
 
 from pipeline.cli.progress import BatchProgress
@@ -71,21 +72,13 @@ def claims(rows: Sequence[Comparison]) -> list[str]:
         for one, other in pairs:
             per_task = [_differences(found[task, one], found[task, other]) for task in tasks]
             means = [fmean(each) for each in per_task]
-            cells = [*map(_shown, per_task), f"{fmean(means):+.1f}"]
+            cells = [*map(mean_difference, per_task), f"{fmean(means):+.1f}"]
             lines.append(f"| {one} - {other} | {' | '.join(cells)} |")
     return lines
 
 
 def _differences(ones: Sequence[float], others: Sequence[float]) -> list[float]:
     return [100 * (one - other) for one, other in zip(ones, others, strict=True)]
-
-
-def _shown(points: Sequence[float]) -> str:
-    return (
-        f"{fmean(points):+.1f} ± {stdev(points) / len(points) ** 0.5:.1f}"
-        if len(points) > 1
-        else f"{points[0]:+.1f}"
-    )
 
 
 def notes(rows: Sequence[Comparison], arguments: argparse.Namespace) -> str:

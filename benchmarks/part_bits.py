@@ -20,11 +20,12 @@ import itertools
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
 import torch
 from image_tasks import image_task, opened
+from pages import mean_difference
 from runs import (
     Place,
     Run,
@@ -171,10 +172,7 @@ def _difference(runs: Sequence[Run], name: str, other: str) -> list[str]:
         return []
     points = [percent(run) - percent(against) for run, against in pairs]
     size = fmean(run["bytes"] / against["bytes"] for run, against in pairs)
-    error = stdev(points) / len(points) ** 0.5
-    return [
-        f"| {name} | {other} | {fmean(points):+.1f} ± {error:.1f} | {size:.2f} | {len(pairs)} |"
-    ]
+    return [f"| {name} | {other} | {mean_difference(points)} | {size:.2f} | {len(pairs)} |"]
 
 
 def _rows(runs: Sequence[Run]) -> list[str]:

@@ -15,12 +15,13 @@ import contextlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 from unittest import mock
 
 import torch
 from machine import describe_machine
+from pages import mean_difference
 
 from pipeline.adaptation import SelectedIndex, quantiser, values
 from pipeline.data import prepare
@@ -143,9 +144,8 @@ def markdown(result: dict[str, Any]) -> str:
                 if pair[1] == recipe
                 for one, other in zip(found[*pair, VARIANTS[0]], found[*pair, scales], strict=True)
             ]
-            error = stdev(differences) / len(differences) ** 0.5
             lines.append(
-                f"- {recipe}, {scales}: {fmean(differences):+.2f} ± {error:.2f} points beside"
+                f"- {recipe}, {scales}: {mean_difference(differences, 2)} points beside"
                 f" {VARIANTS[0]}, over {len(differences)} pairs."
             )
     return "\n".join([*lines, ""])

@@ -24,12 +24,12 @@ import tempfile
 import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from pages import table
+from pages import mean_difference, table
 from runs import Place, Run, measure_missing, origins, parse_arguments, with_seed
 
 from pipeline.adaptation import SelectedIndex, rank_indices
@@ -183,9 +183,7 @@ def _row(runs: Sequence[Run], variant: str) -> tuple[str, ...]:
     shown = f"{fmean(points):.1f} ({len(points)})"
     if variant == REFERENCE or len(differences) < 2:
         return variant, shown, "", f"{next(iter(own.values()))['bytes']:,}"
-    error = stdev(differences) / len(differences) ** 0.5
-    difference = f"{fmean(differences):+.1f} ± {error:.1f}"
-    return variant, shown, difference, f"{next(iter(own.values()))['bytes']:,}"
+    return variant, shown, mean_difference(differences), f"{next(iter(own.values()))['bytes']:,}"
 
 
 def main() -> None:

@@ -6,6 +6,7 @@ import math
 import statistics
 from typing import Any
 
+from pages import mean_difference
 from study_settings import EPOCHS, FIRST_RATE, OTHER_RATES, TRAIN_PER_CLASS, VAL_PER_CLASS
 
 
@@ -253,9 +254,8 @@ def _warm(seeds: dict[str, Any]) -> list[str]:
     ]
     for name in ("cold", "cold, half", "warm, half"):
         differences = [100 * (row[name] - row["cold"]) for row in rows]
-        error = statistics.stdev(differences) / math.sqrt(len(differences))
         lines.append(
             f"| {name} | {100 * statistics.mean(row[name] for row in rows):.1f} |"
-            f" {statistics.mean(differences):+.1f} ± {error:.1f} |"
+            f" {mean_difference(differences)} |"
         )
     return [*lines, ""]
