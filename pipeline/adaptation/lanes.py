@@ -114,8 +114,8 @@ class Lane:
         return values_SC.view(len(y), *[1] * (y.ndim - 1 + dim), channels, *[1] * (-1 - dim))
 
     def add(self, name: str, dim: int, y: torch.Tensor) -> torch.Tensor:
-        """The lane's rows of an output, a tensor of its own, plus the tensor of each sample's pack
-        along the channels at `dim`.
+        """Add the tensor of each sample's pack along the channels at `dim`, in place, to the lane's
+        rows of an output that nothing else reads.
         """
         return y.add_(self.along(self.values(name), y, dim))
 

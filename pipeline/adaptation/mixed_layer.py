@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from pipeline.adaptation.part import SharedNetwork
+from pipeline.adaptation.part import PARTS, SharedNetwork
 from pipeline.adaptation.sites import TunableLayer, apply_layer
 from pipeline.adaptation.wrapper import Wrapper
 
@@ -52,7 +52,7 @@ class MixedLayer(Wrapper):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         batch, layer = self.network.batch, self.base
-        lanes = [] if batch is None else batch.lanes("connections")
+        lanes = self.network.lanes(PARTS["connections"])
         if batch is None or not any(lane.has(self.name) for lane in lanes):
             return self._with_biases(apply_layer(layer, x, layer.weight, layer.bias))
         rows = _rows(layer, x)
@@ -65,16 +65,14 @@ class MixedLayer(Wrapper):
         return y.mT.unflatten(2, (x.shape[2] // layer.kernel_size[0], -1))
 
     def _with_biases(self, y: torch.Tensor) -> torch.Tensor:
-        """The output, a tensor of its own, with the changes of each sample's bias."""
+        """Add the changes of each sample's bias to an output that nothing else reads, in place."""
         dim = -1 if isinstance(self.base, nn.Linear) else -3
         for lane in self._lanes_of_biases():
             y = lane.change(y, functools.partial(lane.add, self.name, dim))
         return y
 
     def _lanes_of_biases(self) -> list[Lane]:
-        batch = self.network.batch
-        lanes = [] if batch is None else batch.lanes("biases")
-        return [lane for lane in lanes if lane.has(self.name)]
+        return [lane for lane in self.network.lanes(PARTS["biases"]) if lane.has(self.name)]
 
     def _are_many(self, lanes: Sequence[Lane], rows: int) -> bool:
         """Whether rows change packs so often that reading K inputs per output is faster than a
@@ -89,10 +87,8 @@ class MixedLayer(Wrapper):
         """
         weight_OI = self.base.weight.flatten(1)
         samples, rows, _ = x_BRI.shape
-        bias_BO, (columns_BOK, values_BOK) = (
-            self._biases(samples),
-            self._connections(lanes, samples),
-        )
+        bias_BO = self._biases(samples)
+        columns_BOK, values_BOK = self._connections(lanes, samples)
         y_BRO = x_BRI.new_empty(samples, rows, len(weight_OI))
         pieces = -(-samples * rows // ROWS_AT_ONCE) if x_BRI.device.type == "cpu" else 1
         at_once = -(-samples // pieces)

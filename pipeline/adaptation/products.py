@@ -1,9 +1,9 @@
 """Gradients of the connections of all layers, picked from the layers' products by one operation.
 
 A layer's backward pass computes a product of which the gradients of its connections are a few
-entries. A layer that picks them itself launches a kernel for it. So each layer gets a stand-in for
-its product instead, which has its shape but no memory of its own. The stand-in's gradient is the
-product, and when all layers have left theirs, their entries are picked together.
+entries. Picking them layer by layer would launch a kernel for each. So each layer is given a
+stand-in for its product, a tensor of the same shape that takes no memory. The gradient of the
+stand-in is the product; once all layers have computed theirs, their entries are picked together.
 """
 
 from __future__ import annotations

@@ -18,7 +18,9 @@ from pipeline.serving.samples import Decoded, decoded
 
 
 class Decoder:
-    """Decodes what a network takes, a few images at a time. Thread-safe."""
+    """Decodes images to the size that the network takes, at most `limits.decodes` at the same time.
+    Thread-safe.
+    """
 
     def __init__(self, takes: Images, limits: Limits, urls: ImageUrls) -> None:
         self._takes, self._limits, self._urls = takes, limits, urls

@@ -61,7 +61,7 @@ def _section(title: str, operation: dict[str, Any]) -> str:
 
 
 def _said(schema: dict[str, Any]) -> str:
-    """What a schema takes, in words."""
+    """Describe the values that a schema accepts."""
     choices = schema.get("oneOf", schema.get("anyOf"))
     if choices:
         return " or ".join(map(_said, choices))

@@ -229,7 +229,7 @@ class TunedLayer(Wrapper, WeightChange):
 
     @property
     def always_keeps_columns(self) -> bool:
-        """Whether that product is computed whatever the size of the input."""
+        """Whether the backward pass computes that product for inputs of any size."""
         return self.has_few_columns and isinstance(self.base, nn.Linear)
 
     @property
