@@ -44,15 +44,18 @@ RECIPE = {
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
+    return _opened(80, tmp_path_factory.mktemp("sam") / "data")
+
+
+def _opened(train_samples: int, folder: Path) -> Inputs:
     drawn = {"format": "drawn", "kind": "shapes", "size_px": SIDE}
     task = Task.model_validate(
         {
             **{"name": "shapes", "kind": "segmentation", "input": {"size_px": SIDE}},
-            "data": {**drawn, "train_samples": 80, "test_samples": 20},
+            "data": {**drawn, "train_samples": train_samples, "test_samples": 20},
             **{"backbone": BACKBONE, "recipe": RECIPE, "selection": {"batch_size": 16}},
         }
     )
-    folder = tmp_path_factory.mktemp("sam") / "data"
     prepare(task, folder)
     return open_inputs(task, folder)
 
@@ -78,7 +81,8 @@ def test_it_trains_encoder_neck_and_decoder(fitted: tuple[Path, FitResult]) -> N
 
 
 @pytest.mark.slow
-def test_it_learns(inputs: Inputs, tmp_path: Path) -> None:
+def test_it_learns(tmp_path: Path) -> None:
+    inputs = _opened(400, tmp_path / "data")
     training = {**RECIPE["training"], "epochs": 15}
     recipe = Recipe.model_validate({**RECIPE, "decoder": {"bits": 16}, "training": training})
     result = fit(inputs, recipe, select_locally(inputs, 1), tmp_path)
