@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from image_tasks import image_task
 from learning_rate_page import write_page
 from machine import describe_machine
 from runs import train
@@ -29,7 +30,7 @@ from pipeline.adaptation import SelectedIndex, attach
 from pipeline.data import prepare
 from pipeline.inputs.learning_rate import default_learning_rate
 from pipeline.selection import read_selection, select_locally, write_selection
-from pipeline.specs import Backbone, CsvData, Input, Recipe, Task
+from pipeline.specs import Recipe, Task
 from pipeline.specs.task_files import load_task
 from pipeline.training import Inputs, evaluate, open_inputs
 
@@ -37,6 +38,8 @@ HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "learning_rate.json"
 SHARED = HERE.parent.parent / "shared"
 RATES = (0.0003, 0.001, 0.003, 0.01, 0.03)
+DEFAULT = {"preset": "default"}
+"""The recipe a task is opened with; every run has its own."""
 ONE_BIT = {"bits": 1}
 RECIPES: dict[str, dict[str, Any]] = {
     "all parts, 1 bit": {
@@ -48,6 +51,15 @@ RECIPES: dict[str, dict[str, Any]] = {
     },
     "house recipe": {"connections": {}, "biases": {}, "norms": {}, "smoa": {}},
     "adapter, 1 bit": {"adapter": ONE_BIT},
+    "adapter of width 16, 1 bit": {"adapter": {"width": 16, "bits": 1}, "head": {"bits": 2}},
+    "LoRA of rank 8, 1 bit, scale 1": {
+        "lora": {"rank": 8, "bits": 1, "scale": 1},
+        "head": {"bits": 2},
+    },
+    "LoRA of rank 8, 1 bit, scale 4": {
+        "lora": {"rank": 8, "bits": 1, "scale": 4},
+        "head": {"bits": 2},
+    },
     "connections and biases": {"connections": {}, "biases": {}},
     "head": {},
 }
@@ -64,16 +76,6 @@ CONVOLUTIONAL: dict[str, dict[str, Any]] = {
 """The recipes with a place in an EfficientNet, whose layers have neither biases nor blocks with an
 MLP.
 """
-BACKBONES = {
-    "vit_small": Backbone(
-        model="vit_small_patch14_dinov2",
-        weights=str(SHARED / "backbones/vit_small_patch14_dinov2.saliency.safetensors"),
-    ),
-    "efficientnet": Backbone(
-        model="tf_efficientnet_lite0",
-        weights=str(SHARED / "backbones/tf_efficientnet_lite0.imagenet1k.safetensors"),
-    ),
-}
 SIZES_PX = {"vit_small": 98, "efficientnet": 64, "embedded": 64}
 CASES = ("embedded:dtd10", "embedded:mnist", "vit_small:dtd10", "efficientnet:dtd10")
 
@@ -81,18 +83,11 @@ CASES = ("embedded:dtd10", "embedded:mnist", "vit_small:dtd10", "efficientnet:dt
 def make_task(case: str) -> Task:
     """The task of one case, at the case's input size."""
     backbone, name = case.split(":")
+    if name != "mnist":
+        return image_task(name, backbone, SHARED, SIZES_PX[backbone], DEFAULT)
     task = load_task(HERE / "tasks" / "mnist.yaml")
-    if name == "dtd10":
-        data = CsvData(
-            format="csv",
-            train=str(SHARED / "data/dtd10/train.csv"),
-            test=str(SHARED / "data/dtd10/test.csv"),
-        )
-        task = task.model_copy(update={"name": name, "data": data, "input": Input(flip=True)})
     size = task.input.model_copy(update={"size_px": SIZES_PX[backbone]})
-    return task.model_copy(
-        update={"input": size, "backbone": BACKBONES.get(backbone, task.backbone)}
-    )
+    return task.model_copy(update={"input": size})
 
 
 def open_case(case: str, workdir: Path) -> tuple[Inputs, SelectedIndex]:
