@@ -3,7 +3,8 @@ default before, and against the catalogue's methods at the same bytes and at 32 
 
     python benchmarks/bytes.py [--backbones embedded vit_small efficientnet] [--tasks mnist ...]
                                [--epochs 15] [--trials 16] [--points 100] [--limit 1000000]
-                               [--size 64] [--seeds 0] [--methods ...] [--device cuda]
+                               [--val-fraction 0.2] [--size 64] [--seeds 0] [--methods ...]
+                               [--device cuda]
     python benchmarks/bytes.py --page     write the pages from what has been measured
 
 Without options it runs whole; each option but the first two and `--device` shrinks it:
@@ -11,7 +12,8 @@ Without options it runs whole; each option but the first two and `--device` shri
     --epochs   of every trial and fit
     --trials   of the default search, per budget
     --points   per method: those nearest to the default learning rate and a scale of 1
-    --limit    training and validation images of a task together
+    --limit    training and validation images of a task together, of which `--val-fraction` are
+               for validation
     --size     of images on the embedded backbone, in px
 
 Per task and backbone, a study per budget by the product's own code, in one process: what one has
@@ -95,11 +97,12 @@ def open_cell(name: str, backbone: str, seed: int, options: argparse.Namespace) 
     size_px = SIZES_PX.get(backbone, options.size)
     recipe = {"preset": "default", "training": {"epochs": options.epochs}}
     written = image_task(name, backbone, options.shared, size_px, recipe)
-    written = written.changed(search={"trials": options.trials})
-    inputs = opened(written, options.workdir / f"{name}-{size_px}", options.limit)
+    written = written.changed(search={"trials": options.trials}, val_fraction=options.val_fraction)
+    data = f"{name}-{size_px}-{options.val_fraction:g}"
+    inputs = opened(written, options.workdir / data, options.limit)
     inputs = with_seed(inputs, seed)
     written = written.model_copy(update={"backbone": inputs.backbone.spec, "seed": seed})
-    shrunk = (options.epochs, options.limit, size_px, seed)
+    shrunk = (options.epochs, options.limit, options.val_fraction, size_px, seed)
     folder = options.workdir / "-".join(map(str, (name, backbone, *shrunk)))
     path = folder / "selection.safetensors"
     if not path.exists():
@@ -353,6 +356,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--trials", type=int, default=16)
     parser.add_argument("--points", type=int, default=100)
     parser.add_argument("--limit", type=int, default=1_000_000)
+    parser.add_argument("--val-fraction", type=float, default=0.2)
     parser.add_argument("--size", type=int, default=64)
     parser.add_argument("--methods", nargs="+", default=known_methods())
     parser.add_argument("--device", default="cpu")
