@@ -11,7 +11,9 @@ from pipeline.adaptation import PlannedTensor, plan
 from pipeline.adaptation.packing import SizePlanner
 from pipeline.data import prepare
 from pipeline.driver.workspace import Workspace
+from pipeline.errors import BudgetError
 from pipeline.search.proposer import distinct_proposals, smallest_first
+from pipeline.search.run_study import check_budget
 from pipeline.selection import read_selection, select_locally, write_selection
 from pipeline.specs import Task
 from pipeline.training import Inputs, open_inputs
@@ -105,5 +107,14 @@ def _planned(inputs: Inputs, selection: Path | None) -> TaskPlan:
         planner.ledger(recipe),
         space,
         is_exact,
-        inputs.remarks(),
+        [*inputs.remarks(), *_faults(task, planner)],
     )
+
+
+def _faults(task: Task, planner: SizePlanner) -> list[str]:
+    """Why a run would try nothing, if it would."""
+    try:
+        check_budget(task, planner.size_bytes)
+    except BudgetError as error:
+        return [str(error)]
+    return []

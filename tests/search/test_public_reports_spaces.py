@@ -227,6 +227,12 @@ def test_plan_and_run_select_with_one_thread_and_write_the_same_file(
     assert planned.read_bytes() == (tmp_path / "run").read_bytes()
 
 
+def test_a_plan_says_what_would_fit_where_nothing_does(tiny_task: Task, tmp_path: Path) -> None:
+    over = tiny_task.changed(budget={"max_bytes": 100})
+    (remark,) = plan_task(over, tmp_path, select=False).remarks
+    assert "nothing in the search space fits the budget of 100 bytes; the smallest pack" in remark
+
+
 # --- a part that does not run on a backbone -------------------------------------------------------
 
 
