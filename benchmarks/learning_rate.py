@@ -31,12 +31,14 @@ from pipeline.data import prepare
 from pipeline.inputs.learning_rate import default_learning_rate
 from pipeline.selection import read_selection, select_locally, write_selection
 from pipeline.specs import Recipe, Task
+from pipeline.specs.catalogue import catalogue_folder
 from pipeline.specs.task_files import load_task
 from pipeline.training import Inputs, evaluate, open_inputs
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "learning_rate.json"
 SHARED = HERE.parent.parent / "shared"
+DEMO = ("digits", "counting", "orientation")
 RATES = (0.0003, 0.001, 0.003, 0.01, 0.03)
 DEFAULT = {"preset": "default"}
 """The recipe a task is opened with; every run has its own."""
@@ -52,13 +54,13 @@ RECIPES: dict[str, dict[str, Any]] = {
     "house recipe": {"connections": {}, "biases": {}, "norms": {}, "smoa": {}},
     "adapter, 1 bit": {"adapter": ONE_BIT},
     "adapter of width 16, 1 bit": {"adapter": {"width": 16, "bits": 1}, "head": {"bits": 2}},
-    "LoRA of rank 8, 1 bit, scale 1": {
-        "lora": {"rank": 8, "bits": 1, "scale": 1},
-        "head": {"bits": 2},
-    },
-    "LoRA of rank 8, 1 bit, scale 4": {
-        "lora": {"rank": 8, "bits": 1, "scale": 4},
-        "head": {"bits": 2},
+    **{
+        f"LoRA of rank {rank}, 1 bit, scale {scale}": {
+            "lora": {"rank": rank, "bits": 1, "scale": scale},
+            "head": {"bits": 2},
+        }
+        for rank in (2, 8, 16)
+        for scale in (1, 2, 4)
     },
     "connections and biases": {"connections": {}, "biases": {}},
     "head": {},
@@ -83,6 +85,8 @@ CASES = ("embedded:dtd10", "embedded:mnist", "vit_small:dtd10", "efficientnet:dt
 def make_task(case: str) -> Task:
     """The task of one case, at the case's input size."""
     backbone, name = case.split(":")
+    if name in DEMO:
+        return load_task(catalogue_folder() / "demo" / f"{name}.yaml")
     if name != "mnist":
         return image_task(name, backbone, SHARED, SIZES_PX[backbone], DEFAULT)
     task = load_task(HERE / "tasks" / "mnist.yaml")
