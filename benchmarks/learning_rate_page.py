@@ -66,23 +66,14 @@ def write_page(result: Mapping[str, Any], path: Path) -> None:
         "# Learning rate",
         "",
         (
-            f"`python benchmarks/learning_rate.py` on {machine['cpu']}, torch {machine['torch']},"
-            f" commit {machine['commit']} unless a row names another."
+            f"`python benchmarks/learning_rate.py`, last on {machine['cpu']}, torch"
+            f" {machine['torch']}, commit {machine['commit']} unless a row names another."
         ),
         "",
-        (
-            f"Validation accuracy in percent after {result['runs'][0]['epochs']} epochs with"
-            " batches of 32 images, by the"
-        ),
-        (
-            "peak of the learning rate. The test images are never read. A backbone's name stands"
-            " before the task's."
-        ),
-        (
-            "The ViT-S (98 px) is DINOv2 further trained for saliency, not the pristine one; the"
-            " others read 64 px. The"
-        ),
-        "dotted lines are the defaults.",
+        "Validation accuracy in percent with batches of 32 images, by the peak of the learning",
+        "rate. The test images are never read. A backbone's name stands before the task's.",
+        "The ViT-S (98 px) is DINOv2 further trained for saliency, not the pristine one; the",
+        "others read 64 px. The dotted lines are the defaults.",
         "",
         f"![validation accuracy against the learning rate]({path.with_suffix('.png').name})",
         "",
@@ -91,8 +82,8 @@ def write_page(result: Mapping[str, Any], path: Path) -> None:
         runs = [run for line in lines.values() for each in line.values() for run in each]
         largest = max(standard_error(each) for line in lines.values() for each in line.values())
         about = (
-            f"{runs[0]['samples']} validation images; standard errors of up to {largest:.1f}"
-            " points."
+            f"{runs[0]['epochs']} epochs, {runs[0]['samples']} validation images; standard errors"
+            f" of up to {largest:.1f} points."
         )
         text += [f"## {case}", "", f"{about} The default rate is {result['defaults'][case]:g}.", ""]
         rows = {
