@@ -78,6 +78,10 @@ def recipes() -> dict[str, dict[str, Any]]:
                 f"FacT r={rank} {bits}": {"fact": {"rank": rank, "bits": bits}, "head": head}
                 for rank in (4, 8, 16)
             },
+            **{
+                f"DTL r={rank} {bits}": {"dtl": {"rank": rank, "bits": bits}, "head": head}
+                for rank in (1, 2, 4, 8)
+            },
             f"SMoA E=4 w=8 {bits}": {
                 "smoa": {"experts": 4, "width": 8, "bits": bits},
                 "head": head,

@@ -123,6 +123,20 @@ class Fact(Spec):
     dropout: float = Field(0.1, ge=0, lt=1)
 
 
+class Dtl(Spec):
+    """Low-rank maps of what each block reads, summed over the blocks; the sum passes `x *
+    sigmoid(beta * x)` and is added to what later blocks return (DTL, arXiv 2312.07856).
+
+    `feed_from` is the first block that it is added to, counted from 0; by default, the second half.
+    """
+
+    rank: int = Field(2, ge=1, le=1024)
+    bits: Bits = 4
+    beta: float = Field(100.0, gt=0)
+    feed_from: int | None = Field(None, ge=0)
+    scale: float = Field(1.0, gt=0)
+
+
 class Ssf(Spec):
     """Scale and shift the output of every layer and norm (SSF, arXiv 2210.08823)."""
 

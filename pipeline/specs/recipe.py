@@ -17,6 +17,7 @@ from pipeline.specs.parts import (
     ClassToken,
     Connections,
     Decoder,
+    Dtl,
     Fact,
     Full,
     Head,
@@ -52,6 +53,7 @@ class Recipe(Spec):
     adapter: Adapter | None = None
     lora: Lora | None = None
     fact: Fact | None = None
+    dtl: Dtl | None = None
     ssf: Ssf | None = None
     prompts: Prompts | None = None
     class_token: ClassToken | None = None
@@ -132,6 +134,11 @@ def slot_conflict(recipe: Recipe) -> str | None:
         return "lora and fact both change the weights of whole layers; leave out one or the other"
     if recipe.prompts is not None and smoa is not None and smoa.prompt_generator:
         return "prompts and smoa.prompt_generator both append tokens; leave out one or the other"
+    if recipe.dtl is not None and smoa is not None and smoa.prompt_generator:
+        return (
+            "dtl sums over blocks of equally many tokens, and smoa.prompt_generator appends one a"
+            " block; leave out one or the other"
+        )
     if recipe.from_block and recipe.head.fuse is not None:
         return "head.fuse reads maps of blocks before from_block; leave out one or the other"
     before = [name for name in ("prompts", "class_token") if getattr(recipe, name) is not None]
@@ -153,7 +160,7 @@ PARTS = tuple(
     if name not in ("preset", "head", "training", "quantiser", "from_block")
 )
 """The optional parts of a recipe."""
-ADAPTERS = ("smoa", "adapter", "lora", "fact")
+ADAPTERS = ("smoa", "adapter", "lora", "fact", "dtl")
 """The parts that the axes adapter_bits, width and scale apply to."""
 
 

@@ -66,9 +66,9 @@ class SearchSpace(Spec):
 
     `parts` are the parts to train, such as `head`, `adapter` or `adapter+norms+biases`; a part that
     the recipe lacks is taken at 1 bit. `bits` sets connections and adapters together unless
-    `connection_bits` or `adapter_bits` names them apart. Adapters are `smoa`, `adapter`, `lora` and
-    `fact`; the rank of the last two counts as `width`. `experts: 0` leaves the SMoA bank out,
-    `top_k: 0` the connections.
+    `connection_bits` or `adapter_bits` names them apart. Adapters are `smoa`, `adapter`, `lora`,
+    `fact` and `dtl`; the rank of the last three counts as `width`. `experts: 0` leaves the SMoA
+    bank out, `top_k: 0` the connections.
 
     Instead of axes, `configurations` lists the points themselves, the most promising first.
     """
@@ -185,7 +185,7 @@ class SearchSpace(Spec):
                     "rank": point.get("width"),
                     "scale": point.get("scale"),
                 }
-                for name in ("lora", "fact")
+                for name in ("lora", "fact", "dtl")
             },
             "biases": {"bits": point.get("bias_bits")},
             "norms": {"bits": point.get("norm_bits")},

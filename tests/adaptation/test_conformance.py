@@ -53,6 +53,8 @@ PARTS: dict[str, dict[str, Any]] = {
     "fact": {"fact": {"rank": 3}},
     "fact of the MLP": {"fact": {"rank": 3, "targets": ["fc1", "fc2"]}},
     "fact at 1 bit": {"fact": {"rank": 3, "bits": 1, "targets": ["fc1", "fc2"]}},
+    "dtl": {"dtl": {"rank": 3}},
+    "dtl of all blocks at 1 bit": {"dtl": {"rank": 2, "bits": 1, "feed_from": 0, "beta": 2.0}},
     "lloyd_max": {
         "adapter": {"width": 4},
         "smoa": {"placement": "after_mlp"},
@@ -72,6 +74,7 @@ PARTS: dict[str, dict[str, Any]] = {
     "prompts": {"prompts": {"count": 3}},
     "prompts deep": {"prompts": {"count": 3, "deep": True}},
     "class_token": {"class_token": {}},
+    "dtl beside prompts": {"dtl": {}, "prompts": {"count": 3, "deep": True}},
     "full": {"full": {}},
     "full at 1 bit": {"full": {"bits": 1}},
     "Adapter-X": {
@@ -88,11 +91,14 @@ PARTS: dict[str, dict[str, Any]] = {
     "house": {"connections": {}, "biases": {}, "smoa": {}, "norms": {}},
     "all that goes together": {
         **{"connections": {}, "biases": {}, "smoa": {}, "norms": {}},
-        **{"adapter": {"placement": "after_mlp"}, "lora": {"targets": ["fc1"]}},
+        **{"adapter": {"placement": "after_mlp"}, "lora": {"targets": ["fc1"]}, "dtl": {}},
     },
 }
 TOKENS = dict.fromkeys(
-    ("smoa with prompts", "prompts", "prompts deep", "class_token", "Adapter-X"),
+    (
+        *("smoa with prompts", "prompts", "prompts deep", "class_token", "Adapter-X"),
+        "dtl beside prompts",
+    ),
     "expected a VisionTransformer",
 )
 NO_ATTENTION = {
@@ -126,6 +132,7 @@ SILENT_AT_START = (
     "adapter",
     "lora",
     "fact",
+    "dtl",
     "class_token",
     "full",
 )

@@ -23,6 +23,7 @@ PARTS: dict[str, dict[str, Any]] = {
     "adapter after_both": {"adapter": {"width": 4, "placement": "after_both"}},
     "lora": {"lora": {"rank": 3, "targets": ["qkv", "proj", "fc1", "fc2"]}},
     "fact": {"fact": {"rank": 3}},
+    "dtl and prompts": {"dtl": {"rank": 3}, "prompts": {"count": 2}},
     "deep prompts and class token": {"prompts": {"count": 2, "deep": True}, "class_token": {}},
     "ssf": {"ssf": {}},
     "full": {"full": {}},

@@ -69,7 +69,7 @@ SCALES = (0.01, 0.1, 1, 10, 100)
 ADAPTER_METHODS = sorted(
     path.stem
     for path in (CATALOGUE / "methods").glob("*.yaml")
-    if path.name.startswith(("adapt", "lora", "smoa", "fact"))
+    if path.name.startswith(("adapt", "lora", "smoa", "fact", "dtl"))
 )
 
 

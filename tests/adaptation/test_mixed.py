@@ -47,16 +47,19 @@ FREE: list[dict[str, Any]] = [
     {"lora": {"rank": 2, "targets": ["qkv", "proj", "fc1", "fc2"], "bits": 8}},
     {"fact": {"rank": 3}},
     {"fact": {"rank": 2, "targets": ["fc1", "fc2"], "bits": 1}},
+    {"dtl": {"rank": 3}},
+    {"dtl": {"rank": 2, "feed_from": 0, "beta": 1.0, "scale": 2.0}, "biases": {"bits": 1}},
     {"ssf": {}, "lora": {"rank": 2}},
     {"smoa": {"experts": 3, "width": 4}, "from_block": 1},
     {"connections": {"top_k": 2}, "adapter": {}, "biases": {}, "from_block": 1},
     {"fact": {"rank": 3}, "norms": {"which": "all"}, "from_block": 1},
+    {"dtl": {"rank": 2, "feed_from": 0}, "from_block": 1},
 ]
 """Recipes that pass a ViT together, whatever they are."""
 TOKENS: list[dict[str, Any]] = [
     {"class_token": {}},
     {"prompts": {"count": 2}},
-    {"prompts": {"count": 2, "bits": 1}, "connections": {}},
+    {"prompts": {"count": 2, "bits": 1}, "connections": {}, "dtl": {"rank": 1}},
     {"prompts": {"count": 3, "deep": True}, "class_token": {"bits": 2}},
     {"smoa": {"experts": 2, "width": 4, "prompt_generator": True}},
     {"smoa": {"experts": 2, "width": 4, "prompt_generator": True, "bits": 1}, "norms": {}},

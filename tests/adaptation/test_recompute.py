@@ -24,6 +24,7 @@ RECIPES = {
         "training": {"drop_path": 0.4},
     },
     "lora": {"biases": {}, "lora": {"rank": 2, "targets": ["fc1"], "dropout": 0.2}},
+    "dtl": {"dtl": {"feed_from": 0}, "norms": {}},
     "prompts": {"prompts": {"count": 2}, "norms": {}},
     "generator": {"smoa": {"experts": 3, "width": 2, "prompt_generator": True}},
 }

@@ -31,6 +31,7 @@ EVERY_PART = (
     {"adapter": {"width": 2}, "lora": {"rank": 2}},
     {"ssf": {}},
     {"fact": {"rank": 2}},
+    {"dtl": {"rank": 2, "feed_from": 0}},
     {"full": {}},
 )
 Select = Callable[..., dict[str, RankedIndices]]

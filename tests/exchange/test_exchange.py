@@ -155,7 +155,8 @@ def test_a_checkpoint_is_of_the_tasks_input_size(family: str, make: Make, tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("part", "why"), [("smoa", "chooses"), ("adapter", "ReLU"), ("prompts", "tokens")]
+    ("part", "why"),
+    [("smoa", "chooses"), ("adapter", "ReLU"), ("dtl", "Swish"), ("prompts", "tokens")],
 )
 def test_what_no_weight_can_hold_is_refused_in_words(
     part: str, why: str, make: Make, tmp_path: Path
@@ -276,6 +277,7 @@ WHOLE: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "biases": ("swin", {"biases": {}}),
     "head on a subspace": ("vit", {"head": {"rank": 7, "bits": 2}}),
+    "side network": ("swin", {"dtl": {"rank": 3}, "norms": {}}),
     "adapters": (
         "convnext",
         {

@@ -55,6 +55,7 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
     **{part: {part: section} for part, section in HOUSE.items()},
     "adapter": {"adapter": {"width": 4, "dropout": 0.1}},
     "lora": {"lora": {"rank": 2, "dropout": 0.1}},
+    "dtl": {"dtl": {}},
     "prompts": {"prompts": {"count": 2}},
     **{part: {part: {}} for part in ("ssf", "class_token", "full")},
     "linear": {},
@@ -320,9 +321,10 @@ def test_packs_of_masks_share_the_backbone_on_the_device(
         ({**HOUSE, "smoa": {**BANK, "dropout": 0.1}}, {"precision": "bf16"}),
         ({"biases": {}, "adapter": {"width": 4, "dropout": 0.5}}, {"drop_path": 0.2, "ema": 0.9}),
         ({"lora": {"rank": 2, "dropout": 0.1}}, {"mixup": 0.8, "augment": "light"}),
+        ({"dtl": {}, "norms": {}}, {"precision": "bf16"}),
         ({"full": {}}, {"learning_rate": 1e-4}),
     ],
-    ids=["bank", "adapter", "lora", "full"],
+    ids=["bank", "adapter", "lora", "dtl", "full"],
 )
 def test_recorded_steps_train_what_plain_steps_train(
     recipe: dict[str, Any],
