@@ -60,21 +60,21 @@ def scenarios(costs: Costs, arguments: argparse.Namespace) -> list[dict[str, Any
                 tasks=tasks,
                 trials=trials,
                 gpus=gpus,
-                studies=min(tasks, studies_that_fill(gpus, trials, at_once)),
+                studies=min(tasks, studies_that_fill(gpus, trials)),
                 trial_seconds=trial_seconds,
-                at_once=at_once,
+                learns=learns,
             ),
             costs,
         )
-        for (tasks, gpus), at_once, trial_seconds in (
-            (many, LAG, 30),
-            (many, LAG, 100),
-            (many, LAG, 300),
-            (many, trials, 30),
-            (many, trials, 100),
-            (many, trials, 300),
-            ((1, 8), LAG, 300),
-            ((1, 8), trials, 300),
+        for (tasks, gpus), learns, trial_seconds in (
+            (many, True, 30),
+            (many, True, 100),
+            (many, True, 300),
+            (many, False, 30),
+            (many, False, 100),
+            (many, False, 300),
+            ((1, 8), True, 300),
+            ((1, 8), False, 300),
         )
     ]
 
@@ -103,7 +103,7 @@ Limit = tuple[str, str, str]  # of what, what is asked of it, what it can take
 def _driver_limits(
     costs: Costs, arguments: argparse.Namespace, results_per_gpu_second: float
 ) -> list[Limit]:
-    gpus, filling = arguments.gpus, studies_that_fill(arguments.gpus, arguments.trials, LAG)
+    gpus, filling = arguments.gpus, studies_that_fill(arguments.gpus, arguments.trials)
     idle = 1 - filling * costs.silent_share - costs.state_share
     return [
         (
@@ -131,7 +131,7 @@ def _registry_limits(seconds: dict[str, float], packs_per_hour: float) -> list[L
 
 
 def _memory_limits(sizes: dict[str, int], arguments: argparse.Namespace) -> list[Limit]:
-    studies = studies_that_fill(arguments.gpus, arguments.trials, LAG)
+    studies = studies_that_fill(arguments.gpus, arguments.trials)
     alive = studies * LAG * sizes["arguments"]
     return [
         (
@@ -167,9 +167,9 @@ def _folder_limits(sizes: dict[str, int], tasks: int, trials: int, hours: float)
     ]
 
 
-def studies_that_fill(gpus: int, trials: int, at_once: int) -> int:
+def studies_that_fill(gpus: int, trials: int) -> int:
     """How many studies the driver runs at once on so many GPUs."""
-    return 1 + math.ceil(gpus * SLACK / places_of(trials, at_once))
+    return 1 + math.ceil(gpus * SLACK / places_of(trials))
 
 
 def main() -> None:
@@ -181,16 +181,19 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=16)
     parser.add_argument("--gpus", type=int, default=100)
     parser.add_argument("--workdir", type=Path, default=Path("runs/benchmarks/scale"))
-    parser.add_argument("--again", choices=PARTS, nargs="+", help="of the results: measure these")
+    parser.add_argument(
+        "--again", choices=PARTS, nargs="*", help="of the results: measure these, or nothing"
+    )
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     shutil.rmtree(arguments.workdir, ignore_errors=True)
     workdir = arguments.workdir.resolve()
     workdir.mkdir(parents=True)
-    before = json.loads(RESULTS.read_text()) if arguments.again else {}
+    before = {} if arguments.again is None else json.loads(RESULTS.read_text())
+    chosen = PARTS if arguments.again is None else arguments.again
     machine = describe_machine()
     measured = {
-        part: measure(workdir) if part in (arguments.again or PARTS) else before["measured"][part]
+        part: measure(workdir) if part in chosen else before["measured"][part]
         for part, measure in measures(arguments.tasks).items()
     }
     again = dict.fromkeys(arguments.again or (), machine["commit"])

@@ -2,7 +2,8 @@
 event in turn.
 
 A study that learns has at most `LAG` trials in flight, and number i starts once the slots up to i -
-LAG have ended; the trials of an enumerated space need not wait. A trial trains an epoch on its GPU,
+LAG have ended. The trials of an enumerated space need not wait: as many are in flight as the GPUs
+that fall to a study, and some more, but at least LAG. A trial trains an epoch on its GPU,
 reports, and goes on when the driver has taken the result: Tune lets it wait. The driver takes one
 event at a time, in the order in which they come; what its threads spend on polling slows all of it
 down. Registrations follow each other.
@@ -11,12 +12,14 @@ down. Registrations follow each other.
 from __future__ import annotations
 
 import heapq
+import math
 import random
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from pipeline.driver.stages import SLACK
 from pipeline.search.proposer import LAG
 
 
@@ -38,9 +41,10 @@ class Costs:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """A batch. A study has up to `at_once` trials in flight. Trials take `trial_seconds` of GPU,
-    some a fifth more or less; a selection takes as long as three epochs, a fit a quarter more than
-    a trial; a worker that starts takes `start_seconds` to load its programs, backbone and images.
+    """A batch of studies that learn, or enumerate their spaces. Trials take `trial_seconds` of
+    GPU, some a fifth more or less; a selection takes as long as three epochs, a fit a quarter more
+    than a trial; a worker that starts takes `start_seconds` to load its programs, backbone and
+    images.
     """
 
     tasks: int
@@ -48,7 +52,7 @@ class Plan:
     gpus: int
     studies: int
     trial_seconds: float
-    at_once: int = LAG
+    learns: bool = True
     epochs: int = 30
     start_seconds: float = 20.0
     spread: float = 0.2
@@ -75,7 +79,7 @@ class Server:
         return self.free_at
 
 
-@dataclass
+@dataclass(eq=False)
 class _Study:
     next_trial: int = 0
     ended: set[int] = field(default_factory=set)
@@ -94,7 +98,8 @@ class _Batch:
         self._count = 0
         self._free_gpus = plan.gpus
         self._waiting: deque[Callable[[], None]] = deque()
-        self._to_start = plan.tasks
+        self._to_start, self._running = plan.tasks, 0
+        self._searching: list[_Study] = []
         self._random = random.Random(0)
         self._slowdown = 1 / max(
             1e-9, 1 - min(0.999, plan.studies * costs.silent_share + costs.state_share)
@@ -138,6 +143,7 @@ class _Batch:
         if self._to_start == 0:
             return
         self._to_start -= 1
+        self._running += 1
         study, plan = _Study(), self.plan
         selecting = plan.start_seconds + 3 * plan.trial_seconds / plan.epochs
         self._on_driver(
@@ -147,12 +153,18 @@ class _Batch:
 
     def _selected(self, study: _Study) -> None:
         self._release()
+        self._searching.append(study)
         self._at(self.now + self.costs.coding, lambda: self._start_trials(study))
 
+    def _may_start(self, study: _Study) -> bool:
+        if study.next_trial == self.plan.trials:
+            return False
+        if self.plan.learns:
+            return all(number in study.ended for number in range(study.next_trial - LAG + 1))
+        return study.in_flight < max(LAG, math.ceil(SLACK * self.plan.gpus / self._running))
+
     def _start_trials(self, study: _Study) -> None:
-        while study.next_trial < self.plan.trials and all(
-            number in study.ended for number in range(study.next_trial - self.plan.at_once + 1)
-        ):
+        while self._may_start(study):
             number = study.next_trial
             study.next_trial += 1
             study.in_flight += 1
@@ -185,6 +197,7 @@ class _Batch:
         study.idle_workers += 1
         self._start_trials(study)
         if study.in_flight == 0 and study.next_trial == self.plan.trials:
+            self._searching.remove(study)
             self._fit()
 
     def _report(self, study: _Study, number: int, left: int, seconds: float) -> None:
@@ -199,6 +212,9 @@ class _Batch:
 
     def _fitted(self) -> None:
         self._release()
+        self._running -= 1
+        for study in self._searching:  # more of the cluster falls to each
+            self._start_trials(study)
         self._at(self.registry.serve(self.now, self.costs.registration), self._start_study)
 
 
@@ -211,7 +227,7 @@ def simulate(plan: Plan, costs: Costs) -> dict[str, Any]:
         "studies": plan.studies,
         "trial_seconds": plan.trial_seconds,
         "hours": batch.now / 3600,
-        "at_once": plan.at_once,
+        "space": "sampled" if plan.learns else "enumerated",
         "gpus": plan.gpus,
         "tasks": plan.tasks,
         "held_share": batch.gpu_held / (batch.now * plan.gpus),

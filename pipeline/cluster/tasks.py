@@ -62,8 +62,8 @@ class _Running:
     ) -> None:
         import ray
 
-        # Ray ends a worker after a task with a GPU. `max_calls=0` would keep it, but Ray may then
-        # give it another GPU, and CUDA stays on the first one of a process.
+        # Ray ends a worker after a task with a GPU. `max_calls=0` would keep it, but Ray then gives
+        # it whichever GPU is free, and CUDA stays on the first one of a process.
         self._remote = ray.remote(
             num_cpus=cpus, num_gpus=gpus, max_retries=0, scheduling_strategy=strategy
         )(worker)

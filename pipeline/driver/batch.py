@@ -354,6 +354,7 @@ class _Driver(Stages):
             size_of=size_of(inputs, selection, self.elsewhere),
             resources=resources,
             search_time=search_time,
+            most_running=self.trials_at_once_of_each,
             on_progress=report,
             is_stopping=self.pool.is_stopping,
         )

@@ -9,6 +9,7 @@ import functools
 import logging
 import math
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -29,7 +30,7 @@ from pipeline.cluster.capacity import (
 from pipeline.cluster.gpu_check import check_gpus_of_workers
 from pipeline.cluster.rank_group import WORKER_RETRIES, TrialResources, on_ranks
 from pipeline.cluster.session import interruptible, is_connected, ray_session
-from pipeline.cluster.task_pool import TaskPool
+from pipeline.cluster.task_pool import LOOK_SECONDS, TaskPool
 from pipeline.cluster.tasks import ended_tasks
 from pipeline.data import prepare, remarks_on
 from pipeline.data.node_memory import node_memory
@@ -165,6 +166,8 @@ class Stages:
     places_of: dict[str, float] = field(default_factory=dict)
     trials_per_gpu: dict[str, int] = field(default_factory=dict)
     stage: dict[str, Stage] = field(default_factory=dict)
+    _looked: float = field(init=False, default=-math.inf)
+    _seen_places: float = field(init=False, default=0.0)
 
     def __post_init__(self) -> None:
         self.pool = TaskPool(self.tasks_at_once)
@@ -198,10 +201,25 @@ class Stages:
             return self.placement.tasks_at_once
         if not is_connected():
             return 1
+        return 1 + math.ceil(self._places() / self._places_per_task())
+
+    def trials_at_once_of_each(self) -> int:
+        """How many trials of each study may run now, where they need not wait for results: its
+        share of the cluster, and some more, because others select, fit or end meanwhile. Where many
+        tasks run, few trials of each do, so that the next ones find workers that are started.
+
+        It looks at the cluster once a second, however often it is called.
+        """
+        now = time.monotonic()
+        if now >= self._looked + LOOK_SECONDS:
+            self._looked, self._seen_places = now, self._places()
+        return max(LAG, math.ceil(SLACK * self._seen_places / max(1, self.pool.running)))
+
+    def _places(self) -> float:
+        """How many trials the cluster can hold, by how many share a GPU as far as it is known."""
         shares = list(self.trials_per_gpu.values())
         per_gpu = sum(shares) / len(shares) if shares else 1
-        slots = places(*self._per_trial(per_gpu)) / self.placement.ranks_per_trial
-        return 1 + math.ceil(slots / self._places_per_task())
+        return places(*self._per_trial(per_gpu)) / self.placement.ranks_per_trial
 
     def _places_per_task(self) -> float:
         """How many trials of a task run at the same time, on average, less a part, because studies

@@ -21,7 +21,9 @@ from pipeline.search.trial_record import TrialRecord
 from pipeline.specs import Recipe, SearchSpace, Task
 
 LAG = 4
-"""Maximum number of concurrent trials of a study that learns from their results."""
+"""Maximum number of concurrent trials of a study that learns from their results, and of any study
+while others fill the cluster.
+"""
 _FIT_TRIALS = 1.25
 ATTEMPTS_PER_TRIAL = 200
 GUIDED_ATTEMPTS = 5
@@ -74,15 +76,17 @@ def most_at_once(task: Task) -> int:
 
 
 def mean_places(task: Task) -> float:
-    """How many places the task takes on average, from its first trial to the end of its fit, which
-    takes one place for a little longer than a trial does.
+    """How many places the task takes on average beside many others, from its first trial to the
+    end of its fit, which takes one place for a little longer than a trial does.
     """
-    return places_of(min(task.search.trials, task.search.size()), most_at_once(task))
+    return places_of(min(task.search.trials, task.search.size()))
 
 
-def places_of(trials: int, at_once: int) -> float:
-    """How many places a study of so many trials takes on average, see `mean_places`."""
-    return (trials + _FIT_TRIALS) / (math.ceil(trials / at_once) + _FIT_TRIALS)
+def places_of(trials: int) -> float:
+    """How many places a study of so many trials, at most LAG at a time, takes on average, see
+    `mean_places`.
+    """
+    return (trials + _FIT_TRIALS) / (math.ceil(trials / LAG) + _FIT_TRIALS)
 
 
 def _proposal(space: SearchSpace, base: Recipe, point: dict[str, Any], size_of: SizeOf) -> Proposal:

@@ -7,6 +7,7 @@ processes, so backbone and decoded images are loaded once per process.
 from __future__ import annotations
 
 import gc
+import math
 import os
 import shutil
 import tempfile
@@ -54,6 +55,7 @@ def run_study(
     size_of: Callable[[Recipe], int],
     resources: Callable[[], TrialResources] = TrialResources,
     search_time: SearchTime | None = None,
+    most_running: Callable[[], float] = lambda: math.inf,
     on_progress: OnRecord = lambda study: None,
     is_stopping: Callable[[], bool] = lambda: False,
 ) -> list[TrialRecord]:
@@ -63,6 +65,7 @@ def run_study(
         size_of: size of a recipe's pack, in bytes.
         resources: called for the resources of a trial once one has to run; it must start Ray.
         search_time: the trials that a time limit leaves room for; default: no limit.
+        most_running: called often for how many trials may run now; fewer may where they learn.
         is_stopping: whether the run was interrupted; running trials then end without a record.
 
     Raises:
@@ -77,16 +80,8 @@ def run_study(
     if not study.proposals:
         raise _nothing_fits(task, study.all_records())
     if first is not None and search_time.may_start(study):
-        _run_with_tune(
-            study,
-            first,
-            data_folder,
-            selection_path,
-            resources(),
-            search_time,
-            on_progress,
-            is_stopping,
-        )
+        rules = search_time, most_running, on_progress, is_stopping
+        _run_with_tune(study, first, data_folder, selection_path, resources(), *rules)
         gc.collect()  # Tune leaves cycles, which Python itself looks for once in fifty studies
     search_time.close(study)
     if search_time.is_cut:
@@ -129,6 +124,7 @@ def _run_with_tune(
     selection_path: Path | None,
     resources: TrialResources,
     search_time: SearchTime,
+    most_running: Callable[[], float],
     on_progress: OnRecord,
     is_stopping: Callable[[], bool],
 ) -> None:
@@ -144,7 +140,9 @@ def _run_with_tune(
         "selection": str(selection_path) if selection_path is not None else None,
         "resources": resources,
     }
-    searcher = StudySearcher(study, first, on_progress, context, search_time, is_stopping)
+    searcher = StudySearcher(
+        study, first, on_progress, context, search_time, is_stopping, most_running
+    )
     scratch = Path(tempfile.mkdtemp(prefix="taskpack-study-"))
     try:
         tune.Tuner(

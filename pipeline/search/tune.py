@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -25,6 +26,7 @@ class StudySearcher(Searcher):
         context: added to every trial's config, because Tune shares the trainable between studies.
         search_time: which trials the time limit leaves room for.
         is_stopping: whether trials end because the run was interrupted.
+        most_running: how many trials may run now; Tune asks ten times a second.
     """
 
     def __init__(
@@ -35,18 +37,21 @@ class StudySearcher(Searcher):
         context: Mapping[str, Any],
         search_time: SearchTime,
         is_stopping: Callable[[], bool],
+        most_running: Callable[[], float] = lambda: math.inf,
     ) -> None:
         super().__init__(metric="metric", mode="max")
         self.fatal: TaskpackError | None = None
         self._study, self._on_progress = study, on_progress
         self._context, self._is_stopping = context, is_stopping
-        self._search_time = search_time
+        self._search_time, self._most_running = search_time, most_running
         self._next: int | None = first
         self._numbers: dict[str, int] = {}
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         if self.fatal is not None or not self._search_time.may_start(self._study):
             return Searcher.FINISHED
+        if self._running() >= self._most_running():
+            return None
         number = self._next if self._next is not None else self._study.next_trial()
         self._next = None
         if number is None:
@@ -61,6 +66,9 @@ class StudySearcher(Searcher):
             "recipe": proposal.recipe.model_dump_json(),
             "kept": str(self._study.kept(number)),
         }
+
+    def _running(self) -> int:
+        return sum(not self._study.has_ended(number) for number in self._numbers.values())
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         self._on_progress(self._study)

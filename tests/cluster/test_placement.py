@@ -18,6 +18,7 @@ from pipeline.cluster.capacity import Node, check_holds_group
 from pipeline.driver import stages
 from pipeline.driver.stages import Placement, Stages
 from pipeline.errors import ClusterError, SpecError
+from pipeline.search.proposer import LAG
 from pipeline.training import Inputs
 
 
@@ -144,6 +145,20 @@ def test_more_tasks_run_where_trials_are_known_to_share_gpus(
     driver.trials_per_gpu = {"one": 1, "other": 3}
     assert driver.tasks_at_once() == 17, "as many as with two trials a GPU"
     assert driver._per_trial(3) == (2, 1 / 3)
+
+
+@for_every(
+    ("tasks", "trials"),
+    [(0, 52), (1, 52), (3, 18), (13, 4), (50, LAG)],  # of 32 places, 1.6 times as many
+)
+def test_tasks_share_the_cluster_for_trials_that_need_not_wait(
+    tasks: int, trials: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    driver, looks = stages_on([Node(64, 8)] * 4, Placement(), monkeypatch), list[float]()
+    monkeypatch.setattr(stages, "places", lambda cpus, gpus: looks.append(gpus) or 32)
+    driver.pool.running = tasks
+    assert [driver.trials_at_once_of_each() for _ in range(20)] == [trials] * 20
+    assert looks == [1], "a look at the cluster takes the driver's time"
 
 
 def test_trials_share_no_gpus_of_several_kinds(

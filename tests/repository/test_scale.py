@@ -97,10 +97,21 @@ def test_an_enumerated_study_runs_all_its_trials_at_once(
     simulation: ModuleType, free: object
 ) -> None:
     plan = simulation.Plan(
-        tasks=1, trials=16, gpus=100, studies=1, trial_seconds=100, at_once=16, **EXACT
+        tasks=1, trials=16, gpus=100, studies=1, trial_seconds=100, learns=False, **EXACT
     )
     played = simulation.simulate(plan, replace(free, coding=7.0))  # type: ignore[type-var]
     select, search, fit = 5 + 3 * 10, 5 + 100, 5 + 1.25 * 100
     assert played["hours"] * 3600 == pytest.approx(select + 7 + search + fit)
     held = (select + 16 * search + fit) / (100 * (select + 7 + search + fit))
     assert played["held_share"] == pytest.approx(held)
+
+
+def test_enumerated_studies_leave_room_for_each_other(simulation: ModuleType, free: object) -> None:
+    """Few trials of each at once, in workers that are reused, take less than many in new ones."""
+
+    def played(studies: int, learns: bool) -> float:
+        given = {"tasks": 40, "trials": 16, "gpus": 16, "trial_seconds": 20, **EXACT}
+        plan = simulation.Plan(studies=studies, learns=learns, **given)
+        return float(simulation.simulate(plan, free)["hours"])
+
+    assert played(8, False) <= played(8, True) < 0.95 * played(2, False)

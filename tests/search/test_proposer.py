@@ -216,7 +216,7 @@ def test_all_points_of_an_enumerated_space_may_run_at_once(tmp_path: Path) -> No
 @for_every(
     ("space", "at_once", "places"),
     [
-        (SMALL, 12, (12 + 1.25) / (1 + 1.25)),
+        (SMALL, 12, (12 + 1.25) / (3 + 1.25)),
         (LARGE, LAG, (12 + 1.25) / (3 + 1.25)),
         (SearchSpace(bits=(1, 4, 8), trials=12), 3, (3 + 1.25) / (1 + 1.25)),
         (LARGE.model_copy(update={"trials": 2}), 2, (2 + 1.25) / (1 + 1.25)),

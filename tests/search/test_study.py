@@ -207,6 +207,23 @@ def test_a_remark_on_the_training_comes_with_the_last_epoch_and_is_kept(
     )
 
 
+def test_trials_that_need_not_wait_start_as_there_is_room(tmp_path: Path) -> None:
+    from pipeline.search.tune import StudySearcher
+
+    study, room = make_study(make_task(SMALL), tmp_path), [2]
+    first = study.next_trial()
+    assert first is not None
+    searcher = StudySearcher(
+        study, first, lambda study: None, {}, no_limit(), lambda: False, lambda: room[0]
+    )
+    assert [searcher.suggest(name) is None for name in "abc"] == [False, False, True]
+    study.report(0, 1, 0.5, STANDARD_ERROR)
+    searcher.on_trial_complete("a", {"metric": 0.5, "epoch": 1})
+    assert [searcher.suggest(name) is None for name in "cd"] == [False, True]
+    room[0] = 3
+    assert [searcher.suggest(name) is None for name in "de"] == [False, True]
+
+
 def test_a_trial_leaves_the_backbone_it_shares_with_others_as_it_was(
     tiny_inputs: Inputs, tmp_path: Path
 ) -> None:
