@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from pipeline.registry.pack_record import RegisteredPack
     from pipeline.serving.host import PackHost
     from pipeline.serving.predictor import Predictor
+    from pipeline.utils.devices import Precision
 
 WORKDIR = Path("runs")
 Format = Literal["timm", "onnx", "peft", "binary-adapter"]
@@ -133,6 +134,7 @@ def load(
     *,
     backbone: str | Path | None = None,
     device: str | None = None,
+    precision: Precision = "fp32",
     workdir: str | Path = WORKDIR,
 ) -> Predictor:
     """Load a pack, ready to predict.
@@ -142,6 +144,8 @@ def load(
         backbone: checkpoint of the pack's backbone; default: the one this machine used before, or
             the embedded one.
         device: device to compute on, such as `cpu` or `cuda:1`; default: the GPU if there is one.
+        precision: of products, `fp32` or `bf16`, which is faster and rounds to 8 bits; float32
+            replaces it on devices without units for it.
         workdir: work folder whose registry is used if MLFLOW_TRACKING_URI is not set.
 
     Raises:
@@ -151,9 +155,8 @@ def load(
     """
     from pipeline.serving.predictor import load_predictor
 
-    return load_predictor(
-        fetch(reference, workdir=workdir), str(backbone) if backbone is not None else None, device
-    )
+    weights = str(backbone) if backbone is not None else None
+    return load_predictor(fetch(reference, workdir=workdir), weights, device, precision)
 
 
 def load_many(
@@ -161,6 +164,7 @@ def load_many(
     *,
     backbone: str | Path | None = None,
     device: str | None = None,
+    precision: Precision = "fp32",
     workdir: str | Path = WORKDIR,
 ) -> PackHost:
     """Load packs of one backbone, whose images are then predicted in one pass.
@@ -169,6 +173,7 @@ def load_many(
         references: as for `load`, each the name of its pack in the requests.
         backbone: as for `load`.
         device: as for `load`.
+        precision: as for `load`.
         workdir: as for `load`.
 
     Raises:
@@ -192,7 +197,8 @@ def load_many(
 
     first = read_pack(next(iter(paths.values())))
     weights = str(backbone) if backbone is not None else None
-    host = PackHost(load_backbone_of(first.metadata, weights), read, device=device)
+    loaded = load_backbone_of(first.metadata, weights)
+    host = PackHost(loaded, read, device=device, precision=precision)
     for name in paths:
         host.packs.get(name)
     return host
@@ -202,14 +208,12 @@ def load_all(
     *,
     backbone: str | Path | None = None,
     device: str | None = None,
+    precision: Precision = "fp32",
     workdir: str | Path = WORKDIR,
 ) -> tuple[PackHost, dict[str, str]]:
     """Load the champion of every task on one backbone, that of the registry's best.
 
-    Args:
-        backbone: as for `load`.
-        device: as for `load`.
-        workdir: as for `load`.
+    Args: as for `load`.
 
     Returns:
         The packs, whose names are those of their tasks, the best first; and by task why others on
@@ -240,7 +244,7 @@ def load_all(
         )
     weights = str(backbone) if backbone is not None else None
     loaded = load_backbone_of(first, weights)
-    host = PackHost(loaded, read, device=device, capacity_bytes=sys.maxsize)
+    host = PackHost(loaded, read, device=device, capacity_bytes=sys.maxsize, precision=precision)
     refused: dict[str, str] = {}
     for pack in registry.champions(loaded.fingerprint):
         try:

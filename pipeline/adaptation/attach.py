@@ -37,7 +37,7 @@ from pipeline.backbones import LoadedBackbone
 from pipeline.data.modality import Modality
 from pipeline.errors import BackboneError
 from pipeline.specs import Recipe
-from pipeline.utils.devices import to_device
+from pipeline.utils.devices import autocast, to_device
 
 
 class AdaptedModel(nn.Module):
@@ -70,14 +70,18 @@ class AdaptedModel(nn.Module):
         self._changes = [module for module in modules if isinstance(module, WeightChange)]
         self._own = [parameter for change in self._changes for parameter in change.own_parameters()]
         self._trunk = trunk
-        self._is_merged = False
+        self._merged_in: torch.dtype | None = None
         self._training_dtype: torch.dtype | None = None
         self._copies: WorkingCopies | None = None
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        if not self._is_merged:
+        if self._merged_in is None:
             self._hand_out()
-        return self.head(self.backbone(self.normalise(images)))
+        if self._merged_in is not torch.bfloat16:
+            return self.head(self.backbone(self.normalise(images)))
+        with autocast(images.device, self._merged_in):
+            features = self.backbone(self.normalise(images))
+        return self.head(features.float())
 
     @property
     def device(self) -> torch.device:
@@ -107,7 +111,7 @@ class AdaptedModel(nn.Module):
         """The logits of the images with these `inputs_of`."""
         if self._trunk is None:
             return self(inputs)  # type: ignore[no-any-return]
-        if not self._is_merged:
+        if self._merged_in is None:
             self._hand_out()
         return self.head(self._trunk.resume(self.backbone, inputs))
 
@@ -120,24 +124,25 @@ class AdaptedModel(nn.Module):
             module.current[key] = value
 
     @torch.no_grad()
-    def merge(self) -> None:
+    def merge(self, dtype: torch.dtype = torch.float32) -> None:
         """Prepare for inference at the backbone's own speed: quantise the values and write them
-        into the layers once, for all further forward passes.
+        into the layers once, for all further forward passes. In these, products are computed in
+        `dtype`, but those of the head in float32, so that bfloat16 makes no ties.
         """
         self.eval()
         self._hand_out()
-        self._is_merged = True
+        self._merged_in = dtype
         for module in self._changes:
             module.merge(True)
 
     @contextlib.contextmanager
-    def merged(self) -> Iterator[None]:
+    def merged(self, dtype: torch.dtype = torch.float32) -> Iterator[None]:
         """Context manager: `merge` on entry, a trainable model again on exit."""
-        self.merge()
+        self.merge(dtype)
         try:
             yield
         finally:
-            self._is_merged = False
+            self._merged_in = None
             for module in self._changes:
                 module.merge(False)
 
@@ -162,8 +167,8 @@ class AdaptedModel(nn.Module):
         self.eval()
         self._copies = None
         super()._apply(fn, recurse)
-        if self._is_merged:
-            self.merge()
+        if self._merged_in is not None:
+            self.merge(self._merged_in)
         return self.train(mode)
 
     def train(self, mode: bool = True) -> AdaptedModel:

@@ -131,10 +131,10 @@ class Lane:
         """`y` with the lane's rows replaced by `function` of them, and of the same rows of
         `others`.
         """
-        changed = function(self.rows(y), *(self.rows(other) for other in others))
+        changed = function(self.rows(y), *(self.rows(other) for other in others)).to(y.dtype)
         if self._samples_S is None:
             return changed
-        return y.index_copy(0, self._rows_of(y), changed.to(y.dtype))
+        return y.index_copy(0, self._rows_of(y), changed)
 
     def _rows_of(self, x: torch.Tensor) -> torch.Tensor:
         assert self._samples_S is not None

@@ -21,6 +21,7 @@ from pipeline.adaptation.trunk import Trunk
 from pipeline.adaptation.watched import learnt_once
 from pipeline.backbones import LoadedBackbone
 from pipeline.specs import Recipe
+from pipeline.utils.devices import autocast
 
 _REPLACING = (Stage.WEIGHTS, Stage.NORMS)
 """Stages whose parts replace modules: they come first, so that hooks are on the new ones."""
@@ -59,8 +60,9 @@ class MixedNetwork:
         packs: Sequence[FlatPack],
         owners: Sequence[int],
         sources: Sequence[int] | None = None,
+        dtype: torch.dtype = torch.float32,
     ) -> list[torch.Tensor]:
-        """Logits [C] of each sample by its own pack.
+        """Logits [C], float32, of each sample by its own pack.
 
         Args:
             images: uint8 [I, 3, S, S] on the network's device.
@@ -68,13 +70,16 @@ class MixedNetwork:
             owners: which of `packs` each sample belongs to.
             sources: which of the images each sample is; None for one sample per image, in order.
                 The blocks that no pack of an image changes are computed once for it.
+            dtype: of the products, as `AdaptedModel.merge`.
         """
         sources = range(len(images)) if sources is None else sources
         found: list[torch.Tensor | None] = [None] * len(owners)
         for numbers in self._passes(packs, owners, has_repeats=len(images) < len(owners)):
-            pass_logits = self._pass(
-                images, [sources[at] for at in numbers], packs, [owners[at] for at in numbers]
-            )
+            mine = [sources[at] for at in numbers], packs, [owners[at] for at in numbers]
+            with autocast(images.device, dtype):
+                features, batch = self._features(images, *mine)
+            heads = [pack.parts["head"] for pack in batch.packs]
+            pass_logits = mixed_logits(features.float(), heads, batch.owners)
             for number, each in zip(numbers, pass_logits, strict=True):
                 found[number] = each
         return [each for each in found if each is not None]
@@ -97,13 +102,14 @@ class MixedNetwork:
             passes[(is_late, *structures)].append(sample)
         return list(passes.values())
 
-    def _pass(
+    def _features(
         self,
         images: torch.Tensor,
         sources: Sequence[int],
         packs: Sequence[FlatPack],
         owners: Sequence[int],
-    ) -> list[torch.Tensor]:
+    ) -> tuple[torch.Tensor, MixedBatch]:
+        """The features [B, D] of the samples of one pass, and their batch."""
         used = list(dict.fromkeys(owners))
         place = {owner: number for number, owner in enumerate(used)}
         batch = MixedBatch([packs[owner] for owner in used], [place[owner] for owner in owners])
@@ -122,7 +128,7 @@ class MixedNetwork:
                 features = trunk.resume(self._network.model, reached[rows])
         finally:
             self._network.batch = None
-        return mixed_logits(features, [pack.parts["head"] for pack in batch.packs], batch.owners)
+        return features, batch
 
     def _trunk(self, first_block: int) -> Trunk | None:
         """The blocks before one, as a part of the network that can be computed alone; None where

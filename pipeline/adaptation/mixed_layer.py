@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from pipeline.adaptation.part import PARTS, SharedNetwork
 from pipeline.adaptation.sites import TunableLayer, apply_layer
 from pipeline.adaptation.wrapper import Wrapper
+from pipeline.utils.devices import dtype_of_products
 
 if TYPE_CHECKING:
     from pipeline.adaptation.flat import FlatPart
@@ -55,6 +56,7 @@ class MixedLayer(Wrapper):
         lanes = self.network.lanes(PARTS["connections"])
         if batch is None or not any(lane.has(self.name) for lane in lanes):
             return self._with_biases(apply_layer(layer, x, layer.weight, layer.bias))
+        x = x.to(dtype_of_products(x))
         rows = _rows(layer, x)
         if rows is None or not self._are_many(lanes, rows.shape[:-1].numel()):
             return self._with_biases(self._product_per_pack(x, batch))
@@ -85,10 +87,11 @@ class MixedLayer(Wrapper):
         """The product, [B, R, O], with what the connections of each sample's pack add, and with
         its bias.
         """
-        weight_OI = self.base.weight.flatten(1)
+        weight_OI = self.base.weight.flatten(1).to(x_BRI.dtype)
         samples, rows, _ = x_BRI.shape
-        bias_BO = self._biases(samples)
+        bias_BO = self._biases(samples).to(x_BRI.dtype)
         columns_BOK, values_BOK = self._connections(lanes, samples)
+        values_BOK = values_BOK.to(x_BRI.dtype)
         y_BRO = x_BRI.new_empty(samples, rows, len(weight_OI))
         pieces = -(-samples * rows // ROWS_AT_ONCE) if x_BRI.device.type == "cpu" else 1
         at_once = -(-samples // pieces)
@@ -137,33 +140,42 @@ class MixedLayer(Wrapper):
         layer, parts = self.base, [part for part, _ in batch.runs("connections")]
         rows = len(x) // len(batch.owners)
         counts = [samples * rows for _, samples in batch.runs("connections")]
+        weight = layer.weight.to(x.dtype)
+        bias = None if layer.bias is None else layer.bias.to(x.dtype)
         if not isinstance(layer, nn.Linear):
-            with closing(self._with_weight_of(parts, x.split(counts), batch)) as each:
-                changed = [apply_layer(layer, some, layer.weight, layer.bias) for some in each]
+            with closing(self._written(weight, parts, x.split(counts), batch)) as each:
+                changed = [apply_layer(layer, some, weight, bias) for some in each]
             return torch.cat(changed)
         y = x.new_empty(*x.shape[:-1], layer.out_features)
-        inputs, outputs, weight_IO = x.flatten(0, -2), y.flatten(0, -2), layer.weight.T
+        inputs, outputs = x.flatten(0, -2), y.flatten(0, -2)
         counts = [count * (len(inputs) // len(x)) for count in counts]
         into = iter(outputs.split(counts))  # a copy of each product takes a tenth as long
-        with closing(self._with_weight_of(parts, inputs.split(counts), batch)) as each:
+        with closing(self._written(weight, parts, inputs.split(counts), batch)) as each:
             for some in each:
-                if layer.bias is None:
-                    torch.mm(some, weight_IO, out=next(into))
+                if bias is None:
+                    torch.mm(some, weight.T, out=next(into))
                 else:
-                    torch.addmm(layer.bias, some, weight_IO, out=next(into))
+                    torch.addmm(bias, some, weight.T, out=next(into))
         return y
 
-    def _with_weight_of(
-        self, parts: Sequence[FlatPart | None], inputs: Iterable[torch.Tensor], batch: MixedBatch
+    def _written(
+        self,
+        weight: torch.Tensor,
+        parts: Sequence[FlatPart | None],
+        inputs: Iterable[torch.Tensor],
+        batch: MixedBatch,
     ) -> Generator[torch.Tensor]:
-        """Each of the inputs, while the weight has the connections of its part, if any."""
-        entries = self.base.weight.view(-1)
+        """Each of the inputs, while `weight`, which is the layer's or a rounded copy, has the
+        connections of its part, if any.
+        """
+        exact, entries = self.base.weight.view(-1), weight.view(-1)
         writes: dict[int, tuple[torch.Tensor, ...]] = {}
         for lane in batch.lanes("connections"):
             if lane.has(self.name):
                 index_PN, values_PN = lane.per_pack(self.name)
-                frozen_PN = entries[index_PN]
-                each = zip(index_PN, frozen_PN + values_PN, frozen_PN, strict=True)
+                frozen_PN = exact[index_PN]
+                changed_PN = (frozen_PN + values_PN).to(weight.dtype)
+                each = zip(index_PN, changed_PN, frozen_PN.to(weight.dtype), strict=True)
                 writes.update(zip(map(id, lane.parts), each, strict=True))
         for part, some in zip(parts, inputs, strict=True):
             if (write := writes.get(id(part))) is None:

@@ -37,6 +37,15 @@ Device = Annotated[
         help="Device to compute on, such as cpu or cuda:1. Default: the GPU if there is one."
     ),
 ]
+Precision = Annotated[
+    Literal["fp32", "bf16"],
+    typer.Option(
+        help=(
+            "Of the products of a pass. bf16 is faster on devices with units for it, and float32"
+            " elsewhere."
+        )
+    ),
+]
 RecipeFile = Annotated[
     Path | None, typer.Option("--recipe", help="YAML file that replaces the recipe of the tasks.")
 ]

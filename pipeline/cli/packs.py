@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -15,6 +15,7 @@ from pipeline.cli.options import (
     BackboneFile,
     Device,
     MaxBytes,
+    Precision,
     Reference,
     Workdir,
     size_of,
@@ -135,6 +136,7 @@ def predict(
     backbone: BackboneFile = None,
     folder: MasksFolder = None,
     device: Device = None,
+    precision: Precision = "fp32",
     workdir: Workdir = api.WORKDIR,
     as_json: AsJson = False,
 ) -> None:
@@ -142,14 +144,15 @@ def predict(
     from pipeline.cli.tables import predictions_table
 
     images = images or []
+    how: dict[str, Any] = {"device": device, "precision": precision, "workdir": workdir}
     if is_all:
         if folder is not None:
             raise SpecError("--out: writes the masks of one pack; give its name, and no --all")
-        _predict_all([Path(reference), *images], backbone, device, workdir, as_json)
+        _predict_all([Path(reference), *images], as_json, backbone=backbone, **how)
         return
     if not images:
         raise SpecError(f"predict: given no image; give one or more after {reference}")
-    predictor = api.load(reference, backbone=backbone, device=device, workdir=workdir)
+    predictor = api.load(reference, backbone=backbone, **how)
     column = predictor.backbone.takes.column
     rows = [
         {column: str(image), **row}
@@ -173,13 +176,11 @@ def predict(
     out.print(predictions_table(rows))
 
 
-def _predict_all(
-    images: list[Path], backbone: Path | None, device: str | None, workdir: Path, as_json: bool
-) -> None:
+def _predict_all(images: list[Path], as_json: bool, **how: Any) -> None:
     """Print what every champion on one backbone says of each image."""
     from pipeline.cli.tables import all_predictions_table
 
-    host, refused = api.load_all(backbone=backbone, device=device, workdir=workdir)
+    host, refused = api.load_all(**how)
     for name, reason in refused.items():
         typer.echo(f"{name}: left out: {reason}", err=True)
     asked = [(image, name) for image in images for name in host.packs.names()]

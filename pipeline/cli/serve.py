@@ -10,7 +10,7 @@ import typer
 
 from pipeline import api
 from pipeline.cli.console import out
-from pipeline.cli.options import Address, BackboneFile, Device, Workdir, size_of
+from pipeline.cli.options import Address, BackboneFile, Device, Precision, Workdir, size_of
 
 Tasks = Annotated[
     list[str] | None,
@@ -60,6 +60,7 @@ def serve(
     images_from: ImagesFrom = None,
     backbone: BackboneFile = None,
     device: Device = None,
+    precision: Precision = "fp32",
     address: Address = None,
     registry: Registry = None,
     workdir: Workdir = api.WORKDIR,
@@ -82,6 +83,7 @@ def serve(
         registry=resolve_tracking_uri(registry, workdir),
         weights=None if backbone is None else str(backbone.resolve()),
         device=device,
+        precision=precision,
         token=os.environ.get(TOKEN_VARIABLE) or None,
         images_from=tuple(check_place(place) for place in images_from or ()),
         capacity_bytes=size_of("--memory", memory),

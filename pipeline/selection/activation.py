@@ -21,7 +21,7 @@ from pipeline.backbones import LoadedBackbone
 from pipeline.errors import BackboneError
 from pipeline.selection.gradient import NumberedBatch
 from pipeline.specs import Selection
-from pipeline.utils.devices import computing_dtype, exact_float32, to_device
+from pipeline.utils.devices import autocast, computing_dtype, exact_float32, to_device
 
 
 @exact_float32()
@@ -54,9 +54,7 @@ def activation_sums(
     normalise = backbone.takes.normaliser().to(device)
     for _, images, _ in batches:
         means.clear()
-        with torch.autocast(
-            torch.device(device).type, torch.bfloat16, enabled=dtype == torch.bfloat16
-        ):
+        with autocast(device, dtype):
             model(normalise(to_device(images, device)))
         _check_all_called(model, means)
         for name, mean_GI in means.items():

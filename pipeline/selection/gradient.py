@@ -28,7 +28,7 @@ from pipeline.backbones import LoadedBackbone
 from pipeline.data import numbered_generator
 from pipeline.selection.losses import Loss
 from pipeline.specs import Selection
-from pipeline.utils.devices import computing_dtype, exact_float32, to_device
+from pipeline.utils.devices import autocast, computing_dtype, exact_float32, to_device
 
 SAVED_BYTES = {"cpu": 2 << 30}
 """Most bytes of activations of one forward pass, by device; elsewhere four times as much."""
@@ -63,7 +63,7 @@ def gradient_sums(
     normalise = backbone.takes.normaliser().to(device)
 
     def features_of(views: torch.Tensor) -> torch.Tensor:
-        with torch.autocast(views.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+        with autocast(views.device, dtype):
             features: torch.Tensor = model(normalise(views))
         return features.float()
 

@@ -19,7 +19,7 @@ from pipeline.server.guard import Refused
 from pipeline.server.image_urls import check_place
 from pipeline.server.settings import Settings
 from pipeline.serving.host import CAPACITY_BYTES
-from pipeline.utils.devices import reserved_gpu
+from pipeline.utils.devices import Precision, reserved_gpu
 
 if TYPE_CHECKING:
     from pipeline.server.engine import Engine
@@ -103,9 +103,9 @@ def configured(args: dict[str, Any]) -> Any:
 
     Args:
         args: `workdir`, and optionally `tasks` to load at the start, `backbone` (its checkpoint),
-            `device`, `memory_bytes` for packs per replica, and `images_from`, the places that
-            requests may name images in. The config's `deployments` say how many replicas there
-            are, and what each needs.
+            `device`, `precision`, `memory_bytes` for packs per replica, and `images_from`, the
+            places that requests may name images in. The config's `deployments` say how many
+            replicas there are, and what each needs.
 
     Raises:
         SpecError: an argument is missing, unknown or of the wrong type, or there is no token.
@@ -126,6 +126,7 @@ def configured(args: dict[str, Any]) -> Any:
         registry=os.environ.get("MLFLOW_TRACKING_URI"),
         weights=given.backbone,
         device=given.device,
+        precision=given.precision,
         token=token,
         images_from=tuple(check_place(place) for place in given.images_from),
         capacity_bytes=given.memory_bytes,
@@ -140,6 +141,7 @@ class _Arguments(BaseModel):
     tasks: tuple[str, ...] = ()
     backbone: str | None = None
     device: str | None = None
+    precision: Precision = "fp32"
     memory_bytes: int = Field(CAPACITY_BYTES, gt=0)
     images_from: tuple[str, ...] = ()
 

@@ -60,6 +60,7 @@ class Engine:
             self.catalogue.read,
             device=settings.device,
             capacity_bytes=settings.capacity_bytes,
+            precision=settings.precision,
         )
         for task in tasks:
             self.host.packs.get(task)

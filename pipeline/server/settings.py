@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.serving.host import CAPACITY_BYTES
+from pipeline.utils.devices import Precision
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class Settings:
             given takes the best pack of the registry.
         registry: MLflow's URI; None for MLFLOW_TRACKING_URI or the work folder's.
         weights: the backbone's checkpoint, where this machine does not know it.
+        precision: of the products of a pass; packs are checked in float32.
         token: what requests must carry; None for no check.
         images_from: the places below which requests may name images by URL.
         wait_seconds: how long a batch waits for more images.
@@ -52,6 +54,7 @@ class Settings:
     registry: str | None = None
     weights: str | None = None
     device: str | None = None
+    precision: Precision = "fp32"
     token: str | None = None
     images_from: tuple[str, ...] = ()
     capacity_bytes: int = CAPACITY_BYTES

@@ -22,7 +22,7 @@ from pipeline.serving.masks import dense_logits, mask_answer
 from pipeline.serving.predictor import PREDICT_BATCH, input_of, kind_of
 from pipeline.serving.residency import ResidentPack, ResidentPacks
 from pipeline.serving.samples import Decoded, Sample, decoded
-from pipeline.utils.devices import choose_device, exact_float32
+from pipeline.utils.devices import Precision, choose_device, computing_dtype, exact_float32
 
 CAPACITY_BYTES = 512 * 1024**2
 """Memory for packs: a thousand and more of most."""
@@ -35,7 +35,7 @@ _MODULE_BYTES = 3072
 class PackHost:
     """A backbone and the packs on it.
 
-    Predictions are those of each pack alone, up to the rounding of float32. Packs whose parts
+    Predictions are those of each pack alone, up to the rounding of `precision`. Packs whose parts
     cannot share a pass, such as full fine-tuning, pass one after the other, and so do those of
     dense kinds: they read feature maps, and their masks are those of `Predictor` bit for bit.
 
@@ -46,6 +46,8 @@ class PackHost:
         read: the content of the pack file of a name.
         device: None takes the GPU, where there is one.
         capacity_bytes: memory for packs; the least recently used are read again when asked for.
+        precision: of products; `bf16` becomes float32 on devices without units for it. Packs are
+            checked in float32.
     """
 
     def __init__(
@@ -55,8 +57,10 @@ class PackHost:
         *,
         device: str | None = None,
         capacity_bytes: int = CAPACITY_BYTES,
+        precision: Precision = "fp32",
     ) -> None:
         self.backbone, self.device = backbone, choose_device(device)
+        self._dtype = computing_dtype(precision, self.device)
         self._read = read
         self._forms = {backbone.gives_maps: backbone}
         self._network: MixedNetwork | None = None
@@ -110,11 +114,15 @@ class PackHost:
     @exact_float32()
     @torch.inference_mode()
     def logits(
-        self, packs: Sequence[ResidentPack], images: Sequence[np.ndarray]
+        self,
+        packs: Sequence[ResidentPack],
+        images: Sequence[np.ndarray],
+        dtype: torch.dtype | None = None,
     ) -> list[torch.Tensor]:
         """The logits [C], on the CPU, of each image by its pack, none of a dense kind, as one
-        batch.
+        batch, with products in `dtype`, or in that of the host.
         """
+        dtype = dtype or self._dtype
         distinct = {id(image): image for image in images}
         places = {key: place for place, key in enumerate(distinct)}
         sources = [places[id(image)] for image in images]
@@ -131,12 +139,13 @@ class PackHost:
                 owners = [owner for owner, (_, each) in enumerate(mixed) for _ in each]
                 forms = [pack.form for pack, _ in mixed]
                 mine = [sources[number] for number in numbers]
-                logits = network.logits(batch, forms, owners, mine)  # type: ignore[arg-type]
+                logits = network.logits(batch, forms, owners, mine, dtype)  # type: ignore[arg-type]
                 found |= zip(numbers, logits, strict=True)
             for pack, each in samples.items():
-                if not _is_flat(pack):
+                if isinstance(model := pack.form, AdaptedModel):
                     mine = [sources[number] for number in each]
-                    found |= zip(each, pack.form(batch[torch.tensor(mine)]), strict=True)  # type: ignore[operator]
+                    with model.merged(dtype):
+                        found |= zip(each, model(batch[torch.tensor(mine)]), strict=True)
         return [found[number].cpu() for number in range(len(packs))]
 
     def _masks(self, pack: ResidentPack, images: Sequence[Decoded]) -> list[dict[str, Any]]:
@@ -150,7 +159,7 @@ class PackHost:
         step, rows = max(1, _LOGITS_BYTES // image_bytes), []
         for start in range(0, len(images), step):
             some = images[start : start + step]
-            with self._one_pass_at_a_time, torch.inference_mode(), model.merged():
+            with self._one_pass_at_a_time, torch.inference_mode(), model.merged(self._dtype):
                 logits = [dense_logits(model, image) for image in some]
             rows += [
                 mask_answer(kind, classes, each, image)
@@ -176,7 +185,8 @@ class PackHost:
         resident = ResidentPack(pack.metadata, digest, flat, flat.size_bytes, pack.calibration)
         if digest not in self._probed:
             probe = list(self.backbone.takes.probe(PROBES))
-            check_probe(torch.stack(self.logits([resident] * len(probe), probe)).numpy(), pack)
+            logits = self.logits([resident] * len(probe), probe, torch.float32)
+            check_probe(torch.stack(logits).numpy(), pack)
             self._probed.add(digest)
         return resident
 

@@ -22,7 +22,7 @@ from pipeline.serving.samples import Sample, decoded
 from pipeline.specs import Backbone, Input
 from pipeline.specs.catalogue import catalogue_folder
 from pipeline.specs.yaml_files import load_spec
-from pipeline.utils.devices import choose_device, exact_float32
+from pipeline.utils.devices import Precision, choose_device, computing_dtype, exact_float32
 
 PREDICT_BATCH = 64
 """Images decoded and classified at a time: enough to fill a GPU, and few enough for any memory."""
@@ -30,16 +30,22 @@ PREDICT_BATCH = 64
 
 class Predictor:
     """A pack on its backbone, ready to predict images on `device`; None takes the GPU, where there
-    is one.
+    is one. `precision` is that of products; `bf16` becomes float32 on devices without units for it.
     """
 
-    def __init__(self, pack: Pack, backbone: LoadedBackbone, device: str | None = None) -> None:
+    def __init__(
+        self,
+        pack: Pack,
+        backbone: LoadedBackbone,
+        device: str | None = None,
+        precision: Precision = "fp32",
+    ) -> None:
         self.metadata: PackMetadata = pack.metadata
         self.kind, self.calibration = kind_of(pack.metadata), pack.calibration
         self.backbone = backbone
         self.device = choose_device(device)
         self.model: AdaptedModel = from_pack(pack, backbone).to(self.device)
-        self.model.merge()
+        self.model.merge(computing_dtype(precision, self.device))
 
     @property
     def columns(self) -> tuple[tuple[str, Any], ...]:
@@ -101,7 +107,10 @@ def kind_of(metadata: PackMetadata) -> TaskKind:
 
 
 def load_predictor(
-    pack_path: Path, weights: str | None = None, device: str | None = None
+    pack_path: Path,
+    weights: str | None = None,
+    device: str | None = None,
+    precision: Precision = "fp32",
 ) -> Predictor:
     """Open a pack on its backbone.
 
@@ -109,6 +118,7 @@ def load_predictor(
         weights: the backbone's checkpoint; default: the one this machine used for that fingerprint,
             or the embedded one.
         device: where to compute, such as `cpu` or `cuda:1`; default: the GPU, where there is one.
+        precision: as of `Predictor`.
 
     Raises:
         SpecError: there is no such device.
@@ -116,7 +126,7 @@ def load_predictor(
         BackboneError: no backbone was given and none with the pack's fingerprint is known here.
     """
     pack = read_pack(pack_path)
-    return Predictor(pack, load_backbone_of(pack.metadata, weights), device)
+    return Predictor(pack, load_backbone_of(pack.metadata, weights), device, precision)
 
 
 def load_backbone_of(metadata: PackMetadata, weights: str | None = None) -> LoadedBackbone:

@@ -32,7 +32,13 @@ from pipeline.training.passes import Passes
 from pipeline.training.ranks import ALONE, Ranks
 from pipeline.training.recorded import RecordedStep, Step
 from pipeline.training.run_checkpoint import Checkpoint, Progress
-from pipeline.utils.devices import can_record, computing_dtype, exact_float32, to_device
+from pipeline.utils.devices import (
+    autocast,
+    can_record,
+    computing_dtype,
+    exact_float32,
+    to_device,
+)
 
 READ_EVERY = 20
 """Steps after which their losses are read, for which a GPU is waited for."""
@@ -189,7 +195,7 @@ class _Trainer:
         self._set_learning_rate(step)
         generator = numbered_generator(self.ranks.seed(self.seed), step)
         self.model.reseed(generator)
-        with _autocast(self.device, self._dtype):
+        with autocast(self.device, self._dtype):
             inputs = self.model.inputs_of(images)
         inputs, targets = self._varied(inputs, to_device(targets, self.device), generator)
         self._losses.append(self._step_in_passes(inputs, targets))
@@ -236,11 +242,6 @@ class _Trainer:
         return images, targets
 
 
-def _autocast(device: str, dtype: torch.dtype) -> torch.autocast:
-    kind = torch.device(device).type
-    return torch.autocast(kind, torch.bfloat16, enabled=dtype == torch.bfloat16)
-
-
 @exact_float32()
 def _step(
     model: AdaptedModel,
@@ -261,7 +262,7 @@ def _step(
     for some, wanted in zip(inputs.split(micro_batch), targets.split(micro_batch), strict=True):
         if not len(some):
             break
-        with _autocast(inputs.device.type, dtype):
+        with autocast(inputs.device.type, dtype):
             logits = model.logits_of(some)
         mean = kind.loss(logits.float(), wanted, spec.label_smoothing, spec.loss)
         total = mean + model.auxiliary_loss()

@@ -18,7 +18,7 @@ from pipeline.errors import BackboneError
 from pipeline.inputs.task_inputs import Inputs
 from pipeline.kinds import TaskKind, kind_named
 from pipeline.specs import PARTS, Recipe, Selection, Task
-from pipeline.utils.devices import computing_dtype
+from pipeline.utils.devices import autocast, computing_dtype
 
 CLASSES = ("a", "b")
 _TRUNK_TOLERANCE = 0.02
@@ -100,7 +100,7 @@ def _train_and_pack(backbone: LoadedBackbone, task: Task, recipe: Recipe) -> Non
     dtype = computing_dtype(recipe.training.precision, "cpu")
     model.compute_in(dtype)
     model.train()
-    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+    with autocast("cpu", dtype):
         logits = model(images)
     kind = kind_named(task.kind)
     targets = _targets(kind, backbone)

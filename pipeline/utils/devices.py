@@ -22,6 +22,8 @@ from pipeline.errors import ClusterError, SpecError
 
 _CPU_UNITS = ("amx_bf16", "avx512_bf16", "bf16", "sve_bf16")
 """torch's names of the bfloat16 units of x86 and ARM processors."""
+Precision = Literal["fp32", "bf16"]
+"""Of the products of a pass."""
 _NVIDIA = Path("/proc/driver/nvidia")
 
 
@@ -187,11 +189,23 @@ def has_bf16_units(device: str | torch.device) -> bool:
     return any(capabilities.get(unit) for unit in _CPU_UNITS)
 
 
-def computing_dtype(precision: Literal["fp32", "bf16"], device: str | torch.device) -> torch.dtype:
+def computing_dtype(precision: Precision, device: str | torch.device) -> torch.dtype:
     """The type to compute in. bfloat16 is for speed, so float32 replaces it on devices that only
     emulate it: V100, T4 and many CPUs.
     """
     return torch.bfloat16 if precision == "bf16" and has_bf16_units(device) else torch.float32
+
+
+def autocast(device: str | torch.device, dtype: torch.dtype) -> torch.autocast:
+    """A context in which products are computed in `dtype`, float32 or bfloat16."""
+    kind = torch.device(device).type
+    return torch.autocast(kind, torch.bfloat16, enabled=dtype == torch.bfloat16)
+
+
+def dtype_of_products(x: torch.Tensor) -> torch.dtype:
+    """The type in which the pass under way computes products of `x`."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
 @contextlib.contextmanager

@@ -2,97 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
 from helpers_backbones import SWIN_V2
-from helpers_mixed import moved_pack
+from helpers_mixed import FREE, OTHERS, TOKENS, Select, flat, images_of, moved_pack, packs_of
 from helpers_points import ARGUMENTS, POINT_BACKBONE, SOLIDS
 from torch import nn
 
-from pipeline.adaptation import SelectedIndex, mixed_layer
-from pipeline.adaptation.flat import FlatPack, flatten
+from pipeline.adaptation import mixed_layer
 from pipeline.adaptation.mixed import MixedNetwork, keeps_samples_together
 from pipeline.adaptation.packing import from_pack
 from pipeline.adaptation.part import PARTS, Part, SharedNetwork
 from pipeline.adaptation.sites import tunable_layers
-from pipeline.adaptation.unpacking import decode
 from pipeline.backbones import LoadedBackbone, load_backbone
 from pipeline.packs import Pack
 from pipeline.specs import Backbone, Input, Recipe, Selection, Task
-
-Select = Callable[..., SelectedIndex]
-Mix = Callable[..., None]
-
-FREE: list[dict[str, Any]] = [
-    {},
-    {"head": {"bits": 1, "bias": False}},
-    {"head": {"bits": 2, "rank": 8}},
-    {"lora": {"rank": 3, "targets": ["fc1"]}, "head": {"rank": 5}},
-    {"connections": {"top_k": 1, "bits": 1}},
-    {"connections": {"top_k": 3, "bits": 16}, "biases": {"bits": 2}, "norms": {}},
-    {"biases": {"bits": 32}, "norms": {"which": "all", "parameters": "bias"}},
-    {"norms": {"which": "all", "bits": 4}},
-    {"smoa": {"experts": 3, "width": 4}},
-    {"smoa": {"experts": 1, "width": 6, "bits": 1}},
-    {"smoa": {"experts": 5, "width": 2, "placement": "after_mlp", "scale": 2.0}},
-    {"smoa": {"experts": 4, "width": 4, "heads": 2, "top_k": 2}, "connections": {"top_k": 2}},
-    {"adapter": {"width": 4, "bits": 1}, "biases": {"bits": 3}},
-    {"adapter": {"width": 7, "placement": "after_mlp"}},
-    {"adapter": {"width": 4, "placement": "after_attention", "scale": 0.5}},
-    {"adapter": {"width": 2, "placement": "after_both"}, "smoa": {"experts": 2}},
-    {"lora": {"rank": 3}},
-    {"lora": {"rank": 2, "targets": ["qkv", "proj", "fc1", "fc2"], "bits": 8}},
-    {"fact": {"rank": 3}},
-    {"fact": {"rank": 2, "targets": ["fc1", "fc2"], "bits": 1}},
-    {"dtl": {"rank": 3}},
-    {"dtl": {"rank": 2, "feed_from": 0, "beta": 1.0, "scale": 2.0}, "biases": {"bits": 1}},
-    {"ssf": {}, "lora": {"rank": 2}},
-    {"smoa": {"experts": 3, "width": 4}, "from_block": 1},
-    {"connections": {"top_k": 2}, "adapter": {}, "biases": {}, "from_block": 1},
-    {"fact": {"rank": 3}, "norms": {"which": "all"}, "from_block": 1},
-    {"dtl": {"rank": 2, "feed_from": 0}, "from_block": 1},
-]
-"""Recipes that pass a ViT together, whatever they are."""
-TOKENS: list[dict[str, Any]] = [
-    {"class_token": {}},
-    {"prompts": {"count": 2}},
-    {"prompts": {"count": 2, "bits": 1}, "connections": {}, "dtl": {"rank": 1}},
-    {"prompts": {"count": 3, "deep": True}, "class_token": {"bits": 2}},
-    {"smoa": {"experts": 2, "width": 4, "prompt_generator": True}},
-    {"smoa": {"experts": 2, "width": 4, "prompt_generator": True, "bits": 1}, "norms": {}},
-    {"smoa": {"experts": 3, "width": 4, "prompt_generator": True}},
-]
-"""Recipes of which those with as many tokens pass a ViT together."""
-
-
-def packs_of(
-    recipes: Sequence[dict[str, Any]], backbone: LoadedBackbone, task: Task, select: Select
-) -> list[Pack]:
-    """One pack a recipe, each with its own selection, classes and values."""
-    return [
-        moved_pack(
-            backbone,
-            task,
-            recipe,
-            classes=2 + seed % 5,
-            seed=seed,
-            selected=select(backbone, 3, seed) if "connections" in recipe else None,
-        )
-        for seed, recipe in enumerate(recipes)
-    ]
-
-
-def images_of(backbone: LoadedBackbone, count: int) -> torch.Tensor:
-    shape = (count, 3, backbone.size_px, backbone.size_px)
-    generator = torch.Generator().manual_seed(7)
-    return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
-
-
-def flat(packs: Sequence[Pack], backbone: LoadedBackbone) -> list[FlatPack]:
-    return [flatten(decode(pack, backbone)) for pack in packs]
 
 
 def assert_as_alone(
@@ -210,17 +137,8 @@ def test_packs_pass_other_families_together(
 ) -> None:
     backbone = load_backbone(families[family], tiny_task.input)
     network = MixedNetwork(backbone)
-    recipes = [
-        {"connections": {"top_k": 1}},
-        {"connections": {"top_k": 3, "bits": 2}, "norms": {"which": "all"}},
-        {"smoa": {"experts": 3, "width": 4}},
-        {"adapter": {"width": 4}, "norms": {}},
-        {"adapter": {"width": 4, "placement": "after_mlp"}},
-        {"lora": {"rank": 3, "targets": ["fc1", "fc2"]}},
-        {"ssf": {}},
-    ]
-    packs = packs_of(recipes, backbone, tiny_task, random_selection)
-    assert all(network.can_mix(Recipe.model_validate(recipe)) for recipe in recipes)
+    packs = packs_of(OTHERS, backbone, tiny_task, random_selection)
+    assert all(network.can_mix(Recipe.model_validate(recipe)) for recipe in OTHERS)
     assert not network.can_mix(Recipe.model_validate({"biases": {}}))
     assert_as_alone(network, packs, backbone, shuffled(len(packs), 2 * len(packs)))
 

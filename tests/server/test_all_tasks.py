@@ -13,6 +13,8 @@ from helpers_server import Shop, png, register_pack
 import pipeline
 from pipeline.errors import RegistryError
 from pipeline.registry.store import open_registry
+from pipeline.server.engine import Engine
+from pipeline.server.settings import Settings
 from pipeline.serving.predictor import Predictor
 from pipeline.specs import Task
 
@@ -52,6 +54,29 @@ def test_one_image_is_predicted_for_every_task(shop: Shop, tiny_task: Task, tmp_
     assert all(name in shown for name in (*packs, *shop.masks))
     share = max(rows[str(images[0]), "regions"]["areas"].values())
     assert f"{share:.3f}" in shown
+
+
+def test_commands_and_servers_compute_in_the_precision_asked_for(
+    shop: Shop, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.utils.devices.has_bf16_units", lambda device: True)
+    image, shares = tmp_path / "image.png", dict[str, list[float]]()
+    image.write_bytes(png(3))
+    registry = open_registry(None, tmp_path)
+    for name, pack in shop.packs.items():
+        register_pack(registry, tmp_path, name, pack)
+    for precision in ("fp32", "bf16"):
+        asked = (image, "--precision", precision, "--device", "cpu", "--workdir", tmp_path)
+        [one] = taskpack("predict", "birds", *asked, "--json").json()
+        every = taskpack("predict", "--all", *asked, "--json").json()
+        engine = Engine(dataclasses.replace(settings, workdir=tmp_path, precision=precision))
+        [served] = engine.host.predict([("birds", image)])
+        engine.close()
+        rows = (one, *(row for row in every if row["task"] == "birds"), served)
+        shares[precision] = [row["probability"] for row in rows]
+    assert shares["fp32"] == pytest.approx([shares["fp32"][0]] * 3, rel=1e-5)
+    assert shares["bf16"] == pytest.approx(shares["fp32"], abs=0.02)
+    assert shares["bf16"] != pytest.approx(shares["fp32"], rel=1e-5)
 
 
 def test_what_cannot_be_asked_is_refused(shop: Shop, tmp_path: Path) -> None:

@@ -72,6 +72,36 @@ def test_each_request_gets_what_its_pack_says_alone(
     assert host.predict([]) == []
 
 
+def test_a_host_in_bfloat16_says_what_each_pack_says_alone_in_bfloat16(
+    packs: dict[str, Pack],
+    contents: dict[str, bytes],
+    backbone: LoadedBackbone,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Packs that share a pass and packs that do not; each is checked in float32."""
+    monkeypatch.setattr("pipeline.utils.devices.has_bf16_units", lambda device: True)
+    [image], used = pictures(1), list[bool]()
+    monkeypatch.setattr(
+        "pipeline.serving.host.check_probe", lambda now, pack: used.append(is_rounded(now, pack))
+    )
+
+    def is_rounded(now: np.ndarray, pack: Pack) -> bool:
+        return not np.allclose(now, pack.probe_logits, rtol=1e-4, atol=1e-4)
+
+    host = PackHost(backbone, contents.__getitem__, device="cpu", precision="bf16")
+    found = host.predict([(name, image) for name in packs])
+    assert used == [False] * 3
+    for pack, row in zip(packs.values(), found, strict=True):
+        exact, rounded = (
+            Predictor(pack, backbone, "cpu", precision).predict([image])[0]
+            for precision in ("fp32", "bf16")
+        )
+        assert row["label"] == rounded["label"]
+        assert row["probability"] == pytest.approx(rounded["probability"], abs=0.01)
+        assert rounded["probability"] == pytest.approx(exact["probability"], abs=0.02)
+        assert exact["probability"] not in (row["probability"], rounded["probability"])
+
+
 def test_memory_is_bounded_and_the_least_recently_used_go(
     contents: dict[str, bytes], backbone: LoadedBackbone
 ) -> None:

@@ -45,6 +45,7 @@ from pipeline.adaptation.sites import (
 from pipeline.adaptation.tensors import PlannedTensor
 from pipeline.adaptation.wrapper import Wrapper
 from pipeline.specs import Connections
+from pipeline.utils.devices import dtype_of_products
 
 FEW_COLUMNS = 0.5
 """Fraction of a layer's columns up to which gathering them is faster than the dense product, as
@@ -300,11 +301,7 @@ class TunedLayer(Wrapper, WeightChange):
         values_N = self.current["connections"]
         if not torch.is_grad_enabled():
             return apply_layer(self.base, x, self.weight_with(values_N), self.bias)
-        dtype = (
-            torch.get_autocast_dtype(x.device.type)
-            if torch.is_autocast_enabled(x.device.type)
-            else x.dtype
-        )
+        dtype = dtype_of_products(x)
         weight = self.weight_with(values_N).to(dtype) if self.written is None else self.written
         values = values_N if self.product is None else self.product
         return _ConnectedProduct.apply(x.to(dtype), values, self.bias, weight, self)

@@ -209,29 +209,30 @@ class MixedBanks(NamedTuple):
 
 
 def mixed_banks(
-    current: Mapping[str, torch.Tensor], temperature: float, scale: float
+    current: Mapping[str, torch.Tensor], temperature: float, scale: float, dtype: torch.dtype
 ) -> MixedBanks:
     """The banks of each sample's tensors `down` [S, E, H, D], `up` [S, E, D, H] and, of several
-    experts, `router` [S, R, D] and `embeddings` [S, E, R].
+    experts, `router` [S, R, D] and `embeddings` [S, E, R], for products in `dtype`.
     """
     rows_SND = current["down"].flatten(1, 2)
-    up_SXD = scale * current["up"].transpose(2, 3).flatten(1, 2)
+    up_SXD = (scale * current["up"].transpose(2, 3).flatten(1, 2)).to(dtype)
     if "router" not in current:
-        return MixedBanks(rows_SND, up_SXD, None)
+        return MixedBanks(rows_SND.to(dtype), up_SXD, None)
     directions_SER = F.normalize(current["embeddings"], dim=2, eps=TINY)
-    rows_SND = torch.cat([rows_SND, current["router"]], dim=1)
+    rows_SND = torch.cat([rows_SND, current["router"]], dim=1).to(dtype)
     return MixedBanks(rows_SND, up_SXD, directions_SER / temperature)
 
 
 def mixed_hidden(x_SDT: torch.Tensor, banks: MixedBanks, top_k: int) -> torch.Tensor:
     """The hidden units of `Mixture` times their gates, [S, X, T], where each sample has a bank of
-    its own: their products with `up_SXD` are what it adds to the residual.
+    its own: their products with `up_SXD` are what it adds to the residual. Experts are chosen in
+    float32, as by `route`.
     """
     read_SNT, hidden_units = banks.rows_SND @ x_SDT, banks.up_SXD.shape[1]
     hidden_SXT = read_SNT[:, :hidden_units].relu_()
     if banks.scaled_experts_SER is None:
         return hidden_SXT
-    projected_SRT = read_SNT[:, hidden_units:]
+    projected_SRT = read_SNT[:, hidden_units:].to(banks.scaled_experts_SER.dtype)
     norms_S1T = torch.linalg.vector_norm(projected_SRT, dim=1, keepdim=True).clamp_(min=TINY)
     scores_SET = (banks.scaled_experts_SER @ projected_SRT).div_(norms_S1T)
     probabilities_SET = torch.softmax(scores_SET, dim=1)

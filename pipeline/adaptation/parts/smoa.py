@@ -51,6 +51,7 @@ from pipeline.adaptation.tensors import PlannedTensor, Start
 from pipeline.adaptation.wrapper import Wrapper
 from pipeline.errors import BackboneError
 from pipeline.specs import Recipe, Smoa
+from pipeline.utils.devices import dtype_of_products
 
 if TYPE_CHECKING:
     from pipeline.adaptation.lanes import Lane
@@ -194,10 +195,7 @@ class ParallelToMlp(Wrapper):
         self.generator = [generator]
 
     def forward(self, x: torch.Tensor, *arguments: Any, **named: Any) -> torch.Tensor:
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(
-                torch.get_autocast_dtype(x.device.type)
-            )  # once for both, which would each do it
+        x = x.to(dtype_of_products(x))  # once for both, which would each do it
         y = self.base(x, *arguments, **named)
         if self.bank[0].spec.placement == "after_mlp":
             x = y
@@ -278,23 +276,26 @@ def _add(
     """
     if lane.from_block and slot.block not in blocks(lane.from_block):
         return y
-    spec, banks = lane.spec, lane.once(slot.width, partial(_banks, lane, slot.width))
+    spec, dtype = lane.spec, dtype_of_products(x)
     x = y if spec.placement == "after_mlp" else x
-    tokens = x.movedim(1, -1) if slot.channels_first else x
-    x_STD = tokens.reshape(len(banks.up_SXD), -1, banks.up_SXD.shape[-1])
-    hidden_STX = mixed_hidden(x_STD.mT, banks, spec.top_k).mT
-    if not slot.channels_first and not spec.prompt_generator:
-        return y.reshape(x_STD.shape).baddbmm_(hidden_STX, banks.up_SXD).view(y.shape)
-    output = (hidden_STX @ banks.up_SXD).view(tokens.shape)
+    tokens = (x.movedim(1, -1) if slot.channels_first else x).to(dtype)
+    with torch.autocast(x.device.type, enabled=False):  # which experts are chosen is float32
+        banks = lane.once(slot.width, partial(_banks, lane, slot.width, dtype))
+        x_STD = tokens.reshape(len(banks.up_SXD), -1, banks.up_SXD.shape[-1])
+        hidden_STX = mixed_hidden(x_STD.mT, banks, spec.top_k).mT
+        if not slot.channels_first and not spec.prompt_generator:
+            into = y.to(dtype).reshape(x_STD.shape)
+            return into.baddbmm_(hidden_STX, banks.up_SXD).view(y.shape)
+        output = (hidden_STX @ banks.up_SXD).view(tokens.shape)
     if spec.prompt_generator:
-        network.noted[slot.block] = output.mean(dim=1)
+        network.noted[slot.block] = output.float().mean(dim=1)
     return y + (output.movedim(-1, 1) if slot.channels_first else output)
 
 
-def _banks(lane: Lane, width: int) -> MixedBanks:
+def _banks(lane: Lane, width: int, dtype: torch.dtype) -> MixedBanks:
     names = {key: f"smoa.{width}.{key}" for key in BANK_STARTS}
     current = {key: lane.values(name) for key, name in names.items() if lane.has(name)}
-    return mixed_banks(current, lane.spec.temperature, lane.spec.scale)
+    return mixed_banks(current, lane.spec.temperature, lane.spec.scale, dtype)
 
 
 def _widths(site: Site) -> list[int]:
