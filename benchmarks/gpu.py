@@ -13,7 +13,7 @@ from start to end, the tests.
 3. A study of 12 trials on dtd10, and how busy it keeps the GPU; see gpu_study.py. It ends within
    --study-seconds, with fewer trials if need be, and needs all of taskpack's dependencies, Ray and
    MLflow among them, and the images at --data.
-4. The tests: `pytest -m gpu tests/training/test_accelerator.py`.
+4. The tests: `pytest -m gpu`, of the files in `GPU_TESTS`.
 
 CONTRIBUTING.md names the packages that the others need, besides peft for LoRA. Weights are random,
 from a seed, unless --weights names a checkpoint. What cannot be measured says why. Writes
@@ -60,7 +60,12 @@ VARIANTS = (
     "SMoA E=8",
     "default recipe",
 )
-GPU_TESTS = ("tests/training/test_accelerator.py",)
+GPU_TESTS = (
+    "tests/training/test_accelerator.py",
+    "tests/training/test_dry_run.py",
+    "tests/training/test_usage.py",
+    "tests/utils/test_sending.py",
+)
 """By name: other files of tests import what a bare machine has not."""
 TOP_K = 3
 CLASSES = 10

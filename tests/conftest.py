@@ -266,6 +266,16 @@ def standin(standin_library: Path) -> str:
     return standin_device.register(standin_library)
 
 
+@pytest.fixture(scope="session")
+def gpu() -> str:
+    """The name of this machine's GPU."""
+    import torch
+
+    if not torch.cuda.is_available():
+        pytest.skip("needs a GPU that torch can use")
+    return "cuda"
+
+
 @pytest.fixture(scope="module")
 def local_ray(request: pytest.FixtureRequest) -> Iterator[None]:
     """A private Ray with room for three workers, or for the RAY_CPUS of a test file, whatever this

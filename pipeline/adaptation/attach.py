@@ -94,9 +94,9 @@ class AdaptedModel(nn.Module):
         return self._trunk is not None
 
     def inputs_of(self, images: torch.Tensor) -> torch.Tensor:
-        """What `logits_of` takes, for images on the CPU: the images on the model's device or, of a
-        model that keeps its trunk, what the blocks that are not changed make of uint8 images. Each
-        of these is computed once per process, as long as there is room.
+        """What `logits_of` takes: the images on the model's device or, of a model that keeps its
+        trunk, what the blocks that are not changed make of uint8 images on the CPU. Each of these
+        is computed once per process, as long as there is room.
         """
         if self._trunk is None:
             return to_device(images, self.device)

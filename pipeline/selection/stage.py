@@ -42,6 +42,7 @@ from pipeline.selection.gradient import gradient_sums
 from pipeline.selection.losses import make_loss
 from pipeline.specs import Task
 from pipeline.utils.devices import reserved_gpu
+from pipeline.utils.sending import sent
 
 if TYPE_CHECKING:
     from ray.train.torch import TorchTrainer
@@ -254,7 +255,7 @@ def _sums(
     task, spec = inputs.task, inputs.task.selection
     if is_recomputable(spec):
         return {}
-    in_order = inputs.reader("train").batches([samples for _, samples in batches])
+    in_order = sent(inputs.reader("train").batches([samples for _, samples in batches]), device)
     read = (
         (number, *tensors) for (number, _), tensors in zip(pace(batches), in_order, strict=True)
     )

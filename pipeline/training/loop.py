@@ -39,6 +39,7 @@ from pipeline.utils.devices import (
     exact_float32,
     to_device,
 )
+from pipeline.utils.sending import Batch, sent
 
 READ_EVERY = 20
 """Steps after which their losses are read, for which a GPU is waited for."""
@@ -96,7 +97,7 @@ def train_epochs(
         model.train()  # again in every epoch: the caller may have evaluated the model
         progress.losses = progress.losses if first_index else []
         batches = _batches_of_rank(reader, split, spec.batch_size, seed, epoch, ranks)
-        for images, targets in reader.batches(batches[first_index:]):
+        for images, targets in trainer.sent(reader.batches(batches[first_index:])):
             trainer.step(images, targets, progress.step)
             average.update(progress.step)
             progress.step += 1
@@ -179,6 +180,12 @@ class _Trainer:
 
         is_alone = self.ranks.world == 1
         return self._passes.fit(step, len(inputs)) if is_alone else step(self._passes.size)
+
+    def sent(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """Batches on the device; of a model that keeps its trunk, on the CPU, whose images it
+        knows.
+        """
+        return batches if self.model.keeps_trunk else sent(batches, self.device)
 
     def save_if_due(self, progress: Progress, checkpoint: Checkpoint | None) -> None:
         """Read the losses from time to time, and before the checkpoint is saved. Several ranks read

@@ -37,7 +37,7 @@ def choose_device(name: str | None = None) -> str:
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
-        number, count = device.index or 0, _module(device).device_count()
+        number, count = device.index or 0, device_module(device).device_count()
     except RuntimeError:  # no kind of device that torch knows
         number, count = 0, 0
     if number >= count:
@@ -105,8 +105,8 @@ def can_record(device: str | torch.device) -> bool:
 
 
 def to_device(tensor: torch.Tensor, device: str | torch.device) -> torch.Tensor:
-    """A tensor of the CPU on a device. An accelerator copies it while the host goes on."""
-    if is_accelerator(device):
+    """A tensor on a device. An accelerator copies it from the CPU while the host goes on."""
+    if is_accelerator(device) and not is_accelerator(tensor.device):
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
 
@@ -123,13 +123,13 @@ def all_to_device(
 def device_name(device: str | torch.device) -> str:
     """A device's model name."""
     if is_accelerator(device):
-        return str(_module(device).get_device_name(torch.device(device)))
+        return str(device_module(device).get_device_name(torch.device(device)))
     return f"CPU ({platform.machine()}, {torch.backends.cpu.get_cpu_capability()})"
 
 
 def memory_bytes(device: str | torch.device) -> tuple[int, int]:
     """Free and total bytes of an accelerator's memory."""
-    free, total = _module(device).mem_get_info(torch.device(device))
+    free, total = device_module(device).mem_get_info(torch.device(device))
     return int(free), int(total)
 
 
@@ -138,7 +138,7 @@ def busy_share(device: str | torch.device) -> float | None:
     where its driver's library (NVML) is missing or does not tell.
     """
     try:
-        return float(_module(device).utilization(torch.device(device))) / 100
+        return float(device_module(device).utilization(torch.device(device))) / 100
     except Exception:  # that of NVML's own errors is Exception, and NVML may not be installed
         return None
 
@@ -153,19 +153,19 @@ def limit_memory(device: str | torch.device, share: float) -> None:
     """Let tensors of this process take at most a share of an accelerator's memory, so that its peak
     is not the end of others there.
     """
-    _module(device).set_per_process_memory_fraction(share, torch.device(device).index or 0)
+    device_module(device).set_per_process_memory_fraction(share, torch.device(device).index or 0)
 
 
 def largest_memory_bytes(device: str | torch.device) -> int | None:
     """The most bytes that tensors of this process took on an accelerator; None on a CPU."""
     if not is_accelerator(device):
         return None
-    return int(_module(device).max_memory_allocated(torch.device(device)))
+    return int(device_module(device).max_memory_allocated(torch.device(device)))
 
 
 def forget_peak(device: str | torch.device) -> None:
     """Reset the statistics of an accelerator's peak memory."""
-    _module(device).reset_peak_memory_stats(torch.device(device))
+    device_module(device).reset_peak_memory_stats(torch.device(device))
 
 
 def process_memory_bytes(device: str | torch.device) -> int:
@@ -173,7 +173,7 @@ def process_memory_bytes(device: str | torch.device) -> int:
     tensors, used or not, and those that are taken beside them now, such as by CUDA's context. What
     other processes take there is among the latter.
     """
-    module, place = _module(device), torch.device(device)
+    module, place = device_module(device), torch.device(device)
     free, total = memory_bytes(place)
     beside = total - free - module.memory_reserved(place)
     return int(module.max_memory_reserved(place) + beside)
@@ -184,7 +184,7 @@ def has_bf16_units(device: str | torch.device) -> bool:
     float32.
     """
     if is_accelerator(device):
-        return bool(_module(device).is_bf16_supported(including_emulation=False))
+        return bool(device_module(device).is_bf16_supported(including_emulation=False))
     capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     return any(capabilities.get(unit) for unit in _CPU_UNITS)
 
@@ -267,6 +267,6 @@ class _Float32:
             conv.fp32_precision, product.fp32_precision = of_conv, of_product
 
 
-def _module(device: str | torch.device) -> Any:
+def device_module(device: str | torch.device) -> Any:
     """Torch's module for a kind of device, such as `torch.cuda`."""
     return torch.get_device_module(torch.device(device))

@@ -95,9 +95,25 @@ def register(library: Path) -> str:
             memory_reserved=lambda device=None: allocated_bytes(),
             max_memory_reserved=lambda device=None: int(torch.ops.standin.peak_bytes()),
             reset_peak_memory_stats=lambda device=None: torch.ops.standin.forget_peak(),
+            Stream=_Stream,
+            current_stream=lambda device=None: _Stream(device),
+            stream=contextlib.nullcontext,
             mem_get_info=lambda device=None: (limit_bytes() - allocated_bytes(), limit_bytes()),
         )
     return DEVICE
+
+
+class _Stream:
+    """The device has one stream, in which nothing waits."""
+
+    def __init__(self, device: str | torch.device | None = None) -> None:
+        self.device = device
+
+    def wait_stream(self, other: _Stream) -> None: ...
+
+    def wait_event(self, event: None) -> None: ...
+
+    def record_event(self) -> None: ...
 
 
 def allocated_bytes() -> int:

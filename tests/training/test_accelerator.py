@@ -68,11 +68,7 @@ DROPOUT: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="session", params=["stand-in", pytest.param("gpu", marks=pytest.mark.gpu)])
 def device(request: pytest.FixtureRequest) -> str:
-    if request.param == "stand-in":
-        return str(request.getfixturevalue("standin"))
-    if not torch.cuda.is_available():
-        pytest.skip("needs a GPU that torch can use")
-    return "cuda"
+    return str(request.getfixturevalue("standin" if request.param == "stand-in" else "gpu"))
 
 
 @pytest.fixture(scope="module")
@@ -327,21 +323,20 @@ def test_packs_of_masks_share_the_backbone_on_the_device(
     ids=["bank", "adapter", "lora", "dtl", "full"],
 )
 def test_recorded_steps_train_what_plain_steps_train(
+    gpu: str,
     recipe: dict[str, Any],
     training: dict[str, Any],
     tiny_inputs: Inputs,
     selected: SelectedIndex,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("needs a GPU that torch can use")
     given = {**TRAINING, "precision": "fp32", "batch_size": 8, "epochs": 3, **training}
     spec = Recipe.model_validate({**recipe, "training": given})
 
     def trained(is_recorded: bool) -> tuple[list[float], torch.Tensor]:
         monkeypatch.setattr(loop, "can_record", lambda device: is_recorded)
         classes = len(tiny_inputs.index.classes)
-        model = attach(tiny_inputs.backbone, spec, classes, selected=selected).to("cuda")
+        model = attach(tiny_inputs.backbone, spec, classes, selected=selected).to(gpu)
         losses = []
         for loss in loop.train_epochs(
             model,
@@ -351,7 +346,7 @@ def test_recorded_steps_train_what_plain_steps_train(
             tiny_inputs.kind,
             seed=0,
             flip=True,
-            device="cuda",
+            device=gpu,
         ):
             losses.append(loss)
             evaluate(
@@ -370,15 +365,15 @@ def test_recorded_steps_train_what_plain_steps_train(
 
 
 @pytest.mark.gpu
-def test_a_step_that_waits_for_the_gpu_is_not_recorded(caplog: pytest.LogCaptureFixture) -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("needs a GPU that torch can use")
+def test_a_step_that_waits_for_the_gpu_is_not_recorded(
+    gpu: str, caplog: pytest.LogCaptureFixture
+) -> None:
 
     def step(images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         return images.sum() * float(targets.sum())
 
-    run = RecordedStep(step, "cuda")
-    ones = torch.ones(3, device="cuda")
+    run = RecordedStep(step, gpu)
+    ones = torch.ones(3, device=gpu)
     assert [float(run(ones * number, ones)) for number in range(1, 7)] == [
         9 * number for number in range(1, 7)
     ]
@@ -457,11 +452,13 @@ def test_two_ranks_train_one_pack(
 
 @pytest.mark.gpu
 def test_two_trials_share_a_gpu(
-    pool: ProcessPoolExecutor, request: pytest.FixtureRequest, tiny_inputs: Inputs, tmp_path: Path
+    gpu: str,
+    pool: ProcessPoolExecutor,
+    request: pytest.FixtureRequest,
+    tiny_inputs: Inputs,
+    tmp_path: Path,
 ) -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("needs a GPU that torch can use")
     folders = [tmp_path / "one", tmp_path / "other"]
-    side_by_side(pool, request, tiny_inputs, "cuda", folders, 1)
+    side_by_side(pool, request, tiny_inputs, gpu, folders, 1)
     one, other = (pack_in(folder).probe_logits for folder in folders)
     assert relative_difference(one, other) < 0.05, "the same recipe from the same seed"

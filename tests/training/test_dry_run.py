@@ -150,7 +150,7 @@ def test_all_parts_of_the_space_and_the_teacher_are_tried_and_the_busiest_counts
 def test_a_gpu_without_the_memory_for_one_image_is_an_error(
     standin: str, tiny_inputs: Inputs
 ) -> None:
-    with standin_device.memory_left(1 << 19), pytest.raises(OutOfMemory):
+    with standin_device.memory_left(5 << 17), pytest.raises(OutOfMemory):
         dry_run.dry_run(with_recipe(tiny_inputs), None, standin)
 
 
@@ -167,3 +167,22 @@ def test_a_library_that_cannot_tell_is_one_that_does_not_tell(
     assert busy_share(standin) is None
     monkeypatch.setattr(torch.get_device_module(standin), "utilization", lambda device: 28)
     assert busy_share(standin) == 0.28
+
+
+# --- on a GPU -------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+def test_a_dry_run_on_a_gpu_measures_a_process_and_gives_its_memory_back(
+    gpu: str, tiny_inputs: Inputs
+) -> None:
+    inputs = with_recipe(tiny_inputs, training={"precision": "bf16"})
+    dry_run.dry_run(inputs, None, gpu)  # libraries keep some memory
+    before = torch.cuda.memory_allocated(gpu)
+    need = dry_run.dry_run(inputs, None, gpu)
+    assert torch.cuda.memory_allocated(gpu) == before
+    assert need.total_bytes == torch.cuda.get_device_properties(gpu).total_memory
+    assert torch.cuda.max_memory_reserved(gpu) < need.memory_bytes < need.total_bytes
+    assert need.busy is None or 0 <= need.busy <= 1
+    assert 1 <= need.trials_per_gpu() <= MOST
+    assert "GiB" in need.line()

@@ -8,11 +8,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
+import torch
 from helpers_cases import for_every
 
 from pipeline.data.reader import WAITED
 from pipeline.training import usage as usage_module
 from pipeline.training.usage import Usage, UsageMeter, measured
+from pipeline.utils.devices import busy_share
 
 
 @for_every(
@@ -64,3 +66,22 @@ def test_a_gpu_is_looked_at_for_as_long_as_it_tells(
         time.sleep(0.1)
     found = meter.usage()
     assert replace(found, seconds=0, waiting=0) == Usage(0, 0, pytest.approx(0.3), 123)  # type: ignore[arg-type]
+
+
+@pytest.mark.gpu
+def test_a_gpu_at_work_tells_so(gpu: str) -> None:
+    """By NVIDIA's library, which the package nvidia-ml-py has."""
+    matrix = torch.randn(4096, 4096, device=gpu)
+    if busy_share(gpu) is None:
+        pytest.skip("needs nvidia-ml-py, and a GPU that is not divided (MIG)")
+    with measured(gpu) as meter:
+        over = time.monotonic() + 4 * usage_module.SAMPLE_SECONDS
+        while time.monotonic() < over:
+            for _ in range(10):
+                matrix @ matrix
+            torch.cuda.synchronize()
+    found = meter.usage()
+    assert found.gpu_busy is not None
+    assert 0.3 < found.gpu_busy <= 1
+    assert found.gpu_memory_bytes is not None
+    assert found.gpu_memory_bytes >= 2 * matrix.nbytes
