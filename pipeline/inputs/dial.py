@@ -43,9 +43,11 @@ PART_SETS = (
 _LEADING = 2
 """This many sets are tried at every rung before any other."""
 STEPS = 12
-_LORA_SCALE = 4.0
-"""Against 1, the orientation of bars gains 8 points, and counting and textures change within their
-noise (benchmarks/results/sizes.md)."""
+_LORA_SCALE, _LORA_SCALE_WIDTH = 4.0, 192
+"""On a backbone of this width, where it is 10 points better than 2 on the orientation of bars and
+no worse on counting. Wider ones take one in inverse proportion, at least 1: on the ViT-S of width
+384, 2 is better than 4 by 5 points on trashnet (benchmarks/results/learning_rate.md).
+"""
 _HEAD_SHARE = 0.25
 """The head has 2 bits where it then takes no more of the pack than this, else 1."""
 _HEAD_BITS = (1, 2, 4, 8)
@@ -90,6 +92,7 @@ class _Ladders:
         self._named = [part for part in PARTS if getattr(task.recipe, part) and part not in offered]
         self._planner = SizePlanner(task, backbone, classes)
         self._budget, self._width = task.budget.max_bytes, backbone.width
+        self._lora_scale = _lora_scale(backbone.width)
         has_several_maps = backbone.gives_maps and not backbone.has_decoder
         self._fuses = has_several_maps and not task.recipe.from_block
         self._is_head_named = task.recipe.head != DEFAULT_HEAD
@@ -187,7 +190,7 @@ class _Ladders:
         if "adapter" in names or "lora" in names:
             point["width"] = 2**step
         if "lora" in names:
-            point["scale"] = _LORA_SCALE
+            point["scale"] = self._lora_scale
         if "smoa" in names:
             point |= {"experts": 4, "width": 4 * 2 ** min(step, 4)}
         if any(part in self._named for part in ADAPTERS):  # `width` would be theirs, too
@@ -230,6 +233,11 @@ class _Ladders:
 
     def _recipe(self, point: Point) -> Recipe:
         return SearchSpace().recipe(self._task.recipe, point)
+
+
+def _lora_scale(width: int) -> float:
+    """For a backbone of this width, to one decimal."""
+    return round(max(1.0, _LORA_SCALE * min(1.0, _LORA_SCALE_WIDTH / width)), 1)
 
 
 def _spread(rungs: Sequence[int]) -> list[int]:

@@ -74,6 +74,16 @@ def test_the_first_few_configurations_cover_the_range() -> None:
     assert 4 * sizes[0] < max(sizes[3:5]) < 16384 < 32768 < min(sizes[1:3])
 
 
+@pytest.mark.parametrize(
+    ("model", "scale"),
+    [("vit_tiny_patch16_224", 4), ("vit_small_patch16_224", 2), ("vit_base_patch16_224", 1)],
+)
+def test_the_scale_of_lora_falls_as_the_backbone_widens(model: str, scale: float) -> None:
+    backbone = VIT_S.model_copy(update={"model": model})
+    points = resolved(backbone, 10)[0].search.configurations or ()
+    assert {point["scale"] for point in points if point["parts"] == "lora"} == {scale}
+
+
 def test_both_numbers_of_connections_are_tried(tiny_backbone: Backbone) -> None:
     recipe = {"preset": "default", **dict.fromkeys(("biases", "smoa", "norms", "adapter", "lora"))}
     task, _ = resolved(tiny_backbone, 10, recipe=recipe, budget={"max_bytes": "64KiB"})
