@@ -25,6 +25,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from pipeline.adaptation.compact import expanded
+
 if TYPE_CHECKING:
     from pipeline.adaptation.flat import FlatPart
 
@@ -79,19 +81,32 @@ def mixed_logits(
     on the same feature; `owners` says which of `heads` is a sample's.
     """
     logits: list[torch.Tensor | None] = [None] * len(owners)
+    tensors = _tensors(heads)
     for rank in {head.structure.spec.rank for head in heads}:  # type: ignore[attr-defined]
         numbers = [at for at, head in enumerate(heads) if head.structure.spec.rank == rank]  # type: ignore[attr-defined]
         features = features_BD
         if rank is not None:
             projection_RD = _known_subspace(rank, features_BD.shape[1])
             features = F.linear(features, projection_RD.to(features.device))
-        weights = [heads[number].value("head.weight") for number in numbers]
+        weights = [tensors[number]["head.weight"] for number in numbers]
         products = F.linear(features, torch.cat(weights))
         starts = dict(zip(numbers, accumulate(map(len, weights), initial=0), strict=False))
         for sample, owner in enumerate(owners):
             if owner in starts:
-                head, start = heads[owner], starts[owner]
-                found = products[sample, start : start + len(head.value("head.weight"))]
-                has_bias = "head.bias" in head.structure.places
-                logits[sample] = found + head.value("head.bias") if has_bias else found
+                own, start = tensors[owner], starts[owner]
+                found = products[sample, start : start + len(own["head.weight"])]
+                logits[sample] = found + own["head.bias"] if "head.bias" in own else found
     return [each for each in logits if each is not None]
+
+
+def _tensors(heads: Sequence[FlatPart]) -> list[dict[str, torch.Tensor]]:
+    """The tensors of each head by name."""
+    values_N = expanded([head.values for head in heads])
+    each = values_N.split([len(head.values.codes_N) for head in heads])
+    return [
+        {
+            name: values_N[start : start + math.prod(shape)].view(shape)
+            for name, (start, shape) in head.structure.places.items()
+        }
+        for head, values_N in zip(heads, each, strict=True)
+    ]

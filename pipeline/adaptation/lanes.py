@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from pipeline.adaptation.compact import expanded
 from pipeline.adaptation.flat import FlatPack, FlatPart, Structure
 
 
@@ -40,9 +41,9 @@ class Lane:
         owners: Sequence[int],
         batch: int,
     ) -> None:
-        device = parts[0].values_N.device
+        device = parts[0].values.codes_N.device
         self.spec: Any = structure.spec
-        self.from_block = structure.from_block
+        self.from_block, self.is_per_neuron = structure.from_block, structure.is_per_neuron
         self.parts = parts
         self._places, self._batch = structure.places, batch
         self._samples_S = None if samples is None else torch.tensor(samples, device=device)
@@ -52,16 +53,11 @@ class Lane:
 
     @functools.cached_property
     def _stacked(self) -> torch.Tensor:
-        return torch.stack([part.values_N for part in self.parts])
+        return expanded([part.values for part in self.parts]).view(len(self.parts), -1)
 
     @functools.cached_property
     def _stacked_indices(self) -> torch.Tensor:
         return torch.stack([part.index_N for part in self.parts if part.index_N is not None])
-
-    @functools.cached_property
-    def is_per_neuron(self) -> bool:
-        """Whether in all its packs each neuron of a layer has as many connections."""
-        return all(part.is_per_neuron for part in self.parts)
 
     @property
     def packs(self) -> int:
@@ -84,15 +80,27 @@ class Lane:
             self._stacked[:, start : start + math.prod(shape)].unflatten(1, shape)
         )
 
-    def indices(self, name: str) -> torch.Tensor:
-        """The indices of a layer's connections of each sample's pack, int64 [S, N]."""
-        return self._by_sample(self.per_pack(name)[0])
+    def columns(self, name: str) -> torch.Tensor:
+        """The columns of a layer's connections of each sample's pack, int64 [S, N], if they are per
+        neuron.
+        """
+        return self._by_sample(self._stacked_indices[:, self._numbers(name)]).long()
 
-    def per_pack(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """The indices, int64, and the values of a layer's connections of each pack, [P, N]."""
+    def per_pack(self, name: str, layer: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """The indices, int64, and the values of the connections of each pack in a layer of as many
+        neurons and inputs, [P, N].
+        """
+        numbers = self._numbers(name)
+        index_PN, values_PN = self._stacked_indices[:, numbers].long(), self._stacked[:, numbers]
+        if self.is_per_neuron:
+            neurons, inputs = layer
+            starts_O = torch.arange(0, neurons * inputs, inputs, device=index_PN.device)
+            index_PN += starts_O.repeat_interleave(index_PN.shape[1] // neurons)
+        return index_PN, values_PN
+
+    def _numbers(self, name: str) -> slice:
         start, (count,) = self._places[name]
-        numbers = slice(start, start + count)
-        return self._stacked_indices[:, numbers].long(), self._stacked[:, numbers]
+        return slice(start, start + count)
 
     def _by_sample(self, each_P: torch.Tensor) -> torch.Tensor:
         return each_P if self._owner_S is None else each_P.index_select(0, self._owner_S)

@@ -122,16 +122,14 @@ class MixedLayer(Wrapper):
         largest K of the batch, where connections that a pack lacks have a value of 0.
         """
         weight_OI = self.base.weight.flatten(1)
-        outputs, inputs = weight_OI.shape
-        starts_O1 = torch.arange(0, outputs * inputs, inputs, device=weight_OI.device)[:, None]
+        outputs = len(weight_OI)
         shape = (samples, outputs, max(lane.spec.top_k for lane in lanes))
         columns_BOK = torch.zeros(shape, dtype=torch.long, device=weight_OI.device)
         values_BOK = weight_OI.new_zeros(shape)
         for lane in lanes:
             if lane.has(self.name):
-                index_SOK = lane.indices(self.name).unflatten(1, (outputs, -1))
+                columns_SOK = lane.columns(self.name).unflatten(1, (outputs, -1))
                 values_SOK = lane.values(self.name).unflatten(1, (outputs, -1))
-                columns_SOK = index_SOK - starts_O1
                 columns_BOK = lane.change(columns_BOK, functools.partial(_padded, columns_SOK))
                 values_BOK = lane.change(values_BOK, functools.partial(_padded, values_SOK))
         return columns_BOK, values_BOK
@@ -169,10 +167,11 @@ class MixedLayer(Wrapper):
         connections of its part, if any.
         """
         exact, entries = self.base.weight.view(-1), weight.view(-1)
+        layer = len(weight), weight[0].numel()
         writes: dict[int, tuple[torch.Tensor, ...]] = {}
         for lane in batch.lanes("connections"):
             if lane.has(self.name):
-                index_PN, values_PN = lane.per_pack(self.name)
+                index_PN, values_PN = lane.per_pack(self.name, layer)
                 frozen_PN = exact[index_PN]
                 changed_PN = (frozen_PN + values_PN).to(weight.dtype)
                 each = zip(index_PN, changed_PN, frozen_PN.to(weight.dtype), strict=True)
