@@ -80,11 +80,12 @@ class LookUps:
                     break
         return found[:limit]
 
-    def champions(self, fingerprint: str | None = None) -> Iterator[RegisteredPack]:
-        """Every task's champion, best first; with `fingerprint`, those on this backbone. Raises
-        RegistryError.
+    def champions(
+        self, fingerprint: str | None = None, after: str | None = None
+    ) -> Iterator[RegisteredPack]:
+        """Every task's champion, best first; with `fingerprint`, those on this backbone, and with
+        `after`, those that follow this pack. Raises RegistryError.
         """
-        after = None
         while page := self.search(fingerprint=fingerprint, limit=_PAGE, after=after):
             yield from (pack for pack in page if CHAMPION_ALIAS in pack.aliases)
             after = page[-1].reference

@@ -109,9 +109,11 @@ class Registry:
         """See `LookUps.search`."""
         return self._lookups.search(task, max_bytes, min_metric, metric, fingerprint, limit, after)
 
-    def champions(self, fingerprint: str | None = None) -> Iterator[RegisteredPack]:
+    def champions(
+        self, fingerprint: str | None = None, after: str | None = None
+    ) -> Iterator[RegisteredPack]:
         """See `LookUps.champions`."""
-        return self._lookups.champions(fingerprint)
+        return self._lookups.champions(fingerprint, after)
 
     def get(self, reference: str) -> RegisteredPack:
         """See `LookUps.get`."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import itertools
 import re
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -111,15 +112,16 @@ def _add_predictions(app: FastAPI, engine: Engine) -> None:
 def _add_tasks(app: FastAPI, engine: Engine) -> None:
     @app.get("/v1/tasks")
     def tasks(limit: int = 50, after: str | None = None) -> dict[str, Any]:
-        """List the champions on this server's backbone, best first; `next` continues."""
+        """List the champions on this server's backbone, best first, `limit` on a page; `next` is
+        what the next page comes `after`, null on the last one.
+        """
         if not 1 <= limit <= _MOST_LISTED:
             raise Refused(400, f"limit: given {limit}; expected 1 to {_MOST_LISTED}")
-        found = engine.catalogue.registry.search(
-            fingerprint=engine.host.backbone.fingerprint, limit=limit, after=after
-        )
+        champions = engine.catalogue.registry.champions(engine.host.backbone.fingerprint, after)
+        [*found] = itertools.islice(champions, limit + 1)
         return {
-            "tasks": [_summary(pack) for pack in found if "champion" in pack.aliases],
-            "next": found[-1].reference if len(found) == limit else None,
+            "tasks": [_summary(pack) for pack in found[:limit]],
+            "next": found[limit - 1].reference if len(found) > limit else None,
         }
 
     @app.get("/v1/tasks/{name}")

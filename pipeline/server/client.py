@@ -43,7 +43,9 @@ class Client:
         return predictions
 
     def tasks(self, limit: int = 50, after: str | None = None) -> dict[str, Any]:
-        """A page of the server's tasks. Raises ServerError."""
+        """A page of the server's tasks: up to `limit` of them, and in `next` what the next page
+        comes `after`, None on the last one. Raises ServerError.
+        """
         query = {"limit": limit} | ({"after": after} if after else {})
         return self._ask(f"/v1/tasks?{urllib.parse.urlencode(query)}")
 

@@ -7,6 +7,7 @@ import dataclasses
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -91,6 +92,29 @@ def test_tasks_are_listed_and_shown(shop: Shop, served: Served) -> None:
         Client(served[0]).tasks()
     with pytest.raises(ServerError, match="is the server running"):
         Client("http://127.0.0.1:9").tasks()
+
+
+def test_pages_of_tasks_are_full_up_to_the_last(
+    shop: Shop, settings: Settings, tmp_path: Path
+) -> None:
+    """Versions that are no champion take no place on a page."""
+    registry, packs = open_registry(None, tmp_path), list(shop.packs.values())
+    for version in range(2):
+        for number, name in enumerate(shop.packs, version):
+            register_pack(registry, tmp_path, name, packs[number % len(packs)], promote=True)
+    engine = Engine(dataclasses.replace(settings, workdir=tmp_path))
+    with listening(build_app(engine)) as port:
+        client = Client(f"http://127.0.0.1:{port}", TOKEN)
+        names = [task["name"] for task in client.tasks()["tasks"]]
+        assert sorted(names) == sorted(shop.packs)
+        for limit in range(1, len(names) + 2):
+            pages, after = [], None
+            while True:
+                page = client.tasks(limit, after)
+                pages.append([task["name"] for task in page["tasks"]])
+                if (after := page["next"]) is None:
+                    break
+            assert pages == [names[at : at + limit] for at in range(0, len(names), limit)]
 
 
 def test_sets_have_their_coverage(shop: Shop, served: Served, tiny_task: Task) -> None:
