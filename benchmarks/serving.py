@@ -265,7 +265,7 @@ def markdown(result: dict[str, Any]) -> str:
     lines += _speeds(result["rows"])
     lines += ["", "## Packs in memory, and how long one takes to load", ""]
     lines += _loads(result["rows"])
-    lines += ["", "A load decodes the file, checks it, and passes its two probe images."]
+    lines += ["", "A load decodes the file, checks it, and passes a probe image."]
     return "\n".join(lines) + "\n"
 
 

@@ -86,7 +86,7 @@ def test_a_host_in_bfloat16_says_what_each_pack_says_alone_in_bfloat16(
     )
 
     def is_rounded(now: np.ndarray, pack: Pack) -> bool:
-        return not np.allclose(now, pack.probe_logits, rtol=1e-4, atol=1e-4)
+        return not np.allclose(now, pack.probe_logits[: len(now)], rtol=1e-4, atol=1e-4)
 
     host = PackHost(backbone, contents.__getitem__, device="cpu", precision="bf16")
     found = host.predict([(name, image) for name in packs])
