@@ -6,7 +6,9 @@ parts stand beside one of a fixed subspace, and the head alone is tried in both.
 again and again, gives the rungs; each set has at most one recipe per rung, the largest that fits.
 First come the smallest pack there is, then bottlenecks and LoRA, the best per byte where we
 measured it (docs/results.md), at the largest rung and between, so that even a few trials cover the
-range; then the other sets in turn, from their middle rungs outwards.
+range; then the other sets in turn, from their middle rungs outwards. FacT and DTL are left out: at
+equal bytes, FacT is within the noise of LoRA, and DTL of bottlenecks
+(benchmarks/results/sizes.md).
 
 Where the backbone gives maps, the head is a small decoder of several maps, except in the smallest
 pack: it is worth more than other parts (benchmarks/results/segmentation.md).
