@@ -83,6 +83,8 @@ def _seconds(measured: dict[str, Any], tasks: int) -> dict[str, float]:
         "write a trial's record": task["record_write"],
         "report progress to the watch": watch["report"],
         f"write the state of {tasks:,} tasks, once a second": watch["state_write"],
+        "register a pack of 16 trials, embedded registry": registry["embedded_register_driver"],
+        "register a pack of 16 trials, server": registry["server_register_driver"],
         "register a pack, embedded registry (wall time)": registry["embedded_register"],
         "register a pack, server (wall time)": registry["server_register"],
         "look packs up by numbers, server (wall time)": registry["server_search"],

@@ -79,7 +79,8 @@ class ChampionAlias:
         """Move the alias, after the tags that show the champion's numbers in MLflow's list of
         models: after an interruption in between, the next move of the alias repairs it."""
         client = self._store.client
-        if CHAMPION_ALIAS not in client.get_model_version(pack.name, str(pack.version)).aliases:
+        version = self._store.light.get_model_version(pack.name, str(pack.version))
+        if CHAMPION_ALIAS not in version.aliases:
             for key, value in pack.shown().items():
                 set_despite_race(client.set_registered_model_tag, pack.name, key, value)
             set_despite_race(

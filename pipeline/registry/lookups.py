@@ -104,7 +104,7 @@ class LookUps:
         with registry_errors(self._store.tracking_uri):
             for start in range(0, len(names), _PAGE):
                 page = ", ".join(f"'{name}'" for name in names[start : start + _PAGE])
-                found = self._store.reader.search_registered_models(
+                found = self._store.light.search_registered_models(
                     f"name IN ({page})", max_results=_PAGE
                 )
                 aliases |= {model.name: model.aliases for model in found}
@@ -133,7 +133,7 @@ class LookUps:
         """The version with the alias `champion`; None where no version has it, or one that taskpack
         did not register.
         """
-        reader = self._store.reader
+        reader = self._store.light
         number = reader.get_registered_model(name).aliases.get(CHAMPION_ALIAS)
         version = (
             None
@@ -150,7 +150,7 @@ class LookUps:
         self, clauses: list[str], size: int, order: list[str], page_token: str | None
     ) -> Any:
         experiments, text = [self._store.experiment_id], " AND ".join(clauses)
-        return self._store.reader.search_runs(
+        return self._store.light.search_runs(
             experiments, text, max_results=size, order_by=order, page_token=page_token
         )
 
@@ -160,7 +160,7 @@ class LookUps:
             raise RegistryError(
                 f"{reference!r}: not a reference to a pack; give NAME, NAME@ALIAS or NAME/VERSION"
             )
-        registered = absent_as_none(self._store.reader.get_registered_model, match["name"])
+        registered = absent_as_none(self._store.light.get_registered_model, match["name"])
         if registered is None:
             raise RegistryError(
                 f"{reference}: no task of this name is registered;"
@@ -174,7 +174,7 @@ class LookUps:
                 f"{reference}: no version has the alias {alias!r}; give NAME/VERSION ({known})"
             )
         version = absent_as_none(
-            self._store.reader.get_model_version, registered.name, str(int(number))
+            self._store.light.get_model_version, registered.name, str(int(number))
         )
         if version is None:
             raise RegistryError(f"{reference}: no such version; {self._known_versions(registered)}")
@@ -186,7 +186,7 @@ class LookUps:
                 f"{version.name}/{version.version}: a model that taskpack did not register;"
                 " `taskpack ls` lists those it did"
             )
-        return self._store.reader.get_run(version.run_id)
+        return self._store.light.get_run(version.run_id)
 
     def _packs_of(self, runs: list[Any]) -> list[RegisteredPack]:
         """Those of `runs` whose versions are still there. Two requests at once, however many runs:
@@ -195,7 +195,7 @@ class LookUps:
             return []
         ids = ", ".join(f"'{run.info.run_id}'" for run in runs)
         names = ", ".join(f"'{name}'" for name in sorted({run.data.tags[TASK_TAG] for run in runs}))
-        reader = self._store.reader
+        reader = self._store.light
         with ThreadPoolExecutor(max_workers=2) as pool:
             searched = pool.submit(
                 reader.search_model_versions, f"run_id IN ({ids})", max_results=4 * _PAGE
@@ -225,7 +225,7 @@ class LookUps:
         # The first two letters are enough for the server to leave out most of the registry.
         candidates = [
             found.name
-            for found in self._store.reader.search_registered_models(
+            for found in self._store.light.search_registered_models(
                 f"name ILIKE '{name[:2]}%'", max_results=500
             )
         ]
@@ -233,7 +233,7 @@ class LookUps:
         return f"did you mean {' or '.join(near)}?" if near else "`taskpack ls` lists what there is"
 
     def _known_versions(self, model: Any) -> str:
-        newest = self._store.reader.search_model_versions(
+        newest = self._store.light.search_model_versions(
             f"name = '{model.name}'", max_results=1, order_by=["version_number DESC"]
         )
         return (

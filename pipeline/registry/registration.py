@@ -70,7 +70,7 @@ class Registration:
 
     def _find_version(self, champion: Champion) -> Any:
         mine = f"name = '{champion.task}' AND tags.{DIGEST_TAG} = '{champion.pack_digest}'"
-        found = self._client.search_model_versions(
+        found = self._store.light.search_model_versions(
             mine, max_results=1, order_by=["version_number ASC"]
         )
         return found[0] if found else None
@@ -90,7 +90,7 @@ class Registration:
         self._discard_unfinished(champion)
         model = self._log(champion)
         if with_trials:
-            log_trials(self._client, self._store.experiment_id, model.source_run_id, champion)
+            log_trials(self._store.light, self._store.experiment_id, model.source_run_id, champion)
         self._ensure_registered_model(champion)
         # The location rather than `models:/m-...`: MLflow's SQL store resolves the latter through
         # the process-wide tracking URI, not the client's.
@@ -194,7 +194,7 @@ class Registration:
             self._client.log_inputs(run_id, inputs)
 
     def _ensure_registered_model(self, champion: Champion) -> None:
-        if absent_as_none(self._client.get_registered_model, champion.task) is None:
+        if absent_as_none(self._store.light.get_registered_model, champion.task) is None:
             existing_as_none(
                 self._client.create_registered_model,
                 champion.task,

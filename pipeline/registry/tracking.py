@@ -56,18 +56,18 @@ class TrackingStore:
 
     @functools.cached_property
     def client(self) -> Any:
-        """MLflow's own client, for all that writes."""
+        """MLflow's own client, for all that writes but trials."""
         return import_mlflow().MlflowClient(
             tracking_uri=self.tracking_uri, registry_uri=self.tracking_uri
         )
 
     @property
-    def reader(self) -> Any:
-        """The client for look-ups: over REST without MLflow where that is possible."""
+    def light(self) -> Any:
+        """The client for look-ups and trials: over REST without MLflow where that is possible."""
         return self._rest or self.client
 
     def _find_or_create_experiment(self) -> Any:
-        experiment = self.reader.get_experiment_by_name(EXPERIMENT)
+        experiment = self.light.get_experiment_by_name(EXPERIMENT)
         if experiment is None:
             # Two processes may both get here; the second one finds what the first has made.
             location = self._artifacts_here or None
@@ -77,7 +77,7 @@ class TrackingStore:
                 artifact_location=location,
                 tags=_EXPERIMENT_TAGS,
             )
-            experiment = self.reader.get_experiment_by_name(EXPERIMENT)
+            experiment = self.light.get_experiment_by_name(EXPERIMENT)
         if experiment.lifecycle_stage != "active":
             raise RegistryError(
                 f"the MLflow experiment {EXPERIMENT!r} is deleted; restore it: mlflow experiments"
