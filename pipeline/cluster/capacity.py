@@ -94,8 +94,8 @@ def check_holds_group(workers: int, cpus: float, gpus: float) -> None:
     held = places(cpus, gpus)
     if workers > held and not _scales_itself():
         raise ClusterError(
-            f"--selection-workers: given {workers}, the cluster has room for {held}, each with a"
-            f" CPU{' and a GPU' if gpus else ''}"
+            f"--selection-workers: given {workers}, the cluster has room for {held}, each with"
+            f" {cpus:g} CPU{'s' if cpus != 1 else ''}{' and a GPU' if gpus else ''}"
         )
 
 

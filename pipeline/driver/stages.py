@@ -289,18 +289,18 @@ class Stages:
         path = self.workspace.selection(inputs, top_k)
         if not path.exists():
             self.workers_are_up(self.ranks(inputs))
-            use_gpu = self._per_trial()[1] > 0 and has_gpus()
+            cpus, gpus = self._per_trial()
+            use_gpu = gpus > 0 and has_gpus()
+            cpus = cpus if use_gpu else 1  # a CPU computes with one thread
             workers = self.placement.selection_workers or max(
-                1, places(1, use_gpu) // max(1, self.pool.running)
+                1, places(cpus, use_gpu) // max(1, self.pool.running)
             )
             if self._select_alone(inputs, data_folder, top_k, path, workers):
                 return path
-            check_holds_group(workers, 1, use_gpu)
+            check_holds_group(workers, cpus, use_gpu)
+            options: dict[str, Any] = {"workers": workers, "cpus": cpus, "use_gpu": use_gpu}
             interruptible(
-                lambda: select(
-                    inputs.task, data_folder, top_k, path, workers=workers, use_gpu=use_gpu
-                ),
-                self.is_stopping,
+                lambda: select(inputs.task, data_folder, top_k, path, **options), self.is_stopping
             )
             await_file(path)
         return path

@@ -33,7 +33,7 @@ from pipeline.adaptation import (
     recompute,
 )
 from pipeline.adaptation.sites import tunable_layers
-from pipeline.data import shard_batches
+from pipeline.data import Reader, shard_batches
 from pipeline.errors import ClusterError, TaskpackError, named
 from pipeline.inputs.out_of_memory import named_out_of_memory
 from pipeline.inputs.task_inputs import Inputs, open_inputs
@@ -80,9 +80,19 @@ def read_selection(path: Path) -> dict[str, RankedIndices]:
 
 
 def select(
-    task: Task, data_folder: Path, top_k: int, path: Path, *, workers: int, use_gpu: bool = False
+    task: Task,
+    data_folder: Path,
+    top_k: int,
+    path: Path,
+    *,
+    workers: int,
+    cpus: float = 1,
+    use_gpu: bool = False,
 ) -> Path:
     """Write the selection to `path` unless it is there. Needs a running Ray.
+
+    Args:
+        cpus: of each worker, which decode its images.
 
     Raises:
         DataError, BackboneError, UnexpectedError: from any worker.
@@ -99,6 +109,7 @@ def select(
         "data_folder": str(data_folder),
         "top_k": top_k,
         "path": str(path),
+        "cpus": cpus,
         "use_gpu": use_gpu,
     }
     try:
@@ -129,7 +140,7 @@ def _worker_group(
         scaling_config=ray.train.ScalingConfig(
             num_workers=(1, workers),
             use_gpu=use_gpu,
-            resources_per_worker={"CPU": 1},
+            resources_per_worker={"CPU": config["cpus"]},
             elastic_resize_monitor_interval_s=NEVER_SECONDS,
         ),
         run_config=ray.train.RunConfig(
@@ -163,17 +174,13 @@ def select_locally(
     Args:
         on_batch: told before each batch and at the end how many are done, and of how many.
     """
-    with _one_thread():
-        return _ranked(
-            inputs,
-            _sums(
-                inputs,
-                _numbered_batches(inputs),
-                device,
-                pace=lambda batches: _counted(batches, on_batch),
-            ),
-            top_k,
-        )
+    sums = _sums(
+        inputs,
+        _numbered_batches(inputs),
+        device,
+        pace=lambda batches: _counted(batches, on_batch),
+    )
+    return _ranked(inputs, sums, top_k)
 
 
 def _counted(batches: Sequence[PlannedBatch], on_batch: OnBatch) -> Iterator[PlannedBatch]:
@@ -193,10 +200,7 @@ def select_locally_if_faster(
     """
     task, batches = inputs.task, _numbered_batches(inputs)
     try:
-        with (
-            _one_thread(),
-            named_out_of_memory(task, task.selection.batch_size, device, "selection.batch_size"),
-        ):
+        with named_out_of_memory(task, task.selection.batch_size, device, "selection.batch_size"):
             sums = _sums(inputs, batches, device, lambda given: _while_sooner(given, workers))
             selected = _ranked(inputs, sums, top_k)
     except _WorkersAreSooner:
@@ -224,7 +228,7 @@ def _while_sooner(batches: Sequence[PlannedBatch], workers: int) -> Iterator[Pla
 
 @contextlib.contextmanager
 def _one_thread() -> Iterator[None]:
-    """As in every worker: another number of threads may round otherwise."""
+    """Compute with one thread, wherever it is: another number of them may round otherwise."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -250,12 +254,24 @@ def _sums(
     pace: Callable[[Sequence[PlannedBatch]], Iterable[PlannedBatch]] = iter,
 ) -> dict[str, torch.Tensor]:
     """What the criterion adds up over batches, float64, by layer; nothing where it needs no data.
-    `pace` is asked before each is read.
+    `pace` is asked before each is read. Images are decoded by as many threads as torch has here.
     """
-    task, spec = inputs.task, inputs.task.selection
-    if is_recomputable(spec):
+    if is_recomputable(inputs.task.selection):
         return {}
-    in_order = sent(inputs.reader("train").batches([samples for _, samples in batches]), device)
+    reader = inputs.reader("train")
+    with _one_thread():
+        return _added(inputs, reader, batches, device, pace)
+
+
+def _added(
+    inputs: Inputs,
+    reader: Reader,
+    batches: Sequence[PlannedBatch],
+    device: str,
+    pace: Callable[[Sequence[PlannedBatch]], Iterable[PlannedBatch]],
+) -> dict[str, torch.Tensor]:
+    task, spec = inputs.task, inputs.task.selection
+    in_order = sent(reader.batches([samples for _, samples in batches]), device)
     read = (
         (number, *tensors) for (number, _), tensors in zip(pace(batches), in_order, strict=True)
     )
@@ -267,6 +283,7 @@ def _sums(
     )
 
 
+@_one_thread()
 def _ranked(
     inputs: Inputs, totals: dict[str, torch.Tensor], top_k: int
 ) -> dict[str, RankedIndices]:
@@ -285,7 +302,7 @@ def _worker(config: dict[str, Any]) -> TaskpackError | None:
     """Run one rank. An error on any rank is sent to all, so that none waits for its sums, and
     returned rather than raised, so that Ray does not retry.
     """
-    torch.set_num_threads(1)
+    torch.set_num_threads(max(1, int(config["cpus"])))
     rank, world = dist.get_rank(), dist.get_world_size()
     sums: dict[str, torch.Tensor] = {}
     error: TaskpackError | None = None

@@ -255,7 +255,7 @@ def test_a_selection_with_more_workers_than_the_cluster_holds_is_refused(
     check_holds_group(3, 1, 0)
     with pytest.raises(
         ClusterError,
-        match=r"--selection-workers: given 4, the cluster has room for 3, each with a CPU$",
+        match=r"--selection-workers: given 4, the cluster has room for 3, each with 1 CPU$",
     ):
         check_holds_group(4, 1, 0)
     monkeypatch.setattr(cluster, "_scales_itself", lambda: True)

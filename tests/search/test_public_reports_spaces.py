@@ -15,6 +15,7 @@ from helpers_cases import for_every
 from helpers_cli import TASK, new_workdir, write_task
 
 from pipeline.adaptation.tensors import PlannedTensor, initial_values
+from pipeline.data import Reader
 from pipeline.driver.batch import run_batch
 from pipeline.driver.compare import compare_methods
 from pipeline.driver.plan_report import plan_task
@@ -202,17 +203,22 @@ def test_data_without_a_format_is_shards_from_python_too(tmp_path: Path) -> None
 # --- the same selection, whoever makes it ---------------------------------------------------------
 
 
-def test_plan_and_run_select_with_one_thread_and_write_the_same_file(
+def test_plan_and_run_select_with_one_thread_decode_with_all_and_write_the_same_file(
     tiny_task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    threads: list[int] = []
-    sums = selection_stage.gradient_sums
+    threads, decoders = list[int](), list[int]()
+    sums, batches = selection_stage.gradient_sums, Reader.batches
 
     def noted(*arguments: Any, **options: Any) -> Any:
         threads.append(torch.get_num_threads())
         return sums(*arguments, **options)
 
+    def read(reader: Reader, plan: Any) -> Any:
+        decoders.append(reader._decoders)
+        return batches(reader, plan)
+
     monkeypatch.setattr(selection_stage, "gradient_sums", noted)
+    monkeypatch.setattr(Reader, "batches", read)
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
@@ -223,6 +229,7 @@ def test_plan_and_run_select_with_one_thread_and_write_the_same_file(
     finally:
         torch.set_num_threads(before)
     assert threads == [1, 1]
+    assert decoders == [2, 2]
     (planned,) = tmp_path.glob("selections/*.safetensors")
     assert planned.read_bytes() == (tmp_path / "run").read_bytes()
 
