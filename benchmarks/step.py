@@ -2,7 +2,7 @@
 and the dense masks of GPS's own code.
 
     python benchmarks/step.py [--model embedded --size 64 --batch 64] [--precision bf16] [--repeats
-    9] [--compile]
+    9]
 
 Variants run in turn, round by round, in one process, so that all meet the same machine; each time
 is the median of `repeats`. Memory is counted three times: what lives beside the one copy of the
@@ -44,7 +44,7 @@ def main() -> None:
     if arguments.peak_of:
         print(_peak_bytes(setting, arguments.peak_of))
         return
-    rows = _measure(setting, arguments.repeats, arguments.compile)
+    rows = _measure(setting, arguments.repeats)
     for row in rows:
         row["peak_bytes"] = _peak_in_process_of_its_own(row["variant"])
     command = "python benchmarks/step.py " + shlex.join(sys.argv[1:])
@@ -61,7 +61,7 @@ def main() -> None:
         hardware = next(
             (name for name in ("epyc", "xeon") if name in result["machine"]["cpu"].lower()), "cpu"
         )
-    kind = f"{arguments.precision}-{hardware}{'-compiled' if arguments.compile else ''}"
+    kind = f"{arguments.precision}-{hardware}"
     path = RESULTS / f"step-{arguments.model}-{kind}.json"
     path.write_text(json.dumps(result, indent=1) + "\n")
     path.with_suffix(".md").write_text(_markdown(result))
@@ -80,13 +80,12 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="bf16")
-    parser.add_argument("--compile", action="store_true", help="ours under torch.compile")
     parser.add_argument("--peak-of", default="", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
-def _measure(setting: Setting, repeats: int, is_compiled: bool) -> list[dict[str, Any]]:
-    built = [build() for build in builders(setting, is_compiled).values()]
+def _measure(setting: Setting, repeats: int) -> list[dict[str, Any]]:
+    built = [build() for build in builders(setting).values()]
     for variant in built:
         variant.step()
     times: dict[str, list[float]] = {variant.name: [] for variant in built}

@@ -142,7 +142,7 @@ OURS = {
 }
 
 
-def builders(setting: Setting, is_compiled: bool = False) -> dict[str, Callable[[], Variant]]:
+def builders(setting: Setting) -> dict[str, Callable[[], Variant]]:
     """For each variant what builds it, so that only one need be in memory at a time."""
     others: dict[str, Callable[[str, Setting], Variant]] = {
         FULL: full,
@@ -157,9 +157,7 @@ def builders(setting: Setting, is_compiled: bool = False) -> dict[str, Callable[
     found: dict[str, Callable[[], Variant]] = {
         name: partial(build, name, setting) for name, build in others.items()
     }
-    return found | {
-        name: partial(ours, name, setting, recipe, is_compiled) for name, recipe in OURS.items()
-    }
+    return found | {name: partial(ours, name, setting, recipe) for name, recipe in OURS.items()}
 
 
 def _variant(
@@ -316,8 +314,12 @@ def input_gradients(name: str, setting: Setting) -> Variant:
 
 
 def ours(name: str, setting: Setting, recipe: Recipe, is_compiled: bool = False) -> Variant:
-    """A recipe of taskpack's, with the balance term where it has a bank."""
+    """A recipe of taskpack's, with the balance term where it has a bank. What writes its values
+    into the weights is never compiled.
+    """
     model = adapted(setting, recipe)
+    if is_compiled:
+        vars(model)["_hand_out"] = torch.compiler.disable(model._hand_out)
     forward: Any = torch.compile(model) if is_compiled else model
     places = sum(
         buffer.nbytes
