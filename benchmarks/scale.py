@@ -41,7 +41,7 @@ def costs_of(measured: dict[str, Any]) -> Costs:
         result=max(study["result"], 0.0),
         trial=max(study["trial"], 0.0),
         study=max(study["study"], 0.0) + task["open"] + task["plan"] + task["selection_read"],
-        study_end=0.0,  # its figure is drawn by a worker
+        study_end=measured["registry"]["server_register_driver"],  # a worker draws its figure
         silent_share=max(study["silent_second"], 0.0),
         state_share=watch["state_write"],
         registration=measured["registry"]["server_register"],
