@@ -1,4 +1,4 @@
-"""What runs on which architecture: timm models of every family, in twelve recipes.
+"""What runs on which architecture: timm models of every family, in a recipe of every part.
 
     nice -n 10 python benchmarks/architectures.py [--only swin_tiny_patch4_window7_224,levit_128s]
     [--recipes default] [--page]
@@ -109,6 +109,8 @@ RECIPES: dict[str, dict[str, Any]] = {
     "adapter after_mlp": {"adapter": {"width": 2, "placement": "after_mlp"}},
     "adapter after_attention": {"adapter": {"width": 2, "placement": "after_attention"}},
     "lora": {"lora": {"rank": 2}},
+    "fact": {"fact": {"rank": 2}},
+    "dtl": {"dtl": {"rank": 2}},
     "ssf": {"ssf": {}},
     "prompts": {"prompts": {"count": 2, "deep": True}},
     "class_token": {"class_token": {}},
@@ -362,7 +364,7 @@ def _summary(tried: dict[str, dict[str, Any]], families: int) -> str:
     too_slow = f", {counts['not tried']} were not tried for time" if counts["not tried"] else ""
     return (
         f"{len(tried)} timm models of {families} families, each in {len(RECIPES)} recipes"
-        f" (twelve, the adapter in its three placements): {counts['runs']} run,"
+        f" (the adapter in its three placements): {counts['runs']} run,"
         f" {counts['refused']} are refused in one line that says why, {counts[CRASH]}"
         f" crash{too_slow}."
     )

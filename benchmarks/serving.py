@@ -123,12 +123,18 @@ def measure_batches(
     backbone: LoadedBackbone, contents: list[bytes], rounds: int, device: str
 ) -> dict[str, Any]:
     """Seconds for the 64 images in each way."""
-    host = PackHost(backbone, lambda name: contents[int(name)], device=device)
+
+    def read(name: str) -> bytes:
+        return contents[int(name)]
+
+    host = PackHost(backbone, read, device=device)
+    short = PackHost(backbone, read, device=device, precision="bf16")
     shape = (IMAGES, 3, backbone.size_px, backbone.size_px)
     images = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
     on_device = torch.from_numpy(images).to(device)
     merged = [merged_model(content, backbone, device) for content in contents]
     packs = [host.packs.get(str(number)) for number in range(len(contents))]
+    sixteen = [packs[number % 16] for number in range(IMAGES)]
 
     @exact_float32()
     @torch.inference_mode()
@@ -143,6 +149,7 @@ def measure_batches(
     for tasks in TASKS:
         mixed = [packs[number % tasks] for number in range(IMAGES)]
         ways[f"mixed {tasks}"] = partial(host.logits, mixed, list(images))
+    ways["mixed 16, bf16"] = partial(short.logits, sixteen, list(images))
     for tasks in (16, 64):
         ways[f"in turn {tasks}"] = partial(one_by_one, tasks, True)
     ways["loaded in turn 16"] = partial(one_by_one, 16, False)
@@ -271,7 +278,15 @@ def markdown(result: dict[str, Any]) -> str:
 
 def _speeds(rows: list[dict[str, Any]]) -> list[str]:
     columns = ["backbone", "recipe", "one task, images/s", *(f"{tasks} tasks" for tasks in TASKS)]
-    columns += ["16 in turn", "64 in turn", "16 loaded in turn", "gain", "at most", "machine"]
+    columns += [
+        "16 tasks, bf16",
+        "16 in turn",
+        "64 in turn",
+        "16 loaded in turn",
+        "gain",
+        "at most",
+        "machine",
+    ]
     return table(
         columns,
         [
@@ -280,10 +295,10 @@ def _speeds(rows: list[dict[str, Any]]) -> list[str]:
                 row["recipe"],
                 f"{IMAGES / row['batches']['one task']:.1f}",
                 *(
-                    f"{row['batches']['one task'] / row['batches'][way]:.2f}"
+                    _share(row["batches"], way)
                     for way in (
                         *(f"mixed {tasks}" for tasks in TASKS),
-                        *("in turn 16", "in turn 64", "loaded in turn 16"),
+                        *("mixed 16, bf16", "in turn 16", "in turn 64", "loaded in turn 16"),
                     )
                 ),
                 *(
@@ -295,6 +310,11 @@ def _speeds(rows: list[dict[str, Any]]) -> list[str]:
             for row in rows
         ],
     )
+
+
+def _share(batches: dict[str, float], way: str) -> str:
+    """The speed of a way to that of one task; nothing where it was not measured."""
+    return f"{batches['one task'] / batches[way]:.2f}" if way in batches else ""
 
 
 def _machine(row: dict[str, Any]) -> str:
