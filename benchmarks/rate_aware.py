@@ -10,7 +10,7 @@ codes; so that it has a gradient, a value belongs to all levels, most to the nea
 al., arXiv 1704.00648). The embedded backbone at 32 px, on the tasks' first images up to a limit;
 the packs are trained on training and validation images together, and the reloaded pack is tested
 once. Bytes are those of the file if an ideal coder that learns each tensor's frequencies had
-written its codes, as in benchmarks/codes.py: no coder does better.
+written its codes, as in benchmarks/codes.py: no coder of single codes does better.
 
 Interrupt it and start it again: finished runs are kept. Writes benchmarks/results/rate_aware.json
 and .md.

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from pipeline.registry.pack_record import RegisteredPack
     from pipeline.serving.host import PackHost
     from pipeline.serving.predictor import Predictor
-    from pipeline.utils.devices import Precision
+    from pipeline.utils.precision import Precision
 
 WORKDIR = Path("runs")
 Format = Literal["timm", "onnx", "peft", "binary-adapter"]

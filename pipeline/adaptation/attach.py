@@ -127,7 +127,7 @@ class AdaptedModel(nn.Module):
     def merge(self, dtype: torch.dtype = torch.float32) -> None:
         """Prepare for inference at the backbone's own speed: quantise the values and write them
         into the layers once, for all further forward passes. In these, products are computed in
-        `dtype`, but those of the head in float32, so that bfloat16 makes no ties.
+        `dtype`, but those of a linear head in float32, so that bfloat16 makes no ties.
         """
         self.eval()
         self._hand_out()

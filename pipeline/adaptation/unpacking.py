@@ -17,7 +17,7 @@ from pipeline.adaptation.selected.ranking import RankedIndices, kept_at
 from pipeline.adaptation.selected.recomputed import is_recomputable, recompute
 from pipeline.adaptation.sites import weight_shapes
 from pipeline.backbones import LoadedBackbone
-from pipeline.errors import PackBackboneMismatch, PackDamaged
+from pipeline.errors import BackboneError, PackBackboneMismatch, PackDamaged
 from pipeline.packs import Pack, PackMetadata, TensorSpec
 from pipeline.specs import Recipe, Selection
 
@@ -51,8 +51,11 @@ def decode(pack: Pack, backbone: LoadedBackbone) -> DecodedPack:
     spec = _valid(Selection, meta.selection, "selection")
     selected = _selected(pack, recipe, spec, backbone)
     site = Site(backbone, recipe, selected if spec.level == "network" else None)
-    parts = {part.name: tensors for part, tensors in plan_parts(site).items()}
-    parts["head"] = plan_head(backbone, len(meta.classes), recipe)
+    try:
+        parts = {part.name: tensors for part, tensors in plan_parts(site).items()}
+        parts["head"] = plan_head(backbone, len(meta.classes), recipe)
+    except BackboneError as error:
+        raise PackDamaged(f"the pack's recipe has no place on its backbone: {error}") from None
     planned = [tensor for tensors in parts.values() for tensor in tensors]
     layers = {
         (part.name, spec.name): layer

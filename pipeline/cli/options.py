@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from pipeline.errors import SpecError
+from pipeline.utils.precision import Precision
 
 Tasks = Annotated[
     list[Path], typer.Argument(help="Task files, or folders of task files.", metavar="TASK.yaml...")
@@ -37,12 +38,12 @@ Device = Annotated[
         help="Device to compute on, such as cpu or cuda:1. Default: the GPU if there is one."
     ),
 ]
-Precision = Annotated[
-    Literal["fp32", "bf16"],
+PrecisionOption = Annotated[
+    Precision,
     typer.Option(
         help=(
-            "Of the products of a pass. bf16 is faster on devices with units for it, and float32"
-            " elsewhere."
+            "Precision of products. bf16 is faster on devices with units for it; others compute in"
+            " float32."
         )
     ),
 ]

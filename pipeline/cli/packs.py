@@ -15,7 +15,7 @@ from pipeline.cli.options import (
     BackboneFile,
     Device,
     MaxBytes,
-    Precision,
+    PrecisionOption,
     Reference,
     Workdir,
     size_of,
@@ -136,7 +136,7 @@ def predict(
     backbone: BackboneFile = None,
     folder: MasksFolder = None,
     device: Device = None,
-    precision: Precision = "fp32",
+    precision: PrecisionOption = "fp32",
     workdir: Workdir = api.WORKDIR,
     as_json: AsJson = False,
 ) -> None:

@@ -10,7 +10,7 @@ import typer
 
 from pipeline import api
 from pipeline.cli.console import out
-from pipeline.cli.options import Address, BackboneFile, Device, Precision, Workdir, size_of
+from pipeline.cli.options import Address, BackboneFile, Device, PrecisionOption, Workdir, size_of
 
 Tasks = Annotated[
     list[str] | None,
@@ -60,7 +60,7 @@ def serve(
     images_from: ImagesFrom = None,
     backbone: BackboneFile = None,
     device: Device = None,
-    precision: Precision = "fp32",
+    precision: PrecisionOption = "fp32",
     address: Address = None,
     registry: Registry = None,
     workdir: Workdir = api.WORKDIR,

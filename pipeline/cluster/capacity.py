@@ -92,7 +92,7 @@ def check_holds_group(workers: int, cpus: float, gpus: float) -> None:
     would wait for an hour.
     """
     held = places(cpus, gpus)
-    if workers > held and not _scales_itself():
+    if workers > held and not scales_itself():
         raise ClusterError(
             f"--selection-workers: given {workers}, the cluster has room for {held}, each with"
             f" {cpus:g} CPU{'s' if cpus != 1 else ''}{' and a GPU' if gpus else ''}"
@@ -112,7 +112,7 @@ def wait_for_room(ranks: int, cpus: float, gpus: float, is_stopping: Callable[[]
     if places(cpus, gpus) >= ranks:
         return
     waited = ""
-    if _scales_itself():
+    if scales_itself():
         if _nodes_came(ranks, cpus, gpus, is_stopping):
             return
         waited = f", and the autoscaler brought none in {_NODE_SECONDS // 60} minutes"
@@ -135,7 +135,7 @@ def _nodes_came(ranks: int, cpus: float, gpus: float, is_stopping: Callable[[], 
         release(asking)
 
 
-def _scales_itself() -> bool:
+def scales_itself() -> bool:
     """Whether the cluster was started with Ray's autoscaler (its second version), as KubeRay and
     `ray up` start it.
     """

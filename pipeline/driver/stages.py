@@ -25,6 +25,7 @@ from pipeline.cluster.capacity import (
     has_gpus,
     most_trials_per_gpu,
     places,
+    scales_itself,
     wait_for_room,
 )
 from pipeline.cluster.gpu_check import check_gpus_of_workers
@@ -203,17 +204,19 @@ class Stages:
             return 1
         return 1 + math.ceil(self._places() / self._places_per_task())
 
-    def trials_at_once_of_each(self) -> int:
+    def trials_at_once_of_each(self) -> float:
         """How many trials of each study may run now, where they need not wait for results: its
         share of the cluster, and some more, because others select, fit or end meanwhile. Where many
-        tasks run, few trials of each do, so that the next ones find workers that are started.
+        tasks run, few trials of each do, so that the next ones find workers that are started. On a
+        cluster that grows on demand all may, since it grows by what waits.
 
         It looks at the cluster once a second, however often it is called.
         """
         now = time.monotonic()
         if now >= self._looked + LOOK_SECONDS:
-            self._looked, self._seen_places = now, self._places()
-        return max(LAG, math.ceil(SLACK * self._seen_places / max(1, self.pool.running)))
+            self._looked = now
+            self._seen_places = math.inf if scales_itself() else self._places()
+        return max(LAG, SLACK * self._seen_places / max(1, self.pool.running))
 
     def _places(self) -> float:
         """How many trials the cluster can hold, by how many share a GPU as far as it is known."""

@@ -80,12 +80,26 @@ def run_study(
     if not study.proposals:
         raise _nothing_fits(task, study.all_records())
     if first is not None and search_time.may_start(study):
-        rules = search_time, most_running, on_progress, is_stopping
-        _run_with_tune(study, first, data_folder, selection_path, resources(), *rules)
+        _run_with_tune(
+            study,
+            first,
+            data_folder,
+            selection_path,
+            resources(),
+            search_time,
+            most_running,
+            on_progress,
+            is_stopping,
+        )
         gc.collect()  # Tune leaves cycles, which Python itself looks for once in fifty studies
     search_time.close(study)
     if search_time.is_cut:
         on_progress(study)
+    return _records_of(study, search_time)
+
+
+def _records_of(study: Study, search_time: SearchTime) -> list[TrialRecord]:
+    """All records. Raises TaskpackError if no trial is complete."""
     records = study.all_records()
     if not any(record.state == "complete" for record in records):
         raise _nothing_complete(study, search_time)
@@ -112,7 +126,7 @@ def _nothing_fits(task: Task, rejected: Sequence[TrialRecord]) -> BudgetError:
     point = ", ".join(f"{axis} {value}" for axis, value in smallest.point.items())
     return BudgetError(
         f"{task.name}: nothing in the search space fits the budget of {task.budget.max_bytes}"
-        f" bytes; the smallest pack would take {smallest.size_bytes} ({point or 'the recipe'})."
+        f" bytes; the smallest pack takes at least {smallest.size_bytes} ({point or 'the recipe'})."
         f" Raise budget.max_bytes, or {cure}"
     )
 

@@ -19,7 +19,8 @@ from pipeline.server.guard import Refused
 from pipeline.server.image_urls import check_place
 from pipeline.server.settings import Settings
 from pipeline.serving.host import CAPACITY_BYTES
-from pipeline.utils.devices import Precision, reserved_gpu
+from pipeline.utils.devices import reserved_gpu
+from pipeline.utils.precision import Precision
 
 if TYPE_CHECKING:
     from pipeline.server.engine import Engine

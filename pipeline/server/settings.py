@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.serving.host import CAPACITY_BYTES
-from pipeline.utils.devices import Precision
+from pipeline.utils.precision import Precision
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,8 @@ from pipeline.serving.masks import dense_logits, mask_answer
 from pipeline.serving.predictor import PREDICT_BATCH, input_of, kind_of
 from pipeline.serving.residency import ResidentPack, ResidentPacks
 from pipeline.serving.samples import Decoded, Sample, decoded
-from pipeline.utils.devices import Precision, choose_device, computing_dtype, exact_float32
+from pipeline.utils.devices import choose_device, computing_dtype, exact_float32
+from pipeline.utils.precision import Precision
 
 CAPACITY_BYTES = 512 * 1024**2
 """Memory for packs: a thousand and more of most."""

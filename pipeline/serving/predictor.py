@@ -22,7 +22,8 @@ from pipeline.serving.samples import Sample, decoded
 from pipeline.specs import Backbone, Input
 from pipeline.specs.catalogue import catalogue_folder
 from pipeline.specs.yaml_files import load_spec
-from pipeline.utils.devices import Precision, choose_device, computing_dtype, exact_float32
+from pipeline.utils.devices import choose_device, computing_dtype, exact_float32
+from pipeline.utils.precision import Precision
 
 PREDICT_BATCH = 64
 """Images decoded and classified at a time: enough to fill a GPU, and few enough for any memory."""
@@ -31,6 +32,7 @@ PREDICT_BATCH = 64
 class Predictor:
     """A pack on its backbone, ready to predict images on `device`; None takes the GPU, where there
     is one. `precision` is that of products; `bf16` becomes float32 on devices without units for it.
+    One thread may use it at a time.
     """
 
     def __init__(

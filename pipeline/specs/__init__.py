@@ -2,7 +2,7 @@
 
 All models are frozen and refuse unknown keys; `task_files` reads them from YAML.
 
-Imports: errors, kinds.
+Imports: errors, kinds, utils.
 """
 
 from pipeline.specs.backbone import Backbone

@@ -11,6 +11,7 @@ from pydantic import (
 
 from pipeline.specs.section import Spec
 from pipeline.specs.training import Augmentation
+from pipeline.utils.precision import Precision
 
 Level = Literal["neuron", "layer", "network"]
 Criterion = Literal["gradient", "magnitude", "activation", "random"]
@@ -36,7 +37,7 @@ class Selection(Spec):
     )
     temperature: float = Field(0.07, gt=0, description="of the contrastive loss")
     batch_size: int = Field(32, ge=2, description="images per batch")
-    precision: Literal["fp32", "bf16"] = Field(
+    precision: Precision = Field(
         "fp32", description="of the passes; sums are in float64 either way"
     )
     seed: int = Field(0, ge=0, description="for `random`")

@@ -11,6 +11,7 @@ from pydantic import (
 )
 
 from pipeline.specs.section import Spec
+from pipeline.utils.precision import Precision
 
 
 def _named_augmentation(value: Any) -> Any:
@@ -102,6 +103,6 @@ class Training(Spec):
         """Whether an image is the same in every epoch."""
         return self.augment == "none" and not self.mixup and not self.cutmix
 
-    precision: Literal["fp32", "bf16"] = Field(
+    precision: Precision = Field(
         "bf16", description="of the passes; `bf16` becomes float32 on devices without units for it"
     )

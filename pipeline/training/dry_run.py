@@ -95,7 +95,8 @@ def dry_run(inputs: Inputs, selected: SelectedIndex | None, device: str) -> GpuN
         selected: the connections, where a recipe trains some.
 
     Raises:
-        OutOfMemory: One image at a time takes more memory than there is.
+        OutOfMemory: One image at a time takes more memory than there is, or two batches of images
+            do.
     """
     release_memory(device)
     forget_peak(device)

@@ -97,7 +97,7 @@ def train_epochs(
         model.train()  # again in every epoch: the caller may have evaluated the model
         progress.losses = progress.losses if first_index else []
         batches = _batches_of_rank(reader, split, spec.batch_size, seed, epoch, ranks)
-        for images, targets in trainer.sent(reader.batches(batches[first_index:])):
+        for images, targets in trainer.on_device(reader.batches(batches[first_index:])):
             trainer.step(images, targets, progress.step)
             average.update(progress.step)
             progress.step += 1
@@ -181,7 +181,7 @@ class _Trainer:
         is_alone = self.ranks.world == 1
         return self._passes.fit(step, len(inputs)) if is_alone else step(self._passes.size)
 
-    def sent(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+    def on_device(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """Batches on the device; of a model that keeps its trunk, on the CPU, whose images it
         knows.
         """

@@ -14,16 +14,15 @@ import re
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 
 from pipeline.errors import ClusterError, SpecError
+from pipeline.utils.precision import Precision
 
 _CPU_UNITS = ("amx_bf16", "avx512_bf16", "bf16", "sve_bf16")
 """torch's names of the bfloat16 units of x86 and ARM processors."""
-Precision = Literal["fp32", "bf16"]
-"""Of the products of a pass."""
 _NVIDIA = Path("/proc/driver/nvidia")
 
 
@@ -191,8 +190,11 @@ def has_bf16_units(device: str | torch.device) -> bool:
 
 def computing_dtype(precision: Precision, device: str | torch.device) -> torch.dtype:
     """The type to compute in. bfloat16 is for speed, so float32 replaces it on devices that only
-    emulate it: V100, T4 and many CPUs.
+    emulate it: V100, T4 and many CPUs. Raises SpecError if there is no such precision.
     """
+    if precision not in get_args(Precision):
+        known = ", ".join(get_args(Precision))
+        raise SpecError(f"precision: given {precision!r}; expected one of {known}")
     return torch.bfloat16 if precision == "bf16" and has_bf16_units(device) else torch.float32
 
 

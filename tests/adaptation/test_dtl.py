@@ -4,16 +4,19 @@ read and added to, and what is refused.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from pydantic import ValidationError
 from torch import nn
 
 from pipeline.adaptation import AdaptedModel, attach, plan
+from pipeline.adaptation.packing import describe, from_pack, to_pack
 from pipeline.adaptation.parts.dtl import SideMap, SideSums
 from pipeline.backbones import LoadedBackbone, load_backbone
-from pipeline.errors import BackboneError
-from pipeline.specs import Backbone, Input, Recipe, SearchSpace
+from pipeline.errors import BackboneError, PackDamaged
+from pipeline.specs import Backbone, Input, Recipe, SearchSpace, Task
 
 DEEP = Backbone(
     model="vit_tiny_patch16_224",
@@ -108,7 +111,7 @@ def test_no_sum_outlives_its_pass(backbone: LoadedBackbone) -> None:
         plain, last.forward = last.forward, _failing
         with pytest.raises(RuntimeError, match="half-way"):
             model(images(seed=1)[:2])
-        assert only._sums != {}
+        assert only._sums == {}, "nothing keeps its memory"
         last.forward = plain
         assert torch.equal(model(images()), expected)
 
@@ -178,6 +181,21 @@ def test_what_does_not_fit_the_backbone_is_refused(
 ) -> None:
     with pytest.raises(BackboneError, match=message):
         values_of(spec, {"dtl": recipe})
+
+
+def test_a_pack_that_does_not_fit_its_backbone_is_damaged(backbone: LoadedBackbone) -> None:
+    """A server goes on when it meets one."""
+    recipe = Recipe.model_validate({"dtl": {"bits": 1}})
+    task = Task.model_validate(
+        {"name": "a", "data": {"format": "digits"}, "backbone": DEEP, "recipe": recipe}
+    )
+    names = ("one", "two", "three")
+    pack = to_pack(attach(backbone, recipe, 3), describe(task, recipe, backbone, names))
+    written = pack.metadata.recipe
+    changed = {**written, "dtl": {**written["dtl"], "feed_from": 99}}
+    pack = replace(pack, metadata=pack.metadata.model_copy(update={"recipe": changed}))
+    with pytest.raises(PackDamaged, match=r"has no place on its backbone: .* given 99"):
+        from_pack(pack, backbone)
 
 
 @pytest.mark.parametrize(

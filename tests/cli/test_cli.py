@@ -108,7 +108,7 @@ def test_another_budget_runs_no_trial_twice(finished: FinishedRun, ask) -> None:
     smallest = min(trial["size_bytes"] for trial in trials)
     answer = ask("run", finished.task_file, "--max-bytes", str(smallest - 1))
     assert answer.code == 5
-    assert f"the smallest pack would take {smallest}" in answer.words
+    assert f"the smallest pack takes at least {smallest}" in answer.words
 
 
 # --- ls and show ----------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ refused.
 from __future__ import annotations
 
 import logging
+import math
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,7 @@ def test_a_node_holds_as_many_trials_as_fit(
 def stages_on(nodes: list[Node], placement: Placement, monkeypatch: pytest.MonkeyPatch) -> Stages:
     monkeypatch.setattr(cluster, "running_nodes", lambda: nodes)
     monkeypatch.setattr(stages, "is_connected", lambda: True)
+    monkeypatch.setattr(stages, "scales_itself", lambda: False)
     return make_stages(Path("runs"), placement=placement)
 
 
@@ -149,16 +151,24 @@ def test_more_tasks_run_where_trials_are_known_to_share_gpus(
 
 @for_every(
     ("tasks", "trials"),
-    [(0, 52), (1, 52), (3, 18), (13, 4), (50, LAG)],  # of 32 places, 1.6 times as many
+    [(0, 51.2), (1, 51.2), (3, 51.2 / 3), (13, 4), (50, LAG)],  # of 32 places, 1.6 times as many
 )
 def test_tasks_share_the_cluster_for_trials_that_need_not_wait(
-    tasks: int, trials: int, monkeypatch: pytest.MonkeyPatch
+    tasks: int, trials: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     driver, looks = stages_on([Node(64, 8)] * 4, Placement(), monkeypatch), list[float]()
     monkeypatch.setattr(stages, "places", lambda cpus, gpus: looks.append(gpus) or 32)
     driver.pool.running = tasks
     assert [driver.trials_at_once_of_each() for _ in range(20)] == [trials] * 20
     assert looks == [1], "a look at the cluster takes the driver's time"
+
+
+def test_all_trials_ask_a_cluster_that_grows_on_demand_for_nodes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    driver = stages_on([Node(64, 8)], Placement(), monkeypatch)
+    monkeypatch.setattr(stages, "scales_itself", lambda: True)
+    assert driver.trials_at_once_of_each() == math.inf
 
 
 def test_trials_share_no_gpus_of_several_kinds(
@@ -251,12 +261,12 @@ def test_a_selection_with_more_workers_than_the_cluster_holds_is_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(cluster, "running_nodes", lambda: [Node(2, 0), Node(1, 0)])
-    monkeypatch.setattr(cluster, "_scales_itself", lambda: False)
+    monkeypatch.setattr(cluster, "scales_itself", lambda: False)
     check_holds_group(3, 1, 0)
     with pytest.raises(
         ClusterError,
         match=r"--selection-workers: given 4, the cluster has room for 3, each with 1 CPU$",
     ):
         check_holds_group(4, 1, 0)
-    monkeypatch.setattr(cluster, "_scales_itself", lambda: True)
+    monkeypatch.setattr(cluster, "scales_itself", lambda: True)
     check_holds_group(4, 1, 0)

@@ -76,7 +76,7 @@ def test_the_first_few_configurations_cover_the_range() -> None:
 
 @pytest.mark.parametrize(
     ("model", "scale"),
-    [("vit_tiny_patch16_224", 4), ("vit_small_patch16_224", 2), ("vit_base_patch16_224", 1)],
+    [("vit_tiny_patch16_224", 4), ("vit_small_patch16_224", 2), ("vit_base_patch16_224", 2)],
 )
 def test_the_scale_of_lora_falls_as_the_backbone_widens(model: str, scale: float) -> None:
     backbone = VIT_S.model_copy(update={"model": model})

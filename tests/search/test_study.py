@@ -108,7 +108,7 @@ def test_a_budget_that_nothing_fits_is_an_error_that_says_how_much_is_needed(
     with pytest.raises(
         BudgetError,
         match=(
-            r"study: nothing .* fits the budget of 90 bytes; the smallest pack would take 100"
+            r"study: nothing .* fits the budget of 90 bytes; the smallest pack takes at least 100"
             r" \(bits 1, experts 0, top_k 0\)\. Raise budget\.max_bytes"
         ),
     ):

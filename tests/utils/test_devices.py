@@ -156,3 +156,8 @@ def test_exact_settings_hold_until_the_last_thread_leaves() -> None:
     assert conv.fp32_precision == "ieee", "the second still computes"
     second.__exit__(None, None, None)
     assert conv.fp32_precision == before
+
+
+def test_an_unknown_precision_is_refused() -> None:
+    with pytest.raises(SpecError, match="precision: given 'fp16'; expected one of fp32, bf16"):
+        computing_dtype("fp16", "cpu")  # type: ignore[arg-type]

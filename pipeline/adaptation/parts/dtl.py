@@ -111,8 +111,8 @@ def _sites(spec: Dtl, site: Site) -> list[SideBlock]:
 
 
 class SideSums:
-    """The sums of the pass under way, by stage. The first block of a stage starts a sum, and the
-    last one takes it out, so that none outlives its pass.
+    """The sums of the pass under way, by stage, in the type of the stream. The first block of a
+    stage starts a sum, and the last one takes it out.
     """
 
     def __init__(self, blocks: Sequence[SideBlock]) -> None:
@@ -126,7 +126,7 @@ class SideSums:
         """
         x = x.movedim(1, -1) if block.channels_first else x
         rows_SND = x.reshape(len(down), -1, block.width)
-        read = (rows_SND @ down.mT @ up.mT).view(x.shape)
+        read = (rows_SND @ down.mT @ up.mT).view(x.shape).to(x.dtype)
         is_first = block == self._first[block.stage]
         self._sums[block.stage] = read if is_first else self._sums[block.stage] + read
 
@@ -137,6 +137,10 @@ class SideSums:
             del self._sums[block.stage]
         added = F.silu(spec.beta * total) * (spec.scale / spec.beta)
         return y + (added.movedim(-1, 1) if block.channels_first else added)
+
+    def end_pass(self, *_: object) -> None:
+        """Forget the sums of a pass that ended, or failed half-way: a hook of the network."""
+        self._sums.clear()
 
 
 class SideMap(nn.Module):
@@ -181,6 +185,7 @@ class DtlPart(Part):
         """Hook a map into every block; trained tokens are read, and cut off after the sum."""
         blocks = _sites(spec, assembly.site)
         sums, first = SideSums(blocks), _first_fed(spec, assembly.site.backbone)
+        assembly.model.register_forward_hook(sums.end_pass, always_call=True)
         for block in blocks:
             side, module = SideMap(block, spec, sums), assembly.model.get_submodule(block.name)
             assembly.modules[f"dtl.{block.name}"] = side
