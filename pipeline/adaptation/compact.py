@@ -20,6 +20,14 @@ class Compact:
     codes_N: torch.Tensor
     distinct_M: torch.Tensor | None = None
 
+    def __len__(self) -> int:
+        return len(self.codes_N)
+
+    @property
+    def device(self) -> torch.device:
+        """Where they are."""
+        return self.codes_N.device
+
     @property
     def nbytes(self) -> int:
         """Memory."""
@@ -48,7 +56,7 @@ def expanded(compacts: Sequence[Compact]) -> torch.Tensor:
     codes_N = torch.cat([each.codes_N for each in compacts]).int()
     if len(compacts) > 1:
         starts = list(accumulate((len(each) for each in lists[:-1]), initial=0))
-        lengths = [len(each.codes_N) for each in compacts]
+        lengths = [len(each) for each in compacts]
         starts_P, lengths_P = torch.tensor(
             [starts, lengths], dtype=torch.int32, device=codes_N.device
         )

@@ -102,7 +102,7 @@ def mixed_logits(
 def _tensors(heads: Sequence[FlatPart]) -> list[dict[str, torch.Tensor]]:
     """The tensors of each head by name."""
     values_N = expanded([head.values for head in heads])
-    each = values_N.split([len(head.values.codes_N) for head in heads])
+    each = values_N.split([len(head.values) for head in heads])
     return [
         {
             name: values_N[start : start + math.prod(shape)].view(shape)

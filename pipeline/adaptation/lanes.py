@@ -41,7 +41,7 @@ class Lane:
         owners: Sequence[int],
         batch: int,
     ) -> None:
-        device = parts[0].values.codes_N.device
+        device = parts[0].values.device
         self.spec: Any = structure.spec
         self.from_block, self.is_per_neuron = structure.from_block, structure.is_per_neuron
         self.parts = parts

@@ -75,9 +75,10 @@ class MixedNetwork:
         sources = range(len(images)) if sources is None else sources
         found: list[torch.Tensor | None] = [None] * len(owners)
         for numbers in self._passes(packs, owners, has_repeats=len(images) < len(owners)):
-            mine = [sources[at] for at in numbers], packs, [owners[at] for at in numbers]
+            images_of = [sources[at] for at in numbers]
+            owners_of = [owners[at] for at in numbers]
             with autocast(images.device, dtype):
-                features, batch = self._features(images, *mine)
+                features, batch = self._features(images, images_of, packs, owners_of)
             heads = [pack.parts["head"] for pack in batch.packs]
             pass_logits = mixed_logits(features.float(), heads, batch.owners)
             for number, each in zip(numbers, pass_logits, strict=True):

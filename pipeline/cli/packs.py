@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -24,6 +24,7 @@ from pipeline.errors import SpecError
 
 if TYPE_CHECKING:
     from pipeline.driver.evaluation import Evaluation
+    from pipeline.serving.host import PackHost
 
 
 def list_packs(
@@ -144,15 +145,21 @@ def predict(
     from pipeline.cli.tables import predictions_table
 
     images = images or []
-    how: dict[str, Any] = {"device": device, "precision": precision, "workdir": workdir}
     if is_all:
         if folder is not None:
             raise SpecError("--out: writes the masks of one pack; give its name, and no --all")
-        _predict_all([Path(reference), *images], as_json, backbone=backbone, **how)
+        host, refused = api.load_all(
+            backbone=backbone, device=device, precision=precision, workdir=workdir
+        )
+        for name, reason in refused.items():
+            typer.echo(f"{name}: left out: {reason}", err=True)
+        _predict_all(host, [Path(reference), *images], as_json)
         return
     if not images:
         raise SpecError(f"predict: given no image; give one or more after {reference}")
-    predictor = api.load(reference, backbone=backbone, **how)
+    predictor = api.load(
+        reference, backbone=backbone, device=device, precision=precision, workdir=workdir
+    )
     column = predictor.backbone.takes.column
     rows = [
         {column: str(image), **row}
@@ -176,13 +183,10 @@ def predict(
     out.print(predictions_table(rows))
 
 
-def _predict_all(images: list[Path], as_json: bool, **how: Any) -> None:
-    """Print what every champion on one backbone says of each image."""
+def _predict_all(host: PackHost, images: list[Path], as_json: bool) -> None:
+    """Print what every pack of a host says of each image."""
     from pipeline.cli.tables import all_predictions_table
 
-    host, refused = api.load_all(**how)
-    for name, reason in refused.items():
-        typer.echo(f"{name}: left out: {reason}", err=True)
     asked = [(image, name) for image in images for name in host.packs.names()]
     answers = host.predict([(name, image) for image, name in asked])
     column = host.backbone.takes.column
