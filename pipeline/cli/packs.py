@@ -21,10 +21,10 @@ from pipeline.cli.options import (
     size_of,
 )
 from pipeline.errors import SpecError
+from pipeline.utils.precision import Precision
 
 if TYPE_CHECKING:
     from pipeline.driver.evaluation import Evaluation
-    from pipeline.serving.host import PackHost
 
 
 def list_packs(
@@ -148,12 +148,8 @@ def predict(
     if is_all:
         if folder is not None:
             raise SpecError("--out: writes the masks of one pack; give its name, and no --all")
-        host, refused = api.load_all(
-            backbone=backbone, device=device, precision=precision, workdir=workdir
-        )
-        for name, reason in refused.items():
-            typer.echo(f"{name}: left out: {reason}", err=True)
-        _predict_all(host, [Path(reference), *images], as_json)
+        images = [Path(reference), *images]
+        _predict_all(images, as_json, backbone, device, precision, workdir)
         return
     if not images:
         raise SpecError(f"predict: given no image; give one or more after {reference}")
@@ -183,10 +179,22 @@ def predict(
     out.print(predictions_table(rows))
 
 
-def _predict_all(host: PackHost, images: list[Path], as_json: bool) -> None:
-    """Print what every pack of a host says of each image."""
+def _predict_all(
+    images: list[Path],
+    as_json: bool,
+    backbone: Path | None,
+    device: str | None,
+    precision: Precision,
+    workdir: Path,
+) -> None:
+    """Print what every champion on one backbone says of each image."""
     from pipeline.cli.tables import all_predictions_table
 
+    host, refused = api.load_all(
+        backbone=backbone, device=device, precision=precision, workdir=workdir
+    )
+    for name, reason in refused.items():
+        typer.echo(f"{name}: left out: {reason}", err=True)
     asked = [(image, name) for image in images for name in host.packs.names()]
     answers = host.predict([(name, image) for image, name in asked])
     column = host.backbone.takes.column
