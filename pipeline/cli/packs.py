@@ -148,9 +148,8 @@ def predict(
     if is_all:
         if folder is not None:
             raise SpecError("--out: writes the masks of one pack; give its name, and no --all")
-        images = [Path(reference), *images]
-        _predict_all(images, as_json, backbone, device, precision, workdir)
-        return
+        images.insert(0, Path(reference))
+        return _predict_all(images, as_json, backbone, device, precision, workdir)
     if not images:
         raise SpecError(f"predict: given no image; give one or more after {reference}")
     predictor = api.load(
