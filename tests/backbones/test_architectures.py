@@ -106,12 +106,15 @@ NO_LORA = {"lora": "given '[qv]', which matches no layer of .*; it has "}
 BY_HEAD = {"lora": "not laid out as q, k and v in thirds; name the whole layer, qkv"}
 NO_BIAS = {"biases": "parameters named bias or gamma"}
 NO_MLP = dict.fromkeys(
-    ("smoa", "adapter parallel", "adapter after_mlp", "adapter after_attention"), "next to an MLP"
+    ("smoa", "adapter parallel", "adapter after_mlp", "adapter after_attention", "dtl"),
+    "next to an MLP",
 )
+NO_FACT = {"fact": "which matches no Linear layer of"}
+UNEVEN = {"fact": "expected one to be a multiple of the other"}
 
 REFUSED: dict[str, dict[str, str]] = {
     "ViT, norms after the branches": NO_TOKENS,
-    "EVA-02": {**NO_TOKENS, **NO_CALL},
+    "EVA-02": {**NO_TOKENS, **NO_CALL, **UNEVEN},
     "EVA, norms after the branches": {**NO_TOKENS, **NO_CALL},
     "BEiT": {**NO_TOKENS, **NO_CALL},
     "DINOv3": NO_TOKENS,
@@ -120,29 +123,29 @@ REFUSED: dict[str, dict[str, str]] = {
     "Swin": NO_TOKENS,
     "SwinV2": {**NO_TOKENS, **NO_CALL},
     "SwinV2-CR": NO_TOKENS,
-    "ConvNeXt": {**NO_TOKENS, **NO_ATTENTION, **NO_LORA},
-    "ConvNeXt, padded 'same'": {**NO_TOKENS, **NO_ATTENTION, **NO_LORA},
-    "ConvNeXtV2": {**NO_TOKENS, **NO_ATTENTION, **NO_LORA},
-    "ResNet": {**NO_TOKENS, **NO_MLP, **NO_LORA, **NO_BIAS},
-    "EfficientNet": {**NO_TOKENS, **NO_MLP, **NO_LORA},
-    "RegNet": {**NO_TOKENS, **NO_MLP, **NO_LORA},
-    "MobileNetV3": {**NO_TOKENS, **NO_MLP, **NO_LORA},
-    "MobileNetV4": {**NO_TOKENS, **NO_MLP, **NO_LORA, **NO_BIAS},
+    "ConvNeXt": {**NO_TOKENS, **NO_ATTENTION, **NO_LORA, **NO_FACT},
+    "ConvNeXt, padded 'same'": {**NO_TOKENS, **NO_ATTENTION, **NO_LORA, **NO_FACT},
+    "ConvNeXtV2": {**NO_TOKENS, **NO_ATTENTION, **NO_LORA, **NO_FACT},
+    "ResNet": {**NO_TOKENS, **NO_MLP, **NO_LORA, **NO_BIAS, **NO_FACT},
+    "EfficientNet": {**NO_TOKENS, **NO_MLP, **NO_LORA, **NO_FACT},
+    "RegNet": {**NO_TOKENS, **NO_MLP, **NO_LORA, **NO_FACT},
+    "MobileNetV3": {**NO_TOKENS, **NO_MLP, **NO_LORA, **NO_FACT},
+    "MobileNetV4": {**NO_TOKENS, **NO_MLP, **NO_LORA, **NO_BIAS, **NO_FACT},
     "MaxViT": {**NO_TOKENS, **BY_HEAD},
-    "CoAtNet": {**NO_TOKENS, **BY_HEAD},
+    "CoAtNet": {**NO_TOKENS, **BY_HEAD, **NO_FACT},
     "CaiT": NO_TOKENS,
     "XCiT": NO_TOKENS,
     "Hiera": NO_TOKENS,
     "MViT": NO_TOKENS,
-    "PVT": {**NO_TOKENS, **NO_LORA},
-    "FastViT": {**NO_TOKENS, **NO_MLP, **NO_LORA},
+    "PVT": {**NO_TOKENS, **NO_LORA, **NO_FACT},
+    "FastViT": {**NO_TOKENS, **NO_MLP, **NO_LORA, **NO_FACT},
     "TinyViT": {**NO_TOKENS, **NO_MLP, **BY_HEAD},
-    "LeViT": {**NO_TOKENS, **NO_MLP, **NO_LORA},
+    "LeViT": {**NO_TOKENS, **NO_MLP, **NO_LORA, **NO_FACT},
     "DaViT": NO_TOKENS,
     "ConViT": NO_TOKENS,
     "EdgeNeXt": {**NO_TOKENS, **NO_ATTENTION},
     "NextViT": {**NO_TOKENS, **NO_ATTENTION},
-    "ViTamin": NO_CLASS_TOKEN,
+    "ViTamin": {**NO_CLASS_TOKEN, **NO_FACT},
 }
 """For each family, the recipes that it refuses, and what the line says; families that are not here
 refuse none.

@@ -134,6 +134,7 @@ def test_a_selection_that_fails_in_its_worker_tells_of_it_as_a_value(
             "data_folder": str(tiny_inputs.data_folder),
             "path": str(tmp_path / "s"),
             "use_gpu": False,
+            "cpus": 1,
         }
         fault = selection_stage._worker({**config, "top_k": -1})
     finally:
