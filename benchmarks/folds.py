@@ -31,7 +31,7 @@ from bytes import Cell, best_trial, champion, complete, run_study, tested
 from image_tasks import image_task
 from machine import describe_machine
 from pages import mean_difference
-from runs import SHARED
+from runs import SHARED, percent
 
 from pipeline.data import prepare
 from pipeline.training import open_inputs
@@ -124,14 +124,14 @@ def page(rows: Sequence[Mapping[str, Any]]) -> str:
     ]
     pairs = _pairs(rows)
     for choice in ("champion", "best"):
-        points = [[_percent(row[choice]) for row in pair] for pair in pairs]
+        points = [[percent(row[choice]) for row in pair] for pair in pairs]
         differences = [folds - once for once, folds in points]
         share = geometric_mean(
             folds[choice]["bytes"] / once[choice]["bytes"] for once, folds in pairs
         )
         means = " | ".join(f"{fmean(each):.1f}" for each in zip(*points, strict=True))
         lines.append(f"| {choice} | {means} | {mean_difference(differences)} | {share:.2f} |")
-    off = [fmean(abs(100 * r["champion"]["val"] - _percent(r["champion"])) for r in own)
+    off = [fmean(abs(100 * r["champion"]["val"] - percent(r["champion"])) for r in own)
            for own in zip(*pairs, strict=True)]  # fmt: skip
     ratio = fmean(folds["seconds"] / once["seconds"] for once, folds in pairs)
     lines += [
@@ -145,7 +145,7 @@ def page(rows: Sequence[Mapping[str, Any]]) -> str:
         "|---|---:|---:|---:|---:|---:|---:|",
     ]
     for once, folds in pairs:
-        cells = [f"{each['champion']['bytes']:,} | {_percent(each['champion']):.1f}"
+        cells = [f"{each['champion']['bytes']:,} | {percent(each['champion']):.1f}"
                  for each in (once, folds)]  # fmt: skip
         lines.append(
             f"| {once['task']} | {once['seed']} | {folds['validation_images']} |"
@@ -164,10 +164,6 @@ def _pairs(rows: Sequence[Mapping[str, Any]]) -> list[tuple[Mapping[str, Any], .
         for pair in found.values()
         if len(pair) == len(VALIDATIONS)
     ]
-
-
-def _percent(figures: Mapping[str, Any]) -> float:
-    return float(100 * figures["correct"] / figures["samples"])
 
 
 def main() -> None:

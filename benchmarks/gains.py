@@ -22,7 +22,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from image_tasks import TASKS, image_task, opened
+from image_tasks import TASKS, opened_run
 from pages import mean_difference
 from runs import (
     Place,
@@ -30,9 +30,10 @@ from runs import (
     by_task,
     figures,
     measure_missing,
+    paired,
     parse_arguments,
     percent,
-    with_seed,
+    points_of,
 )
 
 from pipeline.training.fit import fit
@@ -62,9 +63,7 @@ def measure(run: Run, place: Place) -> Run:
     name, setting = VARIANTS[run["variant"]]
     training = {"epochs": run["epochs"], **SETTINGS[setting]}
     recipe = {**RECIPES[name], "training": training}
-    task = image_task(run["task"], "embedded", place.shared, SIZE_PX, recipe)
-    data_folder = place.workdir / f"{task.name}-{SIZE_PX}"
-    inputs = with_seed(opened(task, data_folder, run["limit"]), run["seed"])
+    inputs = opened_run(run, place, recipe, SIZE_PX)
     with tempfile.TemporaryDirectory() as folder:
         result = fit(inputs, inputs.task.recipe, None, Path(folder) / "fit", device=place.device)
     return {**run, "images": len(inputs.splits["trainval"]), **figures(result)}
@@ -90,13 +89,7 @@ def page(runs: Sequence[Run]) -> str:
 def differences(runs: Sequence[Run], variant: str) -> list[float]:
     """Points of test accuracy gained over the same recipe, task and seed without the setting."""
     name, _ = VARIANTS[variant]
-    plain = {_pair(run): run for run in runs if run["variant"] == f"{name}, {PLAIN}"}
-    pairs = [(run, plain.get(_pair(run))) for run in runs if run["variant"] == variant]
-    return [percent(run) - percent(other) for run, other in pairs if other is not None]
-
-
-def _pair(run: Run) -> tuple[Any, ...]:
-    return tuple(run[key] for key in ("task", "seed", "epochs", "limit"))
+    return points_of(paired(runs, variant, f"{name}, {PLAIN}"))
 
 
 def _means(runs: Sequence[Run]) -> list[str]:

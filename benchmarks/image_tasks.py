@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 from fidelity import data_of
+from runs import Place, Run, with_seed
 
 from pipeline.data import prepare
 from pipeline.data.splits import choose_by_class, class_quotas
@@ -72,6 +73,15 @@ def opened(task: Task, data_folder: Path, limit: int) -> Inputs:
     """The prepared task with at most so many training and validation images together."""
     prepare(task, data_folder)
     return limited(open_inputs(task, data_folder), limit)
+
+
+def opened_run(run: Run, place: Place, recipe: Mapping[str, Any], size_px: int) -> Inputs:
+    """The task of a run on the embedded backbone, with a recipe, the run's seed and its `limit` of
+    images.
+    """
+    task = image_task(run["task"], "embedded", place.shared, size_px, recipe)
+    inputs = opened(task, place.workdir / f"{task.name}-{size_px}", run["limit"])
+    return with_seed(inputs, run["seed"])
 
 
 def limited(inputs: Inputs, limit: int) -> Inputs:

@@ -98,16 +98,21 @@ def write_page(result: Mapping[str, Any], path: Path) -> None:
 def _draw(
     cases: Mapping[str, Mapping[str, Line]], defaults: Mapping[str, float], path: Path
 ) -> None:
-    """One panel a case, one line a recipe, binomial standard errors."""
+    """One panel a case, one line a recipe of several rates, binomial standard errors."""
+    drawn = {
+        case: {name: line for name, line in lines.items() if len(line) > 1}
+        for case, lines in cases.items()
+    }
+    drawn = {case: lines for case, lines in drawn.items() if lines}
     figure, axes = plt.subplots(
         1,
-        len(cases),
-        figsize=(4 * len(cases), 3.6),
+        len(drawn),
+        figsize=(4 * len(drawn), 3.6),
         sharex=True,
         squeeze=False,
         layout="constrained",
     )
-    for axis, (case, lines) in zip(axes[0], cases.items(), strict=True):
+    for axis, (case, lines) in zip(axes[0], drawn.items(), strict=True):
         for name, line in lines.items():
             errors = [standard_error(runs) for runs in line.values()]
             axis.errorbar(

@@ -24,7 +24,7 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from image_tasks import image_task, opened
+from image_tasks import opened_run
 from pages import mean_difference
 from runs import (
     Place,
@@ -32,10 +32,11 @@ from runs import (
     by_task,
     figures,
     measure_missing,
+    paired,
     parse_arguments,
     percent,
+    points_of,
     train,
-    with_seed,
 )
 
 from pipeline.adaptation import AdaptedModel, attach
@@ -65,10 +66,8 @@ def recipe_of(bits: Mapping[str, int], epochs: int) -> dict[str, Any]:
 
 def open_task(run: Run, place: Place, bits: Mapping[str, int]) -> Inputs:
     """The task with the recipe of these bits."""
-    task = image_task(
-        run["task"], "embedded", place.shared, SIZE_PX, recipe_of(bits, run["epochs"])
-    )
-    return with_seed(opened(task, place.workdir / f"{task.name}-{SIZE_PX}", LIMIT), run["seed"])
+    limited = {**run, "limit": LIMIT}
+    return opened_run(limited, place, recipe_of(bits, run["epochs"]), SIZE_PX)
 
 
 def trained(inputs: Inputs) -> AdaptedModel:
@@ -162,17 +161,13 @@ def page(runs: Sequence[Run]) -> str:
 
 def _difference(runs: Sequence[Run], name: str, other: str) -> list[str]:
     """The row of one variant against another."""
-    of = {(run["task"], run["seed"], run["epochs"], run["variant"]): run for run in runs}
-    pairs = [
-        (run, of[*key, other])
-        for (*key, variant), run in of.items()
-        if variant == name and (*key, other) in of
-    ]
+    pairs = paired(runs, name, other)
     if len(pairs) < 2:
         return []
-    points = [percent(run) - percent(against) for run, against in pairs]
     size = fmean(run["bytes"] / against["bytes"] for run, against in pairs)
-    return [f"| {name} | {other} | {mean_difference(points)} | {size:.2f} | {len(pairs)} |"]
+    return [
+        f"| {name} | {other} | {mean_difference(points_of(pairs))} | {size:.2f} | {len(pairs)} |"
+    ]
 
 
 def _rows(runs: Sequence[Run]) -> list[str]:

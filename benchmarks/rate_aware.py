@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 from codes import row_of
-from image_tasks import image_task, opened
+from image_tasks import opened_run
 from pages import mean_difference
 from runs import (
     Place,
@@ -35,9 +35,10 @@ from runs import (
     by_task,
     figures,
     measure_missing,
+    paired,
     parse_arguments,
     percent,
-    with_seed,
+    points_of,
 )
 
 from pipeline.adaptation import AdaptedModel, SelectedIndex
@@ -118,9 +119,7 @@ def measure(run: Run, place: Place) -> Run:
         "head": {"bits": bits},
         "training": {"epochs": run["epochs"]},
     }
-    task = image_task(run["task"], "embedded", place.shared, SIZE_PX, recipe)
-    data_folder = place.workdir / f"{task.name}-{SIZE_PX}"
-    plain = with_seed(opened(task, data_folder, run["limit"]), run["seed"])
+    plain = opened_run(run, place, recipe, SIZE_PX)
     given: dict[str, Any] = {field.name: getattr(plain, field.name) for field in fields(plain)}
     inputs = RateAwareInputs(**given, weight=weight) if weight else plain
     with tempfile.TemporaryDirectory() as folder:
@@ -144,28 +143,15 @@ def page(runs: Sequence[Run]) -> str:
         "|---|---:|---:|---:|---:|",
     ]
     for variant in VARIANTS:
-        pairs = _pairs(runs, variant, BASE)
+        pairs = paired(runs, variant, BASE)
         if pairs:
             share = fmean(run["coded_bytes"] / other["coded_bytes"] for run, other in pairs)
             points = [
-                mean_difference(_points(_pairs(runs, variant, other))) if other != variant else ""
+                mean_difference(points_of(paired(runs, variant, other))) if other != variant else ""
                 for other in (BASE, "1 bit, w=16")
             ]
             lines.append(f"| {variant} | {share:.2f} | {' | '.join(points)} | {len(pairs)} |")
     return "\n".join([*lines, *by_task(runs, TASKS, _rows)]) + "\n"
-
-
-def _pairs(runs: Sequence[Run], variant: str, other: str) -> list[tuple[Run, Run]]:
-    def key(run: Run) -> tuple[Any, ...]:
-        return tuple(run[name] for name in ("task", "seed", "epochs", "limit"))
-
-    others = {key(run): run for run in runs if run["variant"] == other}
-    own = [run for run in runs if run["variant"] == variant]
-    return [(run, others[key(run)]) for run in own if key(run) in others]
-
-
-def _points(pairs: Sequence[tuple[Run, Run]]) -> list[float]:
-    return [percent(run) - percent(other) for run, other in pairs]
 
 
 def _rows(runs: Sequence[Run]) -> list[str]:

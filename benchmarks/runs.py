@@ -145,6 +145,24 @@ def percent(run: Run) -> float:
     return 100.0 * run["correct"] / run["samples"]
 
 
+def paired(runs: Sequence[Run], variant: str, other: str) -> list[tuple[Run, Run]]:
+    """The runs of a variant, each with that of another variant on the same task, seed and settings,
+    as far as there is one.
+    """
+
+    def key(run: Run) -> tuple[Any, ...]:
+        return tuple(run.get(name) for name in ("task", "seed", "epochs", "limit"))
+
+    others = {key(run): run for run in runs if run["variant"] == other}
+    own = [run for run in runs if run["variant"] == variant]
+    return [(run, others[key(run)]) for run in own if key(run) in others]
+
+
+def points_of(pairs: Sequence[tuple[Run, Run]]) -> list[float]:
+    """Points of test accuracy that the first run of each pair has more than the second."""
+    return [percent(run) - percent(other) for run, other in pairs]
+
+
 def figures(result: FitResult) -> Run:
     """What a run keeps of a fit."""
     return {

@@ -46,7 +46,7 @@ FREE: list[dict[str, Any]] = [
     {"fact": {"rank": 3}, "norms": {"which": "all"}, "from_block": 1},
     {"dtl": {"rank": 2, "feed_from": 0}, "from_block": 1},
 ]
-"""Recipes that pass a ViT together, whatever they are."""
+"""Recipes of all kinds, which can share one pass of a ViT."""
 TOKENS: list[dict[str, Any]] = [
     {"class_token": {}},
     {"prompts": {"count": 2}},

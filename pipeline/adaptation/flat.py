@@ -33,7 +33,7 @@ class Structure:
     values, and its shape. There is one object per structure.
 
     `from_block` is the first block that the pack changes. `is_per_neuron`: of connections, whether
-    in every layer each neuron has as many as any other.
+    all neurons of a layer have the same number of them, in every layer.
     """
 
     spec: Spec

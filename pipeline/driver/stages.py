@@ -301,10 +301,8 @@ class Stages:
             if self._select_alone(inputs, data_folder, top_k, path, workers):
                 return path
             check_holds_group(workers, cpus, use_gpu)
-            options: dict[str, Any] = {"workers": workers, "cpus": cpus, "use_gpu": use_gpu}
-            interruptible(
-                lambda: select(inputs.task, data_folder, top_k, path, **options), self.is_stopping
-            )
+            group = functools.partial(select, workers=workers, cpus=cpus, use_gpu=use_gpu)
+            interruptible(lambda: group(inputs.task, data_folder, top_k, path), self.is_stopping)
             await_file(path)
         return path
 

@@ -83,8 +83,8 @@ def mean_places(task: Task) -> float:
 
 
 def places_of(trials: int) -> float:
-    """How many places a study of so many trials, at most LAG at a time, takes on average, see
-    `mean_places`.
+    """The average number of places that a study of `trials` trials takes when at most LAG run at
+    the same time, see `mean_places`.
     """
     return (trials + _FIT_TRIALS) / (math.ceil(trials / LAG) + _FIT_TRIALS)
 

@@ -32,7 +32,7 @@ PREDICT_BATCH = 64
 class Predictor:
     """A pack on its backbone, ready to predict images on `device`; None takes the GPU, where there
     is one. `precision` is that of products; `bf16` becomes float32 on devices without units for it.
-    One thread may use it at a time.
+    It is not thread-safe.
     """
 
     def __init__(

@@ -95,8 +95,7 @@ def dry_run(inputs: Inputs, selected: SelectedIndex | None, device: str) -> GpuN
         selected: the connections, where a recipe trains some.
 
     Raises:
-        OutOfMemory: One image at a time takes more memory than there is, or two batches of images
-            do.
+        OutOfMemory: The device has no room for a pass over one image, or for two batches of images.
     """
     release_memory(device)
     forget_peak(device)
