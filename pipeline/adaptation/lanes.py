@@ -80,11 +80,12 @@ class Lane:
             self._stacked[:, start : start + math.prod(shape)].unflatten(1, shape)
         )
 
-    def columns(self, name: str) -> torch.Tensor:
-        """The columns of a layer's connections of each sample's pack, int64 [S, N], if they are per
-        neuron.
+    def connections(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """The columns, int64, and the values of a layer's connections of each sample's pack, [S,
+        N], if they are per neuron.
         """
-        return self._by_sample(self._stacked_indices[:, self._numbers(name)]).long()
+        columns_SN = self._by_sample(self._stacked_indices[:, self._numbers(name)]).long()
+        return columns_SN, self.values(name)
 
     def per_pack(self, name: str, layer: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
         """The indices, int64, and the values of the connections of each pack in a layer of as many

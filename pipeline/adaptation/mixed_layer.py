@@ -123,15 +123,19 @@ class MixedLayer(Wrapper):
         """
         weight_OI = self.base.weight.flatten(1)
         outputs = len(weight_OI)
+        each = [
+            (lane, *(some.unflatten(1, (outputs, -1)) for some in lane.connections(self.name)))
+            for lane in lanes
+            if lane.has(self.name)
+        ]
+        if len(each) == 1 and each[0][0].is_whole:
+            return each[0][1:]
         shape = (samples, outputs, max(lane.spec.top_k for lane in lanes))
         columns_BOK = torch.zeros(shape, dtype=torch.long, device=weight_OI.device)
         values_BOK = weight_OI.new_zeros(shape)
-        for lane in lanes:
-            if lane.has(self.name):
-                columns_SOK = lane.columns(self.name).unflatten(1, (outputs, -1))
-                values_SOK = lane.values(self.name).unflatten(1, (outputs, -1))
-                columns_BOK = lane.change(columns_BOK, functools.partial(_padded, columns_SOK))
-                values_BOK = lane.change(values_BOK, functools.partial(_padded, values_SOK))
+        for lane, columns_SOK, values_SOK in each:
+            columns_BOK = lane.change(columns_BOK, functools.partial(_padded, columns_SOK))
+            values_BOK = lane.change(values_BOK, functools.partial(_padded, values_SOK))
         return columns_BOK, values_BOK
 
     def _product_per_pack(self, x: torch.Tensor, batch: MixedBatch) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import threading
 from typing import Annotated
 
@@ -73,7 +74,7 @@ def serve(
     from pipeline.registry.connection import resolve_tracking_uri
     from pipeline.server.deployment import TOKEN_VARIABLE, running
     from pipeline.server.engine import open_catalogue
-    from pipeline.server.front import SETTING
+    from pipeline.server.front import DRAIN_KEY, SETTING
     from pipeline.server.image_urls import check_place
     from pipeline.server.settings import Settings
 
@@ -90,8 +91,8 @@ def serve(
     )
     open_catalogue(settings)  # what is wrong with it is said before Ray starts
     with (
-        ray_session(address, SETTING),
-        running(settings, host=host, port=port, replicas=replicas, cpus=cpus, gpus=gpus),
+        ray_session(address, SETTING | {DRAIN_KEY: (key := secrets.token_hex())}),
+        running(settings, host=host, port=port, replicas=replicas, cpus=cpus, gpus=gpus, key=key),
     ):
         out.print(f"serving at http://{host}:{port}; Ctrl-C ends it", soft_wrap=True)
         threading.Event().wait()

@@ -15,6 +15,7 @@ from prometheus_client import Metric
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pipeline.errors import ServerError, SpecError
+from pipeline.server.front import DRAIN_SECONDS, drain
 from pipeline.server.guard import Refused
 from pipeline.server.image_urls import check_place
 from pipeline.server.settings import Settings
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 
 TOKEN_VARIABLE = "TASKPACK_TOKEN"
 APPLICATION = "taskpack"
-_DRAIN_SECONDS = 30
 _ONGOING = 256
 _COUNT_SECONDS = 5
 _QUEUED = 128
@@ -59,7 +59,7 @@ def application(settings: Settings, *, replicas: int, cpus: float, gpus: float) 
         ray_actor_options={"num_cpus": cpus, "num_gpus": gpus},
         max_ongoing_requests=_ONGOING,
         max_queued_requests=_QUEUED,
-        graceful_shutdown_timeout_s=_DRAIN_SECONDS,
+        graceful_shutdown_timeout_s=DRAIN_SECONDS,
         health_check_period_s=5,
         max_constructor_retry_count=1,
     )
@@ -149,10 +149,11 @@ class _Arguments(BaseModel):
 
 @contextmanager
 def running(
-    settings: Settings, *, host: str, port: int, replicas: int, cpus: float, gpus: float
+    settings: Settings, *, host: str, port: int, replicas: int, cpus: float, gpus: float, key: str
 ) -> Iterator[None]:
-    """A context in which the server answers at `host` and `port`; Ray must be running. At its end,
-    requests under way are answered, and new ones refused.
+    """A context in which the server answers at `host` and `port`; Ray must be running, and its
+    processes have `key` as their `DRAIN_KEY`. At its end, requests that have come are answered, and
+    new ones refused.
 
     Raises:
         SpecError: the server would be open to a network without a token.
@@ -176,7 +177,10 @@ def running(
             )
         except RuntimeError as error:
             raise ServerError(f"the server does not start: {_cause(error)}") from None
-        yield
+        try:
+            yield
+        finally:
+            drain(host, port, key)
     finally:
         with suppress(TimeoutError):
             serve.delete(APPLICATION)  # its replicas end their requests while the proxy is there

@@ -273,6 +273,6 @@ def test_bad_settings_are_refused(tmp_path: Any, shop: Shop) -> None:
         Engine(Settings(tmp_path))
     with (
         pytest.raises(SpecError, match=r"--host: given '0\.0\.0\.0'.* without a token"),
-        running(Settings(tmp_path), host="0.0.0.0", port=1, replicas=1, cpus=1, gpus=0),
+        running(Settings(tmp_path), host="0.0.0.0", port=1, replicas=1, cpus=1, gpus=0, key=""),
     ):
         raise AssertionError

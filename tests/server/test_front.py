@@ -7,12 +7,27 @@ import socket
 import time
 import uuid
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from helpers_server import TOKEN, Shop, ask, half_sent, png, processes_of, serving
+from helpers_server import (
+    TOKEN,
+    Shop,
+    ask,
+    half_sent,
+    listening,
+    png,
+    processes_of,
+    serving,
+    wait_until,
+)
+from starlette.responses import PlainTextResponse
+from starlette.types import Receive, Scope, Send
 
 from pipeline.server.client import Client
+from pipeline.server.front import Front, drain
+from pipeline.server.settings import Limits
 
 pytest.importorskip("grpc_reflection", reason="the extra serving (ray[serve]) is not installed")
 MEBIBYTE = 1024**2
@@ -100,3 +115,46 @@ def test_more_requests_than_may_wait_are_told_to_come_back(proxied: tuple[str, i
     assert b"\r\nretry-after: 1\r\n" in answer
     assert b'{"error":"too many requests are waiting; try again later"}' in answer
     assert client.predict("birds", [image]) == expected
+
+
+def test_all_that_came_is_answered_before_a_drain_ends() -> None:
+    async def slow(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            while (await receive()).get("more_body"):
+                pass
+            await PlainTextResponse("done")(scope, receive, send)
+
+    front = Front(slow, Limits(), "the key")
+    with listening(front) as port, ThreadPoolExecutor(1) as pool:
+        url = f"http://127.0.0.1:{port}"
+        connections = [half_sent(port, png()) for _ in range(3)]
+        wait_until(lambda: front._under_way == 3)
+        drain("127.0.0.1", port, "another key")
+        assert ask(url) == (200, "done")
+        drained = pool.submit(drain, "127.0.0.1", port, "the key")
+        wait_until(lambda: ask(url)[0] == 503)
+        assert not drained.done()
+        for connection, rest in connections:
+            with connection:
+                connection.sendall(rest)
+                assert connection.makefile("rb").read().startswith(b"HTTP/1.1 200")
+        drained.result(10)
+
+
+def test_requests_that_wait_for_a_replica_are_answered_when_the_server_ends(
+    shop: Shop, tmp_path: Path
+) -> None:
+    def answers(url: str, sent: list[tuple[socket.socket, bytes]]) -> list[bytes]:
+        wait_until(lambda: ask(f"{url}/readyz", token=None)[0] == 503)
+        for connection, rest in sent:
+            connection.sendall(rest)
+        return [connection.makefile("rb").read()[:12] for connection, _ in sent]
+
+    with contextlib.ExitStack() as stack, ThreadPoolExecutor(1) as pool:
+        with serving(shop, tmp_path / "log", uuid.uuid4().hex, "--cpus", "0.5") as url:
+            sent = [half_sent(int(url.rsplit(":", 1)[1]), png()) for _ in range(256 + 40)]
+            for connection, _ in sent:
+                stack.enter_context(connection)
+            time.sleep(2)  # a replica has 256 of them
+            asked = pool.submit(answers, url, sent)
+        assert asked.result(60) == [b"HTTP/1.1 200"] * len(sent)
