@@ -55,22 +55,26 @@ HEADS: dict[str, dict[str, Any]] = {
 }
 
 
-def open_any(name: str, place: Place) -> Inputs:
-    """The prepared task."""
-    if name != "caltech47":
-        return open_task(name, {}, place)
-    whole, root = place.shared / "data" / "caltech101", place.workdir / name
+def caltech47(place: Place) -> dict[str, Any]:
+    """The data of the first 47 classes of caltech101, as lists of its files."""
+    whole, root = place.shared / "data" / "caltech101", place.workdir / "caltech47"
     root.mkdir(parents=True, exist_ok=True)
     names = (whole / "classes.txt").read_text().splitlines()[:47]
     for file in ("train800.txt", "val200.txt", "test.txt"):
         rows = [line.rsplit(" ", 1) for line in (whole / file).read_text().splitlines()]
         chosen = [f"{whole / path} {label}" for path, label in rows if int(label) < len(names)]
         (root / file).write_text("\n".join(chosen) + "\n")
+    return {"format": "lists", "root": str(root), "classes": names}
+
+
+def open_any(name: str, place: Place) -> Inputs:
+    """The prepared task."""
+    if name != "caltech47":
+        return open_task(name, {}, place)
     spec = open_task("caltech101", {}, place).task
-    data = {"format": "lists", "root": str(root), "classes": names}
-    task = spec.changed(name=name, data=data)
-    prepare(task, root / "data")
-    return open_inputs(task, root / "data")
+    task, folder = spec.changed(name=name, data=caltech47(place)), place.workdir / name / "data"
+    prepare(task, folder)
+    return open_inputs(task, folder)
 
 
 class Features:

@@ -164,7 +164,7 @@ def _rows(runs: Sequence[Run]) -> list[str]:
         for train, val, epochs in sorted(kinds)
     )
     return [
-        f"{described}; {len({run['seed'] for run in runs})} seed(s).",
+        f"{described}, seeds: {len({run['seed'] for run in runs})}.",
         "",
         *table(COLUMNS, rows),
     ]
