@@ -12,14 +12,17 @@ import contextlib
 import io
 import os
 import re
+import threading
 import warnings
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from pipeline.data.formats import EXPECTED, explain, extension_of, readable_formats
 from pipeline.data.paths import read_path
+from pipeline.data.resize import can_join, is_small, resized, resized_together
 from pipeline.errors import DataError
 
 _TURNS = {
@@ -35,6 +38,9 @@ _TURNS = {
 _TURNS_ON_SIDE = tuple(_TURNS[orientation] for orientation in (5, 6, 7, 8))
 _NO_WARNINGS = ("ignore", None, Warning, re.compile(r"PIL\."), 0)
 """The filter as Python keeps it: action, message, category, module, line."""
+_SMALL_BYTES = 4096
+"""Of a file that Pillow decodes in less time than threads take to pass the GIL on."""
+_ONE_AT_A_TIME = threading.Lock()
 
 
 def decode_image(
@@ -63,8 +69,44 @@ def decode_sized(
             image, (width, height) = content, content.size
         if _turn(image) in _TURNS_ON_SIDE:
             width, height = height, width
-        square = _to_rgb(_upright(image)).resize((size_px, size_px), Image.Resampling.BICUBIC)
-    return np.ascontiguousarray(np.asarray(square).transpose(2, 0, 1)), (height, width)
+        square = resized(_to_rgb(_upright(image)), size_px)
+    return np.ascontiguousarray(square), (height, width)
+
+
+def decode_images(squares: np.ndarray, contents: Iterable[tuple[str, bytes]]) -> None:
+    """Write to `squares`, uint8 [N, 3, size_px, size_px], what `decode_image` gives for each of N
+    names and contents. Of large images, one at a time is in memory.
+
+    Pillow gives the GIL up for microseconds while it decodes or resizes a small image, and threads
+    that do so at once take longer than one. So one thread at a time decodes small files, while
+    others resize theirs together.
+    """
+    small: list[tuple[int, str, bytes]] = []
+    for row, (name, content) in enumerate(contents):
+        if len(content) <= _SMALL_BYTES and is_small(squares[row]):
+            small.append((row, name, content))
+        else:
+            squares[row] = decode_image(content, squares.shape[-1], name)
+    joining: dict[tuple[int, int], list[tuple[int, Image.Image]]] = defaultdict(list)
+    with _ONE_AT_A_TIME:
+        for row, name, content in small:
+            image = _decode_unless_it_joins(squares[row], content, name)
+            if image is not None:
+                joining[image.size].append((row, image))
+    for same in joining.values():
+        rows, images = zip(*same, strict=True)
+        squares[list(rows)] = resized_together(images, squares.shape[-1])
+
+
+def _decode_unless_it_joins(square: np.ndarray, content: bytes, name: str) -> Image.Image | None:
+    """Write an image to `square`; one that can be resized with others is given back."""
+    size_px = square.shape[-1]
+    with _named_faults(content, name):
+        image = _to_rgb(_upright(_open(content, 2 * size_px)[0]))
+        if can_join(image):
+            return image
+        square[:] = resized(image, size_px)
+    return None
 
 
 def open_image(source: bytes | str | os.PathLike[str] | Image.Image, name: str = "") -> Image.Image:
@@ -184,4 +226,4 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         )
     if image.mode == "P":  # by way of RGBA: a palette with transparency makes Pillow warn otherwise
         image = image.convert("RGBA")
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -41,6 +41,24 @@ class Form:
     def size_bytes(self, samples: int) -> int:
         """Bytes of the memory that a shard needs."""
         return samples * (math.prod(self.shape) * self.takes.dtype.itemsize + 1)
+
+
+def decode(form: Form, places: Sequence[tuple[DecodedShard, int]]) -> None:
+    """Decode samples at positions of shards, and their masks. Raises DataError naming the first
+    that cannot be decoded.
+    """
+    samples = np.empty((len(places), *form.shape), form.takes.dtype)
+
+    def contents() -> Iterator[tuple[str, bytes]]:
+        for row, (shard, position) in enumerate(places):
+            name, (content, *mask) = shard.stored(position)
+            for part in mask:
+                samples[row, COLOURS] = decode_mask(part, form.shape[-1], name)
+            yield name, content
+
+    form.takes.decode_into(samples[:, :COLOURS] if form.has_masks else samples, contents())
+    for (shard, position), sample in zip(places, samples, strict=True):
+        shard.keep(position, sample)
 
 
 class DecodedShard:
@@ -80,18 +98,18 @@ class DecodedShard:
             if self._encoded is None or self._encoded.url != url:
                 self._encoded = load()
 
-    def decode(self, position: int) -> None:
-        """Decode one sample, and its mask. Raises DataError."""
+    def stored(self, position: int) -> tuple[str, list[bytes]]:
+        """A sample's name for error messages, and its image as it is stored, and its mask if it has
+        one. Raises DataError.
+        """
         encoded = self._encoded
         assert encoded is not None, "the shard is opened before its samples are decoded"
         name = f"{encoded.url}: {shortened(encoded.keys[position])}"
-        content, *mask = encoded.sample(position)
-        decoded = self._form.takes.decode_stored(content, name)
-        if not mask:
-            self._samples[position] = decoded
-        for part in mask:
-            self._samples[position, :COLOURS] = decoded
-            self._samples[position, COLOURS] = decode_mask(part, self._form.shape[-1], name)
+        return name, encoded.sample(position)
+
+    def keep(self, position: int, sample: np.ndarray) -> None:
+        """Keep a decoded sample, with its mask."""
+        self._samples[position] = sample
         self._is_decoded[position] = 1
 
     def close_if_decoded(self) -> None:

@@ -41,8 +41,11 @@ class EncodedShard:
         if self.path is None:
             return [self.content[span] for span in self.spans[position]]
         try:
-            with self.path.open("rb", buffering=0) as file:
-                parts = [_part(file.fileno(), span) for span in self.spans[position]]
+            file = os.open(self.path, os.O_RDONLY)
+            try:
+                parts = [_part(file, span) for span in self.spans[position]]
+            finally:
+                os.close(file)
         except OSError as error:
             raise DataError(
                 f"{self.url}: cannot be read ({error.strerror}); copy or prepare it again"

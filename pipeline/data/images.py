@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -12,7 +13,7 @@ from PIL import Image
 from torch import nn
 
 from pipeline.data.augment import augment_with
-from pipeline.data.decode import decode_image, decode_sized
+from pipeline.data.decode import decode_image, decode_images, decode_sized
 from pipeline.data.formats import EXPECTED, IMAGE_EXTENSIONS
 from pipeline.data.modality import Modality
 from pipeline.errors import DataError
@@ -70,6 +71,10 @@ class Images(Modality):
     def decode_stored(self, content: bytes, name: str) -> np.ndarray:
         """See `decode_image`."""
         return decode_image(content, self.size_px, name)
+
+    def decode_into(self, samples: np.ndarray, stored: Iterable[tuple[str, bytes]]) -> None:
+        """See `decode_images`."""
+        decode_images(samples, stored)
 
     def decode(self, source: Any, name: str = "") -> np.ndarray:
         """See `decode_image`; arrays are uint8 [H, W, 3]."""

@@ -7,6 +7,7 @@ that it takes; readers decode by it, training augments by it, and packs record i
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from typing import Any, ClassVar
 
 import numpy as np
@@ -60,6 +61,13 @@ class Modality(ABC):
     @abstractmethod
     def decode_stored(self, content: bytes, name: str) -> np.ndarray:
         """A sample from what shards keep. Raises DataError naming `name`."""
+
+    def decode_into(self, samples: np.ndarray, stored: Iterable[tuple[str, bytes]]) -> None:
+        """Write `samples` [N, ...] from their N names and what shards keep of them. Raises
+        DataError naming the first that cannot be decoded.
+        """
+        for row, (name, content) in enumerate(stored):
+            samples[row] = self.decode_stored(content, name)
 
     @abstractmethod
     def decode(self, source: Any, name: str = "") -> np.ndarray:

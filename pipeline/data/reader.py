@@ -1,11 +1,11 @@
 """Samples as tensors: decoded ahead of their use, and kept in memory as long as they fit.
 
-An image is decoded when a batch first needs it, by a pool of threads (Pillow releases the GIL),
-while the model works on the batch before. The images of a shard share one piece of memory, so
-successive trials in a process, tasks that share shards, and all processes of a machine find them
-decoded (node_memory.py); the least recently used shard is evicted first. Its key is the content's
-SHA-256, never the file's name. Shards behind URLs are fetched a few ahead of their use, and cached
-on disk (remote.py).
+Images are decoded when a batch first needs them, by a pool of threads (Pillow releases the GIL),
+several a job, while the model works on the batch before. The images of a shard share one piece of
+memory, so successive trials in a process, tasks that share shards, and all processes of a machine
+find them decoded (node_memory.py); the least recently used shard is evicted first. Its key is the
+content's SHA-256, never the file's name. Shards behind URLs are fetched a few ahead of their use,
+and cached on disk (remote.py).
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from typing import TypeVar
 import numpy as np
 import torch
 
-from pipeline.data.decoded_shard import COLOURS, DecodedShard, Form
-from pipeline.data.encoded_shard import open_shard, shard_content
+from pipeline.data.decoded_shard import COLOURS, DecodedShard, Form, decode
+from pipeline.data.encoded_shard import EncodedShard, open_shard, shard_content
 from pipeline.data.index import ShardEntry
 from pipeline.data.modality import Modality
 from pipeline.data.node_memory import node_memory
@@ -39,10 +39,12 @@ CACHE_BYTES = 2 << 30
 """What a process may always keep; shared memory adds to it."""
 SHARDS_AHEAD = 4
 BATCHES_AHEAD = 2
-JOBS_PER_DECODER = 4
+JOBS_PER_DECODER = 2
 """Into how many jobs for each thread a batch is divided: fewer leave threads without work at its
 end.
 """
+MOST_TOGETHER = 16
+"""Samples of a job: few enough to fit into a processor's cache."""
 DECODER = "1"
 """Changes when the same content decodes to other bytes: two releases may run beside each other."""
 Key = tuple[str, str]  # sha256, the form's key
@@ -197,37 +199,34 @@ class Reader:
             shard = CACHE.get(entry.sha256, self._form, entry.samples, self.cache_bytes)
             found.append((entry, shard, rows, shard.missing(samples[rows, 1])))
         lacking = [(entry, shard) for entry, shard, _, missing in found if len(missing)]
-        self._for_each(lambda each: self._open(*each, content), lacking)
-        images = [(shard, place) for _, shard, _, missing in found for place in missing.tolist()]
-        self._for_each(lambda each: each[0].decode(each[1]), images)
+        self._for_all(functools.partial(self._open, content), lacking)
+        places = [(shard, place) for _, shard, _, missing in found for place in missing.tolist()]
+        self._for_all(functools.partial(decode, self._form), places)
         for _, shard, rows, missing in found:
             if len(missing):
                 shard.close_if_decoded()
             yield shard, rows
 
-    def _for_each(self, do: Callable[[Item], None], items: Sequence[Item]) -> None:
-        """Do it for all, in the decoders' threads: several at a time, because a small image takes
-        little longer to decode than to hand over.
-        """
-
-        def do_all(some: Sequence[Item]) -> None:
-            for item in some:
-                do(item)
-
-        if self._decoders == 1 or len(items) < 2:
-            do_all(items)
-            return
-        size = -(-len(items) // (self._decoders * JOBS_PER_DECODER))
+    def _for_all(self, do: Callable[[Sequence[Item]], None], items: Sequence[Item]) -> None:
+        """Do it for all, several at a time, in the decoders' threads."""
+        size = min(MOST_TOGETHER, -(-len(items) // (self._decoders * JOBS_PER_DECODER)) or 1)
         jobs = [items[start : start + size] for start in range(0, len(items), size)]
-        for _ in _decoders(self._decoders).map(do_all, jobs):
+        here = self._decoders == 1 or len(jobs) < 2
+        for _ in map(do, jobs) if here else _decoders(self._decoders).map(do, jobs):
             pass
 
     def _open(
-        self, entry: ShardEntry, shard: DecodedShard, content: Callable[[ShardEntry], bytes]
+        self,
+        content: Callable[[ShardEntry], bytes],
+        shards: Sequence[tuple[ShardEntry, DecodedShard]],
     ) -> None:
-        """Have a shard's samples at hand, as they are stored."""
-        url, has_masks = resolve(self.index_folder, entry.path), self._form.has_masks
-        shard.open(url, lambda: open_shard(self.index_folder, entry, has_masks, content(entry)))
+        """Have samples of shards at hand, as they are stored."""
+        for entry, shard in shards:
+            url = resolve(self.index_folder, entry.path)
+            shard.open(url, functools.partial(self._load, entry, content))
+
+    def _load(self, entry: ShardEntry, content: Callable[[ShardEntry], bytes]) -> EncodedShard:
+        return open_shard(self.index_folder, entry, self._form.has_masks, content(entry))
 
     def _remote(self, plan: Sequence[np.ndarray]) -> list[ShardEntry]:
         """The shards behind URLs that a plan has something to decode from, by first use."""

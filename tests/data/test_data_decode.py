@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +11,9 @@ import pytest
 from helpers_cases import for_every
 from PIL import Image
 
+from pipeline.data import decode as decode_module
 from pipeline.data import decode_image, open_image
-from pipeline.data.decode import decode_sized
+from pipeline.data.decode import decode_images, decode_sized
 from pipeline.errors import DataError
 
 RGB = np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8)
@@ -131,3 +133,40 @@ def test_missing_and_float_images() -> None:
         decode_image("none.png", 8)
     with pytest.raises(DataError, match="floating point"):
         decode_image(Image.fromarray(np.zeros((4, 4), np.float32)), 8)
+
+
+@for_every("size_px", [8, 12, 40, 100])
+@for_every("kind", ["PNG", "JPEG"])
+def test_images_decoded_together_are_the_same_as_alone(kind: str, size_px: int) -> None:
+    rng = np.random.default_rng(3)
+    sizes = [(9, 12), (12, 9), (9, 12), (150, 90), (12, 12), (1, 9), (9, 12), (12, 12)]
+    contents = [
+        encode(Image.fromarray(rng.integers(0, 256, (*size, 3), np.uint8)), kind) for size in sizes
+    ]
+    squares = np.zeros((len(contents), 3, size_px, size_px), np.uint8)
+    decode_images(squares, ((str(row), content) for row, content in enumerate(contents)))
+    alone = np.stack([decode_image(content, size_px) for content in contents])
+    assert np.array_equal(squares, alone)
+
+
+def test_a_fault_names_its_image_among_others() -> None:
+    whole = encode(Image.fromarray(RGB))
+    contents = [("a.png", whole), ("b.png", whole[:40]), ("c.png", whole)]
+    with pytest.raises(DataError, match=r"b\.png: cannot be decoded"):
+        decode_images(np.zeros((3, 3, 8, 8), np.uint8), contents)
+
+
+def test_of_large_images_one_at_a_time_is_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[weakref.ref[Image.Image]] = []
+    find = decode_module._open
+
+    def noted(content: bytes, least_px: int) -> tuple[Image.Image, tuple[int, int]]:
+        assert not [image for image in opened if image() is not None]
+        image, size = find(content, least_px)
+        opened.append(weakref.ref(image))
+        return image, size
+
+    monkeypatch.setattr(decode_module, "_open", noted)
+    large = encode(Image.new("RGB", (100, 100)))
+    decode_images(np.zeros((3, 3, 8, 8), np.uint8), [("a", large), ("b", large), ("c", large)])
+    assert len(opened) == 3

@@ -131,7 +131,7 @@ def test_a_second_process_decodes_nothing(tmp_path: Path, monkeypatch: pytest.Mo
     split = split_samples(DataIndex(classes=["a", "b"], splits=written), 0.3, 0)["test"]
     first = Reader(tmp_path, split, Images(8)).read(split.samples)[0]
     CACHE.clear()
-    monkeypatch.setattr(images_module, "decode_image", lambda *_: pytest.fail("decoded"))
+    monkeypatch.setattr(images_module, "decode_images", lambda *_: pytest.fail("decoded"))
     monkeypatch.setattr(encoded_shard_module, "fetch_checked", lambda *_: pytest.fail("fetched"))
     assert (Reader(tmp_path, split, Images(8)).read(split.samples)[0] == first).all()
     CACHE.clear()

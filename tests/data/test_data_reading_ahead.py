@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,7 +17,6 @@ from pipeline.data import (
     Images,
     Reader,
     Split,
-    decode_image,
     split_samples,
     training_batches,
     write_shards,
@@ -25,6 +24,7 @@ from pipeline.data import (
 from pipeline.data import images as images_module
 from pipeline.data import reader as reader_module
 from pipeline.data.batch_plan import evaluation_batches
+from pipeline.data.decode import decode_images
 from pipeline.data.index import DataIndex, ShardEntry
 from pipeline.data.reader import BATCHES_AHEAD, CACHE, JOBS_PER_DECODER
 from pipeline.data.sources import encode_png
@@ -67,11 +67,12 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """How often each image is decoded."""
     counts: Counter[str] = Counter()
 
-    def count(content: bytes, size_px: int, name: str) -> np.ndarray:
-        counts[name] += 1
-        return decode_image(content, size_px, name)
+    def count(squares: np.ndarray, contents: Iterable[tuple[str, bytes]]) -> None:
+        given = list(contents)
+        counts.update(name for name, _ in given)
+        decode_images(squares, given)
 
-    monkeypatch.setattr(images_module, "decode_image", count)
+    monkeypatch.setattr(images_module, "decode_images", count)
     return counts
 
 
@@ -157,14 +158,14 @@ def test_as_many_images_are_decoded_at_once_as_the_process_has_cores(
     torch.set_num_threads(2)
     both = threading.Barrier(2)
 
-    def meet(content: bytes, size_px: int, name: str) -> np.ndarray:
-        both.wait(timeout=60)  # of another image
-        return decode_image(content, size_px, name)
+    def meet(squares: np.ndarray, contents: Iterable[tuple[str, bytes]]) -> None:
+        both.wait(timeout=60)  # for other images
+        decode_images(squares, contents)
 
     reader = Reader(folder, splits["train"], Images(SIZE_PX))
     expected = reader.read(splits["train"].samples[:8])[0]
     CACHE.clear()
-    monkeypatch.setattr(images_module, "decode_image", meet)
+    monkeypatch.setattr(images_module, "decode_images", meet)
     assert torch.equal(reader.read(splits["train"].samples[:8])[0], expected)
 
 
