@@ -56,7 +56,7 @@ SETS = 2
 """Of parts: those that the default space tries first."""
 BITS: tuple[Bits, ...] = (1, 2, 4)
 RANK_STEP = 8
-RATES = (1, 2, 4)
+RATES = (0.5, 1, 2)
 """Of the default learning rate."""
 COLUMNS = ("budget", "chosen of", "recipe", "bytes", "validation %", "test %", "- bare head")
 
