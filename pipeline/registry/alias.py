@@ -78,8 +78,8 @@ class ChampionAlias:
     def _point_at(self, pack: RegisteredPack) -> None:
         """Move the alias, after the tags that show the champion's numbers in MLflow's list of
         models: after an interruption in between, the next move of the alias repairs it."""
-        client = self._store.client
-        version = self._store.light.get_model_version(pack.name, str(pack.version))
+        client = self._store.light
+        version = client.get_model_version(pack.name, str(pack.version))
         if CHAMPION_ALIAS not in version.aliases:
             for key, value in pack.shown().items():
                 set_despite_race(client.set_registered_model_tag, pack.name, key, value)

@@ -94,10 +94,10 @@ class Registration:
         self._ensure_registered_model(champion)
         # The location rather than `models:/m-...`: MLflow's SQL store resolves the latter through
         # the process-wide tracking URI, not the client's.
-        return self._client.create_model_version(
+        return self._store.light.create_model_version(
             champion.task,
-            source=model.artifact_location,
-            run_id=model.source_run_id,
+            model.artifact_location,
+            model.source_run_id,
             tags={
                 DIGEST_TAG: champion.pack_digest,
                 MODEL_ID_TAG: model.model_id,
@@ -137,7 +137,7 @@ class Registration:
         started_ms = now_ms if champion.started is None else _as_ms(champion.started)
         tags = {**champion.all_tags(), WRITER_TAG: self._writer}
         run_tags = {**tags, BEGUN_TAG: str(now_ms), "mlflow.note.content": run_note(champion)}
-        run_id = self._client.create_run(
+        run_id = self._store.light.create_run(
             experiment_id, start_time=started_ms, run_name=champion.task, tags=run_tags
         ).info.run_id
         model = self._client.create_logged_model(
@@ -167,7 +167,7 @@ class Registration:
             Metric(key, float(value), now_ms, 0, model_id=model_id)
             for key, value in sorted(champion.all_metrics().items())
         ]
-        self._client.log_batch(
+        self._store.light.log_batch(
             run_id,
             metrics=metrics,
             params=[Param(key, value) for key, value in sorted(champion.params.items())],
@@ -196,7 +196,7 @@ class Registration:
     def _ensure_registered_model(self, champion: Champion) -> None:
         if absent_as_none(self._store.light.get_registered_model, champion.task) is None:
             existing_as_none(
-                self._client.create_registered_model,
+                self._store.light.create_registered_model,
                 champion.task,
                 description=champion.tags.get("description"),
             )
@@ -207,7 +207,7 @@ class Registration:
         """
         model_id, number = version.tags[MODEL_ID_TAG], str(version.version)
         if not version.description:
-            self._client.update_model_version(
+            self._store.light.update_model_version(
                 version.name, number, version_card(champion, int(number))
             )
         if _VERSIONS_TAG not in self._client.get_logged_model(model_id).tags:
@@ -216,8 +216,9 @@ class Registration:
                 model_id,
                 {_VERSIONS_TAG: json.dumps([{"name": version.name, "version": int(number)}])},
             )
-        if self._client.get_run(version.run_id).info.status != "FINISHED":
-            self._client.set_terminated(version.run_id)
+        if self._store.light.get_run(version.run_id).info.status != "FINISHED":
+            now_ms = _as_ms(datetime.now(UTC))
+            self._store.light.set_terminated(version.run_id, "FINISHED", now_ms)
 
 
 def _as_ms(when: datetime) -> int:

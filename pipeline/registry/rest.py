@@ -1,8 +1,8 @@
-"""MLflow's look-ups and the runs of trials over its REST API, without MLflow: importing that takes
-longer than the server's answer, and its requests take half as much processor time again, to find
-out, every time, whether they come from a Databricks notebook.
+"""MLflow's look-ups, runs and versions over its REST API, without MLflow: importing that takes
+longer than the server's answer, and its requests take twice as much processor time, to find out,
+every time, whether they come from a Databricks notebook.
 
-The methods are those of `MlflowClient`, as far as looking packs up and writing trials need them,
+The methods are those of `MlflowClient`, as far as looking packs up and registering them needs them,
 and give objects with the same attributes. Where the user's settings ask for more than a name and
 password or a token, `plain_rest` gives None and MLflow's own client does the work.
 """
@@ -45,13 +45,14 @@ class Page(list[Any]):
 
 
 class Rest:
-    """The server's look-ups, and writing runs. What it raises reads like MLflow's own errors;
-    `error_code` says what the server called it.
+    """The server's look-ups, and writing runs and versions. What it raises reads like MLflow's own
+    errors; `error_code` says what the server called it.
     """
 
     def __init__(self, tracking_uri: str) -> None:
         import requests
         from requests.adapters import HTTPAdapter
+        from requests.utils import get_netrc_auth
         from urllib3.util import Retry
 
         self._uri = tracking_uri.rstrip("/")
@@ -71,6 +72,15 @@ class Rest:
             self._session.auth = (user, password)
         elif token := os.environ.get("MLFLOW_TRACKING_TOKEN"):
             self._session.headers["Authorization"] = f"Bearer {token}"
+        else:
+            self._session.auth = get_netrc_auth(self._uri)
+        self._read_environment_once()
+
+    def _read_environment_once(self) -> None:
+        """Of proxies and certificates, which a session otherwise looks for at every request."""
+        found = self._session.merge_environment_settings(self._uri, {}, None, None, None)
+        self._session.proxies, self._session.verify = found["proxies"], found["verify"]
+        self._session.trust_env = False
 
     def get_experiment_by_name(self, name: str) -> Any:
         """The experiment, or None."""
@@ -121,7 +131,7 @@ class Rest:
             "user_id": "unknown",
             "start_time": start_time,
             "run_name": run_name,
-            "tags": [{"key": key, "value": value} for key, value in tags.items()],
+            "tags": _rows(tags),
         }
         return _run(self._ask("POST", "runs/create", content)["run"])
 
@@ -129,6 +139,7 @@ class Rest:
         """As MLflow's, for at most 100 parameters."""
         values = [
             {"key": each.key, "value": each.value, "timestamp": each.timestamp, "step": each.step}
+            | ({"model_id": each.model_id} if each.model_id else {})
             for each in metrics
         ]
         given = [{"key": each.key, "value": each.value} for each in params]
@@ -174,6 +185,34 @@ class Rest:
             self._ask("GET", "registered-models/get", {"name": name})["registered_model"]
         )
 
+    def create_registered_model(self, name: str, description: str | None) -> None:
+        """As MLflow's."""
+        content = {"name": name} | ({"description": description} if description else {})
+        self._ask("POST", "registered-models/create", content)
+
+    def set_registered_model_tag(self, name: str, key: str, value: str) -> None:
+        """As MLflow's."""
+        content = {"name": name, "key": key, "value": value}
+        self._ask("POST", "registered-models/set-tag", content)
+
+    def set_registered_model_alias(self, name: str, alias: str, version: str) -> None:
+        """As MLflow's."""
+        content = {"name": name, "alias": alias, "version": version}
+        self._ask("POST", "registered-models/alias", content)
+
+    def create_model_version(
+        self, name: str, source: str, run_id: str, *, tags: Mapping[str, str], model_id: str
+    ) -> Any:
+        """As MLflow's, which waits for stores that copy files."""
+        content = {"name": name, "source": source, "run_id": run_id, "model_id": model_id}
+        answer = self._ask("POST", "model-versions/create", content | {"tags": _rows(tags)})
+        return _version(answer["model_version"])
+
+    def update_model_version(self, name: str, version: str, description: str) -> None:
+        """As MLflow's."""
+        content = {"name": name, "version": version, "description": description}
+        self._ask("PATCH", "model-versions/update", content)
+
     def _ask(self, method: str, path: str, content: dict[str, Any]) -> dict[str, Any]:
         from requests import HTTPError, JSONDecodeError
 
@@ -181,7 +220,7 @@ class Rest:
             _CONNECT_SECONDS,
             float(os.environ.get("MLFLOW_HTTP_REQUEST_TIMEOUT", _ANSWER_SECONDS)),
         )
-        given: dict[str, Any] = {"json": content} if method == "POST" else {"params": content}
+        given: dict[str, Any] = {"params": content} if method == "GET" else {"json": content}
         response = self._session.request(
             method, f"{self._uri}/api/2.0/mlflow/{path}", timeout=seconds, **given
         )
@@ -204,6 +243,10 @@ class Rest:
         )
 
 
+def _rows(pairs: Mapping[str, str]) -> list[dict[str, str]]:
+    return [{"key": key, "value": value} for key, value in pairs.items()]
+
+
 def _pairs(rows: list[dict[str, Any]] | None) -> dict[str, Any]:
     return {row["key"]: row.get("value", "") for row in rows or ()}
 
@@ -211,7 +254,9 @@ def _pairs(rows: list[dict[str, Any]] | None) -> dict[str, Any]:
 def _run(content: dict[str, Any]) -> Any:
     info, data = content["info"], content["data"]
     return SimpleNamespace(
-        info=SimpleNamespace(run_id=info["run_id"], start_time=int(info["start_time"])),
+        info=SimpleNamespace(
+            run_id=info["run_id"], start_time=int(info["start_time"]), status=info["status"]
+        ),
         data=SimpleNamespace(
             metrics={row["key"]: float(row.get("value", 0.0)) for row in data.get("metrics", ())},
             params=_pairs(data.get("params")),

@@ -56,14 +56,14 @@ class TrackingStore:
 
     @functools.cached_property
     def client(self) -> Any:
-        """MLflow's own client, for all that writes but trials."""
+        """MLflow's own client, for files and LoggedModels."""
         return import_mlflow().MlflowClient(
             tracking_uri=self.tracking_uri, registry_uri=self.tracking_uri
         )
 
     @property
     def light(self) -> Any:
-        """The client for look-ups and trials: over REST without MLflow where that is possible."""
+        """The client for all else: over REST without MLflow where that is possible."""
         return self._rest or self.client
 
     def _find_or_create_experiment(self) -> Any:
