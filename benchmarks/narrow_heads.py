@@ -58,7 +58,16 @@ BITS: tuple[Bits, ...] = (1, 2, 4)
 RANK_STEP = 8
 RATES = (0.5, 1, 2)
 """Of the default learning rate."""
-COLUMNS = ("budget", "chosen of", "recipe", "bytes", "validation %", "test %", "- bare head")
+COLUMNS = (
+    "budget",
+    "chosen of",
+    "recipe",
+    "bytes",
+    "validation %",
+    "test %",
+    "- bare head",
+    "seeds",
+)
 
 
 def open_run(run: Run, place: Place) -> Inputs:
@@ -217,12 +226,8 @@ def _rows(runs: Sequence[Run]) -> list[str]:
     for max_bytes in sorted({run["max_bytes"] for run in runs}):
         own = [run for run in runs if run["max_bytes"] == max_bytes]
         rows += [_row(own, group) for group in (BARE, NARROW, WHOLE) if group in own[0]["groups"]]
-    seeds, epochs = ({run[key] for run in runs} for key in ("seed", "epochs"))
-    return [
-        f"Epochs: {', '.join(map(str, epochs))}; seeds: {len(seeds)}.",
-        "",
-        *table(COLUMNS, rows),
-    ]
+    epochs = dict.fromkeys(str(run["epochs"]) for run in runs)
+    return [f"Epochs: {', '.join(epochs)}.", "", *table(COLUMNS, rows)]
 
 
 def _row(runs: Sequence[Run], group: str) -> list[str]:
@@ -242,6 +247,7 @@ def _row(runs: Sequence[Run], group: str) -> list[str]:
         f"{100 * fmean(each['trials'][each['recipe']] for each in found):.1f}",
         f"{fmean(100 * each['correct'] / each['samples'] for each in found):.1f}",
         difference,
+        str(len(found)),
     ]
 
 
