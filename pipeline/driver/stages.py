@@ -54,9 +54,9 @@ LOG = logging.getLogger("taskpack")
 """One line per trial and fit that has ended. The command line prints them if there is no
 terminal.
 """
-SLACK = 1.6
-"""So many times the tasks that fill a cluster on average keep 95 % of it at work, as
-`benchmarks/scale.py` plays it.
+SLACK = 2.0
+"""So many times the tasks that fill a cluster on average keep 95 % of it busy, even where tasks end
+their trials at the same time, as `benchmarks/scale.py` plays it.
 """
 CHECKED_AT_ONCE = 2
 """Tasks that workers check concurrently: each takes the memory of a training step on a CPU, perhaps

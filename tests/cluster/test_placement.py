@@ -151,7 +151,7 @@ def test_more_tasks_run_where_trials_are_known_to_share_gpus(
 
 @for_every(
     ("tasks", "trials"),
-    [(0, 51.2), (1, 51.2), (3, 51.2 / 3), (13, 4), (50, LAG)],  # of 32 places, 1.6 times as many
+    [(0, 64), (1, 64), (3, 64 / 3), (16, 4), (50, LAG)],  # of 32 places, twice as many
 )
 def test_tasks_share_the_cluster_for_trials_that_need_not_wait(
     tasks: int, trials: float, monkeypatch: pytest.MonkeyPatch
