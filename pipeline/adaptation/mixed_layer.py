@@ -123,17 +123,17 @@ class MixedLayer(Wrapper):
         """
         weight_OI = self.base.weight.flatten(1)
         outputs = len(weight_OI)
-        each = [
-            (lane, *(some.unflatten(1, (outputs, -1)) for some in lane.connections(self.name)))
-            for lane in lanes
-            if lane.has(self.name)
+        connected = [lane for lane in lanes if lane.has(self.name)]
+        found = [
+            tuple(each.unflatten(1, (outputs, -1)) for each in lane.connections(self.name))
+            for lane in connected
         ]
-        if len(each) == 1 and each[0][0].is_whole:
-            return each[0][1:]
+        if len(connected) == 1 and connected[0].is_whole:
+            return found[0]
         shape = (samples, outputs, max(lane.spec.top_k for lane in lanes))
         columns_BOK = torch.zeros(shape, dtype=torch.long, device=weight_OI.device)
         values_BOK = weight_OI.new_zeros(shape)
-        for lane, columns_SOK, values_SOK in each:
+        for lane, (columns_SOK, values_SOK) in zip(connected, found, strict=True):
             columns_BOK = lane.change(columns_BOK, functools.partial(_padded, columns_SOK))
             values_BOK = lane.change(values_BOK, functools.partial(_padded, values_SOK))
         return columns_BOK, values_BOK

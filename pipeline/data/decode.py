@@ -38,8 +38,10 @@ _TURNS = {
 _TURNS_ON_SIDE = tuple(_TURNS[orientation] for orientation in (5, 6, 7, 8))
 _NO_WARNINGS = ("ignore", None, Warning, re.compile(r"PIL\."), 0)
 """The filter as Python keeps it: action, message, category, module, line."""
-_SMALL_BYTES = 4096
-"""Of a file that Pillow decodes in less time than threads take to pass the GIL on."""
+_SMALL_BYTES, _SMALL_PX = 4096, 256
+"""A file of fewer bytes, with an image of no more pixels a side, is decoded in less time than
+threads take to pass the GIL on.
+"""
 _ONE_AT_A_TIME = threading.Lock()
 
 
@@ -81,32 +83,33 @@ def decode_images(squares: np.ndarray, contents: Iterable[tuple[str, bytes]]) ->
     that do so at once take longer than one. So one thread at a time decodes small files, while
     others resize theirs together.
     """
+    size_px = squares.shape[-1]
     small: list[tuple[int, str, bytes]] = []
     for row, (name, content) in enumerate(contents):
         if len(content) <= _SMALL_BYTES and is_small(squares[row]):
             small.append((row, name, content))
         else:
-            squares[row] = decode_image(content, squares.shape[-1], name)
-    joining: dict[tuple[int, int], list[tuple[int, Image.Image]]] = defaultdict(list)
+            squares[row] = decode_image(content, size_px, name)
     with _ONE_AT_A_TIME:
-        for row, name, content in small:
-            image = _decode_unless_it_joins(squares[row], content, name)
-            if image is not None:
-                joining[image.size].append((row, image))
+        images = [_decode_if_small(content, size_px, name) for _, name, content in small]
+    joining: dict[tuple[int, int], list[tuple[int, Image.Image]]] = defaultdict(list)
+    for (row, name, content), image in zip(small, images, strict=True):
+        if image is None:
+            squares[row] = decode_image(content, size_px, name)
+        elif can_join(image):
+            joining[image.size].append((row, image))
+        else:
+            squares[row] = resized(image, size_px)
     for same in joining.values():
-        rows, images = zip(*same, strict=True)
-        squares[list(rows)] = resized_together(images, squares.shape[-1])
+        rows, alike = zip(*same, strict=True)
+        squares[list(rows)] = resized_together(alike, size_px)
 
 
-def _decode_unless_it_joins(square: np.ndarray, content: bytes, name: str) -> Image.Image | None:
-    """Write an image to `square`; one that can be resized with others is given back."""
-    size_px = square.shape[-1]
+def _decode_if_small(content: bytes, size_px: int, name: str) -> Image.Image | None:
+    """The RGB image; None for one of many pixels, which may compress to few bytes."""
     with _named_faults(content, name):
-        image = _to_rgb(_upright(_open(content, 2 * size_px)[0]))
-        if can_join(image):
-            return image
-        square[:] = resized(image, size_px)
-    return None
+        image = _open(content, 2 * size_px)[0]
+        return _to_rgb(_upright(image)) if max(image.size) <= _SMALL_PX else None
 
 
 def open_image(source: bytes | str | os.PathLike[str] | Image.Image, name: str = "") -> Image.Image:
@@ -124,6 +127,7 @@ def rgb_image(source: bytes | str | os.PathLike[str] | Image.Image, name: str = 
     name = name or (str(source) if isinstance(source, (str, os.PathLike)) else "image")
     image = open_image(source, name)
     with _named_faults(image, name):
+        image.load()
         return _to_rgb(image)
 
 

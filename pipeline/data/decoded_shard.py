@@ -43,21 +43,22 @@ class Form:
         return samples * (math.prod(self.shape) * self.takes.dtype.itemsize + 1)
 
 
-def decode(form: Form, places: Sequence[tuple[DecodedShard, int]]) -> None:
-    """Decode samples at positions of shards, and their masks. Raises DataError naming the first
-    that cannot be decoded.
+def decode(form: Form, places: Sequence[tuple[DecodedShard, EncodedShard, int]]) -> None:
+    """Decode samples at positions of shards, and their masks. Raises DataError naming one that
+    cannot be decoded.
     """
     samples = np.empty((len(places), *form.shape), form.takes.dtype)
 
     def contents() -> Iterator[tuple[str, bytes]]:
-        for row, (shard, position) in enumerate(places):
-            name, (content, *mask) = shard.stored(position)
+        for row, (_, encoded, position) in enumerate(places):
+            name = f"{encoded.url}: {shortened(encoded.keys[position])}"
+            content, *mask = encoded.sample(position)
             for part in mask:
                 samples[row, COLOURS] = decode_mask(part, form.shape[-1], name)
             yield name, content
 
     form.takes.decode_into(samples[:, :COLOURS] if form.has_masks else samples, contents())
-    for (shard, position), sample in zip(places, samples, strict=True):
+    for (shard, _, position), sample in zip(places, samples, strict=True):
         shard.keep(position, sample)
 
 
@@ -90,22 +91,14 @@ class DecodedShard:
         """Decoded samples [B, ...]."""
         return self._samples[positions]
 
-    def open(self, url: str, load: Callable[[], EncodedShard]) -> None:
-        """Have the samples at hand to decode them: those at `url`, because the place where the same
-        content was found before may be gone. Raises DataError.
+    def open(self, url: str, load: Callable[[], EncodedShard]) -> EncodedShard:
+        """The samples as they are stored: those at `url`, because the place where the same content
+        was found before may be gone. Raises DataError.
         """
         with self._lock:
             if self._encoded is None or self._encoded.url != url:
                 self._encoded = load()
-
-    def stored(self, position: int) -> tuple[str, list[bytes]]:
-        """A sample's name for error messages, and its image as it is stored, and its mask if it has
-        one. Raises DataError.
-        """
-        encoded = self._encoded
-        assert encoded is not None, "the shard is opened before its samples are decoded"
-        name = f"{encoded.url}: {shortened(encoded.keys[position])}"
-        return name, encoded.sample(position)
+            return self._encoded
 
     def keep(self, position: int, sample: np.ndarray) -> None:
         """Keep a decoded sample, with its mask."""

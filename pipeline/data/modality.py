@@ -64,7 +64,7 @@ class Modality(ABC):
 
     def decode_into(self, samples: np.ndarray, stored: Iterable[tuple[str, bytes]]) -> None:
         """Write `samples` [N, ...] from their N names and what shards keep of them. Raises
-        DataError naming the first that cannot be decoded.
+        DataError naming one that cannot be decoded.
         """
         for row, (name, content) in enumerate(stored):
             samples[row] = self.decode_stored(content, name)

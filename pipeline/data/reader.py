@@ -40,11 +40,11 @@ CACHE_BYTES = 2 << 30
 SHARDS_AHEAD = 4
 BATCHES_AHEAD = 2
 JOBS_PER_DECODER = 2
-"""Into how many jobs for each thread a batch is divided: fewer leave threads without work at its
-end.
+"""Into how many jobs for each thread a batch is divided at least: fewer leave threads without work
+at its end.
 """
 MOST_TOGETHER = 16
-"""Samples of a job: few enough to fit into a processor's cache."""
+"""Samples of a job: so many small images fit into a processor's cache."""
 DECODER = "1"
 """Changes when the same content decodes to other bytes: two releases may run beside each other."""
 Key = tuple[str, str]  # sha256, the form's key
@@ -199,8 +199,13 @@ class Reader:
             shard = CACHE.get(entry.sha256, self._form, entry.samples, self.cache_bytes)
             found.append((entry, shard, rows, shard.missing(samples[rows, 1])))
         lacking = [(entry, shard) for entry, shard, _, missing in found if len(missing)]
-        self._for_all(functools.partial(self._open, content), lacking)
-        places = [(shard, place) for _, shard, _, missing in found for place in missing.tolist()]
+        stored: dict[DecodedShard, EncodedShard] = {}
+        self._for_all(functools.partial(self._open, content, stored), lacking)
+        places = [
+            (shard, stored[shard], place)
+            for _, shard, _, missing in found
+            for place in missing.tolist()
+        ]
         self._for_all(functools.partial(decode, self._form), places)
         for _, shard, rows, missing in found:
             if len(missing):
@@ -218,12 +223,15 @@ class Reader:
     def _open(
         self,
         content: Callable[[ShardEntry], bytes],
+        stored: dict[DecodedShard, EncodedShard],
         shards: Sequence[tuple[ShardEntry, DecodedShard]],
     ) -> None:
-        """Have samples of shards at hand, as they are stored."""
+        """Have the samples of shards at hand as they are `stored`: until they are decoded, also
+        where another process decodes the last ones of a shard, which then forgets them.
+        """
         for entry, shard in shards:
             url = resolve(self.index_folder, entry.path)
-            shard.open(url, functools.partial(self._load, entry, content))
+            stored[shard] = shard.open(url, functools.partial(self._load, entry, content))
 
     def _load(self, entry: ShardEntry, content: Callable[[ShardEntry], bytes]) -> EncodedShard:
         return open_shard(self.index_folder, entry, self._form.has_masks, content(entry))

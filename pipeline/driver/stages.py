@@ -55,8 +55,8 @@ LOG = logging.getLogger("taskpack")
 terminal.
 """
 SLACK = 2.0
-"""So many times the tasks that fill a cluster on average keep 95 % of it busy, even where tasks end
-their trials at the same time, as `benchmarks/scale.py` plays it.
+"""So many times the tasks that fill a cluster on average hold 95 % of it, as `benchmarks/scale.py`
+plays it.
 """
 CHECKED_AT_ONCE = 2
 """Tasks that workers check concurrently: each takes the memory of a training step on a CPU, perhaps

@@ -83,7 +83,8 @@ class Registration:
         if earliest.version == created.version:
             return created
         denied_as_none(self._client.delete_model_version, created.name, str(created.version))
-        self._discard_unfinished(champion)
+        if earliest.run_id != created.run_id:  # else a request that was sent again made both
+            self._discard_unfinished(champion)
         return earliest
 
     def _create_version(self, champion: Champion, with_trials: bool) -> Any:

@@ -1,6 +1,6 @@
 """MLflow's look-ups, runs and versions over its REST API, without MLflow: importing that takes
-longer than the server's answer, and its requests take twice as much processor time, to find out,
-every time, whether they come from a Databricks notebook.
+longer than the server's answer, and its requests take twice as much processor time, because each
+finds out whether it comes from a Databricks notebook.
 
 The methods are those of `MlflowClient`, as far as looking packs up and registering them needs them,
 and give objects with the same attributes. Where the user's settings ask for more than a name and
@@ -9,15 +9,17 @@ password or a token, `plain_rest` gives None and MLflow's own client does the wo
 
 from __future__ import annotations
 
+import itertools
+import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-_CONNECT_SECONDS, _ANSWER_SECONDS = 4, "60"
+_CONNECT_SECONDS, _ANSWER_SECONDS, _MAX_RETRIES = 4, "60", "4"
 _RETRIED = (429, 500, 502, 503, 504)
-_METRICS_AT_ONCE = 900  # of the 1,000 entries that MLflow takes in one request
+_METRICS_AT_ONCE, _PARAMS_AT_ONCE = 900, 100  # of the 1,000 entries that MLflow takes at once
 # What MLflow's client knows and this one does not.
 _BEYOND = ("AUTH", "AWS_SIGV4", "INSECURE_TLS", "SERVER_CERT_PATH", "CLIENT_CERT_PATH")
 
@@ -57,13 +59,9 @@ class Rest:
 
         self._uri = tracking_uri.rstrip("/")
         self._session = requests.Session()
-        retries = int(os.environ.get("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1"))
-        adapter = HTTPAdapter(
-            max_retries=Retry(
-                retries, backoff_factor=1, status_forcelist=_RETRIED, allowed_methods=None
-            )
-        )
-        self._session.mount(self._uri, adapter)
+        self._retries = Retry(backoff_factor=1, status_forcelist=_RETRIED, allowed_methods=None)
+        self._adapter = HTTPAdapter()
+        self._session.mount(self._uri, self._adapter)
         user, password = (
             os.environ.get("MLFLOW_TRACKING_USERNAME"),
             os.environ.get("MLFLOW_TRACKING_PASSWORD"),
@@ -77,7 +75,7 @@ class Rest:
         self._read_environment_once()
 
     def _read_environment_once(self) -> None:
-        """Of proxies and certificates, which a session otherwise looks for at every request."""
+        """Find proxies and certificates, for which a session otherwise looks at every request."""
         found = self._session.merge_environment_settings(self._uri, {}, None, None, None)
         self._session.proxies, self._session.verify = found["proxies"], found["verify"]
         self._session.trust_env = False
@@ -136,16 +134,23 @@ class Rest:
         return _run(self._ask("POST", "runs/create", content)["run"])
 
     def log_batch(self, run_id: str, *, metrics: Sequence[Any], params: Sequence[Any]) -> None:
-        """As MLflow's, for at most 100 parameters."""
+        """As MLflow's."""
         values = [
-            {"key": each.key, "value": each.value, "timestamp": each.timestamp, "step": each.step}
-            | ({"model_id": each.model_id} if each.model_id else {})
+            {
+                "key": each.key,
+                "value": _as_json(each.value),
+                "timestamp": each.timestamp,
+                "step": each.step,
+                **({"model_id": each.model_id} if each.model_id else {}),
+            }
             for each in metrics
         ]
         given = [{"key": each.key, "value": each.value} for each in params]
-        for start in range(0, max(1, len(values)), _METRICS_AT_ONCE):
-            some = values[start : start + _METRICS_AT_ONCE]
-            content = {"run_id": run_id, "metrics": some, "params": given if start == 0 else []}
+        pieces: Iterable[tuple[list[Any], list[Any]]] = itertools.zip_longest(
+            _pieces(values, _METRICS_AT_ONCE), _pieces(given, _PARAMS_AT_ONCE), fillvalue=[]
+        )
+        for some, few in pieces:
+            content = {"run_id": run_id, "metrics": some, "params": few}
             self._ask("POST", "runs/log-batch", content)
 
     def set_terminated(self, run_id: str, status: str, end_time: int) -> None:
@@ -203,7 +208,7 @@ class Rest:
     def create_model_version(
         self, name: str, source: str, run_id: str, *, tags: Mapping[str, str], model_id: str
     ) -> Any:
-        """As MLflow's, which waits for stores that copy files."""
+        """As MLflow's, but does not wait for stores that copy files."""
         content = {"name": name, "source": source, "run_id": run_id, "model_id": model_id}
         answer = self._ask("POST", "model-versions/create", content | {"tags": _rows(tags)})
         return _version(answer["model_version"])
@@ -220,6 +225,8 @@ class Rest:
             _CONNECT_SECONDS,
             float(os.environ.get("MLFLOW_HTTP_REQUEST_TIMEOUT", _ANSWER_SECONDS)),
         )
+        retries = int(os.environ.get("MLFLOW_HTTP_REQUEST_MAX_RETRIES", _MAX_RETRIES))
+        self._adapter.max_retries = self._retries.new(total=retries)
         given: dict[str, Any] = {"params": content} if method == "GET" else {"json": content}
         response = self._session.request(
             method, f"{self._uri}/api/2.0/mlflow/{path}", timeout=seconds, **given
@@ -241,6 +248,17 @@ class Rest:
             f"API request to endpoint {path} failed with error code {status} != 200. Response body:"
             f" '{response.text}'"
         )
+
+
+def _as_json(value: float) -> float | str:
+    """A number as protocol buffers have it in JSON, which has no infinity of its own."""
+    if math.isfinite(value):
+        return value
+    return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+
+
+def _pieces(rows: list[Any], size: int) -> list[list[Any]]:
+    return [rows[start : start + size] for start in range(0, len(rows), size)]
 
 
 def _rows(pairs: Mapping[str, str]) -> list[dict[str, str]]:

@@ -56,14 +56,16 @@ class TrackingStore:
 
     @functools.cached_property
     def client(self) -> Any:
-        """MLflow's own client, for files and LoggedModels."""
+        """MLflow's own client, for files, LoggedModels, and what is rarely asked."""
         return import_mlflow().MlflowClient(
             tracking_uri=self.tracking_uri, registry_uri=self.tracking_uri
         )
 
     @property
     def light(self) -> Any:
-        """The client for all else: over REST without MLflow where that is possible."""
+        """The client for what every registration and look-up asks: over REST without MLflow where
+        that is possible.
+        """
         return self._rest or self.client
 
     def _find_or_create_experiment(self) -> Any:

@@ -6,6 +6,7 @@ import logging
 import os
 import re
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -152,8 +153,8 @@ def running(
     settings: Settings, *, host: str, port: int, replicas: int, cpus: float, gpus: float, key: str
 ) -> Iterator[None]:
     """A context in which the server answers at `host` and `port`; Ray must be running, and its
-    processes have `key` as their `DRAIN_KEY`. At its end, requests that have come are answered, and
-    new ones refused.
+    processes have `key` as their `DRAIN_KEY`. At its end, new requests are refused, and those that
+    have come are answered, for up to a minute.
 
     Raises:
         SpecError: the server would be open to a network without a token.
@@ -180,11 +181,22 @@ def running(
         try:
             yield
         finally:
-            drain(host, port, key)
+            _drain_proxies(host, port, key)
     finally:
         with suppress(TimeoutError):
             serve.delete(APPLICATION)  # its replicas end their requests while the proxy is there
         serve.shutdown()
+
+
+def _drain_proxies(host: str, port: int, key: str) -> None:
+    """Drain the proxies: of every node, unless `host` is one machine's address."""
+    import ray
+
+    hosts = [host]
+    if host in ("0.0.0.0", "::"):
+        hosts = [node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]]
+    with ThreadPoolExecutor(len(hosts)) as pool:
+        list(pool.map(lambda each: drain(each, port, key), hosts))
 
 
 def _cause(error: RuntimeError) -> str:

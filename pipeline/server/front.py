@@ -1,6 +1,6 @@
 """What stands before the app in the proxies of Ray Serve: bounds on what a request has the proxy
-keep, Ray's own answers in the form of the app's, and the end of the server, before which every
-request that came is answered.
+keep, Ray's own answers in the form of the app's, and a shutdown before which every request that has
+come is answered.
 
 Ray Serve calls `open_front` in each proxy before it listens, as `SETTING` says.
 """
@@ -29,7 +29,9 @@ DRAIN_SECONDS = 30
 _DRAIN_PATH, _KEY_HEADER = "/-/drain", "drain-key"
 _LOOK_SECONDS = 0.05
 _AGAIN = {"Retry-After": "1"}
-_ENDING = Refused(503, "the server starts or ends; send the request again", _AGAIN)
+_ENDING = Refused(
+    503, "the server starts or ends; send the request again", _AGAIN | {"Connection": "close"}
+)
 
 
 def open_front() -> list[Middleware]:
@@ -39,12 +41,12 @@ def open_front() -> list[Middleware]:
     from uvicorn.config import HTTP_PROTOCOLS
 
     HTTP_PROTOCOLS["auto"] = HTTP_PROTOCOLS["h11"]
-    return [Middleware(Front, limits=Limits(), drain_key=os.environ.get(DRAIN_KEY))]
+    return [Middleware(Front, limits=Limits(), drain_key=os.environ.get(DRAIN_KEY) or None)]
 
 
 def drain(host: str, port: int, key: str) -> None:
     """Have the proxy that listens there refuse new requests, and return when all that it has are
-    answered, or after `DRAIN_SECONDS`. A proxy that does not know the key is left as it is.
+    answered, or after `DRAIN_SECONDS`. One that does not know the key goes on as before.
     """
     connection = http.client.HTTPConnection(host, port, timeout=DRAIN_SECONDS + 5)
     with suppress(OSError, http.client.HTTPException):

