@@ -20,7 +20,7 @@ from pipeline.server.front import DRAIN_SECONDS, drain
 from pipeline.server.guard import Refused
 from pipeline.server.image_urls import check_place
 from pipeline.server.settings import Settings
-from pipeline.serving.host import CAPACITY_BYTES
+from pipeline.serving.capacity import CAPACITY_BYTES
 from pipeline.utils.devices import reserved_gpu
 from pipeline.utils.precision import Precision
 

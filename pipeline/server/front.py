@@ -2,7 +2,8 @@
 keep, Ray's own answers in the form of the app's, and a shutdown before which every request that has
 come is answered.
 
-Ray Serve calls `open_front` in each proxy before it listens, as `SETTING` says.
+Ray Serve calls `open_front` in each proxy before it listens, as `SETTING` says. It ends a proxy
+that takes long to start, so nothing here imports torch.
 """
 
 from __future__ import annotations

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric, generate_latest
 from prometheus_client.registry import Collector
 
-from pipeline.serving.residency import ResidentPacks
+if TYPE_CHECKING:
+    from pipeline.serving.residency import ResidentPacks
+
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 _TASK_SECONDS = (0.01, 0.05, 0.1, 0.5, 1, 5)

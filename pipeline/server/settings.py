@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.serving.host import CAPACITY_BYTES
+from pipeline.serving.capacity import CAPACITY_BYTES
 from pipeline.utils.precision import Precision
 
 

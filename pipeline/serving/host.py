@@ -18,6 +18,7 @@ from pipeline.adaptation.unpacking import check_backbone, decode
 from pipeline.backbones import LoadedBackbone, giving_maps, load_backbone
 from pipeline.packs import Pack, PackMetadata, content_digest, read_pack
 from pipeline.serving.answers import answers
+from pipeline.serving.capacity import CAPACITY_BYTES
 from pipeline.serving.masks import dense_logits, mask_answer
 from pipeline.serving.predictor import PREDICT_BATCH, input_of, kind_of
 from pipeline.serving.residency import ResidentPack, ResidentPacks
@@ -25,8 +26,6 @@ from pipeline.serving.samples import Decoded, Sample, decoded
 from pipeline.utils.devices import choose_device, computing_dtype, exact_float32
 from pipeline.utils.precision import Precision
 
-CAPACITY_BYTES = 512 * 1024**2
-"""Memory for packs: a thousand and more of most."""
 _LOGITS_BYTES = 64 * 1024**2
 """How many bytes of logits of dense packs are kept at the same time."""
 _MODULE_BYTES = 3072

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import http.client
 import socket
+import subprocess
+import sys
 import time
 import uuid
 from collections.abc import Iterator
@@ -65,6 +67,20 @@ def memory(process: int) -> int:
     return int(Path(f"/proc/{process}/statm").read_text().split()[1]) * 4096
 
 
+def status_in_a_second(port: int) -> int | None:
+    """The status that a request is answered with; None if it has to wait."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=1)
+    with contextlib.closing(connection), contextlib.suppress(TimeoutError):
+        connection.request("GET", "/readyz")
+        return connection.getresponse().status
+    return None
+
+
+def test_a_proxy_starts_without_torch() -> None:
+    code = "import sys, pipeline.server.front; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == 0
+
+
 HEAD = b"POST /v1/predict HTTP/1.1\r\nHost: x\r\n"
 
 
@@ -102,7 +118,7 @@ def test_more_requests_than_may_wait_are_told_to_come_back(proxied: tuple[str, i
     with contextlib.ExitStack() as stack:
         for _ in range(256):  # each has its replica wait for the rest
             stack.enter_context(half_sent(port, image)[0])
-        time.sleep(2)
+        wait_until(lambda: status_in_a_second(port) is None)
         answer = answer_to_endless(url, chunked, chunk, 100)
         assert answer == b"" or answer.startswith(b"HTTP/1.1 413")
         assert memory(proxy) - before < 64 * MEBIBYTE
@@ -115,6 +131,7 @@ def test_more_requests_than_may_wait_are_told_to_come_back(proxied: tuple[str, i
     assert answer.startswith(b"http/1.1 429"), answer
     assert b"\r\nretry-after: 1\r\n" in answer
     assert b'{"error":"too many requests are waiting; try again later"}' in answer
+    wait_until(lambda: status_in_a_second(port) == 200)
     assert client.predict("birds", [image]) == expected
 
 
@@ -145,16 +162,8 @@ def test_all_that_came_is_answered_before_a_drain_ends() -> None:
 def test_requests_that_wait_for_a_replica_are_answered_when_the_server_ends(
     shop: Shop, tmp_path: Path
 ) -> None:
-    def is_ending(port: int) -> bool:
-        """Whether a request is refused, rather than waiting as well."""
-        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=1)
-        with contextlib.closing(connection), contextlib.suppress(TimeoutError):
-            connection.request("GET", "/readyz")
-            return connection.getresponse().status == 503
-        return False
-
     def answers(port: int, sent: list[tuple[socket.socket, bytes]]) -> list[bytes]:
-        wait_until(lambda: is_ending(port))
+        wait_until(lambda: status_in_a_second(port) == 503)
         for connection, rest in sent:
             connection.sendall(rest)
         return [connection.makefile("rb").read()[:12] for connection, _ in sent]
@@ -165,6 +174,6 @@ def test_requests_that_wait_for_a_replica_are_answered_when_the_server_ends(
             sent = [half_sent(port, png()) for _ in range(256 + 40)]
             for connection, _ in sent:
                 stack.enter_context(connection)
-            time.sleep(2)  # a replica has 256 of them
+            wait_until(lambda: status_in_a_second(port) is None)  # a replica has 256 of them
             asked = pool.submit(answers, port, sent)
         assert asked.result(60) == [b"HTTP/1.1 200"] * len(sent)
