@@ -39,8 +39,8 @@ _TURNS_ON_SIDE = tuple(_TURNS[orientation] for orientation in (5, 6, 7, 8))
 _NO_WARNINGS = ("ignore", None, Warning, re.compile(r"PIL\."), 0)
 """The filter as Python keeps it: action, message, category, module, line."""
 _SMALL_BYTES, _SMALL_PX = 4096, 256
-"""A file of fewer bytes, with an image of no more pixels a side, is decoded in less time than
-threads take to pass the GIL on.
+"""Decoding a file of at most so many bytes, whose image has at most so many pixels a side, takes
+less time than passing the GIL on to another thread.
 """
 _ONE_AT_A_TIME = threading.Lock()
 
@@ -76,12 +76,12 @@ def decode_sized(
 
 
 def decode_images(squares: np.ndarray, contents: Iterable[tuple[str, bytes]]) -> None:
-    """Write to `squares`, uint8 [N, 3, size_px, size_px], what `decode_image` gives for each of N
-    names and contents. Of large images, one at a time is in memory.
+    """Decode N images, given by name and content, as `decode_image` does, into `squares`, uint8 [N,
+    3, size_px, size_px]. Only one large image is in memory at a time.
 
-    Pillow gives the GIL up for microseconds while it decodes or resizes a small image, and threads
-    that do so at once take longer than one. So one thread at a time decodes small files, while
-    others resize theirs together.
+    Pillow releases the GIL for only microseconds while it decodes or resizes a small image, so
+    several threads are slower than one. Therefore only one thread at a time decodes small files,
+    and images of the same size are resized together.
     """
     size_px = squares.shape[-1]
     small: list[tuple[int, str, bytes]] = []

@@ -213,7 +213,7 @@ class Reader:
             yield shard, rows
 
     def _for_all(self, do: Callable[[Sequence[Item]], None], items: Sequence[Item]) -> None:
-        """Do it for all, several at a time, in the decoders' threads."""
+        """Call `do` with all items, in chunks, in the threads of the decoders."""
         size = min(MOST_TOGETHER, -(-len(items) // (self._decoders * JOBS_PER_DECODER)) or 1)
         jobs = [items[start : start + size] for start in range(0, len(items), size)]
         here = self._decoders == 1 or len(jobs) < 2

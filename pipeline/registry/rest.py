@@ -251,7 +251,7 @@ class Rest:
 
 
 def _as_json(value: float) -> float | str:
-    """A number as protocol buffers have it in JSON, which has no infinity of its own."""
+    """A number as protocol buffers write it in JSON, which has no NaN and no infinity."""
     if math.isfinite(value):
         return value
     return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"

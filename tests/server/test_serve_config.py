@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
@@ -29,13 +28,12 @@ def test_the_application_of_the_config_answers(shop: Shop, monkeypatch: pytest.M
     application["args"] |= {"workdir": str(shop.workdir), "tasks": ["birds"]}
     [deployment] = application["deployments"]
     deployment["ray_actor_options"] = {"num_cpus": 0.5, "num_gpus": 0}
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{shop.workdir}/mlflow.db")
-    monkeypatch.setenv("TASKPACK_TOKEN", TOKEN)
-    variables = SETTING | {
-        key: os.environ[key] for key in ("MLFLOW_TRACKING_URI", "TASKPACK_TOKEN")
-    }
+    registry = f"sqlite:///{shop.workdir}/mlflow.db"
+    given = {"MLFLOW_TRACKING_URI": registry, "TASKPACK_TOKEN": TOKEN}
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
     port = free_port()
-    with ray_session(None, variables):
+    with ray_session(None, SETTING | given):
         serve.start(http_options={"host": "127.0.0.1", "port": port})
         try:
             _get_global_client().deploy_apps(ServeDeploySchema.model_validate(config))
